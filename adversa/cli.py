@@ -1,0 +1,252 @@
+"""The commands. torch and ray are imported inside them: `adversa --help` and `adversa status` answer at once."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from adversa.config import Config
+    from adversa.loop.engine import Engine
+    from adversa.runs import RunDir
+
+STARTED = time.monotonic()
+HELP = "Find a classifier's hard cases, paint more of them, retrain, and say honestly whether it helped."
+app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+config_app = typer.Typer(help="Show or check a configuration.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; none: the built-in demo.")]
+RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="The run's folder; default: runs/NAME-OF-CONFIG.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, say data.resolution=64.")]
+Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds of mine, generate, retrain.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
+EngineName = Annotated[str, typer.Option("--engine", metavar="ray|local", help="Where the work runs.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray says.")]
+
+
+def exits(command: Callable[..., None]) -> Callable[..., None]:
+    """Exit codes: 2 and one line for what the user can mend; anything else that escapes is our fault: a traceback and 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from adversa.types import UserError
+
+        try:
+            command(*args, **kwargs)
+        except UserError as e:
+            _error(str(e))
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def _error(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(f"[bold red]error:[/] {_escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _stage_command(name: str, text: str) -> None:
+    """A command that brings a run up to the end of one stage; loop goes on to the report."""
+
+    def command(
+        config: ConfigPath = None, run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None,
+        engine: EngineName = "ray", verbose: Verbose = False,
+    ) -> None:  # fmt: skip
+        _execute(name, config, run_dir, set_ or [], rounds, seed, engine, verbose)
+
+    command.__doc__ = text
+    app.command(name)(exits(command))
+
+
+for _name, _text in {
+    "loop": "Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run it again to resume.",
+    "prepare": "Read the images, split them by lesion into roles, write Parquet.",
+    "train": "Train the denoiser, the judge and the first classifiers (and what comes before).",
+    "mine": "Find the hard cases of the next unfinished round (and what comes before).",
+    "generate": "Paint images for the hard cases (and what comes before).",
+    "curate": "Give every painted image a verdict (and what comes before).",
+    "evaluate": "Retrain every arm and score it on the mine role (and what comes before).",
+}.items():
+    _stage_command(_name, _text)
+
+
+@app.command()
+@exits
+def report(run_dir: Annotated[Path, typer.Option("--run-dir", metavar="DIR", help="The run's folder.")] = Path("runs/demo")) -> None:
+    """Write summary.json and report.html of a finished run again."""
+    from adversa.loop import summary
+    from adversa.loop.stages import stages
+    from adversa.report import page
+    from adversa.runs import writing
+    from adversa.types import UserError
+
+    config, run = _saved(run_dir)
+    unfinished = next((s.title for s in stages(config, run) if not s.is_finished and s.command != "report"), None)
+    if unfinished:
+        raise UserError(f"{run_dir} is not finished ({unfinished} is next); finish it with: adversa loop {run.config} --run-dir {run_dir}")
+    with writing(run.root):
+        summary.write(config, run)
+        typer.echo(page.write(run.root))
+
+
+@app.command()
+@exits
+def status(run_dir: Annotated[Path, typer.Argument(metavar="[RUN]", help="The run's folder.")] = Path("runs/demo")) -> None:
+    """What a run is doing, or where it stopped; from its folder alone."""
+    from rich.console import Console
+
+    from adversa import console
+
+    config, run = _saved(run_dir)
+    Console().print(console.view(config, run))
+
+
+@config_app.command()
+@exits
+def show(config: ConfigPath = None, set_: Overrides = None) -> None:
+    """Print the resolved configuration."""
+    from adversa.config import dump, load
+
+    typer.echo(dump(load(config, set_ or [])), nl=False)
+
+
+@config_app.command()
+@exits
+def check(config: ConfigPath = None, set_: Overrides = None) -> None:
+    """Check a configuration; exit code 2 and every fault when it is wrong."""
+    from adversa.config import load
+
+    load(config, set_ or [])
+    typer.echo(f"{config or 'the demo'}: valid")
+
+
+def _saved(run_dir: Path) -> tuple[Config, RunDir]:
+    from adversa.config import load
+    from adversa.runs import RunDir
+    from adversa.types import UserError
+
+    run = RunDir(run_dir)
+    if not run.config.is_file():
+        raise UserError(f"{run_dir} is not a run (it has no config.yaml); give the folder of --run-dir")
+    return load(run.config), run
+
+
+def _execute(
+    command: str, path: Path | None, run_dir: Path | None, overrides: list[str], rounds: int | None, seed: int | None, engine_name: str,
+    verbose: bool,
+) -> None:  # fmt: skip
+    from rich.console import Console
+
+    from adversa import console, runs
+    from adversa.config import load
+    from adversa.loop import cycle
+    from adversa.types import UserError
+
+    if engine_name not in ("ray", "local"):
+        raise UserError(f"--engine {engine_name}: use ray or local")
+    if path is None and command != "loop" and run_dir is not None and (run_dir / "config.yaml").is_file():
+        path = run_dir / "config.yaml"  # a later stage of a run goes on with the run's own configuration
+    config = load(path, overrides, rounds=rounds, seed=seed)
+    root = run_dir or Path("runs") / (path.stem if path is not None else "demo")
+    screen = Console()
+    run = cycle.open_run(config, root)
+    with runs.lock(run), _terminable():
+        runs.set_status(run, "running", "starting")
+        try:
+            worked = _cycle(command, config, run, engine_name, verbose, screen)
+        except KeyboardInterrupt as stop:
+            runs.set_status(run, "stopped")
+            code = 143 if stop.args == ("SIGTERM",) else 130
+            screen.print(f"stopped; everything finished is kept. Resume with: {_again()}", highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(code) from None
+        except Exception as e:
+            _note_failure(run, e)
+            raise
+        finished = run.summary.exists()
+        runs.set_status(run, "finished" if finished else "stopped")
+    if finished:
+        console.closing(screen, run)
+    elif worked is not None:
+        screen.print(f"{worked.title} is done in {run.root}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _cycle(command: str, config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any) -> Any:
+    from adversa import console
+    from adversa.loop import cycle
+    from adversa.loop.stages import stages
+    from adversa.report import page
+
+    until = None if command == "loop" else command
+    todo = [s for s in stages(config, run) if not s.is_finished]
+    if not todo:
+        return None
+    with console.Watch(screen, config, run):
+        engine = _engine(engine_name, config, run, verbose)
+        try:
+            return cycle.run(config, run, engine, page.write, until, since=STARTED)
+        finally:
+            engine.close()
+
+
+def _engine(name: str, config: Config, run: RunDir, verbose: bool) -> Engine:
+    if name == "local":
+        from adversa.loop.engine import LocalEngine
+
+        return LocalEngine(config.cluster.sampler_threads, config.cluster.training_threads)
+    from adversa.distributed.engine import RayEngine
+
+    return RayEngine(config.cluster, run.root, config.data.resolution**2 * 3, verbose)
+
+
+def _note_failure(run: RunDir, error: Exception) -> None:
+    """Leave the reason where `status` finds it; a full disk must not hide the first error behind a second."""
+    from adversa import runs
+    from adversa.types import UserError
+
+    try:
+        runs.set_status(run, "failed", error=" ".join(str(error).split())[:2000])
+    except (UserError, OSError) as e:
+        _error(f"the status could not be written either: {e}")
+
+
+class _terminable:
+    """SIGTERM stops a run as Ctrl-C does."""
+
+    def __enter__(self) -> None:
+        self.before = signal.signal(signal.SIGTERM, self._stop)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    @staticmethod
+    def _stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+
+def _again() -> str:
+    import shlex
+
+    return shlex.join(["adversa", *sys.argv[1:]])
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

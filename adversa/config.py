@@ -1,0 +1,294 @@
+"""What a user may set. Pydantic at this border only: inside, each component is given its own section, never the whole.
+
+A default lives here and nowhere else. An unknown key stops the run and names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adversa.types import ARMS, UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Phantom(Section):
+    """The built-in procedural pictures (source: phantom)."""
+
+    images: int = Field(1600, ge=50, description="number of pictures")
+    seed: int = Field(0, ge=0, description="seed of the pictures; the run's own seed does not change them")
+    tail: float = Field(0.55, gt=0, le=1, description="each class has this share of the one before it")
+    rare: float = Field(0.25, ge=0, le=1, description="share of the planted atypical sub-mode within its class")
+    images_per_lesion: float = Field(1.5, ge=1, le=10, description="mean number of pictures of one lesion")
+
+
+class Columns(Section):
+    """Names of columns of the metadata table (source: csv). Every other column becomes an attribute."""
+
+    path: str = "path"
+    label: str = "label"
+    group: str | None = Field("group", description="lesion; null: every image is its own group")
+    patient: str | None = None
+    mask: str | None = Field(None, description="path of a lesion mask")
+    id: str | None = Field(None, description="an id of the user's own; must be unique")
+
+
+class Split(Section):
+    """Shares of the groups by role, within each class."""
+
+    train: float = Field(0.55, gt=0, lt=1)
+    mine: float = Field(0.15, gt=0, lt=1)
+    select: float = Field(0.15, gt=0, lt=1)
+    test: float = Field(0.15, gt=0, lt=1)
+    seed: int = Field(0, ge=0, description="seed of the split; the run's own seed does not change it")
+
+    @model_validator(mode="after")
+    def _sum(self) -> Split:
+        total = self.train + self.mine + self.select + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train + mine + select + test is {total:g}; make the four shares add up to 1")
+        return self
+
+
+class Data(Section):
+    source: Literal["phantom", "ham10000", "csv", "folder"] = "phantom"
+    path: str | None = Field(None, description="folder, .zip or .csv; not used by phantom")
+    resolution: int = Field(32, ge=16, le=1024, multiple_of=8, description="side of the square images, in pixels")
+    crop: Literal["center", "pad", "squash"] = Field(
+        "center", description="how a picture becomes square: central square, black bars, or changed proportions"
+    )
+    on_error: Literal["fail", "skip"] = Field("fail", description="a picture that cannot be read: stop, or skip and count")
+    max_pixels: int = Field(100_000_000, ge=1, description="a larger picture is refused as a decompression bomb")
+    phantom: Phantom = Phantom()
+    columns: Columns = Columns()
+    labels: list[str] | None = Field(None, description="the classes, in order; null: those found, sorted by name")
+    group_regex: str | None = Field(None, description="folder source: first capture group, searched in the path, is the group")
+    grouped: bool = Field(True, description="false ignores lesions in the split; for showing the leak, never for results")
+    near_duplicate_bits: int = Field(
+        8, ge=-1, le=16, description="pictures whose 64-bit perceptual hashes differ in at most so many bits, and look alike, are one group; -1: off"
+    )
+    split: Split = Split()
+    part_rows: int = Field(512, ge=1, description="images a Parquet part")
+
+
+class Classifier(Section):
+    model: str = Field("resnet10t", description="a timm model by name")
+    model_args: dict[str, Any] = Field(default_factory=dict, description="passed on to timm.create_model")
+    weights: str | None = Field(None, description="imagenet (from the hub), a local safetensors file, or null: from scratch")
+    input_size: int | None = Field(None, ge=16, le=1024, description="images are resized to this before the model; null: as they are")
+    steps: int = Field(600, ge=1, description="optimizer steps; the same in every arm")
+    batch_size: int = Field(128, ge=2)
+    lr: float = Field(2e-3, gt=0, description="peak of AdamW's learning rate")
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate; cosine after it")
+    ema: float = Field(0.99, ge=0, lt=1, description="decay of the weights' moving average; 0: off")
+    balance: float = Field(0.7, ge=0, le=1, description="0: images drawn as they come; 1: every class equally often")
+    label_smoothing: float = Field(0.05, ge=0, lt=1)
+    augment: bool = Field(True, description="flips, quarter turns, small rotations and scalings, colour jitter")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    amp: bool = Field(True, description="bf16 autocast")
+    evaluations: int = Field(5, ge=1, description="how often `select` is scored to choose the checkpoint")
+    checkpoint_steps: int = Field(100, ge=1, description="training state is committed every so many steps")
+
+
+class Denoiser(Section):
+    channels: list[int] = Field([64, 128, 128], min_length=1)
+    layers: int = Field(1, ge=1, description="residual blocks a level")
+    attention: bool = Field(True, description="self-attention at the coarsest level")
+    patch: int = Field(1, ge=1, le=8, description="pixels folded into channels before the UNet (space to depth)")
+    weights: str | None = Field(None, description="a denoiser's folder to start from, phantom (shipped), or null: from scratch")
+    steps: int = Field(2000, ge=0)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    ema: float = Field(0.995, ge=0, lt=1)
+    sigma_data: float = Field(0.5, gt=0, description="EDM: standard deviation of the data, scaled to [-1, 1]")
+    p_mean: float = Field(-0.8, description="EDM: mean of ln sigma in training")
+    p_std: float = Field(1.2, gt=0, description="EDM: standard deviation of ln sigma in training")
+    null_probability: float = Field(0.15, ge=0, lt=1, description="share of labels replaced by the null class")
+    balance: float = Field(0.5, ge=0, le=1, description="0: images drawn as they come; 1: every class equally often")
+    flips: bool = Field(True, description="mirror images and quarter turns: a lesion has no up")
+    clip: float = Field(1.0, gt=0)
+    amp: bool = Field(True, description="bf16 autocast")
+    checkpoint_steps: int = Field(200, ge=1)
+
+
+class Mine(Section):
+    budget: int = Field(64, ge=1, description="hard cases a round, shared among classes by their error")
+    near_margin: float = Field(0.1, ge=0, le=1, description="right, but p[label] leads by less than this: nearly misclassified")
+    candidates: int = Field(4, ge=1, description="farthest-first picks among so many times the class's budget, hardest first")
+
+
+class Generate(Section):
+    strategy: Literal["sample", "vary"] = Field("vary", description="of the guided arm; the unguided one always samples")
+    per_case: int = Field(6, ge=1, le=1000, description="images for each hard case")
+    sigma_start: float = Field(2.0, gt=0, description="vary: noise put on the hard case, images scaled to [-1, 1]")
+    guidance: float = Field(2.0, ge=0, description="classifier-free scale; 1: none")
+    guidance_low: float = Field(0.2, ge=0, description="guidance acts at noise levels above this only")
+    guidance_high: float = Field(10.0, gt=0, description="and below this (Kynkaanniemi et al. 2024)")
+    solver: Literal["dpmpp_2m", "heun"] = "dpmpp_2m"
+    steps: int = Field(16, ge=2, le=1000)
+    sigma_min: float = Field(0.02, gt=0)
+    sigma_max: float = Field(40.0, gt=0)
+    rho: float = Field(7.0, gt=0, description="Karras et al. 2022, equation 5")
+    batch_size: int = Field(64, ge=1, description="images painted together: a part of the work, the same on any machine")
+    amp: bool = True
+
+    @model_validator(mode="after")
+    def _order(self) -> Generate:
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max {self.sigma_max:g}")
+        if not self.sigma_min < self.sigma_start <= self.sigma_max:
+            raise ValueError(f"sigma_start {self.sigma_start:g} must lie in (sigma_min, sigma_max] = ({self.sigma_min:g}, {self.sigma_max:g}]")
+        return self
+
+
+class Curate(Section):
+    min_agreement: float = Field(0.2, ge=0, le=1, description="least probability an independent judge gives the asked label")
+    near_copy_quantile: float = Field(
+        0.99, gt=0.5, le=1, description="closer to a real image than this share of different lesions are to each other: a near copy"
+    )
+    judge: Classifier | None = Field(None, description="the judge's own classifier section; null: as the classifier, other seed")
+
+
+class Mix(Section):
+    arms: list[Literal["real", "unguided", "guided"]] = Field(list(ARMS), min_length=1)
+    synthetic_ratio: float = Field(0.5, ge=0, description="at most so many synthetic images a real training image")
+
+
+class Evaluate(Section):
+    seeds: int = Field(1, ge=1, le=100, description="classifiers an arm, paired by seed across arms")
+    bootstrap: int = Field(1000, ge=100, description="resamples of the lesions for intervals")
+
+
+class Cluster(Section):
+    """How work is spread. None of it changes a result, so none of it is in a fingerprint."""
+
+    cpus: int | None = Field(None, ge=1, description="of the embedded Ray; null: all of this machine")
+    object_store_mb: int = Field(512, ge=100)
+    training_threads: int | None = Field(None, ge=1, description="torch threads of a training worker; null: all CPUs")
+    samplers: int | None = Field(None, ge=1, description="sampler actors; null: one a GPU, or one a CPU")
+    sampler_threads: int = Field(1, ge=1, description="torch threads of a sampler on CPUs")
+    attempts: int = Field(3, ge=1, description="tries a part of generation before the run fails")
+
+
+class Config(Section):
+    seed: int = Field(0, ge=0)
+    rounds: int = Field(1, ge=1, le=100)
+    data: Data = Data()
+    classifier: Classifier = Classifier()
+    denoiser: Denoiser = Denoiser()
+    mine: Mine = Mine()
+    generate: Generate = Generate()
+    curate: Curate = Curate()
+    mix: Mix = Mix()
+    evaluate: Evaluate = Evaluate()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        factor = self.denoiser.patch * 2 ** (len(self.denoiser.channels) - 1)
+        if self.data.resolution % factor:
+            raise ValueError(f"data.resolution {self.data.resolution} must be a multiple of denoiser.patch * 2^(levels - 1) = {factor}")
+        if self.data.source != "phantom" and not self.data.path:
+            raise ValueError(f"data.path is missing; data.source {self.data.source} needs one, say --set data.path=FOLDER")
+        if "real" not in self.mix.arms:
+            raise ValueError("mix.arms must contain real: it is what the other arms are compared with")
+        return self
+
+
+def packaged(name: str) -> Path:
+    """The path of a configuration that comes with adversa: `configs/` in a checkout, `adversa/configs/` when installed."""
+    here = Path(__file__).parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"no packaged configuration {name}; known: {', '.join(sorted(p.name for p in (here.parent / 'configs').glob('*.yaml')))}")
+
+
+def load(path: Path | None, overrides: list[str] | tuple[str, ...] = (), **top: Any) -> Config:
+    """Read a YAML file (None: the packaged demo), apply `key.sub=value` overrides, check everything. UserError on any fault."""
+    path = packaged("demo.yaml") if path is None else path
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no configuration at {path}; give a YAML file, or none for the demo") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+    except yaml.YAMLError as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections (key: value), but holds a {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    tree.update({k: v for k, v in top.items() if v is not None})
+    return check(tree, str(path))
+
+
+def check(tree: dict[str, Any], where: str) -> Config:
+    """A tree of plain values to a Config; UserError with every fault, the nearest valid key for an unknown one."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise UserError(f"{where}: " + "; ".join(_explain(err) for err in e.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, sections in order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key."""
+    found = []
+    for name, info in model.model_fields.items():
+        found.append(prefix + name)
+        if (sub := _section(info.annotation)) is not None:
+            found += keys(sub, f"{prefix}{name}.")
+    return found
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for kind in getattr(annotation, "__args__", (annotation,)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set {text}: write key.sub=value, for example data.resolution=64")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is not valid YAML; quote it") from None
+    *sections, last = name.split(".")
+    for i, section in enumerate(sections):
+        node = tree.setdefault(section, {})
+        if node is None:
+            node = tree[section] = {}
+        if not isinstance(node, dict):
+            raise UserError(f"--set {text}: {'.'.join(sections[: i + 1])} is not a section")
+        tree = node
+    tree[last] = parsed
+
+
+def _explain(err: dict[str, Any]) -> str:
+    key = ".".join(str(p) for p in err["loc"])
+    if err["type"] == "extra_forbidden":
+        valid = keys()
+        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or [
+            k for k in valid if k.rsplit(".")[-1] == key.rsplit(".")[-1]
+        ][:1]  # fmt: skip
+        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; `adversa config show` lists the keys")
+    message = err["msg"].removeprefix("Value error, ")
+    return f"{key} = {err['input']!r}: {message}" if key and not isinstance(err["input"], dict) else f"{key + ': ' if key else ''}{message}"

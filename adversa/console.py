@@ -1,0 +1,193 @@
+"""What a person sees of a run: a live view on a terminal, plain lines elsewhere, and `adversa status`. All of it is read from the run folder."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from adversa import runs
+from adversa.config import Config
+from adversa.loop.stages import Stage, stages, trained
+from adversa.runs import RunDir
+
+LOG_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A step folder that is being worked on."""
+
+    name: str
+    done: float
+    total: float
+    unit: str
+    rate: float
+    elapsed: float
+
+    @property
+    def eta(self) -> float | None:
+        return (self.total - self.done) / self.rate if self.rate > 0 else None
+
+    def line(self) -> str:
+        text = f"{self.name}: {self.done:.0f} of {self.total:.0f} {self.unit}s, {self.rate:.1f} {self.unit}s/s"
+        return text + (f", {clock(self.eta)} left" if self.eta is not None else "")
+
+
+def tasks(run: RunDir, stage: Stage) -> list[Task]:
+    """The steps of a stage that have begun and are not finished."""
+    found = []
+    for folder in stage.folders:
+        state = runs.read_json(folder / runs.PROGRESS) if folder.suffix == "" and not runs.is_finished(folder) else None
+        if state is not None and "done" in state:
+            found.append(
+                Task(run.name_of(folder), state["done"], state["total"], state.get("unit", "step"), state["rate"], state["elapsed"])
+            )
+    return found
+
+
+def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
+    """("running" | "finished" | "stopped" | "failed" | "killed" | "not started", status.json)."""
+    status = runs.read_json(run.status) or {}
+    state = status.get("state", "not started")
+    if state == "running" and not runs.is_locked(run):
+        state = "killed"
+    return state, status
+
+
+def stage_table(config: Config, run: RunDir, state: str) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    current = next((s for s in stages(config, run) if not s.is_finished), None)
+    for stage in stages(config, run):
+        if stage is not current:
+            table.add_row("[green]done[/]" if stage.is_finished else "[dim]to do[/]", stage.title, _seconds(stage), "")
+            continue
+        active = tasks(run, stage)
+        mark = "[yellow]now[/]" if state == "running" else "[red]cut off[/]"
+        bar: RenderableType = ""
+        if active:
+            bar = ProgressBar(total=max(active[-1].total, 1), completed=active[-1].done, width=24)
+        table.add_row(mark, stage.title, active[-1].line() if active else ("starting" if state == "running" else ""), bar)
+    return table
+
+
+def score_table(config: Config, run: RunDir) -> Table | None:
+    """Balanced accuracy of each trained classifier so far."""
+    table = Table(title="balanced accuracy so far", title_justify="left", box=None, pad_edge=False)
+    for column in ("classifier", "select", "mine (optimistic)", "test"):
+        table.add_column(column)
+    for number in range(config.rounds + 1):
+        for folder in trained(config, run, number):
+            manifest = runs.read_json(folder / runs.MANIFEST)
+            if manifest is None:
+                continue
+            cards = [runs.read_json(folder.parent / f"scorecard-{role}.json") for role in ("mine", "test")]
+            values = [manifest["metrics"].get("balanced_accuracy"), *(c and c["metrics"]["balanced_accuracy"] for c in cards)]
+            table.add_row(run.name_of(folder.parent), *("-" if v is None else f"{v:.3f}" for v in values))
+    return table if table.row_count else None
+
+
+def view(config: Config, run: RunDir) -> RenderableType:
+    state, status = state_of(run)
+    colours = {"running": "yellow", "finished": "green", "failed": "red", "killed": "red"}
+    wall = clock(runs.wall_seconds(run))
+    head = Text.assemble((str(run.root), "bold"), "  ", (state, colours.get(state, "cyan")), f"  {wall} so far")
+    items: list[RenderableType] = [head, stage_table(config, run, state)]
+    if (scores := score_table(config, run)) is not None:
+        items += ["", scores]
+    if status.get("error") and state == "failed":
+        items += ["", Text(status["error"], "red")]
+    return Group(*items)
+
+
+class Watch:
+    """Shows a run while it goes on, from a thread that only reads the folder."""
+
+    def __init__(self, console: Console, config: Config, run: RunDir) -> None:
+        self.console, self.config, self.run = console, config, run
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._live if console.is_terminal else self._log, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def _live(self) -> None:
+        with Live(view(self.config, self.run), console=self.console, refresh_per_second=4, transient=False) as live:
+            while not self.stopped.wait(0.5):
+                live.update(view(self.config, self.run))
+            live.update(view(self.config, self.run))
+
+    def _log(self) -> None:
+        seen, spoken = "", 0.0
+        while True:
+            last = self.stopped.wait(0.5)
+            status = runs.read_json(self.run.status) or {}
+            stage = next((s for s in stages(self.config, self.run) if s.title == status.get("stage")), None)
+            if stage is not None:
+                active = tasks(self.run, stage)
+                name = active[-1].name if active else stage.title
+                if name != seen:
+                    self._say(f"{stage.title}" + (f": {name}" if active else ""))
+                    seen, spoken = name, time.monotonic()
+                elif active and time.monotonic() - spoken > LOG_SECONDS:
+                    self._say(active[-1].line())
+                    spoken = time.monotonic()
+            if last:
+                return
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
+
+
+def closing(console: Console, run: RunDir) -> None:
+    """The last lines of a finished run: before and after, the verdict, where the report lies."""
+    summary = runs.read_json(run.summary)
+    if summary is None:
+        return
+    table = Table(title="before and after (test: opened once; mine: optimistic)", title_justify="left", box=None, pad_edge=False)
+    for column in ("arm", "test balanced accuracy", "test accuracy", "test macro AUROC", "mine balanced accuracy", "synthetic images"):
+        table.add_column(column)
+    for arm, roles in summary["arms"].items():
+        test, interval = roles["test"], summary["intervals"][arm]["test"].get("balanced_accuracy")
+        spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+        table.add_row(
+            arm, Text(f"{_number(test, 'balanced_accuracy')}{spread}"), _number(test, "accuracy"), _number(test, "auroc_macro"),
+            _number(roles["mine"], "balanced_accuracy"), str(summary["used"][arm]),
+        )  # fmt: skip
+    console.print(table)
+    rejected = ", ".join(f"{n} {reason}" for reason, n in summary["rejected"].items()) or "none"
+    console.print(f"generated {summary['generated']}, accepted {summary['accepted']}; rejected: {rejected}", highlight=False)
+    console.print(summary["verdict_sentence"], highlight=False, markup=False, soft_wrap=True)
+    for note in summary["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {run.root / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _seconds(stage: Stage) -> str:
+    found = [runs.read_json(Path(f) / runs.MANIFEST) for f in stage.folders if f.suffix == ""]
+    known = [m["seconds"] for m in found if m is not None]
+    return clock(sum(known)) if known else ""
+
+
+def _number(values: dict[str, float], name: str) -> str:
+    return f"{values[name]:.3f}" if name in values else "-"

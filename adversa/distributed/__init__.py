@@ -1,0 +1,1 @@
+"""Ray: the only package that imports it. `RayEngine` runs the same work as `LocalEngine` on a machine or a cluster."""

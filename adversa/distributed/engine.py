@@ -1,0 +1,77 @@
+"""RayEngine: an embedded Ray on this machine, or the cluster that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from adversa.config import Cluster
+from adversa.loop.engine import Done, FitJob, Make, Part, Report, unfinished
+from adversa.types import UserError
+
+# Set before ray is imported: no usage report from a machine that may have no internet, no chatter.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray  # noqa: E402
+
+from adversa.distributed import pool, stream, training  # noqa: E402
+
+
+class RayEngine:
+    """The Engine on Ray: Data for map_batches, actors for map_parts, Train for fit."""
+
+    name = "ray"
+
+    def __init__(self, cluster: Cluster, run: Path, image_bytes: int, verbose: bool = False) -> None:
+        """image_bytes: of one decoded image, to size the stream's blocks. UserError where no Ray can be had."""
+        self.cluster, self.image_bytes = cluster, image_bytes
+        self.storage = run / ".ray-train"
+        _start(cluster, verbose)
+        stream.quiet(verbose)
+        resources = ray.cluster_resources()
+        self.gpus, self.cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+
+    def workers(self) -> int:
+        return self.cluster.samplers or self.gpus or max(1, self.cpus // self.cluster.sampler_threads)
+
+    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
+        return stream.map_batches(make, parts, out, report)
+
+    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
+        threads = self.cluster.sampler_threads
+        options = {"num_gpus": 1, "num_cpus": 1} if self.gpus else {"num_cpus": threads}
+        return pool.map_parts(make, parts, out, report, self.workers(), self.cluster.attempts, options, threads)
+
+    def fit(self, jobs: Sequence[FitJob]) -> None:
+        todo = unfinished(jobs)
+        if not todo:
+            return
+        threads = self.cluster.training_threads or self.cpus
+        try:
+            training.fit(todo, self.storage, self.image_bytes, threads, self.gpus > 0)
+        finally:
+            shutil.rmtree(self.storage, ignore_errors=True)
+
+    def close(self) -> None:
+        ray.shutdown()
+
+
+def _start(cluster: Cluster, verbose: bool) -> None:
+    level = logging.INFO if verbose else logging.ERROR
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(level)
+    shared = {"log_to_driver": verbose, "logging_level": level, "ignore_reinit_error": True}
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, **shared)
+        else:
+            store = cluster.object_store_mb << 20
+            ray.init(address="local", num_cpus=cluster.cpus, object_store_memory=store, include_dashboard=False, **shared)
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        where = f"the Ray cluster RAY_ADDRESS={address}" if address else "Ray on this machine"
+        raise UserError(f"cannot start {where}: {' '.join(str(e).split())[:300]}; or try --engine local") from None

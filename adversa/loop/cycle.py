@@ -1,0 +1,126 @@
+"""The cycle: which steps, in which order, on which folders. Running it again on the same folder is how a run resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from adversa import runs
+from adversa.config import Config, dump
+from adversa.loop import prepare, steps, summary
+from adversa.loop.engine import Engine
+from adversa.loop.stages import Stage, is_synthetic, stages, trained
+from adversa.runs import RunDir
+from adversa.types import seed_of
+
+
+def recipe_of(config: Config) -> dict[str, object]:
+    """What makes a run this run: everything but how the work is spread."""
+    return config.model_dump(mode="json", exclude={"cluster"})
+
+
+def open_run(config: Config, root: Path) -> RunDir:
+    return runs.open_run(root, recipe_of(config), dump(config))
+
+
+def run(
+    config: Config, run: RunDir, engine: Engine, report: Callable[[Path], Path], until: str | None = None, since: float | None = None
+) -> Stage | None:
+    """Do every stage that is not finished, in order, up to the first unfinished one of the command `until`.
+
+    Returns the last stage it worked on (None: all was finished). The caller holds the run's lock. since: as of `runs.Clock`.
+    """
+    cycle = Cycle(config, run, engine)
+    worked = None
+    with runs.Clock(run, since) as clock:
+        for stage in stages(config, run):
+            if stage.is_finished:
+                continue
+            worked = stage
+            runs.set_status(run, "running", stage.title, folders=[run.name_of(f) for f in stage.folders])
+            if stage.command == "report":
+                clock.tick()
+                summary.write(config, run)
+                report(run.root)
+            else:
+                getattr(cycle, stage.command)(stage.round)
+            if stage.command == until:
+                break
+    return worked
+
+
+class Cycle:
+    """One method a command; the round's number is its only argument."""
+
+    def __init__(self, config: Config, run: RunDir, engine: Engine) -> None:
+        self.config, self.dir, self.engine = config, run, engine
+        self.id = runs.run_id(recipe_of(config))
+        self.seeds = range(config.evaluate.seeds)
+
+    def prepare(self, number: int) -> None:
+        prepare.prepare(self.engine, self.config.data, self.dir.data)
+
+    def train(self, number: int) -> None:
+        """Before the first round: the denoiser, the judge, and the classifiers of the arm `real`, in one launch."""
+        c, d = self.config, self.dir
+        mix = d.arm(0, "real") / "mix"
+        steps.mix(d.data, [], "real", ["real"], c.mix, mix)
+        jobs = [self._classifier(0, "real", seed) for seed in self.seeds]
+        if is_synthetic(c):
+            judge = c.curate.judge or c.classifier
+            seed = seed_of("judge", c.seed)
+            jobs = [
+                steps.denoiser_job(d.data, mix, c.denoiser, c.seed, c.data.resolution, d.denoiser),
+                steps.classifier_job(d.data, mix, [], judge, seed, c.data.resolution, d.judge),
+                *jobs,
+            ]
+        self.engine.fit(jobs)
+
+    def mine(self, number: int) -> None:
+        d = self.dir
+        arm = "guided" if number > 1 and "guided" in self.config.mix.arms else "real"
+        model = d.arm(number - 1, arm, 0) / "classifier"
+        steps.score(self.engine, [(arm, 0, model)], d.data / "mine", d.data, True, d.round(number, "scores"))
+        steps.mine(d.round(number, "scores"), self.config.mine, d.round(number, "hard"))
+
+    def generate(self, number: int) -> None:
+        c, d = self.config, self.dir
+        requests = d.round(number, "requests")
+        steps.plan(d.round(number, "hard"), d.data, self.id, number, c.mix.arms, c.generate, requests)
+        steps.generate(self.engine, requests, d.data, d.denoiser, c.generate, d.round(number, "synthetic"))
+
+    def curate(self, number: int) -> None:
+        d = self.dir
+        steps.curate(self.engine, d.round(number, "synthetic"), d.data, d.judge, self.config.curate, d.round(number, "verdicts"))
+
+    def evaluate(self, number: int) -> None:
+        """Mix, retrain every synthetic arm in one launch, and score `mine` (optimistic: its images guided the generation)."""
+        c, d = self.config, self.dir
+        for arm in [a for a in c.mix.arms if a != "real"] if number else []:
+            verdicts = [d.round(n, "verdicts") for n in range(1, number + 1)]
+            steps.mix(d.data, verdicts, arm, c.mix.arms, c.mix, d.arm(number, arm) / "mix")
+        self.engine.fit([self._classifier(number, f.parts[-3], int(f.parts[-2][5:])) for f in trained(c, d, number)])
+        steps.evaluate(self.engine, d, self._models(number), "mine", c.evaluate, d.round(number, "evaluate"))
+
+    def test(self, number: int) -> None:
+        """Open `test`, once: every arm's classifiers of the last round."""
+        c, d = self.config, self.dir
+        last = c.rounds if is_synthetic(c) else 0
+        record = {"opened": runs.now(), "split_hash": runs.fingerprint(d.data)}
+        steps.evaluate(self.engine, d, self._models(last), "test", c.evaluate, d.test, record)
+
+    def _classifier(self, number: int, arm: str, seed: int) -> steps.FitJob:
+        c, d = self.config, self.dir
+        synthetic = [d.round(n, "synthetic") for n in range(1, number + 1)] if arm != "real" else []
+        return steps.classifier_job(
+            d.data, d.arm(number, arm) / "mix", synthetic, c.classifier, seed_of("classifier", c.seed, seed), c.data.resolution,
+            d.arm(number, arm, seed) / "classifier",
+        )  # fmt: skip
+
+    def _models(self, number: int) -> list[tuple[str, int, int, Path]]:
+        """(arm, seed, round, folder) of every arm's classifiers as they stand in a round; `real` is always round 0's."""
+        found = []
+        for arm in self.config.mix.arms:
+            at = 0 if arm == "real" else number
+            found += [(arm, s, at, self.dir.arm(at, arm, s) / "classifier") for s in self.seeds]
+        return found

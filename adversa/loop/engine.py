@@ -1,0 +1,177 @@
+"""The one seam between the cycle and where it runs: `Engine`, and the engine that runs everything in this process.
+
+Work is named by its output: part i of a step is the file `part-0000i.parquet` in the step's folder, written by whoever does the
+work. A part that is there is not done again, so an engine may be killed at any time and asked again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from adversa import runs, tables
+from adversa.loop.feed import Batch, Feed
+from adversa.weights import drop_checkpoint, read_model
+
+Report = Callable[[dict[str, Any]], None]
+# Does one part: (part, file to write) -> rows written. Made on the worker by a picklable `make()`, which loads models from folders.
+Work = Callable[["Part", Path], int]
+Make = Callable[[], Work]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A unit of work: its index names its output; `rows` is what it counts for in progress; payload is small (ids, paths)."""
+
+    index: int
+    rows: int
+    payload: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a part: rows written, and seconds one worker spent on it (model loading apart)."""
+
+    index: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """One training: `fit(batches, out=, report=, threads=[, select=])` writes a model folder; batches start at `resume(out)`."""
+
+    out: Path
+    recipe: runs.Recipe
+    fit: Callable[..., dict[str, Any]]
+    resume: Callable[[Path], int]
+    feed: Feed
+    select: Feed | None = None
+
+
+class Engine(Protocol):
+    """Where work runs. Every method returns when its work is done and raises UserError for what a user can mend."""
+
+    name: str
+
+    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
+        """Stateless work over data, each part once (Ray Data)."""
+        ...
+
+    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
+        """Long work with a loaded model on a pool of workers that may die (Ray actors)."""
+        ...
+
+    def fit(self, jobs: Sequence[FitJob]) -> None:
+        """Train each job that is not finished, in order (Ray Train fed by Ray Data)."""
+        ...
+
+    def workers(self) -> int:
+        """How many parts run at the same time."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def missing(parts: Sequence[Part], out: Path) -> list[Part]:
+    return [p for p in parts if not (out / tables.part_name(p.index)).exists()]
+
+
+def do_part(work: Work, part: Part, out: Path) -> Done:
+    """Run one part and commit it. The same code on every engine."""
+    started = time.perf_counter()
+    with runs.writing(out):
+        rows = work(part, out / tables.part_name(part.index))
+    return Done(part.index, rows, time.perf_counter() - started)
+
+
+def do_job(job: FitJob, batches: Iterable[Batch], select: Callable[[], Iterable[Batch]], threads: int | None) -> None:
+    """Run one training and mark it complete. The same code on every engine; on the worker, so that a finished job stays finished."""
+    progress = runs.Progress(job.out)
+    optional = {} if job.select is None else {"select": select}
+    with runs.writing(job.out):
+        waited = Waited(batches)
+        metrics = job.fit(waited, out=job.out, report=progress, threads=threads, **optional)
+        seconds = progress.elapsed
+        compute = seconds - waited.seconds
+        _, _, fingerprint = read_model(job.out)
+        runs.finish(
+            job.out, job.recipe, fingerprint=fingerprint, metrics=metrics, rows=job.feed.steps * job.feed.batch_size,
+            seconds=seconds, compute_seconds=compute, device_seconds=compute, data_wait_seconds=waited.seconds,
+        )  # fmt: skip
+        drop_checkpoint(job.out)
+
+
+class Waited:
+    """An iterable that adds up the seconds its reader waits for it."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+
+def unfinished(jobs: Sequence[FitJob]) -> list[FitJob]:
+    """The jobs to do; each one's recipe is checked and written first."""
+    return [job for job in jobs if not runs.begin(job.out, job.recipe)]
+
+
+class LocalEngine:
+    """Everything in this process, one part after the other: for tests, for the debugger, and where Ray cannot run."""
+
+    name = "local"
+
+    def __init__(self, sampler_threads: int = 1, training_threads: int | None = None) -> None:
+        self.sampler_threads, self.training_threads = sampler_threads, training_threads
+
+    def workers(self) -> int:
+        return 1
+
+    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
+        todo = missing(parts, out)
+        rows = sum(p.rows for p in parts)
+        finished = rows - sum(p.rows for p in todo)
+        report({"done": finished, "total": rows, "unit": "image"})
+        done: list[Done] = []
+        work = make() if todo else None
+        for part in todo:
+            assert work is not None
+            done.append(do_part(work, part, out))
+            finished += part.rows
+            report({"done": finished, "total": rows, "unit": "image"})
+        return done
+
+    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.sampler_threads)
+        try:
+            return self.map_batches(make, parts, out, report)
+        finally:
+            torch.set_num_threads(before)
+
+    def fit(self, jobs: Sequence[FitJob]) -> None:
+        for job in unfinished(jobs):
+            batches = job.feed.batches(job.resume(job.out))
+            select = job.select.batches if job.select is not None else _no_select
+            do_job(job, batches, select, self.training_threads)
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+
+def _no_select() -> Iterable[Batch]:
+    raise AssertionError("this job has no select role")
+

@@ -1,0 +1,57 @@
+"""What a run consists of, as names: the commands, and the step folders each of them fills. No torch, no ray: `status` reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from adversa.config import Config
+from adversa.runs import RunDir, is_finished
+
+COMMANDS = ("prepare", "train", "mine", "generate", "curate", "evaluate", "test", "report")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`command` fills `folders` (finished when each has its manifest; files when they exist); round 0 is before the first round."""
+
+    command: str
+    round: int
+    folders: tuple[Path, ...]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(is_finished(f) if f.suffix == "" else f.exists() for f in self.folders)
+
+    @property
+    def title(self) -> str:
+        return f"round {self.round}: {self.command}" if self.round else self.command
+
+
+def is_synthetic(config: Config) -> bool:
+    return any(arm != "real" for arm in config.mix.arms)
+
+
+def trained(config: Config, run: RunDir, number: int) -> list[Path]:
+    """Classifier folders of a round, arm by arm, seed by seed. Round 0 is the arm `real`; later rounds have the other arms."""
+    arms = [a for a in config.mix.arms if (a == "real") == (number == 0)]
+    return [run.arm(number, arm, seed) / "classifier" for arm in arms for seed in range(config.evaluate.seeds)]
+
+
+def stages(config: Config, run: RunDir) -> list[Stage]:
+    """The stages of a run, in order."""
+    first = trained(config, run, 0)
+    if is_synthetic(config):
+        first = [run.denoiser, run.judge, *first]
+    found = [Stage("prepare", 0, (run.data,)), Stage("train", 0, (run.arm(0, "real") / "mix", *first))]
+    for n in range(1, config.rounds + 1) if is_synthetic(config) else ():
+        mixes = tuple(run.arm(n, a) / "mix" for a in config.mix.arms if a != "real")
+        found += [
+            Stage("mine", n, (run.round(n, "scores"), run.round(n, "hard"))),
+            Stage("generate", n, (run.round(n, "requests"), run.round(n, "synthetic"))),
+            Stage("curate", n, (run.round(n, "verdicts"),)),
+            Stage("evaluate", n, (*mixes, *trained(config, run, n), run.round(n, "evaluate"))),
+        ]
+    if not is_synthetic(config):
+        found.append(Stage("evaluate", 0, (run.round(0, "evaluate"),)))
+    return [*found, Stage("test", 0, (run.test,)), Stage("report", 0, (run.summary, run.root / "report.html"))]

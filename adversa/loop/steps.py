@@ -1,0 +1,345 @@
+"""The steps of a round. The only place where the core packages meet: each step reads folders, calls them, writes one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from adversa import config as cfg
+from adversa import runs, tables
+from adversa.loop import arms
+from adversa.loop.engine import Engine, FitJob, Part, Work
+from adversa.loop.feed import Feed
+from adversa.loop.step import Facts, cost, inputs, run_step
+from adversa.types import ROLES, GenerationRequest, Scorecard, request_id, seed_of
+
+Row = dict[str, Any]
+
+
+def classes_of(data: Path) -> list[str]:
+    found = runs.read_json(data / "classes.json")
+    assert found is not None, f"{data} is not prepared"
+    return found["classes"]
+
+
+# ---- training ----------------------------------------------------------------------------------------------------------
+
+
+def mix(data: Path, verdicts: Sequence[Path], arm: str, arm_names: Sequence[str], config: cfg.Mix, out: Path) -> None:
+    """Ids and weights of an arm's training set: every real image of `train`, and its share of the accepted synthetic ones."""
+    recipe = runs.Recipe(
+        "mix", 1, {"arm": arm, "arms": list(arm_names)} | config.model_dump(include={"synthetic_ratio"}),
+        inputs(data=data) | {f"verdicts-{i}": runs.fingerprint(v) for i, v in enumerate(verdicts)},
+    )  # fmt: skip
+
+    def body(progress: runs.Progress) -> Facts:
+        real = tables.read(data / "train", ["id", "label"], tables.EXAMPLES)
+        kept: dict[str, list[tuple[str, int]]] = {a: [] for a in arm_names if a != "real"}
+        for folder in verdicts:
+            for v in tables.read(folder, schema=tables.VERDICTS).to_pylist():
+                if v["keep"] and v["arm"] in kept:
+                    kept[v["arm"]].append((v["request_id"], v["label"]))
+        labels = {a: [label for _, label in rows] for a, rows in kept.items()}
+        counts = arms.matched_counts(labels, len(classes_of(data)), len(real), config.synthetic_ratio)
+        table = arms.mix(real, kept.get(arm, []), counts if arm != "real" else [0] * len(counts))
+        tables.write_part(out / tables.part_name(0), table)
+        return {"rows": len(table), "synthetic": len(table) - len(real), "synthetic_by_class": counts if arm != "real" else []}
+
+    run_step(out, recipe, body)
+
+
+def classifier_job(
+    data: Path, mix_folder: Path, synthetic: Sequence[Path], config: cfg.Classifier, seed: int, resolution: int, out: Path
+) -> FitJob:
+    """Train a classifier on a mix. The seed alone decides initial weights, draws and augmentation: pairs of arms share it."""
+    from adversa.classify import fit
+
+    select = Feed(folders=(data / "select",), batch_size=config.batch_size)
+    feed = Feed(
+        folders=(data / "train", *synthetic), mix=mix_folder, steps=config.steps, batch_size=config.batch_size,
+        balance=config.balance, seed=seed_of("feed", seed),
+    )  # fmt: skip
+    section = config.model_dump(mode="json", exclude={"checkpoint_steps"})
+    recipe = runs.Recipe("classifier", 1, section | {"seed": seed}, inputs(data=data, mix=mix_folder) | _weights(config.weights))
+    job = partial(fit.fit, config=config, num_classes=len(classes_of(data)), resolution=resolution, seed=seed)
+    return FitJob(out, recipe, job, fit.resume_step, feed, select)
+
+
+def denoiser_job(data: Path, mix_folder: Path, config: cfg.Denoiser, seed: int, resolution: int, out: Path) -> FitJob:
+    """Train the denoiser on what the arm `real` sees, and nothing else."""
+    from adversa.diffuse import fit
+
+    classes = classes_of(data)
+    feed = Feed(
+        folders=(data / "train",), mix=mix_folder, steps=config.steps, batch_size=config.batch_size, balance=config.balance,
+        seed=seed_of("feed", "denoiser", seed),
+    )  # fmt: skip
+    section = config.model_dump(mode="json", exclude={"checkpoint_steps"})
+    recipe = runs.Recipe("denoiser", 1, section | {"seed": seed}, inputs(data=data, mix=mix_folder) | _weights(config.weights))
+    job = partial(
+        fit.fit, config=config, num_classes=len(classes), resolution=resolution, classes=classes, seed=seed_of("denoiser", seed)
+    )
+    return FitJob(out, recipe, job, fit.resume_step, feed)
+
+
+def _weights(name: str | None) -> dict[str, str]:
+    """The contents of a local weight file or folder are part of the recipe: another file under the same name is another run."""
+    import hashlib
+
+    path = Path(name) if name else None
+    if path is not None and path.is_dir():
+        path = path / "model.safetensors"
+    return {"weights": hashlib.sha256(path.read_bytes()).hexdigest()[:32]} if path is not None and path.is_file() else {}
+
+
+# ---- scoring -----------------------------------------------------------------------------------------------------------
+
+
+def score(engine: Engine, models: Sequence[tuple[str, int, Path]], examples: Path, data: Path, embed: bool, out: Path) -> None:
+    """Logits (and embeddings) of every image of a role under each model (arm, seed, folder): tables.PREDICTIONS."""
+    names = inputs(data=data) | {f"{arm}-{seed}": runs.fingerprint(folder) for arm, seed, folder in models}
+    recipe = runs.Recipe("score", 1, {"role": examples.name, "embed": embed}, names)
+
+    def body(progress: runs.Progress) -> Facts:
+        return _score(engine, models, examples, embed, out, progress)
+
+    run_step(out, recipe, body)
+
+
+def _score(
+    engine: Engine, models: Sequence[tuple[str, int, Path]], examples: Path, embed: bool, out: Path, progress: runs.Progress
+) -> Facts:
+    paths = tables.parts(examples)
+    rows = [pq.read_metadata(p).num_rows * len(models) for p in paths]
+    parts = [Part(i, n, {"path": str(p)}) for i, (p, n) in enumerate(zip(paths, rows, strict=True))]
+    done = engine.map_batches(partial(make_score, tuple(models), embed), parts, out, progress)
+    return cost(done, engine.workers()) | {"rows": sum(rows)}
+
+
+def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:
+    from adversa.classify.score import make_scorer
+
+    scorers = [(arm, seed, make_scorer(folder, embed=embed)) for arm, seed, folder in models]
+
+    def work(part: Part, path: Path) -> int:
+        examples = pq.read_table(part.payload["path"], columns=["id", "label", "group", "image"])
+        images = tables.decode_images(examples["image"])
+        scored = []
+        for arm, seed, scorer in scorers:
+            logits, embedding = scorer(images)
+            scored.append(
+                pa.table(
+                    {"id": examples["id"], "arm": [arm] * len(images), "seed": [seed] * len(images), "label": examples["label"],
+                     "group": examples["group"], "logits": list(logits), "embedding": list(embedding)},
+                    schema=tables.PREDICTIONS,
+                )
+            )  # fmt: skip
+        tables.write_part(path, pa.concat_tables(scored))
+        return sum(len(t) for t in scored)
+
+    return work
+
+
+# ---- mining and planning -----------------------------------------------------------------------------------------------
+
+
+def mine(scores: Path, config: cfg.Mine, out: Path) -> None:
+    """The hard cases of the mine role under the classifier that was scored."""
+    from adversa.mine.hard import hard_cases
+
+    def body(progress: runs.Progress) -> Facts:
+        rows = tables.read(scores, schema=tables.PREDICTIONS)
+        found = hard_cases(
+            rows["id"].to_pylist(), rows["label"].to_numpy(), matrix(rows["logits"]), matrix(rows["embedding"]), config
+        )
+        tables.write_part(out / tables.part_name(0), tables.to_table(found, tables.HARD_CASES))
+        return {"rows": len(found), "scored": len(rows)}
+
+    run_step(out, runs.Recipe("mine", 1, config.model_dump(mode="json"), inputs(scores=scores)), body)
+
+
+def plan(hard: Path, data: Path, run: str, number: int, arm_names: Sequence[str], config: cfg.Generate, out: Path) -> None:
+    """Requests for each synthetic arm, one part a batch. The unguided arm asks for as many images of each class as the guided."""
+    recipe = runs.Recipe(
+        "plan", 1, config.model_dump(mode="json") | {"run": run, "round": number, "arms": list(arm_names)}, inputs(hard=hard)
+    )
+
+    def body(progress: runs.Progress) -> Facts:
+        cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
+        index = rows = 0
+        for arm in [a for a in arm_names if a != "real"]:
+            asked = [request(run, number, arm, case, k, config) for case in cases for k in range(config.per_case)]
+            for i in range(0, len(asked), config.batch_size):
+                chunk = asked[i : i + config.batch_size]
+                tables.write_part(out / tables.part_name(index), tables.to_table(chunk, tables.REQUESTS))
+                index, rows = index + 1, rows + len(chunk)
+        return {"rows": rows}
+
+    run_step(out, recipe, body)
+
+
+def request(run: str, number: int, arm: str, case: Row, replicate: int, config: cfg.Generate) -> GenerationRequest:
+    """The replicate-th request for a hard case. The unguided arm takes the case's label and nothing else of it."""
+    strategy = config.strategy if arm == "guided" else "sample"
+    key = request_id(run, number, arm, case["example"], strategy, replicate)
+    return GenerationRequest(
+        request_id=key, round=number, arm=arm, strategy=strategy, label=case["label"],
+        example=case["example"] if arm == "guided" else None,
+        sigma_start=config.sigma_start if strategy == "vary" else config.sigma_max, guidance=config.guidance, seed=seed_of(key),
+    )  # fmt: skip
+
+
+# ---- generation and curation -------------------------------------------------------------------------------------------
+
+
+def generate(engine: Engine, requests: Path, data: Path, denoiser: Path, config: cfg.Generate, out: Path) -> None:
+    """Paint every request; part i of the requests becomes part i of the images."""
+    recipe = runs.Recipe("generate", 1, config.model_dump(mode="json"), inputs(requests=requests, denoiser=denoiser, data=data))
+
+    def body(progress: runs.Progress) -> Facts:
+        paths = tables.parts(requests)
+        parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
+        done = engine.map_parts(partial(make_paint, denoiser, data / "mine", config), parts, out, progress)
+        return cost(done, engine.workers()) | {"rows": sum(p.rows for p in parts)}
+
+    run_step(out, recipe, body)
+
+
+def make_paint(denoiser: Path, examples: Path, config: cfg.Generate) -> Work:
+    import torch
+
+    from adversa.data.loader import ImageTable
+    from adversa.diffuse import edm, paint
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, meta, fingerprint = edm.load(denoiser, device)
+    table = ImageTable([examples])
+
+    def work(part: Part, path: Path) -> int:
+        requests = [GenerationRequest(**r) for r in pq.read_table(part.payload["path"]).to_pylist()]
+        wanted = sorted({r.example for r in requests if r.example is not None and r.strategy != "sample"})
+        starts = dict(zip(wanted, table.fetch(wanted), strict=True)) if wanted else {}
+        painted = {i: (image, finite) for i, image, finite in paint.paint(model, requests, starts, config, meta, device)}
+        rows = [
+            {"request_id": r.request_id, "arm": r.arm, "label": r.label, "image": tables.encode_png(painted[r.request_id][0]),
+             "finite": painted[r.request_id][1], "denoiser": fingerprint}
+            for r in requests
+        ]  # fmt: skip
+        tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
+        return len(rows)
+
+    return work
+
+
+def curate(engine: Engine, synthetic: Path, data: Path, judge: Path, config: cfg.Curate, out: Path) -> None:
+    """A verdict for every image. The near-copy index holds every role, `test` too: it can only ever remove an image."""
+    recipe = runs.Recipe("curate", 1, config.model_dump(mode="json", exclude={"judge"}), inputs(synthetic=synthetic, judge=judge, data=data))
+
+    def body(progress: runs.Progress) -> Facts:
+        parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(tables.parts(synthetic))]
+        limit = near_copy_threshold(data, config.near_copy_quantile) if parts else float("nan")
+        done = engine.map_batches(partial(make_verdicts, judge, data, config, limit), parts, out, progress)
+        verdicts = tables.read(out, ["keep"], tables.VERDICTS)
+        kept = int(np.sum(verdicts["keep"].to_numpy()))
+        return cost(done, engine.workers()) | {"rows": len(verdicts), "kept": kept, "near_copy_threshold": limit}
+
+    run_step(out, recipe, body)
+
+
+def real_images(data: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """(ids, groups, uint8 images [N, H, W, 3]) of every role."""
+    rows = pa.concat_tables(tables.read(data / role, ["id", "group", "image"], tables.EXAMPLES) for role in ROLES)
+    return rows["id"].to_pylist(), rows["group"].to_pylist(), tables.decode_images(rows["image"])
+
+
+def near_copy_threshold(data: Path, quantile: float) -> float:
+    from adversa.curate.near_copy import NearCopy
+
+    ids, groups, images = real_images(data)
+    return float(NearCopy(ids, images).threshold(ids, groups, quantile))
+
+
+def make_verdicts(judge: Path, data: Path, config: cfg.Curate, limit: float) -> Work:
+    from adversa.classify.score import make_scorer
+    from adversa.curate.gate import verdicts
+    from adversa.curate.near_copy import NearCopy
+
+    scorer = make_scorer(judge)
+    ids, _, images = real_images(data)
+    index = NearCopy(ids, images)
+
+    def work(part: Part, path: Path) -> int:
+        rows = pq.read_table(part.payload["path"])
+        pictures = tables.decode_images(rows["image"])
+        similarity, nearest = index.nearest(pictures)
+        found = verdicts(
+            rows["request_id"].to_pylist(), rows["arm"].to_pylist(), rows["label"].to_numpy(), rows["finite"].to_numpy(False),
+            pictures, softmax(scorer(pictures)[0]), similarity, nearest, config, limit,
+        )  # fmt: skip
+        tables.write_part(path, tables.to_table(found, tables.VERDICTS))
+        return len(found)
+
+    return work
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    engine: Engine, run: runs.RunDir, models: Sequence[tuple[str, int, int, Path]], role: str, config: cfg.Evaluate, out: Path,
+    record: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Predictions of each model (arm, seed, round, folder) on a role, and its scorecard beside it.
+
+    record: written to `opened.json` before the first image of the role is read (for `test`, which is opened once).
+    """
+    names = inputs(data=run.data) | {f"{arm}-{seed}": runs.fingerprint(folder) for arm, seed, _, folder in models}
+    recipe = runs.Recipe("evaluate", 1, {"role": role, "bootstrap": config.bootstrap}, names)
+    classes = classes_of(run.data)
+
+    def body(progress: runs.Progress) -> Facts:
+        if record is not None and not (out / "opened.json").exists():
+            runs.write_json(out / "opened.json", record)
+        facts = _score(engine, [(a, s, f) for a, s, _, f in models], run.data / role, False, out, progress)
+        rows = tables.read(out, schema=tables.PREDICTIONS)
+        for arm, seed, number, _ in models:
+            card = scorecard(rows, arm, seed, number, role, classes, config)
+            runs.write_json(run.arm(number, arm, seed) / f"scorecard-{role}.json", asdict(card))
+        return facts
+
+    run_step(out, recipe, body)
+
+
+def scorecard(rows: pa.Table, arm: str, seed: int, number: int, role: str, classes: list[str], config: cfg.Evaluate) -> Scorecard:
+    from adversa.evaluate.bootstrap import intervals
+    from adversa.evaluate.metrics import metrics
+
+    logits, labels, groups = predictions(rows, arm, seed)
+    ranges = intervals(logits, labels, groups, classes, config.bootstrap, seed_of("bootstrap", role))
+    return Scorecard(arm, seed, number, role, len(labels), metrics(logits, labels, classes), ranges)
+
+
+def predictions(rows: pa.Table, arm: str, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(logits [N, K], labels [N], groups) of one classifier, rows in order of their image ids."""
+    pc = pa.compute
+    chosen = rows.filter(pc.and_(pc.equal(rows["arm"], arm), pc.equal(rows["seed"], seed))).sort_by("id")
+    return matrix(chosen["logits"]), chosen["label"].to_numpy(), chosen["group"].to_pylist()
+
+
+def matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A list column of equal lengths to float32 [N, D]."""
+    rows = column.to_pylist()
+    return np.asarray(rows, dtype=np.float32).reshape(len(rows), -1 if rows else 0)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """float32 [N, K] to probabilities, in float64."""
+    z = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True, initial=-np.inf))
+    return z / z.sum(1, keepdims=True)

@@ -1,0 +1,1 @@
+"""Finding the real images that the classifier gets wrong, or nearly."""

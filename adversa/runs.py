@@ -1,0 +1,345 @@
+"""The run folder: where each step lies, what it was asked, whether it is finished, and what the run is doing now.
+
+Everything a person can ask about a run is answered from these files alone, without Ray and without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from adversa.tables import replace_bytes
+from adversa.types import UserError, digest
+
+RECIPE, MANIFEST, PROGRESS = "recipe.json", "manifest.json", "progress.json"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of a run. `round-00N/<arm>` of the arm `real` is always round 0: it never changes."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def denoiser(self) -> Path:
+        return self.root / "denoiser"
+
+    @property
+    def judge(self) -> Path:
+        return self.root / "judge"
+
+    @property
+    def test(self) -> Path:
+        return self.root / "test"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    def round(self, number: int, step: str = "") -> Path:
+        return self.root / f"round-{number:03d}" / step
+
+    def arm(self, number: int, arm: str, seed: int | None = None) -> Path:
+        folder = self.round(0 if arm == "real" else number) / arm
+        return folder if seed is None else folder / f"seed-{seed}"
+
+    def name_of(self, folder: Path) -> str:
+        return folder.relative_to(self.root).as_posix()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file, or None where there is none (or it is being replaced on a file system without atomic rename)."""
+    try:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """"key: old -> new" for each field that differs, dotted keys, sorted."""
+    a, b = flatten(json.loads(json.dumps(old))), flatten(json.loads(json.dumps(new)))
+    return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def open_run(root: Path, recipe: dict[str, Any], config_yaml: str) -> RunDir:
+    """Create the run folder, or check that it was made by the same recipe. UserError with the fields that differ, or why it can't be written."""
+    run = RunDir(root)
+    saved = read_json(run.recipe)
+    if saved is None:
+        if root.is_dir() and any(p for p in root.iterdir() if not p.name.startswith(".")):
+            raise UserError(f"{root} is not empty and not a run; give an empty or new folder with --run-dir")
+        with writing(root):
+            root.mkdir(parents=True, exist_ok=True)
+            replace_bytes(run.config, config_yaml.encode())
+            write_json(run.recipe, {"recipe": recipe, "created": now()})
+        return run
+    if changed := differences(saved.get("recipe", {}), recipe):
+        raise UserError(f"{root} was made by another recipe ({'; '.join(changed)}); use those values again, or another --run-dir")
+    with writing(root):
+        probe = root / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    return run
+
+
+def run_id(recipe: dict[str, Any]) -> str:
+    """The same for the same question on any machine: the recipe without the place of the data."""
+    data = {k: v for k, v in recipe["data"].items() if k != "path"}
+    return digest(json.dumps(recipe | {"data": data}, sort_keys=True), size=8)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn the faults of a file system that a user can mend into a UserError."""
+    fixes = {
+        errno.ENOSPC: "the disk is full; free some space and run the same command again, finished parts are kept",
+        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again, finished parts are kept",
+        errno.EROFS: "the file system is read-only; give a --run-dir that can be written",
+        errno.EACCES: "permission denied; give a --run-dir that can be written",
+        errno.EPERM: "permission denied; give a --run-dir that can be written",
+        errno.ENOTDIR: "a file is in the way; give another --run-dir",
+        errno.EEXIST: "a file is in the way; give another --run-dir",
+    }
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in fixes:
+            raise
+        raise UserError(f"cannot write to {e.filename or folder}: {fixes[e.errno]}") from None
+
+
+@contextlib.contextmanager
+def lock(run: RunDir) -> Iterator[None]:
+    """Hold the run for this process; the kernel lets go when the process dies, however it dies."""
+    with open(run.root / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = (read_json(run.status) or {}).get("pid", "unknown")
+            raise UserError(f"{run.root} is in use by process {pid}; wait for it, or stop it, or use another --run-dir") from None
+        yield
+
+
+def is_locked(run: RunDir) -> bool:
+    """Whether a process of this machine holds the run. Reads only."""
+    try:
+        with open(run.root / ".lock") as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+
+
+# ---- steps -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a step was asked: its own section of the configuration and the fingerprints of what it reads."""
+
+    step: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"step": self.step, "version": self.version, "config": self.config, "inputs": self.inputs}
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(json.dumps(self.to_json(), sort_keys=True))
+
+
+def begin(folder: Path, recipe: Recipe) -> bool:
+    """True where the step is finished already. Writes the recipe; UserError with the fields where another one is there."""
+    asked, saved = recipe.to_json(), read_json(folder / RECIPE)
+    if saved is None:
+        assert not (folder / MANIFEST).exists(), f"{folder} has a manifest and no recipe"
+        write_json(folder / RECIPE, asked)
+    elif changed := differences(saved, asked):
+        raise UserError(f"{folder} was made by another recipe ({'; '.join(changed)}); use those values again, or another --run-dir")
+    return is_finished(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / MANIFEST).exists()
+
+
+def finish(folder: Path, recipe: Recipe, **facts: Any) -> dict[str, Any]:
+    """Mark a step complete: the manifest is the last thing written. `facts` must hold seconds, compute_seconds, device_seconds, rows."""
+    manifest = {"step": recipe.step, "fingerprint": recipe.fingerprint, "finished": now()}
+    manifest |= {"versions": versions(), "git": git_commit(), "machine": machine()} | facts
+    (folder / PROGRESS).unlink(missing_ok=True)
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found = read_json(folder / MANIFEST)
+    assert found is not None, f"{folder} is not finished"
+    return found
+
+
+def fingerprint(folder: Path) -> str:
+    return manifest(folder)["fingerprint"]
+
+
+class Progress:
+    """Writes progress.json into a step's folder, at most twice a second: the one source of the live view and of `status`.
+
+    `elapsed` carries on from an attempt that was cut off, so that the manifest's seconds are the step's whole cost.
+    """
+
+    def __init__(self, folder: Path, interval: float = 0.5) -> None:
+        self.folder, self.interval = folder, interval
+        self.started = time.monotonic()
+        self.before = float((read_json(folder / PROGRESS) or {}).get("elapsed", 0.0))
+        self.first: tuple[float, float] | None = None  # when, and how much was done, at the first report of this attempt
+        self.written = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        t = time.monotonic()
+        if self.first is None:
+            self.first = (t, float(state.get("done", 0)))
+        if t - self.written < self.interval:
+            return
+        self.written = t
+        rate = (float(state.get("done", 0)) - self.first[1]) / (t - self.first[0]) if t > self.first[0] else 0.0
+        with writing(self.folder):
+            write_json(self.folder / PROGRESS, state | {"elapsed": self.elapsed, "rate": rate, "updated": time.time()})
+
+
+# ---- what the run is doing ----------------------------------------------------------------------------------------------
+
+
+def set_status(run: RunDir, state: str, stage: str = "", **more: Any) -> None:
+    """state: running, finished, stopped (by the user) or failed; stage: a step folder's name."""
+    with writing(run.root):
+        write_json(
+            run.status,
+            {"state": state, "stage": stage, "pid": os.getpid(), "host": socket.gethostname(), "updated": time.time()} | more,
+        )
+
+
+class Clock:
+    """Adds this command's wall time to clock.json every other second, so that time lost to a kill is counted too.
+
+    since: time.monotonic() at the start of the command; its start-up counts.
+    """
+
+    def __init__(self, run: RunDir, since: float | None = None) -> None:
+        self.path = run.root / "clock.json"
+        self.since = time.monotonic() if since is None else since
+        self.before = wall_seconds(run)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+
+    def tick(self) -> None:
+        write_json(self.path, {"wall_seconds": self.before + time.monotonic() - self.since})
+
+    def _beat(self) -> None:
+        while not self.stopped.wait(2):
+            try:
+                self.tick()
+            except OSError:
+                return  # the disk is full or gone: the step that is running says so itself
+
+    def __enter__(self) -> Clock:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+
+def wall_seconds(run: RunDir) -> float:
+    """Wall time of all commands on this run so far."""
+    return float((read_json(run.root / "clock.json") or {}).get("wall_seconds", 0.0))
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of the packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for package in ("adversa", "torch", "ray", "timm", "diffusers", "numpy", "pyarrow", "scikit-learn", "pillow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # ray and diffusers are absent where only the core is installed
+            found[package] = metadata.version(package)
+    return found
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of the checkout adversa runs from, with + when changed; None when installed."""
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "") if commit.returncode == 0 else None
+
+
+@cache
+def machine() -> dict[str, Any]:
+    return {"platform": platform.platform(), "cpus": os.cpu_count()}

@@ -1,0 +1,115 @@
+"""How each noun lies on disk: Parquet parts with a fixed schema, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+# Small row groups, so that one image can be read without decoding thousands of neighbours.
+ROW_GROUP = 256
+
+_text, _int, _real, _flag, _bytes = pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.binary()
+
+EXAMPLES = pa.schema(
+    {"id": _text, "source": _text, "label": _int, "group": _text, "patient": _text,
+     "attributes": pa.map_(_text, _text), "image": _bytes, "mask": _bytes}
+)  # fmt: skip
+HARD_CASES = pa.schema(
+    {"example": _text, "label": _int, "predicted": _int, "loss": _real, "margin": _real, "reason": _text, "rank": _int}
+)
+REQUESTS = pa.schema(
+    {"request_id": _text, "round": _int, "arm": _text, "strategy": _text, "label": _int, "example": _text,
+     "sigma_start": _real, "guidance": _real, "seed": _int}
+)  # fmt: skip
+SYNTHETIC = pa.schema(
+    {"request_id": _text, "arm": _text, "label": _int, "image": _bytes, "finite": _flag, "denoiser": _text}
+)
+VERDICTS = pa.schema(
+    {"request_id": _text, "arm": _text, "label": _int, "keep": _flag, "reason": _text, "agreement": _real,
+     "nearest": _text, "similarity": _real}
+)  # fmt: skip
+MIX = pa.schema({"id": _text, "kind": _text, "label": _int, "weight": _real})
+# One row an image and a classifier. `logits` has one entry a class, `embedding` is empty where it was not asked for.
+PREDICTIONS = pa.schema(
+    {"id": _text, "arm": _text, "seed": _int, "label": _int, "group": _text, "logits": pa.list_(pa.float32()),
+     "embedding": pa.list_(pa.float32())}
+)  # fmt: skip
+
+
+def part_name(index: int) -> str:
+    return f"part-{index:05d}.parquet"
+
+
+def to_table(rows: Iterable[object], schema: pa.Schema) -> pa.Table:
+    """Dataclasses (of the noun the schema is for) to a table."""
+    return pa.Table.from_pylist([{f.name: getattr(r, f.name) for f in dataclasses.fields(r)} for r in rows], schema=schema)
+
+
+def write_part(path: Path, table: pa.Table) -> None:
+    """Commit one part: a temporary name (hidden from readers), flushed, then renamed. A failed write leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file, or leave the old one: to a temporary name beside it, flushed, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def parts(folder: Path) -> list[Path]:
+    """The committed parts of a folder, in the order of their names."""
+    return sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
+
+
+def read(folder: Path, columns: Sequence[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
+    """All rows of a folder, parts in order. An empty folder gives an empty table of `schema` (required then)."""
+    tables = [pq.read_table(p, columns=list(columns) if columns else None) for p in parts(folder)]
+    if tables:
+        return pa.concat_tables(tables)
+    if schema is None:
+        raise FileNotFoundError(f"no parquet parts in {folder}")
+    return schema.empty_table().select(list(columns)) if columns else schema.empty_table()
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] or [H, W] to PNG (lossless)."""
+    assert image.dtype == np.uint8, image.dtype
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """The inverse of `encode_png`."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def decode_images(column: pa.ChunkedArray | Sequence[bytes]) -> np.ndarray:
+    """A column of PNGs of one size to uint8 [N, H, W, 3] (or [N, H, W] for masks)."""
+    data = column.to_pylist() if isinstance(column, pa.ChunkedArray | pa.Array) else column
+    return np.stack([decode_png(d) for d in data])

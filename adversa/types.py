@@ -1,0 +1,117 @@
+"""The nouns that steps hand to each other. Plain frozen dataclasses; `tables.py` says how each lies on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+ROLES = ("train", "mine", "select", "test")
+ARMS = ("real", "unguided", "guided")
+STRATEGIES = ("sample", "vary")
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one line: what, the value, the fix. The command exits with 2."""
+
+
+def digest(*parts: object, size: int = 16) -> str:
+    """Hex digest (2 * `size` characters) of the parts' text; parts are separated, so ("ab", "c") differs from ("a", "bc")."""
+    h = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        h.update(len(data).to_bytes(8, "little"))
+        h.update(data)
+    return h.hexdigest()
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed made from the parts: the same on any machine, in any order of calls."""
+    return int(digest(*parts, size=8), 16) >> 1
+
+
+@dataclass(frozen=True)
+class Example:
+    """A real image. `image` is lossless PNG at the run's resolution; `mask` likewise (one channel, 0 or 255) or None."""
+
+    id: str
+    source: str
+    label: int
+    group: str
+    patient: str
+    attributes: dict[str, str] = field(default_factory=dict)
+    image: bytes = b""
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True)
+class HardCase:
+    """A real image of the mine role that the classifier gets wrong, or nearly. loss in nats; margin = p[label] - max other p."""
+
+    example: str
+    label: int
+    predicted: int
+    loss: float
+    margin: float
+    reason: str  # "misclassified" or "near miss"
+    rank: int  # 0 is the first taken
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One image to paint. `example` is the hard case it starts from or stands for; None for unguided requests.
+
+    sigma_start is the EDM noise level (in units of data scaled to [-1, 1]) at which sampling starts; guidance is the
+    classifier-free scale w in  x_uncond + w (x_cond - x_uncond): 1 means no guidance.
+    """
+
+    request_id: str
+    round: int
+    arm: str
+    strategy: str
+    label: int
+    example: str | None
+    sigma_start: float
+    guidance: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class SyntheticImage:
+    request_id: str
+    arm: str
+    label: int
+    image: bytes
+    finite: bool
+    denoiser: str  # fingerprint of the denoiser that painted it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """keep, and why not when not. agreement = the judge's p[label]; similarity = largest correlation with any real image."""
+
+    request_id: str
+    arm: str
+    label: int
+    keep: bool
+    reason: str
+    agreement: float
+    nearest: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """The metrics of one classifier on one role. intervals: 95%, by a bootstrap clustered by lesion; absent where not computed."""
+
+    arm: str
+    seed: int
+    round: int
+    role: str
+    n: int
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+
+def request_id(run: str, round: int, arm: str, example: str, strategy: str, replicate: int) -> str:
+    """The id of a request: a pure function of what is asked, so that any machine, any order, any batch agrees on it."""
+    return digest(run, round, arm, example, strategy, replicate, size=10)

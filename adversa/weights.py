@@ -1,0 +1,71 @@
+"""A model is a folder: `model.safetensors` beside the `config.json` that rebuilds it. Training state is `checkpoint.pt`.
+
+Weights are read from safetensors, or with `weights_only=True`: nothing in a run folder can execute code.
+torch is imported inside the functions, so that `adversa status` never pays for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from adversa.tables import replace_bytes
+from adversa.types import UserError
+
+MODEL, CONFIG, CHECKPOINT = "model.safetensors", "config.json", "checkpoint.pt"
+
+
+def save_model(folder: Path, state: dict[str, Any], config: dict[str, Any]) -> str:
+    """Write a state dict (name -> tensor) and its config; returns the fingerprint (sha256 of the weights and the config)."""
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save({k: v.detach().cpu().contiguous() for k, v in state.items()})
+    text = json.dumps(config, indent=2, sort_keys=True)
+    replace_bytes(folder / CONFIG, text.encode())
+    replace_bytes(folder / MODEL, data)
+    return hashlib.sha256(data + text.encode()).hexdigest()[:32]
+
+
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """(state dict, config, fingerprint) of a model folder; UserError where it is not one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        data, text = (folder / MODEL).read_bytes(), (folder / CONFIG).read_bytes()
+    except OSError as e:
+        raise UserError(f"{folder} holds no model ({e.strerror}: {e.filename}); give a folder with {MODEL} and {CONFIG}") from None
+    try:
+        return load(data), json.loads(text), hashlib.sha256(data + text).hexdigest()[:32]
+    except (SafetensorError, json.JSONDecodeError) as e:
+        raise UserError(f"{folder} holds a damaged model ({e}); delete the folder and run the command again") from None
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Commit the training state (nested dicts and lists of tensors and numbers; key `step`: steps finished) by rename."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{CHECKPOINT}.{os.getpid()}"
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, folder / CHECKPOINT)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The last committed training state, on the CPU, or None."""
+    import torch
+
+    path = folder / CHECKPOINT
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def drop_checkpoint(folder: Path) -> None:
+    """Remove the training state of a finished model: the model's folder keeps only what rebuilds it."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from adversa.classify.model import build, load, to_pixels
+from adversa.classify.score import forward, make_scorer
+from adversa.config import Classifier
+from adversa.types import UserError
+from adversa.weights import save_model
+
+TINY = Classifier(model="test_resnet")
+
+
+def images(n: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3)).astype(np.uint8)
+
+
+def saved(folder: Path, config: Classifier = TINY) -> Path:
+    network = build(config, 5, 32)
+    torch.nn.init.normal_(network.head.weight)
+    save_model(folder, network.state_dict(), {"config": config.model_dump(), "num_classes": 5, "resolution": 32})
+    return folder
+
+
+def test_pixels_are_the_same_numbers_in_another_order() -> None:
+    x = images(2)
+    pixels = to_pixels(x)
+    assert pixels.shape == (2, 3, 32, 32) and pixels.is_contiguous(memory_format=torch.channels_last)
+    assert pixels[1, 2, 3, 4] == torch.tensor(x[1, 3, 4, 2] / 255, dtype=torch.float32)
+    x.flags.writeable = False
+    assert torch.equal(to_pixels(x), pixels)
+
+
+def test_normalises_by_the_models_own_statistics() -> None:
+    network = build(Classifier(model="test_efficientnet"), 3, 32).eval()
+    statistics = timm.data.resolve_model_data_config(network.trunk)
+    pixels = to_pixels(images(2))
+    mean, std = (torch.tensor(statistics[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    with torch.inference_mode():
+        logits, embedding = network(pixels)
+        assert torch.allclose(embedding, network.trunk((pixels - mean) / std), atol=1e-5)
+        assert torch.allclose(logits, network.head(embedding)) and logits.shape == (2, 3)
+
+
+def test_images_are_resized_to_input_size() -> None:
+    seen = []
+    network = build(TINY.model_copy(update={"input_size": 48}), 3, 32)
+    network.trunk.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape)))
+    network(to_pixels(images(2)))
+    assert seen == [(2, 3, 48, 48)]
+
+
+def test_an_image_scores_the_same_whatever_its_neighbours(tmp_path: Path) -> None:
+    x = images(70)
+    score = make_scorer(saved(tmp_path), embed=True)
+    logits, embedding = score(x)
+    assert logits.shape == (70, 5) and logits.dtype == embedding.dtype == np.float32 and embedding.shape[1] > 5
+    order = np.random.default_rng(1).permutation(70)
+    assert (score(x[order])[0] == logits[order]).all()
+    assert (np.concatenate([score(x[i : i + 1])[0] for i in range(5)]) == logits[:5]).all()
+    assert (score(x[60:])[1] == embedding[60:]).all()
+    assert logits.std(0).min() > 0.01  # images do differ
+
+
+def test_the_network_only_ever_sees_batches_of_one_shape() -> None:
+    # The kernels, and with them the last bit, depend on the shape; whether a small network shows it is luck.
+    seen = []
+    network = build(TINY, 5, 32).eval()
+    network.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape)))
+    for n in (1, 64, 70):
+        assert len(forward(network, images(n), True)[0]) == n
+    assert set(seen) == {(64, 3, 32, 32)}
+
+
+def test_scorer_without_embedding_and_without_images(tmp_path: Path) -> None:
+    score = make_scorer(saved(tmp_path))
+    assert score(images(3))[1].shape == (3, 0)
+    assert score(images(0))[0].shape == (0, 5) and score(images(0))[1].shape == (0, 0)
+
+
+def test_folder_gives_the_same_network_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = build(TINY, 5, 32).eval()
+    meta = {"config": TINY.model_dump(), "num_classes": 5, "resolution": 32}
+    fingerprint = save_model(tmp_path, network.state_dict(), meta)
+    before = torch.get_rng_state()
+    again, found, again_fingerprint = load(tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+    assert found == meta and fingerprint == again_fingerprint and not again.training
+    assert (forward(again, images(3), False)[0] == forward(network, images(3), False)[0]).all()
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
+    state = build(TINY, 5, 32).state_dict()
+    save_model(tmp_path, state, {"config": TINY.model_dump(), "num_classes": 6, "resolution": 32})
+    with pytest.raises(UserError, match=r"head.weight is \(5, \d+\), not \(6, \d+\)"):
+        load(tmp_path)
+    save_model(tmp_path, state, {"num_classes": 6})
+    with pytest.raises(UserError, match="no classifier this version can read"):
+        load(tmp_path)
+
+
+def test_building_leaves_batchnorm_and_mode_alone() -> None:
+    network = build(TINY, 3, 32)
+    assert network.training and network.trunk.training
+    assert all(v == 0 for k, v in network.state_dict().items() if k.endswith("num_batches_tracked"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "resnet18x"}, "no timm model; did you mean .*resnet18"),
+        ({"model_args": {"no_such": 1}}, "model_args.*no_such"),
+        ({"model": "vit_tiny_patch16_224"}, "32 px .*classifier.input_size"),
+        ({"input_size": 16}, "shrinks images of 16 px to one pixel"),
+        ({"weights": "/nowhere/x.safetensors"}, "/nowhere/x.safetensors: no readable"),
+    ],
+)
+def test_what_cannot_be_built(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as e:
+        build(Classifier(**{"model": "test_resnet", **settings}), 3, 32)
+    assert "\n" not in str(e.value)
+
+
+def test_local_weights_go_into_the_trunk_and_the_old_head_goes(tmp_path: Path) -> None:
+    source = timm.create_model("test_resnet", num_classes=10)
+    path = tmp_path / "w.safetensors"
+    save_file(source.state_dict(), path)
+    network = build(TINY.model_copy(update={"weights": str(path)}), 3, 32)
+    state = source.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in network.trunk.state_dict().items())
+
+
+def test_foreign_weights_are_refused_with_the_first_mismatches(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(timm.create_model("test_efficientnet", num_classes=10).state_dict(), path)
+    with pytest.raises(UserError, match="does not fit test_resnet: .*is missing.* more"):
+        build(TINY.model_copy(update={"weights": str(path)}), 3, 32)
+    state = timm.create_model("test_resnet").state_dict()
+    first = next(iter(state))
+    save_file({**state, first: state[first][:1].clone()}, path)
+    with pytest.raises(UserError, match=rf"{first} is \(1, .*, not "):
+        build(TINY.model_copy(update={"weights": str(path)}), 3, 32)
+
+
+def test_weights_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **more: object) -> torch.nn.Module:
+        if pretrained:
+            raise OSError("no route to host")
+        return create(name, **more)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match="from the hub .no route to host.; give a local safetensors file"):
+        build(TINY.model_copy(update={"weights": "imagenet"}), 3, 32)
