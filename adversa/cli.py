@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import signal
 import sys
 import time
@@ -28,6 +29,8 @@ RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, say data.resolution=64.")]
 Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds of mine, generate, retrain.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
+SavedRun = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="The run's folder; default: runs/demo.")]
+SavedRunDir = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="The same, as the other commands take it.")]
 EngineName = Annotated[str, typer.Option("--engine", metavar="ray|local", help="Where the work runs.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray says.")]
 
@@ -42,22 +45,18 @@ def exits(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except UserError as e:
-            _error(str(e))
+            _error("; ".join([str(e), *getattr(e, "__notes__", [])]))
             raise typer.Exit(2) from None
 
     return wrapped
 
 
 def _error(message: str) -> None:
+    """One line on stderr, word for word: no markup, no emoji codes, no wrapping."""
     from rich.console import Console
+    from rich.text import Text
 
-    Console(stderr=True).print(f"[bold red]error:[/] {_escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    Console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
 
 
 def _stage_command(name: str, text: str) -> None:
@@ -87,33 +86,33 @@ for _name, _text in {
 
 @app.command()
 @exits
-def report(run_dir: Annotated[Path, typer.Option("--run-dir", metavar="DIR", help="The run's folder.")] = Path("runs/demo")) -> None:
+def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
     """Write summary.json and report.html of a finished run again."""
     from adversa.loop import summary
     from adversa.loop.stages import stages
     from adversa.report import page
-    from adversa.runs import writing
+    from adversa.runs import lock, writing
     from adversa.types import UserError
 
-    config, run = _saved(run_dir)
-    unfinished = next((s.title for s in stages(config, run) if not s.is_finished and s.command != "report"), None)
+    config, saved = _saved(run, run_dir)
+    unfinished = next((s.title for s in stages(config, saved) if not s.is_finished and s.command != "report"), None)
     if unfinished:
-        raise UserError(f"{run_dir} is not finished ({unfinished} is next); finish it with: adversa loop {run.config} --run-dir {run_dir}")
-    with writing(run.root):
-        summary.write(config, run)
-        typer.echo(page.write(run.root))
+        fix = shlex.join(["adversa", "loop", str(saved.config), "--run-dir", str(saved.root)])
+        raise UserError(f"{saved.root} is not finished ({unfinished} is next); finish it with: {fix}")
+    with writing(saved.root), lock(saved):
+        summary.write(config, saved)
+        typer.echo(page.write(saved.root))
 
 
 @app.command()
 @exits
-def status(run_dir: Annotated[Path, typer.Argument(metavar="[RUN]", help="The run's folder.")] = Path("runs/demo")) -> None:
+def status(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
     """What a run is doing, or where it stopped; from its folder alone."""
     from rich.console import Console
 
     from adversa import console
 
-    config, run = _saved(run_dir)
-    Console().print(console.view(config, run))
+    Console().print(console.view(*_saved(run, run_dir)))
 
 
 @config_app.command()
@@ -135,14 +134,16 @@ def check(config: ConfigPath = None, set_: Overrides = None) -> None:
     typer.echo(f"{config or 'the demo'}: valid")
 
 
-def _saved(run_dir: Path) -> tuple[Config, RunDir]:
+def _saved(argument: Path | None, option: Path | None) -> tuple[Config, RunDir]:
     from adversa.config import load
     from adversa.runs import RunDir
     from adversa.types import UserError
 
-    run = RunDir(run_dir)
+    if argument and option and argument != option:
+        raise UserError(f"two run folders, {argument} and --run-dir {option}; give one")
+    run = RunDir(argument or option or Path("runs/demo"))
     if not run.config.is_file():
-        raise UserError(f"{run_dir} is not a run (it has no config.yaml); give the folder of --run-dir")
+        raise UserError(f"{run.root} is not a run (it has no config.yaml); give the folder of --run-dir")
     return load(run.config), run
 
 
@@ -181,19 +182,18 @@ def _execute(
         runs.set_status(run, "finished" if finished else "stopped")
     if finished:
         console.closing(screen, run)
-    elif worked is not None:
-        screen.print(f"{worked.title} is done in {run.root}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        text = f"{worked.title} is done in {run.root}" if worked is not None else f"{command}: nothing left to do in {run.root}"
+        screen.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _cycle(command: str, config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any) -> Any:
     from adversa import console
     from adversa.loop import cycle
-    from adversa.loop.stages import stages
     from adversa.report import page
 
     until = None if command == "loop" else command
-    todo = [s for s in stages(config, run) if not s.is_finished]
-    if not todo:
+    if not cycle.todo(config, run, until):
         return None
     with console.Watch(screen, config, run):
         engine = _engine(engine_name, config, run, verbose)
@@ -221,7 +221,7 @@ def _note_failure(run: RunDir, error: Exception) -> None:
     try:
         runs.set_status(run, "failed", error=" ".join(str(error).split())[:2000])
     except (UserError, OSError) as e:
-        _error(f"the status could not be written either: {e}")
+        error.add_note(f"status.json could not be written either ({e})")
 
 
 class _terminable:
@@ -239,8 +239,6 @@ class _terminable:
 
 
 def _again() -> str:
-    import shlex
-
     return shlex.join(["adversa", *sys.argv[1:]])
 
 

@@ -80,11 +80,13 @@ class Data(Section):
 
 class Classifier(Section):
     model: str = Field("resnet10t", description="a timm model by name")
-    model_args: dict[str, Any] = Field(default_factory=dict, description="passed on to timm.create_model")
+    model_args: dict[str, Any] = Field(
+        {"channels": [32, 64, 128, 256]}, description="passed on to timm.create_model; {} when only `model` is given"
+    )
     weights: str | None = Field(None, description="imagenet (from the hub), a local safetensors file, or null: from scratch")
     input_size: int | None = Field(None, ge=16, le=1024, description="images are resized to this before the model; null: as they are")
     steps: int = Field(600, ge=1, description="optimizer steps; the same in every arm")
-    batch_size: int = Field(128, ge=2)
+    batch_size: int = Field(64, ge=2)
     lr: float = Field(2e-3, gt=0, description="peak of AdamW's learning rate")
     weight_decay: float = Field(0.05, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate; cosine after it")
@@ -97,12 +99,21 @@ class Classifier(Section):
     evaluations: int = Field(5, ge=1, description="how often `select` is scored to choose the checkpoint")
     checkpoint_steps: int = Field(100, ge=1, description="training state is committed every so many steps")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _other_model(cls, data: Any) -> Any:
+        """Another model, and no arguments given for it: none, for the default ones are the default model's."""
+        default = cls.model_fields["model"].default
+        if isinstance(data, dict) and data.get("model", default) != default:
+            return {"model_args": {}, **data}
+        return data
+
 
 class Denoiser(Section):
-    channels: list[int] = Field([64, 128, 128], min_length=1)
+    channels: list[int] = Field([64, 80, 80], min_length=1)
     layers: int = Field(1, ge=1, description="residual blocks a level")
-    attention: bool = Field(True, description="self-attention at the coarsest level")
-    patch: int = Field(1, ge=1, le=8, description="pixels folded into channels before the UNet (space to depth)")
+    attention: bool = Field(False, description="self-attention at the coarsest level")
+    patch: int = Field(2, ge=1, le=8, description="pixels folded into channels before the UNet (space to depth)")
     weights: str | None = Field(None, description="a denoiser's folder to start from, phantom (shipped), or null: from scratch")
     steps: int = Field(2000, ge=0)
     batch_size: int = Field(64, ge=1)

@@ -65,13 +65,15 @@ def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
 
 def stage_table(config: Config, run: RunDir, state: str) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    current = next((s for s in stages(config, run) if not s.is_finished), None)
-    for stage in stages(config, run):
+    every = stages(config, run)
+    current = next((s for s in every if not s.is_finished), None)
+    for stage in every:
         if stage is not current:
             table.add_row("[green]done[/]" if stage.is_finished else "[dim]to do[/]", stage.title, _seconds(stage), "")
             continue
         active = tasks(run, stage)
-        mark = "[yellow]now[/]" if state == "running" else "[red]cut off[/]"
+        marks = {"running": "[yellow]now[/]", "failed": "[red]failed[/]", "killed": "[red]cut off[/]"}
+        mark = marks.get(state, "[cyan]cut off[/]" if active else "next")
         bar: RenderableType = ""
         if active:
             bar = ProgressBar(total=max(active[-1].total, 1), completed=active[-1].done, width=24)

@@ -116,22 +116,35 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def open_run(root: Path, recipe: dict[str, Any], config_yaml: str) -> RunDir:
     """Create the run folder, or check that it was made by the same recipe. UserError with the fields that differ, or why it can't be written."""
     run = RunDir(root)
-    saved = read_json(run.recipe)
+    with _opening(root):
+        saved = read_json(run.recipe)
     if saved is None:
         if root.is_dir() and any(p for p in root.iterdir() if not p.name.startswith(".")):
             raise UserError(f"{root} is not empty and not a run; give an empty or new folder with --run-dir")
-        with writing(root):
+        with _opening(root):
             root.mkdir(parents=True, exist_ok=True)
-            replace_bytes(run.config, config_yaml.encode())
             write_json(run.recipe, {"recipe": recipe, "created": now()})
+            replace_bytes(run.config, config_yaml.encode())
         return run
     if changed := differences(saved.get("recipe", {}), recipe):
         raise UserError(f"{root} was made by another recipe ({'; '.join(changed)}); use those values again, or another --run-dir")
-    with writing(root):
+    with _opening(root):
+        if not run.config.exists():  # killed between the two files
+            replace_bytes(run.config, config_yaml.encode())
         probe = root / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
     return run
+
+
+@contextlib.contextmanager
+def _opening(root: Path) -> Iterator[None]:
+    """Whatever a file system says against a new run folder is for the user to mend: here it can't be a fault of ours."""
+    try:
+        with writing(root):
+            yield
+    except OSError as e:
+        raise UserError(f"cannot write to {e.filename or root}: {e.strerror or e}; give another --run-dir") from None
 
 
 def run_id(recipe: dict[str, Any]) -> str:

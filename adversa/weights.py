@@ -7,8 +7,8 @@ torch is imported inside the functions, so that `adversa status` never pays for 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{CHECKPOINT}.{os.getpid()}"
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, folder / CHECKPOINT)
+    buffer = io.BytesIO()  # torch.save hides the errno of a full disk behind a RuntimeError of its own
+    torch.save(state, buffer)
+    replace_bytes(folder / CHECKPOINT, buffer.getbuffer())
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -24,3 +24,53 @@ def imagenet_weights() -> Path:
     if not path.exists():
         pytest.skip(f"no ImageNet weights at {path}: they are not part of the project")
     return path
+
+
+TINY = {
+    "data": {"source": "phantom", "resolution": 32, "part_rows": 64, "phantom": {"images": 300}},
+    "classifier": {"model_args": {}, "steps": 24, "batch_size": 32, "evaluations": 2, "checkpoint_steps": 8},
+    "denoiser": {"channels": [32, 32], "weights": None, "steps": 12, "batch_size": 16, "checkpoint_steps": 4},
+    "mine": {"budget": 12},
+    "generate": {"per_case": 2, "steps": 4, "batch_size": 8},
+    "curate": {"min_agreement": 0.1},
+    "evaluate": {"bootstrap": 200},
+    "cluster": {"training_threads": 1, "object_store_mb": 200},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Builds a checked configuration of seconds: tiny(seed=1, mine={"budget": 4})."""
+    from adversa.config import check
+
+    def build(**changes):
+        tree = {k: dict(v) for k, v in TINY.items()}
+        for key, value in changes.items():
+            tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+        return check(tree, "tiny")
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """(config, run) of a tiny run that went through undisturbed on the local engine. Read only."""
+    from adversa.loop import cycle
+    from adversa.loop.engine import LocalEngine
+    from adversa.report import page
+
+    config = tiny()
+    run = cycle.open_run(config, tmp_path_factory.mktemp("finished") / "run")
+    cycle.run(config, run, LocalEngine(1, 1), page.write)
+    return config, run
+
+
+@pytest.fixture(scope="session")
+def ray_engine(tmp_path_factory):
+    """One RayEngine for all tests marked ray."""
+    from adversa.config import Cluster
+    from adversa.distributed.engine import RayEngine
+
+    engine = RayEngine(Cluster(cpus=2, object_store_mb=200, training_threads=1), tmp_path_factory.mktemp("ray"), 32 * 32 * 3)
+    yield engine
+    engine.close()

@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 
     began = time.monotonic()
     pictures, labels, classes = render(args.images, args.seed, args.resolution)
-    print(f"{len(labels)} pictures of phantom seed {args.seed} in {time.monotonic() - began:.0f} s; training state in {work}", flush=True)
+    seconds = time.monotonic() - began
+    print(f"{len(labels)} pictures of phantom seed {args.seed} in {seconds:.0f} s; training state in {work}", flush=True)
     config = cfg.Denoiser(
         weights=None, steps=args.steps, batch_size=args.batch_size, lr=args.lr, ema=args.ema, checkpoint_steps=500
     )
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     meta["pretraining"] = {"pictures": args.images, "phantom_seed": args.seed, "steps": args.steps, "batch_size": args.batch_size}
     fingerprint = weights.save_model(args.out, half_precision(state), meta)
     size = (args.out / weights.MODEL).stat().st_size
-    print(f"{args.out}: {result['parameters']} parameters, {size / 1e6:.2f} MB, loss {result['loss']:.4f}, fingerprint {fingerprint}")
+    print(f"{args.out}: {result['parameters']} parameters, {size / 1e6:.2f} MB, loss {result['loss']:.4f}, {fingerprint}")
     if size > MOST_BYTES:
         sys.exit(f"{size} bytes are more than the {MOST_BYTES} that may be shipped; take fewer denoiser.channels")
 

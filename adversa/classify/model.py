@@ -92,7 +92,7 @@ def _trunk(config: Classifier, **more: Any) -> nn.Module:
         return timm.create_model(name, **{**config.model_args, "num_classes": 0, **more})
     except (TypeError, ValueError, AssertionError, KeyError, IndexError, RuntimeError) as e:
         what = f"classifier.model_args {config.model_args}" if config.model_args else f"classifier.model {name!r}"
-        raise UserError(f"{what}: timm cannot build {name}: {_line(e)}") from None
+        raise UserError(f"{what}: timm cannot build {name}: {_line(e)}; arguments are a model's own") from None
 
 
 def _width(trunk: nn.Module, config: Classifier, size: int) -> int:

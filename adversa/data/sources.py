@@ -6,6 +6,7 @@ A fault of the whole source (no folder, no such column, one class only) is a Use
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def list_records(config: Data) -> Listing:
         if not config.path:
             raise UserError(f"data.path is missing; data.source {config.source} needs one, say --set data.path=FOLDER")
         path = Path(config.path).expanduser().absolute()  # workers may have another working folder
-        if not path.exists():
+        if not os.path.exists(path):  # unlike Path.exists, False for a name too long as well
             raise UserError(f"data.path {path}: no such file or folder; check the spelling, or mount it")
         if config.source == "ham10000":
             records, merged = list_ham10000(path, problems)
@@ -179,7 +180,9 @@ def _folder(path: Path, config: Data, problems: Problems) -> tuple[list[Record],
         suffix = Path(name).suffix.lower()
         if any(p.startswith(".") for p in name.split("/")) or suffix in files.OTHERS:
             continue
-        if suffix not in files.PICTURES:
+        if any("\ud800" <= c <= "\udfff" for c in name):
+            problems.add(name, "its name is not valid UTF-8; rename it")
+        elif suffix not in files.PICTURES:
             problems.add(name, f"{suffix or 'no suffix'}: not a kind of picture adversa reads")
         elif not slash:
             problems.add(name, "lies beside the class folders, so it has no class")

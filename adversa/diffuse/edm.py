@@ -1,7 +1,8 @@
-"""EDM preconditioning (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models") around a diffusers UNet.
+"""EDM preconditioning around a diffusers UNet (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
+Models").
 
-A denoiser is any callable  denoiser(x [B, C, H, W], sigma [B], label int64 [B]) -> x0_hat [B, C, H, W]  in float32, images scaled to
-[-1, 1], one noise level a row. The class after the last (index num_classes) is the null class: "any of them".
+A denoiser is any callable  denoiser(x [B, C, H, W], sigma [B], label int64 [B]) -> x0_hat [B, C, H, W]  in float32, images scaled
+to [-1, 1], one noise level a row. The class after the last (index num_classes) is the null class: "any of them".
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from adversa.types import UserError
 DenoiserFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 KIND = "edm-unet2d"
-SHIPPED = Path(__file__).parent / "phantom"  # small weights pretrained on phantom pictures of another seed (tools/pretrain_phantom.py)
+SHIPPED = Path(__file__).parent / "phantom"  # pretrained on phantom pictures of another seed (tools/pretrain_phantom.py)
 ARCHITECTURE = ("channels", "layers", "attention", "patch", "sigma_data")  # config keys that must agree for weights to fit
 
 # The network's time input is TIME_SCALE * c_noise: c_noise spans about [-1, 1] and sinusoidal embeddings are made for hundreds.
@@ -77,21 +78,21 @@ def build(config: cfg.Denoiser, num_classes: int, resolution: int) -> Denoiser:
     from diffusers import UNet2DModel
 
     levels, side = len(config.channels), resolution // config.patch
-    if resolution % (config.patch * 2 ** (levels - 1)):
-        raise UserError(f"data.resolution {resolution} must be a multiple of {config.patch * 2 ** (levels - 1)} (denoiser.patch, denoiser.channels)")
+    factor = config.patch * 2 ** (levels - 1)
+    if resolution % factor:
+        raise UserError(f"data.resolution {resolution} must be a multiple of {factor} = denoiser.patch * 2^(levels - 1)")
     common = math.gcd(*config.channels)
     if common % 8:
         raise UserError(f"denoiser.channels {config.channels} must all be multiples of 8")
     # At least 16 channels a group: below that torch's channels-last kernel loses its vector width and is ten times slower in bf16.
     groups = max(d for d in range(1, 33) if common % d == 0 and min(config.channels) // d >= min(16, min(config.channels)))
     head = max(d for d in (8, 16, 32) if config.channels[-1] % d == 0)
-    plain = ["DownBlock2D"] * levels
-    up = ["UpBlock2D"] * levels
+    down, up = ["DownBlock2D"] * levels, ["UpBlock2D"] * levels
     if config.attention:
-        plain[-1], up[0] = "AttnDownBlock2D", "AttnUpBlock2D"
+        down[-1], up[0] = "AttnDownBlock2D", "AttnUpBlock2D"
     unet = UNet2DModel(
         sample_size=side, in_channels=3 * config.patch**2, out_channels=3 * config.patch**2,
-        block_out_channels=tuple(config.channels), layers_per_block=config.layers, down_block_types=tuple(plain),
+        block_out_channels=tuple(config.channels), layers_per_block=config.layers, down_block_types=tuple(down),
         up_block_types=tuple(up), add_attention=config.attention, attention_head_dim=head, norm_num_groups=groups,
         resnet_time_scale_shift="scale_shift", time_embedding_dim=2 * config.channels[0], num_class_embeds=num_classes + 1,
     )  # fmt: skip
@@ -135,12 +136,13 @@ def start_from(denoiser: Denoiser, config: cfg.Denoiser, classes: list[str], res
     state, meta, _ = weights.read_model(folder)
     if meta.get("kind") != KIND:
         raise UserError(f"denoiser.weights {config.weights} is of kind {meta.get('kind')!r}, not a denoiser ({KIND})")
-    theirs, ours = {k: meta["denoiser"].get(k) for k in ARCHITECTURE}, config.model_dump(mode="json")
+    theirs, ours = meta["denoiser"], config.model_dump(mode="json")
     pairs = [("classes", meta["classes"], list(classes)), ("resolution", meta["resolution"], resolution)]
-    pairs += [(f"denoiser.{k}", theirs[k], ours[k]) for k in ARCHITECTURE]
+    pairs += [(f"denoiser.{k}", theirs.get(k), ours[k]) for k in ARCHITECTURE]
     for name, have, want in pairs:
         if have != want:
-            raise UserError(f"denoiser.weights {config.weights} has {name} {have}, this run {want}; set denoiser.weights to null or a fitting folder")
+            mend = "set denoiser.weights to null (from scratch) or to a folder that fits"
+            raise UserError(f"denoiser.weights {config.weights} has {name} {have}, this run {want}; {mend}")
     _load_state(denoiser, state, folder)
     return config.weights
 

@@ -81,7 +81,9 @@ def learning_rate(config: cfg.Denoiser, step: int) -> float:
 def training_loss(
     denoiser: edm.DenoiserFn, x: Tensor, label: Tensor, config: cfg.Denoiser, null_label: int, generator: torch.Generator
 ) -> Tensor:
-    """Mean over the batch of  lambda(sigma) |D(x + n; sigma) - x|^2 / pixels,  ln sigma ~ N(p_mean, p_std^2)  (equation 8, Table 1).
+    """Mean over the batch of  lambda(sigma) |D(x + n; sigma) - x|^2 / pixels,  ln sigma ~ N(p_mean, p_std^2).
+
+    Karras et al. 2022, equation 8 and Table 1.
 
     x [B, 3, H, W] in [-1, 1]. All randomness is drawn on the CPU from `generator`: noise levels, noise, dropped labels, flips.
     """
@@ -140,9 +142,8 @@ def _train_step(run: dict[str, Any], batch: Batch, config: cfg.Denoiser, step: i
     value = float(loss.detach())
     if not math.isfinite(value) or not bool(torch.isfinite(norm)):
         ids = ", ".join(str(i) for i in batch["id"][:4])
-        raise UserError(
-            f"denoiser training: loss {value:g}, gradient {float(norm):g} at step {step} (images {ids}, ...); lower denoiser.lr (now {config.lr:g})"
-        )
+        where = f"loss {value:g}, gradient {float(norm):g} at step {step} (images {ids}, ...)"
+        raise UserError(f"denoiser training is not finite: {where}; lower denoiser.lr (now {config.lr:g})")
     optimizer.step()
     decay = min(config.ema, (1 + step) / (10 + step)) if run["init"] == "scratch" else config.ema
     state = denoiser.state_dict()
@@ -184,8 +185,9 @@ def sample_grid(
 ) -> np.ndarray:  # fmt: skip
     """One row of `columns` samples a class: uint8 [classes * R, columns * R, 3]."""
     generate = generate or cfg.Generate()
+    top, scale = generate.sigma_max, generate.guidance
     requests = [
-        GenerationRequest(f"{k}-{i}", 0, "unguided", "sample", k, None, generate.sigma_max, generate.guidance, seed_of("samples", seed, k, i))
+        GenerationRequest(f"{k}-{i}", 0, "unguided", "sample", k, None, top, scale, seed_of("samples", seed, k, i))
         for k in range(len(meta["classes"]))
         for i in range(columns)
     ]

@@ -27,7 +27,8 @@ def karras_sigmas(start: Tensor, sigma_min: float, rho: float, steps: int) -> Te
 def dpmpp_2m(denoiser: DenoiserFn, x: Tensor, sigmas: Tensor, label: Tensor) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), one evaluation a step, second order.
 
-    x [B, C, H, W] at sigmas[0]; sigmas [steps + 1, B] falling. The first step, and a step to 0 (where ln sigma ends), are of first order.
+    x [B, C, H, W] at sigmas[0]; sigmas [steps + 1, B] falling. The first step, and a step to 0 (where ln sigma ends), are of first
+    order.
     """
     previous: Tensor | None = None
     for i in range(len(sigmas) - 1):
@@ -36,8 +37,9 @@ def dpmpp_2m(denoiser: DenoiserFn, x: Tensor, sigmas: Tensor, label: Tensor) -> 
         ratio = _rows(after / now)  # exp(-h), h = ln(now / after)
         direction = x0
         if previous is not None:
-            # k = h / (2 h_previous); a step to 0 has h = infinity and takes k = 0, the first-order step, whose end is x0 itself.
-            k = torch.where(after > 0, (now / after.clamp(min=1e-30)).log() / (2 * (sigmas[i - 1] / now).log()), torch.zeros_like(now))
+            # k = h / (2 h_previous); a step to 0 has h = infinity and takes k = 0: the first-order step, whose end is x0 itself.
+            h, before = (now / after.clamp(min=1e-30)).log(), (sigmas[i - 1] / now).log()
+            k = torch.where(after > 0, h / (2 * before), torch.zeros_like(now))
             direction = x0 + _rows(k) * (x0 - previous)
         x = ratio * x + (1 - ratio) * direction
         previous = x0

@@ -10,9 +10,9 @@ import numpy as np
 import ray.data
 from ray.data import DataContext, ExecutionOptions
 
-from adversa.distributed.errors import user_error
 from adversa.loop.engine import Done, Make, Part, Report, Work, do_part, missing
 from adversa.loop.feed import Batch, Feed
+from adversa.types import UserError
 
 # Uncompressed bytes of a block of training batches: large enough to pay for a task, small against any object store.
 BLOCK_BYTES = 16 << 20
@@ -43,26 +43,31 @@ def map_batches(make: Make, parts: Sequence[Part], out: Path, report: Report) ->
     dataset = ray.data.from_items([{"part": p} for p in todo], override_num_blocks=len(todo))
     dataset = dataset.map_batches(_PartTask(make, out), batch_size=None)
     done = []
-    try:
-        for row in dataset.iter_rows():
-            done.append(Done(int(row["index"]), int(row["rows"]), float(row["seconds"])))
-            finished += done[-1].rows
-            report({"done": finished, "total": total, "unit": "image"})
-    except Exception as e:
-        raise user_error(e) or e from None
+    for row in dataset.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        done.append(Done(int(row["index"]), int(row["rows"]), float(row["seconds"])))
+        finished += done[-1].rows
+        report({"done": finished, "total": total, "unit": "image"})
     return sorted(done, key=lambda d: d.index)
 
 
 class _PartTask:
-    """Runs on the worker: a batch of parts to a batch of counts."""
+    """Runs on the worker: a batch of parts to a batch of counts.
+
+    What the user can mend comes home as a value: Ray Data would wrap the exception and lose which one it was.
+    """
 
     def __init__(self, make: Make, out: Path) -> None:
         self.make, self.out = make, out
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        work = made(self.make)
-        done = [do_part(work, part, self.out) for part in batch["part"]]
-        return {k: np.array([getattr(d, k) for d in done]) for k in ("index", "rows", "seconds")}
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        try:
+            work = made(self.make)
+            done = [do_part(work, part, self.out) for part in batch["part"]]
+        except UserError as e:
+            return {"index": [0], "rows": [0], "seconds": [0.0], "error": [str(e)]}
+        return {k: [getattr(d, k) for d in done] for k in ("index", "rows", "seconds")} | {"error": [""] * len(done)}
 
 
 _made: dict[bytes, Work] = {}

@@ -23,19 +23,26 @@ def open_run(config: Config, root: Path) -> RunDir:
     return runs.open_run(root, recipe_of(config), dump(config))
 
 
+def todo(config: Config, run: RunDir, until: str | None = None) -> list[Stage]:
+    """The unfinished stages up to the first of the command `until` (None: all); empty where that command has nothing left to do."""
+    left = [s for s in stages(config, run) if not s.is_finished]
+    if until is None:
+        return left
+    last = next((i for i, s in enumerate(left) if s.command == until), -1)
+    return left[: last + 1]
+
+
 def run(
     config: Config, run: RunDir, engine: Engine, report: Callable[[Path], Path], until: str | None = None, since: float | None = None
 ) -> Stage | None:
-    """Do every stage that is not finished, in order, up to the first unfinished one of the command `until`.
+    """Do the stages of `todo`, in order.
 
-    Returns the last stage it worked on (None: all was finished). The caller holds the run's lock. since: as of `runs.Clock`.
+    Returns the last stage it worked on (None: there was none). The caller holds the run's lock. since: as of `runs.Clock`.
     """
     cycle = Cycle(config, run, engine)
     worked = None
     with runs.Clock(run, since) as clock:
-        for stage in stages(config, run):
-            if stage.is_finished:
-                continue
+        for stage in todo(config, run, until):
             worked = stage
             runs.set_status(run, "running", stage.title, folders=[run.name_of(f) for f in stage.folders])
             if stage.command == "report":
@@ -44,8 +51,6 @@ def run(
                 report(run.root)
             else:
                 getattr(cycle, stage.command)(stage.round)
-            if stage.command == until:
-                break
     return worked
 
 

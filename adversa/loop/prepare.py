@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 
 from adversa import config as cfg
 from adversa import runs, tables
-from adversa.data import images, near, sources, split
+from adversa.data import files, images, near, sources, split
 from adversa.loop.engine import Engine, Part, Work
 from adversa.loop.step import Facts, cost, run_step
-from adversa.types import ROLES, UserError
+from adversa.types import ROLES, UserError, digest
 
 # A decoded image on its way to its role: an Example plus what the split needs to know about its look.
 DECODED = pa.schema([*tables.EXAMPLES, ("class", pa.string()), ("phash", pa.uint64()), ("thumb", pa.binary()), ("problem", pa.string())])
@@ -38,6 +38,7 @@ def _prepare(engine: Engine, config: cfg.Data, out: Path, progress: runs.Progres
     chunks = [listing.records[i : i + config.part_rows] for i in range(0, len(listing.records), config.part_rows)]
     parts = [Part(i, len(c), {"records": c}) for i, c in enumerate(chunks)]
     staging = out / "decoded"
+    _begin(staging, digest(*chunks))
     done = engine.map_batches(partial(make_decode, config, listing.classes), parts, staging, progress)
 
     look = pa.concat_tables(pq.read_table(p, columns=LOOK) for p in tables.parts(staging))
@@ -54,6 +55,15 @@ def _prepare(engine: Engine, config: cfg.Data, out: Path, progress: runs.Progres
     runs.write_json(out / "leaks.json", leaks)
     shutil.rmtree(staging)
     return cost(done, engine.workers()) | {"rows": len(rows), "fingerprint": split_hash, "problems": len(problems)}
+
+
+def _begin(staging: Path, listing: str) -> None:
+    """Keep the decoded parts of a cut-off attempt only where the source lists the same records: a user may have mended it since."""
+    if runs.read_json(staging / "listing.json") != {"listing": listing}:
+        for folder in (staging, *(staging.parent / role for role in ROLES)):
+            if folder.exists():
+                shutil.rmtree(folder)
+        runs.write_json(staging / "listing.json", {"listing": listing})
 
 
 def make_decode(config: cfg.Data, classes: list[str]) -> Work:
@@ -83,6 +93,8 @@ def _roles(
     """id -> (role, merged group), and the leak report: what was merged or dropped, and why."""
     readable = [r for r in look.drop_columns(["problem"]).filter(pa.compute.is_null(look["problem"])).to_pylist()]
     rows, copies = _drop_copies(config, readable, problems)
+    if not rows:
+        raise UserError(f"data.path {config.path}: none of the {len(look)} pictures can be used ({_first(problems)}); mend them")
     groups = [r["group"] for r in rows]
     pairs = [(a, b) for a, b, _ in known]
     similar: list[Any] = []
@@ -107,6 +119,10 @@ def _roles(
         "groups_after": len(set(final)),
     }
     return {r["id"]: (role, g) for r, role, g in zip(rows, roles, final, strict=True)}, leaks
+
+
+def _first(problems: list[dict[str, str]]) -> str:
+    return f"{files.printable(problems[0]['source'])}: {problems[0]['problem']}, and {len(problems) - 1} more"
 
 
 def _drop_copies(

@@ -44,9 +44,7 @@ def stream(start: int = 0, stop_at: int | None = None) -> Iterator[Batch]:
 
 
 def run(out: Path, batches: Iterator[Batch], config: Classifier = RECIPE, seed: int = 0) -> dict[str, float]:
-    return fit(
-        batches, config=config, num_classes=3, resolution=32, out=out, seed=seed, select=lambda: [batch(10**6, 30)]
-    )
+    return fit(batches, config=config, num_classes=3, resolution=32, out=out, seed=seed, select=lambda: [batch(10**6, 30)])
 
 
 def lines(out: Path) -> list[dict[str, float]]:

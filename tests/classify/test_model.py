@@ -128,6 +128,14 @@ def test_what_cannot_be_built(settings: dict[str, object], message: str) -> None
     assert "\n" not in str(e.value)
 
 
+def test_the_default_arguments_are_the_default_models_own() -> None:
+    assert Classifier().model_args and Classifier(model="resnet10t").model_args == Classifier().model_args
+    assert Classifier(model="test_resnet").model_args == {}
+    assert Classifier(model="resnet18", model_args={"layers": [1, 1, 1, 1]}).model_args == {"layers": [1, 1, 1, 1]}
+    network = build(Classifier(), 3, 32)
+    assert sum(p.numel() for p in network.parameters()) < 1.5e6 and network.head.in_features == 256
+
+
 def test_local_weights_go_into_the_trunk_and_the_old_head_goes(tmp_path: Path) -> None:
     source = timm.create_model("test_resnet", num_classes=10)
     path = tmp_path / "w.safetensors"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ def test_input_and_target_have_unit_variance_at_every_noise_level() -> None:
     s = 0.37
     g = torch.Generator().manual_seed(0)
     for sigma in (0.01, 0.3, 1.0, 20.0):
-        y, n = s * torch.randn(200_000, generator=g, dtype=torch.float64), sigma * torch.randn(200_000, generator=g, dtype=torch.float64)
+        y, n = torch.randn(2, 200_000, generator=g, dtype=torch.float64) * torch.tensor([[s], [sigma]])
         c = edm.coefficients(torch.tensor(sigma, dtype=torch.float64), s)
         assert float((c.inp * (y + n)).var()) == pytest.approx(1, rel=0.02)
         assert float(((y - c.skip * (y + n)) / c.out).var()) == pytest.approx(1, rel=0.02)
@@ -84,7 +86,7 @@ def test_an_impossible_architecture_is_refused(change: dict[str, object], word: 
         edm.build(TINY.model_copy(update=change), 3, 16)
 
 
-def test_load_gives_back_what_was_saved(tmp_path) -> None:  # noqa: ANN001
+def test_load_gives_back_what_was_saved(tmp_path: Path) -> None:
     torch.manual_seed(1)
     denoiser = edm.build(TINY, 3, 16)
     fingerprint = weights.save_model(tmp_path, denoiser.state_dict(), edm.describe(TINY, CLASSES, 16, init="scratch"))
@@ -96,7 +98,7 @@ def test_load_gives_back_what_was_saved(tmp_path) -> None:  # noqa: ANN001
         edm.load(tmp_path)
 
 
-def test_weights_that_do_not_fit_the_run_are_refused(tmp_path) -> None:  # noqa: ANN001
+def test_weights_that_do_not_fit_the_run_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(1)
     denoiser = edm.build(TINY, 3, 16)
     weights.save_model(tmp_path, {k: v.half() for k, v in denoiser.state_dict().items()}, edm.describe(TINY, CLASSES, 16))

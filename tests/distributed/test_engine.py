@@ -1,0 +1,109 @@
+"""RayEngine against LocalEngine: the same ids, the same noise, the same images, the same weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from adversa import runs, tables
+from adversa.loop import cycle
+from adversa.loop.engine import LocalEngine, Part
+from adversa.loop.feed import Feed
+from adversa.loop.stages import stages
+from adversa.report import page
+from adversa.types import UserError
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def by_ray(tiny, ray_engine, tmp_path_factory):
+    """The run of `finished`, on Ray."""
+    config = tiny()
+    run = cycle.open_run(config, tmp_path_factory.mktemp("by-ray") / "run")
+    cycle.run(config, run, ray_engine, page.write)
+    return run
+
+
+def same(a, b, folder, columns):
+    one, other = tables.read(a.root / folder, columns), tables.read(b.root / folder, columns)
+    return len(one) > 0 and one.equals(other)
+
+
+@pytest.mark.slow
+def test_ray_and_local_ask_for_the_same_and_paint_the_same(finished, by_ray):
+    config, local = finished
+    assert runs.fingerprint(local.data) == runs.fingerprint(by_ray.data)
+    for role in ("train", "mine", "select", "test"):
+        assert same(local, by_ray, f"data/{role}", ["id", "group", "image"])
+    assert same(local, by_ray, "round-001/requests", None)
+    assert same(local, by_ray, "round-001/synthetic", ["request_id", "image"])
+    assert same(local, by_ray, "round-001/verdicts", ["request_id", "keep", "reason"])
+
+
+@pytest.mark.slow
+def test_ray_and_local_train_the_same_weights(finished, by_ray):
+    config, local = finished
+    for stage in stages(config, local):
+        for folder in stage.folders:
+            if (folder / "model.safetensors").exists():
+                name = local.name_of(folder)
+                assert runs.fingerprint(folder) == runs.fingerprint(by_ray.root / name), name
+
+
+@pytest.mark.slow
+def test_ray_and_local_report_the_same_figures(finished, by_ray):
+    _, local = finished
+    assert runs.read_json(local.summary)["arms"] == runs.read_json(by_ray.summary)["arms"]
+
+
+def make_failing(message):
+    def work(part, path):
+        raise UserError(message)
+
+    return work
+
+
+def test_a_fault_the_user_can_mend_comes_home_from_ray_data(ray_engine, tmp_path):
+    with pytest.raises(UserError, match="^picture 7 is truncated; replace it$"):
+        ray_engine.map_batches(partial(make_failing, "picture 7 is truncated; replace it"), [Part(0, 1)], tmp_path, lambda s: None)
+
+
+def test_a_fault_the_user_can_mend_comes_home_from_ray_train_and_nothing_is_lost(finished, ray_engine, tiny, tmp_path):
+    """A learning rate that explodes: one line that names the step, no model, and what was finished before stays."""
+    config = tiny(classifier={"lr": 1e30}, mix={"arms": ["real"]})
+    run = cycle.open_run(config, tmp_path / "run")
+    with pytest.raises(UserError, match="step") as e:
+        cycle.run(config, run, ray_engine, page.write)
+    assert "\n" not in str(e.value)
+    assert runs.is_finished(run.data) and not runs.is_finished(run.arm(0, "real", 0) / "classifier")
+
+
+def test_the_stream_keeps_the_feeds_order(finished, ray_engine):
+    from adversa.distributed import stream
+
+    _, run = finished
+    feed = Feed((run.data / "train",), 16, run.arm(0, "real") / "mix", steps=40, balance=0.5, seed=1)
+    dataset = stream.training_dataset(feed, 7, 3_000_000)  # a few batches a block: several blocks, out of order if nothing keeps it
+    dataset.context.execution_options = stream.ordered()
+    streamed = list(stream.batches(dataset)())
+    assert len(streamed) == 33
+    for got, asked in zip(streamed, feed.batches(7), strict=True):
+        assert got["id"] == asked["id"] and np.array_equal(got["image"], asked["image"]) and np.array_equal(got["label"], asked["label"])
+
+
+def test_a_short_last_batch_comes_out_short(finished, ray_engine):
+    from adversa.distributed import stream
+
+    _, run = finished
+    feed = Feed((run.data / "select",), 16)
+    dataset = stream.training_dataset(feed, 0, 3072)
+    dataset.context.execution_options = stream.ordered()
+    assert [len(b["id"]) for b in stream.batches(dataset)()] == [len(b["id"]) for b in feed.batches()]
+
+
+def test_engines_offer_the_same_methods(ray_engine):
+    for name in ("map_batches", "map_parts", "fit", "workers", "close"):
+        assert callable(getattr(ray_engine, name)) and callable(getattr(LocalEngine(), name))

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+
+from adversa import runs
+from adversa.loop.engine import Done
+from adversa.loop.step import cost, run_step
+from adversa.types import UserError
+
+
+def recipe(**config):
+    return runs.Recipe("demo", 1, config, {"data": "f00"})
+
+
+def test_a_finished_step_is_not_done_again(tmp_path):
+    calls = []
+
+    def body(progress):
+        calls.append(1)
+        return {"rows": 3}
+
+    run_step(tmp_path / "s", recipe(a=1), body)
+    run_step(tmp_path / "s", recipe(a=1), body)
+    assert calls == [1]
+    assert runs.manifest(tmp_path / "s")["rows"] == 3
+
+
+def test_another_recipe_is_refused_with_the_fields_that_differ(tmp_path):
+    run_step(tmp_path / "s", recipe(a=1, b={"c": 2}), lambda p: {"rows": 0})
+    with pytest.raises(UserError, match=r"config\.b\.c: 2 -> 3") as e:
+        run_step(tmp_path / "s", recipe(a=1, b={"c": 3}), lambda p: {"rows": 0})
+    assert "config.a" not in str(e.value)
+
+
+def test_a_step_that_fails_has_no_manifest_and_is_done_again(tmp_path):
+    def fails(progress):
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        run_step(tmp_path / "s", recipe(a=1), fails)
+    assert not runs.is_finished(tmp_path / "s")
+    run_step(tmp_path / "s", recipe(a=1), lambda p: {"rows": 1})
+    assert runs.is_finished(tmp_path / "s")
+
+
+def test_the_fingerprint_follows_the_recipe_unless_the_step_gives_its_own(tmp_path):
+    run_step(tmp_path / "a", recipe(a=1), lambda p: {"rows": 0})
+    run_step(tmp_path / "b", recipe(a=2), lambda p: {"rows": 0})
+    run_step(tmp_path / "c", recipe(a=1), lambda p: {"rows": 0, "fingerprint": "abc"})
+    assert runs.fingerprint(tmp_path / "a") != runs.fingerprint(tmp_path / "b")
+    assert runs.fingerprint(tmp_path / "c") == "abc"
+
+
+def test_cost_shares_parts_among_no_more_workers_than_parts():
+    done = [Done(0, 1, 2.0), Done(1, 1, 4.0)]
+    assert cost(done, 1) == {"compute_seconds": 6.0, "device_seconds": 6.0}
+    assert cost(done, 8) == {"compute_seconds": 3.0, "device_seconds": 6.0}
+    assert cost([], 8) == {"compute_seconds": 0.0, "device_seconds": 0}
