@@ -38,8 +38,8 @@ class Task:
         return (self.total - self.done) / self.rate if self.rate > 0 else None
 
     def line(self) -> str:
-        text = f"{self.name}: {self.done:.0f} of {self.total:.0f} {self.unit}s, {self.rate:.1f} {self.unit}s/s"
-        return text + (f", {clock(self.eta)} left" if self.eta is not None else "")
+        text = f"{self.name}: {self.done:.0f} of {self.total:.0f} {self.unit}s"
+        return text + (f", {self.rate:.1f} {self.unit}s/s, {clock(self.eta)} left" if self.eta is not None else "")
 
 
 def tasks(run: RunDir, stage: Stage) -> list[Task]:

@@ -302,14 +302,18 @@ class Clock:
         self.path = run.root / "clock.json"
         self.since = time.monotonic() if since is None else since
         self.before = wall_seconds(run)
+        self.writing = threading.Lock()  # two threads must not share the temporary name
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
 
     def tick(self) -> None:
-        write_json(self.path, {"wall_seconds": self.before + time.monotonic() - self.since})
+        with self.writing:
+            write_json(self.path, {"wall_seconds": self.before + time.monotonic() - self.since})
 
     def _beat(self) -> None:
-        while not self.stopped.wait(2):
+        stopped = False
+        while not stopped:
+            stopped = self.stopped.wait(2)
             try:
                 self.tick()
             except OSError:

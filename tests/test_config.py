@@ -1,0 +1,121 @@
+"""The border where a user's YAML enters."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from adversa import config
+from adversa.types import UserError
+
+CONFIGS = sorted((config.packaged("demo.yaml").parent).glob("*.yaml"))
+
+
+def fault(tree):
+    with pytest.raises(UserError) as e:
+        config.check(tree, "my.yaml")
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def written(folder, text):
+    (folder / "c.yaml").write_text(text)
+    return folder / "c.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_packaged_configurations_are_valid_once_they_have_a_path(path):
+    source = (yaml.safe_load(path.read_text()).get("data") or {}).get("source", "phantom")
+    config.load(path, [] if source == "phantom" else ["data.path=somewhere"])
+
+
+def test_a_dumped_configuration_reads_back_as_itself(tmp_path):
+    c = config.check({"seed": 3, "data": {"resolution": 64}, "curate": {"judge": {"steps": 7}}}, "x")
+    assert config.load(written(tmp_path, config.dump(c))) == c
+
+
+@pytest.mark.parametrize(
+    ("tree", "key", "near"),
+    [
+        ({"data": {"resolutoin": 64}}, "data.resolutoin", "data.resolution"),
+        ({"clasifier": {}}, "clasifier", "classifier"),
+        ({"data": {"split": {"tets": 0.1}}}, "data.split.tets", "data.split.test"),
+        ({"lr": 1}, "lr", "classifier.lr"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(tree, key, near):
+    assert f"unknown key {key}; did you mean {near}?" in fault(tree)
+
+
+def test_every_fault_is_told_at_once_with_its_value():
+    text = fault({"data": {"resolution": 33}, "mine": {"budget": -2}, "bogus_key": 1})
+    assert text.startswith("my.yaml: ")
+    assert "data.resolution = 33" in text and "mine.budget = -2" in text and "bogus_key" in text
+
+
+@pytest.mark.parametrize(
+    ("tree", "text"),
+    [
+        ({"data": {"source": "folder"}}, "data.path is missing"),
+        ({"data": {"split": {"train": 0.9}}}, "add up to 1"),
+        ({"mix": {"arms": ["guided"]}}, "must contain real"),
+        ({"generate": {"sigma_start": 99}}, "sigma_start 99"),
+        ({"generate": {"sigma_min": 50}}, "sigma_min 50"),
+        ({"data": {"resolution": 40}, "denoiser": {"channels": [8, 8, 8, 8]}}, "multiple of"),
+        ({"classifier": {"lr": float("nan")}}, "classifier.lr"),
+    ],
+)
+def test_values_that_do_not_go_together(tree, text):
+    assert text in fault(tree)
+
+
+def test_set_overrides_and_is_parsed_as_yaml(tmp_path):
+    path = written(tmp_path, "data: {resolution: 32}\nclassifier:\n")
+    c = config.load(path, ["data.resolution=64", "classifier.lr=1e-4", "mix.arms=[real, guided]", "classifier.weights=null"], seed=5)
+    assert (c.data.resolution, c.classifier.lr, c.mix.arms, c.classifier.weights, c.seed) == (64, 1e-4, ["real", "guided"], None, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("data.resolution", "write key.sub=value"),
+        ("=3", "write key.sub=value"),
+        ("seed.sub=3", "seed is not a section"),
+        ("data.path=[", "not valid YAML"),
+        ("data.resolutoin=64", "did you mean data.resolution"),
+    ],
+)
+def test_a_bad_set(tmp_path, override, text):
+    with pytest.raises(UserError, match=text):
+        config.load(written(tmp_path, "seed: 1\n"), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("- a\n- b\n", "holds a list"), ("a: [", "not valid YAML"), ("\xff\xfe", "cannot read|not valid YAML|unknown|holds a str")],
+)
+def test_a_file_that_is_no_configuration(tmp_path, text, what):
+    (tmp_path / "c.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=what):
+        config.load(tmp_path / "c.yaml")
+
+
+def test_no_file_a_folder_and_an_empty_file(tmp_path):
+    with pytest.raises(UserError, match="no configuration at"):
+        config.load(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="cannot read"):
+        config.load(tmp_path)
+    assert config.load(written(tmp_path, "")) == config.Config()
+
+
+def test_keys_names_every_section_and_leaf():
+    keys = config.keys()
+    assert {"seed", "data", "data.split.test", "curate.judge.lr", "cluster.attempts"} <= set(keys)
+    for section in ("data", "classifier", "denoiser", "mine", "generate", "curate", "mix", "evaluate", "cluster"):
+        assert section in keys
+
+
+def test_another_model_does_not_get_the_default_models_arguments():
+    assert config.check({"classifier": {"model": "resnet18"}}, "x").classifier.model_args == {}
+    given = config.check({"classifier": {"model": "resnet18", "model_args": {"drop_rate": 0.1}}}, "x")
+    assert given.classifier.model_args == {"drop_rate": 0.1}

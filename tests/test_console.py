@@ -1,0 +1,166 @@
+"""What a person is shown: `status` from the folder alone, the live view, the plain log, the last lines."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from adversa import console, runs
+from adversa.loop.stages import stages, trained
+
+
+@pytest.fixture
+def config(tiny):
+    return tiny()
+
+
+@pytest.fixture
+def run(tmp_path):
+    return runs.open_run(tmp_path / "run", {}, "")
+
+
+def finish(config, run, *commands):
+    """Mark stages as finished, as cheaply as `status` looks at them."""
+    for stage in stages(config, run):
+        if commands and stage.command not in commands:
+            continue
+        for folder in stage.folders:
+            if folder.suffix:
+                folder.write_text("{}")
+            else:
+                runs.write_json(folder / runs.MANIFEST, {"seconds": 61.0, "metrics": {"select_balanced_accuracy": 0.5}})
+
+
+def text(renderable, width=140):
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(renderable)
+    return out.getvalue()
+
+
+def lines(config, run):
+    return [line.split() for line in text(console.view(config, run)).splitlines()]
+
+
+def test_never_started(config, run):
+    shown = lines(config, run)
+    assert "not started" in " ".join(shown[0])
+    assert shown[1][:2] == ["next", "prepare"] and all(words[:2] == ["to", "do"] for words in shown[2:9])
+
+
+def test_running_shows_the_step_its_rate_and_what_is_left(config, run):
+    finish(config, run, "prepare")
+    folder = run.denoiser
+    runs.write_json(folder / runs.PROGRESS, {"done": 5, "total": 20, "unit": "step", "rate": 0.5, "elapsed": 10.0})
+    with runs.lock(run):
+        runs.set_status(run, "running", "train")
+        shown = text(console.view(config, run))
+    assert "running" in shown.splitlines()[0]
+    assert shown.splitlines()[1].split() == ["done", "prepare", "1", "min", "01", "s"]
+    assert "now    train" in shown and "denoiser: 5 of 20 steps, 0.5 steps/s, 30 s left" in shown
+
+
+def test_a_step_without_a_rate_yet_promises_nothing(config, run):
+    runs.write_json(run.data / runs.PROGRESS, {"done": 0, "total": 20, "unit": "image", "rate": 0.0, "elapsed": 0.1})
+    task = console.tasks(run, stages(config, run)[0])[0]
+    assert task.eta is None and task.line() == "data: 0 of 20 images"
+
+
+def test_a_finished_step_is_no_task_even_with_progress_left_behind(config, run):
+    runs.write_json(run.data / runs.PROGRESS, {"done": 0, "total": 20, "rate": 0.0, "elapsed": 0.1})
+    finish(config, run, "prepare")
+    assert console.tasks(run, stages(config, run)[0]) == []
+
+
+def test_killed_is_told_from_running_by_the_lock(config, run):
+    finish(config, run, "prepare")
+    with runs.lock(run):
+        runs.set_status(run, "running", "train")
+        assert console.state_of(run)[0] == "running"
+    shown = text(console.view(config, run))
+    assert console.state_of(run)[0] == "killed"
+    assert "killed" in shown.splitlines()[0] and "cut off train" in shown and "running" not in shown
+
+
+def test_stopped_between_stages_and_within_one(config, run):
+    finish(config, run, "prepare")
+    runs.set_status(run, "stopped")
+    assert lines(config, run)[2][:2] == ["next", "train"]
+    runs.write_json(run.denoiser / runs.PROGRESS, {"done": 5, "total": 20, "rate": 0.5, "elapsed": 10.0})
+    assert lines(config, run)[2][:3] == ["cut", "off", "train"]
+
+
+def test_failed_says_why_word_for_word(config, run):
+    runs.set_status(run, "failed", error="[red]x.jpg[/]: truncated :bug:; mend it")
+    shown = text(console.view(config, run))
+    assert "failed prepare" in shown and "[red]x.jpg[/]: truncated :bug:; mend it" in shown
+
+
+def test_an_error_of_an_earlier_attempt_is_not_shown_again(config, run):
+    runs.set_status(run, "failed", error="old trouble")
+    runs.set_status(run, "stopped")
+    assert "old trouble" not in text(console.view(config, run))
+
+
+def test_finished_shows_every_stage_done_and_every_score(config, run):
+    finish(config, run)
+    runs.set_status(run, "finished")
+    for folder in [f for n in (0, 1) for f in trained(config, run, n)]:
+        runs.write_json(folder / runs.MANIFEST, {"seconds": 1.0, "metrics": {"select_balanced_accuracy": 0.5}})
+        runs.write_json(folder.parent / "scorecard-test.json", {"metrics": {"balanced_accuracy": 0.875}})
+    shown = lines(config, run)
+    assert "finished" in shown[0] and all(words[0] == "done" for words in shown[1 : 1 + len(stages(config, run))])
+    assert text(console.view(config, run)).count("0.875") == 3
+    for arm in ("round-000/real", "round-001/unguided", "round-001/guided"):
+        assert f"{arm}/seed-0" in text(console.view(config, run))
+
+
+def test_the_score_on_select_is_shown_before_anything_else_is_known(config, run):
+    folder = trained(config, run, 0)[0]
+    runs.write_json(folder / runs.MANIFEST, {"seconds": 1.0, "metrics": {"best_step": 4, "select_balanced_accuracy": 0.625}})
+    assert ["round-000/real/seed-0", "0.625", "-", "-"] in lines(config, run)
+
+
+def test_a_view_writes_nothing(config, run):
+    before = {p: p.stat().st_mtime_ns for p in run.root.rglob("*")}
+    text(console.view(config, run))
+    assert {p: p.stat().st_mtime_ns for p in run.root.rglob("*")} == before
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_watch_follows_a_run_on_a_terminal_and_in_a_log(config, run, terminal):
+    out = io.StringIO()
+    with console.Watch(Console(file=out, width=120, force_terminal=terminal), config, run):
+        runs.set_status(run, "running", "prepare")
+        runs.write_json(run.data / runs.PROGRESS, {"done": 3, "total": 9, "unit": "image", "rate": 1.0, "elapsed": 3.0})
+        time.sleep(0.7)
+    shown = out.getvalue()
+    assert "prepare" in shown
+    assert ("3 of 9 images" in shown) if terminal else ("\x1b" not in shown and "prepare: data" in shown)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(None, "?"), (0, "0 s"), (59.9, "59 s"), (60, "1 min 00 s"), (3599, "59 min 59 s"), (3660, "1 h 01 min")]
+)
+def test_clock(seconds, said):
+    assert console.clock(seconds) == said
+
+
+def test_closing_tells_before_and_after_and_the_verdict(run):
+    card = {"balanced_accuracy": 0.5, "accuracy": 0.6}
+    runs.write_json(
+        run.summary,
+        {
+            "arms": {"real": {"test": card, "mine": {"balanced_accuracy": 0.25}}},
+            "intervals": {"real": {"test": {"balanced_accuracy": [0.4, 0.6]}}},
+            "used": {"real": 0}, "generated": 5, "accepted": 3, "rejected": {"near copy": 2},
+            "verdict_sentence": "Not shown: +0.1 [-0.1, +0.3].", "notes": ["one seed [an arm]"],
+        },
+    )  # fmt: skip
+    out = io.StringIO()
+    console.closing(Console(file=out, width=160, color_system=None), run)
+    for part in ("0.500 [0.400, 0.600]", "0.600", "0.250", "2 near copy", "Not shown: +0.1 [-0.1, +0.3].", "note: one seed [an arm]"):
+        assert part in out.getvalue()
+    assert str(run.root / "report.html") in out.getvalue()

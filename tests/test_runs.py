@@ -1,0 +1,203 @@
+"""The run folder: recipes, the lock, progress, the clock, and the faults of a file system."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from adversa import runs
+from adversa.runs import RunDir
+from adversa.types import UserError
+
+RECIPE = {"seed": 0, "data": {"resolution": 32, "path": None}, "mix": {"arms": ["real", "guided"]}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return runs.open_run(tmp_path / "run", RECIPE, "seed: 0\n")
+
+
+def message(call, *args):
+    with pytest.raises(UserError) as e:
+        call(*args)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_opens_again_with_the_same_recipe(run):
+    assert runs.open_run(run.root, RECIPE, "seed: 0\n") == run
+    assert not [p for p in run.root.iterdir() if p.name not in ("config.yaml", "run.json")]
+
+
+def test_another_recipe_is_refused_with_each_field_that_differs(run):
+    other = {"seed": 1, "data": {"resolution": 64, "path": None}, "mix": {"arms": ["real"]}, "rounds": 2}
+    text = message(runs.open_run, run.root, other, "")
+    for part in ("seed: 0 -> 1", "data.resolution: 32 -> 64", "mix.arms: ['real', 'guided'] -> ['real']", "rounds: absent -> 2"):
+        assert part in text
+    assert "data.path" not in text and "--run-dir" in text
+    assert run.config.read_text() == "seed: 0\n"
+
+
+def test_differences_do_not_see_what_json_does_not_keep():
+    assert runs.differences({"a": (1, 2), "b": {}}, {"a": [1, 2], "b": {}}) == []
+    assert runs.differences({"a": {}}, {"a": {"b": 1}}) == ["a: {} -> absent", "a.b: absent -> 1"]
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert "is not empty and not a run" in message(runs.open_run, tmp_path, RECIPE, "")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_kill_between_the_two_files_of_a_new_run_is_mended(run):
+    run.config.unlink()
+    runs.open_run(run.root, RECIPE, "seed: 0\n")
+    assert run.config.read_text() == "seed: 0\n"
+
+
+def test_a_run_id_does_not_depend_on_where_the_data_lie():
+    moved = RECIPE | {"data": RECIPE["data"] | {"path": "/elsewhere"}}
+    assert runs.run_id(moved) == runs.run_id(RECIPE)
+    assert runs.run_id(RECIPE | {"seed": 1}) != runs.run_id(RECIPE)
+
+
+def test_begin_checks_the_recipe_and_finish_is_the_last_word(tmp_path):
+    recipe = runs.Recipe("score", 1, {"a": {"b": 2}}, {"data": "f00"})
+    assert runs.begin(tmp_path, recipe) is False and runs.begin(tmp_path, recipe) is False
+    runs.finish(tmp_path, recipe, rows=3)
+    assert runs.begin(tmp_path, recipe) is True
+    assert runs.manifest(tmp_path)["rows"] == 3 and runs.fingerprint(tmp_path) == recipe.fingerprint
+    assert "inputs.data: f00 -> f11" in message(runs.begin, tmp_path, runs.Recipe("score", 1, {"a": {"b": 2}}, {"data": "f11"}))
+
+
+# ---- faults of a file system ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "fix"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only"), (errno.EACCES, "permission denied")],
+)
+def test_writing_names_the_place_and_the_fix(tmp_path, code, fix):
+    def fails(name):
+        with runs.writing(tmp_path):
+            raise OSError(code, os.strerror(code), name)
+
+    assert f"cannot write to {tmp_path / 'part'}" in message(fails, str(tmp_path / "part"))
+    assert f"cannot write to {tmp_path}" in message(fails, None) and fix in message(fails, None)
+
+
+def test_writing_lets_our_own_faults_through(tmp_path):
+    with pytest.raises(FileNotFoundError), runs.writing(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "no such file", "model")
+
+
+def test_places_where_no_run_can_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file/run", tmp_path / ("n" * 300)):
+        assert "another --run-dir" in message(runs.open_run, place, RECIPE, "")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize("place", ["/proc/adversa/run", "/sys/run"])
+def test_a_file_system_that_takes_no_files(place):
+    assert "--run-dir" in message(runs.open_run, runs.Path(place), RECIPE, "")
+
+
+def test_a_run_that_has_become_read_only_is_told_before_anything_is_done(run, monkeypatch):
+    def read_only(self, *a, **k):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(runs.Path, "touch", read_only)
+    assert "the file system is read-only; give a --run-dir that can be written" in message(runs.open_run, run.root, RECIPE, "")
+
+
+def test_a_torn_or_foreign_json_file_reads_as_none(tmp_path):
+    (tmp_path / "a").write_text('{"done": 1')
+    (tmp_path / "b").write_text("[1]")
+    assert [runs.read_json(tmp_path / n) for n in ("a", "b", "none", "a/below")] == [None] * 4
+
+
+# ---- the lock ------------------------------------------------------------------------------------------------------------
+
+HOLD = "import sys, time; from adversa import runs; r = runs.RunDir(runs.Path(sys.argv[1]))\n"
+HOLD += "with runs.lock(r):\n    runs.set_status(r, 'running'); print('held', flush=True); time.sleep(60)"
+
+
+def test_a_second_process_is_refused_and_a_killed_one_lets_go(run):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run.root)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert runs.is_locked(run)
+        with pytest.raises(UserError, match=f"in use by process {holder.pid}; wait for it"), runs.lock(run):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        assert not runs.is_locked(run)
+        with runs.lock(run):
+            assert runs.is_locked(run)
+        assert not runs.is_locked(run)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+def test_a_folder_that_was_never_locked_is_not_locked(tmp_path):
+    assert not runs.is_locked(RunDir(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- progress and the clock ------------------------------------------------------------------------------------------------
+
+
+def test_progress_carries_the_elapsed_time_over_a_kill(tmp_path):
+    runs.write_json(tmp_path / runs.PROGRESS, {"done": 5, "total": 10, "elapsed": 100.0, "rate": 1.0})
+    progress = runs.Progress(tmp_path)
+    assert 100 <= progress.elapsed < 101
+    progress({"done": 6, "total": 10, "unit": "step"})
+    saved = runs.read_json(tmp_path / runs.PROGRESS)
+    assert saved["done"] == 6 and 100 <= saved["elapsed"] < 101
+
+
+def test_progress_counts_the_rate_from_this_attempt_alone_and_is_written_seldom(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    progress = runs.Progress(tmp_path, interval=0.5)
+    progress({"done": 50, "total": 100})  # a resumed step begins at 50
+    now[0] += 0.25
+    progress({"done": 55, "total": 100})
+    assert runs.read_json(tmp_path / runs.PROGRESS)["done"] == 50
+    now[0] += 1.75
+    progress({"done": 60, "total": 100})
+    saved = runs.read_json(tmp_path / runs.PROGRESS)
+    assert (saved["done"], saved["rate"], saved["elapsed"]) == (60, 5.0, 2.0)
+
+
+def test_the_clock_adds_up_over_commands_and_counts_start_up(run):
+    for _ in range(2):
+        with runs.Clock(run, since=time.monotonic() - 10) as clock:
+            clock.tick()
+    assert 20 <= runs.wall_seconds(run) < 21
+    assert runs.wall_seconds(RunDir(run.root / "none")) == 0
+
+
+def test_the_clock_holds_what_passed_when_the_command_fails(run):
+    with pytest.raises(RuntimeError), runs.Clock(run, since=time.monotonic() - 7):
+        raise RuntimeError
+    assert 7 <= runs.wall_seconds(run) < 8
+
+
+def test_status_is_whole_json_with_the_process(run):
+    runs.set_status(run, "running", "prepare", folders=["data"])
+    status = json.loads(run.status.read_text())
+    assert (status["state"], status["stage"], status["pid"], status["folders"]) == ("running", "prepare", os.getpid(), ["data"])

@@ -1,0 +1,107 @@
+"""Kill a run with -9, process tree and all, at five points; the same command must finish it, like an undisturbed run.
+
+    python tools/kill_and_resume.py --run-dir RUN --undisturbed OTHER_RUN -- adversa loop configs/demo.yaml
+
+Prints a line a kill, then what is equal and what is not; exit code 1 where anything differs or finished work was done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from adversa import tables
+
+# (name, what must be there before the kill): in the middle of a part of the work, never at its edge.
+POINTS = {
+    "prepare: some images decoded": "data/decoded/part-*.parquet",
+    "train: denoiser at a checkpoint": "denoiser/checkpoint.pt",
+    "train: first classifier begun": "round-000/real/seed-0/classifier/progress.json",
+    "generate: some images painted": "round-001/synthetic/part-*.parquet",
+    "retrain: an arm begun": "round-001/guided/seed-0/classifier/progress.json",
+}
+
+
+def kill_at(command: list[str], run: Path, pattern: str, timeout: float = 1200) -> float:
+    """Start the command, kill its tree as soon as a file matches; seconds it lived. RuntimeError if it ended before."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any(run.glob(pattern)):
+        if process.poll() is not None:
+            raise RuntimeError(f"the command ended with {process.returncode} before {pattern} appeared")
+        if time.monotonic() - started > timeout:
+            kill_tree(process.pid)
+            raise RuntimeError(f"no {pattern} within {timeout:.0f} s")
+        time.sleep(0.02)
+    kill_tree(process.pid)
+    process.wait()
+    return time.monotonic() - started
+
+
+def kill_tree(pid: int) -> None:
+    """kill -9 of a process and all that descend from it, found before the first dies."""
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue  # it went with its parent
+
+
+def finished_files(run: Path) -> dict[Path, int]:
+    """Committed parts and models, with the time of their last change. Staging and the training state may go."""
+    files = [*run.rglob("part-*.parquet"), *run.rglob("model.safetensors"), *run.rglob("manifest.json")]
+    return {p: p.stat().st_mtime_ns for p in files if "decoded" not in p.parts and (p.parent / "manifest.json").exists()}
+
+
+def results(run: Path) -> dict[str, object]:
+    """What must not depend on how a run was carried out."""
+    verdicts = tables.read(run / "round-001/verdicts").to_pylist()
+    synthetic = tables.read(run / "round-001/synthetic", ["request_id", "image"]).to_pylist()
+    return {
+        "split hash": json.loads((run / "summary.json").read_text())["split_hash"],
+        "request ids": sorted(tables.read(run / "round-001/requests", ["request_id"])["request_id"].to_pylist()),
+        "images": {r["request_id"]: r["image"] for r in synthetic},
+        "accepted": sorted(v["request_id"] for v in verdicts if v["keep"]),
+        "metrics": json.loads((run / "summary.json").read_text())["arms"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", dest="run", type=Path, required=True)
+    parser.add_argument("--undisturbed", type=Path, required=True)
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    command = [*args.command[args.command[0] == "--" :], "--run-dir", str(args.run)]
+    faults: list[str] = []
+    kept: dict[str, dict[Path, int]] = {}
+    for name, pattern in POINTS.items():
+        lived = kill_at(command, args.run, pattern)
+        before = finished_files(args.run)
+        print(f"killed after {lived:5.1f} s at {name}; {len(before)} finished files", flush=True)
+        kept[name] = before
+    started = time.monotonic()
+    code = subprocess.call(command, stdout=subprocess.DEVNULL)
+    print(f"finished by the same command in {time.monotonic() - started:.1f} s, exit code {code}")
+    for name, before in kept.items():
+        redone = [str(p) for p, t in before.items() if not p.exists() or p.stat().st_mtime_ns != t]
+        if redone:
+            faults.append(f"done again after the kill at {name}: {', '.join(redone[:3])}")
+    ours, theirs = results(args.run), results(args.undisturbed)
+    for key in ours:
+        equal = ours[key] == theirs[key]
+        print(f"{key}: {'equal' if equal else 'DIFFERENT'} ({len(ours[key])})")
+        faults += [] if equal else [key]
+    if code or faults:
+        sys.exit("; ".join(faults) or f"exit code {code}")
+
+
+if __name__ == "__main__":
+    main()
