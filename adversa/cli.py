@@ -173,7 +173,9 @@ def _execute(
         except KeyboardInterrupt as stop:
             runs.set_status(run, "stopped")
             code = 143 if stop.args == ("SIGTERM",) else 130
-            screen.print(f"stopped; everything finished is kept. Resume with: {_again()}", highlight=False, markup=False, soft_wrap=True)
+            screen.print(
+                f"stopped; everything finished is kept. Resume with: {_again()}", highlight=False, markup=False, soft_wrap=True
+            )
             raise typer.Exit(code) from None
         except Exception as e:
             _note_failure(run, e)

@@ -72,7 +72,10 @@ class Data(Section):
     group_regex: str | None = Field(None, description="folder source: first capture group, searched in the path, is the group")
     grouped: bool = Field(True, description="false ignores lesions in the split; for showing the leak, never for results")
     near_duplicate_bits: int = Field(
-        8, ge=-1, le=16, description="pictures whose 64-bit perceptual hashes differ in at most so many bits, and look alike, are one group; -1: off"
+        8,
+        ge=-1,
+        le=16,
+        description="pictures whose 64-bit perceptual hashes differ in at most so many bits, and look alike, are one group; -1: off",
     )
     split: Split = Split()
     part_rows: int = Field(512, ge=1, description="images a Parquet part")
@@ -84,7 +87,9 @@ class Classifier(Section):
         {"channels": [32, 64, 128, 256]}, description="passed on to timm.create_model; {} when only `model` is given"
     )
     weights: str | None = Field(None, description="imagenet (from the hub), a local safetensors file, or null: from scratch")
-    input_size: int | None = Field(None, ge=16, le=1024, description="images are resized to this before the model; null: as they are")
+    input_size: int | None = Field(
+        None, ge=16, le=1024, description="images are resized to this before the model; null: as they are"
+    )
     steps: int = Field(600, ge=1, description="optimizer steps; the same in every arm")
     batch_size: int = Field(64, ge=2)
     lr: float = Field(2e-3, gt=0, description="peak of AdamW's learning rate")
@@ -157,7 +162,9 @@ class Generate(Section):
         if not self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max {self.sigma_max:g}")
         if not self.sigma_min < self.sigma_start <= self.sigma_max:
-            raise ValueError(f"sigma_start {self.sigma_start:g} must lie in (sigma_min, sigma_max] = ({self.sigma_min:g}, {self.sigma_max:g}]")
+            raise ValueError(
+                f"sigma_start {self.sigma_start:g} must lie in (sigma_min, sigma_max] = ({self.sigma_min:g}, {self.sigma_max:g}]"
+            )
         return self
 
 
@@ -207,7 +214,9 @@ class Config(Section):
     def _fits(self) -> Config:
         factor = self.denoiser.patch * 2 ** (len(self.denoiser.channels) - 1)
         if self.data.resolution % factor:
-            raise ValueError(f"data.resolution {self.data.resolution} must be a multiple of denoiser.patch * 2^(levels - 1) = {factor}")
+            raise ValueError(
+                f"data.resolution {self.data.resolution} must be a multiple of denoiser.patch * 2^(levels - 1) = {factor}"
+            )
         if self.data.source != "phantom" and not self.data.path:
             raise ValueError(f"data.path is missing; data.source {self.data.source} needs one, say --set data.path=FOLDER")
         if "real" not in self.mix.arms:
@@ -221,7 +230,9 @@ def packaged(name: str) -> Path:
     for folder in (here / "configs", here.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"no packaged configuration {name}; known: {', '.join(sorted(p.name for p in (here.parent / 'configs').glob('*.yaml')))}")
+    raise UserError(
+        f"no packaged configuration {name}; known: {', '.join(sorted(p.name for p in (here.parent / 'configs').glob('*.yaml')))}"
+    )
 
 
 def load(path: Path | None, overrides: list[str] | tuple[str, ...] = (), **top: Any) -> Config:
@@ -302,4 +313,8 @@ def _explain(err: dict[str, Any]) -> str:
         ][:1]  # fmt: skip
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; `adversa config show` lists the keys")
     message = err["msg"].removeprefix("Value error, ")
-    return f"{key} = {err['input']!r}: {message}" if key and not isinstance(err["input"], dict) else f"{key + ': ' if key else ''}{message}"
+    return (
+        f"{key} = {err['input']!r}: {message}"
+        if key and not isinstance(err["input"], dict)
+        else f"{key + ': ' if key else ''}{message}"
+    )

@@ -92,7 +92,8 @@ def score_table(config: Config, run: RunDir) -> Table | None:
             if manifest is None:
                 continue
             cards = [runs.read_json(folder.parent / f"scorecard-{role}.json") for role in ("mine", "test")]
-            values = [manifest["metrics"].get("balanced_accuracy"), *(c and c["metrics"]["balanced_accuracy"] for c in cards)]
+            select = manifest["metrics"].get("select_balanced_accuracy")
+            values = [select, *(c and c["metrics"]["balanced_accuracy"] for c in cards)]
             table.add_row(run.name_of(folder.parent), *("-" if v is None else f"{v:.3f}" for v in values))
     return table if table.row_count else None
 
@@ -160,7 +161,14 @@ def closing(console: Console, run: RunDir) -> None:
     if summary is None:
         return
     table = Table(title="before and after (test: opened once; mine: optimistic)", title_justify="left", box=None, pad_edge=False)
-    for column in ("arm", "test balanced accuracy", "test accuracy", "test macro AUROC", "mine balanced accuracy", "synthetic images"):
+    for column in (
+        "arm",
+        "test balanced accuracy",
+        "test accuracy",
+        "test macro AUROC",
+        "mine balanced accuracy",
+        "synthetic images",
+    ):
         table.add_column(column)
     for arm, roles in summary["arms"].items():
         test, interval = roles["test"], summary["intervals"][arm]["test"].get("balanced_accuracy")
@@ -182,7 +190,9 @@ def clock(seconds: float | None) -> str:
     if seconds is None:
         return "?"
     minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    )
 
 
 def _seconds(stage: Stage) -> str:

@@ -108,7 +108,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """"key: old -> new" for each field that differs, dotted keys, sorted."""
+    """ "key: old -> new" for each field that differs, dotted keys, sorted."""
     a, b = flatten(json.loads(json.dumps(old))), flatten(json.loads(json.dumps(new)))
     return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
@@ -126,7 +126,15 @@ def open_run(root: Path, recipe: dict[str, Any], config_yaml: str) -> RunDir:
             write_json(run.recipe, {"recipe": recipe, "created": now()})
             replace_bytes(run.config, config_yaml.encode())
         return run
-    if changed := differences(saved.get("recipe", {}), recipe):
+    changed = differences(saved.get("recipe", {}), recipe)
+    if changed and not any(root.rglob(MANIFEST)) and not is_locked(run):
+        # Nothing is finished, so nothing is lost: a setting that stopped the first step may be mended in place.
+        with _opening(root):
+            for stale in root.rglob(RECIPE):
+                stale.unlink()
+            write_json(run.recipe, {"recipe": recipe, "created": now()})
+            replace_bytes(run.config, config_yaml.encode())
+    elif changed:
         raise UserError(f"{root} was made by another recipe ({'; '.join(changed)}); use those values again, or another --run-dir")
     with _opening(root):
         if not run.config.exists():  # killed between the two files
@@ -177,11 +185,17 @@ def writing(folder: Path) -> Iterator[None]:
 def lock(run: RunDir) -> Iterator[None]:
     """Hold the run for this process; the kernel lets go when the process dies, however it dies."""
     with open(run.root / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = (read_json(run.status) or {}).get("pid", "unknown")
-            raise UserError(f"{run.root} is in use by process {pid}; wait for it, or stop it, or use another --run-dir") from None
+        for tries_left in (4, 3, 2, 1, 0):  # `status` holds a shared lock for a moment
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if tries_left == 0:
+                    pid = (read_json(run.status) or {}).get("pid", "unknown")
+                    raise UserError(
+                        f"{run.root} is in use by process {pid}; wait for it, or stop it, or use another --run-dir"
+                    ) from None
+                time.sleep(0.05)
         yield
 
 

@@ -29,9 +29,7 @@ REQUESTS = pa.schema(
     {"request_id": _text, "round": _int, "arm": _text, "strategy": _text, "label": _int, "example": _text,
      "sigma_start": _real, "guidance": _real, "seed": _int}
 )  # fmt: skip
-SYNTHETIC = pa.schema(
-    {"request_id": _text, "arm": _text, "label": _int, "image": _bytes, "finite": _flag, "denoiser": _text}
-)
+SYNTHETIC = pa.schema({"request_id": _text, "arm": _text, "label": _int, "image": _bytes, "finite": _flag, "denoiser": _text})
 VERDICTS = pa.schema(
     {"request_id": _text, "arm": _text, "label": _int, "keep": _flag, "reason": _text, "agreement": _real,
      "nearest": _text, "similarity": _real}

@@ -71,7 +71,8 @@ def test_values_that_do_not_go_together(tree, text):
 
 def test_set_overrides_and_is_parsed_as_yaml(tmp_path):
     path = written(tmp_path, "data: {resolution: 32}\nclassifier:\n")
-    c = config.load(path, ["data.resolution=64", "classifier.lr=1e-4", "mix.arms=[real, guided]", "classifier.weights=null"], seed=5)
+    sets = ["data.resolution=64", "classifier.lr=1e-4", "mix.arms=[real, guided]", "classifier.weights=null"]
+    c = config.load(path, sets, seed=5)
     assert (c.data.resolution, c.classifier.lr, c.mix.arms, c.classifier.weights, c.seed) == (64, 1e-4, ["real", "guided"], None, 5)
 
 

@@ -63,9 +63,8 @@ def test_arrow_and_torch_say_which_error_a_full_disk_is(tmp_path, monkeypatch):
         weights.save_checkpoint(tmp_path, {"step": 1, "model": {"w": torch.zeros(100_000)}})
     with pytest.raises(UserError, match="disk is full"), runs.writing(tmp_path):
         tables.replace_bytes(tmp_path / "x.json", b"x" * 100_000)
-    with pytest.raises(OSError) as e:
-        with pa.OSFile("/dev/full", "wb") as sink:  # by a handle: pyarrow deletes a path that it failed to write
-            pq.write_table(ROWS, sink)
+    with pytest.raises(OSError) as e, pa.OSFile("/dev/full", "wb") as sink:  # a handle: pyarrow deletes a path it failed on
+        pq.write_table(ROWS, sink)
     assert e.value.errno == errno.ENOSPC
     assert files(tmp_path) == []
 

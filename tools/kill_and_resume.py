@@ -21,8 +21,8 @@ from adversa import tables
 # (name, what must be there before the kill): in the middle of a part of the work, never at its edge.
 POINTS = {
     "prepare: some images decoded": "data/decoded/part-*.parquet",
-    "train: denoiser at a checkpoint": "denoiser/checkpoint.pt",
     "train: first classifier begun": "round-000/real/seed-0/classifier/progress.json",
+    "train: denoiser at a checkpoint": "denoiser/checkpoint.pt",
     "generate: some images painted": "round-001/synthetic/part-*.parquet",
     "retrain: an arm begun": "round-001/guided/seed-0/classifier/progress.json",
 }

@@ -78,8 +78,7 @@ def acceptance(found: Iterable[Verdict], classes: Sequence[str]) -> dict[str, di
     """
     found = list(found)
     counts: dict[str, dict[str, dict[str, Any]]] = {
-        arm: {name: {"generated": 0, "accepted": 0, "rejected": {}} for name in classes}
-        for arm in sorted({v.arm for v in found})
+        arm: {name: {"generated": 0, "accepted": 0, "rejected": {}} for name in classes} for arm in sorted({v.arm for v in found})
     }
     for v in sorted(found, key=lambda v: REASONS.index(v.reason)):
         row = counts[v.arm][classes[v.label]]

@@ -77,6 +77,4 @@ def read(uri: str) -> bytes:
     try:
         return Reader()(uri)
     except OSError as e:
-        raise UserError(
-            f"cannot read {uri.partition(':')[2]}: {e.strerror or e}; check the file and its permissions"
-        ) from None
+        raise UserError(f"cannot read {uri.partition(':')[2]}: {e.strerror or e}; check the file and its permissions") from None

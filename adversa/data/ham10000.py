@@ -29,9 +29,7 @@ def list_ham10000(path: Path, problems: Problems) -> tuple[list[Record], list[tu
             images.setdefault(stem, name)  # some distributions hold the same folder twice
     table = next((n for n in HAM_METADATA if n in names), None)
     if table is None:
-        raise UserError(
-            f"data.path {path} holds no HAM10000_metadata.csv; put the metadata beside the folders of images"
-        )
+        raise UserError(f"data.path {path} holds no HAM10000_metadata.csv; put the metadata beside the folders of images")
     rows = read_csv(read(table), table, ("image_id", "lesion_id", "dx"), problems)
     records, listed = [], set()
     for row in rows:

@@ -118,9 +118,7 @@ def _decode(record: Record, config: Data, reader: Reader) -> Decoded:
     if mask is not None:
         if mask.size != image.size:
             mask = mask.resize(image.size, Image.Resampling.NEAREST)
-        small = np.where(np.asarray(square(mask, side, config.crop, Image.Resampling.BOX)) >= 128, 255, 0).astype(
-            np.uint8
-        )
+        small = np.where(np.asarray(square(mask, side, config.crop, Image.Resampling.BOX)) >= 128, 255, 0).astype(np.uint8)
     thumb = np.asarray(image.convert("L").resize((THUMB, THUMB), Image.Resampling.BOX))
     return Decoded(
         record=record,

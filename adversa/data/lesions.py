@@ -42,9 +42,7 @@ def lesion(rng: np.random.Generator, label: str, mode: str, u: Array, v: Array, 
     return painter(rng, u, v, a, b, px)
 
 
-def _outline(
-    rng: np.random.Generator, u: Array, v: Array, radius: float, uneven: float, soft: float
-) -> tuple[Array, Array]:
+def _outline(rng: np.random.Generator, u: Array, v: Array, radius: float, uneven: float, soft: float) -> tuple[Array, Array]:
     """(inside in [0, 1], depth: 1 at the centre, 0 at the border, < 0 outside). `uneven` drives harmonics 2 to 9."""
     ratio = np.exp(rng.normal(0, 0.10 + 0.25 * uneven))
     u, v = u * np.sqrt(ratio), v / np.sqrt(ratio)
@@ -86,9 +84,7 @@ def _melanoma(rng: np.random.Generator, u: Array, v: Array, a: Array, b: Array, 
     Browns, black blotches, blue-white veil, pale regression, streaks at one side.
     """
     stage = rng.beta(1.2, 1.3)  # early ones look like atypical nevi
-    inside, depth = _outline(
-        rng, u, v, rng.uniform(0.42, 0.66) + 0.12 * stage, 0.2 + 0.5 * stage, rng.uniform(0.12, 0.4)
-    )
+    inside, depth = _outline(rng, u, v, rng.uniform(0.42, 0.66) + 0.12 * stage, 0.2 + 0.5 * stage, rng.uniform(0.12, 0.4))
     lean = rng.uniform(0, 2 * np.pi)
     side = u * np.cos(lean) + v * np.sin(lean)
     melanin = rng.uniform(0.7, 1.2) + (0.3 + 1.3 * stage) * draw.step(a + 1.2 * side, 1.2) * rng.uniform(0.6, 1.4)
@@ -100,10 +96,7 @@ def _melanoma(rng: np.random.Generator, u: Array, v: Array, a: Array, b: Array, 
     streaks = draw.step(spokes - 0.4, 1.0) * draw.step(side - 0.1, 0.5)
     rim = np.clip(inside + 0.8 * stage * streaks * draw.step(depth + 0.16, 0.2) * (1 - inside), 0, 1)
     veil = (
-        draw.step(rng.uniform(0, 0.9) * stage + 0.5 * a + 0.2 * b - 1.1 * side - 0.5, 0.9)
-        * inside
-        * rng.uniform(0.2, 0.9)
-        * stage
+        draw.step(rng.uniform(0, 0.9) * stage + 0.5 * a + 0.2 * b - 1.1 * side - 0.5, 0.9) * inside * rng.uniform(0.2, 0.9) * stage
     )
     pale = draw.step(0.8 * a + 0.4 * b + 1.4 * side - rng.uniform(1.0, 1.8), 1.2) * inside * 0.5 * (rng.random() < 0.6)
     blood = rng.uniform(0.1, 0.5) * inside * draw.step(-a, 1.5)
@@ -117,20 +110,14 @@ def _amelanotic(rng: np.random.Generator, u: Array, v: Array, a: Array, b: Array
     side = u * np.cos(lean) + v * np.sin(lean)
     blood = rng.uniform(0.3, 0.9) * (1 + 0.4 * a) * inside
     n = int(rng.integers(14, 30))
-    blood = (
-        blood + 0.9 * draw.dots(u, v, draw.disc_points(rng, n, 0.5), rng.uniform(0.015, 0.03, n), 0.02 + px) * inside
-    )
+    blood = blood + 0.9 * draw.dots(u, v, draw.disc_points(rng, n, 0.5), rng.uniform(0.015, 0.03, n), 0.02 + px) * inside
     pale = rng.uniform(0.15, 0.4) * draw.step(b + 0.2, 1.0) * inside
     n = int(rng.integers(4, 8))
     angle = np.where(rng.random(n) < 0.5, lean, lean + np.pi / 2) + rng.normal(0, 0.1, n)
     start = draw.disc_points(rng, n, 0.35)
     lines = draw.arcs(u, v, px, start, angle, np.zeros(n), rng.uniform(0.15, 0.35, n), np.full(n, 0.013))
-    melanin = (
-        rng.uniform(0.3, 0.8) * draw.step(side - rng.uniform(0.25, 0.45), 0.2) * draw.step(0.35 - depth, 0.3) * inside
-    )
-    return Layers(
-        melanin, np.maximum(blood, 0), np.zeros_like(u), np.clip(pale + 0.35 * lines * inside, 0, 0.8)
-    ), inside
+    melanin = rng.uniform(0.3, 0.8) * draw.step(side - rng.uniform(0.25, 0.45), 0.2) * draw.step(0.35 - depth, 0.3) * inside
+    return Layers(melanin, np.maximum(blood, 0), np.zeros_like(u), np.clip(pale + 0.35 * lines * inside, 0, 0.8)), inside
 
 
 def _keratosis(rng: np.random.Generator, u: Array, v: Array, a: Array, b: Array, px: float) -> tuple[Layers, Array]:
@@ -156,9 +143,7 @@ def _carcinoma(rng: np.random.Generator, u: Array, v: Array, a: Array, b: Array,
     inside, depth = _outline(rng, u, v, rng.uniform(0.4, 0.65), rng.uniform(0.1, 0.4), rng.uniform(0.25, 0.5))
     trunks = int(rng.integers(1, 5))
     angle = rng.uniform(0, 2 * np.pi, trunks)
-    start = -np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(0.35, 0.6, (trunks, 1)) + rng.normal(
-        0, 0.12, (trunks, 2)
-    )
+    start = -np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(0.35, 0.6, (trunks, 1)) + rng.normal(0, 0.12, (trunks, 2))
     bend, length = rng.normal(0, 0.7, trunks), rng.uniform(0.5, 0.9, trunks)
     twigs = 3 * trunks
     of, t = (
@@ -179,9 +164,7 @@ def _carcinoma(rng: np.random.Generator, u: Array, v: Array, a: Array, b: Array,
     blood = (rng.uniform(0.2, 0.6) * (1 + 0.3 * a) + rng.uniform(0.6, 1.3) * vessels) * draw.step(depth + 0.15, 0.4)
     n = int(rng.integers(0, 7))
     nests = draw.dots(u + 0.05 * b, v + 0.05 * a, draw.disc_points(rng, n, 0.42), rng.uniform(0.05, 0.12, n), 0.08)
-    ulcer = draw.dots(u + 0.04 * a, v, draw.disc_points(rng, 1, 0.25), rng.uniform(0.06, 0.13, 1), 0.05) * (
-        rng.random() < 0.35
-    )
+    ulcer = draw.dots(u + 0.04 * a, v, draw.disc_points(rng, 1, 0.25), rng.uniform(0.06, 0.13, 1), 0.05) * (rng.random() < 0.35)
     brown = rng.uniform(0.4, 1.1) * (rng.random() < 0.25)  # the pigmented kind
     melanin = (0.12 + brown * draw.step(a + 0.3, 1.5)) * inside + 0.7 * ulcer
     return Layers(melanin, blood + 1.4 * ulcer, 0.65 * nests * inside, 0.18 * inside * draw.step(b, 1.0)), inside
@@ -193,9 +176,7 @@ def _vascular(rng: np.random.Generator, u: Array, v: Array, a: Array, b: Array, 
     inside, depth = _outline(rng, u, v, radius, rng.uniform(0, 0.25), rng.uniform(0.1, 0.3))
     n = int(rng.integers(9, 22))
     lacunae = draw.dots(u, v, draw.disc_points(rng, n, 0.85 * radius), rng.uniform(0.2, 0.4, n) * radius, 0.08)
-    clot = draw.dots(u, v, draw.disc_points(rng, 2, 0.6 * radius), rng.uniform(0.2, 0.4, 2) * radius, 0.08) * (
-        rng.random() < 0.4
-    )
+    clot = draw.dots(u, v, draw.disc_points(rng, 2, 0.6 * radius), rng.uniform(0.2, 0.4, 2) * radius, 0.08) * (rng.random() < 0.4)
     blood = (rng.uniform(0.3, 0.8) + rng.uniform(0.4, 1.3) * lacunae + 0.15 * a) * inside
     melanin = (0.1 + 1.3 * clot + rng.uniform(0, 0.3) * lacunae) * inside
     veil = rng.uniform(0, 0.25) * lacunae * inside

@@ -36,9 +36,7 @@ class ImageTable:
             for group in range(file.num_row_groups):
                 for row, id_ in enumerate(file.read_row_group(group, columns=[key]).column(0).to_pylist()):
                     if id_ in self._place:
-                        raise UserError(
-                            f"{path} holds the id {id_} a second time; delete the folder's parts and run again"
-                        )
+                        raise UserError(f"{path} holds the id {id_} a second time; delete the folder's parts and run again")
                     self._place[id_] = (len(self._files), group, row)
         self._files.append(path)
 
@@ -62,9 +60,7 @@ class ImageTable:
             raise ValueError("fetch needs at least one id")
         missing = [i for i in ids if i not in self._place]
         if missing:
-            raise UserError(
-                f"no image with the id {missing[0]} in {self._files[0].parent if self._files else 'an empty table'}"
-            )
+            raise UserError(f"no image with the id {missing[0]} in {self._files[0].parent if self._files else 'an empty table'}")
         wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for position, id_ in enumerate(ids):
             file, group, row = self._place[id_]
@@ -104,13 +100,7 @@ def draw_order(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
     longer `count` only continues the sequence.
     """
     weights = np.asarray(weights, np.float64)
-    if (
-        weights.ndim != 1
-        or not len(weights)
-        or not np.isfinite(weights).all()
-        or (weights < 0).any()
-        or weights.sum() <= 0
-    ):
+    if weights.ndim != 1 or not len(weights) or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
         raise ValueError("weights must be one or more finite numbers >= 0, not all 0")
     n = len(weights)
     edges = np.cumsum(weights) / weights.sum() * n

@@ -62,9 +62,7 @@ def near_identical(
     correlates by at least `correlation`. Of many equal pictures only a chain of pairs is given. `bits` < 0: none.
     """
     n = len(ids)
-    assert len(set(ids)) == n == len(groups) == len(phashes) == len(thumbs), (
-        "ids are unique and all lists are of one length"
-    )
+    assert len(set(ids)) == n == len(groups) == len(phashes) == len(thumbs), "ids are unique and all lists are of one length"
     if bits < 0 or n < 2:
         return []
     order = np.array(sorted(range(n), key=lambda i: ids[i]))  # the answer must not depend on the order of rows

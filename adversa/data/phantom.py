@@ -113,9 +113,7 @@ def _artefacts(
     n = int(rng.poisson(hairy))
     angle = rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.5, n)
     start = rng.uniform(-0.9, 0.9, (n, 2)) - 1.2 * np.stack([np.cos(angle), np.sin(angle)], 1)
-    hair = draw.arcs(
-        x, y, px, start, angle, rng.normal(0, 0.25, n), rng.uniform(1.6, 3.2, n), rng.uniform(0.008, 0.016, n)
-    )
+    hair = draw.arcs(x, y, px, start, angle, rng.normal(0, 0.25, n), rng.uniform(1.6, 3.2, n), rng.uniform(0.008, 0.016, n))
     blond = type_ in ("I", "II") and rng.random() < 0.35
     colour = np.array([0.42, 0.28, 0.14]) if blond else np.array([0.035, 0.025, 0.02])
     light = light + (0.75 * hair)[..., None] * (colour - light)
@@ -131,11 +129,7 @@ def _artefacts(
         tick = rng.uniform(0.10, 0.14)
         phase = (along / tick) % 1
         major = np.floor(along / tick) % 5 == 0
-        line = (
-            (np.minimum(phase, 1 - phase) * tick < 0.008 + px / 4)
-            & (across < np.where(major, 0.22, 0.12))
-            & (across > 0.03)
-        )
+        line = (np.minimum(phase, 1 - phase) * tick < 0.008 + px / 4) & (across < np.where(major, 0.22, 0.12)) & (across > 0.03)
         light = light + (0.65 * line)[..., None] * (0.04 - light)
     lamp = 1 + rng.normal(0, 0.05) * x + rng.normal(0, 0.05) * y
     balance = np.exp(rng.normal(0.08, 0.07) + rng.normal(0, 0.035, 3))

@@ -71,9 +71,7 @@ def read_csv(data: bytes, name: str, needed: Iterable[str], problems: Problems) 
         raise UserError(f"{name} has two columns named {twice[0]}; rename one")
     if missing := [c for c in needed if c not in header]:
         known = ", ".join(files.printable(c) for c in header)
-        raise UserError(
-            f"{name} has no column {missing[0]}; it has {known}; set data.columns to the names in use, null for none"
-        )
+        raise UserError(f"{name} has no column {missing[0]}; it has {known}; set data.columns to the names in use, null for none")
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(header):

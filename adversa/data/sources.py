@@ -45,9 +45,7 @@ def list_records(config: Data) -> Listing:
     return Listing(records, classes, merged, list(problems))
 
 
-def _classes(
-    records: list[Record], config: Data, empty: list[str], problems: Problems
-) -> tuple[list[Record], list[str]]:
+def _classes(records: list[Record], config: Data, empty: list[str], problems: Problems) -> tuple[list[Record], list[str]]:
     """Records of known classes, and the classes: config.labels in its order, or those found, sorted."""
     wanted = config.labels
     if wanted is not None:
@@ -55,9 +53,7 @@ def _classes(
             raise UserError(f"data.labels {wanted} names a class twice; name each once")
         for r in records:
             if r.label not in wanted:
-                problems.add(
-                    r.source, f"unknown label {files.printable(r.label)!r}; data.labels has {', '.join(wanted)}"
-                )
+                problems.add(r.source, f"unknown label {files.printable(r.label)!r}; data.labels has {', '.join(wanted)}")
         records = [r for r in records if r.label in wanted]
     found = {r.label for r in records}
     for label in dict.fromkeys([*(wanted or []), *empty]):
@@ -65,13 +61,9 @@ def _classes(
             problems.add(label, "this class has no picture")
     classes = [c for c in wanted if c in found] if wanted is not None else sorted(found)
     if not classes:
-        raise UserError(
-            f"data.path {config.path} has no usable picture ({len(problems)} left out); check data.source and path"
-        )
+        raise UserError(f"data.path {config.path} has no usable picture ({len(problems)} left out); check data.source and path")
     if len(classes) == 1:
-        raise UserError(
-            f"only one class, {files.printable(classes[0])!r}, has pictures; a classifier needs two or more"
-        )
+        raise UserError(f"only one class, {files.printable(classes[0])!r}, has pictures; a classifier needs two or more")
     return records, classes
 
 
@@ -162,9 +154,7 @@ def _inside(root: Path, name: str) -> tuple[Path | None, str]:
 def _folder(path: Path, config: Data, problems: Problems) -> tuple[list[Record], list[str]]:
     """Records, and the classes that have none. A class is a sub-folder of `path`; pictures may lie deeper in it."""
     if not path.is_dir():
-        raise UserError(
-            f"data.path {path} is not a folder; data.source folder needs one with a sub-folder for each class"
-        )
+        raise UserError(f"data.path {path} is not a folder; data.source folder needs one with a sub-folder for each class")
     try:
         pattern = re.compile(config.group_regex) if config.group_regex else None
     except re.error as e:

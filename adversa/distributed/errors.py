@@ -16,5 +16,10 @@ def user_error(error: BaseException) -> UserError | None:
         seen.add(id(found))
         if isinstance(found, UserError):
             return UserError(*found.args[:1])
-        queue += [getattr(found, "cause", None), found.__cause__, found.__context__, *getattr(found, "worker_failures", {}).values()]
+        queue += [
+            getattr(found, "cause", None),
+            found.__cause__,
+            found.__context__,
+            *getattr(found, "worker_failures", {}).values(),
+        ]
     return None

@@ -6,6 +6,7 @@ is marked on the worker; a launch that dies is repeated with what is left.
 
 from __future__ import annotations
 
+import os
 import threading
 import uuid
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ray.train.torch import TorchTrainer
 from adversa.distributed import stream
 from adversa.distributed.errors import user_error
 from adversa.loop.engine import FitJob, do_job
+from adversa.runs import is_finished
 
 
 def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, threads: int, use_gpu: bool) -> None:
@@ -31,22 +33,25 @@ def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, threads: int, u
         if job.select is not None:
             datasets[f"select-{i}"] = stream.training_dataset(job.select, 0, image_bytes)
     trainer = TorchTrainer(
-        _Loop(list(jobs), threads, list(datasets)),
+        _Loop(list(jobs), threads, list(datasets), Path.cwd()),
         scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu),
         run_config=RunConfig(name=uuid.uuid4().hex, storage_path=str(storage.resolve())),
         datasets=datasets,
         dataset_config=DataConfig(execution_options=stream.ordered()),
     )
     _run(trainer)
+    assert all(is_finished(job.out) for job in jobs), "a training came home without its model"
 
 
 class _Loop:
     """The training worker's function."""
 
-    def __init__(self, jobs: list[FitJob], threads: int, shards: list[str]) -> None:
-        self.jobs, self.threads, self.shards = jobs, threads, shards
+    def __init__(self, jobs: list[FitJob], threads: int, shards: list[str], home: Path) -> None:
+        self.jobs, self.threads, self.shards, self.home = jobs, threads, shards, home
 
     def __call__(self) -> None:
+        if self.home.is_dir():
+            os.chdir(self.home)  # Ray Train moves its workers elsewhere; relative paths in a configuration mean the user's folder
         for i, job in enumerate(self.jobs):
             do_job(job, self._stream(f"train-{i}")(), self._stream(f"select-{i}"), self.threads)
 
@@ -70,4 +75,3 @@ def _run(trainer: TorchTrainer) -> None:
         thread.join(0.2)
     if failure:
         raise user_error(failure[0]) or failure[0]
-

@@ -20,7 +20,8 @@ def recipe_of(config: Config) -> dict[str, object]:
 
 
 def open_run(config: Config, root: Path) -> RunDir:
-    return runs.open_run(root, recipe_of(config), dump(config))
+    """Create or check the run folder. Its path is absolute from here on: workers have working folders of their own."""
+    return runs.open_run(root.absolute(), recipe_of(config), dump(config))
 
 
 def todo(config: Config, run: RunDir, until: str | None = None) -> list[Stage]:
@@ -33,7 +34,12 @@ def todo(config: Config, run: RunDir, until: str | None = None) -> list[Stage]:
 
 
 def run(
-    config: Config, run: RunDir, engine: Engine, report: Callable[[Path], Path], until: str | None = None, since: float | None = None
+    config: Config,
+    run: RunDir,
+    engine: Engine,
+    report: Callable[[Path], Path],
+    until: str | None = None,
+    since: float | None = None,
 ) -> Stage | None:
     """Do the stages of `todo`, in order.
 
@@ -66,7 +72,7 @@ class Cycle:
         prepare.prepare(self.engine, self.config.data, self.dir.data)
 
     def train(self, number: int) -> None:
-        """Before the first round: the denoiser, the judge, and the classifiers of the arm `real`, in one launch."""
+        """Before the first round: the classifiers of the arm `real`, the judge and the denoiser, in one launch, cheap ones first."""
         c, d = self.config, self.dir
         mix = d.arm(0, "real") / "mix"
         steps.mix(d.data, [], "real", ["real"], c.mix, mix)
@@ -74,10 +80,9 @@ class Cycle:
         if is_synthetic(c):
             judge = c.curate.judge or c.classifier
             seed = seed_of("judge", c.seed)
-            jobs = [
-                steps.denoiser_job(d.data, mix, c.denoiser, c.seed, c.data.resolution, d.denoiser),
+            jobs += [
                 steps.classifier_job(d.data, mix, [], judge, seed, c.data.resolution, d.judge),
-                *jobs,
+                steps.denoiser_job(d.data, mix, c.denoiser, c.seed, c.data.resolution, d.denoiser),
             ]
         self.engine.fit(jobs)
 

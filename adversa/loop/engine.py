@@ -174,4 +174,3 @@ class LocalEngine:
 
 def _no_select() -> Iterable[Batch]:
     raise AssertionError("this job has no select role")
-

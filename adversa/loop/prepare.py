@@ -21,7 +21,9 @@ from adversa.loop.step import Facts, cost, run_step
 from adversa.types import ROLES, UserError, digest
 
 # A decoded image on its way to its role: an Example plus what the split needs to know about its look.
-DECODED = pa.schema([*tables.EXAMPLES, ("class", pa.string()), ("phash", pa.uint64()), ("thumb", pa.binary()), ("problem", pa.string())])
+DECODED = pa.schema(
+    [*tables.EXAMPLES, ("class", pa.string()), ("phash", pa.uint64()), ("thumb", pa.binary()), ("problem", pa.string())]
+)
 LOOK = ["id", "source", "label", "class", "group", "phash", "thumb", "problem"]
 
 
@@ -43,7 +45,9 @@ def _prepare(engine: Engine, config: cfg.Data, out: Path, progress: runs.Progres
 
     look = pa.concat_tables(pq.read_table(p, columns=LOOK) for p in tables.parts(staging))
     problems = list(listing.problems)
-    problems += [{"source": s, "problem": p} for s, p in zip(look["source"].to_pylist(), look["problem"].to_pylist(), strict=True) if p]
+    problems += [
+        {"source": s, "problem": p} for s, p in zip(look["source"].to_pylist(), look["problem"].to_pylist(), strict=True) if p
+    ]
     roles, leaks = _roles(config, listing.classes, listing.merged, look, problems)
     counts = _write_roles(staging, out, config.part_rows, roles)
 
@@ -138,7 +142,9 @@ def _drop_copies(
         if len({r["class"] for r in same}) > 1:
             names = ", ".join(f"{r['source']} ({r['class']})" for r in same)
             if config.on_error == "fail":
-                raise UserError(f"the same picture has two labels: {names}; correct one, or set data.on_error=skip to leave both out")
+                raise UserError(
+                    f"the same picture has two labels: {names}; correct one, or set data.on_error=skip to leave both out"
+                )
             problems += [{"source": r["source"], "problem": f"same picture under two labels: {names}"} for r in same]
             continue
         kept.append(first)

@@ -42,7 +42,7 @@ def stages(config: Config, run: RunDir) -> list[Stage]:
     """The stages of a run, in order."""
     first = trained(config, run, 0)
     if is_synthetic(config):
-        first = [run.denoiser, run.judge, *first]
+        first = [*first, run.judge, run.denoiser]
     found = [Stage("prepare", 0, (run.data,)), Stage("train", 0, (run.arm(0, "real") / "mix", *first))]
     for n in range(1, config.rounds + 1) if is_synthetic(config) else ():
         mixes = tuple(run.arm(n, a) / "mix" for a in config.mix.arms if a != "real")

@@ -21,6 +21,8 @@ def run_step(folder: Path, recipe: runs.Recipe, body: Callable[[runs.Progress], 
         folder.mkdir(parents=True, exist_ok=True)
         if runs.begin(folder, recipe):
             return
+        for leftover in folder.glob(".part-*"):
+            leftover.unlink()  # half-written by a process that was killed
         progress = runs.Progress(folder)
         facts = body(progress)
         seconds = progress.elapsed

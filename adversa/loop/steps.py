@@ -240,7 +240,9 @@ def make_paint(denoiser: Path, examples: Path, config: cfg.Generate) -> Work:
 
 def curate(engine: Engine, synthetic: Path, data: Path, judge: Path, config: cfg.Curate, out: Path) -> None:
     """A verdict for every image. The near-copy index holds every role, `test` too: it can only ever remove an image."""
-    recipe = runs.Recipe("curate", 1, config.model_dump(mode="json", exclude={"judge"}), inputs(synthetic=synthetic, judge=judge, data=data))
+    recipe = runs.Recipe(
+        "curate", 1, config.model_dump(mode="json", exclude={"judge"}), inputs(synthetic=synthetic, judge=judge, data=data)
+    )
 
     def body(progress: runs.Progress) -> Facts:
         parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(tables.parts(synthetic))]

@@ -153,4 +153,3 @@ def _used(config: Config, run: RunDir) -> dict[str, int]:
     """Synthetic images in each arm's last training set, after matching the counts."""
     number = config.rounds if is_synthetic(config) else 0
     return {arm: runs.manifest(run.arm(number, arm) / "mix")["synthetic"] for arm in config.mix.arms}
-

@@ -86,9 +86,7 @@ def farthest_first(points: np.ndarray, count: int) -> list[int]:
     return taken
 
 
-def hard_cases(
-    ids: Sequence[str], labels: np.ndarray, logits: np.ndarray, embeddings: np.ndarray, config: Mine
-) -> list[HardCase]:
+def hard_cases(ids: Sequence[str], labels: np.ndarray, logits: np.ndarray, embeddings: np.ndarray, config: Mine) -> list[HardCase]:
     """The hard cases of N images, best first; the same whatever the order of the rows.
 
     ids are unique; labels int [N]; logits [N, K]; embeddings [N, D] (D may be 0: then the hardest are taken), compared

@@ -58,17 +58,13 @@ def cases(facts: Facts, number: int) -> tuple[list[Case], int]:
     shown = hard[:CASES]
     wanted = {h["example"] for h in shown}
     requests: dict[str, list[str]] = {example: [] for example in wanted}
-    for row in tables.read(
-        run.round(number, "requests"), ["request_id", "example", "arm"], tables.REQUESTS
-    ).to_pylist():
+    for row in tables.read(run.round(number, "requests"), ["request_id", "example", "arm"], tables.REQUESTS).to_pylist():
         if row["example"] in wanted and row["arm"] == facts.after:
             requests[row["example"]].append(row["request_id"])
     requests = {example: sorted(ids) for example, ids in requests.items()}
     verdicts = _verdicts(facts, number)
     real = _pictures(run.data / "mine", "id", wanted)
-    painted = _pictures(
-        run.round(number, "synthetic"), "request_id", {r for ids in requests.values() for r in ids[:OFFSPRING]}
-    )
+    painted = _pictures(run.round(number, "synthetic"), "request_id", {r for ids in requests.values() for r in ids[:OFFSPRING]})
     return [
         Case(
             number=i + 1,
@@ -94,9 +90,7 @@ def samples(facts: Facts, number: int, arm: str) -> dict[str, list[Painted]]:
         for c, name in enumerate(facts.classes)
     }
     verdicts = _verdicts(facts, number)
-    pictures = _pictures(
-        facts.run.round(number, "synthetic"), "request_id", {r for names in ids.values() for r in names}
-    )
+    pictures = _pictures(facts.run.round(number, "synthetic"), "request_id", {r for names in ids.values() for r in names})
     return {name: [_painted(r, pictures, verdicts) for r in found] for name, found in ids.items() if found}
 
 

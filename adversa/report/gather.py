@@ -65,9 +65,7 @@ def read_facts(run_dir: Path) -> Facts:
     """UserError where there is no run, or it is not finished: with the command that finishes it."""
     run = RunDir(run_dir)
     if not run.config.is_file():
-        raise UserError(
-            f"{run_dir} is not a run folder (it has no config.yaml); give the --run-dir of an `adversa loop`"
-        )
+        raise UserError(f"{run_dir} is not a run folder (it has no config.yaml); give the --run-dir of an `adversa loop`")
     config_text = run.config.read_text()
     finish = f"finish it with `adversa loop {run.config} --run-dir {run_dir}`"
     summary = read_json(run.summary)

@@ -96,9 +96,7 @@ def view(facts: Facts) -> dict[str, Any]:
             for kind in ("sensitivity", "specificity")
         },
         "metrics": METRICS,
-        "arm_scores": {
-            (arm, role, m): score(facts, arm, role, m) for arm in facts.arms for role in ROLES_SHOWN for m in METRICS
-        },
+        "arm_scores": {(arm, role, m): score(facts, arm, role, m) for arm in facts.arms for role in ROLES_SHOWN for m in METRICS},
         "comparisons": comparisons(facts.summary["comparisons"]),
         "by_round": by_round(facts, "mine", "balanced_accuracy") if len(rounds) > 1 else {},
         "gallery": {"cases": shown, "all": hard, "round": rounds[-1] if rounds else 0, "most": gallery.OFFSPRING},

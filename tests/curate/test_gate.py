@@ -10,9 +10,7 @@ from adversa.types import Verdict
 GOOD = [0.2, 0.7, 0.1]
 
 
-def judge(
-    probs: object = (GOOD,), finite: bool = True, similarity: float = 0.5, threshold: float = 0.9, label: int = 1
-) -> Verdict:
+def judge(probs: object = (GOOD,), finite: bool = True, similarity: float = 0.5, threshold: float = 0.9, label: int = 1) -> Verdict:
     (verdict,) = verdicts(
         ["q"], ["guided"], [label], [finite], np.zeros((1, 8, 8, 3), np.uint8),
         None if probs is None else np.array(probs, np.float32), np.array([similarity]), ["real"],

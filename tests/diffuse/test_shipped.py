@@ -42,11 +42,15 @@ def test_they_denoise_the_demo_pictures_and_tell_the_classes_apart() -> None:
     denoiser, _, _ = edm.load(edm.SHIPPED)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
-    def error(sigma: float, label: torch.Tensor) -> float:
+    def errors(sigma: float, label: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return float((denoiser(x + sigma * noise, torch.full((50,), sigma), label) - x).square().mean())
+            return (denoiser(x + sigma * noise, torch.full((50,), sigma), label) - x).square().flatten(1).mean(1)
 
-    # The best linear denoiser of white data with sigma_data = 0.5 errs by 0.2 at sigma = 1; knowing what skin looks like, a tenth.
-    assert error(1.0, label) < 0.02
-    # The pictures changed since tools/pretrain_phantom.py ran, or the classes' order did, if the label no longer helps.
-    assert error(4.0, label) < 0.9 * error(4.0, (label + 1) % 5)
+    # The best linear denoiser of white data with sigma_data = 0.5 errs by 0.2 at sigma = 1; one that knows skin, by a tenth.
+    assert float(errors(1.0, label).mean()) < 0.02
+    # The label that denoises best is mostly the true one (Li et al. 2023, "Your diffusion model is secretly a zero-shot
+    # classifier").
+    # Where it is not, the pictures or the classes' order changed after tools/pretrain_phantom.py ran. Chance is 0.2.
+    best = torch.stack([errors(0.5, torch.full_like(label, k)) for k in range(5)]).argmin(0)
+    share = float((best == label).float().mean())
+    assert share > 0.5, share

@@ -91,7 +91,11 @@ def test_the_stream_keeps_the_feeds_order(finished, ray_engine):
     streamed = list(stream.batches(dataset)())
     assert len(streamed) == 33
     for got, asked in zip(streamed, feed.batches(7), strict=True):
-        assert got["id"] == asked["id"] and np.array_equal(got["image"], asked["image"]) and np.array_equal(got["label"], asked["label"])
+        assert (
+            got["id"] == asked["id"]
+            and np.array_equal(got["image"], asked["image"])
+            and np.array_equal(got["label"], asked["label"])
+        )
 
 
 def test_a_short_last_batch_comes_out_short(finished, ray_engine):

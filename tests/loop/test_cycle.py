@@ -34,7 +34,19 @@ def test_every_stage_leaves_its_manifest_and_the_summary_its_keys(finished):
     config, run = finished
     assert all(s.is_finished for s in stages(config, run))
     summary = json.loads(run.summary.read_text())
-    asked = {"run", "seed", "split_hash", "rounds", "arms", "generated", "accepted", "rejected", "seconds", "overhead_seconds", "verdict"}
+    asked = {
+        "run",
+        "seed",
+        "split_hash",
+        "rounds",
+        "arms",
+        "generated",
+        "accepted",
+        "rejected",
+        "seconds",
+        "overhead_seconds",
+        "verdict",
+    }
     assert asked <= summary.keys()
     assert set(summary["arms"]) == {"real", "unguided", "guided"}
     assert summary["generated"] == summary["accepted"] + sum(summary["rejected"].values()) > 0

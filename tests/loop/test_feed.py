@@ -21,7 +21,14 @@ def test_balance_moves_class_totals_from_as_they_come_to_equal():
 
 def feed_of(finished, **changes):
     _, run = finished
-    base = {"folders": (run.data / "train",), "mix": run.arm(0, "real") / "mix", "steps": 9, "batch_size": 16, "balance": 0.5, "seed": 3}
+    base = {
+        "folders": (run.data / "train",),
+        "mix": run.arm(0, "real") / "mix",
+        "steps": 9,
+        "batch_size": 16,
+        "balance": 0.5,
+        "seed": 3,
+    }
     return Feed(**base | changes)
 
 

@@ -25,9 +25,7 @@ def test_difficulty_is_the_closed_form() -> None:
     hard = difficulty(logits_of([[0.7, 0.2, 0.1], [0.25, 0.5, 0.25]]), np.array([0, 2]))
     np.testing.assert_allclose(hard.loss, [-np.log(0.7), -np.log(0.25)])
     np.testing.assert_allclose(hard.margin, [0.5, -0.25])
-    np.testing.assert_allclose(
-        hard.entropy, [-(0.7 * np.log(0.7) + 0.2 * np.log(0.2) + 0.1 * np.log(0.1)), 1.5 * np.log(2)]
-    )
+    np.testing.assert_allclose(hard.entropy, [-(0.7 * np.log(0.7) + 0.2 * np.log(0.2) + 0.1 * np.log(0.1)), 1.5 * np.log(2)])
     assert hard.predicted.tolist() == [0, 1]
 
 

@@ -118,9 +118,7 @@ def _round(folder: Path, number: int, cases: int, per_case: int, side: int) -> N
         ("verdicts", verdicts, tables.VERDICTS),
     ):
         for part, start in enumerate(range(0, len(rows), 100)):
-            tables.write_part(
-                folder / name / tables.part_name(part), tables.to_table(rows[start : start + 100], schema)
-            )
+            tables.write_part(folder / name / tables.part_name(part), tables.to_table(rows[start : start + 100], schema))
 
 
 @pytest.fixture(scope="session")

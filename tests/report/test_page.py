@@ -90,9 +90,7 @@ def test_every_picture_is_there_and_described(parsed: Page, made_up: SimpleNames
     alts = [image["alt"] or "" for image in images]
     assert alts[0] == "Hard case 1: a real image of nevus, read as nevus"
     data = (images[0]["src"] or "").partition(",")[2]
-    np.testing.assert_array_equal(
-        tables.decode_png(base64.b64decode(data)), made_up.blob(100)
-    )  # mine000, pixel for pixel
+    np.testing.assert_array_equal(tables.decode_png(base64.b64decode(data)), made_up.blob(100))  # mine000, pixel for pixel
 
 
 def test_hostile_names_are_text(html: str, parsed: Page, made_up: SimpleNamespace) -> None:
@@ -129,10 +127,7 @@ def test_figures_have_three_decimals_and_intervals(parsed: Page) -> None:
     assert "balanced accuracy 0.600 0.560 to 0.640 0.645 0.605 to 0.685 +0.045" in parsed.text  # test
     assert "balanced accuracy 0.400 0.360 to 0.440 0.445 0.405 to 0.485 +0.045" in parsed.text  # mine
     assert "guided minus unguided balanced accuracy, test +0.035 \u22120.012 to +0.081 not shown p 0.210" in parsed.text
-    assert (
-        "unguided minus real accuracy, mine (optimistic) \u22120.050 \u22120.090 to \u22120.020 worse p 0.010"
-        in parsed.text
-    )
+    assert "unguided minus real accuracy, mine (optimistic) \u22120.050 \u22120.090 to \u22120.020 worse p 0.010" in parsed.text
 
 
 def test_the_counts_are_those_of_the_verdicts(finished: Path, parsed: Page) -> None:
@@ -241,6 +236,4 @@ def test_numbers() -> None:
 
 def test_it_needs_neither_torch_nor_ray() -> None:
     code = "import sys, adversa.report.page; print([m for m in ('torch', 'ray', 'sklearn') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
