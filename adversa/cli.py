@@ -148,9 +148,15 @@ def _saved(argument: Path | None, option: Path | None) -> tuple[Config, RunDir]:
 
 
 def _execute(
-    command: str, path: Path | None, run_dir: Path | None, overrides: list[str], rounds: int | None, seed: int | None, engine_name: str,
+    command: str,
+    path: Path | None,
+    run_dir: Path | None,
+    overrides: list[str],
+    rounds: int | None,
+    seed: int | None,
+    engine_name: str,
     verbose: bool,
-) -> None:  # fmt: skip
+) -> None:
     from rich.console import Console
 
     from adversa import console, runs

@@ -75,7 +75,7 @@ class Data(Section):
         8,
         ge=-1,
         le=16,
-        description="pictures whose 64-bit perceptual hashes differ in at most so many bits, and look alike, are one group; -1: off",
+        description="look-alikes whose 64-bit perceptual hashes differ in at most so many bits are one group; -1: off",
     )
     split: Split = Split()
     part_rows: int = Field(512, ge=1, description="images a Parquet part")

@@ -1,4 +1,7 @@
-"""What a person sees of a run: a live view on a terminal, plain lines elsewhere, and `adversa status`. All of it is read from the run folder."""
+"""What a person sees of a run: a live view on a terminal, plain lines elsewhere, and `adversa status`.
+
+All of it is read from the run folder.
+"""
 
 from __future__ import annotations
 

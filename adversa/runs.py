@@ -114,7 +114,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def open_run(root: Path, recipe: dict[str, Any], config_yaml: str) -> RunDir:
-    """Create the run folder, or check that it was made by the same recipe. UserError with the fields that differ, or why it can't be written."""
+    """Create the run folder, or check that it was made by the same recipe.
+
+    UserError with the fields that differ, or why the folder can't be written.
+    """
     run = RunDir(root)
     with _opening(root):
         saved = read_json(run.recipe)
@@ -247,7 +250,10 @@ def is_finished(folder: Path) -> bool:
 
 
 def finish(folder: Path, recipe: Recipe, **facts: Any) -> dict[str, Any]:
-    """Mark a step complete: the manifest is the last thing written. `facts` must hold seconds, compute_seconds, device_seconds, rows."""
+    """Mark a step complete: the manifest is the last thing written.
+
+    facts: at least seconds, compute_seconds, device_seconds and rows.
+    """
     manifest = {"step": recipe.step, "fingerprint": recipe.fingerprint, "finished": now()}
     manifest |= {"versions": versions(), "git": git_commit(), "machine": machine()} | facts
     (folder / PROGRESS).unlink(missing_ok=True)

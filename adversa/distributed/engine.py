@@ -16,9 +16,9 @@ from adversa.types import UserError
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import ray  # noqa: E402
+import ray
 
-from adversa.distributed import pool, stream, training  # noqa: E402
+from adversa.distributed import pool, stream, training
 
 
 class RayEngine:

@@ -34,7 +34,9 @@ class Sampler:
 def map_parts(
     make: Make, parts: Sequence[Part], out: Path, report: Report, size: int, attempts: int, options: dict[str, Any], threads: int
 ) -> list[Done]:
-    """Do every missing part on `size` actors. UserError of a part comes back as itself; a part that fails `attempts` times ends the step.
+    """Do every missing part on `size` actors.
+
+    A part's UserError comes back as itself; a part that fails `attempts` times ends the step.
 
     options: of each actor (num_cpus, num_gpus).
     """

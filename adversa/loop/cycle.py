@@ -72,7 +72,7 @@ class Cycle:
         prepare.prepare(self.engine, self.config.data, self.dir.data)
 
     def train(self, number: int) -> None:
-        """Before the first round: the classifiers of the arm `real`, the judge and the denoiser, in one launch, cheap ones first."""
+        """Before the first round: the classifiers of the arm `real`, the judge, then the denoiser, in one launch."""
         c, d = self.config, self.dir
         mix = d.arm(0, "real") / "mix"
         steps.mix(d.data, [], "real", ["real"], c.mix, mix)

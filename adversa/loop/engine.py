@@ -89,7 +89,7 @@ def do_part(work: Work, part: Part, out: Path) -> Done:
 
 
 def do_job(job: FitJob, batches: Iterable[Batch], select: Callable[[], Iterable[Batch]], threads: int | None) -> None:
-    """Run one training and mark it complete. The same code on every engine; on the worker, so that a finished job stays finished."""
+    """Run one training and mark it complete: the same code on every engine, on the worker, so that a finished job stays so."""
     progress = runs.Progress(job.out)
     optional = {} if job.select is None else {"select": select}
     with runs.writing(job.out):

@@ -153,7 +153,7 @@ def _drop_copies(
 
 
 def _write_roles(staging: Path, out: Path, part_rows: int, roles: dict[str, tuple[str, str]]) -> Counter[tuple[str, str]]:
-    """Stream the decoded parts into role folders, a buffer of one part per role; each image once. Returns images by (role, class)."""
+    """Stream the decoded parts into role folders, a buffer of one part a role; each image once. Images by (role, class)."""
     written: set[str] = set()
     counts: Counter[tuple[str, str]] = Counter()
     buffers: dict[str, list[dict[str, Any]]] = {r: [] for r in ROLES}

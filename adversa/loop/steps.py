@@ -74,7 +74,7 @@ def classifier_job(
 
 def denoiser_job(data: Path, mix_folder: Path, config: cfg.Denoiser, seed: int, resolution: int, out: Path) -> FitJob:
     """Train the denoiser on what the arm `real` sees, and nothing else."""
-    from adversa.diffuse import fit
+    from adversa.diffuse import edm, fit
 
     classes = classes_of(data)
     feed = Feed(
@@ -82,7 +82,8 @@ def denoiser_job(data: Path, mix_folder: Path, config: cfg.Denoiser, seed: int, 
         seed=seed_of("feed", "denoiser", seed),
     )  # fmt: skip
     section = config.model_dump(mode="json", exclude={"checkpoint_steps"})
-    recipe = runs.Recipe("denoiser", 1, section | {"seed": seed}, inputs(data=data, mix=mix_folder) | _weights(config.weights))
+    start = str(edm.SHIPPED) if config.weights == "phantom" else config.weights
+    recipe = runs.Recipe("denoiser", 1, section | {"seed": seed}, inputs(data=data, mix=mix_folder) | _weights(start))
     job = partial(
         fit.fit, config=config, num_classes=len(classes), resolution=resolution, classes=classes, seed=seed_of("denoiser", seed)
     )
