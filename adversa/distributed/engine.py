@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,6 +68,7 @@ def _start(cluster: Cluster, verbose: bool) -> None:
         logging.getLogger(name).setLevel(level)
     shared = {"log_to_driver": verbose, "logging_level": level, "ignore_reinit_error": True}
     address = os.environ.get("RAY_ADDRESS")
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, **shared)
@@ -75,3 +78,5 @@ def _start(cluster: Cluster, verbose: bool) -> None:
     except (ConnectionError, RuntimeError, ValueError) as e:
         where = f"the Ray cluster RAY_ADDRESS={address}" if address else "Ray on this machine"
         raise UserError(f"cannot start {where}: {' '.join(str(e).split())[:300]}; or try --engine local") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # ray puts a handler of its own in its place, which prints stacks and dies
