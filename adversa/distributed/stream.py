@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import ray.data
 from ray.data import DataContext, ExecutionOptions
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from adversa.loop.engine import Done, Make, Part, Report, Work, do_part, missing
 from adversa.loop.feed import Batch, Feed
@@ -89,7 +91,28 @@ def training_dataset(feed: Feed, start: int, image_bytes: int) -> ray.data.Datas
     steps = feed.count() - start
     rows = max(1, BLOCK_BYTES // max(1, feed.batch_size * image_bytes))
     dataset = ray.data.range(steps, override_num_blocks=-(-steps // min(rows, steps)))
-    return dataset.map_batches(_FeedTask(feed, start), batch_size=None)
+    dataset = dataset.map_batches(_FeedTask(feed, start), batch_size=None)
+    dataset.context.custom_execution_callback_classes = [Pace]
+    return dataset
+
+
+class Pace(ExecutionCallback):
+    """Makes Ray Data's scheduling loop take at least 20 ms a step.
+
+    While a finished block waits for a training step to make room, the loop's wait returns at once and it spins: 70% of a core,
+    which on two cores made training half as fast (benchmarks/LOG.md, 2026-11-21).
+    """
+
+    SECONDS = 0.02
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def on_execution_step(self, executor: Any) -> None:
+        spare = self.last + self.SECONDS - time.monotonic()
+        if spare > 0:
+            time.sleep(spare)
+        self.last = time.monotonic()
 
 
 class _FeedTask:
