@@ -251,7 +251,21 @@ def _again() -> str:
 
 
 def main() -> None:
-    app()
+    """The console script. A mistake on the command line is one line too, where typer would draw a box of several."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:  # Ctrl-C before there is a run to stop
+        sys.exit(130)
+    except Exception as e:
+        if not hasattr(e, "format_message"):  # only the command line's own errors have it
+            raise
+        text = e.format_message()
+        if text.startswith("\n") or "Usage:" in text:  # no command at all: typer's message is the help page
+            typer.echo(text)
+        else:
+            _error(f"{text.rstrip('.')}; `adversa --help` lists the commands, `adversa COMMAND --help` their options")
+        sys.exit(2)
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

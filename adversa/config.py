@@ -35,7 +35,7 @@ class Columns(Section):
     path: str = "path"
     label: str = "label"
     group: str | None = Field("group", description="lesion; null: every image is its own group")
-    patient: str | None = None
+    patient: str | None = Field(None, description="carried along; the split keeps lesions apart, not patients")
     mask: str | None = Field(None, description="path of a lesion mask")
     id: str | None = Field(None, description="an id of the user's own; must be unique")
 
@@ -187,7 +187,11 @@ class Evaluate(Section):
 
 
 class Cluster(Section):
-    """How work is spread. None of it changes a result, so none of it is in a fingerprint."""
+    """How work is spread. No part of a run's recipe: it may change between attempts.
+
+    The ids, the noise and what is asked do not depend on it. The number of threads changes the last bits of a training, so
+    it is recorded in the model's manifest; keep it for a result that is the same to the bit.
+    """
 
     cpus: int | None = Field(None, ge=1, description="of the embedded Ray; null: all of this machine")
     object_store_mb: int = Field(512, ge=100)
@@ -219,6 +223,12 @@ class Config(Section):
             )
         if self.data.source != "phantom" and not self.data.path:
             raise ValueError(f"data.path is missing; data.source {self.data.source} needs one, say --set data.path=FOLDER")
+        if any(c % 8 for c in self.denoiser.channels):
+            raise ValueError(f"denoiser.channels {self.denoiser.channels} must be multiples of 8")
+        if self.denoiser.weights == "phantom" and self.data.source != "phantom":
+            raise ValueError(f"denoiser.weights phantom is for data.source phantom, not {self.data.source}; take null or a folder")
+        if len(set(self.mix.arms)) != len(self.mix.arms):
+            raise ValueError(f"mix.arms {self.mix.arms} names an arm twice")
         if "real" not in self.mix.arms:
             raise ValueError("mix.arms must contain real: it is what the other arms are compared with")
         return self

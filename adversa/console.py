@@ -21,6 +21,7 @@ from adversa import runs
 from adversa.config import Config
 from adversa.loop.stages import Stage, stages, trained
 from adversa.runs import RunDir
+from adversa.types import ARMS
 
 LOG_SECONDS = 15.0
 
@@ -158,28 +159,32 @@ class Watch:
         self.console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
 
 
+ROWS = (
+    ("test", "balanced_accuracy", "balanced accuracy"),
+    ("test", "accuracy", "accuracy"),
+    ("test", "specificity", "specificity, mean"),
+    ("test", "auroc_macro", "macro AUROC"),
+    ("mine", "balanced_accuracy", "balanced accuracy"),
+)
+
+
 def closing(console: Console, run: RunDir) -> None:
     """The last lines of a finished run: before and after, the verdict, where the report lies."""
     summary = runs.read_json(run.summary)
     if summary is None:
         return
-    table = Table(title="before and after (test: opened once; mine: optimistic)", title_justify="left", box=None, pad_edge=False)
-    for column in (
-        "arm",
-        "test balanced accuracy",
-        "test accuracy",
-        "test macro AUROC",
-        "mine balanced accuracy",
-        "synthetic images",
-    ):
-        table.add_column(column)
-    for arm, roles in summary["arms"].items():
-        test, interval = roles["test"], summary["intervals"][arm]["test"].get("balanced_accuracy")
-        spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-        table.add_row(
-            arm, Text(f"{_number(test, 'balanced_accuracy')}{spread}"), _number(test, "accuracy"), _number(test, "auroc_macro"),
-            _number(roles["mine"], "balanced_accuracy"), str(summary["used"][arm]),
-        )  # fmt: skip
+    arms = [arm for arm in ARMS if arm in summary["arms"]]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for arm in arms:
+        table.add_column({"real": "real (before)", "guided": "guided (after)"}.get(arm, arm))
+    heading = ""
+    for role, metric, name in ROWS:
+        if role != heading:
+            table.add_row(Text("test, opened once" if role == "test" else "mine, optimistic", "italic"))
+            heading = role
+        table.add_row(f"  {name}", *(_score(summary, arm, role, metric) for arm in arms))
+    table.add_row("synthetic images", *(str(summary["used"][arm]) for arm in arms))
     console.print(table)
     rejected = ", ".join(f"{n} {reason}" for reason, n in summary["rejected"].items()) or "none"
     console.print(f"generated {summary['generated']}, accepted {summary['accepted']}; rejected: {rejected}", highlight=False)
@@ -187,6 +192,18 @@ def closing(console: Console, run: RunDir) -> None:
     for note in summary["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {run.root / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _score(summary: dict[str, Any], arm: str, role: str, metric: str) -> Text:
+    """A metric of an arm, with its 95% interval where there is one; specificity is the mean over classes."""
+    values = summary["arms"][arm][role]
+    if metric == "specificity":
+        classes = [v for k, v in values.items() if k.startswith("specificity/")]
+        return Text(f"{sum(classes) / len(classes):.3f}" if classes else "-")
+    if metric not in values:
+        return Text("-")
+    interval = summary["intervals"][arm][role].get(metric)
+    return Text(f"{values[metric]:.3f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""))
 
 
 def clock(seconds: float | None) -> str:
@@ -202,7 +219,3 @@ def _seconds(stage: Stage) -> str:
     found = [runs.read_json(Path(f) / runs.MANIFEST) for f in stage.folders if f.suffix == ""]
     known = [m["seconds"] for m in found if m is not None]
     return clock(sum(known)) if known else ""
-
-
-def _number(values: dict[str, float], name: str) -> str:
-    return f"{values[name]:.3f}" if name in values else "-"

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import threading
@@ -240,9 +241,16 @@ def begin(folder: Path, recipe: Recipe) -> bool:
     if saved is None:
         assert not (folder / MANIFEST).exists(), f"{folder} has a manifest and no recipe"
         write_json(folder / RECIPE, asked)
-    elif changed := differences(saved, asked):
+    elif (changed := differences(saved, asked)) and not _begun(folder):
+        write_json(folder / RECIPE, asked)
+    elif changed:
         raise UserError(f"{folder} was made by another recipe ({'; '.join(changed)}); use those values again, or another --run-dir")
     return is_finished(folder)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a step has anything to lose: a part, a model, training state, or its manifest."""
+    return any(next(folder.rglob(p), None) for p in ("*.parquet", "*.safetensors", "*.pt", MANIFEST))
 
 
 def is_finished(folder: Path) -> bool:
@@ -351,6 +359,13 @@ class Clock:
 def wall_seconds(run: RunDir) -> float:
     """Wall time of all commands on this run so far."""
     return float((read_json(run.root / "clock.json") or {}).get("wall_seconds", 0.0))
+
+
+def sweep(run: RunDir) -> None:
+    """Remove what a killed process left half-written: hidden files that end in its process id. The caller holds the run's lock."""
+    for path in run.root.rglob(".*"):
+        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 @cache

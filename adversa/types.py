@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 ROLES = ("train", "mine", "select", "test")
 ARMS = ("real", "unguided", "guided")
-STRATEGIES = ("sample", "vary")
 
 
 class UserError(ValueError):

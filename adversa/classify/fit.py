@@ -23,7 +23,7 @@ from adversa.classify.model import Network, build, to_pixels
 from adversa.classify.score import forward
 from adversa.config import Classifier
 from adversa.types import UserError, digest, seed_of
-from adversa.weights import drop_checkpoint, load_checkpoint, replace_bytes, save_checkpoint, save_model
+from adversa.weights import load_checkpoint, replace_bytes, save_checkpoint, save_model
 
 Batch = dict[str, Any]  # "id": list[str], "image": uint8 [B, H, W, 3], "label": int64 [B]
 METRICS = "metrics.jsonl"
@@ -87,7 +87,6 @@ def fit(
     metrics = {"steps": state.step, "best_step": state.best_step, "select_balanced_accuracy": state.best_score}
     meta = {"kind": "classifier", "config": config.model_dump(mode="json"), "num_classes": num_classes}
     save_model(out, state.best, {**meta, "resolution": resolution, "seed": seed, **metrics})
-    drop_checkpoint(out)
     return {**metrics, "parameters": sum(p.numel() for p in state.model.parameters())}
 
 

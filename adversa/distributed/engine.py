@@ -16,11 +16,14 @@ from adversa.types import UserError
 
 # Set before ray is imported: no usage report from a machine that may have no internet, no chatter.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that asked for no GPU sees none
 
 import ray
 
 from adversa.distributed import pool, stream, training
+
+# Share of a GPU that a task of map_batches with a model asks for: a classifier is small, its memory matters more than its speed.
+GPU_SHARE = 0.25
 
 
 class RayEngine:
@@ -37,24 +40,33 @@ class RayEngine:
         resources = ray.cluster_resources()
         self.gpus, self.cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
 
-    def workers(self) -> int:
-        return self.cluster.samplers or self.gpus or max(1, self.cpus // self.cluster.sampler_threads)
+        if not self.gpus and cluster.sampler_threads > self.cpus:
+            raise UserError(f"cluster.sampler_threads {cluster.sampler_threads}: there are {self.cpus} CPUs; take at most so many")
 
-    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
-        return stream.map_batches(make, parts, out, report)
+    def tasks(self, model: bool = False) -> int:
+        return int(self.gpus / GPU_SHARE) if model and self.gpus else self.cpus
+
+    def samplers(self) -> int:
+        room = self.gpus or self.cpus // self.cluster.sampler_threads
+        return min(self.cluster.samplers or room, room)
+
+    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False) -> list[Done]:
+        options = {"num_gpus": GPU_SHARE} if model and self.gpus else {}
+        return stream.map_batches(make, parts, out, report, options)
 
     def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
         threads = self.cluster.sampler_threads
         options = {"num_gpus": 1, "num_cpus": 1} if self.gpus else {"num_cpus": threads}
-        return pool.map_parts(make, parts, out, report, self.workers(), self.cluster.attempts, options, threads)
+        return pool.map_parts(make, parts, out, report, self.samplers(), self.cluster.attempts, options, threads)
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
         todo = unfinished(jobs)
         if not todo:
             return
-        threads = self.cluster.training_threads or self.cpus
+        # A training worker that takes the only CPU would leave none for the stream that feeds it.
+        resources = {"CPU": 1 if self.cpus > 1 else 0} | ({"GPU": 1} if self.gpus else {})
         try:
-            training.fit(todo, self.storage, self.image_bytes, threads, self.gpus > 0)
+            training.fit(todo, self.storage, self.image_bytes, self.cluster.training_threads, resources)
         finally:
             shutil.rmtree(self.storage, ignore_errors=True)
 

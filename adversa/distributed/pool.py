@@ -24,10 +24,12 @@ class Sampler:
         import torch
 
         torch.set_num_threads(threads)
-        self.work: Work = make()
-        self.out = out
+        self.make, self.out = make, out
+        self.work: Work | None = None
 
     def do(self, part: Part) -> Done:
+        if self.work is None:  # here and not in __init__: an actor that fails to start loses the reason
+            self.work = self.make()
         return do_part(self.work, part, self.out)
 
 

@@ -32,10 +32,11 @@ def quiet(verbose: bool) -> None:
     context.print_on_execution_start = verbose
 
 
-def map_batches(make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
+def map_batches(make: Make, parts: Sequence[Part], out: Path, report: Report, options: dict[str, Any]) -> list[Done]:
     """Each missing part as one row of a streaming dataset: read, work, commit happen in the task; only counts come back.
 
-    Tasks, not actors: they run in the workers that Ray keeps warm, and `make()` is called once a worker.
+    options: of each task (num_gpus). Tasks, not actors: they run in the workers that Ray keeps warm, and `make()` is called
+    once a worker.
     """
     todo, total = missing(parts, out), sum(p.rows for p in parts)
     finished = total - sum(p.rows for p in todo)
@@ -43,7 +44,7 @@ def map_batches(make: Make, parts: Sequence[Part], out: Path, report: Report) ->
     if not todo:
         return []
     dataset = ray.data.from_items([{"part": p} for p in todo], override_num_blocks=len(todo))
-    dataset = dataset.map_batches(_PartTask(make, out), batch_size=None)
+    dataset = dataset.map_batches(_PartTask(make, out), batch_size=None, **options)
     done = []
     for row in dataset.iter_rows():
         if row["error"]:

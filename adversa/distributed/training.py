@@ -23,8 +23,8 @@ from adversa.loop.engine import FitJob, do_job
 from adversa.runs import is_finished
 
 
-def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, threads: int, use_gpu: bool) -> None:
-    """Train unfinished jobs in order on one worker. UserError of a job comes back as itself."""
+def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, threads: int | None, resources: dict[str, float]) -> None:
+    """Train unfinished jobs in order on one worker, which asks for `resources`. UserError of a job comes back as itself."""
     datasets = {}
     for i, job in enumerate(jobs):
         start = job.resume(job.out)
@@ -34,7 +34,7 @@ def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, threads: int, u
             datasets[f"select-{i}"] = stream.training_dataset(job.select, 0, image_bytes)
     trainer = TorchTrainer(
         _Loop(list(jobs), threads, list(datasets), Path.cwd()),
-        scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(num_workers=1, use_gpu="GPU" in resources, resources_per_worker=resources),
         run_config=RunConfig(name=uuid.uuid4().hex, storage_path=str(storage.resolve())),
         datasets=datasets,
         dataset_config=DataConfig(execution_options=stream.ordered()),
@@ -46,7 +46,7 @@ def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, threads: int, u
 class _Loop:
     """The training worker's function."""
 
-    def __init__(self, jobs: list[FitJob], threads: int, shards: list[str], home: Path) -> None:
+    def __init__(self, jobs: list[FitJob], threads: int | None, shards: list[str], home: Path) -> None:
         self.jobs, self.threads, self.shards, self.home = jobs, threads, shards, home
 
     def __call__(self) -> None:

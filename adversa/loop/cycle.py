@@ -47,6 +47,9 @@ def run(
     """
     cycle = Cycle(config, run, engine)
     worked = None
+    runs.sweep(run)
+    if any(s.command in ("train", "evaluate") for s in todo(config, run)):
+        steps.check_weights(config)
     with runs.Clock(run, since) as clock:
         for stage in todo(config, run, until):
             worked = stage
@@ -75,6 +78,7 @@ class Cycle:
         """Before the first round: the classifiers of the arm `real`, the judge, then the denoiser, in one launch."""
         c, d = self.config, self.dir
         mix = d.arm(0, "real") / "mix"
+        steps.check_models(c, steps.classes_of(d.data))
         steps.mix(d.data, [], "real", ["real"], c.mix, mix)
         jobs = [self._classifier(0, "real", seed) for seed in self.seeds]
         if is_synthetic(c):
@@ -96,7 +100,7 @@ class Cycle:
     def generate(self, number: int) -> None:
         c, d = self.config, self.dir
         requests = d.round(number, "requests")
-        steps.plan(d.round(number, "hard"), d.data, self.id, number, c.mix.arms, c.generate, requests)
+        steps.plan(d.round(number, "hard"), self.id, number, c.mix.arms, c.generate, requests)
         steps.generate(self.engine, requests, d.data, d.denoiser, c.generate, d.round(number, "synthetic"))
 
     def curate(self, number: int) -> None:
@@ -116,7 +120,7 @@ class Cycle:
         """Open `test`, once: every arm's classifiers of the last round."""
         c, d = self.config, self.dir
         last = c.rounds if is_synthetic(c) else 0
-        record = {"opened": runs.now(), "split_hash": runs.fingerprint(d.data)}
+        record = {"opened": runs.now(), "split_hash": steps.split_hash(d.data)}
         steps.evaluate(self.engine, d, self._models(last), "test", c.evaluate, d.test, record)
 
     def _classifier(self, number: int, arm: str, seed: int) -> steps.FitJob:

@@ -6,6 +6,7 @@ work. A part that is there is not done again, so an engine may be killed at any 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,8 +58,8 @@ class Engine(Protocol):
 
     name: str
 
-    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
-        """Stateless work over data, each part once (Ray Data)."""
+    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False) -> list[Done]:
+        """Stateless work over data, each part once (Ray Data). model: it holds a model, and wants a GPU where there is one."""
         ...
 
     def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
@@ -69,8 +70,12 @@ class Engine(Protocol):
         """Train each job that is not finished, in order (Ray Train fed by Ray Data)."""
         ...
 
-    def workers(self) -> int:
-        """How many parts run at the same time."""
+    def tasks(self, model: bool = False) -> int:
+        """How many parts `map_batches` does at the same time."""
+        ...
+
+    def samplers(self) -> int:
+        """How many parts `map_parts` does at the same time."""
         ...
 
     def close(self) -> None: ...
@@ -89,27 +94,33 @@ def do_part(work: Work, part: Part, out: Path) -> Done:
 
 
 def do_job(job: FitJob, batches: Iterable[Batch], select: Callable[[], Iterable[Batch]], threads: int | None) -> None:
-    """Run one training and mark it complete: the same code on every engine, on the worker, so that a finished job stays so."""
-    progress = runs.Progress(job.out)
+    """Run one training and mark it complete: the same code on every engine, on the worker, so that a finished job stays so.
+
+    threads: of torch; None: all CPUs of the machine the worker is on. Another number gives other last bits, so it is recorded.
+    """
+    progress, started_at = runs.Progress(job.out), job.resume(job.out)
+    threads = threads or os.cpu_count() or 1
     optional = {} if job.select is None else {"select": select}
     with runs.writing(job.out):
         waited = Waited(batches)
         metrics = job.fit(waited, out=job.out, report=progress, threads=threads, **optional)
+        rows = started_at * job.feed.batch_size + waited.images
+        assert rows == job.feed.steps * job.feed.batch_size, f"{job.out} saw {rows} images: arms would not be matched"
         seconds = progress.elapsed
         compute = seconds - waited.seconds
         _, _, fingerprint = read_model(job.out)
         runs.finish(
-            job.out, job.recipe, fingerprint=fingerprint, metrics=metrics, rows=job.feed.steps * job.feed.batch_size,
+            job.out, job.recipe, fingerprint=fingerprint, metrics=metrics, rows=rows, threads=threads,
             seconds=seconds, compute_seconds=compute, device_seconds=compute, data_wait_seconds=waited.seconds,
         )  # fmt: skip
         drop_checkpoint(job.out)
 
 
 class Waited:
-    """An iterable that adds up the seconds its reader waits for it."""
+    """An iterable of batches that adds up the seconds its reader waits for it, and the images it gives."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches, self.seconds = batches, 0.0
+        self.batches, self.seconds, self.images = batches, 0.0, 0
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.batches)
@@ -119,12 +130,19 @@ class Waited:
             self.seconds += time.perf_counter() - started
             if batch is None:
                 return
+            self.images += len(batch["id"])
             yield batch
 
 
 def unfinished(jobs: Sequence[FitJob]) -> list[FitJob]:
     """The jobs to do; each one's recipe is checked and written first."""
-    return [job for job in jobs if not runs.begin(job.out, job.recipe)]
+    left = []
+    for job in jobs:
+        if runs.begin(job.out, job.recipe):
+            drop_checkpoint(job.out)  # killed between the manifest and this
+        else:
+            left.append(job)
+    return left
 
 
 class LocalEngine:
@@ -135,10 +153,13 @@ class LocalEngine:
     def __init__(self, sampler_threads: int = 1, training_threads: int | None = None) -> None:
         self.sampler_threads, self.training_threads = sampler_threads, training_threads
 
-    def workers(self) -> int:
+    def tasks(self, model: bool = False) -> int:
         return 1
 
-    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
+    def samplers(self) -> int:
+        return 1
+
+    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False) -> list[Done]:
         todo = missing(parts, out)
         rows = sum(p.rows for p in parts)
         finished = rows - sum(p.rows for p in todo)

@@ -71,7 +71,7 @@ class _Opened:
         return {"id": ids, "image": self.images.fetch(ids), "label": self.labels[picked]}
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _open(feed: Feed) -> _Opened:
     """One opening a process: Ray Data's tasks share what earlier tasks of the same worker have read."""
     return _Opened(feed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -29,19 +30,20 @@ LOOK = ["id", "source", "label", "class", "group", "phash", "thumb", "problem"]
 
 def prepare(engine: Engine, config: cfg.Data, out: Path) -> None:
     """Fill data/<role>/part-*.parquet, classes.json, split.json and leaks.json. UserError for anything wrong with the source."""
-    section = config.model_dump(mode="json", exclude={"part_rows"} if config.source == "phantom" else set())
-    recipe = runs.Recipe("prepare", 1, section, {})
-    run_step(out, recipe, partial(_prepare, engine, config, out))
+    recipe = runs.Recipe("prepare", 1, config.model_dump(mode="json"), {})
+    run_step(out, recipe, partial(_prepare, engine, config, out, recipe.fingerprint))
     shutil.rmtree(out / "decoded", ignore_errors=True)  # a cut-off attempt may have left it after the manifest
 
 
-def _prepare(engine: Engine, config: cfg.Data, out: Path, progress: runs.Progress) -> Facts:
+def _prepare(engine: Engine, config: cfg.Data, out: Path, asked: str, progress: runs.Progress) -> Facts:
     listing = sources.list_records(config)
     chunks = [listing.records[i : i + config.part_rows] for i in range(0, len(listing.records), config.part_rows)]
     parts = [Part(i, len(c), {"records": c}) for i, c in enumerate(chunks)]
     staging = out / "decoded"
-    _begin(staging, digest(*chunks))
+    _begin(staging, digest(asked, *chunks))
+    started = time.perf_counter()
     done = engine.map_batches(partial(make_decode, config, listing.classes), parts, staging, progress)
+    waited = cost(done, engine.tasks(), time.perf_counter() - started)
 
     look = pa.concat_tables(pq.read_table(p, columns=LOOK) for p in tables.parts(staging))
     problems = list(listing.problems)
@@ -52,17 +54,20 @@ def _prepare(engine: Engine, config: cfg.Data, out: Path, progress: runs.Progres
     counts = _write_roles(staging, out, config.part_rows, roles)
 
     rows = [(i, group, role) for i, (role, group) in sorted(roles.items())]
+    labels = dict(zip(look["id"].to_pylist(), look["class"].to_pylist(), strict=True))
     by_class = {r: {c: counts[r, c] for c in listing.classes} for r in ROLES}
     split_hash = split.split_hash(rows)
     runs.write_json(out / "classes.json", {"classes": listing.classes})
     runs.write_json(out / "split.json", {"split_hash": split_hash, "images": by_class, "groups": _groups(rows)})
     runs.write_json(out / "leaks.json", leaks)
     shutil.rmtree(staging)
-    return cost(done, engine.workers()) | {"rows": len(rows), "fingerprint": split_hash, "problems": len(problems)}
+    # The split's hash knows ids, groups and roles; what is trained on hangs on the pictures' shape and the labels too.
+    fingerprint = digest(split_hash, asked, *listing.classes, *(labels[i] for i, _, _ in rows))
+    return waited | {"rows": len(rows), "fingerprint": fingerprint, "problems": len(problems)}
 
 
 def _begin(staging: Path, listing: str) -> None:
-    """Keep the decoded parts of a cut-off attempt only where the source lists the same records: a user may have mended it since."""
+    """Keep a cut-off attempt's decoded parts only where the same was asked of the same records: either may have been mended."""
     if runs.read_json(staging / "listing.json") != {"listing": listing}:
         for folder in (staging, *(staging.parent / role for role in ROLES)):
             if folder.exists():
@@ -96,11 +101,11 @@ def _roles(
 ) -> tuple[dict[str, tuple[str, str]], dict[str, Any]]:
     """id -> (role, merged group), and the leak report: what was merged or dropped, and why."""
     readable = [r for r in look.drop_columns(["problem"]).filter(pa.compute.is_null(look["problem"])).to_pylist()]
-    rows, copies = _drop_copies(config, readable, problems)
+    rows, copies, copied = _drop_copies(config, readable, problems)
     if not rows:
         raise UserError(f"data.path {config.path}: none of the {len(look)} pictures can be used ({_first(problems)}); mend them")
     groups = [r["group"] for r in rows]
-    pairs = [(a, b) for a, b, _ in known]
+    pairs = [(a, b) for a, b, _ in known] + copied
     similar: list[Any] = []
     if config.grouped and config.near_duplicate_bits >= 0:
         thumbs = np.stack([np.frombuffer(r["thumb"], np.uint8).reshape(near.THUMB, near.THUMB) for r in rows])
@@ -131,14 +136,18 @@ def _first(problems: list[dict[str, str]]) -> str:
 
 def _drop_copies(
     config: cfg.Data, rows: list[dict[str, Any]], problems: list[dict[str, str]]
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Rows whose id (the hash of the pixels) is new. A copy under another label is a problem: one of the two labels is wrong."""
+) -> tuple[list[dict[str, Any]], list[dict[str, str]], list[tuple[str, str]]]:
+    """Rows whose id (the hash of the pixels) is new, what was dropped, and the pairs of groups that share a picture.
+
+    A copy under another label is a problem: one of the two labels is wrong. Its groups are one lesion all the same.
+    """
     by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_id[row["id"]].append(row)
-    kept, copies = [], []
+    kept, copies, pairs = [], [], []
     for same in by_id.values():
         first = same[0]
+        pairs += [(first["group"], r["group"]) for r in same[1:] if r["group"] != first["group"]]
         if len({r["class"] for r in same}) > 1:
             names = ", ".join(f"{r['source']} ({r['class']})" for r in same)
             if config.on_error == "fail":
@@ -148,12 +157,17 @@ def _drop_copies(
             problems += [{"source": r["source"], "problem": f"same picture under two labels: {names}"} for r in same]
             continue
         kept.append(first)
-        copies += [{"dropped": r["source"], "kept": first["source"]} for r in same[1:]]
-    return kept, copies
+        copies += [
+            {"dropped": r["source"], "kept": first["source"], "group_dropped": r["group"], "group_kept": first["group"]}
+            for r in same[1:]
+        ]
+    return kept, copies, pairs
 
 
 def _write_roles(staging: Path, out: Path, part_rows: int, roles: dict[str, tuple[str, str]]) -> Counter[tuple[str, str]]:
     """Stream the decoded parts into role folders, a buffer of one part a role; each image once. Images by (role, class)."""
+    for role in ROLES:
+        shutil.rmtree(out / role, ignore_errors=True)  # parts of a cut-off attempt
     written: set[str] = set()
     counts: Counter[tuple[str, str]] = Counter()
     buffers: dict[str, list[dict[str, Any]]] = {r: [] for r in ROLES}

@@ -21,18 +21,20 @@ def run_step(folder: Path, recipe: runs.Recipe, body: Callable[[runs.Progress], 
         folder.mkdir(parents=True, exist_ok=True)
         if runs.begin(folder, recipe):
             return
-        for leftover in folder.glob(".part-*"):
-            leftover.unlink()  # half-written by a process that was killed
         progress = runs.Progress(folder)
         facts = body(progress)
         seconds = progress.elapsed
-        runs.finish(folder, recipe, **({"seconds": seconds, "compute_seconds": seconds, "device_seconds": seconds} | facts))
+        compute = seconds - facts.pop("waited", 0.0)
+        runs.finish(folder, recipe, **({"seconds": seconds, "compute_seconds": compute, "device_seconds": compute} | facts))
 
 
-def cost(done: Sequence[Done], workers: int) -> Facts:
-    """Compute seconds on the critical path (parts shared evenly among the workers) and device seconds in all."""
+def cost(done: Sequence[Done], workers: int, wall: float) -> Facts:
+    """What a call of the engine cost: `device_seconds` in all, and the seconds of its wall time `waited` for anything but compute.
+
+    Compute is taken as the parts shared evenly among the workers.
+    """
     total = sum(d.seconds for d in done)
-    return {"compute_seconds": total / max(1, min(workers, len(done))), "device_seconds": total}
+    return {"waited": max(0.0, wall - total / max(1, min(workers, len(done)))), "device_seconds": total}
 
 
 def inputs(**folders: Path) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,8 @@ from adversa.loop import arms
 from adversa.loop.engine import Engine, FitJob, Part, Work
 from adversa.loop.feed import Feed
 from adversa.loop.step import Facts, cost, inputs, run_step
-from adversa.types import ROLES, GenerationRequest, Scorecard, request_id, seed_of
+from adversa.types import ROLES, GenerationRequest, Scorecard, UserError, request_id, seed_of
+from adversa.weights import MODEL
 
 Row = dict[str, Any]
 
@@ -27,6 +30,10 @@ def classes_of(data: Path) -> list[str]:
     found = runs.read_json(data / "classes.json")
     assert found is not None, f"{data} is not prepared"
     return found["classes"]
+
+
+def split_hash(data: Path) -> str:
+    return (runs.read_json(data / "split.json") or {})["split_hash"]
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------
@@ -92,12 +99,42 @@ def denoiser_job(data: Path, mix_folder: Path, config: cfg.Denoiser, seed: int, 
 
 def _weights(name: str | None) -> dict[str, str]:
     """The contents of a local weight file or folder are part of the recipe: another file under the same name is another run."""
-    import hashlib
+    if name is None or name == "imagenet":
+        return {}
+    return {"weights": hashlib.sha256(weight_file(name).read_bytes()).hexdigest()[:32]}
 
-    path = Path(name) if name else None
-    if path is not None and path.is_dir():
-        path = path / "model.safetensors"
-    return {"weights": hashlib.sha256(path.read_bytes()).hexdigest()[:32]} if path is not None and path.is_file() else {}
+
+def weight_file(name: str) -> Path:
+    """The file of local weights (a folder stands for its model.safetensors). UserError where there is none."""
+    path = Path(name) / MODEL if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise UserError(f"weights {name}: no such file; give a safetensors file, a model folder, or null to start from scratch")
+    return path
+
+
+def check_weights(config: cfg.Config) -> None:
+    """Before anything runs: the weight files are there, and the shipped denoiser has not seen this run's pictures."""
+    from adversa.diffuse import edm
+
+    for name in (config.classifier.weights, config.curate.judge and config.curate.judge.weights, config.denoiser.weights):
+        if name not in (None, "imagenet", "phantom"):
+            weight_file(name)
+    seen = runs.read_json(edm.SHIPPED / "config.json") or {}
+    if config.denoiser.weights == "phantom" and seen.get("pretraining", {}).get("phantom_seed") == config.data.phantom.seed:
+        seed = config.data.phantom.seed
+        raise UserError(f"data.phantom.seed {seed}: the shipped denoiser was trained on these very pictures; take another seed")
+
+
+def check_models(config: cfg.Config, classes: list[str]) -> None:
+    """Before the first training: every model of the run can be built. UserError now, and not after an hour of training."""
+    from adversa.classify import model
+    from adversa.diffuse import edm
+
+    model.build(config.classifier, len(classes), config.data.resolution)
+    if config.curate.judge is not None:
+        model.build(config.curate.judge, len(classes), config.data.resolution)
+    denoiser = edm.build(config.denoiser, len(classes), config.data.resolution)
+    edm.start_from(denoiser, config.denoiser, classes, config.data.resolution)
 
 
 # ---- scoring -----------------------------------------------------------------------------------------------------------
@@ -120,8 +157,9 @@ def _score(
     paths = tables.parts(examples)
     rows = [pq.read_metadata(p).num_rows * len(models) for p in paths]
     parts = [Part(i, n, {"path": str(p)}) for i, (p, n) in enumerate(zip(paths, rows, strict=True))]
-    done = engine.map_batches(partial(make_score, tuple(models), embed), parts, out, progress)
-    return cost(done, engine.workers()) | {"rows": sum(rows)}
+    started = time.perf_counter()
+    done = engine.map_batches(partial(make_score, tuple(models), embed), parts, out, progress, model=True)
+    return cost(done, engine.tasks(model=True), time.perf_counter() - started) | {"rows": sum(rows)}
 
 
 def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:
@@ -166,7 +204,7 @@ def mine(scores: Path, config: cfg.Mine, out: Path) -> None:
     run_step(out, runs.Recipe("mine", 1, config.model_dump(mode="json"), inputs(scores=scores)), body)
 
 
-def plan(hard: Path, data: Path, run: str, number: int, arm_names: Sequence[str], config: cfg.Generate, out: Path) -> None:
+def plan(hard: Path, run: str, number: int, arm_names: Sequence[str], config: cfg.Generate, out: Path) -> None:
     """Requests for each synthetic arm, one part a batch. The unguided arm asks for as many images of each class as the guided."""
     recipe = runs.Recipe(
         "plan", 1, config.model_dump(mode="json") | {"run": run, "round": number, "arms": list(arm_names)}, inputs(hard=hard)
@@ -207,8 +245,9 @@ def generate(engine: Engine, requests: Path, data: Path, denoiser: Path, config:
     def body(progress: runs.Progress) -> Facts:
         paths = tables.parts(requests)
         parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
+        started = time.perf_counter()
         done = engine.map_parts(partial(make_paint, denoiser, data / "mine", config), parts, out, progress)
-        return cost(done, engine.workers()) | {"rows": sum(p.rows for p in parts)}
+        return cost(done, engine.samplers(), time.perf_counter() - started) | {"rows": sum(p.rows for p in parts)}
 
     run_step(out, recipe, body)
 
@@ -248,24 +287,33 @@ def curate(engine: Engine, synthetic: Path, data: Path, judge: Path, config: cfg
     def body(progress: runs.Progress) -> Facts:
         parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(tables.parts(synthetic))]
         limit = near_copy_threshold(data, config.near_copy_quantile) if parts else float("nan")
-        done = engine.map_batches(partial(make_verdicts, judge, data, config, limit), parts, out, progress)
+        started = time.perf_counter()
+        done = engine.map_batches(partial(make_verdicts, judge, data, config, limit), parts, out, progress, model=True)
+        spent = cost(done, engine.tasks(model=True), time.perf_counter() - started)
         verdicts = tables.read(out, ["keep"], tables.VERDICTS)
         kept = int(np.sum(verdicts["keep"].to_numpy()))
-        return cost(done, engine.workers()) | {"rows": len(verdicts), "kept": kept, "near_copy_threshold": limit}
+        return spent | {"rows": len(verdicts), "kept": kept, "near_copy_threshold": limit}
 
     run_step(out, recipe, body)
 
 
-def real_images(data: Path) -> tuple[list[str], list[str], np.ndarray]:
-    """(ids, groups, uint8 images [N, H, W, 3]) of every role."""
-    rows = pa.concat_tables(tables.read(data / role, ["id", "group", "image"], tables.EXAMPLES) for role in ROLES)
-    return rows["id"].to_pylist(), rows["group"].to_pylist(), tables.decode_images(rows["image"])
+def real_images(data: Path, roles: Sequence[str]) -> tuple[list[str], list[str], Iterator[np.ndarray]]:
+    """(ids, groups, blocks of uint8 images [n, H, W, 3] in their order) of some roles; one block is in memory at a time."""
+    paths = [path for role in roles for path in tables.parts(data / role)]
+    rows = pa.concat_tables(pq.read_table(path, columns=["id", "group"]) for path in paths)
+    blocks = (
+        tables.decode_images(batch.column("image"))
+        for path in paths
+        for batch in pq.ParquetFile(path).iter_batches(tables.ROW_GROUP, columns=["image"])
+    )
+    return rows["id"].to_pylist(), rows["group"].to_pylist(), blocks
 
 
 def near_copy_threshold(data: Path, quantile: float) -> float:
+    """From the roles that may choose: `test` is in the index, where it can only remove an image, and has no say here."""
     from adversa.curate.near_copy import NearCopy
 
-    ids, groups, images = real_images(data)
+    ids, groups, images = real_images(data, [r for r in ROLES if r != "test"])
     return float(NearCopy(ids, images).threshold(ids, groups, quantile))
 
 
@@ -275,7 +323,7 @@ def make_verdicts(judge: Path, data: Path, config: cfg.Curate, limit: float) -> 
     from adversa.curate.near_copy import NearCopy
 
     scorer = make_scorer(judge)
-    ids, _, images = real_images(data)
+    ids, _, images = real_images(data, ROLES)
     index = NearCopy(ids, images)
 
     def work(part: Part, path: Path) -> int:
@@ -301,7 +349,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Predictions of each model (arm, seed, round, folder) on a role, and its scorecard beside it.
 
-    record: written to `opened.json` before the first image of the role is read (for `test`, which is opened once).
+    record: written to `opened.json` before a classifier sees the first image (for `test`, which is opened once; only the
+    near-copy gate has read it before, and that can but remove a synthetic image).
     """
     names = inputs(data=run.data) | {f"{arm}-{seed}": runs.fingerprint(folder) for arm, seed, _, folder in models}
     recipe = runs.Recipe("evaluate", 1, {"role": role, "bootstrap": config.bootstrap}, names)

@@ -33,7 +33,7 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
         "run_id": runs.run_id((runs.read_json(run.recipe) or {})["recipe"]),
         "seed": config.seed,
         "seeds": config.evaluate.seeds,
-        "split_hash": runs.fingerprint(run.data),
+        "split_hash": steps.split_hash(run.data),
         "rounds": config.rounds if is_synthetic(config) else 0,
         "classes": classes,
         "arms": {arm: {role: _mean_card(config, run, arm, role) for role in ("mine", "test")} for arm in config.mix.arms},
@@ -101,8 +101,8 @@ def notes(config: Config, run: RunDir) -> list[str]:
         found.append("the images are procedural phantoms, not photographs: the figures say nothing about skin")
     if is_synthetic(config) and config.denoiser.weights == "phantom":
         found.append("the denoiser started from weights shipped with adversa, trained on phantoms of another seed")
-    if config.evaluate.seeds == 1:
-        found.append("one seed an arm: the interval holds the choice of test images, not the luck of training")
+    seeds = "one seed an arm" if config.evaluate.seeds == 1 else f"{config.evaluate.seeds} seeds an arm, averaged"
+    found.append(f"{seeds}: the intervals hold the choice of test lesions, not the luck of training")
     if not config.data.grouped:
         found.append("data.grouped is off: lesions leak between roles and every figure is too good")
     if skipped := runs.manifest(run.data).get("problems", 0):
