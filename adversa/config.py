@@ -6,13 +6,16 @@ A default lives here and nowhere else. An unknown key stops the run and names th
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adversa.types import ARMS, UserError
+
+WeightPath = Annotated[str | None, AfterValidator(lambda v: os.path.expanduser(v) if v else v)]
 
 
 class Section(BaseModel):
@@ -86,7 +89,7 @@ class Classifier(Section):
     model_args: dict[str, Any] = Field(
         {"channels": [32, 64, 128, 256]}, description="passed on to timm.create_model; {} when only `model` is given"
     )
-    weights: str | None = Field(None, description="imagenet (from the hub), a local safetensors file, or null: from scratch")
+    weights: WeightPath = Field(None, description="imagenet (from the hub), a local safetensors file, or null: from scratch")
     input_size: int | None = Field(
         None, ge=16, le=1024, description="images are resized to this before the model; null: as they are"
     )
@@ -119,7 +122,7 @@ class Denoiser(Section):
     layers: int = Field(1, ge=1, description="residual blocks a level")
     attention: bool = Field(False, description="self-attention at the coarsest level")
     patch: int = Field(2, ge=1, le=8, description="pixels folded into channels before the UNet (space to depth)")
-    weights: str | None = Field(None, description="a denoiser's folder to start from, phantom (shipped), or null: from scratch")
+    weights: WeightPath = Field(None, description="a denoiser's folder to start from, phantom (shipped), or null: from scratch")
     steps: int = Field(2000, ge=0)
     batch_size: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)

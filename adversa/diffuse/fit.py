@@ -173,7 +173,7 @@ def _finish(
     run["denoiser"].load_state_dict(run["ema"])
     _write_history(run, out)
     (out / "samples.png").write_bytes(tables.encode_png(sample_grid(run["denoiser"].eval(), meta, seed, device)))
-    loss = run["history"][-1]["loss"] if run["history"] else float("nan")
+    loss = run["history"][-1]["loss"] if run["history"] else None  # none without a step
     parameters = sum(v.numel() for v in run["ema"].values())
     return {"steps": run["step"], "loss": loss, "init": run["init"], "fingerprint": fingerprint, "parameters": parameters}
 

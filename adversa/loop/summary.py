@@ -12,13 +12,15 @@ from adversa.config import Config
 from adversa.loop import steps
 from adversa.loop.stages import is_synthetic, stages
 from adversa.runs import RunDir
-from adversa.types import seed_of
+from adversa.types import Verdict, seed_of
 
 HEADLINE = "balanced_accuracy"
 
 
 def write(config: Config, run: RunDir) -> dict[str, Any]:
     """Gather the finished run's folders into summary.json."""
+    from adversa.curate.gate import acceptance
+
     classes = steps.classes_of(run.data)
     verdicts = [v for n in _rounds(config) for v in tables.read(run.round(n, "verdicts"), schema=tables.VERDICTS).to_pylist()]
     kept = [v for v in verdicts if v["keep"]]
@@ -41,7 +43,7 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
         "generated": len(verdicts),
         "accepted": len(kept),
         "rejected": dict(sorted(Counter(v["reason"] for v in verdicts if not v["keep"]).items())),
-        "acceptance": _acceptance(verdicts, classes),
+        "acceptance": acceptance([Verdict(**v) for v in verdicts], classes),
         "used": _used(config, run),
         "seconds": seconds,
         "device_seconds": round(sum(m["device_seconds"] for m in manifests.values()), 2),
@@ -138,15 +140,6 @@ def _interval(config: Config, run: RunDir, arm: str, role: str) -> dict[str, lis
         for name, low_high in card["intervals"].items():
             bounds[name].append(low_high)
     return {name: np.mean(v, axis=0).tolist() for name, v in bounds.items()}
-
-
-def _acceptance(verdicts: list[dict[str, Any]], classes: list[str]) -> dict[str, dict[str, dict[str, int]]]:
-    found: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: {c: {"generated": 0, "accepted": 0} for c in classes})
-    for v in verdicts:
-        cell = found[v["arm"]][classes[v["label"]]]
-        cell["generated"] += 1
-        cell["accepted"] += bool(v["keep"])
-    return dict(found)
 
 
 def _used(config: Config, run: RunDir) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_facts(run_dir: Path) -> Facts:
     if not run.config.is_file():
         raise UserError(f"{run_dir} is not a run folder (it has no config.yaml); give the --run-dir of an `adversa loop`")
     config_text = run.config.read_text()
-    finish = f"finish it with `adversa loop {run.config} --run-dir {run_dir}`"
+    finish = f"finish it with `{shlex.join(['adversa', 'loop', str(run.config), '--run-dir', str(run_dir)])}`"
     summary = read_json(run.summary)
     if summary is None:
         raise UserError(f"{run_dir} is not finished (it has no summary.json); {finish}")
