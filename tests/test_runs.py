@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -41,11 +40,21 @@ def test_a_run_opens_again_with_the_same_recipe(run):
 
 def test_another_recipe_is_refused_with_each_field_that_differs(run):
     other = {"seed": 1, "data": {"resolution": 64, "path": None}, "mix": {"arms": ["real"]}, "rounds": 2}
+    runs.write_json(run.data / runs.MANIFEST, {})
     text = message(runs.open_run, run.root, other, "")
     for part in ("seed: 0 -> 1", "data.resolution: 32 -> 64", "mix.arms: ['real', 'guided'] -> ['real']", "rounds: absent -> 2"):
         assert part in text
     assert "data.path" not in text and "--run-dir" in text
     assert run.config.read_text() == "seed: 0\n"
+
+
+def test_while_nothing_is_finished_a_setting_may_be_mended_in_place(run):
+    other = RECIPE | {"seed": 1}
+    runs.write_json(run.data / runs.RECIPE, {"of": "the old one"})
+    assert runs.open_run(run.root, other, "seed: 1\n") == run
+    assert run.config.read_text() == "seed: 1\n" and not (run.data / runs.RECIPE).exists()
+    runs.write_json(run.data / runs.MANIFEST, {})
+    assert "seed: 1 -> 0" in message(runs.open_run, run.root, RECIPE, "")
 
 
 def test_differences_do_not_see_what_json_does_not_keep():
@@ -160,18 +169,25 @@ def test_a_folder_that_was_never_locked_is_not_locked(tmp_path):
 # ---- progress and the clock ------------------------------------------------------------------------------------------------
 
 
-def test_progress_carries_the_elapsed_time_over_a_kill(tmp_path):
-    runs.write_json(tmp_path / runs.PROGRESS, {"done": 5, "total": 10, "elapsed": 100.0, "rate": 1.0})
-    progress = runs.Progress(tmp_path)
-    assert 100 <= progress.elapsed < 101
-    progress({"done": 6, "total": 10, "unit": "step"})
-    saved = runs.read_json(tmp_path / runs.PROGRESS)
-    assert saved["done"] == 6 and 100 <= saved["elapsed"] < 101
-
-
-def test_progress_counts_the_rate_from_this_attempt_alone_and_is_written_seldom(tmp_path, monkeypatch):
+@pytest.fixture
+def now(monkeypatch):
+    """The time, in seconds, to be set by the test."""
     now = [1000.0]
     monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_progress_carries_the_elapsed_time_over_a_kill(tmp_path, now):
+    runs.write_json(tmp_path / runs.PROGRESS, {"done": 5, "total": 10, "elapsed": 100.0, "rate": 1.0})
+    progress = runs.Progress(tmp_path)
+    assert progress.elapsed == 100
+    now[0] += 3
+    progress({"done": 6, "total": 10, "unit": "step"})
+    saved = runs.read_json(tmp_path / runs.PROGRESS)
+    assert (saved["done"], saved["elapsed"]) == (6, 103)
+
+
+def test_progress_counts_the_rate_from_this_attempt_alone_and_is_written_seldom(tmp_path, now):
     progress = runs.Progress(tmp_path, interval=0.5)
     progress({"done": 50, "total": 100})  # a resumed step begins at 50
     now[0] += 0.25
@@ -183,18 +199,57 @@ def test_progress_counts_the_rate_from_this_attempt_alone_and_is_written_seldom(
     assert (saved["done"], saved["rate"], saved["elapsed"]) == (60, 5.0, 2.0)
 
 
-def test_the_clock_adds_up_over_commands_and_counts_start_up(run):
+def test_the_clock_adds_up_over_commands_and_counts_start_up(run, now):
     for _ in range(2):
-        with runs.Clock(run, since=time.monotonic() - 10) as clock:
+        with runs.Clock(run, since=now[0] - 10) as clock:
             clock.tick()
-    assert 20 <= runs.wall_seconds(run) < 21
+            assert runs.wall_seconds(run) in (10, 25)
+            now[0] += 5
+    assert runs.wall_seconds(run) == 30
     assert runs.wall_seconds(RunDir(run.root / "none")) == 0
 
 
-def test_the_clock_holds_what_passed_when_the_command_fails(run):
-    with pytest.raises(RuntimeError), runs.Clock(run, since=time.monotonic() - 7):
+def test_the_clock_holds_what_passed_when_the_command_fails(run, now):
+    with pytest.raises(RuntimeError), runs.Clock(run, since=now[0] - 7):
         raise RuntimeError
-    assert 7 <= runs.wall_seconds(run) < 8
+    assert runs.wall_seconds(run) == 7
+
+
+def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(run):
+    left = ["data/train/.part-00003.parquet.123", "denoiser/.checkpoint.pt.12", ".run.json.4711", "judge/.progress.json.7"]
+    kept = [".lock", "data/train/part-00003.parquet", "denoiser/checkpoint.pt", "judge/.hidden", "round-001/notes.12", ".12"]
+    for name in [*left, *kept]:
+        (run.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.root / name).write_text(name)
+    (run.root / ".folder.12").mkdir()
+    runs.sweep(run)
+    assert not [n for n in left if (run.root / n).exists()]
+    assert all((run.root / n).read_text() == n for n in kept) and (run.root / ".folder.12").is_dir()
+    assert run.config.exists() and run.recipe.exists()
+
+
+def test_the_temporary_names_that_are_written_are_those_that_are_swept(run, monkeypatch):
+    """A process that dies before the rename leaves its temporary file: sweep must know both kinds by their names."""
+    import pyarrow as pa
+
+    from adversa import tables
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*_):
+        raise Killed
+
+    monkeypatch.setattr(tables.os, "replace", dies)
+    monkeypatch.setattr(tables.Path, "unlink", lambda *a, **k: None)  # nor does a killed process tidy up
+    with pytest.raises(Killed):
+        tables.write_part(run.data / "part-00000.parquet", pa.table({"a": [1]}))
+    with pytest.raises(Killed):
+        runs.write_json(run.data / "progress.json", {"done": 1})
+    assert len(list(run.data.iterdir())) == 2
+    monkeypatch.undo()
+    runs.sweep(run)
+    assert list(run.data.iterdir()) == []
 
 
 def test_status_is_whole_json_with_the_process(run):

@@ -18,13 +18,11 @@ CHUNK = 64
 Scorer = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def make_scorer(folder: Path, threads: int | None = None, embed: bool = False) -> Scorer:
+def make_scorer(folder: Path, embed: bool = False) -> Scorer:
     """Load the classifier of a folder once; the callable maps uint8 [N, H, W, 3] to (logits [N, K], embedding [N, D]).
 
-    Both float32, in the order of the images; D = 0 unless `embed`. threads: sets torch's threads of this process.
+    Both float32, in the order of the images; D = 0 unless `embed`.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, meta, _ = load(folder, device)
     amp, num_classes = bool(meta["config"]["amp"]), int(meta["num_classes"])

@@ -83,21 +83,6 @@ def make_decoder(config: Data, classes: Sequence[str]) -> Callable[[Sequence[Rec
     return decode
 
 
-def unique_ids(decoded: Sequence[Decoded]) -> list[str]:
-    """Ids of all pictures of a source, unique.
-
-    Where several have the very same pixels, all but the first by name get an id of their own. Does not depend on the
-    order of `decoded`. Pictures with a problem keep ''.
-    """
-    ids = [d.id for d in decoded]
-    seen: set[str] = set()
-    for i in sorted(range(len(decoded)), key=lambda i: (decoded[i].id, decoded[i].record.source)):
-        if ids[i] and ids[i] in seen:
-            ids[i] = digest(ids[i], decoded[i].record.source)
-        seen.add(ids[i])
-    return ids
-
-
 def _decode(record: Record, config: Data, reader: Reader) -> Decoded:
     mask = None
     if record.uri.startswith("phantom:"):

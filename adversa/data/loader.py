@@ -40,17 +40,6 @@ class ImageTable:
                     self._place[id_] = (len(self._files), group, row)
         self._files.append(path)
 
-    def __len__(self) -> int:
-        return len(self._place)
-
-    def __contains__(self, id_: str) -> bool:
-        return id_ in self._place
-
-    @property
-    def ids(self) -> list[str]:
-        """Every id, in the order of folders, parts and rows."""
-        return list(self._place)
-
     def fetch(self, ids: Sequence[str]) -> np.ndarray:
         """uint8 [B, H, W, 3] in the order of `ids` (an id may come twice). UserError where one is missing.
 

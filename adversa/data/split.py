@@ -64,14 +64,6 @@ def _deal(n: int, shares: Sequence[float]) -> list[int]:
     return counts
 
 
-def leaking(groups: Sequence[str], roles: Sequence[str]) -> list[str]:
-    """Groups with more than one role, sorted: must be empty."""
-    seen: dict[str, set[str]] = defaultdict(set)
-    for group, role in zip(groups, roles, strict=True):
-        seen[group].add(role)
-    return sorted(g for g, r in seen.items() if len(r) > 1)
-
-
 def split_hash(rows: Iterable[tuple[str, str, str]]) -> str:
     """Hex digest of (id, group, role) rows, whatever their order."""
     return digest(*("\t".join(r) for r in sorted(rows)))

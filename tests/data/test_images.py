@@ -145,10 +145,6 @@ def test_ids_come_from_pixels(tmp_path):
     other = PHOTO.copy()
     other[0, 0, 0] ^= 1
     assert decode(encoded(other), tmp=tmp_path).id != a.id
-    twin = images.Decoded(Record("", "a-first", "", "a", "g"), id=a.id)
-    bad = images.Decoded(Record("", "z", "", "a", "g"), problem="x")
-    one, two = images.unique_ids([a, twin, bad]), images.unique_ids([bad, twin, a])
-    assert one[1] == a.id != one[0] and one[2] == "" and one == two[::-1]
 
 
 def test_zip_members_and_damage(tmp_path):

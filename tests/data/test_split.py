@@ -1,13 +1,21 @@
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
 from adversa.config import Data, Split
 from adversa.data import sources
-from adversa.data.split import leaking, merge_groups, split, split_hash
+from adversa.data.split import merge_groups, split, split_hash
 from adversa.types import ROLES, UserError
+
+
+def leaking(groups, roles):
+    """Groups with more than one role: must be empty."""
+    seen = defaultdict(set)
+    for group, role in zip(groups, roles, strict=True):
+        seen[group].add(role)
+    return [g for g, r in seen.items() if len(r) > 1]
 
 
 def roles_of(listing, config, grouped):

@@ -57,7 +57,7 @@ def test_killed_and_resumed_training_ends_bit_identical(tmp_path: Path) -> None:
     assert resumed == undisturbed
     for name in ("model.safetensors", "config.json", "metrics.jsonl", "samples.png"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert not (out / weights.CHECKPOINT).exists() and resume_step(out) == 0
+    assert resume_step(out) == 7  # whoever marks the model complete lets go of the training state: not fit
 
 
 def test_what_is_written_and_reported(tmp_path: Path) -> None:

@@ -53,6 +53,29 @@ def test_the_fingerprint_follows_the_recipe_unless_the_step_gives_its_own(tmp_pa
 
 def test_cost_shares_parts_among_no_more_workers_than_parts():
     done = [Done(0, 1, 2.0), Done(1, 1, 4.0)]
-    assert cost(done, 1) == {"compute_seconds": 6.0, "device_seconds": 6.0}
-    assert cost(done, 8) == {"compute_seconds": 3.0, "device_seconds": 6.0}
-    assert cost([], 8) == {"compute_seconds": 0.0, "device_seconds": 0}
+    assert cost(done, 1, 7.0) == {"waited": 1.0, "device_seconds": 6.0}
+    assert cost(done, 8, 7.0) == {"waited": 4.0, "device_seconds": 6.0}
+    assert cost(done, 2, 2.5)["waited"] == 0  # parts that ran side by side on more workers than said: never below zero
+    assert cost([], 8, 0.5) == {"waited": 0.5, "device_seconds": 0}
+
+
+def test_a_steps_compute_is_its_own_time_less_what_it_waited_for(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+
+    def body(progress):
+        now[0] += 10
+        return cost([Done(0, 1, 2.0), Done(1, 1, 4.0)], 2, 8.0) | {"rows": 2}
+
+    run_step(tmp_path / "a", recipe(a=1), body)
+    found = runs.manifest(tmp_path / "a")
+    assert (found["seconds"], found["compute_seconds"], found["device_seconds"]) == (10, 5, 6)  # the driver's own 2 s count
+    assert "waited" not in found
+
+    def alone(progress):
+        now[0] += 3
+        return {"rows": 0}
+
+    run_step(tmp_path / "b", recipe(a=1), alone)
+    found = runs.manifest(tmp_path / "b")
+    assert found["seconds"] == found["compute_seconds"] == found["device_seconds"] == 3
