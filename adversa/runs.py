@@ -131,11 +131,11 @@ def open_run(root: Path, recipe: dict[str, Any], config_yaml: str) -> RunDir:
             replace_bytes(run.config, config_yaml.encode())
         return run
     changed = differences(saved.get("recipe", {}), recipe)
-    if changed and not any(root.rglob(MANIFEST)) and not is_locked(run):
-        # Nothing is finished, so nothing is lost: a setting that stopped the first step may be mended in place.
+    if changed and _may_change(run, changed) and not is_locked(run):
         with _opening(root):
             for stale in root.rglob(RECIPE):
-                stale.unlink()
+                if not is_finished(stale.parent):
+                    stale.unlink()
             write_json(run.recipe, {"recipe": recipe, "created": now()})
             replace_bytes(run.config, config_yaml.encode())
     elif changed:
@@ -147,6 +147,12 @@ def open_run(root: Path, recipe: dict[str, Any], config_yaml: str) -> RunDir:
         probe.touch()
         probe.unlink()
     return run
+
+
+def _may_change(run: RunDir, changed: list[str]) -> bool:
+    """Whether nothing finished hangs on the fields that differ: then a setting that stopped a step may be mended in place."""
+    finished = list(run.root.rglob(MANIFEST))
+    return not finished or (finished == [run.data / MANIFEST] and not any(c.startswith("data.") for c in changed))
 
 
 @contextlib.contextmanager

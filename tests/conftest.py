@@ -28,14 +28,16 @@ def imagenet_weights() -> Path:
 
 TINY = {
     "data": {"source": "phantom", "resolution": 32, "part_rows": 64, "phantom": {"images": 300}},
-    "classifier": {"model_args": {}, "steps": 24, "batch_size": 32, "evaluations": 2, "checkpoint_steps": 8},
+    "classifier": {
+        "model_args": {"channels": [16, 32, 32, 64]}, "steps": 24, "batch_size": 32, "evaluations": 2, "checkpoint_steps": 8,
+    },
     "denoiser": {"channels": [32, 32], "weights": None, "steps": 12, "batch_size": 16, "checkpoint_steps": 4},
     "mine": {"budget": 12},
     "generate": {"per_case": 2, "steps": 4, "batch_size": 8},
     "curate": {"min_agreement": 0.1},
     "evaluate": {"bootstrap": 200},
     "cluster": {"training_threads": 1, "object_store_mb": 200},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -120,3 +120,20 @@ def test_another_model_does_not_get_the_default_models_arguments():
     assert config.check({"classifier": {"model": "resnet18"}}, "x").classifier.model_args == {}
     given = config.check({"classifier": {"model": "resnet18", "model_args": {"drop_rate": 0.1}}}, "x")
     assert given.classifier.model_args == {"drop_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("tree", "text"),
+    [
+        ({"mix": {"arms": ["real", "guided", "real"]}}, "names an arm twice"),
+        ({"mix": {"arms": ["guided"]}}, "must contain real"),
+        ({"denoiser": {"channels": [12, 16]}}, "multiples of 8"),
+        (
+            {"data": {"source": "csv", "path": "x"}, "denoiser": {"weights": "phantom"}},
+            "weights phantom is for data.source phantom",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(tree, text):
+    with pytest.raises(UserError, match=text):
+        config.check(tree, "x")

@@ -53,7 +53,16 @@ def test_while_nothing_is_finished_a_setting_may_be_mended_in_place(run):
     runs.write_json(run.data / runs.RECIPE, {"of": "the old one"})
     assert runs.open_run(run.root, other, "seed: 1\n") == run
     assert run.config.read_text() == "seed: 1\n" and not (run.data / runs.RECIPE).exists()
+
+
+def test_once_the_data_are_prepared_what_they_do_not_hang_on_may_be_mended(run):
+    runs.write_json(run.data / runs.RECIPE, {})
     runs.write_json(run.data / runs.MANIFEST, {})
+    assert runs.open_run(run.root, RECIPE | {"seed": 1}, "seed: 1\n") == run
+    assert run.config.read_text() == "seed: 1\n" and (run.data / runs.RECIPE).exists()
+    other = RECIPE | {"seed": 1, "data": {"resolution": 64, "path": None}}
+    assert "data.resolution: 32 -> 64" in message(runs.open_run, run.root, other, "")
+    runs.write_json(run.judge / runs.MANIFEST, {})
     assert "seed: 1 -> 0" in message(runs.open_run, run.root, RECIPE, "")
 
 

@@ -18,29 +18,41 @@ import psutil
 
 from adversa import tables
 
-# (name, what must be there before the kill): in the middle of a part of the work, never at its edge.
+# name: (what must be there at the kill, what must not): in the middle of a part of the work, never at its edge.
 POINTS = {
-    "prepare: some images decoded": "data/decoded/part-*.parquet",
-    "train: first classifier begun": "round-000/real/seed-0/classifier/progress.json",
-    "train: denoiser at a checkpoint": "denoiser/checkpoint.pt",
-    "generate: some images painted": "round-001/synthetic/part-*.parquet",
-    "retrain: an arm begun": "round-001/guided/seed-0/classifier/progress.json",
-}
+    "prepare: some images decoded": ("data/decoded/part-*.parquet", "data/manifest.json"),
+    "train: first classifier begun": (
+        "round-000/real/seed-0/classifier/progress.json", "round-000/real/seed-0/classifier/model.safetensors",
+    ),
+    "train: denoiser at a checkpoint": ("denoiser/checkpoint.pt", "denoiser/model.safetensors"),
+    "generate: some images painted": ("round-001/synthetic/part-*.parquet", "round-001/synthetic/manifest.json"),
+    "retrain: an arm begun": (
+        "round-001/guided/seed-0/classifier/progress.json", "round-001/guided/seed-0/classifier/model.safetensors",
+    ),
+}  # fmt: skip
+
+# Steps that workers fill part by part: what is committed stays, finished or not. The others write all they have in one go.
+BY_PARTS = ("scores", "synthetic", "verdicts", "evaluate", "test")
 
 
-def kill_at(command: list[str], run: Path, pattern: str, timeout: float = 1200) -> float:
-    """Start the command, kill its tree as soon as a file matches; seconds it lived. RuntimeError if it ended before."""
+def kill_at(command: list[str], run: Path, there: str, missing: str, timeout: float = 1200) -> float:
+    """Start the command, kill its tree as soon as `there` matches a file; seconds it lived.
+
+    RuntimeError if the command ended before, or if `missing` is there after all: then the kill came too late.
+    """
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not any(run.glob(pattern)):
+    while not any(run.glob(there)):
         if process.poll() is not None:
-            raise RuntimeError(f"the command ended with {process.returncode} before {pattern} appeared")
+            raise RuntimeError(f"the command ended with {process.returncode} before {there} appeared")
         if time.monotonic() - started > timeout:
             kill_tree(process.pid)
-            raise RuntimeError(f"no {pattern} within {timeout:.0f} s")
+            raise RuntimeError(f"no {there} within {timeout:.0f} s")
         time.sleep(0.02)
     kill_tree(process.pid)
     process.wait()
+    if any(run.glob(missing)):
+        raise RuntimeError(f"the kill came too late: {missing} is there already; take more steps, or checkpoints closer together")
     return time.monotonic() - started
 
 
@@ -55,9 +67,19 @@ def kill_tree(pid: int) -> None:
 
 
 def finished_files(run: Path) -> dict[Path, int]:
-    """Committed parts and models, with the time of their last change. Staging and the training state may go."""
+    """What must never be written again, with the time of its last change: manifests, models, and committed parts.
+
+    Staging (data/decoded) and the training state may go; the parts of data/<role> count once `data` has its manifest.
+    """
     files = [*run.rglob("part-*.parquet"), *run.rglob("model.safetensors"), *run.rglob("manifest.json")]
-    return {p: p.stat().st_mtime_ns for p in files if "decoded" not in p.parts and (p.parent / "manifest.json").exists()}
+    return {p: p.stat().st_mtime_ns for p in files if _is_committed(p, run)}
+
+
+def _is_committed(path: Path, run: Path) -> bool:
+    step = path.parent
+    if run / "data" in path.parents:
+        return step.name != "decoded" and (run / "data/manifest.json").exists()
+    return (step / "manifest.json").exists() or (path.suffix == ".parquet" and step.name in BY_PARTS)
 
 
 def results(run: Path) -> dict[str, object]:
@@ -82,10 +104,10 @@ def main() -> None:
     command = [*args.command[args.command[0] == "--" :], "--run-dir", str(args.run)]
     faults: list[str] = []
     kept: dict[str, dict[Path, int]] = {}
-    for name, pattern in POINTS.items():
-        lived = kill_at(command, args.run, pattern)
+    for name, (there, missing) in POINTS.items():
+        lived = kill_at(command, args.run, there, missing)
         before = finished_files(args.run)
-        print(f"killed after {lived:5.1f} s at {name}; {len(before)} finished files", flush=True)
+        print(f"killed after {lived:5.1f} s at {name}; {len(before)} files that must stay", flush=True)
         kept[name] = before
     started = time.monotonic()
     code = subprocess.call(command, stdout=subprocess.DEVNULL)

@@ -47,7 +47,8 @@ class RayEngine:
         return int(self.gpus / GPU_SHARE) if model and self.gpus else self.cpus
 
     def samplers(self) -> int:
-        room = self.gpus or self.cpus // self.cluster.sampler_threads
+        # An actor that finds no room waits for ever, with its part in hand. On GPUs each takes a CPU too (map_parts).
+        room = min(self.gpus, self.cpus) if self.gpus else self.cpus // self.cluster.sampler_threads
         return min(self.cluster.samplers or room, room)
 
     def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False) -> list[Done]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from adversa.classify.model import build, load, to_pixels
 from adversa.classify.score import forward, make_scorer
@@ -168,3 +168,22 @@ def test_weights_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UserError, match="from the hub .no route to host.; give a local safetensors file"):
         build(TINY.model_copy(update={"weights": "imagenet"}), 3, 32)
+
+
+def test_imagenet_weights_of_a_file_are_the_trunks(imagenet_weights: Path) -> None:
+    config = Classifier(model="tf_efficientnet_lite0", weights=str(imagenet_weights))
+    network = build(config, 7, 64)
+    state = load_file(imagenet_weights)
+    trunk = network.trunk.state_dict()
+    assert len(trunk) > 200 and all(torch.equal(v, state[k]) for k, v in trunk.items())
+    assert set(state) - set(trunk) == {"classifier.weight", "classifier.bias"}  # the old head, and nothing else
+    assert network.head.weight.shape == (7, state["classifier.weight"].shape[1])
+    logits, _ = forward(network.eval(), images(2, 64), True)
+    assert np.isfinite(logits).all()
+
+
+def test_imagenet_weights_of_another_model_are_refused(imagenet_weights: Path) -> None:
+    message = r"does not fit resnet18: conv1.weight is missing; layer1.0.conv1.weight is missing; .*and \d+ more"
+    with pytest.raises(UserError, match=message) as e:
+        build(Classifier(model="resnet18", weights=str(imagenet_weights)), 7, 64)
+    assert "\n" not in str(e.value)

@@ -36,6 +36,7 @@ def same(a, b, folder, columns):
 def test_ray_and_local_ask_for_the_same_and_paint_the_same(finished, by_ray):
     config, local = finished
     assert runs.fingerprint(local.data) == runs.fingerprint(by_ray.data)
+    assert runs.read_json(local.data / "split.json") == runs.read_json(by_ray.data / "split.json")
     for role in ("train", "mine", "select", "test"):
         assert same(local, by_ray, f"data/{role}", ["id", "group", "image"])
     assert same(local, by_ray, "round-001/requests", None)
@@ -109,5 +110,18 @@ def test_a_short_last_batch_comes_out_short(finished, ray_engine):
 
 
 def test_engines_offer_the_same_methods(ray_engine):
-    for name in ("map_batches", "map_parts", "fit", "workers", "close"):
+    for name in ("map_batches", "map_parts", "fit", "tasks", "samplers", "close"):
         assert callable(getattr(ray_engine, name)) and callable(getattr(LocalEngine(), name))
+
+
+def test_a_model_of_ray_train_keeps_no_checkpoint(by_ray):
+    assert list(by_ray.root.rglob("model.safetensors")) and not list(by_ray.root.rglob("checkpoint.pt"))
+
+
+def make_nothing():
+    raise UserError("no weights at x; give a file")
+
+
+def test_a_fault_while_the_work_is_made_comes_home_from_ray_data(ray_engine, tmp_path):
+    with pytest.raises(UserError, match="^no weights at x; give a file$"):
+        ray_engine.map_batches(make_nothing, [Part(0, 1)], tmp_path, lambda s: None, model=True)

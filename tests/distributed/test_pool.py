@@ -47,6 +47,10 @@ def make_refusing(part: int):
     return work
 
 
+def make_nothing():
+    raise UserError("denoiser/ holds a damaged model; delete the folder and run the command again")
+
+
 def map_parts(make, out, attempts=3):
     from adversa.distributed import pool
 
@@ -100,3 +104,10 @@ def test_a_part_that_kills_every_actor_ends_the_step_after_its_tries_and_keeps_t
 def test_what_the_user_can_mend_comes_back_as_itself_and_is_not_tried_again(ray_engine, tmp_path):
     with pytest.raises(UserError, match="^sigma is out of range: 3; take less$"):
         map_parts(partial(make_refusing, 0), tmp_path)
+
+
+@pytest.mark.ray
+def test_so_does_what_stops_the_work_from_being_made(ray_engine, tmp_path):
+    with pytest.raises(UserError, match="^denoiser/ holds a damaged model; delete the folder and run the command again$"):
+        map_parts(make_nothing, tmp_path)
+    assert tables.parts(tmp_path) == []

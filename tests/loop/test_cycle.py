@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from adversa import runs, tables
-from adversa.loop import cycle
+from adversa.loop import cycle, feed, steps
 from adversa.loop.engine import LocalEngine, do_part
 from adversa.loop.stages import stages, trained
 from adversa.report import page
@@ -58,26 +59,16 @@ def test_every_stage_leaves_its_manifest_and_the_summary_its_keys(finished):
 
 
 def test_no_lesion_has_two_roles(finished):
-    _, run = finished
-    role_of = defaultdict(set)
-    for role in ROLES:
-        for group in tables.read(run.data / role, ["group"])["group"].to_pylist():
-            role_of[group].add(role)
-    assert role_of and all(len(r) == 1 for r in role_of.values())
-
-
-def test_lesions_leak_when_grouping_is_switched_off(tiny, tmp_path):
-    """The same question asked of the lesions (drawn again from the source) finds leaks as soon as the split ignores them."""
+    """Lesions as the source has them, not as the run wrote them (test_prepare asks the same with data.grouped off)."""
     from adversa.data import sources
 
-    config = tiny(data={"grouped": False})
-    run = go(config, tmp_path / "run", until="prepare")
+    config, run = finished
     lesion = {r.source: r.group for r in sources.list_records(config.data).records}
     role_of = defaultdict(set)
     for role in ROLES:
         for source in tables.read(run.data / role, ["source"])["source"].to_pylist():
             role_of[lesion[source]].add(role)
-    assert any(len(r) > 1 for r in role_of.values())
+    assert role_of and all(len(r) == 1 for r in role_of.values())
 
 
 def test_arms_are_matched_in_steps_images_and_synthetic_images_per_class(finished):
@@ -125,10 +116,159 @@ def test_hard_cases_come_from_mine_and_their_offspring_keep_their_label(finished
 def test_test_is_opened_once_and_the_run_says_when(finished):
     _, run = finished
     opened = runs.read_json(run.test / "opened.json")
-    assert opened["split_hash"] == runs.fingerprint(run.data)
-    for folder in ("denoiser", "judge", "round-001/hard", "round-001/requests"):
-        assert "test" not in json.dumps(runs.read_json(run.root / folder / "recipe.json")["inputs"])
+    assert opened["split_hash"] == steps.split_hash(run.data)
     assert runs.manifest(run.round(1, "evaluate"))["finished"] <= opened["opened"]
+
+
+SHORT = {
+    "data": {"phantom": {"images": 200}},
+    "classifier": {"model_args": {"channels": [8, 8, 8, 8]}, "steps": 6, "batch_size": 16, "evaluations": 1, "checkpoint_steps": 3},
+    "denoiser": {"channels": [8, 8], "steps": 4, "batch_size": 8, "checkpoint_steps": 2},
+    "generate": {"per_case": 2, "steps": 2, "batch_size": 8},
+    "mine": {"budget": 6},
+    "curate": {"min_agreement": 0.0},
+    "evaluate": {"bootstrap": 100},
+}
+
+
+def short(tiny, **changes):
+    """A run of a few seconds, for tests that ask what was done and not how well."""
+    merged = {k: {**SHORT.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()}
+    return tiny(**(SHORT | merged))
+
+
+def roles_read(monkeypatch, run):
+    """(command, role) of every Parquet file of data/<role> that is opened in this process from now on."""
+    import pyarrow.parquet as pq
+
+    seen, command = set(), []
+
+    def watch(name):
+        real = getattr(pq, name)
+
+        def opened(source, *a, **k):
+            path = Path(source)
+            if path.is_relative_to(run.data) and path.parent.name in ROLES:
+                seen.add((command[-1], path.parent.name))
+            return real(source, *a, **k)
+
+        monkeypatch.setattr(pq, name, opened)
+
+    def enter(name):
+        real = getattr(cycle.Cycle, name)
+
+        def entered(self, number):
+            command.append(name)
+            return real(self, number)
+
+        monkeypatch.setattr(cycle.Cycle, name, entered)
+
+    for name in ("read_table", "read_metadata", "ParquetFile"):
+        watch(name)
+    for name in ("prepare", "train", "mine", "generate", "curate", "evaluate", "test"):
+        enter(name)
+    return seen
+
+
+def test_nothing_but_the_near_copy_gate_reads_test_before_it_is_opened(tiny, tmp_path, monkeypatch):
+    config = short(tiny)
+    run = cycle.open_run(config, tmp_path / "run")
+    seen = roles_read(monkeypatch, run)
+    go(config, tmp_path / "run", until="evaluate")
+    assert {c for c, role in seen if role == "test"} == {"curate"}
+    assert not run.test.exists()
+    # Nor does any step read more than it needs: a training never sees `mine`, mining sees nothing else.
+    assert {role for c, role in seen if c == "train"} == {"train", "select"}
+    assert {role for c, role in seen if c in ("mine", "generate")} == {"mine"}
+    assert {role for c, role in seen if c == "evaluate"} == {"train", "select", "mine"}
+    go(config, tmp_path / "run")
+    assert {role for c, role in seen if c == "test"} == {"test"} and run.test.exists()
+
+
+def test_every_classifier_of_every_arm_takes_as_many_batches_and_images(tiny, tmp_path, monkeypatch):
+    """Counted where batches are made, not read from the configuration."""
+    taken = defaultdict(list)
+    real = feed.Feed.batch
+
+    def batch(self, step):
+        made = real(self, step)
+        if self.mix is not None:
+            taken[self].append((step, len(made["image"])))
+        return made
+
+    monkeypatch.setattr(feed.Feed, "batch", batch)
+    config = short(tiny, evaluate={"seeds": 2})
+    run = go(config, tmp_path / "run", until="evaluate")
+    wanted = [(s, config.classifier.batch_size) for s in range(config.classifier.steps)]
+    seeds = defaultdict(set)
+    for f, found in taken.items():
+        if run.data / "train" in f.folders and f.batch_size == config.classifier.batch_size:
+            assert found == wanted, f
+            seeds[run.name_of(f.mix.parent)].add(f.seed)
+    assert set(seeds) == {"round-000/real", "round-001/guided", "round-001/unguided"}
+    assert len(seeds["round-001/guided"]) == 2 and seeds["round-001/guided"] == seeds["round-001/unguided"]
+    assert seeds["round-001/guided"] < seeds["round-000/real"]  # which is the judge's mix too
+    assert len(seeds["round-000/real"]) == 3
+    # A synthetic arm reads its own images beside the real ones, and the real arm reads none.
+    synthetic = run.round(1, "synthetic")
+    assert all((synthetic in f.folders) == (f.mix.parent.name != "real") for f in taken)
+
+
+# ---- what cannot work is said before the work ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "where", [{"classifier": {"weights": "W"}}, {"curate": {"judge": {"weights": "W"}}}, {"denoiser": {"weights": "W"}}]
+)
+def test_missing_weights_stop_before_anything_is_read_and_may_be_mended(tiny, tmp_path, where):
+    gone = str(tmp_path / "gone.safetensors")
+    changes = json.loads(json.dumps(where).replace('"W"', json.dumps(gone)))
+    config = short(tiny, **changes)
+    run = cycle.open_run(config, tmp_path / "run")
+    with pytest.raises(UserError, match="gone.safetensors: no such file; give a safetensors file") as e:
+        cycle.run(config, run, LocalEngine(1, 1), page.write)
+    assert "\n" not in str(e.value) and not run.data.exists()
+    go(short(tiny), tmp_path / "run", until="prepare")
+    assert runs.is_finished(run.data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"classifier": {"model": "resnet18x", "model_args": {}}}, "did you mean .*resnet18"),
+        ({"curate": {"judge": {"model": "resnet18x"}}}, "did you mean .*resnet18"),
+        ({"classifier": {"model_args": {"no_such": 1}}}, "no_such"),
+    ],
+)
+def test_a_model_that_cannot_be_built_stops_before_the_first_training_and_may_be_mended(tiny, tmp_path, changes, text):
+    config = short(tiny, **changes)
+    run = cycle.open_run(config, tmp_path / "run")
+    with pytest.raises(UserError, match=text):
+        cycle.run(config, run, LocalEngine(1, 1), page.write)
+    assert not run.denoiser.exists() and not run.judge.exists() and not run.round(0).exists()
+    go(short(tiny), tmp_path / "run", until="train")
+    assert runs.is_finished(run.denoiser) and runs.is_finished(run.arm(0, "real", 0) / "classifier")
+
+
+def test_weights_of_another_model_stop_before_the_first_training(tiny, tmp_path):
+    from adversa.diffuse import edm
+
+    config = short(tiny, denoiser={"weights": str(edm.SHIPPED)})
+    run = cycle.open_run(config, tmp_path / "run")
+    with pytest.raises(UserError, match="denoiser.weights .* has denoiser.channels .*, this run"):
+        cycle.run(config, run, LocalEngine(1, 1), page.write)
+    assert not run.denoiser.exists() and not run.round(0).exists()
+
+
+def test_the_shipped_denoiser_is_refused_for_the_pictures_it_was_trained_on(tiny, tmp_path):
+    from adversa.diffuse import edm
+
+    seed = runs.read_json(edm.SHIPPED / "config.json")["pretraining"]["phantom_seed"]
+    config = short(tiny, denoiser={"weights": "phantom"}, data={"phantom": {"images": 200, "seed": seed}})
+    run = cycle.open_run(config, tmp_path / "run")
+    with pytest.raises(UserError, match="was trained on these very pictures"):
+        cycle.run(config, run, LocalEngine(1, 1), page.write)
+    assert not run.data.exists()
 
 
 def test_a_second_run_changes_nothing(finished):
@@ -170,7 +310,7 @@ class CutEngine(LocalEngine):
         if self.left < 0:
             raise Cut
 
-    def map_batches(self, make, parts, out, report):
+    def map_batches(self, make, parts, out, report, model=False):
         def dying():
             work = make()
 
@@ -180,7 +320,7 @@ class CutEngine(LocalEngine):
 
             return one
 
-        return super().map_batches(dying, parts, out, report)
+        return super().map_batches(dying, parts, out, report, model)
 
     def fit(self, jobs):
         from adversa.loop.engine import do_job, unfinished
@@ -213,7 +353,7 @@ def test_a_run_that_is_cut_off_again_and_again_ends_like_an_undisturbed_one(fini
 
 
 def test_nothing_finished_is_done_again(tiny, tmp_path):
-    config = tiny()
+    config = short(tiny)
     run = go(config, tmp_path / "run", until="generate")
     part = tables.parts(run.round(1, "synthetic"))[0]
     (run.round(1, "synthetic") / "manifest.json").unlink()
@@ -235,7 +375,7 @@ def test_no_hard_case_is_a_result_too(tiny, tmp_path, monkeypatch):
     from adversa.mine import hard
 
     monkeypatch.setattr(hard, "hard_cases", lambda *a: [])
-    run = go(tiny(), tmp_path / "run")
+    run = go(short(tiny), tmp_path / "run")
     summary = json.loads(run.summary.read_text())
     assert summary["generated"] == 0 and summary["verdict"] == "not shown"
     assert any("no synthetic image" in n for n in summary["notes"])
@@ -243,7 +383,7 @@ def test_no_hard_case_is_a_result_too(tiny, tmp_path, monkeypatch):
 
 
 def test_two_rounds_and_two_seeds(tiny, tmp_path):
-    config = tiny(rounds=2, evaluate={"seeds": 2, "bootstrap": 200}, mine={"budget": 4})
+    config = short(tiny, rounds=2, evaluate={"seeds": 2}, mine={"budget": 4})
     run = go(config, tmp_path / "run")
     summary = json.loads(run.summary.read_text())
     assert summary["rounds"] == 2 and summary["seeds"] == 2
@@ -255,7 +395,7 @@ def test_two_rounds_and_two_seeds(tiny, tmp_path):
 
 
 def test_only_the_real_arm(tiny, tmp_path):
-    run = go(tiny(mix={"arms": ["real"]}), tmp_path / "run")
+    run = go(short(tiny, mix={"arms": ["real"]}), tmp_path / "run")
     summary = json.loads(run.summary.read_text())
     assert list(summary["arms"]) == ["real"] and summary["comparisons"] == [] and summary["verdict"] == "not shown"
     assert not run.denoiser.exists()

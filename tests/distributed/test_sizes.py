@@ -1,0 +1,62 @@
+"""How many workers a cluster has room for. No Ray is started."""
+
+from __future__ import annotations
+
+import pytest
+
+from adversa.config import Cluster
+from adversa.types import UserError
+
+
+def engine_of(cpus, gpus=0, **cluster):
+    from adversa.distributed.engine import RayEngine
+
+    engine = object.__new__(RayEngine)
+    engine.cpus, engine.gpus, engine.cluster = cpus, gpus, Cluster(**cluster)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("asked", "samplers"),
+    [
+        (dict(cpus=4), 4),
+        (dict(cpus=4, sampler_threads=2), 2),
+        (dict(cpus=5, sampler_threads=2), 2),
+        (dict(cpus=4, samplers=3), 3),
+        (dict(cpus=4, samplers=9), 4),  # the fifth actor would wait for ever for a CPU
+        (dict(cpus=4, samplers=4, sampler_threads=2), 2),
+        (dict(cpus=16, gpus=2), 2),
+        (dict(cpus=16, gpus=2, samplers=8), 2),
+        (dict(cpus=16, gpus=2, samplers=1), 1),
+        (dict(cpus=3, gpus=8), 3),
+        (dict(cpus=1, gpus=1, sampler_threads=8), 1),  # threads are a matter of CPUs
+    ],
+)
+def test_no_more_samplers_than_fit(asked, samplers):
+    assert engine_of(**asked).samplers() == samplers
+
+
+def test_tasks_share_a_gpu_only_where_they_hold_a_model():
+    assert engine_of(4).tasks() == engine_of(4).tasks(model=True) == 4
+    assert engine_of(16, gpus=2).tasks() == 16 and engine_of(16, gpus=2).tasks(model=True) == 8
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """RayEngine on a cluster that is only said to be there."""
+    from adversa.distributed import engine
+
+    def start(resources, **cluster):
+        monkeypatch.setattr(engine, "_start", lambda *_: None)
+        monkeypatch.setattr(engine.stream, "quiet", lambda *_: None)
+        monkeypatch.setattr(engine.ray, "cluster_resources", lambda: resources)
+        return engine.RayEngine(Cluster(**cluster), engine.Path("run"), 3072)
+
+    return start
+
+
+def test_a_sampler_that_asks_for_more_threads_than_cpus_is_refused(started):
+    with pytest.raises(UserError, match="cluster.sampler_threads 4: there are 2 CPUs; take at most so many"):
+        started({"CPU": 2.0}, sampler_threads=4)
+    assert started({"CPU": 4.0}, sampler_threads=4).samplers() == 1
+    assert started({"CPU": 2.0, "GPU": 1.0}, sampler_threads=4).samplers() == 1

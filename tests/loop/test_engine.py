@@ -1,0 +1,135 @@
+"""What every engine does with a training: count what it saw, mark it complete, and only then let go of its checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from adversa import runs
+from adversa.loop.engine import FitJob, LocalEngine, Waited, do_job, unfinished
+from adversa.weights import CHECKPOINT, load_checkpoint, save_checkpoint, save_model
+
+
+class FakeFeed:
+    """Five batches of four."""
+
+    steps, batch_size = 5, 4
+
+    def count(self):
+        return self.steps
+
+    def batches(self, start=0):
+        for step in range(start, self.steps):
+            yield {"id": [f"{step}/{i}" for i in range(self.batch_size)]}
+
+
+def job_of(out, takes=5, at=3):
+    """A training that takes so many batches and commits its state after `at` of them."""
+
+    def resume(out):
+        state = load_checkpoint(out)
+        return 0 if state is None else state["step"]
+
+    def fit(batches, *, out, report, threads):
+        step = resume(out)
+        for _ in itertools.islice(batches, takes - step):
+            step += 1
+            if step == at:
+                save_checkpoint(out, {"step": step})
+        save_model(out, {"w": torch.zeros(1)}, {"threads": threads})
+        return {"steps": step}
+
+    return FitJob(out, runs.Recipe("fake", 1, {}, {}), fit, resume, FakeFeed())
+
+
+class Cut(BaseException):
+    pass
+
+
+def test_a_training_that_saw_all_its_images_is_marked_with_what_it_cost(tmp_path):
+    job = job_of(tmp_path)
+    assert unfinished([job]) == [job]
+    do_job(job, job.feed.batches(), None, 3)
+    found = runs.manifest(tmp_path)
+    assert (found["rows"], found["threads"], found["metrics"]) == (20, 3, {"steps": 5})
+    assert found["compute_seconds"] == pytest.approx(found["seconds"] - found["data_wait_seconds"])
+
+
+@pytest.mark.parametrize("takes", [2, 4])
+def test_a_training_that_stops_early_is_refused_for_arms_would_not_be_matched(tmp_path, takes):
+    job = job_of(tmp_path, takes=takes)
+    unfinished([job])
+    with pytest.raises(AssertionError, match=rf"saw {4 * takes} images: arms would not be matched"):
+        do_job(job, job.feed.batches(), None, 1)
+    assert not runs.is_finished(tmp_path)
+
+
+def test_so_is_one_whose_stream_ends_early_or_has_short_batches(tmp_path):
+    for name, batches in {"short": [{"id": ["a"]}] * 5, "few": [{"id": ["a"] * 4}] * 3}.items():
+        job = job_of(tmp_path / name)
+        unfinished([job])
+        with pytest.raises(AssertionError, match="arms would not be matched"):
+            do_job(job, batches, None, 1)
+
+
+def test_images_of_an_attempt_that_was_cut_off_count(tmp_path):
+    job = job_of(tmp_path)
+    unfinished([job])
+    save_checkpoint(tmp_path, {"step": 3})
+    do_job(job, job.feed.batches(3), None, 1)
+    assert runs.manifest(tmp_path)["rows"] == 20
+
+
+def test_the_checkpoint_stays_until_the_manifest_is_there(tmp_path, monkeypatch):
+    job = job_of(tmp_path)
+    unfinished([job])
+    finish, seen = runs.finish, []
+
+    def cut_after(*a, **k):
+        finish(*a, **k)
+        raise Cut
+
+    def cut_before(*a, **k):
+        seen.append((tmp_path / CHECKPOINT).exists())
+        raise Cut
+
+    monkeypatch.setattr(runs, "finish", cut_before)
+    with pytest.raises(Cut):
+        do_job(job, job.feed.batches(), None, 1)
+    assert seen == [True] and (tmp_path / CHECKPOINT).exists() and unfinished([job]) == [job]
+    assert job.resume(job.out) == 3  # two steps are done again, not five
+
+    monkeypatch.setattr(runs, "finish", cut_after)
+    with pytest.raises(Cut):
+        do_job(job, job.feed.batches(3), None, 1)
+    assert runs.is_finished(tmp_path) and (tmp_path / CHECKPOINT).exists()
+    assert unfinished([job]) == []  # and takes what was left over
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_a_finished_training_keeps_no_checkpoint_and_is_not_done_again(tmp_path):
+    job = job_of(tmp_path)
+    LocalEngine(1, 1).fit([job])
+    assert not (tmp_path / CHECKPOINT).exists()
+    before = (tmp_path / runs.MANIFEST).stat().st_mtime_ns
+    LocalEngine(1, 1).fit([job])
+    assert (tmp_path / runs.MANIFEST).stat().st_mtime_ns == before
+
+
+def test_waiting_is_counted_apart_from_what_the_reader_does(monkeypatch):
+    from adversa.loop import engine
+
+    now = [0.0]
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+
+    def slow():
+        for i in range(3):
+            now[0] += 2
+            yield {"id": ["a"] * (i + 1)}
+
+    waited = Waited(slow())
+    for _ in waited:
+        now[0] += 10
+    assert (waited.seconds, waited.images, now[0]) == (6, 6, 36)
