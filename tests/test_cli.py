@@ -119,7 +119,7 @@ def test_stage_commands_bring_one_folder_to_its_end(adversa, micro, tmp_path):
 
     before = times(root)
     again = adversa("loop", micro, "--engine", "local", "--run-dir", root)
-    assert again.exit_code == 0 and "before and after" in again.output and times(root) == before
+    assert again.exit_code == 0 and "guided (after)" in again.output and times(root) == before
 
     (root / "report.html").unlink()
     result = adversa("report", "--run-dir", root)
@@ -130,7 +130,7 @@ def test_stage_commands_bring_one_folder_to_its_end(adversa, micro, tmp_path):
 
 def test_a_refused_run_folder_lists_the_fields_and_changes_nothing(adversa, micro, tmp_path):
     root = tmp_path / "run"
-    assert adversa("prepare", micro, "--engine", "local", "--run-dir", root).exit_code == 0
+    assert adversa("train", micro, "--engine", "local", "--run-dir", root).exit_code == 0
     before = times(root)
     result = adversa("loop", micro, "--engine", "local", "--run-dir", root, "--set", "mine.budget=9", "--seed", 4)
     mendable(result, "mine.budget: 4 -> 9", "seed: 0 -> 4", "another --run-dir")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 
 import pytest
@@ -150,19 +151,20 @@ def test_clock(seconds, said):
 
 
 def test_closing_tells_before_and_after_and_the_verdict(run):
-    card = {"balanced_accuracy": 0.5, "accuracy": 0.6}
+    card = {"balanced_accuracy": 0.5, "accuracy": 0.6, "specificity/a": 0.7, "specificity/b": 0.8}
     runs.write_json(
         run.summary,
         {
             "arms": {"real": {"test": card, "mine": {"balanced_accuracy": 0.25}}},
-            "intervals": {"real": {"test": {"balanced_accuracy": [0.4, 0.6]}}},
+            "intervals": {"real": {"test": {"balanced_accuracy": [0.4, 0.6]}, "mine": {}}},
             "used": {"real": 0}, "generated": 5, "accepted": 3, "rejected": {"near copy": 2},
             "verdict_sentence": "Not shown: +0.1 [-0.1, +0.3].", "notes": ["one seed [an arm]"],
         },
     )  # fmt: skip
     out = io.StringIO()
     console.closing(Console(file=out, width=160, color_system=None), run)
-    figures = ("0.500 [0.400, 0.600]", "0.600", "0.250", "2 near copy")
+    assert re.search(r"0\.500 \(0\.40+-0\.60+\)", out.getvalue())
+    figures = ("0.600", "0.750", "0.250", "2 near copy", "real (before)")
     for part in (*figures, "Not shown: +0.1 [-0.1, +0.3].", "note: one seed [an arm]"):
         assert part in out.getvalue()
     assert str(run.root / "report.html") in out.getvalue()
