@@ -214,9 +214,14 @@ def test_a_stopped_run_keeps_what_is_finished_and_tells_how_to_resume(adversa, m
     args = ["prepare", str(micro), "--engine", "local", "--run-dir", str(root)]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/adversa", *args])
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as m:
-        breaking(m, stop)
-        result = adversa(*args)
+    # A shell that starts the tests in the background has told them to ignore Ctrl-C.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as m:
+            breaking(m, stop)
+            result = adversa(*args)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert result.exit_code == code
     assert f"Resume with: adversa {' '.join(args)}\n" in result.output
     assert signal.getsignal(signal.SIGTERM) is before

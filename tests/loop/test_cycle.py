@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from adversa import runs, tables
 from adversa.loop import cycle, feed, steps
-from adversa.loop.engine import LocalEngine, do_part
+from adversa.loop.engine import LocalEngine, Part, do_part
 from adversa.loop.stages import stages, trained
 from adversa.report import page
 from adversa.types import ROLES, UserError
@@ -404,11 +406,27 @@ def test_only_the_real_arm(tiny, tmp_path):
 
 
 def test_a_part_that_fails_leaves_no_file(tmp_path):
-    from adversa.loop.engine import Part
-
     def work(part, path):
         raise RuntimeError("bad")
 
     with pytest.raises(RuntimeError):
         do_part(work, Part(0, 1), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_test_has_no_say_in_the_near_copy_threshold_but_is_in_the_index(finished, tmp_path):
+    config, run = finished
+    data = tmp_path / "data"
+    shutil.copytree(run.data, data)
+    chosen = runs.manifest(run.round(1, "verdicts"))["near_copy_threshold"]
+    picture = tables.read(data / "test", ["id", "image", "label"]).to_pylist()[0]
+    row = {"request_id": "r", "arm": "guided", "label": picture["label"], "image": picture["image"], "finite": True, "denoiser": ""}
+    tables.write_part(tmp_path / "copy.parquet", pa.Table.from_pylist([row], schema=tables.SYNTHETIC))
+    work = steps.make_verdicts(run.judge, data, config.curate.model_copy(update={"min_agreement": 0.0}), chosen)
+    work(Part(0, 1, {"path": str(tmp_path / "copy.parquet")}), tmp_path / "out" / "part-00000.parquet")
+    verdict = tables.read(tmp_path / "out").to_pylist()[0]
+    assert (verdict["reason"], verdict["nearest"]) == ("near copy", picture["id"])
+    before = [steps.near_copy_threshold(data, q) for q in (0.6, 0.8, 0.9)]
+    assert len(set(before)) == 3
+    shutil.rmtree(data / "test")
+    assert [steps.near_copy_threshold(data, q) for q in (0.6, 0.8, 0.9)] == before
