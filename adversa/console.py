@@ -191,7 +191,9 @@ def closing(console: Console, run: RunDir) -> None:
     console.print(summary["verdict_sentence"], highlight=False, markup=False, soft_wrap=True)
     for note in summary["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"report: {run.root / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    report = run.root / "report.html"
+    shown = report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report
+    console.print(f"report: {shown}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _score(summary: dict[str, Any], arm: str, role: str, metric: str) -> Text:
