@@ -167,7 +167,7 @@ def _write_history(run: dict[str, Any], out: Path) -> None:
 def _finish(
     run: dict[str, Any], config: cfg.Denoiser, classes: list[str], resolution: int, out: Path, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """Write the model and a grid of samples, then let go of the training state."""
+    """Write the model and a grid of samples."""
     meta = edm.describe(config, classes, resolution, steps=run["step"], init=run["init"])
     fingerprint = weights.save_model(out, run["ema"], meta)
     run["denoiser"].load_state_dict(run["ema"])
