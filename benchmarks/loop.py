@@ -21,9 +21,9 @@ import psutil
 from common import Result, parser, publish
 
 QUICK = [
-    "mix.arms=[real,guided]", "data.phantom.images=200", "data.part_rows=64", "classifier.steps=10", "classifier.batch_size=32",
+    "mix.arms=[real,guided]", "data.phantom.images=200", "data.part_rows=256", "classifier.steps=10", "classifier.batch_size=32",
     "classifier.evaluations=1", "denoiser.steps=5", "denoiser.batch_size=16", "mine.budget=6", "generate.per_case=2",
-    "generate.steps=4", "generate.batch_size=8", "evaluate.bootstrap=100",
+    "generate.steps=4", "generate.batch_size=16", "evaluate.bootstrap=100",
 ]  # fmt: skip
 
 
