@@ -78,7 +78,7 @@ class Cycle:
         """Before the first round: the classifiers of the arm `real`, the judge, then the denoiser, in one launch."""
         c, d = self.config, self.dir
         mix = d.arm(0, "real") / "mix"
-        steps.check_models(c, steps.classes_of(d.data))
+        steps.check_models(c, steps.classes_of(d.data), is_synthetic(c))
         steps.mix(d.data, [], "real", ["real"], c.mix, mix)
         jobs = [self._classifier(0, "real", seed) for seed in self.seeds]
         if is_synthetic(c):

@@ -125,12 +125,17 @@ def check_weights(config: cfg.Config) -> None:
         raise UserError(f"data.phantom.seed {seed}: the shipped denoiser was trained on these very pictures; take another seed")
 
 
-def check_models(config: cfg.Config, classes: list[str]) -> None:
-    """Before the first training: every model of the run can be built. UserError now, and not after an hour of training."""
+def check_models(config: cfg.Config, classes: list[str], synthetic: bool) -> None:
+    """Before the first training: every model the run needs can be built. UserError now, and not after an hour of training.
+
+    synthetic: whether the run paints, and so needs a judge and a denoiser.
+    """
     from adversa.classify import model
     from adversa.diffuse import edm
 
     model.build(config.classifier, len(classes), config.data.resolution)
+    if not synthetic:
+        return
     if config.curate.judge is not None:
         model.build(config.curate.judge, len(classes), config.data.resolution)
     denoiser = edm.build(config.denoiser, len(classes), config.data.resolution)
