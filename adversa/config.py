@@ -84,6 +84,22 @@ class Data(Section):
     part_rows: int = Field(512, ge=1, description="images a Parquet part")
 
 
+class Augment(Section):
+    """Batched augmentation of the classifier's training images; a strength of 0 turns one kind off."""
+
+    flips: bool = Field(True, description="mirror images and quarter turns: a lesion has no up")
+    rotate: float = Field(20.0, ge=0, le=180, description="degrees, uniform in +-; 180: any angle")
+    zoom: float = Field(0.15, ge=0, lt=1, description="log of the scale, uniform in +-")
+    shift: float = Field(0.06, ge=0, lt=1, description="of the side, uniform in +-, each way")
+    brightness: float = Field(0.15, ge=0, lt=1, description="factor, uniform in 1 +-")
+    contrast: float = Field(0.2, ge=0, lt=1, description="about the image's mean, factor uniform in 1 +-")
+    saturation: float = Field(0.2, ge=0, lt=1, description="about the pixel's grey, factor uniform in 1 +-")
+    tint: float = Field(
+        0.04, ge=0, lt=1, description="gain of each channel, uniform in 1 +-: dermatoscopes differ in white balance"
+    )
+    erase: float = Field(0.0, ge=0, le=1, description="probability that a random rectangle is erased (Zhong et al. 2020)")
+
+
 class Classifier(Section):
     model: str = Field("resnet10t", description="a timm model by name")
     model_args: dict[str, Any] = Field(
@@ -93,6 +109,12 @@ class Classifier(Section):
     input_size: int | None = Field(
         None, ge=16, le=1024, description="images are resized to this before the model; null: as they are"
     )
+    first_size: int | None = Field(
+        None,
+        ge=16,
+        le=1024,
+        description="progressive resizing: the side of training images grows from this to data.resolution; null: off",
+    )
     steps: int = Field(600, ge=1, description="optimizer steps; the same in every arm")
     batch_size: int = Field(64, ge=2)
     lr: float = Field(2e-3, gt=0, description="peak of AdamW's learning rate")
@@ -101,9 +123,25 @@ class Classifier(Section):
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the weights' moving average; 0: off")
     balance: float = Field(0.7, ge=0, le=1, description="0: images drawn as they come; 1: every class equally often")
     label_smoothing: float = Field(0.05, ge=0, lt=1)
-    augment: bool = Field(True, description="flips, quarter turns, small rotations and scalings, colour jitter")
+    loss: Literal["cross_entropy", "logit_adjusted", "effective_number"] = Field(
+        "cross_entropy", description="logit_adjusted: Menon et al. 2021; effective_number: Cui et al. 2019"
+    )
+    adjust: float = Field(1.0, gt=0, description="logit_adjusted: tau, the power of the class prior that is added to the logits")
+    effective_beta: float = Field(0.999, ge=0, lt=1, description="effective_number: beta; 0: every class the same weight")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup's Beta(alpha, alpha) (Zhang et al. 2018); 0: off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of CutMix's Beta(alpha, alpha) (Yun et al. 2019); 0: off")
+    augment: Augment | None = Field(Augment(), description="null: none")
+    head_steps: int = Field(0, ge=0, description="the first so many steps train the head alone, on a frozen trunk")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="each group of layers below the head learns at this times the rate of the one above"
+    )
+    freeze_norm: bool = Field(False, description="BatchNorm keeps the statistics of the pretrained weights")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     amp: bool = Field(True, description="bf16 autocast")
+    views: Literal[1, 2, 4, 8] = Field(1, description="scoring averages the logits over so many symmetries of the square")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many evaluations without a better one; null: all steps, which matched arms need"
+    )
     evaluations: int = Field(5, ge=1, description="how often `select` is scored to choose the checkpoint")
     checkpoint_steps: int = Field(100, ge=1, description="training state is committed every so many steps")
 
@@ -117,17 +155,74 @@ class Classifier(Section):
         return data
 
 
+class Codec(Section):
+    """The space that is diffused: pixels, or the latents of an autoencoder, computed once and kept in Parquet."""
+
+    kind: Literal["pixels", "tiny", "kl"] = Field("pixels", description="tiny: diffusers' AutoencoderTiny; kl: its AutoencoderKL")
+    path: WeightPath = Field(
+        None, description="a local diffusers folder, or a hub id; null (tiny only): fitted on the run's own images"
+    )
+    views: Literal[1, 2, 4, 8] = Field(
+        8,
+        description="latents kept of so many symmetries of a training image: a latent cannot be turned; 1 without denoiser.flips",
+    )
+    width: int = Field(32, ge=8, multiple_of=8, description="fitted codec: channels of every level")
+    halvings: int = Field(2, ge=1, le=5, description="fitted codec: levels below the full resolution; each halves the side")
+    blocks: int = Field(1, ge=1, description="fitted codec: residual blocks of a level below the full resolution")
+    latent_channels: int = Field(4, ge=1, description="fitted codec")
+    steps: int = Field(2000, ge=1, description="fitted codec: optimizer steps")
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0)
+    amp: bool = Field(True, description="bf16 autocast")
+    checkpoint_steps: int = Field(200, ge=1)
+
+    @model_validator(mode="after")
+    def _source(self) -> Codec:
+        if self.kind == "kl" and self.path is None:
+            raise ValueError("kind kl needs a path (a local diffusers folder or a hub id); only tiny is fitted here")
+        if self.kind == "pixels" and self.path is not None:
+            raise ValueError(f"path {self.path} is given, but kind is pixels; set codec.kind to tiny or kl")
+        return self
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the run fits its own autoencoder."""
+        return self.kind == "tiny" and self.path is None
+
+
 class Denoiser(Section):
-    channels: list[int] = Field([64, 80, 80], min_length=1)
-    layers: int = Field(1, ge=1, description="residual blocks a level")
-    attention: bool = Field(False, description="self-attention at the coarsest level")
+    architecture: Literal["unet", "transformer"] = Field(
+        "unet", description="diffusers' UNet2DModel, or a transformer over patches"
+    )
+    channels: list[int] = Field([64, 80, 80], min_length=1, description="unet: width of each level")
+    layers: int = Field(1, ge=1, description="unet: residual blocks a level")
+    attention: bool = Field(False, description="unet: self-attention at the coarsest level")
+    width: int = Field(256, ge=16, multiple_of=16, description="transformer: of a token")
+    depth: int = Field(8, ge=1, description="transformer: blocks")
+    external: WeightPath = Field(
+        None,
+        description="a local diffusers folder: an epsilon- or v-prediction UNet and its scheduler; nothing is trained then",
+    )
     patch: int = Field(2, ge=1, le=8, description="pixels folded into channels before the UNet (space to depth)")
     weights: WeightPath = Field(None, description="a denoiser's folder to start from, phantom (shipped), or null: from scratch")
     steps: int = Field(2000, ge=0)
     batch_size: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1)
-    ema: float = Field(0.995, ge=0, lt=1)
+    ema: float = Field(0.995, ge=0, lt=1, description="decay of the weights' moving average; not used where ema_width is given")
+    ema_width: float | None = Field(
+        None,
+        gt=0,
+        lt=0.29,
+        description="relative width of a power-function average (Karras et al. 2024, equation 123 and algorithm 2)",
+    )
+    loss: Literal["edm", "min_snr", "uncertainty"] = Field(
+        "edm",
+        description="weight of a noise level: 1/c_out^2; min-SNR (Hang et al. 2023); learned (Karras et al. 2024, eq. 15)",
+    )
+    min_snr: float = Field(5.0, gt=0, description="min_snr: gamma")
     sigma_data: float = Field(0.5, gt=0, description="EDM: standard deviation of the data, scaled to [-1, 1]")
     p_mean: float = Field(-0.8, description="EDM: mean of ln sigma in training")
     p_std: float = Field(1.2, gt=0, description="EDM: standard deviation of ln sigma in training")
@@ -136,6 +231,8 @@ class Denoiser(Section):
     flips: bool = Field(True, description="mirror images and quarter turns: a lesion has no up")
     clip: float = Field(1.0, gt=0)
     amp: bool = Field(True, description="bf16 autocast")
+    compile: bool = Field(False, description="torch.compile: minutes at the start, faster after; for GPUs")
+    sample_steps: int = Field(0, ge=0, description="a grid of samples every so many steps; 0: only at the end")
     checkpoint_steps: int = Field(200, ge=1)
 
 
@@ -189,6 +286,28 @@ class Evaluate(Section):
     bootstrap: int = Field(1000, ge=100, description="resamples of the lesions for intervals")
 
 
+class Quality(Section):
+    """How good the denoiser's samples are: distances between features of samples and of held-out real images."""
+
+    features: WeightPath = Field(
+        None,
+        description="whose embedding: a timm model with `weights` below, or a trained classifier's folder; null: the classifier's "
+        "pretrained weights as they were given, or the run's own classifier of arm real where it starts from scratch",
+    )
+    weights: WeightPath = Field(None, description="imagenet or a local safetensors file, where `features` names a timm model")
+    images: int = Field(2000, ge=20, description="samples drawn, classes in the proportions of the real images")
+    guidance: float = Field(1.0, ge=0, description="classifier-free scale of the samples; 1: none, what the denoiser learned")
+    neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage (Naeem et al. 2020)")
+    subsets: int = Field(100, ge=2, description="KID: random subsets (Binkowski et al. 2018)")
+    subset_size: int = Field(500, ge=2, description="KID: images a subset, at most the smaller set")
+
+    @model_validator(mode="after")
+    def _whose(self) -> Quality:
+        if self.weights is not None and self.features is None:
+            raise ValueError(f"weights {self.weights} of what? name a timm model in quality.features")
+        return self
+
+
 class Cluster(Section):
     """How work is spread. No part of a run's recipe: it may change between attempts.
 
@@ -200,8 +319,17 @@ class Cluster(Section):
     object_store_mb: int = Field(512, ge=100)
     training_threads: int | None = Field(None, ge=1, description="torch threads of a training worker; null: all CPUs")
     samplers: int | None = Field(None, ge=1, description="sampler actors; null: one a GPU, or one a CPU")
+    training_workers: int = Field(1, ge=1, description="workers of a training; each batch is shared among them")
+    training_workers_min: int | None = Field(None, ge=1, description="go on with as few when workers are lost; null: wait for all")
+    training_attempts: int = Field(3, ge=1, description="starts of a training whose workers die before the run fails")
     sampler_threads: int = Field(1, ge=1, description="torch threads of a sampler on CPUs")
     attempts: int = Field(3, ge=1, description="tries a part of generation before the run fails")
+
+    @model_validator(mode="after")
+    def _workers(self) -> Cluster:
+        if (self.training_workers_min or 1) > self.training_workers:
+            raise ValueError(f"training_workers_min {self.training_workers_min} is above training_workers {self.training_workers}")
+        return self
 
 
 class Config(Section):
@@ -209,21 +337,30 @@ class Config(Section):
     rounds: int = Field(1, ge=1, le=100)
     data: Data = Data()
     classifier: Classifier = Classifier()
+    codec: Codec = Codec()
     denoiser: Denoiser = Denoiser()
     mine: Mine = Mine()
     generate: Generate = Generate()
     curate: Curate = Curate()
     mix: Mix = Mix()
     evaluate: Evaluate = Evaluate()
+    quality: Quality = Quality()
+    tracking: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        [], description="metrics of every training, sent there as well"
+    )
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        factor = self.denoiser.patch * 2 ** (len(self.denoiser.channels) - 1)
-        if self.data.resolution % factor:
+        self._check_side()
+        if self.denoiser.external and self.denoiser.weights:
             raise ValueError(
-                f"data.resolution {self.data.resolution} must be a multiple of denoiser.patch * 2^(levels - 1) = {factor}"
+                f"denoiser.external {self.denoiser.external} is used as it is; set denoiser.weights {self.denoiser.weights} to null"
             )
+        if self.denoiser.external and self.codec.is_fitted:
+            raise ValueError("denoiser.external knows no latents of a codec fitted here; give its autoencoder as codec.path")
+        if self.denoiser.weights == "phantom" and self.codec.kind != "pixels":
+            raise ValueError(f"denoiser.weights phantom is for codec.kind pixels, not {self.codec.kind}; take null or a folder")
         if self.data.source != "phantom" and not self.data.path:
             raise ValueError(f"data.path is missing; data.source {self.data.source} needs one, say --set data.path=FOLDER")
         if any(c % 8 for c in self.denoiser.channels):
@@ -234,7 +371,37 @@ class Config(Section):
             raise ValueError(f"mix.arms {self.mix.arms} names an arm twice")
         if "real" not in self.mix.arms:
             raise ValueError("mix.arms must contain real: it is what the other arms are compared with")
+        for name, section in (("classifier", self.classifier), ("curate.judge", self.curate.judge)):
+            if section is None or section.first_size is None:
+                continue
+            if section.first_size > self.data.resolution:
+                raise ValueError(
+                    f"{name}.first_size {section.first_size} is above data.resolution {self.data.resolution}: nothing to grow to"
+                )
+            if section.input_size is not None or section.augment is None:
+                raise ValueError(
+                    f"{name}.first_size needs input_size null and augmentation on: the images are resized as they are augmented"
+                )
+        if self.classifier.patience is not None and len(self.mix.arms) > 1:
+            raise ValueError(
+                f"classifier.patience {self.classifier.patience} would stop the arms {self.mix.arms} at different steps; "
+                "take null, or one arm"
+            )
         return self
+
+    def _check_side(self) -> None:
+        """The side that is diffused must divide by the denoiser's patch and levels; a given codec's is known once it is read."""
+        resolution, halvings = self.data.resolution, self.codec.halvings if self.codec.is_fitted else 0
+        if resolution % 2**halvings:
+            raise ValueError(f"data.resolution {resolution} must be a multiple of 2^codec.halvings = {2**halvings}")
+        if self.denoiser.external or (self.codec.kind != "pixels" and not self.codec.is_fitted):
+            return
+        unet = self.denoiser.architecture == "unet"
+        factor = self.denoiser.patch * (2 ** (len(self.denoiser.channels) - 1) if unet else 1)
+        if (resolution >> halvings) % factor:
+            latents = f", its latents' side {resolution >> halvings}," if halvings else ""
+            levels = " * 2^(levels - 1)" if unet else ""
+            raise ValueError(f"data.resolution {resolution}{latents} must be a multiple of denoiser.patch{levels} = {factor}")
 
 
 def packaged(name: str) -> Path:

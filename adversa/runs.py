@@ -53,6 +53,13 @@ class RunDir:
         return self.root / "denoiser"
 
     @property
+    def codec(self) -> Path:
+        return self.root / "codec"
+
+    def latents(self, role: str) -> Path:
+        return self.root / "latents" / role
+
+    @property
     def judge(self) -> Path:
         return self.root / "judge"
 

@@ -42,6 +42,25 @@ PREDICTIONS = pa.schema(
 )  # fmt: skip
 
 
+def latents_schema(views: int, channels: int, side: int) -> pa.Schema:
+    """Of the latents of `views` symmetries of each image, as the codec gives them: `latent` is float16 [views, C, side, side]."""
+    return pa.schema({"id": _text, "label": _int, "latent": pa.fixed_shape_tensor(pa.float16(), (views, channels, side, side))})
+
+
+def latents_table(ids: Sequence[str], labels: Sequence[int], latents: np.ndarray) -> pa.Table:
+    """float16 [N, views, C, side, side] to rows of latents_schema."""
+    assert latents.dtype == np.float16 and latents.ndim == 5, (latents.dtype, latents.shape)
+    schema = latents_schema(latents.shape[1], latents.shape[2], latents.shape[3])
+    kind = schema.field("latent").type
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(latents.reshape(-1)), int(np.prod(latents.shape[1:])))
+    return pa.table([list(ids), pa.array(labels, pa.int64()), pa.ExtensionArray.from_storage(kind, flat)], schema=schema)
+
+
+def decode_latents(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of latents to float16 [N, views, C, side, side]."""
+    return column.combine_chunks().to_numpy_ndarray()
+
+
 def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
 

@@ -28,6 +28,11 @@ def seed_of(*parts: object) -> int:
     return int(digest(*parts, size=8), 16) >> 1
 
 
+def share_of(size: int, rank: int, world: int) -> slice:
+    """Worker `rank`'s rows of a batch of `size`: contiguous, as equal as can be, all `world` workers' together the whole."""
+    return slice(size * rank // world, size * (rank + 1) // world)
+
+
 @dataclass(frozen=True)
 class Example:
     """A real image. `image` is lossless PNG at the run's resolution; `mask` likewise (one channel, 0 or 255) or None."""

@@ -16,6 +16,7 @@ from adversa.tables import replace_bytes
 from adversa.types import UserError
 
 MODEL, CONFIG, CHECKPOINT = "model.safetensors", "config.json", "checkpoint.pt"
+COMMITTED = "checkpoint.json"  # the step of checkpoint.pt, for those who do not want to load torch and all weights for a number
 
 
 def save_model(folder: Path, state: dict[str, Any], config: dict[str, Any]) -> str:
@@ -53,16 +54,28 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # torch.save hides the errno of a full disk behind a RuntimeError of its own
     torch.save(state, buffer)
     replace_bytes(folder / CHECKPOINT, buffer.getbuffer())
+    replace_bytes(folder / COMMITTED, json.dumps({"step": int(state["step"])}).encode())
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The last committed training state, on the CPU, or None."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
     import torch
 
-    path = folder / CHECKPOINT
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def committed_step(folder: Path) -> int:
+    """Steps in the last committed training state, 0 without one. Killed between its two files, it is an earlier one's."""
+    try:
+        return int(json.loads((folder / COMMITTED).read_text())["step"]) if (folder / CHECKPOINT).exists() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def drop_checkpoint(folder: Path) -> None:
     """Remove the training state of a finished model: the model's folder keeps only what rebuilds it."""
+    (folder / COMMITTED).unlink(missing_ok=True)
     (folder / CHECKPOINT).unlink(missing_ok=True)

@@ -497,15 +497,15 @@ def test_a_classifier_that_diverges_is_stopped_and_loses_nothing(tmp_path):
 
 
 def test_a_denoiser_that_diverges_is_stopped_and_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    from adversa.diffuse import fit
+    from adversa.diffuse.objective import Objective
 
-    real, counts = fit.training_loss, Counter()
+    real, counts = Objective.forward, Counter()
 
-    def loss(*args):
+    def forward(*args):
         counts["calls"] += 1
-        return real(*args) * (float("nan") if counts["calls"] == 6 else 1)
+        return tuple(rows * (float("nan") if counts["calls"] == 6 else 1) for rows in real(*args))
 
-    monkeypatch.setattr(fit, "training_loss", loss)
+    monkeypatch.setattr(Objective, "forward", forward)
     refused(train(tmp_path / "run"), "denoiser", "nan", "step 5", "lower denoiser.lr")
     run_dir = RunDir(tmp_path / "run")
     before = (run_dir.data / "manifest.json").stat().st_mtime_ns

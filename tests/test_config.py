@@ -128,6 +128,13 @@ def test_another_model_does_not_get_the_default_models_arguments():
         ({"mix": {"arms": ["real", "guided", "real"]}}, "names an arm twice"),
         ({"mix": {"arms": ["guided"]}}, "must contain real"),
         ({"denoiser": {"channels": [12, 16]}}, "multiples of 8"),
+        ({"codec": {"kind": "kl"}}, "kind kl needs a path"),
+        ({"codec": {"path": "x"}}, "path x is given, but kind is pixels"),
+        ({"codec": {"kind": "tiny", "halvings": 4}}, "data.resolution 32, its latents' side 2, must be a multiple of .* = 8"),
+        ({"codec": {"kind": "tiny", "halvings": 5}, "data": {"resolution": 48}}, "must be a multiple of 2.codec.halvings = 32"),
+        ({"codec": {"kind": "tiny"}, "denoiser": {"weights": "phantom"}}, "weights phantom is for codec.kind pixels"),
+        ({"codec": {"kind": "tiny"}, "denoiser": {"external": "x"}}, "give its autoencoder as codec.path"),
+        ({"denoiser": {"external": "x", "weights": "y"}}, "external x is used as it is"),
         (
             {"data": {"source": "csv", "path": "x"}, "denoiser": {"weights": "phantom"}},
             "weights phantom is for data.source phantom",

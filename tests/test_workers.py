@@ -1,0 +1,129 @@
+"""Workers of one training, over gloo in two processes: BatchNorm that sees all rows, losses and means that add up."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from adversa import workers
+from adversa.types import share_of
+
+ROWS, CHANNELS = 7, 5  # shared as 3 and 4
+
+
+def layers() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    found = {
+        "plain": nn.BatchNorm2d(CHANNELS),
+        "with activation": BatchNormAct2d(CHANNELS, act_layer=nn.SiLU),
+        "cumulative, no affine": nn.BatchNorm2d(CHANNELS, momentum=None, affine=False),
+        "no running statistics": nn.BatchNorm2d(CHANNELS, track_running_stats=False),
+        "one dimension": nn.BatchNorm1d(CHANNELS),
+        "in a net": nn.Sequential(nn.Conv2d(CHANNELS, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), BatchNormAct2d(4)),
+    }
+    for layer in found.values():
+        for p in layer.parameters():
+            nn.init.normal_(p, 1.0, 0.5)
+    return found
+
+
+def inputs(name: str) -> torch.Tensor:
+    # A mean a thousand times the deviation: E[x^2] - E[x]^2 in float32 would leave no digit of the variance.
+    shape = (ROWS, CHANNELS) if name == "one dimension" else (ROWS, CHANNELS, 6, 4)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 2 + (1000 if name == "plain" else 1)
+
+
+def outcome(name: str, layer: nn.Module, rows: slice) -> dict[str, object]:
+    """Two training steps' outputs, gradients and buffers, of `rows` of the batch."""
+    x = inputs(name)[rows].requires_grad_()
+    for _ in range(2):
+        called = workers.parallel(layer, torch.device("cpu")) if list(layer.parameters()) else layer
+        if called is layer:
+            workers.synchronise(layer)
+        layer.zero_grad()
+        x.grad = None
+        y = called(x)
+        weights = torch.linspace(-1, 1, ROWS * y[0].numel()).view(ROWS, *y.shape[1:])[rows]
+        workers.share((y.square() * weights).flatten(1).sum(1), ROWS).backward()
+    scored = copy.deepcopy(layer).eval()(inputs(name)) if name != "no running statistics" else torch.zeros(1)
+    # A row's gradient is that of the sum over workers of their losses: the mean over them is the whole batch's.
+    return {
+        "y": y.detach(), "dx": x.grad / workers.world(), "scored": scored.detach(), "buffers": dict(layer.named_buffers()),
+        "gradients": {k: p.grad for k, p in layer.named_parameters()},
+    }  # fmt: skip
+
+
+def worker(rank: int, root: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
+    found: dict[str, object] = {k: outcome(k, layer, workers.rows(ROWS)) for k, layer in layers().items()}
+    half = nn.BatchNorm2d(CHANNELS)
+    workers.synchronise(half)
+    found["bf16"] = half(inputs("").bfloat16().contiguous(memory_format=torch.channels_last)[workers.rows(ROWS)]).detach()
+    found["mean"] = workers.mean(torch.tensor(float(rank)))
+    found["gathered"] = workers.gather(np.arange(ROWS)[workers.rows(ROWS)])
+    found["everyones"] = workers.everyones(f"worker {rank}")
+    tensors = [torch.full((2,), float(rank)), torch.tensor(rank)]
+    workers.agree(tensors)
+    found["agreed"], found["lead"] = tensors, workers.lead()
+    torch.save(found, root / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    root = tmp_path_factory.mktemp("two")
+    mp.spawn(worker, (root,), nprocs=2)
+    return [torch.load(root / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=2e-4, atol=2e-4 * float(b.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("name", list(layers()))
+def test_batch_norm_over_two_workers_is_batch_norm_over_the_whole_batch(two, name):
+    whole = outcome(name, layers()[name], slice(None))
+    for part in ("y", "dx"):
+        assert close(torch.cat([w[name][part] for w in two]), whole[part]), part
+    for w in two:
+        assert close(w[name]["scored"], whole["scored"])
+        assert w[name]["buffers"].keys() == whole["buffers"].keys()
+        assert all(close(v.float(), whole["buffers"][k].float()) for k, v in w[name]["buffers"].items())
+        assert all(close(v, whole["gradients"][k]) for k, v in w[name]["gradients"].items())
+
+
+def test_what_comes_in_as_bf16_goes_out_as_bf16_in_the_same_memory_format(two):
+    whole = nn.BatchNorm2d(CHANNELS)(inputs("").bfloat16())
+    joined = torch.cat([w["bf16"] for w in two])
+    assert joined.dtype == torch.bfloat16 and two[0]["bf16"].is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(joined.float(), whole.float(), atol=0.02)
+
+
+def test_what_workers_tell_each_other(two):
+    for rank, w in enumerate(two):
+        assert w["mean"] == 0.5 and w["gathered"].tolist() == list(range(ROWS)) and w["lead"] == (rank == 0)
+        assert w["everyones"] == ["worker 0", "worker 1"]
+        assert w["agreed"][0].tolist() == [0.5, 0.5] and w["agreed"][1].item() == rank  # counters stay
+
+
+def test_alone_nothing_happens():
+    layer = nn.BatchNorm2d(2)
+    assert workers.parallel(layer, torch.device("cpu")) is layer and "forward" not in vars(layer)
+    assert workers.rows(7) == slice(0, 7) and workers.everyones(3) == [3] and workers.lead()
+    workers.barrier()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [0, 1, 7, 64])
+def test_shares_are_the_whole_batch_and_as_equal_as_can_be(size, world):
+    parts = [range(size)[share_of(size, rank, world)] for rank in range(world)]
+    assert [i for p in parts for i in p] == list(range(size))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1 and max(map(len, parts)) == -(-size // world)
