@@ -1,4 +1,7 @@
-"""Fit the classifier: AdamW, warm-up and cosine, averaged weights, the checkpoint chosen on `select`, exact resume."""
+"""Fit the classifier: AdamW, warm-up and cosine, averaged weights, the checkpoint chosen on `select`, exact resume.
+
+On one worker or on several (adversa.workers): each sees its rows of every batch, all draws are made for the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,28 +20,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from adversa import workers
 from adversa.classify.augment import augment
+from adversa.classify.losses import Loss, make_loss
+from adversa.classify.mixing import mix
 from adversa.classify.model import Network, build, to_pixels
-from adversa.classify.score import forward
+from adversa.classify.schedule import evaluation_steps, learning_rate, parameter_groups, set_rates, training_side
+from adversa.classify.score import score_batches
 from adversa.config import Classifier
 from adversa.types import UserError, digest, seed_of
 from adversa.weights import load_checkpoint, replace_bytes, save_checkpoint, save_model
 
-Batch = dict[str, Any]  # "id": list[str], "image": uint8 [B, H, W, 3], "label": int64 [B]
+# "id": list[str], "image": uint8 [B, H, W, 3], "label": int64 [B], and "size": int where these are a worker's rows of a larger one
+Batch = dict[str, Any]
 METRICS = "metrics.jsonl"
 
 
 @dataclass
 class State:
-    """All that a step reads and changes; what `_pack` commits and `_unpack` brings back."""
+    """All that a step reads and changes. From `step` on, and of the first three: what `_pack` commits, `_unpack` brings back."""
 
     model: Network
     average: Network
     optimizer: torch.optim.Optimizer
+    trained: list[nn.Parameter]  # those of the trunk that its model does not fix
+    parallel: nn.Module  # what a step calls: the model, or its wrapper that averages gradients over the workers
+    device: torch.device
+    seed: int
     step: int = 0
     best_score: float = -1.0
     best_step: int = 0
+    stale: int = 0  # evaluations since the best one
     best: dict[str, Tensor] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)  # since the last line of metrics.jsonl
 
@@ -52,41 +66,62 @@ def fit(
     select: Callable[[], Iterable[Batch]],
     out: Path,
     seed: int,
+    counts: Sequence[float] | None = None,
+    priors: Sequence[float] | None = None,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
+    committed: Callable[[int], None] = lambda _: None,
     threads: int | None = None,
 ) -> dict[str, float]:
-    """Train for `config.steps` steps, one batch a step, and write the model folder `out`.
+    """Train for `config.steps` steps, one batch a step, and write the model folder `out`; metrics["steps"] were done.
 
     batches: from step resume_step(out) on (that many are already done), drawn and balanced by the caller.
     select: yields the select role's batches, each time anew; scored `config.evaluations` times, evenly spaced, the last
-    step included. The averaged weights with the highest balanced accuracy are kept; of equals, the later.
+    step included. The averaged weights with the highest balanced accuracy are kept; of equals, the later. With
+    config.patience, training ends once so many evaluations in a row were no better than the best.
+    counts, priors [K]: weight of each class in the training set, and its share of the draws; see losses.make_loss.
+    committed: called on every worker, with the step, once a checkpoint is on disk.
     Killed and called again with the same arguments, it ends with bit-identical weights: the initial weights depend on
-    `seed` alone, augmentation and dropout on (seed, step) alone. torch's global generator is left as it was.
-    UserError: a loss or gradient that is not finite (step and ids of the batch), a checkpoint of other settings.
+    `seed` alone, augmentation, mixing and dropout on (seed, step) alone. torch's global generator is left as it was.
+    UserError: a loss, gradient or weight that is not finite (step and ids), a checkpoint of other settings.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = digest(config.model_dump_json(exclude={"checkpoint_steps"}), num_classes, resolution, seed)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    recipe = digest(config.model_dump_json(exclude={"checkpoint_steps"}), num_classes, resolution, seed, counts, priors)
+    criterion = make_loss(config, counts, priors, device)
     with _threads(threads), _own_generator(device):
         state = _start(config, num_classes, resolution, seed, device)
         _unpack(state, load_checkpoint(out), recipe, out)
-        _truncate_metrics(out, state.step)
+        _phase(state, config)
+        if workers.lead():
+            _truncate_metrics(out, state.step)
         due = evaluation_steps(config.steps, config.evaluations)
-        told = time.monotonic()
+        told, evaluating = time.monotonic(), 0.0
         for batch in itertools.islice(batches, config.steps - state.step):
-            state.losses.append(_step(state, batch, config, seed, device))
+            state.losses.append(_step(state, batch, config, criterion))
+            line = {"loss": state.losses[-1]}
+            commits = state.step % config.checkpoint_steps == 0 and state.step < config.steps
+            if commits or state.step in due:
+                _check_weights(state, batch, config)
             if state.step in due:
-                line = _evaluate(state, select(), config)
-                _append_metrics(out, line)
-                report({"done": state.step, "total": config.steps, "unit": "step", **line})
-            elif time.monotonic() - told >= 1:
+                started = time.monotonic()
+                line = _evaluate(state, select(), config, out)
+                evaluating += time.monotonic() - started
+            if workers.lead() and (state.step in due or time.monotonic() - told >= 1):
                 told = time.monotonic()
-                report({"done": state.step, "total": config.steps, "unit": "step", "loss": state.losses[-1]})
-            if state.step % config.checkpoint_steps == 0 and state.step < config.steps:
-                save_checkpoint(out, _pack(state, recipe))
-        assert state.step == config.steps, f"batches ended at step {state.step} of {config.steps}"
+                report({"done": state.step, "total": config.steps, "unit": "step", "evaluation_seconds": evaluating, **line})
+            if _out_of_patience(state, config):
+                break
+            if commits:
+                if workers.lead():
+                    save_checkpoint(out, _pack(state, recipe))
+                workers.barrier()
+                committed(state.step)
+        ended = state.step == config.steps or _out_of_patience(state, config)
+        assert ended, f"batches ended at step {state.step} of {config.steps}"
     metrics = {"steps": state.step, "best_step": state.best_step, "select_balanced_accuracy": state.best_score}
     meta = {"kind": "classifier", "config": config.model_dump(mode="json"), "num_classes": num_classes}
-    save_model(out, state.best, {**meta, "resolution": resolution, "seed": seed, **metrics})
+    if workers.lead():
+        save_model(out, state.best, {**meta, "resolution": resolution, "seed": seed, **metrics})
+    workers.barrier()
     return {**metrics, "parameters": sum(p.numel() for p in state.model.parameters())}
 
 
@@ -94,20 +129,6 @@ def resume_step(out: Path) -> int:
     """Steps finished in the checkpoint of an interrupted fit; 0 where there is none."""
     state = load_checkpoint(out)
     return 0 if state is None else int(state["step"])
-
-
-def learning_rate(step: int, config: Classifier) -> float:
-    """Of step 1 ... config.steps: linear to config.lr over the warm-up, then half a cosine to a hundredth of it."""
-    rise = config.warmup * config.steps
-    if step <= rise:
-        return config.lr * step / rise
-    share = (step - rise) / max(1.0, config.steps - rise)
-    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    """The steps after which `select` is scored: evenly spaced, the last always."""
-    return {max(1, round(i * steps / evaluations)) for i in range(1, evaluations + 1)}
 
 
 def balanced_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -134,48 +155,80 @@ def _start(config: Classifier, num_classes: int, resolution: int, seed: int, dev
     torch.manual_seed(seed_of("classifier", seed))
     model = build(config, num_classes, resolution).to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    # Decay belongs to matrices and kernels; on biases, norms and layer scales it only fights the fit.
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return State(model.train(), average, torch.optim.AdamW(groups, lr=config.lr, fused=True))
+    trained = [p for p in model.trunk.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, fused=True)
+    return State(model, average, optimizer, trained, model, device, seed)
 
 
-def _step(state: State, batch: Batch, config: Classifier, seed: int, device: torch.device) -> float:
-    step = state.step + 1
-    torch.manual_seed(seed_of("dropout", seed, step))
-    pixels, labels = to_pixels(batch["image"], device), torch.as_tensor(batch["label"]).to(device)
-    if config.augment:
-        pixels = augment(pixels, torch.Generator().manual_seed(seed_of("augment", seed, step)))
+def _phase(state: State, config: Classifier) -> None:
+    """Freeze the trunk for the first head_steps, let it go after them. Frozen: no gradient, so AdamW neither moves nor decays
+    it; eval mode, so BatchNorm's statistics stay. The wrapper is made anew: it takes no other set of parameters later."""
+    frozen = state.step < config.head_steps
+    state.model.train()
+    for module in state.model.modules():
+        if isinstance(module, _BatchNorm) and config.freeze_norm:
+            module.eval()
+    if frozen:
+        state.model.trunk.eval()
+    for p in state.trained:
+        p.requires_grad_(not frozen)
+    state.parallel = state.model  # the old wrapper goes, and its hooks, before the new one comes
+    state.parallel = workers.parallel(state.model, state.device)
+
+
+def _step(state: State, batch: Batch, config: Classifier, criterion: Loss) -> float:
+    step, seed, device = state.step + 1, state.seed, state.device
+    torch.manual_seed(seed_of("dropout", seed, step, workers.rank()))
+    size = int(batch.get("size", len(batch["id"])))
+    rows = workers.rows(size)
+    generator = torch.Generator().manual_seed(seed_of("augment", seed, step))
+    pixels = to_pixels(batch["image"], device)
+    targets = F.one_hot(torch.as_tensor(batch["label"]).to(device), state.model.head.out_features).float()
+    if config.augment is not None:
+        side = training_side(step, config, pixels.shape[-1])
+        pixels = augment(pixels, config.augment, generator, size, rows, side)
+    pixels, targets = mix(pixels, targets, config.mixup, config.cutmix, generator, size, rows)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.amp):
-        logits, _ = state.model(pixels)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+        logits, _ = state.parallel(pixels)
+    losses = criterion(logits, targets)
+    loss = workers.share(losses, size)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
-    value = loss.item()
-    if not (math.isfinite(value) and math.isfinite(norm.item())):
-        ids = ", ".join(batch["id"][:8]) + (", ..." if len(batch["id"]) > 8 else "")
-        raise UserError(
-            f"training diverged at step {step}: loss {value:g}, gradient norm {norm.item():g}; "
-            f"lower classifier.lr ({config.lr:g}), or look at the batch's images: {ids}"
-        )
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip).item()
+    value = workers.mean(loss)
+    if not (math.isfinite(value) and math.isfinite(norm)):  # the same on every worker, so all of them end here
+        guilty = [i for i, finite in zip(batch["id"], torch.isfinite(losses).tolist(), strict=True) if not finite]
+        raise _diverged(f"loss {value:g}, gradient norm {norm:g}", step, guilty or batch["id"], config)
+    set_rates(state.optimizer, step, config)
     state.optimizer.step()
     update_average(state.average, state.model, config.ema, step)
     state.step = step
+    if step == config.head_steps:
+        _phase(state, config)
     return value
 
 
-def _evaluate(state: State, batches: Iterable[Batch], config: Classifier) -> dict[str, float]:
-    """Score `select` with the averaged weights, keep them when they are the best so far; the line for metrics.jsonl."""
-    logits, labels = [], []
-    for batch in batches:
-        logits.append(forward(state.average, batch["image"], config.amp)[0])
-        labels.append(np.asarray(batch["label"]))
-    assert logits, "the select role is empty"
-    score = balanced_accuracy(np.concatenate(logits), np.concatenate(labels))
+def _check_weights(state: State, batch: Batch, config: Classifier) -> None:
+    """Before weights are scored or kept: nothing in them that is not finite, BatchNorm's statistics included."""
+    kept = [v for m in (state.model, state.average) for v in m.state_dict().values() if v.is_floating_point() and v.numel()]
+    largest = torch.stack(torch._foreach_norm(kept, math.inf)).sum()
+    if not math.isfinite(workers.mean(largest)):
+        raise _diverged("a weight that is not finite", state.step, batch["id"], config)
+
+
+def _diverged(what: str, step: int, ids: list[str], config: Classifier) -> UserError:
+    shown = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
+    return UserError(
+        f"training diverged at step {step}: {what}; lower classifier.lr ({config.lr:g}), or look at the batch's images: {shown}"
+    )
+
+
+def _evaluate(state: State, batches: Iterable[Batch], config: Classifier, out: Path) -> dict[str, float]:
+    """Score `select` with the averaged weights, keep them when they are the best so far; the line added to metrics.jsonl."""
+    logits, labels = score_batches(state.average, batches, config.amp, config.views)
+    assert len(labels), "the select role is empty"
+    score = balanced_accuracy(logits, labels)
+    state.stale = 0 if score > state.best_score else state.stale + 1
     if score >= state.best_score:
         state.best_score, state.best_step = score, state.step
         state.best = {k: v.detach().clone() for k, v in state.average.state_dict().items()}
@@ -186,7 +239,13 @@ def _evaluate(state: State, batches: Iterable[Batch], config: Classifier) -> dic
         "select_balanced_accuracy": score,
     }
     state.losses = []
+    if workers.lead():
+        _append_metrics(out, line)
     return line
+
+
+def _out_of_patience(state: State, config: Classifier) -> bool:
+    return config.patience is not None and state.stale >= config.patience
 
 
 def _pack(state: State, recipe: str) -> dict[str, Any]:
@@ -199,6 +258,7 @@ def _pack(state: State, recipe: str) -> dict[str, Any]:
         "best": state.best,
         "best_score": state.best_score,
         "best_step": state.best_step,
+        "stale": state.stale,
         "losses": state.losses,
     }
 
@@ -212,7 +272,7 @@ def _unpack(state: State, packed: dict[str, Any] | None, recipe: str, out: Path)
     state.average.load_state_dict(packed["average"])
     state.optimizer.load_state_dict(packed["optimizer"])
     state.step, state.best_step, state.best_score = packed["step"], packed["best_step"], packed["best_score"]
-    state.best, state.losses = packed["best"], packed["losses"]
+    state.best, state.stale, state.losses = packed["best"], packed["stale"], packed["losses"]
 
 
 def _truncate_metrics(out: Path, step: int) -> None:

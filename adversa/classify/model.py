@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adversa.classify.depthwise import fast_depthwise
 from adversa.config import Classifier
 from adversa.types import UserError
 from adversa.weights import read_model
@@ -61,8 +62,12 @@ def build(config: Classifier, num_classes: int, resolution: int) -> Network:
     trunk = _trunk(config)
     if config.weights is not None:
         _load_trunk(trunk, config)
-    size = config.input_size or resolution
-    network = Network(trunk, _width(trunk, config, size), num_classes, config.input_size)
+    width = _width(trunk, config, config.input_size or resolution)
+    if config.first_size is not None:
+        _width(trunk, config, config.first_size)  # the smallest images of the training must fit as well
+    if config.amp:
+        fast_depthwise(trunk)
+    network = Network(trunk, width, num_classes, config.input_size)
     return network.to(memory_format=torch.channels_last)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from adversa.classify.model import load, to_pixels
+from adversa import workers
+from adversa.classify.augment import symmetry
+from adversa.classify.model import Network, load, to_pixels
 
 # Images scored together. Always this many (the last ones are padded): the kernels, and so the last bit, depend on the
 # shape of the batch, and an image's logits must not depend on how many neighbours it came with.
@@ -25,21 +28,25 @@ def make_scorer(folder: Path, embed: bool = False) -> Scorer:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, meta, _ = load(folder, device)
-    amp, num_classes = bool(meta["config"]["amp"]), int(meta["num_classes"])
+    amp, views, num_classes = bool(meta["config"]["amp"]), int(meta["config"].get("views", 1)), int(meta["num_classes"])
 
     def score(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not len(images):
             width = network.head.in_features if embed else 0
             return np.zeros((0, num_classes), np.float32), np.zeros((0, width), np.float32)
-        logits, embedding = forward(network, images, amp)
+        logits, embedding = forward(network, images, amp, views)
         return logits, embedding if embed else embedding[:, :0]
 
     return score
 
 
 @torch.inference_mode()
-def forward(network: nn.Module, images: np.ndarray, amp: bool) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [N, H, W, 3], N > 0 -> (logits [N, K], embedding [N, D]) float32, by a network in eval mode."""
+def forward(network: nn.Module, images: np.ndarray, amp: bool, views: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [N, H, W, 3], N > 0 -> (logits [N, K], embedding [N, D]) float32, by a network in eval mode.
+
+    Both are means over the first `views` of the square's eight symmetries (augment.symmetry): the image itself, mirrored left
+    to right, both of these mirrored top to bottom, and those four transposed.
+    """
     assert not network.training
     device = next(network.parameters()).device
     logits, embeddings = [], []
@@ -49,7 +56,35 @@ def forward(network: nn.Module, images: np.ndarray, amp: bool) -> tuple[np.ndarr
         if missing:
             chunk = np.concatenate([chunk, np.zeros((missing, *chunk.shape[1:]), np.uint8)])
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-            z, e = network(to_pixels(chunk, device))
-        logits.append(z.float().cpu().numpy()[: CHUNK - missing])
-        embeddings.append(e.float().cpu().numpy()[: CHUNK - missing])
+            z, e = _mean(network, to_pixels(chunk, device), views)
+        logits.append(z.cpu().numpy()[: CHUNK - missing])
+        embeddings.append(e.cpu().numpy()[: CHUNK - missing])
     return np.concatenate(logits), np.concatenate(embeddings)
+
+
+def score_batches(network: Network, batches: Iterable[dict[str, Any]], amp: bool, views: int) -> tuple[np.ndarray, np.ndarray]:
+    """(logits [N, K], labels [N]) of batches ("image", "label"), every worker's rows joined.
+
+    CHUNK rows at a time, whatever the size of a batch, for `forward` pads what is shorter.
+    """
+    logits, labels = [np.zeros((0, network.head.out_features), np.float32)], [np.zeros(0, np.int64)]
+    waiting: list[np.ndarray] = []
+    for batch in batches:
+        waiting.append(batch["image"])
+        labels.append(np.asarray(batch["label"]))
+        if sum(map(len, waiting)) >= CHUNK:
+            images = np.concatenate(waiting)
+            whole = len(images) // CHUNK * CHUNK
+            logits.append(forward(network, images[:whole], amp, views)[0])
+            waiting = [images[whole:]]
+    if sum(map(len, waiting)):
+        logits.append(forward(network, np.concatenate(waiting), amp, views)[0])
+    return workers.gather(np.concatenate(logits)), workers.gather(np.concatenate(labels))
+
+
+def _mean(network: nn.Module, pixels: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    logits, embedding = (x.float() for x in network(pixels))
+    for k in range(1, views):
+        z, e = network(symmetry(pixels, k).contiguous(memory_format=torch.channels_last))
+        logits, embedding = logits + z.float(), embedding + e.float()
+    return logits / views, embedding / views

@@ -78,6 +78,20 @@ def test_the_network_only_ever_sees_batches_of_one_shape() -> None:
     assert set(seen) == {(64, 3, 32, 32)}
 
 
+@pytest.mark.parametrize("views", [1, 2, 4, 8])
+def test_views_average_over_the_symmetries(tmp_path: Path, views: int) -> None:
+    x = images(5)
+    score = make_scorer(saved(tmp_path, TINY.model_copy(update={"views": views, "amp": False})), embed=True)
+    network, *_ = load(tmp_path)
+    mirrored = [x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]]
+    seen = [*mirrored, *(m.swapaxes(1, 2) for m in mirrored)][:views]
+    alone = [forward(network, np.ascontiguousarray(v), False) for v in seen]
+    for found, single in zip(score(x), zip(*alone, strict=True), strict=True):
+        assert np.allclose(found, np.mean(single, 0), atol=1e-5)
+    if views == 8:  # all of them: no symmetry makes a difference any more
+        assert np.allclose(score(np.rot90(x, 1, (1, 2)).copy())[0], score(x)[0], atol=1e-5)
+
+
 def test_scorer_without_embedding_and_without_images(tmp_path: Path) -> None:
     score = make_scorer(saved(tmp_path))
     assert score(images(3))[1].shape == (3, 0)
