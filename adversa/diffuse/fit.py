@@ -1,26 +1,56 @@
-"""Train a denoiser. Resumed from a checkpoint, it ends with the very weights of an undisturbed run (same machine, same threads)."""
+"""Train a denoiser. Resumed from a checkpoint, it ends with the very weights of an undisturbed run (same machine, same threads).
+
+On one worker or on several (adversa.workers): each sees its rows of every batch, all draws are made for the whole batch.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adversa import config as cfg
-from adversa import tables, weights
-from adversa.diffuse import edm
+from adversa import tables, weights, workers
+from adversa.diffuse import average, edm
+from adversa.diffuse.objective import Objective, draw, turn, validation_loss
 from adversa.diffuse.paint import paint
 from adversa.types import GenerationRequest, UserError, seed_of
 
-Batch = dict[str, Any]  # "id" list[str], "image" uint8 [B, H, W, 3], "label" int64 [B]
+# "id" list[str], "label" int64 [B], and "image" uint8 [B, H, W, 3] or "latent" float32 [B, C, h, w]; "size": int where these are a
+# worker's rows of a larger batch
+Batch = dict[str, Any]
 LOG_STEPS = 50
+VALIDATIONS = 5  # of a training with `select`, evenly spaced, the last step included
+VALIDATED = 128  # images of `select`, the first
+
+
+@dataclass
+class State:
+    """All that a step reads and changes; `_commit` says what of it outlives the process."""
+
+    objective: Objective  # the denoiser, and what is trained along with it
+    parallel: nn.Module  # what a step calls: the objective, or its wrapper that averages gradients over the workers
+    averaged: edm.Denoiser  # the moving average of the weights: what becomes the model
+    optimizer: torch.optim.Optimizer
+    init: str
+    device: torch.device
+    step: int = 0
+    loss: float = math.nan  # of the last step that was looked at
+    losses: list[float] = field(default_factory=list)  # since the last line of history
+    history: list[dict[str, float]] = field(default_factory=list)
+    pending: tuple[int, list[str], Tensor, Tensor, Tensor] | None = None  # a step not looked at yet: see `_look`
+
+    def __post_init__(self) -> None:
+        self.trained, self.means = list(self.objective.denoiser.parameters()), list(self.averaged.parameters())
 
 
 def resume_step(out: Path) -> int:
@@ -40,34 +70,46 @@ def fit(
     seed: int,
     report: Callable[[dict[str, Any]], None],
     threads: int | None = None,
+    channels: int = 3,
+    codec: dict[str, Any] | None = None,
+    decode: Callable[[Tensor], np.ndarray] = edm.to_images,
+    select: Callable[[], Iterable[Batch]] | None = None,
+    committed: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train for config.steps steps and write model.safetensors (the moving average), config.json, metrics.jsonl, samples.png.
 
-    `batches` begins at step resume_step(out) and holds the steps that are left. Returns {"steps", "loss" (mean of the last
-    LOG_STEPS), "init", "fingerprint", "parameters"}. UserError where the loss stops being finite, naming step and ids, or where
-    config.weights do not fit.
+    `batches` begins at step resume_step(out) and holds the steps that are left. resolution, channels: of the space that is
+    diffused; codec: what config.json says of it where that is not pixels; decode: from there [B, C, h, w] to uint8 [B, R, R, 3].
+    select: held-out batches; the validation loss of their first VALIDATED images is then in metrics.jsonl, VALIDATIONS times.
+    committed: called on every worker, with the step, once a checkpoint is on disk. Returns {"steps", "loss" (EDM's weighted error,
+    mean since the last multiple of LOG_STEPS, whatever config.loss minimises), "init", "fingerprint", "parameters"}. UserError
+    where a loss, a gradient or a weight stops being finite, naming step and ids, or where config.weights do not fit.
     """
     assert num_classes == len(classes), (num_classes, classes)
     if threads:
         torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = _start(config, classes, resolution, out, seed, device)
+    meta = edm.describe(config, classes, resolution, channels, **({} if codec is None else {"codec": codec}))
+    state = _start(config, meta, out, seed)
+    held_out = None if select is None else _held_out(select())
     iterator, told = iter(batches), 0.0
-    for step in range(run["step"], config.steps):
+    while state.step < config.steps:
         batch = next(iterator, None)
-        assert batch is not None, f"the batches ended at step {step} of {config.steps}"
-        loss = _train_step(run, batch, config, step, seed, device)
-        run["losses"].append(loss)
-        run["step"] = step + 1
-        if run["step"] % LOG_STEPS == 0 or run["step"] == config.steps:
-            run["history"].append({"step": step + 1, "loss": float(np.mean(run["losses"])), "lr": learning_rate(config, step)})
-            run["losses"] = []
-        if run["step"] % config.checkpoint_steps == 0 or run["step"] == config.steps:
-            _commit(run, out)
-        if time.monotonic() - told > 1 or run["step"] == config.steps:
+        assert batch is not None, f"the batches ended at step {state.step} of {config.steps}"
+        _train_step(state, batch, config, seed)
+        last, news = state.step == config.steps, {}
+        if last or state.step % LOG_STEPS == 0:
+            _log(state, config)
+        if held_out is not None and state.step in validation_steps(config.steps):
+            news = _validate(state, held_out, config, seed)
+        if config.sample_steps and state.step % config.sample_steps == 0 and not last:
+            _write_samples(state, meta, seed, decode, out / f"samples-{state.step:06d}.png")
+        if last or state.step % config.checkpoint_steps == 0:
+            _commit(state, config, out)
+            committed(state.step)
+        if workers.lead() and (last or news or time.monotonic() - told > 1) and math.isfinite(state.loss):
             told = time.monotonic()
-            report({"done": step + 1, "total": config.steps, "unit": "step", "loss": loss, "init": run["init"]})
-    return _finish(run, config, classes, resolution, out, seed, device)
+            report({"done": state.step, "total": config.steps, "unit": "step", "loss": state.loss, "init": state.init, **news})
+    return _finish(state, meta, out, seed, decode)
 
 
 def learning_rate(config: cfg.Denoiser, step: int) -> float:
@@ -78,109 +120,161 @@ def learning_rate(config: cfg.Denoiser, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, config.steps - warm)))
 
 
-def training_loss(
-    denoiser: edm.DenoiserFn, x: Tensor, label: Tensor, config: cfg.Denoiser, null_label: int, generator: torch.Generator
-) -> Tensor:
-    """Mean over the batch of  lambda(sigma) |D(x + n; sigma) - x|^2 / pixels,  ln sigma ~ N(p_mean, p_std^2).
-
-    Karras et al. 2022, equation 8 and Table 1.
-
-    x [B, 3, H, W] in [-1, 1]. All randomness is drawn on the CPU from `generator`: noise levels, noise, dropped labels, flips.
-    """
-    rows = len(x)
-    sigma = (config.p_mean + config.p_std * torch.randn(rows, generator=generator)).exp().to(x.device)
-    dropped = (torch.rand(rows, generator=generator) < config.null_probability).to(x.device)
-    flips = torch.rand(3, rows, generator=generator) < 0.5
-    if config.flips:
-        x = turn(x, flips.to(x.device))
-    n = torch.randn(x.shape, generator=generator).to(x.device) * sigma.view(-1, 1, 1, 1)
-    label = torch.where(dropped, torch.full_like(label, null_label), label)
-    x0 = denoiser(x + n, sigma, label)
-    error = (x0 - x).square().flatten(1).mean(1)
-    return (edm.loss_weight(sigma, config.sigma_data) * error).mean()
+def validation_steps(steps: int) -> set[int]:
+    return {max(1, round(i * steps / VALIDATIONS)) for i in range(1, VALIDATIONS + 1)}
 
 
-def turn(x: Tensor, flips: Tensor) -> Tensor:
-    """One of the 8 symmetries of the square for each row: flips bool [3, B] says up-down, left-right, transpose."""
-    a, b, c = (f.view(-1, 1, 1, 1) for f in flips)
-    x = torch.where(a, x.flip(2), x)
-    x = torch.where(b, x.flip(3), x)
-    return torch.where(c, x.transpose(2, 3), x)
-
-
-def _start(config: cfg.Denoiser, classes: list[str], resolution: int, out: Path, seed: int, device: torch.device) -> dict[str, Any]:
+def _start(config: cfg.Denoiser, meta: dict[str, Any], out: Path, seed: int) -> State:
     """Model, moving average and optimizer: fresh, or as the checkpoint has them."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    space = meta["resolution"], meta["channels"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("denoiser", seed))
-        denoiser = edm.build(config, len(classes), resolution)
+        denoiser = edm.build(config, len(meta["classes"]), *space)
+        objective = Objective(denoiser, config)
     saved = weights.load_checkpoint(out)
-    init = saved["init"] if saved else edm.start_from(denoiser, config, classes, resolution)
-    denoiser.to(device).train()
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    run: dict[str, Any] = {"denoiser": denoiser, "optimizer": optimizer, "init": init, "step": 0, "history": [], "losses": []}
+    init = saved["init"] if saved else edm.start_from(denoiser, config, meta["classes"], *space, meta.get("codec"))
+    objective.to(device).train()
+    averaged = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     if saved:
-        denoiser.load_state_dict(saved["model"])
+        objective.load_state_dict(saved["model"])
+        averaged.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
-        run.update(step=int(saved["step"]), history=saved["history"], losses=saved["losses"])
-    average = saved["ema"] if saved else {k: v.detach().clone() for k, v in denoiser.state_dict().items()}
-    run["ema"] = {k: v.to(device) for k, v in average.items()}
-    return run
+    if config.compile:
+        denoiser.network.compile(dynamic=False)  # in place: the weights keep their names, and the average is asked eagerly
+    state = State(objective, workers.parallel(objective, device), averaged, optimizer, init, device)
+    if saved:
+        state.step, state.history, state.losses = int(saved["step"]), saved["history"], saved["losses"]
+    return state
 
 
-def _train_step(run: dict[str, Any], batch: Batch, config: cfg.Denoiser, step: int, seed: int, device: torch.device) -> float:
-    denoiser, optimizer = run["denoiser"], run["optimizer"]
-    generator = torch.Generator("cpu").manual_seed(seed_of("denoiser", seed, step))
-    x = edm.to_tensor(np.asarray(batch["image"])).to(device)
-    label = torch.as_tensor(np.asarray(batch["label"]), dtype=torch.int64).to(device)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+def _train_step(state: State, batch: Batch, config: cfg.Denoiser, seed: int) -> None:
+    """One step. Its loss is looked at when the next one is on its way, so that a GPU need not wait for the CPU in between."""
+    device, size = state.device, int(batch.get("size", len(batch["id"])))
+    x, label = (t.to(device) for t in _tensors(batch))
+    draws = draw((size, *x.shape[1:]), config, seed_of("denoiser", seed, state.step), device, workers.rows(size))
+    assert x.shape == draws.noise.shape, (x.shape, draws.noise.shape)
+    if config.flips and "image" in batch:  # a turned latent is not the latent of the turned image: whoever encodes, turns
+        x = turn(x, draws.flips)
+    label = label.masked_fill(draws.dropped, state.averaged.num_classes)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-        loss = training_loss(denoiser, x, label, config, denoiser.num_classes, generator)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), config.clip)
-    value = float(loss.detach())
-    if not math.isfinite(value) or not bool(torch.isfinite(norm)):
-        ids = ", ".join(str(i) for i in batch["id"][:4])
-        where = f"loss {value:g}, gradient {float(norm):g} at step {step} (images {ids}, ...)"
-        raise UserError(f"denoiser training is not finite: {where}; lower denoiser.lr (now {config.lr:g})")
-    optimizer.step()
-    decay = min(config.ema, (1 + step) / (10 + step)) if run["init"] == "scratch" else config.ema
-    state = denoiser.state_dict()
-    torch._foreach_lerp_(list(run["ema"].values()), [state[k] for k in run["ema"]], 1 - decay)
-    return value
+        losses, errors = state.parallel(x, draws.sigma, draws.noise, label)
+    state.optimizer.zero_grad(set_to_none=True)
+    workers.share(losses, size).backward()
+    norm = nn.utils.clip_grad_norm_(state.trained, config.clip)
+    state.optimizer.step()
+    beta = average.decay(config, state.step + 1, state.init == "scratch")
+    average.update(state.means, state.trained, beta)
+    _look(state, config)
+    # Of the losses nothing is wanted but whether they are finite: 0 times one that is not, is not.
+    state.pending = (state.step, batch["id"], workers.share(errors + 0 * losses.detach(), size), norm, losses.detach())
+    state.step += 1
 
 
-def _commit(run: dict[str, Any], out: Path) -> None:
-    weights.save_checkpoint(
-        out,
-        {"step": run["step"], "model": run["denoiser"].state_dict(), "ema": run["ema"], "optimizer": run["optimizer"].state_dict(),
-         "history": run["history"], "losses": run["losses"], "init": run["init"]},
-    )  # fmt: skip
-    _write_history(run, out)
+def _look(state: State, config: cfg.Denoiser) -> None:
+    """Note the loss of the pending step; UserError where it, or its gradient, is not finite. On all workers alike."""
+    if state.pending is None:
+        return
+    (step, ids, error, norm, losses), state.pending = state.pending, None
+    state.loss, gradient = workers.mean(error), float(norm)
+    if not math.isfinite(state.loss) or not math.isfinite(gradient):
+        guilty = [i for i, finite in zip(ids, torch.isfinite(losses).tolist(), strict=True) if not finite]
+        rows = workers.gather(np.array(guilty, str)).tolist() or workers.gather(np.array(ids, str)).tolist()
+        raise _diverged(f"loss {state.loss:g}, gradient {gradient:g}", step, rows, config)
+    state.losses.append(state.loss)
 
 
-def _write_history(run: dict[str, Any], out: Path) -> None:
-    weights.replace_bytes(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run["history"]).encode())
+def _diverged(what: str, step: int, ids: list[str], config: cfg.Denoiser) -> UserError:
+    shown = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
+    return UserError(
+        f"denoiser training is not finite: {what} at step {step} (images {shown}); lower denoiser.lr (now {config.lr:g}), "
+        "or look at the images"
+    )
 
 
-def _finish(
-    run: dict[str, Any], config: cfg.Denoiser, classes: list[str], resolution: int, out: Path, seed: int, device: torch.device
-) -> dict[str, Any]:
+def _tensors(batch: Batch) -> tuple[Tensor, Tensor]:
+    """(the batch in the diffused space, float32 [B, C, h, w]; labels int64 [B])."""
+    latent = batch.get("latent")
+    x = edm.to_tensor(np.asarray(batch["image"])) if latent is None else torch.as_tensor(np.asarray(latent, np.float32))
+    return x, torch.as_tensor(np.asarray(batch["label"]), dtype=torch.int64)
+
+
+def _log(state: State, config: cfg.Denoiser) -> None:
+    _look(state, config)
+    lr = learning_rate(config, state.step - 1)
+    state.history.append({"step": state.step, "loss": float(np.mean(state.losses)), "lr": lr})
+    state.losses = []
+
+
+def _held_out(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """The first VALIDATED images of all workers' batches together, and their labels."""
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for batch in batches:  # to the end: a stream that is left half-read keeps its workers
+        if sum(map(len, labels)) < VALIDATED:
+            x, label = _tensors(batch)
+            images.append(workers.gather(x.numpy()))
+            labels.append(workers.gather(label.numpy()))
+    assert images, "the select role is empty"
+    return torch.from_numpy(np.concatenate(images)[:VALIDATED]), torch.from_numpy(np.concatenate(labels)[:VALIDATED])
+
+
+def _validate(state: State, held_out: tuple[Tensor, Tensor], config: cfg.Denoiser, seed: int) -> dict[str, float]:
+    """On the lead alone: the others wait for it in the next step."""
+    _look(state, config)
+    if not workers.lead():
+        return {}
+    found = {"validation_loss": validation_loss(state.averaged, *held_out, config, seed, state.device)}
+    state.history.append({"step": state.step, **found})
+    return found
+
+
+def _write_samples(state: State, meta: dict[str, Any], seed: int, decode: Callable[[Tensor], np.ndarray], path: Path) -> None:
+    if workers.lead():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tables.replace_bytes(path, tables.encode_png(sample_grid(state.averaged, meta, seed, state.device, decode=decode)))
+
+
+def _commit(state: State, config: cfg.Denoiser, out: Path) -> None:
+    """Everything to go on from, on disk; UserError instead where a weight is not finite."""
+    ids = state.pending[1] if state.pending else []
+    _look(state, config)
+    largest = torch.stack(torch._foreach_norm([*state.trained, *state.means], math.inf)).sum()
+    if not math.isfinite(workers.mean(largest)):
+        raise _diverged("a weight is not finite", state.step - 1, workers.gather(np.array(ids, str)).tolist(), config)
+    if workers.lead():
+        weights.save_checkpoint(
+            out,
+            {"step": state.step, "model": state.objective.state_dict(), "ema": state.averaged.state_dict(),
+             "optimizer": state.optimizer.state_dict(), "history": state.history, "losses": state.losses, "init": state.init},
+        )  # fmt: skip
+        _write_history(state, out)
+    workers.barrier()
+
+
+def _write_history(state: State, out: Path) -> None:
+    tables.replace_bytes(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in state.history).encode())
+
+
+def _finish(state: State, meta: dict[str, Any], out: Path, seed: int, decode: Callable[[Tensor], np.ndarray]) -> dict[str, Any]:
     """Write the model and a grid of samples."""
-    meta = edm.describe(config, classes, resolution, steps=run["step"], init=run["init"])
-    fingerprint = weights.save_model(out, run["ema"], meta)
-    run["denoiser"].load_state_dict(run["ema"])
-    _write_history(run, out)
-    (out / "samples.png").write_bytes(tables.encode_png(sample_grid(run["denoiser"].eval(), meta, seed, device)))
-    loss = run["history"][-1]["loss"] if run["history"] else None  # none without a step
-    parameters = sum(v.numel() for v in run["ema"].values())
-    return {"steps": run["step"], "loss": loss, "init": run["init"], "fingerprint": fingerprint, "parameters": parameters}
+    if workers.lead():
+        weights.save_model(out, state.averaged.state_dict(), meta | {"steps": state.step, "init": state.init})
+        _write_history(state, out)
+        _write_samples(state, meta, seed, decode, out / "samples.png")
+    workers.barrier()
+    fingerprint = weights.read_model(out)[2]
+    loss = next((row["loss"] for row in reversed(state.history) if "loss" in row), None)  # none without a step
+    parameters = sum(p.numel() for p in state.means)
+    return {"steps": state.step, "loss": loss, "init": state.init, "fingerprint": fingerprint, "parameters": parameters}
 
 
 def sample_grid(
     denoiser: edm.DenoiserFn, meta: dict[str, Any], seed: int, device: torch.device | str = "cpu", columns: int = 8,
-    generate: cfg.Generate | None = None,
+    generate: cfg.Generate | None = None, decode: Callable[[Tensor], np.ndarray] = edm.to_images,
 ) -> np.ndarray:  # fmt: skip
     """One row of `columns` samples a class: uint8 [classes * R, columns * R, 3]."""
     generate = generate or cfg.Generate()
@@ -190,6 +284,7 @@ def sample_grid(
         for k in range(len(meta["classes"]))
         for i in range(columns)
     ]
-    pictures = np.stack([p for _, p, _ in paint(denoiser, requests, {}, generate, meta, device)])
-    side = meta["resolution"]
+    generate = generate.model_copy(update={"batch_size": min(generate.batch_size, len(requests))})  # no row in vain
+    pictures = np.stack([p for _, p, _ in paint(denoiser, requests, {}, generate, meta, device, decode=decode)])
+    side = pictures.shape[1]
     return pictures.reshape(-1, columns, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, columns * side, 3)

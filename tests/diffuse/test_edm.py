@@ -12,6 +12,7 @@ from adversa.diffuse import edm
 from adversa.types import UserError
 
 TINY = cfg.Denoiser(channels=[16, 16], patch=2, attention=True, weights=None)
+TOKENS = cfg.Denoiser(architecture="transformer", width=32, depth=2, patch=4, weights=None)
 CLASSES = ["a", "b", "c"]
 
 
@@ -40,10 +41,11 @@ def test_c_skip_minimises_c_out() -> None:
     assert all(amplification(float(c.skip) + d) > amplification(float(c.skip)) for d in (-0.05, 0.05))
 
 
-def test_fresh_denoiser_is_the_linear_one_and_answers_each_row_for_itself() -> None:
+@pytest.mark.parametrize(("config", "channels"), [(TINY, 3), (TOKENS, 3), (TINY, 4), (TOKENS, 4)])
+def test_fresh_denoiser_is_the_linear_one_and_answers_each_row_for_itself(config: cfg.Denoiser, channels: int) -> None:
     torch.manual_seed(0)
-    denoiser = edm.build(TINY, 3, 16).eval()
-    x, sigma, label = torch.randn(4, 3, 16, 16), torch.tensor([0.1, 1.0, 5.0, 40.0]), torch.tensor([0, 1, 2, 3])
+    denoiser = edm.build(config, 3, 16, channels).eval()
+    x, sigma, label = torch.randn(4, channels, 16, 16), torch.tensor([0.1, 1.0, 5.0, 40.0]), torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
         fresh = denoiser(x, sigma, label)
         torch.testing.assert_close(fresh, edm.coefficients(sigma, 0.5).skip.view(-1, 1, 1, 1) * x)
@@ -79,18 +81,25 @@ def test_images_survive_the_round_trip() -> None:
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"channels": [12, 16]}, "multiples of 8"), ({"patch": 3}, "multiple of 6")],
+    [
+        ({"channels": [12, 16]}, "multiples of 8"),
+        ({"patch": 3}, "multiple of 6"),
+        ({"architecture": "transformer", "patch": 3}, "multiple of 3"),
+    ],
 )
 def test_an_impossible_architecture_is_refused(change: dict[str, object], word: str) -> None:
     with pytest.raises(UserError, match=word):
         edm.build(TINY.model_copy(update=change), 3, 16)
 
 
-def test_load_gives_back_what_was_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config", "channels"), [(TINY, 3), (TOKENS, 4)])
+def test_load_gives_back_what_was_saved(tmp_path: Path, config: cfg.Denoiser, channels: int) -> None:
     torch.manual_seed(1)
-    denoiser = edm.build(TINY, 3, 16)
-    fingerprint = weights.save_model(tmp_path, denoiser.state_dict(), edm.describe(TINY, CLASSES, 16, init="scratch"))
+    denoiser = edm.build(config, 3, 16, channels)
+    fingerprint = weights.save_model(tmp_path, denoiser.state_dict(), edm.describe(config, CLASSES, 16, channels, init="scratch"))
+    before = torch.get_rng_state()
     loaded, meta, same = edm.load(tmp_path)
+    assert torch.equal(before, torch.get_rng_state()) and meta["channels"] == channels
     assert same == fingerprint and meta["classes"] == CLASSES and meta["init"] == "scratch" and not loaded.training
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in denoiser.state_dict().items())
     weights.save_model(tmp_path, {}, {"kind": "classifier"})
@@ -107,11 +116,28 @@ def test_weights_that_do_not_fit_the_run_are_refused(tmp_path: Path) -> None:
     assert edm.start_from(fresh, config, CLASSES, 16) == str(tmp_path)
     torch.testing.assert_close(fresh.state_dict(), denoiser.state_dict(), atol=1e-3, rtol=1e-3)
     assert edm.start_from(fresh, TINY, CLASSES, 16) == "scratch"
+    other = {"width": 512, "loss": "min_snr"}  # nothing that a UNet's weights hang on
+    assert edm.start_from(fresh, config.model_copy(update=other), CLASSES, 16) == str(tmp_path)
     for classes, resolution, update, word in [
         (["a", "c", "b"], 16, {}, "classes"), (CLASSES, 32, {}, "resolution 16, this run 32"),
         (CLASSES, 16, {"channels": [16, 32]}, "denoiser.channels"), (CLASSES, 16, {"sigma_data": 0.4}, "denoiser.sigma_data"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=word):
             edm.start_from(fresh, config.model_copy(update=update), classes, resolution)
+    with pytest.raises(UserError, match="channels 3, this run 4"):
+        edm.start_from(fresh, config, CLASSES, 16, 4)
+    with pytest.raises(UserError, match="codec pixels, this run abc"):
+        edm.start_from(fresh, config, CLASSES, 16, 3, {"fingerprint": "abc"})
+    with pytest.raises(UserError, match="denoiser.architecture unet, this run transformer"):
+        edm.start_from(fresh, config.model_copy(update={"architecture": "transformer"}), CLASSES, 16)
     with pytest.raises(UserError, match="holds no model"):
         edm.start_from(fresh, config.model_copy(update={"weights": str(tmp_path / "none")}), CLASSES, 16)
+
+
+def test_a_config_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
+    meta = edm.describe(TINY, CLASSES, 16)
+    meta["denoiser"]["levels_of_a_later_version"] = 3
+    weights.save_model(tmp_path, {}, meta)
+    with pytest.raises(UserError, match="levels_of_a_later_version.*train it anew") as caught:
+        edm.load(tmp_path)
+    assert "\n" not in str(caught.value)

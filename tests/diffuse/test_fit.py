@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from adversa import config as cfg
-from adversa import weights
-from adversa.diffuse import edm
-from adversa.diffuse.fit import fit, learning_rate, resume_step, training_loss, turn
+from adversa import tables, weights
+from adversa.diffuse import average, edm
+from adversa.diffuse.fit import VALIDATIONS, fit, learning_rate, resume_step, validation_steps
+from adversa.diffuse.objective import validation_loss
 from adversa.types import UserError
 
 CONFIG = cfg.Denoiser(channels=[16, 16], patch=2, attention=False, weights=None, steps=7, batch_size=4, lr=2e-3, checkpoint_steps=2)
+TOKENS = {"architecture": "transformer", "width": 32, "depth": 2, "patch": 4}
 CLASSES = ["a", "b"]
 
 
@@ -28,10 +30,12 @@ def batches(first: int, steps: int = CONFIG.steps) -> Iterator[dict[str, Any]]:
 
 
 def run(
-    out: Path, source: Iterator[dict[str, Any]], config: cfg.Denoiser = CONFIG, said: list[Any] | None = None, seed: int = 3
-) -> dict[str, Any]:
+    out: Path, source: Iterator[dict[str, Any]], config: cfg.Denoiser = CONFIG, said: list[Any] | None = None, seed: int = 3,
+    **more: Any,
+) -> dict[str, Any]:  # fmt: skip
     report = [] if said is None else said
-    return fit(source, config=config, num_classes=2, resolution=16, classes=CLASSES, out=out, seed=seed, report=report.append)
+    space = {"num_classes": 2, "resolution": 16, "classes": CLASSES} | more
+    return fit(source, config=config, out=out, seed=seed, report=report.append, **space)
 
 
 class Killed(BaseException):
@@ -45,19 +49,91 @@ def dying(source: Iterator[dict[str, Any]], after: int) -> Iterator[dict[str, An
         yield batch
 
 
-def test_killed_and_resumed_training_ends_bit_identical(tmp_path: Path) -> None:
-    undisturbed = run(tmp_path / "whole", batches(0))
+@pytest.mark.parametrize(
+    "update",
+    [{}, {"loss": "uncertainty", "ema_width": 0.1, "sample_steps": 3}, {"loss": "min_snr"} | TOKENS],
+    ids=["default", "uncertainty and power average", "transformer"],
+)
+def test_killed_and_resumed_training_ends_bit_identical(tmp_path: Path, update: dict[str, Any]) -> None:
+    config = CONFIG.model_copy(update=update)
+    told: list[int] = []
+    more: dict[str, Any] = {"select": lambda: batches(100, 102), "committed": told.append}
+    undisturbed = run(tmp_path / "whole", batches(0), config, **more)
+    assert told == [2, 4, 6, 7]
     out = tmp_path / "broken"
     for deaths, (after, finished) in enumerate([(5, 4), (1, 4), (2, 6)]):
         with pytest.raises(Killed):
-            run(out, dying(batches(resume_step(out)), after))
+            run(out, dying(batches(resume_step(out)), after), config, **more)
         assert resume_step(out) == finished, deaths
         torch.manual_seed(deaths)  # the global generator plays no part
-    resumed = run(out, batches(resume_step(out)))
+    resumed = run(out, batches(resume_step(out)), config, **more)
     assert resumed == undisturbed
-    for name in ("model.safetensors", "config.json", "metrics.jsonl", "samples.png"):
+    names = {p.name for p in (tmp_path / "whole").iterdir() if not p.name.startswith("checkpoint")}
+    grids = {"samples-000003.png", "samples-000006.png"} if config.sample_steps else set()
+    assert names == {"model.safetensors", "config.json", "metrics.jsonl", "samples.png"} | grids
+    for name in names:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert resume_step(out) == 7  # whoever marks the model complete lets go of the training state: not fit
+
+
+def test_grids_on_the_way_and_validation_change_nothing_else(tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    plain = run(tmp_path / "plain", batches(0))
+    watched = run(tmp_path / "watched", batches(0), CONFIG.model_copy(update={"sample_steps": 2}), select=lambda: batches(100, 101))
+    a, b = (weights.read_model(tmp_path / name)[0] for name in ("plain", "watched"))
+    assert all(torch.equal(a[k], b[k]) for k in a) and plain["loss"] == watched["loss"]
+    assert torch.equal(state, torch.get_rng_state())
+    assert (tmp_path / "watched/samples-000006.png").read_bytes() != (tmp_path / "watched/samples-000002.png").read_bytes()
+
+
+def test_validation_rows_hold_the_validation_loss_of_the_average(tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = []
+    run(tmp_path, batches(0), said=said, select=lambda: batches(100, 150))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    assert set(found) == validation_steps(7) == {1, 3, 4, 6, 7} and len(found) == VALIDATIONS
+    assert [s["validation_loss"] for s in said if "validation_loss" in s] == list(found.values())
+    denoiser, _, _ = edm.load(tmp_path)
+    held = list(batches(100, 132))  # 128 images
+    x = edm.to_tensor(np.concatenate([b["image"] for b in held]))
+    label = torch.from_numpy(np.concatenate([b["label"] for b in held]))
+    assert validation_loss(denoiser, x, label, CONFIG, 3) == pytest.approx(found[7], rel=1e-6)
+
+
+def test_latents_are_trained_on_as_they_are(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    source = [
+        {"id": list("abcd"), "latent": rng.normal(0, 0.5, (4, 5, 8, 8)).astype(np.float32), "label": np.array([0, 1, 0, 1])}
+        for _ in range(7)
+    ]
+    asked: list[tuple[int, ...]] = []
+
+    def decode(x: torch.Tensor) -> np.ndarray:
+        asked.append(tuple(x.shape))
+        return np.full((len(x), 24, 24, 3), 7, np.uint8)
+
+    codec = {"fingerprint": "abc"}
+    run(tmp_path, iter(source), resolution=8, channels=5, codec=codec, decode=decode)
+    denoiser, meta, _ = edm.load(tmp_path)
+    assert (meta["resolution"], meta["channels"], meta["codec"]) == (8, 5, codec)
+    assert set(asked) == {(2 * 8, 5, 8, 8)}  # samples of two classes
+    assert tables.decode_png((tmp_path / "samples.png").read_bytes()).shape == (2 * 24, 8 * 24, 3)
+    assert denoiser(torch.zeros(1, 5, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long)).shape == (1, 5, 8, 8)
+    config = CONFIG.model_copy(update={"flips": False})
+    run(tmp_path / "still", iter(source), config, resolution=8, channels=5, codec=codec, decode=decode)
+    a, b = (weights.read_model(tmp_path / name)[0] for name in ("", "still"))
+    assert all(torch.equal(a[k], b[k]) for k in a)  # latents are not turned
+
+
+@pytest.mark.slow
+def test_compiled_training_keeps_names_and_numbers(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update=TOKENS | {"depth": 1, "steps": 3, "amp": False})
+    run(tmp_path / "eager", batches(0), config)
+    run(tmp_path / "compiled", batches(0), config.model_copy(update={"compile": True}))
+    a, b = (weights.read_model(tmp_path / name)[0] for name in ("eager", "compiled"))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    a, b = (weights.load_checkpoint(tmp_path / name) for name in ("eager", "compiled"))
+    assert a is not None and b is not None and a["model"].keys() == b["model"].keys()
 
 
 def test_what_is_written_and_reported(tmp_path: Path) -> None:
@@ -99,39 +175,38 @@ def test_starting_from_a_folder(tmp_path: Path) -> None:
         run(tmp_path / "no", batches(0), config.model_copy(update={"patch": 1}))
 
 
-@pytest.mark.parametrize("lr", [1e30])
-def test_a_loss_that_is_not_finite_stops_naming_step_and_images(tmp_path: Path, lr: float) -> None:
-    with pytest.raises(UserError, match=r"at step [1-6] \(images img[1-6]-0, img") as caught:
-        run(tmp_path, batches(0), CONFIG.model_copy(update={"lr": lr, "warmup": 0.0}))
+@pytest.mark.parametrize("loss", ["edm", "uncertainty"])
+def test_a_loss_that_is_not_finite_stops_naming_step_and_images(tmp_path: Path, loss: str) -> None:
+    with pytest.raises(UserError, match=r"at step [1-6] \(images img[1-6]-\d, img") as caught:
+        run(tmp_path, batches(0), CONFIG.model_copy(update={"lr": 1e30, "warmup": 0.0, "loss": loss}))
     assert "\n" not in str(caught.value) and not (tmp_path / weights.MODEL).exists()
 
 
-def test_loss_of_the_ideal_denoiser_for_gaussian_data() -> None:
-    # For data N(0, s^2) the best denoiser errs by s^2 sigma^2 / (s^2 + sigma^2): weighted with sigma_data = s, by 1 at any sigma.
-    s = 0.5
-    g = torch.Generator().manual_seed(0)
-    x = s * torch.randn(256, 3, 16, 16, generator=g)
-    seen: list[torch.Tensor] = []
+def test_the_images_whose_loss_is_not_finite_are_named(tmp_path: Path) -> None:
+    def poisoned() -> Iterator[dict[str, Any]]:
+        for step, batch in enumerate(batches(0)):
+            latent = edm.to_tensor(batch["image"]).numpy()
+            if step == 2:
+                latent[1, 0, 3, 3] = np.nan
+            yield {"id": batch["id"], "latent": latent, "label": batch["label"]}
 
-    def ideal(x: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.stack([sigma.log(), label.float()]))
-        return (s**2 / (s**2 + sigma**2)).view(-1, 1, 1, 1) * x
-
-    config = CONFIG.model_copy(update={"null_probability": 0.25})
-    losses = [float(training_loss(ideal, x, torch.zeros(256, dtype=torch.long), config, 9, g)) for _ in range(8)]
-    assert np.mean(losses) == pytest.approx(1, rel=0.01)
-    log_sigma, label = torch.cat(seen, 1)
-    assert float(log_sigma.mean()) == pytest.approx(config.p_mean, abs=0.1)
-    assert float(log_sigma.std()) == pytest.approx(config.p_std, rel=0.1)
-    assert float((label == 9).float().mean()) == pytest.approx(0.25, abs=0.04)
+    with pytest.raises(UserError, match=r"loss nan, .* at step 2 \(images img2-1\); lower"):
+        run(tmp_path, poisoned(), CONFIG.model_copy(update={"checkpoint_steps": 10}))
+    assert not (tmp_path / weights.CHECKPOINT).exists()
 
 
-def test_eight_symmetries() -> None:
-    x = torch.arange(16.0).view(1, 1, 4, 4).repeat(8, 1, 1, 1)
-    flips = torch.tensor([[i >> k & 1 for i in range(8)] for k in range(3)]).bool()
-    turned = turn(x, flips)
-    assert len({tuple(t.flatten().tolist()) for t in turned}) == 8 and torch.equal(turned[0], x[0])
-    assert all(sorted(t.flatten().tolist()) == list(range(16)) for t in turned)
+def test_a_weight_that_is_not_finite_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = average.update
+
+    def update(means: list[torch.Tensor], trained: list[torch.Tensor], beta: float) -> None:
+        real(means, trained, beta)
+        if beta == average.decay(CONFIG, 4, True):
+            means[3][0] = float("inf")
+
+    monkeypatch.setattr(average, "update", update)
+    with pytest.raises(UserError, match=r"a weight is not finite at step 3 \(images img3-0, img3-1, img3-2, img3-3\)"):
+        run(tmp_path, batches(0))
+    assert resume_step(tmp_path) == 2 and not (tmp_path / weights.MODEL).exists()
 
 
 def test_learning_rate_rises_then_falls() -> None:

@@ -1,0 +1,52 @@
+"""What paints: a denoiser of any kind, with the codec of the space it diffuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adversa import config as cfg
+from adversa import weights
+from adversa.diffuse import codec, edm, external
+from adversa.diffuse.paint import paint
+from adversa.types import GenerationRequest, UserError
+
+
+@dataclass(frozen=True)
+class Painter:
+    """codec: None where pixels are diffused. meta: the denoiser's config.json. fingerprint: of the denoiser."""
+
+    denoiser: edm.DenoiserFn
+    codec: codec.Codec | None
+    meta: dict[str, Any]
+    fingerprint: str
+    device: torch.device
+
+    def paint(
+        self, requests: Sequence[GenerationRequest], start_images: dict[str, np.ndarray], config: cfg.Generate
+    ) -> list[tuple[str, np.ndarray, bool]]:
+        """`diffuse.paint.paint` in the space of this denoiser. UserError for guidance without a null class."""
+        unguided = next((r for r in requests if r.guidance != 1), None)
+        if unguided is not None and not self.meta.get("null", True):
+            raise UserError(f"guidance {unguided.guidance:g}: the denoiser has no null class; set generate.guidance=1")
+        space = {} if self.codec is None else {"encode": self.codec.to_space, "decode": self.codec.decode}
+        return paint(self.denoiser, requests, start_images, config, self.meta, self.device, **space)
+
+
+def load(denoiser: Path, device: torch.device | str = "cpu", codec_folder: Path | None = None) -> Painter:
+    """The painter of a denoiser's folder. codec_folder: its codec's; None: the folder `codec` beside it, as a run keeps them."""
+    device = torch.device(device)
+    try:
+        kind = json.loads((Path(denoiser) / weights.CONFIG).read_text()).get("kind")
+    except (OSError, json.JSONDecodeError) as e:
+        raise UserError(f"{denoiser} holds no denoiser ({e}); give a denoiser's folder") from None
+    model, meta, fingerprint = (external if kind == external.KIND else edm).load(Path(denoiser), device)
+    space = meta.get("codec")
+    found = None if space is None else codec.load(codec_folder or Path(denoiser).parent / "codec", device, space)
+    return Painter(model, found, meta, fingerprint, device)
