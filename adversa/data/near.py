@@ -9,14 +9,18 @@ different lesions of HAM10000 by less than 0.92.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 THUMB = 32  # side of a thumbnail, in pixels
 LOW = 8  # coefficients a side that the hash reads and the detail leaves out
 MIN_CORRELATION = 0.94
-BLOCK = 1024
+BLOCK, ROWS = 2048, 8192  # thumbnails read at once, and those whose detail is kept while all others pass by: 8 and 32 MB
+PIECE = 64  # hashes compared with a block at once: what is in between stays in the processor's cache
 
 
 def _dct(n: int) -> np.ndarray:
@@ -47,10 +51,30 @@ def detail(thumbs: np.ndarray) -> np.ndarray:
     return np.divide(x, norm, out=np.zeros_like(x), where=norm > 1)  # less is rounding
 
 
+class Thumbs:
+    """The thumbnails of a file, 1 KB each one after the other, read when asked for: memory does not hold them all.
+
+    rows: which of the file's, in which order; None: all of them.
+    """
+
+    def __init__(self, path: Path, rows: np.ndarray | None = None) -> None:
+        self.path = path
+        self.rows = np.arange(path.stat().st_size // THUMB**2) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, wanted: np.ndarray) -> np.ndarray:
+        """uint8 [n, 32, 32] of the indices [n]."""
+        with open(self.path, "rb", buffering=0) as f:
+            found = [os.pread(f.fileno(), THUMB**2, int(row) * THUMB**2) for row in self.rows[wanted]]
+        return np.frombuffer(b"".join(found), np.uint8).reshape(-1, THUMB, THUMB)
+
+
 def near_identical(
     ids: Sequence[str],
     phashes: np.ndarray,
-    thumbs: np.ndarray,
+    thumbs: np.ndarray | Thumbs,
     groups: Sequence[str],
     bits: int,
     correlation: float = MIN_CORRELATION,
@@ -65,44 +89,75 @@ def near_identical(
     assert len(set(ids)) == n == len(groups) == len(phashes) == len(thumbs), "ids are unique and all lists are of one length"
     if bits < 0 or n < 2:
         return []
-    order = np.array(sorted(range(n), key=lambda i: ids[i]))  # the answer must not depend on the order of rows
-    names, group = [ids[i] for i in order], np.array([groups[i] for i in order])
-    thumbs, hashes = np.asarray(thumbs)[order], np.asarray(phashes, np.uint64)[order]
-    pairs: dict[tuple[int, int], tuple[int, float]] = {}
-    first: dict[bytes, int] = {}
-    heads = []  # one of each set of equal thumbnails in a group; the rest hang on it
-    last: dict[tuple[bytes, str], int] = {}
-    for i in range(n):
-        key = thumbs[i].tobytes()
-        if (key, group[i]) in last:
-            continue
-        last[key, group[i]] = i
-        if key in first:
-            pairs[first[key], i] = (0, 1.0)
-        else:
-            first[key] = i
-            heads.append(i)
-    head = np.array(heads)
-    flat = detail(thumbs[head])
-    for turned in _eight(thumbs[head]):
-        other, looks = perceptual_hash(turned), detail(turned)
-        for start in range(0, len(head), BLOCK):
-            distance = np.bitwise_count(hashes[head[start : start + BLOCK], None] ^ other[None, start:])
-            a, b = np.nonzero(distance <= bits)
-            d = distance[a, b]
-            a, b = a + start, b + start
-            keep = (a < b) & (group[head[a]] != group[head[b]])
-            a, b, d = a[keep], b[keep], d[keep]
-            r = _correlations(flat, looks, a, b)
-            for i, j, x, y in zip(head[a], head[b], d, r, strict=True):
-                if y >= correlation and y > pairs.get((int(i), int(j)), (0, -1.0))[1]:
-                    pairs[int(i), int(j)] = (int(x), round(float(y), 6))
-    return [(names[i], names[j], *found) for (i, j), found in sorted(pairs.items())]
+    order = np.array(sorted(range(n), key=ids.__getitem__))  # the answer must not depend on the order of rows
+    codes: dict[str, int] = {}
+    group = np.array([codes.setdefault(g, len(codes)) for g in groups])[order]
+    head, pairs = _heads(thumbs, order, group)
+    for a, b, d, r in _alike(thumbs, order[head], np.asarray(phashes, np.uint64)[order[head]], group[head], bits, correlation):
+        i, j = int(head[a]), int(head[b])
+        if r > pairs.get((i, j), (0, -1.0))[1]:
+            pairs[i, j] = (d, round(r, 6))
+    return [(ids[order[i]], ids[order[j]], *found) for (i, j), found in sorted(pairs.items())]
+
+
+def _heads(
+    thumbs: np.ndarray | Thumbs, order: np.ndarray, group: np.ndarray
+) -> tuple[np.ndarray, dict[tuple[int, int], tuple[int, float]]]:
+    """(places in `order` of the first of each set of equal thumbnails, pairs that hang the first of each other group on it)."""
+    digests = [hashlib.blake2b(t.tobytes(), digest_size=16).digest() for _, block in _blocks(thumbs, order) for t in block]
+    _, look = np.unique(np.frombuffer(b"".join(digests), "V16"), return_inverse=True)
+    _, first = np.unique(look, return_index=True)
+    _, seen = np.unique(look * (group.max() + 1) + group, return_index=True)  # the first of each look in each group
+    others = np.setdiff1d(seen, first)
+    return np.sort(first), {(int(first[look[i]]), int(i)): (0, 1.0) for i in others}
+
+
+def _alike(
+    thumbs: np.ndarray | Thumbs, rows: np.ndarray, hashes: np.ndarray, group: np.ndarray, bits: int, correlation: float
+) -> Iterator[tuple[int, int, int, float]]:
+    """(a, b, bits, correlation) of pairs a < b of rows [M] that look alike under a turn; at most two blocks' detail in memory."""
+    turned = np.empty((8, len(rows)), np.uint64)
+    for here, block in _blocks(thumbs, rows):
+        for k, looks in enumerate(_eight(block)):
+            turned[k, here] = perceptual_hash(looks)
+    flat = np.empty((min(ROWS, len(rows)), THUMB**2), np.float32)
+    for top in range(0, len(rows), ROWS):
+        for here, block in _blocks(thumbs, rows[top : top + ROWS]):
+            flat[here] = detail(block)
+        for here, block in _blocks(thumbs, rows, top):
+            columns = detail(block).reshape(-1, THUMB, THUMB)
+            for k, looks in enumerate(_eight(columns)):  # what is left out is the same for a turned picture
+                a, b, d = _within(hashes[top : top + ROWS], turned[k, here], bits)
+                keep = (a + top < b + here.start) & (group[a + top] != group[b + here.start])
+                a, b, d = a[keep], b[keep], d[keep]
+                r = _correlations(flat, looks.reshape(len(looks), -1), a, b)
+                good = np.flatnonzero(r >= correlation)
+                yield from zip(
+                    (a + top)[good].tolist(), (b + here.start)[good].tolist(), d[good].tolist(), r[good].tolist(), strict=True
+                )
+
+
+def _within(x: np.ndarray, y: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(i, j, distance) of the hashes x [n], y [m] that differ in at most `bits` bits."""
+    found = []
+    for start in range(0, len(x), PIECE):
+        distance = np.bitwise_count(x[start : start + PIECE, None] ^ y[None])
+        at = np.flatnonzero(distance <= bits)
+        found.append((at // len(y) + start, at % len(y), distance.ravel()[at]))
+    i, j, d = (np.concatenate(part) for part in zip(*found, strict=True))
+    return i, j, d
+
+
+def _blocks(thumbs: np.ndarray | Thumbs, rows: np.ndarray, start: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
+    """(places, thumbnails of rows[places]) from `start` on, BLOCK at a time."""
+    for i in range(start, len(rows), BLOCK):
+        here = slice(i, min(i + BLOCK, len(rows)))
+        yield here, thumbs[rows[here]]
 
 
 def _correlations(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """x[a] . y[b] row by row, in bounded memory."""
-    pieces = [slice(i, i + 16 * BLOCK) for i in range(0, len(a), 16 * BLOCK)]
+    pieces = [slice(i, i + BLOCK) for i in range(0, len(a), BLOCK)]
     return np.concatenate([np.einsum("nd,nd->n", x[a[p]], y[b[p]]) for p in pieces] or [np.zeros(0, np.float32)])
 
 

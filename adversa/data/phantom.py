@@ -9,6 +9,7 @@ alone. `python -m adversa.data.phantom FILE.png` writes a contact sheet.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +22,7 @@ from adversa.data.lesions import COMMON_MODE, RARE_CLASS, RARE_MODE, lesion
 from adversa.types import seed_of
 
 CLASSES = ("nevus", "keratosis", "melanoma", "carcinoma", "vascular")  # from frequent to rare
+KINDS = [(label, mode) for label in CLASSES for mode in (COMMON_MODE, RARE_MODE)]
 # ITA in degrees: the six bands of del Bino and Bernerd 2013, read as Fitzpatrick types; shares lean to light skin,
 # as those of dermoscopy archives do.
 SKIN = {"I": (55, 68), "II": (41, 55), "III": (28, 41), "IV": (10, 28), "V": (-30, 10), "VI": (-55, -30)}
@@ -40,8 +42,21 @@ class Slot:
     mode: str
 
 
-@lru_cache(maxsize=8)
-def slots(config: Phantom) -> tuple[Slot, ...]:
+class Slots(Sequence[Slot]):
+    """The slots of a phantom's pictures in order, in 6 bytes each: a worker that draws one picture has them all."""
+
+    def __init__(self, lesion: Array, view: Array, kind: Array) -> None:
+        self.lesion, self.view, self.kind = lesion.astype(np.int32), view.astype(np.uint8), kind.astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.lesion)
+
+    def __getitem__(self, i: int) -> Slot:  # type: ignore[override]
+        return Slot(int(self.lesion[i]), int(self.view[i]), *KINDS[self.kind[i]])
+
+
+@lru_cache(maxsize=2)
+def slots(config: Phantom) -> Slots:
     """The lesion, class and mode of every picture.
 
     Class k has a share proportional to tail^k, every class at least 8 pictures.
@@ -50,19 +65,24 @@ def slots(config: Phantom) -> tuple[Slot, ...]:
     share = config.tail ** np.arange(len(CLASSES))
     counts = np.maximum(8, np.floor(share / share.sum() * config.images)).astype(int)
     counts[0] += config.images - counts.sum()
-    lesions: list[tuple[str, str, int]] = []
-    for label, count in zip(CLASSES, counts, strict=True):
-        sizes: list[int] = []
-        while (left := count - sum(sizes)) > 0:
+    kinds: list[int] = []  # of each lesion
+    sizes: list[int] = []  # its pictures
+    for label, count in zip(CLASSES, counts.tolist(), strict=True):
+        first, left = len(sizes), count
+        while left > 0:
             sizes.append(min(left, 1 + int(rng.poisson(config.images_per_lesion - 1))))
+            left -= sizes[-1]
         wanted, rare = config.rare * count * (label == RARE_CLASS), 0
-        for size in sizes:
+        for size in sizes[first:]:
             mode = RARE_MODE if rare + size / 2 <= wanted else COMMON_MODE
             rare += size * (mode == RARE_MODE)
-            lesions.append((label, mode, size))
-    order = rng.permutation(len(lesions))
-    found = [Slot(n, view, *lesions[i][:2]) for n, i in enumerate(order) for view in range(lesions[i][2])]
-    return tuple(found[i] for i in rng.permutation(len(found)))
+            kinds.append(KINDS.index((label, mode)))
+    order = rng.permutation(len(sizes))
+    size = np.array(sizes)[order]
+    lesion = np.repeat(np.arange(len(size)), size)
+    view = np.arange(len(lesion)) - np.repeat(np.cumsum(size) - size, size)
+    picked = rng.permutation(len(lesion))
+    return Slots(lesion[picked], view[picked], np.array(kinds)[order][lesion[picked]])
 
 
 def picture(index: int, config: Phantom, size: int = 96) -> tuple[Array, Array, str, str, dict[str, str]]:

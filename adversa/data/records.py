@@ -14,7 +14,7 @@ from adversa.types import UserError
 MEND = "mend it, or leave such pictures out with data.on_error=skip"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """A picture that has not been read. uri: "file:PATH", "zip:ZIP!MEMBER" or "phantom:INDEX"."""
 

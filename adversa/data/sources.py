@@ -85,18 +85,12 @@ def _unique(records: list[Record], problems: Problems) -> list[Record]:
 
 
 def _phantom(config: Data) -> list[Record]:
-    return [
-        Record(
-            "",
-            f"phantom-{i:05d}.png",
-            f"phantom:{i}",
-            s.label,
-            f"lesion-{s.lesion:05d}",
-            f"lesion-{s.lesion:05d}",
-            {"mode": s.mode},
-        )
-        for i, s in enumerate(phantom.slots(config.phantom))
-    ]
+    attributes = {mode: {"mode": mode} for _, mode in phantom.KINDS}  # shared by the records: there may be many
+    records = []
+    for i, s in enumerate(phantom.slots(config.phantom)):
+        group = f"lesion-{s.lesion:05d}"
+        records.append(Record("", f"phantom-{i:05d}.png", f"phantom:{i}", s.label, group, group, attributes[s.mode]))
+    return records
 
 
 def _csv(path: Path, config: Data, problems: Problems) -> list[Record]:
