@@ -17,6 +17,8 @@ from adversa.types import UserError
 # Set before ray is imported: no usage report from a machine that may have no internet, no chatter.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that asked for no GPU sees none
+# Seconds between two looks of Ray Train's controller at its workers (2 by default): their end and their reports wait for one.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 import ray
 
@@ -35,6 +37,8 @@ class RayEngine:
         """image_bytes: of one decoded image, to size the stream's blocks. UserError where no Ray can be had."""
         self.cluster, self.image_bytes = cluster, image_bytes
         self.storage = run / ".ray-train"
+        self.embedded = not os.environ.get("RAY_ADDRESS")
+        self.started: dict[str, float] = {}  # when the stages of the last launch's start-up were over; benchmarks/training.py
         _start(cluster, verbose)
         stream.quiet(verbose)
         resources = ray.cluster_resources()
@@ -64,12 +68,26 @@ class RayEngine:
         todo = unfinished(jobs)
         if not todo:
             return
-        # A training worker that takes the only CPU would leave none for the stream that feeds it.
-        resources = {"CPU": 1 if self.cpus > 1 else 0} | ({"GPU": 1} if self.gpus else {})
         try:
-            training.fit(todo, self.storage, self.image_bytes, self.cluster.training_threads, resources)
+            self.started = training.fit(todo, self.storage, self.image_bytes, self.group(min(job.feed.batch_size for job in todo)))
         finally:
             shutil.rmtree(self.storage, ignore_errors=True)
+
+    def group(self, smallest_batch: int) -> training.Group:
+        """The workers of a training. UserError where there is no room for them, or a batch has too few rows to share."""
+        c = self.cluster
+        if smallest_batch < c.training_workers:
+            raise UserError(
+                f"cluster.training_workers {c.training_workers}: a batch of {smallest_batch} images cannot be shared among them; "
+                "take fewer workers or a larger batch_size"
+            )
+        if self.embedded and self.gpus and c.training_workers > self.gpus:
+            raise UserError(f"cluster.training_workers {c.training_workers}: there are {self.gpus} GPUs; take at most so many")
+        # Workers that take the last CPU would leave none for the streams that feed them; and a group must ask for something.
+        share = min(1.0, (self.cpus - 1) * 100 // c.training_workers / 100)
+        resources = ({"CPU": share} if share else {"memory": 1}) | ({"GPU": 1} if self.gpus else {})
+        workers = (c.training_workers_min or c.training_workers, c.training_workers)
+        return training.Group(workers, resources, c.training_attempts, c.training_threads, self.embedded)
 
     def close(self) -> None:
         ray.shutdown()
@@ -87,6 +105,7 @@ def _start(cluster: Cluster, verbose: bool) -> None:
             ray.init(address=address, **shared)
         else:
             store = cluster.object_store_mb << 20
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no node of an embedded Ray is taken away
             ray.init(address="local", num_cpus=cluster.cpus, object_store_memory=store, include_dashboard=False, **shared)
     except (ConnectionError, RuntimeError, ValueError) as e:
         where = f"the Ray cluster RAY_ADDRESS={address}" if address else "Ray on this machine"

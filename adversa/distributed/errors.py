@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ray.train import UserCallback
+
 from adversa.types import UserError
 
 
@@ -18,8 +22,23 @@ def user_error(error: BaseException) -> UserError | None:
             return UserError(*found.args[:1])
         queue += [
             getattr(found, "cause", None),
+            getattr(found, "controller_failure", None),
             found.__cause__,
             found.__context__,
             *getattr(found, "worker_failures", {}).values(),
         ]
     return None
+
+
+class NoRetry(UserCallback):
+    """Ends a training at once where another attempt would end the same way: in what the user must mend, or in a broken invariant.
+
+    Ray Train starts a worker group again whatever stopped it; an exception in its controller ends the run.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if (found := user_error(error)) is not None:
+                raise found
+            if isinstance(error, AssertionError):
+                raise error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import ray.data
 from ray.data import DataContext, ExecutionOptions
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.train import DataConfig
 
 from adversa.loop.engine import Done, Make, Part, Report, Work, do_part, missing
 from adversa.loop.feed import Batch, Feed
 from adversa.types import UserError
+from adversa.weights import committed_step
 
 # Uncompressed bytes of a block of training batches: large enough to pay for a task, small against any object store.
 BLOCK_BYTES = 16 << 20
@@ -87,12 +90,22 @@ def made(make: Make) -> Work:
     return _made[key]
 
 
-def training_dataset(feed: Feed, start: int, image_bytes: int) -> ray.data.Dataset:
-    """The feed's batches from step `start` on, one row a batch, as a streaming dataset; its order is the feed's."""
-    steps = feed.count() - start
-    rows = max(1, BLOCK_BYTES // max(1, feed.batch_size * image_bytes))
-    dataset = ray.data.range(steps, override_num_blocks=-(-steps // min(rows, steps)))
-    dataset = dataset.map_batches(_FeedTask(feed, start), batch_size=None)
+def feed_dataset(feed: Feed, start: int, row_bytes: int, world: int = 1, ranks: Sequence[int] | None = None) -> ray.data.Dataset:
+    """The shares of `ranks` (None: all `world` workers) of the feed's batches from step `start` on, as a streaming dataset.
+
+    A row is one worker's share of one batch; a block holds rows of one worker. Blocks come in groups that cover the same steps,
+    one a worker and all equally long: `streaming_split` with preserved order gives the next block to the split with the fewest
+    rows, so it deals them out in turn, and split r gets worker r's rows, all of them and in order. `batches` checks that.
+
+    row_bytes: of one image or latent, to size the blocks.
+    """
+    ranks, steps = tuple(range(world) if ranks is None else ranks), feed.count() - start
+    assert steps > 0, f"no steps are left after {start}"
+    length = max(1, min(steps, BLOCK_BYTES * world // max(1, feed.batch_size * row_bytes)))
+    blocks = -(-steps // length) * len(ranks)
+    dataset = ray.data.range(blocks, override_num_blocks=blocks)
+    dataset = dataset.map_batches(_FeedTask(feed, start, length, ranks, world), batch_size=None)
+    dataset.context.execution_options = ordered()
     dataset.context.custom_execution_callback_classes = [Pace]
     return dataset
 
@@ -116,20 +129,31 @@ class Pace(ExecutionCallback):
         self.last = time.monotonic()
 
 
+@dataclass(frozen=True)
 class _FeedTask:
-    """Runs on the worker: step numbers to whole batches. A short last batch is padded; `size` says how much of it is real."""
+    """Runs on the task's worker: the number of a block to its rows. A short share is padded; `rows` says how much of it is real."""
 
-    def __init__(self, feed: Feed, start: int) -> None:
-        self.feed, self.start = feed, start
+    feed: Feed
+    start: int
+    length: int
+    ranks: tuple[int, ...]
+    world: int
 
-    def __call__(self, steps: dict[str, np.ndarray]) -> dict[str, Any]:
-        batches = [self.feed.batch(self.start + int(i)) for i in steps["id"]]
-        size = self.feed.batch_size
-        return {
-            "image": np.stack([_pad(b["image"], size) for b in batches]),
-            "label": np.stack([_pad(b["label"], size) for b in batches]),
-            "ids": np.array([" ".join(b["id"]) for b in batches]),
-            "size": np.array([len(b["id"]) for b in batches]),
+    def __call__(self, blocks: dict[str, np.ndarray]) -> dict[str, Any]:
+        asked: list[tuple[int, int]] = []
+        for block in blocks["id"]:
+            group, who = divmod(int(block), len(self.ranks))
+            first = self.start + group * self.length
+            asked += [(step, self.ranks[who]) for step in range(first, min(first + self.length, self.feed.count()))]
+        shares = [self.feed.batch(step, rank, self.world) for step, rank in asked]
+        size = -(-self.feed.batch_size // self.world)
+        columns = {k: np.stack([_pad(b[k], size) for b in shares]) for k, v in shares[0].items() if isinstance(v, np.ndarray)}
+        return columns | {
+            "ids": np.array([" ".join(b["id"]) for b in shares]),
+            "rows": np.array([len(b["id"]) for b in shares]),
+            "size": np.array([b["size"] for b in shares]),
+            "step": np.array([step for step, _ in asked]),
+            "rank": np.array([rank for _, rank in asked]),
         }
 
 
@@ -137,12 +161,56 @@ def _pad(a: np.ndarray, size: int) -> np.ndarray:
     return a if len(a) == size else np.concatenate([a, np.zeros((size - len(a), *a.shape[1:]), a.dtype)])
 
 
-def batches(shard: Any) -> Callable[[], Iterator[Batch]]:
-    """The inverse on the training worker: rows of a dataset shard to batches; each call streams it once."""
+def batches(shard: Any, rank: int = 0) -> Callable[[], Iterator[Batch]]:
+    """The inverse on the training worker: rows of a dataset shard to its shares of the batches; each call streams them once.
+
+    A batch has its `step`. A shard that holds another worker's rows, or not every step, stops the run.
+    """
 
     def stream() -> Iterator[Batch]:
+        expected = None
         for row in shard.iter_batches(batch_size=1, prefetch_batches=4):
-            n = int(row["size"][0])
-            yield {"id": str(row["ids"][0]).split(" "), "image": row["image"][0][:n], "label": row["label"][0][:n]}
+            row = {k: v[0] for k, v in row.items()}
+            step, whose, n = (int(row.pop(k)) for k in ("step", "rank", "rows"))
+            expected = step if expected is None else expected
+            assert (step, whose) == (expected, rank), f"step {step} of worker {whose} instead of {expected} of {rank}"
+            expected += 1
+            ids, size = str(row.pop("ids")), int(row.pop("size"))
+            if n:
+                yield {"id": ids.split(" "), "size": size, "step": step} | {k: v[:n] for k, v in row.items()}
 
     return stream
+
+
+class Streams(DataConfig):
+    """The datasets of a launch, made anew for each start of its workers: from the step last committed, for as many as there are.
+
+    Ray Train asks `configure` for one dataset at a time, in each start's own process, when the first worker asks for its shard;
+    what it was given as datasets are placeholders. Training feeds are split among the workers (streaming_split). A select feed is
+    short and read again and again: each worker has a stream of its own share.
+    """
+
+    def __init__(self, train: dict[str, tuple[Feed, Path]], select: dict[str, Feed], row_bytes: int) -> None:
+        """train: feeds, and the folders of their trainings. row_bytes: of one image."""
+        super().__init__(datasets_to_split=list(train), execution_options=ordered())
+        self.train, self.select, self.row_bytes = train, select, row_bytes
+
+    def placeholders(self) -> dict[str, ray.data.Dataset]:
+        nothing = ray.data.range(1)
+        return dict.fromkeys([*self.train, *self.select], nothing)
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name in datasets:
+            if name in self.train:
+                feed, out = self.train[name]
+                dataset = feed_dataset(feed, committed_step(out), self.row_bytes, world_size)
+                splits = dataset.streaming_split(world_size, equal=True)
+            else:
+                feed = self.select[name]
+                splits = [feed_dataset(feed, 0, self.row_bytes, world_size, [r]).iterator() for r in range(world_size)]
+            for shard, split in zip(shards, splits, strict=True):
+                shard[name] = split
+        return shards

@@ -1,71 +1,92 @@
 """Ray Train around the core fit functions: one launch for several trainings, each fed by its own stream.
 
 A launch costs seconds (controller, worker group, imports), so trainings that wait for nothing share one. Each finished job
-is marked on the worker; a launch that dies is repeated with what is left.
+is marked on the worker; a launch that dies is repeated with what is left. docs/decisions/0006 says what survives which death.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
-from ray.train import DataConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from adversa.distributed import stream
-from adversa.distributed.errors import user_error
-from adversa.loop.engine import FitJob, do_job
+from adversa.distributed.backend import ProcessGroup
+from adversa.distributed.errors import NoRetry, user_error
+from adversa.distributed.worker import Loop
+from adversa.loop.engine import FitJob
 from adversa.runs import is_finished
 
 
-def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, threads: int | None, resources: dict[str, float]) -> None:
-    """Train unfinished jobs in order on one worker, which asks for `resources`. UserError of a job comes back as itself."""
-    datasets = {}
-    for i, job in enumerate(jobs):
-        start = job.resume(job.out)
-        if start < job.feed.count():
-            datasets[f"train-{i}"] = stream.training_dataset(job.feed, start, image_bytes)
-        if job.select is not None:
-            datasets[f"select-{i}"] = stream.training_dataset(job.select, 0, image_bytes)
-    trainer = TorchTrainer(
-        _Loop(list(jobs), threads, list(datasets), Path.cwd()),
-        scaling_config=ScalingConfig(num_workers=1, use_gpu="GPU" in resources, resources_per_worker=resources),
-        run_config=RunConfig(name=uuid.uuid4().hex, storage_path=str(storage.resolve())),
-        datasets=datasets,
-        dataset_config=DataConfig(execution_options=stream.ordered()),
+@dataclass(frozen=True)
+class Group:
+    """The workers of a launch: how many (least, most), what each asks for, starts before the run fails, torch threads of each.
+
+    embedded: on a Ray of this command's own, which ends with it.
+    """
+
+    workers: tuple[int, int]
+    resources: dict[str, float]
+    attempts: int
+    threads: int | None
+    embedded: bool
+
+
+def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: Group) -> dict[str, float]:
+    """Train unfinished jobs in order on a group of workers. UserError of a job comes back as itself, and is not tried again.
+
+    Returns when the stages of the launch's start-up were over (worker.Loop).
+    """
+    streams = stream.Streams(
+        {f"train-{i}": (job.feed, job.out) for i, job in enumerate(jobs)},
+        {f"select-{i}": job.select for i, job in enumerate(jobs) if job.select is not None},
+        image_bytes,
     )
-    _run(trainer)
+    least, most = group.workers
+    trainer = _Trainer(
+        Loop(jobs, group.threads, Path.cwd()),
+        torch_config=ProcessGroup(),
+        scaling_config=ScalingConfig(
+            num_workers=most if least == most else (least, most), use_gpu="GPU" in group.resources,
+            resources_per_worker=group.resources,
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex, storage_path=str(storage.resolve()), callbacks=[NoRetry()],
+            failure_config=FailureConfig(max_failures=group.attempts - 1), checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+        datasets=streams.placeholders(),
+        dataset_config=streams,
+    )  # fmt: skip
+    trainer.embedded = group.embedded
+    result = _run(trainer)
     assert all(is_finished(job.out) for job in jobs), "a training came home without its model"
+    return result.return_value
 
 
-class _Loop:
-    """The training worker's function."""
+class _Trainer(TorchTrainer):
+    """TorchTrainer without the process that frees a dead controller's placement group: an embedded Ray ends with the command."""
 
-    def __init__(self, jobs: list[FitJob], threads: int | None, shards: list[str], home: Path) -> None:
-        self.jobs, self.threads, self.shards, self.home = jobs, threads, shards, home
+    embedded = False
 
-    def __call__(self) -> None:
-        if self.home.is_dir():
-            os.chdir(self.home)  # Ray Train moves its workers elsewhere; relative paths in a configuration mean the user's folder
-        for i, job in enumerate(self.jobs):
-            do_job(job, self._stream(f"train-{i}")(), self._stream(f"select-{i}"), self.threads)
-
-    def _stream(self, name: str) -> Any:
-        return stream.batches(ray.train.get_dataset_shard(name)) if name in self.shards else lambda: iter(())
+    def _create_default_callbacks(self) -> list[Any]:
+        found = super()._create_default_callbacks()
+        return [c for c in found if not (self.embedded and type(c).__name__ == "PlacementGroupCleanerCallback")]
 
 
-def _run(trainer: TorchTrainer) -> None:
+def _run(trainer: TorchTrainer) -> Result:
     """`trainer.fit()` in a thread of its own: in the main thread it would take over Ctrl-C and turn it into exit code 0."""
     failure: list[BaseException] = []
+    result: list[Result] = []
 
     def call() -> None:
         try:
-            trainer.fit()
+            result.append(trainer.fit())
         except BaseException as e:  # handed to the main thread, whatever it is
             failure.append(e)
 
@@ -75,3 +96,4 @@ def _run(trainer: TorchTrainer) -> None:
         thread.join(0.2)
     if failure:
         raise user_error(failure[0]) or failure[0]
+    return result[0]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import pytest
 
 from adversa import runs, tables
 from adversa.loop import cycle
 from adversa.loop.engine import LocalEngine, Part
-from adversa.loop.feed import Feed
 from adversa.loop.stages import stages
 from adversa.report import page
 from adversa.types import UserError
@@ -80,33 +78,6 @@ def test_a_fault_the_user_can_mend_comes_home_from_ray_train_and_nothing_is_lost
         cycle.run(config, run, ray_engine, page.write)
     assert "\n" not in str(e.value)
     assert runs.is_finished(run.data) and not runs.is_finished(run.arm(0, "real", 0) / "classifier")
-
-
-def test_the_stream_keeps_the_feeds_order(finished, ray_engine):
-    from adversa.distributed import stream
-
-    _, run = finished
-    feed = Feed((run.data / "train",), 16, run.arm(0, "real") / "mix", steps=40, balance=0.5, seed=1)
-    dataset = stream.training_dataset(feed, 7, 3_000_000)  # a few batches a block: several blocks, out of order if nothing keeps it
-    dataset.context.execution_options = stream.ordered()
-    streamed = list(stream.batches(dataset)())
-    assert len(streamed) == 33
-    for got, asked in zip(streamed, feed.batches(7), strict=True):
-        assert (
-            got["id"] == asked["id"]
-            and np.array_equal(got["image"], asked["image"])
-            and np.array_equal(got["label"], asked["label"])
-        )
-
-
-def test_a_short_last_batch_comes_out_short(finished, ray_engine):
-    from adversa.distributed import stream
-
-    _, run = finished
-    feed = Feed((run.data / "select",), 16)
-    dataset = stream.training_dataset(feed, 0, 3072)
-    dataset.context.execution_options = stream.ordered()
-    assert [len(b["id"]) for b in stream.batches(dataset)()] == [len(b["id"]) for b in feed.batches()]
 
 
 def test_engines_offer_the_same_methods(ray_engine):

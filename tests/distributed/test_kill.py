@@ -24,3 +24,13 @@ def test_a_killed_run_ends_like_an_undisturbed_one(finished, tmp_path):
     done = subprocess.run(tool, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("killed after") == 5 and done.stdout.count(": equal") == 5
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("what", ["classifier", "denoiser"])
+def test_a_training_whose_worker_is_killed_ends_with_the_weights_of_an_undisturbed_one(what):
+    tool = [sys.executable, str(TOOL.with_name("kill_training_worker.py")), "--what", what, "--runs", "1"]
+    done = subprocess.run([*tool, "--steps", "20", "--checkpoint-steps", "4"], capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("killed before step") == done.stdout.count("done again, equal") == 1

@@ -1,0 +1,18 @@
+"""A prepared data folder with its mix, and trainings on it: what the streams and the training workers are tested with."""
+
+from __future__ import annotations
+
+import pytest
+
+from adversa.loop import cycle, steps
+from adversa.loop.engine import LocalEngine
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny, tmp_path_factory):
+    """(config, run) with `data` and the mix of the arm real, nothing trained. Read only."""
+    config = tiny(data={"phantom": {"images": 120}}, mix={"arms": ["real"]})
+    run = cycle.open_run(config, tmp_path_factory.mktemp("prepared") / "run")
+    cycle.run(config, run, LocalEngine(1, 1), None, until="prepare")
+    steps.mix(run.data, [], "real", ["real"], config.mix, run.arm(0, "real") / "mix")
+    return config, run
