@@ -25,6 +25,16 @@ config_app = typer.Typer(help="Show or check a configuration.", no_args_is_help=
 app.add_typer(config_app, name="config")
 
 ConfigPath = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; none: the built-in demo.")]
+TrainWords = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[codec] [CONFIG]", help="codec: the autoencoder and its latents alone. A YAML file; none: the demo."),
+]
+EvaluateWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[denoiser] [CONFIG]", help="denoiser: judge its samples (KID, precision, recall). A YAML file; none: the demo."
+    ),
+]
 RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="The run's folder; default: runs/NAME-OF-CONFIG.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, say data.resolution=64.")]
 Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds of mine, generate, retrain.")]
@@ -59,6 +69,16 @@ def _error(message: str) -> None:
     Console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
 
 
+def _what(command: str, words: list[str] | None, known: tuple[str, ...]) -> tuple[str | None, Path | None]:
+    """The words of a command that takes `[WHAT] [CONFIG]`: (WHAT or None, CONFIG or None). UserError for words too many."""
+    from adversa.types import UserError
+
+    what, rest = (words[0], words[1:]) if words and words[0] in known else (None, words or [])
+    if len(rest) > 1:
+        raise UserError(f"adversa {command} {shlex.join(words or [])}: write adversa {command} [{'|'.join(known)}] [CONFIG]")
+    return what, Path(rest[0]) if rest else None
+
+
 def _stage_command(name: str, text: str) -> None:
     """A command that brings a run up to the end of one stage; loop goes on to the report."""
 
@@ -75,13 +95,33 @@ def _stage_command(name: str, text: str) -> None:
 for _name, _text in {
     "loop": "Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run it again to resume.",
     "prepare": "Read the images, split them by lesion into roles, write Parquet.",
-    "train": "Train the denoiser, the judge and the first classifiers (and what comes before).",
     "mine": "Find the hard cases of the next unfinished round (and what comes before).",
     "generate": "Paint images for the hard cases (and what comes before).",
     "curate": "Give every painted image a verdict (and what comes before).",
-    "evaluate": "Retrain every arm and score it on the mine role (and what comes before).",
 }.items():
     _stage_command(_name, _text)
+
+
+@app.command()
+@exits
+def train(
+    words: TrainWords = None, run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None,
+    engine: EngineName = "ray", verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Train the denoiser, the judge and the first classifiers (and what comes before), or the codec alone."""
+    what, config = _what("train", words, ("codec",))
+    _execute(what or "train", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+
+
+@app.command()
+@exits
+def evaluate(
+    words: EvaluateWords = None, run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None,
+    engine: EngineName = "ray", verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Retrain every arm and score it on the mine role (and what comes before); or judge the denoiser's samples."""
+    what, config = _what("evaluate", words, ("denoiser",))
+    _execute("quality" if what else "evaluate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
 
 
 @app.command()
@@ -162,6 +202,7 @@ def _execute(
     from adversa import console, runs
     from adversa.config import load
     from adversa.loop import cycle
+    from adversa.loop.stages import has_codec, is_synthetic
     from adversa.types import UserError
 
     if engine_name not in ("ray", "local"):
@@ -169,6 +210,10 @@ def _execute(
     if path is None and command != "loop" and run_dir is not None and (run_dir / "config.yaml").is_file():
         path = run_dir / "config.yaml"  # a later stage of a run goes on with the run's own configuration
     config = load(path, overrides, rounds=rounds, seed=seed)
+    if command == "codec" and not has_codec(config):
+        raise UserError(f"codec.kind {config.codec.kind}, mix.arms {config.mix.arms}: no codec to train; set codec.kind=tiny")
+    if command == "quality" and not is_synthetic(config):
+        raise UserError(f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add unguided or guided")
     root = run_dir or Path("runs") / (path.stem if path is not None else "demo")
     screen = Console()
     run = cycle.open_run(config, root)
@@ -187,8 +232,11 @@ def _execute(
             _note_failure(run, e)
             raise
         finished = run.summary.exists()
+        judged = _judged(config, run) if command == "quality" else None
         runs.set_status(run, "finished" if finished else "stopped")
-    if finished:
+    if judged is not None:
+        console.quality(screen, run, judged)
+    elif finished:
         console.closing(screen, run)
     else:
         text = f"{worked.title} is done in {run.root}" if worked is not None else f"{command}: nothing left to do in {run.root}"
@@ -209,6 +257,17 @@ def _cycle(command: str, config: Config, run: RunDir, engine_name: str, verbose:
             return cycle.run(config, run, engine, page.write, until, since=STARTED)
         finally:
             engine.close()
+
+
+def _judged(config: Config, run: RunDir) -> dict[str, Any]:
+    """What `evaluate denoiser` found, put where others look for it: quality.json, and the report of a finished run."""
+    from adversa.loop import quality_step
+    from adversa.report import page
+
+    result = quality_step.publish(config, run)
+    if run.summary.exists():
+        page.write(run.root)
+    return result
 
 
 def _engine(name: str, config: Config, run: RunDir, verbose: bool) -> Engine:

@@ -19,11 +19,12 @@ from rich.text import Text
 
 from adversa import runs
 from adversa.config import Config
-from adversa.loop.stages import Stage, stages, trained
+from adversa.loop.stages import Stage, plan, trained
 from adversa.runs import RunDir
 from adversa.types import ARMS
 
 LOG_SECONDS = 15.0
+MEASURES = ("precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
 
 def stage_table(config: Config, run: RunDir, state: str) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    every = stages(config, run)
+    every = _plan(config, run)
     current = next((s for s in every if not s.is_finished), None)
     for stage in every:
         if stage is not current:
@@ -83,6 +84,11 @@ def stage_table(config: Config, run: RunDir, state: str) -> Table:
             bar = ProgressBar(total=max(active[-1].total, 1), completed=active[-1].done, width=24)
         table.add_row(mark, stage.title, active[-1].line() if active else ("starting" if state == "running" else ""), bar)
     return table
+
+
+def _plan(config: Config, run: RunDir) -> list[Stage]:
+    """The stages of the command that works on the run."""
+    return plan(config, run, (runs.read_json(run.status) or {}).get("command"))
 
 
 def score_table(config: Config, run: RunDir) -> Table | None:
@@ -142,7 +148,7 @@ class Watch:
         while True:
             last = self.stopped.wait(0.5)
             status = runs.read_json(self.run.status) or {}
-            stage = next((s for s in stages(self.config, self.run) if s.title == status.get("stage")), None)
+            stage = next((s for s in _plan(self.config, self.run) if s.title == status.get("stage")), None)
             if stage is not None:
                 active = tasks(self.run, stage)
                 name = active[-1].name if active else stage.title
@@ -191,9 +197,40 @@ def closing(console: Console, run: RunDir) -> None:
     console.print(summary["verdict_sentence"], highlight=False, markup=False, soft_wrap=True)
     for note in summary["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    report = run.root / "report.html"
-    shown = report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report
-    console.print(f"report: {shown}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {_short(run.root / 'report.html')}", highlight=False, markup=False, soft_wrap=True)
+
+
+def quality(console: Console, run: RunDir, result: dict[str, Any]) -> None:
+    """How good the denoiser's samples are, beside what real images of `train` score: all that is within reach."""
+    samples, train, images = result["samples"], result["train"], result["images"]
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "images", "KID x 1000", *MEASURES):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for name, of, n in (("samples", samples, images["sample"]), ("real (train)", train, images["train"])):
+        kid = f"{1000 * of['kid']:.2f} +- {1000 * of['kid_std']:.2f}"
+        table.add_row(name, str(n), kid, *(_fixed(of[m]) for m in MEASURES))
+    table.add_row(Text("by class", "italic"))
+    for name, row in samples["classes"].items():
+        table.add_row(Text(f"  {name}"), f"{row['fake']} ({row['real']} real)", "", *(_fixed(row[m]) for m in MEASURES))
+    console.print(table)
+    roles = " and ".join(result["held_out"])
+    console.print(
+        f"against {images['real']} held-out images ({roles}), features of {result['features']}, guidance {result['guidance']:g}; "
+        f"a class needs more than {result['neighbours']} images on both sides"
+        + (f"; validation loss {result['validation_loss']:.4f}" if result["validation_loss"] is not None else ""),
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    if result["not_finite"]:
+        console.print(f"{result['not_finite']} samples are not finite: they count, as black pictures", highlight=False)
+    console.print(f"samples: {_short(run.root / result['grid'])}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _fixed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _score(summary: dict[str, Any], arm: str, role: str, metric: str) -> Text:

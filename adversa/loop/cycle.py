@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from adversa import runs
+from adversa import runs, tracking
 from adversa.config import Config, dump
-from adversa.loop import prepare, steps, summary
+from adversa.loop import latents, prepare, quality_step, steps, summary
 from adversa.loop.engine import Engine
-from adversa.loop.stages import Stage, is_synthetic, stages, trained
+from adversa.loop.stages import Stage, has_codec, is_synthetic, needs_classifier, plan, trained
 from adversa.runs import RunDir
 from adversa.types import seed_of
 
 
 def recipe_of(config: Config) -> dict[str, object]:
-    """What makes a run this run: everything but how the work is spread."""
-    return config.model_dump(mode="json", exclude={"cluster"})
+    """What makes a run this run: everything but how the work is spread, who is told, and how its denoiser is judged afterwards."""
+    return config.model_dump(mode="json", exclude={"cluster", "tracking", "quality"})
 
 
 def open_run(config: Config, root: Path) -> RunDir:
@@ -26,7 +26,7 @@ def open_run(config: Config, root: Path) -> RunDir:
 
 def todo(config: Config, run: RunDir, until: str | None = None) -> list[Stage]:
     """The unfinished stages up to the first of the command `until` (None: all); empty where that command has nothing left to do."""
-    left = [s for s in stages(config, run) if not s.is_finished]
+    left = [s for s in plan(config, run, until) if not s.is_finished]
     if until is None:
         return left
     last = next((i for i, s in enumerate(left) if s.command == until), -1)
@@ -48,12 +48,17 @@ def run(
     cycle = Cycle(config, run, engine)
     worked = None
     runs.sweep(run)
-    if any(s.command in ("train", "evaluate") for s in todo(config, run)):
+    waiting = {s.command for s in todo(config, run, "quality" if until == "quality" else None)}
+    if waiting & {"codec", "train", "denoiser", "evaluate"}:
         steps.check_weights(config)
-    with runs.Clock(run, since) as clock:
+    if "codec" in waiting:
+        latents.check_codec(config.codec)
+    if "quality" in waiting:
+        quality_step.check(config)
+    with tracking.Follow(config.tracking, run.root), runs.Clock(run, since) as clock:
         for stage in todo(config, run, until):
             worked = stage
-            runs.set_status(run, "running", stage.title, folders=[run.name_of(f) for f in stage.folders])
+            runs.set_status(run, "running", stage.title, folders=[run.name_of(f) for f in stage.folders], command=until)
             if stage.command == "report":
                 clock.tick()
                 summary.write(config, run)
@@ -74,21 +79,47 @@ class Cycle:
     def prepare(self, number: int) -> None:
         prepare.prepare(self.engine, self.config.data, self.dir.data)
 
+    def codec(self, number: int) -> None:
+        """Where latents are diffused: the autoencoder, fitted on the arm `real` or given; the latents of `train` and `select`."""
+        c, d = self.config, self.dir
+        mix, classes = d.arm(0, "real") / "mix", steps.classes_of(d.data)
+        steps.mix(d.data, [], "real", ["real"], c.mix, mix)
+        if not c.codec.is_fitted:
+            latents.fetch(d.data, c.codec, c.data.resolution, d.codec)
+        steps.check_models(c, classes, True, d.codec)
+        if c.codec.is_fitted:
+            self.engine.fit([latents.codec_job(d.data, mix, c.codec, c.denoiser.balance, c.seed, c.data.resolution, d.codec)])
+        if c.denoiser.external is None:
+            views = c.codec.views if c.denoiser.flips else 1
+            latents.encode(self.engine, d.data / "train", d.data, d.codec, views, d.latents("train"))
+            latents.encode(self.engine, d.data / "select", d.data, d.codec, 1, d.latents("select"), d.latents("train"))
+
     def train(self, number: int) -> None:
         """Before the first round: the classifiers of the arm `real`, the judge, then the denoiser, in one launch."""
         c, d = self.config, self.dir
         mix = d.arm(0, "real") / "mix"
-        steps.check_models(c, steps.classes_of(d.data), is_synthetic(c))
+        steps.check_models(c, steps.classes_of(d.data), is_synthetic(c), d.codec)
         steps.mix(d.data, [], "real", ["real"], c.mix, mix)
         jobs = [self._classifier(0, "real", seed) for seed in self.seeds]
         if is_synthetic(c):
             judge = c.curate.judge or c.classifier
             seed = seed_of("judge", c.seed)
-            jobs += [
-                steps.classifier_job(d.data, mix, [], judge, seed, c.data.resolution, d.judge),
-                steps.denoiser_job(d.data, mix, c.denoiser, c.seed, c.data.resolution, d.denoiser),
-            ]
+            jobs.append(steps.classifier_job(d.data, mix, [], judge, seed, c.data.resolution, d.judge))
+            jobs += self._denoiser()
         self.engine.fit(jobs)
+
+    def denoiser(self, number: int) -> None:
+        """What `quality` needs of `train`: the denoiser, and the classifier where its embedding is the feature space."""
+        c, d = self.config, self.dir
+        mix = d.arm(0, "real") / "mix"
+        steps.check_models(c, steps.classes_of(d.data), True, d.codec)
+        steps.mix(d.data, [], "real", ["real"], c.mix, mix)
+        own = [self._classifier(0, "real", 0)] if needs_classifier(c) else []
+        self.engine.fit([*own, *self._denoiser()])
+
+    def quality(self, number: int) -> None:
+        quality_step.evaluate(self.engine, self.config, self.dir)
+        quality_step.publish(self.config, self.dir)
 
     def mine(self, number: int) -> None:
         d = self.dir
@@ -122,6 +153,15 @@ class Cycle:
         last = c.rounds if is_synthetic(c) else 0
         record = {"opened": runs.now(), "split_hash": steps.split_hash(d.data)}
         steps.evaluate(self.engine, d, self._models(last), "test", c.evaluate, d.test, record)
+
+    def _denoiser(self) -> list[steps.FitJob]:
+        """Its training; none where it came from elsewhere."""
+        c, d = self.config, self.dir
+        if c.denoiser.external:
+            latents.external_denoiser(c, d.data, steps.classes_of(d.data), d.codec, d.denoiser)
+            return []
+        codec, side = (d.codec, d.latents("train").parent) if has_codec(c) else None, latents.space(c, d.codec)[1]
+        return [steps.denoiser_job(d.data, d.arm(0, "real") / "mix", c.denoiser, c.seed, side, d.denoiser, codec)]
 
     def _classifier(self, number: int, arm: str, seed: int) -> steps.FitJob:
         c, d = self.config, self.dir

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from adversa import runs, tables
 from adversa.loop.feed import Batch, Feed
+from adversa.types import UserError
 from adversa.weights import drop_checkpoint, read_model
 
 Report = Callable[[dict[str, Any]], None]
@@ -43,7 +44,10 @@ class Done:
 
 @dataclass(frozen=True)
 class FitJob:
-    """One training: `fit(batches, out=, report=, threads=[, select=])` writes a model folder; batches start at `resume(out)`."""
+    """One training: `fit(batches, out=, report=, threads=, committed=[, select=])` writes a model folder.
+
+    Batches start at `resume(out)`; metrics["steps"] of what it returns were done. committed(step): a training state is on disk.
+    """
 
     out: Path
     recipe: runs.Recipe
@@ -93,31 +97,52 @@ def do_part(work: Work, part: Part, out: Path) -> Done:
     return Done(part.index, rows, time.perf_counter() - started)
 
 
-def do_job(job: FitJob, batches: Iterable[Batch], select: Callable[[], Iterable[Batch]], threads: int | None) -> None:
+def do_job(
+    job: FitJob,
+    batches: Iterable[Batch],
+    select: Callable[[], Iterable[Batch]],
+    threads: int | None,
+    committed: Callable[[int], None] = lambda _: None,
+) -> None:
     """Run one training and mark it complete: the same code on every engine, on the worker, so that a finished job stays so.
 
-    threads: of torch; None: all CPUs of the machine the worker is on. Another number gives other last bits, so it is recorded.
+    Of several workers each runs it on its rows of the batches; the lead alone writes. `rows` counts whole batches.
+    threads: of torch; None: all CPUs of the machine the worker is on. Another number of threads or workers gives other last bits,
+    so both are recorded. committed: called on every worker with the step after each committed training state.
     """
-    progress, started_at = runs.Progress(job.out), job.resume(job.out)
+    from adversa import workers  # torch
+
+    started_at = job.resume(job.out)
+    if len(set(at := workers.everyones((str(job.out), started_at)))) > 1:
+        raise UserError(f"the workers see different files (folder, step: {at}); put --run-dir where every node sees the same")
+    progress = runs.Progress(job.out)
     threads = threads or os.cpu_count() or 1
     optional = {} if job.select is None else {"select": select}
     with runs.writing(job.out):
         waited = Waited(batches)
-        metrics = job.fit(waited, out=job.out, report=progress, threads=threads, **optional)
+        report = progress if workers.lead() else _tell_nobody
+        metrics = job.fit(waited, out=job.out, report=report, threads=threads, committed=committed, **optional)
         rows = started_at * job.feed.batch_size + waited.images
-        assert rows == job.feed.steps * job.feed.batch_size, f"{job.out} saw {rows} images: arms would not be matched"
+        assert rows == metrics["steps"] * job.feed.batch_size, f"{job.out} saw {rows} images in {metrics['steps']} steps"
         seconds = progress.elapsed
         compute = seconds - waited.seconds
-        _, _, fingerprint = read_model(job.out)
-        runs.finish(
-            job.out, job.recipe, fingerprint=fingerprint, metrics=metrics, rows=rows, threads=threads,
-            seconds=seconds, compute_seconds=compute, device_seconds=compute, data_wait_seconds=waited.seconds,
-        )  # fmt: skip
-        drop_checkpoint(job.out)
+        if workers.lead():
+            _, _, fingerprint = read_model(job.out)
+            count = workers.world()
+            runs.finish(
+                job.out, job.recipe, fingerprint=fingerprint, metrics=metrics, rows=rows, threads=threads, workers=count,
+                seconds=seconds, compute_seconds=compute, device_seconds=compute * count, data_wait_seconds=waited.seconds,
+            )  # fmt: skip
+            drop_checkpoint(job.out)
+        workers.barrier()
+
+
+def _tell_nobody(state: dict[str, Any]) -> None:
+    """The progress of a worker that is not the lead."""
 
 
 class Waited:
-    """An iterable of batches that adds up the seconds its reader waits for it, and the images it gives."""
+    """An iterable of batches that adds up the seconds its reader waits for it, and the images of all workers it stands for."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.batches, self.seconds, self.images = batches, 0.0, 0
@@ -130,7 +155,7 @@ class Waited:
             self.seconds += time.perf_counter() - started
             if batch is None:
                 return
-            self.images += len(batch["id"])
+            self.images += batch.get("size", len(batch["id"]))
             yield batch
 
 

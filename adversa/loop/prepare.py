@@ -25,7 +25,7 @@ from adversa.types import ROLES, UserError, digest
 DECODED = pa.schema(
     [*tables.EXAMPLES, ("class", pa.string()), ("phash", pa.uint64()), ("thumb", pa.binary()), ("problem", pa.string())]
 )
-LOOK = ["id", "source", "label", "class", "group", "phash", "thumb", "problem"]
+LOOK = ["id", "source", "class", "group", "phash", "problem"]
 
 
 def prepare(engine: Engine, config: cfg.Data, out: Path) -> None:
@@ -36,34 +36,39 @@ def prepare(engine: Engine, config: cfg.Data, out: Path) -> None:
 
 
 def _prepare(engine: Engine, config: cfg.Data, out: Path, asked: str, progress: runs.Progress) -> Facts:
-    listing = sources.list_records(config)
-    chunks = [listing.records[i : i + config.part_rows] for i in range(0, len(listing.records), config.part_rows)]
-    parts = [Part(i, len(c), {"records": c}) for i, c in enumerate(chunks)]
     staging = out / "decoded"
-    _begin(staging, digest(asked, *chunks))
-    started = time.perf_counter()
-    done = engine.map_batches(partial(make_decode, config, listing.classes), parts, staging, progress)
-    waited = cost(done, engine.tasks(), time.perf_counter() - started)
-
+    waited, classes, known, problems = _decode(engine, config, staging, asked, progress)
     look = pa.concat_tables(pq.read_table(p, columns=LOOK) for p in tables.parts(staging))
-    problems = list(listing.problems)
-    problems += [
-        {"source": s, "problem": p} for s, p in zip(look["source"].to_pylist(), look["problem"].to_pylist(), strict=True) if p
-    ]
-    roles, leaks = _roles(config, listing.classes, listing.merged, look, problems)
+    bad = look.filter(pa.compute.is_valid(look["problem"]))
+    problems += bad.select(["source", "problem"]).to_pylist()
+    roles, leaks = _roles(config, classes, known, staging, look, problems)
+    del look
     counts = _write_roles(staging, out, config.part_rows, roles)
 
-    rows = [(i, group, role) for i, (role, group) in sorted(roles.items())]
-    labels = dict(zip(look["id"].to_pylist(), look["class"].to_pylist(), strict=True))
-    by_class = {r: {c: counts[r, c] for c in listing.classes} for r in ROLES}
+    rows = [(i, group, role) for i, (role, group, _) in sorted(roles.items())]
+    by_class = {r: {c: counts[r, c] for c in classes} for r in ROLES}
     split_hash = split.split_hash(rows)
-    runs.write_json(out / "classes.json", {"classes": listing.classes})
+    runs.write_json(out / "classes.json", {"classes": classes})
     runs.write_json(out / "split.json", {"split_hash": split_hash, "images": by_class, "groups": _groups(rows)})
     runs.write_json(out / "leaks.json", leaks)
     shutil.rmtree(staging)
     # The split's hash knows ids, groups and roles; what is trained on hangs on the pictures' shape and the labels too.
-    fingerprint = digest(split_hash, asked, *listing.classes, *(labels[i] for i, _, _ in rows))
+    fingerprint = digest(split_hash, asked, *classes, *(roles[i][2] for i, _, _ in rows))
     return waited | {"rows": len(rows), "fingerprint": fingerprint, "problems": len(problems)}
+
+
+def _decode(
+    engine: Engine, config: cfg.Data, staging: Path, asked: str, progress: runs.Progress
+) -> tuple[Facts, list[str], list[Any], list[dict[str, str]]]:
+    """Fill `staging` with every picture of the source: (the seconds waited, classes, groups known to be one, problems)."""
+    listing = sources.list_records(config)
+    chunks = [listing.records[i : i + config.part_rows] for i in range(0, len(listing.records), config.part_rows)]
+    parts = [Part(i, len(c), {"records": c}) for i, c in enumerate(chunks)]
+    _begin(staging, digest(asked, *chunks))
+    started = time.perf_counter()
+    done = engine.map_batches(partial(make_decode, config, listing.classes), parts, staging, progress)
+    waited = cost(done, engine.tasks(), time.perf_counter() - started)
+    return waited, listing.classes, listing.merged, list(listing.problems)
 
 
 def _begin(staging: Path, listing: str) -> None:
@@ -97,29 +102,33 @@ def make_decode(config: cfg.Data, classes: list[str]) -> Work:
 
 
 def _roles(
-    config: cfg.Data, classes: list[str], known: list[Any], look: pa.Table, problems: list[dict[str, str]]
-) -> tuple[dict[str, tuple[str, str]], dict[str, Any]]:
-    """id -> (role, merged group), and the leak report: what was merged or dropped, and why."""
-    readable = [r for r in look.drop_columns(["problem"]).filter(pa.compute.is_null(look["problem"])).to_pylist()]
-    rows, copies, copied = _drop_copies(config, readable, problems)
-    if not rows:
+    config: cfg.Data, classes: list[str], known: list[Any], staging: Path, look: pa.Table, problems: list[dict[str, str]]
+) -> tuple[dict[str, tuple[str, str, str]], dict[str, Any]]:
+    """id -> (role, merged group, class), and the leak report: what was merged or dropped, and why.
+
+    Columns and not rows: there may be many, and a row as a dict takes ten times its bytes.
+    """
+    readable = np.flatnonzero(look["problem"].is_null().to_numpy())
+    kept, copies, copied = _drop_copies(config, look, readable, problems)
+    if not len(kept):
         raise UserError(f"data.path {config.path}: none of the {len(look)} pictures can be used ({_first(problems)}); mend them")
-    groups = [r["group"] for r in rows]
-    pairs = [(a, b) for a, b, _ in known] + copied
+    rows = look.take(kept)
+    ids, groups, labels = rows["id"].to_pylist(), rows["group"].to_pylist(), _names(rows["class"])
     similar: list[Any] = []
     if config.grouped and config.near_duplicate_bits >= 0:
-        thumbs = np.stack([np.frombuffer(r["thumb"], np.uint8).reshape(near.THUMB, near.THUMB) for r in rows])
-        phashes = np.array([r["phash"] for r in rows], np.uint64)
-        similar = near.near_identical([r["id"] for r in rows], phashes, thumbs, groups, config.near_duplicate_bits)
-    group_of, source_of = {r["id"]: r["group"] for r in rows}, {r["id"]: r["source"] for r in rows}
-    pairs += [(group_of[a], group_of[b]) for a, b, _, _ in similar]
+        thumbs = near.Thumbs(_thumbs(staging), kept)
+        similar = near.near_identical(ids, rows["phash"].to_numpy(), thumbs, groups, config.near_duplicate_bits)
+    place = {i: n for n, i in enumerate(ids)}
+    pairs = [(a, b) for a, b, _ in known] + copied + [(groups[place[a]], groups[place[b]]) for a, b, _, _ in similar]
     merged = split.merge_groups(groups, pairs)
-    final = [merged[g] for g in groups] if config.grouped else [r["id"] for r in rows]
-    roles = split.split([r["class"] for r in rows], final, config.split, classes)
+    final = [merged[g] for g in groups] if config.grouped else ids
+    roles = split.split(labels, final, config.split, classes)
+    source = rows["source"]
     leaks = {
         "known_pairs": [{"group_a": a, "group_b": b, "why": why} for a, b, why in known],
         "near_identical": [
-            {"a": source_of[a], "b": source_of[b], "bits": int(d), "correlation": round(float(c), 4)} for a, b, d, c in similar
+            {"a": source[place[a]].as_py(), "b": source[place[b]].as_py(), "bits": int(d), "correlation": round(float(c), 4)}
+            for a, b, d, c in similar
         ],
         "exact_copies_dropped": copies,
         "problems": problems,
@@ -127,7 +136,23 @@ def _roles(
         "groups_before": len(set(groups)),
         "groups_after": len(set(final)),
     }
-    return {r["id"]: (role, g) for r, role, g in zip(rows, roles, final, strict=True)}, leaks
+    return dict(zip(ids, zip(roles, final, labels, strict=True), strict=True)), leaks
+
+
+def _thumbs(staging: Path) -> Path:
+    """The thumbnails of all decoded pictures, 1 KB each (of zeros where there is none), in one file."""
+    path = staging / "thumbs"
+    with open(path, "wb") as f:
+        for part in tables.parts(staging):
+            for thumb in pq.read_table(part, columns=["thumb"])["thumb"].to_pylist():
+                f.write(thumb or bytes(near.THUMB**2))
+    return path
+
+
+def _names(column: pa.ChunkedArray) -> list[str]:
+    """A column of few different strings to a list in which equal ones are one object."""
+    names: dict[str, str] = {}
+    return [names.setdefault(v, v) for v in column.to_pylist()]
 
 
 def _first(problems: list[dict[str, str]]) -> str:
@@ -135,36 +160,39 @@ def _first(problems: list[dict[str, str]]) -> str:
 
 
 def _drop_copies(
-    config: cfg.Data, rows: list[dict[str, Any]], problems: list[dict[str, str]]
-) -> tuple[list[dict[str, Any]], list[dict[str, str]], list[tuple[str, str]]]:
-    """Rows whose id (the hash of the pixels) is new, what was dropped, and the pairs of groups that share a picture.
+    config: cfg.Data, look: pa.Table, readable: np.ndarray, problems: list[dict[str, str]]
+) -> tuple[np.ndarray, list[dict[str, str]], list[tuple[str, str]]]:
+    """Of the rows `readable` those with a new id (the hash of the pixels), what was dropped, pairs of groups that share a picture.
 
     A copy under another label is a problem: one of the two labels is wrong. Its groups are one lesion all the same.
     """
-    by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        by_id[row["id"]].append(row)
-    kept, copies, pairs = [], [], []
-    for same in by_id.values():
-        first = same[0]
-        pairs += [(first["group"], r["group"]) for r in same[1:] if r["group"] != first["group"]]
-        if len({r["class"] for r in same}) > 1:
-            names = ", ".join(f"{r['source']} ({r['class']})" for r in same)
+    first: dict[str, int] = {}
+    same: dict[int, list[int]] = defaultdict(list)  # first row of a picture that comes again -> all its rows
+    for row, id_ in zip(readable.tolist(), look["id"].take(readable).to_pylist(), strict=True):
+        at = first.setdefault(id_, row)
+        if at != row:
+            same[at] = [*(same[at] or [at]), row]
+    copies, pairs, dropped = [], [], set()
+    for at in sorted(same):
+        rows = look.select(["source", "class", "group"]).take(same[at]).to_pylist()
+        pairs += [(rows[0]["group"], r["group"]) for r in rows[1:] if r["group"] != rows[0]["group"]]
+        if len({r["class"] for r in rows}) > 1:
+            names = ", ".join(f"{r['source']} ({r['class']})" for r in rows)
             if config.on_error == "fail":
                 raise UserError(
                     f"the same picture has two labels: {names}; correct one, or set data.on_error=skip to leave both out"
                 )
-            problems += [{"source": r["source"], "problem": f"same picture under two labels: {names}"} for r in same]
+            problems += [{"source": r["source"], "problem": f"same picture under two labels: {names}"} for r in rows]
+            dropped.add(at)
             continue
-        kept.append(first)
         copies += [
-            {"dropped": r["source"], "kept": first["source"], "group_dropped": r["group"], "group_kept": first["group"]}
-            for r in same[1:]
+            {"dropped": r["source"], "kept": rows[0]["source"], "group_dropped": r["group"], "group_kept": rows[0]["group"]}
+            for r in rows[1:]
         ]
-    return kept, copies, pairs
+    return np.array([row for row in first.values() if row not in dropped], np.int64), copies, pairs
 
 
-def _write_roles(staging: Path, out: Path, part_rows: int, roles: dict[str, tuple[str, str]]) -> Counter[tuple[str, str]]:
+def _write_roles(staging: Path, out: Path, part_rows: int, roles: dict[str, tuple[str, str, str]]) -> Counter[tuple[str, str]]:
     """Stream the decoded parts into role folders, a buffer of one part a role; each image once. Images by (role, class)."""
     for role in ROLES:
         shutil.rmtree(out / role, ignore_errors=True)  # parts of a cut-off attempt
@@ -183,7 +211,7 @@ def _write_roles(staging: Path, out: Path, part_rows: int, roles: dict[str, tupl
         if row["id"] not in roles or row["id"] in written or row["problem"]:
             continue
         written.add(row["id"])
-        role, row["group"] = roles[row["id"]]
+        role, row["group"], _ = roles[row["id"]]
         counts[role, row["class"]] += 1
         buffers[role].append({k: row[k] for k in tables.EXAMPLES.names})
         if len(buffers[role]) == part_rows:
@@ -196,7 +224,7 @@ def _write_roles(staging: Path, out: Path, part_rows: int, roles: dict[str, tupl
 
 def _decoded(staging: Path) -> Iterator[dict[str, Any]]:
     for path in tables.parts(staging):
-        for batch in pq.ParquetFile(path).iter_batches():
+        for batch in pq.ParquetFile(path).iter_batches(tables.ROW_GROUP, columns=[*tables.EXAMPLES.names, "class", "problem"]):
             yield from batch.to_pylist()
 
 

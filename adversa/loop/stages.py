@@ -7,8 +7,9 @@ from pathlib import Path
 
 from adversa.config import Config
 from adversa.runs import RunDir, is_finished
+from adversa.types import digest
 
-COMMANDS = ("prepare", "train", "mine", "generate", "curate", "evaluate", "test", "report")
+COMMANDS = ("prepare", "codec", "train", "mine", "generate", "curate", "evaluate", "test", "report")
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,53 @@ def is_synthetic(config: Config) -> bool:
     return any(arm != "real" for arm in config.mix.arms)
 
 
+def has_codec(config: Config) -> bool:
+    """Whether the run diffuses latents."""
+    return is_synthetic(config) and config.codec.kind != "pixels"
+
+
+@dataclass(frozen=True)
+class QualityFolders:
+    """Of one evaluation of the denoiser, below `quality/` of the run: other settings have other folders, and need no other run."""
+
+    requests: Path
+    samples: Path
+    features: Path
+    result: Path
+
+
+def quality_folders(config: Config, run: RunDir) -> QualityFolders:
+    q, root = config.quality, run.root / "quality"
+    drawn = digest(q.images, q.guidance, size=4)
+    space = digest(drawn, q.features, q.weights, size=4)
+    result = digest(space, q.neighbours, q.subsets, q.subset_size, size=4)
+    names = (f"requests-{drawn}", f"samples-{drawn}", f"features-{space}", f"result-{result}")
+    return QualityFolders(*(root / name for name in names))
+
+
+def needs_classifier(config: Config) -> bool:
+    """Whether the denoiser is judged by features of the run's own classifier."""
+    return config.quality.features is None and config.classifier.weights is None
+
+
 def trained(config: Config, run: RunDir, number: int) -> list[Path]:
     """Classifier folders of a round, arm by arm, seed by seed. Round 0 is the arm `real`; later rounds have the other arms."""
     arms = [a for a in config.mix.arms if (a == "real") == (number == 0)]
     return [run.arm(number, arm, seed) / "classifier" for arm in arms for seed in range(config.evaluate.seeds)]
+
+
+def plan(config: Config, run: RunDir, command: str | None) -> list[Stage]:
+    """The stages that a command may work on, in order: `quality` has its own end, all others have those of the whole run."""
+    if command != "quality":
+        return stages(config, run)
+    before = [s for s in stages(config, run) if s.command in ("prepare", "codec")]
+    own = (run.arm(0, "real", 0) / "classifier",) if needs_classifier(config) else ()
+    at = quality_folders(config, run)
+    return [
+        *before,
+        Stage("denoiser", 0, (run.arm(0, "real") / "mix", *own, run.denoiser)),
+        Stage("quality", 0, (at.requests, at.samples, at.features, at.result)),
+    ]
 
 
 def stages(config: Config, run: RunDir) -> list[Stage]:
@@ -43,7 +87,11 @@ def stages(config: Config, run: RunDir) -> list[Stage]:
     first = trained(config, run, 0)
     if is_synthetic(config):
         first = [*first, run.judge, run.denoiser]
-    found = [Stage("prepare", 0, (run.data,)), Stage("train", 0, (run.arm(0, "real") / "mix", *first))]
+    found = [Stage("prepare", 0, (run.data,))]
+    if has_codec(config):
+        latents = () if config.denoiser.external else (run.latents("train"), run.latents("select"))
+        found.append(Stage("codec", 0, (run.arm(0, "real") / "mix", run.codec, *latents)))
+    found.append(Stage("train", 0, (run.arm(0, "real") / "mix", *first)))
     for n in range(1, config.rounds + 1) if is_synthetic(config) else ():
         mixes = tuple(run.arm(n, a) / "mix" for a in config.mix.arms if a != "real")
         found += [

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from adversa import config as cfg
 from adversa import runs, tables
-from adversa.loop import arms
+from adversa.loop import arms, latents
 from adversa.loop.engine import Engine, FitJob, Part, Work
-from adversa.loop.feed import Feed
+from adversa.loop.feed import Feed, balanced
 from adversa.loop.step import Facts, cost, inputs, run_step
 from adversa.types import ROLES, GenerationRequest, Scorecard, UserError, request_id, seed_of
 from adversa.weights import MODEL
@@ -75,26 +75,47 @@ def classifier_job(
     )  # fmt: skip
     section = config.model_dump(mode="json", exclude={"checkpoint_steps"})
     recipe = runs.Recipe("classifier", 1, section | {"seed": seed}, inputs(data=data, mix=mix_folder) | _weights(config.weights))
-    job = partial(fit.fit, config=config, num_classes=len(classes_of(data)), resolution=resolution, seed=seed)
+    classes = len(classes_of(data))
+    counts, priors = class_shares(mix_folder, config.balance, classes)
+    job = partial(fit.fit, config=config, num_classes=classes, resolution=resolution, seed=seed, counts=counts, priors=priors)
     return FitJob(out, recipe, job, fit.resume_step, feed, select)
 
 
-def denoiser_job(data: Path, mix_folder: Path, config: cfg.Denoiser, seed: int, resolution: int, out: Path) -> FitJob:
-    """Train the denoiser on what the arm `real` sees, and nothing else."""
+def class_shares(mix_folder: Path, balance: float, classes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(weight of each class in a mix, its share of the draws once they are balanced), each [K]."""
+    rows = tables.read(mix_folder, ["label", "weight"], tables.MIX)
+    labels, weights = rows["label"].to_numpy().astype(np.int64), rows["weight"].to_numpy()
+    drawn = np.bincount(labels, balanced(weights, labels, balance), minlength=classes)
+    return tuple(np.bincount(labels, weights, minlength=classes).tolist()), tuple((drawn / drawn.sum()).tolist())
+
+
+def denoiser_job(
+    data: Path, mix_folder: Path, config: cfg.Denoiser, seed: int, resolution: int, out: Path,
+    codec: tuple[Path, Path] | None = None,
+) -> FitJob:  # fmt: skip
+    """Train the denoiser on what the arm `real` sees, and nothing else.
+
+    codec: (codec folder, folder of every role's latents) where latents are diffused; resolution is the side of what is diffused.
+    """
     from adversa.diffuse import edm, fit
 
     classes = classes_of(data)
+    images, std = (codec[1], config.sigma_data) if codec else (data, None)
     feed = Feed(
-        folders=(data / "train",), mix=mix_folder, steps=config.steps, batch_size=config.batch_size, balance=config.balance,
-        seed=seed_of("feed", "denoiser", seed),
+        folders=(images / "train",), mix=mix_folder, steps=config.steps, batch_size=config.batch_size, balance=config.balance,
+        seed=seed_of("feed", "denoiser", seed), latent_std=std,
     )  # fmt: skip
     section = config.model_dump(mode="json", exclude={"checkpoint_steps"})
     start = str(edm.SHIPPED) if config.weights == "phantom" else config.weights
-    recipe = runs.Recipe("denoiser", 1, section | {"seed": seed}, inputs(data=data, mix=mix_folder) | _weights(start))
-    job = partial(
-        fit.fit, config=config, num_classes=len(classes), resolution=resolution, classes=classes, seed=seed_of("denoiser", seed)
-    )
-    return FitJob(out, recipe, job, fit.resume_step, feed)
+    names = inputs(data=data, mix=mix_folder) | (inputs(codec=codec[0], latents=codec[1] / "train") if codec else {})
+    recipe = runs.Recipe("denoiser", 1, section | {"seed": seed}, names | _weights(start))
+    given = {"num_classes": len(classes), "resolution": resolution, "classes": classes, "seed": seed_of("denoiser", seed)}
+    job = partial(fit.fit, config=config, **given)
+    if codec:
+        space = latents.scaling(codec[0], codec[1] / "train", config.sigma_data)
+        job = partial(latents.fit_denoiser, codec_folder=codec[0], codec=space, config=config, **given)
+    select = Feed(folders=(images / "select",), batch_size=config.batch_size, latent_std=std)
+    return FitJob(out, recipe, job, fit.resume_step, feed, select)
 
 
 def _weights(name: str | None) -> dict[str, str]:
@@ -114,8 +135,10 @@ def weight_file(name: str) -> Path:
 
 def check_weights(config: cfg.Config) -> None:
     """Before anything runs: the weight files are there, and the shipped denoiser has not seen this run's pictures."""
-    from adversa.diffuse import edm
+    from adversa.diffuse import edm, external
 
+    if config.denoiser.external:
+        external.places(config.denoiser.external)
     for name in (config.classifier.weights, config.curate.judge and config.curate.judge.weights, config.denoiser.weights):
         if name not in (None, "imagenet", "phantom"):
             weight_file(name)
@@ -125,21 +148,29 @@ def check_weights(config: cfg.Config) -> None:
         raise UserError(f"data.phantom.seed {seed}: the shipped denoiser was trained on these very pictures; take another seed")
 
 
-def check_models(config: cfg.Config, classes: list[str], synthetic: bool) -> None:
+def check_models(config: cfg.Config, classes: list[str], synthetic: bool, codec: Path) -> None:
     """Before the first training: every model the run needs can be built. UserError now, and not after an hour of training.
 
-    synthetic: whether the run paints, and so needs a judge and a denoiser.
+    synthetic: whether the run paints, and so needs a judge and a denoiser. codec: the run's folder of the codec, there if it is a
+    given one.
     """
     from adversa.classify import model
-    from adversa.diffuse import edm
+    from adversa.diffuse import edm, external
 
     model.build(config.classifier, len(classes), config.data.resolution)
     if not synthetic:
         return
     if config.curate.judge is not None:
         model.build(config.curate.judge, len(classes), config.data.resolution)
-    denoiser = edm.build(config.denoiser, len(classes), config.data.resolution)
-    edm.start_from(denoiser, config.denoiser, classes, config.data.resolution)
+    channels, side = latents.space(config, codec)
+    if (path := config.denoiser.external) is not None:
+        external.check(external.read(path, len(classes)), path, channels, side, config.generate.guidance)
+        return
+    denoiser = edm.build(config.denoiser, len(classes), side, channels)
+    pixels = config.codec.kind == "pixels"
+    if pixels or runs.is_finished(codec):  # before it is fitted, nothing can be said of weights that are to go on in its latents
+        space = None if pixels else {"fingerprint": runs.fingerprint(codec)}
+        edm.start_from(denoiser, config.denoiser, classes, side, channels, space)
 
 
 # ---- scoring -----------------------------------------------------------------------------------------------------------
@@ -261,20 +292,19 @@ def make_paint(denoiser: Path, examples: Path, config: cfg.Generate) -> Work:
     import torch
 
     from adversa.data.loader import ImageTable
-    from adversa.diffuse import edm, paint
+    from adversa.diffuse import painter
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, meta, fingerprint = edm.load(denoiser, device)
+    loaded = painter.load(denoiser, "cuda" if torch.cuda.is_available() else "cpu")
     table = ImageTable([examples])
 
     def work(part: Part, path: Path) -> int:
         requests = [GenerationRequest(**r) for r in pq.read_table(part.payload["path"]).to_pylist()]
         wanted = sorted({r.example for r in requests if r.example is not None and r.strategy != "sample"})
         starts = dict(zip(wanted, table.fetch(wanted), strict=True)) if wanted else {}
-        painted = {i: (image, finite) for i, image, finite in paint.paint(model, requests, starts, config, meta, device)}
+        painted = {i: (image, finite) for i, image, finite in loaded.paint(requests, starts, config)}
         rows = [
             {"request_id": r.request_id, "arm": r.arm, "label": r.label, "image": tables.encode_png(painted[r.request_id][0]),
-             "finite": painted[r.request_id][1], "denoiser": fingerprint}
+             "finite": painted[r.request_id][1], "denoiser": loaded.fingerprint}
             for r in requests
         ]  # fmt: skip
         tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))

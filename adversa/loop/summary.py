@@ -10,7 +10,7 @@ import numpy as np
 from adversa import runs, tables
 from adversa.config import Config
 from adversa.loop import steps
-from adversa.loop.stages import is_synthetic, stages
+from adversa.loop.stages import has_codec, is_synthetic, stages
 from adversa.runs import RunDir
 from adversa.types import Verdict, seed_of
 
@@ -103,6 +103,9 @@ def notes(config: Config, run: RunDir) -> list[str]:
         found.append("the images are procedural phantoms, not photographs: the figures say nothing about skin")
     if is_synthetic(config) and config.denoiser.weights == "phantom":
         found.append("the denoiser started from weights shipped with adversa, trained on phantoms of another seed")
+    if has_codec(config):
+        psnr = runs.manifest(run.codec)["metrics"]["psnr"]
+        found.append(f"painted in the latents of an autoencoder: {psnr:.1f} dB on pictures of select, no painted one is sharper")
     seeds = "one seed an arm" if config.evaluate.seeds == 1 else f"{config.evaluate.seeds} seeds an arm, averaged"
     found.append(f"{seeds}: the intervals hold the choice of test lesions, not the luck of training")
     if not config.data.grouped:

@@ -16,7 +16,7 @@ from adversa import tables
 from adversa.report.gather import Facts
 
 CASES, OFFSPRING, SAMPLES = 24, 8, 6
-LARGEST = 96  # pixels: a larger picture is made smaller, so that the page stays within a few megabytes
+LARGEST, LARGEST_SHEET = 96, 512  # pixels: a larger picture is made smaller, so that the page stays within a few megabytes
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,17 @@ def _pictures(folder: Path, key: str, ids: Collection[str]) -> dict[str, Picture
     return found
 
 
-def picture(data: bytes) -> Picture:
+def sheet(path: Path) -> Picture:
+    """A grid of many pictures; none where the file is gone."""
+    return picture(path.read_bytes() if path.exists() else b"", LARGEST_SHEET)
+
+
+def picture(data: bytes, largest: int = LARGEST) -> Picture:
     """PNG bytes to a data URI, made smaller where it is large. No bytes: there is no picture."""
     if not data:
         return Picture(None, False)
     image = Image.fromarray(tables.decode_png(data)).convert("RGB")
-    coarse = max(image.size) < LARGEST
-    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    coarse = max(image.size) < largest
+    image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     png = tables.encode_png(np.asarray(image))
     return Picture("data:image/png;base64," + base64.b64encode(png).decode(), coarse)

@@ -39,6 +39,7 @@ class Facts:
     images: dict[str, list[int]]  # role -> images of each class
     lesions: dict[str, int]  # role -> lesions
     accepted: dict[str, dict[str, dict[str, Any]]]  # as curate.gate.acceptance
+    quality: dict[str, Any] | None = None  # quality.json, where the denoiser was evaluated
 
     @property
     def rounds(self) -> list[int]:
@@ -89,6 +90,7 @@ def read_facts(run_dir: Path) -> Facts:
         images=images,
         lesions=lesions,
         accepted=_acceptance(run, classes),
+        quality=read_json(run.root / "quality.json"),
     )
 
 

@@ -21,6 +21,7 @@ from adversa.tables import replace_bytes
 TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 MINUS, DASH = "\u2212", "\u2013"
 ROLES_SHOWN = ("test", "mine")
+MEASURES = ("precision", "recall", "density", "coverage")
 WORDS = {"better": "better", "worse": "worse", "not shown": "unclear"}  # verdict -> its colour in the style sheet
 MARKS = dict(zip(REASONS, ("kept", "broken", "disagrees", "copy"), strict=True))
 
@@ -102,6 +103,9 @@ def view(facts: Facts) -> dict[str, Any]:
         "gallery": {"cases": shown, "all": hard, "round": rounds[-1] if rounds else 0, "most": gallery.OFFSPRING},
         "samples": gallery.samples(facts, rounds[-1], "unguided") if rounds and "unguided" in facts.arms else {},
         "marks": MARKS,
+        "quality": facts.quality,
+        "measures": MEASURES,
+        "grid": gallery.sheet(facts.run.root / facts.quality["grid"]) if facts.quality else None,
         "reasons": [r for r in REASONS if r != "kept"],
         "steps": sorted(facts.summary["seconds"].items(), key=lambda s: (-s[1], s[0])),
     }
