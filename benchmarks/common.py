@@ -1,13 +1,15 @@
-"""What every benchmark shares: --quick, --json FILE, the table, the record."""
+"""What every benchmark shares: --quick, --json FILE, the table, the record, memory of a command."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +25,39 @@ class Result:
     unit: str
     bar: str = ""
     holds: bool | None = None
+
+
+class Memory:
+    """Largest sum of the proportional set sizes (shared pages counted once) of a process and its descendants, in bytes."""
+
+    def __init__(self, pid: int, seconds: float = 1.0) -> None:
+        """seconds: between two looks; what comes and goes between them is not seen."""
+        self.pid, self.seconds, self.peak, self.stopped = pid, seconds, 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(self.seconds):
+            self.peak = max(self.peak, pss(self.pid))
+
+    def stop(self) -> int:
+        self.stopped.set()
+        self.thread.join()
+        return self.peak
+
+
+def pss(pid: int) -> int:
+    total = 0
+    try:
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for process in processes:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # it ended while we looked
+    return total
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

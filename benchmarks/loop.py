@@ -13,50 +13,16 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-import psutil
-from common import Result, parser, publish
+from common import Memory, Result, parser, publish
 
 QUICK = [
     "mix.arms=[real,guided]", "data.phantom.images=200", "data.part_rows=256", "classifier.steps=10", "classifier.batch_size=32",
     "classifier.evaluations=1", "denoiser.steps=5", "denoiser.batch_size=16", "mine.budget=6", "generate.per_case=2",
     "generate.steps=4", "generate.batch_size=16", "evaluate.bootstrap=100",
 ]  # fmt: skip
-
-
-class Memory:
-    """Largest sum of the proportional set sizes (shared pages counted once) of a process and its descendants, in bytes."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid, self.peak, self.stopped = pid, 0, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-
-    def _watch(self) -> None:
-        while not self.stopped.wait(1.0):
-            self.peak = max(self.peak, pss(self.pid))
-
-    def stop(self) -> int:
-        self.stopped.set()
-        self.thread.join()
-        return self.peak
-
-
-def pss(pid: int) -> int:
-    total = 0
-    try:
-        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    for process in processes:
-        try:
-            total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # it ended while we looked
-    return total
 
 
 def main() -> None:
