@@ -113,7 +113,7 @@ class Classifier(Section):
         None,
         ge=16,
         le=1024,
-        description="progressive resizing: the side of training images grows from this to data.resolution; null: off",
+        description="progressive resizing: training images grow from this side to input_size, or data.resolution; null: off",
     )
     steps: int = Field(600, ge=1, description="optimizer steps; the same in every arm")
     batch_size: int = Field(64, ge=2)
@@ -374,14 +374,17 @@ class Config(Section):
         for name, section in (("classifier", self.classifier), ("curate.judge", self.curate.judge)):
             if section is None or section.first_size is None:
                 continue
-            if section.first_size > self.data.resolution:
+            last = section.input_size or self.data.resolution
+            if section.first_size > last:
+                full = "data.resolution" if section.input_size is None else f"{name}.input_size"
+                raise ValueError(f"{name}.first_size {section.first_size} is above {full} {last}: nothing to grow to")
+            if 2 * section.first_size < self.data.resolution:
                 raise ValueError(
-                    f"{name}.first_size {section.first_size} is above data.resolution {self.data.resolution}: nothing to grow to"
+                    f"{name}.first_size {section.first_size} is below half of data.resolution {self.data.resolution}: images "
+                    "shrunk so far as they are augmented would lose detail to aliasing; take at least half"
                 )
-            if section.input_size is not None or section.augment is None:
-                raise ValueError(
-                    f"{name}.first_size needs input_size null and augmentation on: the images are resized as they are augmented"
-                )
+            if section.augment is None:
+                raise ValueError(f"{name}.first_size needs augmentation on: the images are resized as they are augmented")
         if self.classifier.patience is not None and len(self.mix.arms) > 1:
             raise ValueError(
                 f"classifier.patience {self.classifier.patience} would stop the arms {self.mix.arms} at different steps; "

@@ -189,7 +189,7 @@ def _step(state: State, batch: Batch, config: Classifier, criterion: Loss) -> fl
         pixels = augment(pixels, config.augment, generator, size, rows, side)
     pixels, targets = mix(pixels, targets, config.mixup, config.cutmix, generator, size, rows)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.amp):
-        logits, _ = state.parallel(pixels)
+        logits, _ = state.parallel(pixels, resize=config.first_size is None)
     losses = criterion(logits, targets)
     loss = workers.share(losses, size)
     state.optimizer.zero_grad(set_to_none=True)

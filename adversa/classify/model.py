@@ -23,8 +23,8 @@ from adversa.weights import read_model
 class Network(nn.Module):
     """pixels [B, 3, H, W] in [0, 1] -> (logits [B, K], embedding [B, D]).
 
-    Resizing to `input_size` and normalisation by the model's own mean and standard deviation happen inside, so that no
-    caller can get them wrong. The trunk is built with num_classes=0: every timm model then returns its embedding.
+    Resizing to `input_size` (unless `resize` is False) and normalisation by the model's own mean and standard deviation happen
+    inside, so that no caller can get them wrong. The trunk is built with num_classes=0: every timm model then returns its embedding.
     """
 
     def __init__(self, trunk: nn.Module, width: int, num_classes: int, input_size: int | None) -> None:
@@ -38,8 +38,8 @@ class Network(nn.Module):
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(statistics[name]).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.input_size is not None and pixels.shape[-2:] != (self.input_size, self.input_size):
+    def forward(self, pixels: Tensor, resize: bool = True) -> tuple[Tensor, Tensor]:
+        if resize and self.input_size is not None and pixels.shape[-2:] != (self.input_size, self.input_size):
             pixels = F.interpolate(pixels, (self.input_size, self.input_size), mode="bilinear", antialias=True)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         embedding = self.trunk((pixels - self.mean) / self.std)

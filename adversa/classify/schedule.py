@@ -32,13 +32,14 @@ def thaw(step: int, config: Classifier) -> float:
 
 
 def training_side(step: int, config: Classifier, resolution: int) -> int:
-    """Side of the training images of step 1 ... config.steps, in pixels: from config.first_size evenly up to the resolution
-    over the first GROWING of the steps, in multiples of 16 (progressive learning, Tan & Le 2021, section 4.2)."""
-    share = (step - 1) / (GROWING * config.steps)
-    if config.first_size is None or share >= 1:
+    """Side of the training images of step 1 ... config.steps, in pixels: from config.first_size evenly up to config.input_size
+    (null: the resolution) over the first GROWING of the steps, in multiples of 16 (progressive learning, Tan & Le 2021,
+    section 4.2). Without first_size the resolution: then the network resizes."""
+    if config.first_size is None:
         return resolution
-    side = 16 * round((config.first_size + share * (resolution - config.first_size)) / 16)
-    return min(resolution, max(16, side))
+    last, share = config.input_size or resolution, (step - 1) / (GROWING * config.steps)
+    side = 16 * round((config.first_size + share * (last - config.first_size)) / 16)
+    return last if share >= 1 else min(last, max(16, side))
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:

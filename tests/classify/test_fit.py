@@ -49,6 +49,24 @@ def lines(out: Path) -> list[dict[str, float]]:
     return [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("changes", "sides"), [({}, {32}), ({"input_size": 48}, {48}), ({"input_size": 48, "first_size": 32}, {32, 48})]
+)
+def test_what_the_network_sees_while_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], sides: set[int]
+) -> None:
+    seen: dict[bool, set[int]] = {True: set(), False: set()}
+
+    def built(*args: Any) -> torch.nn.Module:
+        network = build(*args)
+        network.trunk.register_forward_pre_hook(lambda m, x: seen[m.training].add(x[0].shape[-1]))
+        return network
+
+    monkeypatch.setattr("adversa.classify.fit.build", built)
+    run(tmp_path, stream(), RECIPE.model_copy(update=changes))
+    assert seen == {True: sides, False: {max(sides)}}
+
+
 EVERYTHING = {
     "head_steps": 7, "layer_decay": 0.8, "freeze_norm": True, "mixup": 0.2, "cutmix": 1.0, "loss": "logit_adjusted",
     "augment": Augment(rotate=180, erase=0.5), "patience": 3, "views": 2,

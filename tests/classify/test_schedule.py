@@ -89,5 +89,8 @@ def test_training_images_grow_to_the_full_side() -> None:
     config = Classifier(steps=100, first_size=64)
     sides = [training_side(step, config, 128) for step in range(1, 101)]
     assert sides[0] == 64 and sides[70] == 128 and set(sides) == {64, 80, 96, 112, 128} and sides == sorted(sides)
+    config = Classifier(steps=100, first_size=64, input_size=96)
+    assert {training_side(step, config, 64) for step in range(1, 101)} == {64, 80, 96}
     assert {training_side(step, Classifier(steps=100), 128) for step in (1, 50, 100)} == {128}
+    config = Classifier(steps=100, first_size=64)
     assert max(training_side(step, config, 100) for step in range(1, 101)) == 100  # not above the resolution by rounding
