@@ -24,7 +24,8 @@ class Network(nn.Module):
     """pixels [B, 3, H, W] in [0, 1] -> (logits [B, K], embedding [B, D]).
 
     Resizing to `input_size` (unless `resize` is False) and normalisation by the model's own mean and standard deviation happen
-    inside, so that no caller can get them wrong. The trunk is built with num_classes=0: every timm model then returns its embedding.
+    inside, so that no caller can get them wrong. The trunk is built with num_classes=0: every timm model then returns its
+    embedding.
     """
 
     def __init__(self, trunk: nn.Module, width: int, num_classes: int, input_size: int | None) -> None:
