@@ -210,6 +210,9 @@ def _execute(
     if path is None and command != "loop" and run_dir is not None and (run_dir / "config.yaml").is_file():
         path = run_dir / "config.yaml"  # a later stage of a run goes on with the run's own configuration
     config = load(path, overrides, rounds=rounds, seed=seed)
+    if engine_name == "local" and config.cluster.training_workers > 1:
+        many = config.cluster.training_workers
+        raise UserError(f"cluster.training_workers {many}: --engine local trains in this process alone; set 1, or use --engine ray")
     if command == "codec" and not has_codec(config):
         raise UserError(f"codec.kind {config.codec.kind}, mix.arms {config.mix.arms}: no codec to train; set codec.kind=tiny")
     if command == "quality" and not is_synthetic(config):

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from adversa.types import ARMS, UserError
 
 WeightPath = Annotated[str | None, AfterValidator(lambda v: os.path.expanduser(v) if v else v)]
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+Trackers = Annotated[list[Tracker], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
 class Section(BaseModel):
@@ -194,18 +196,23 @@ class Codec(Section):
 
 class Denoiser(Section):
     architecture: Literal["unet", "transformer"] = Field(
-        "unet", description="diffusers' UNet2DModel, or a transformer over patches"
+        "transformer", description="diffusers' UNet2DModel, or a transformer over patches"
     )
     channels: list[int] = Field([64, 80, 80], min_length=1, description="unet: width of each level")
     layers: int = Field(1, ge=1, description="unet: residual blocks a level")
     attention: bool = Field(False, description="unet: self-attention at the coarsest level")
     width: int = Field(256, ge=16, multiple_of=16, description="transformer: of a token")
-    depth: int = Field(8, ge=1, description="transformer: blocks")
+    depth: int = Field(5, ge=1, description="transformer: blocks")
     external: WeightPath = Field(
         None,
         description="a local diffusers folder: an epsilon- or v-prediction UNet and its scheduler; nothing is trained then",
     )
-    patch: int = Field(2, ge=1, le=8, description="pixels folded into channels before the UNet (space to depth)")
+    patch: int = Field(
+        4,
+        ge=1,
+        le=8,
+        description="pixels folded into channels first (space to depth); a token of the transformer: an eighth of the side",
+    )
     weights: WeightPath = Field(None, description="a denoiser's folder to start from, phantom (shipped), or null: from scratch")
     steps: int = Field(2000, ge=0)
     batch_size: int = Field(64, ge=1)
@@ -345,9 +352,7 @@ class Config(Section):
     mix: Mix = Mix()
     evaluate: Evaluate = Evaluate()
     quality: Quality = Quality()
-    tracking: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
-        [], description="metrics of every training, sent there as well"
-    )
+    tracking: Trackers = Field([], description="metrics of every training, sent there as well; one name, or a list of them")
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
@@ -363,34 +368,99 @@ class Config(Section):
             raise ValueError(f"denoiser.weights phantom is for codec.kind pixels, not {self.codec.kind}; take null or a folder")
         if self.data.source != "phantom" and not self.data.path:
             raise ValueError(f"data.path is missing; data.source {self.data.source} needs one, say --set data.path=FOLDER")
-        if any(c % 8 for c in self.denoiser.channels):
-            raise ValueError(f"denoiser.channels {self.denoiser.channels} must be multiples of 8")
+        self._check_architecture()
         if self.denoiser.weights == "phantom" and self.data.source != "phantom":
             raise ValueError(f"denoiser.weights phantom is for data.source phantom, not {self.data.source}; take null or a folder")
         if len(set(self.mix.arms)) != len(self.mix.arms):
             raise ValueError(f"mix.arms {self.mix.arms} names an arm twice")
         if "real" not in self.mix.arms:
             raise ValueError("mix.arms must contain real: it is what the other arms are compared with")
-        for name, section in (("classifier", self.classifier), ("curate.judge", self.curate.judge)):
-            if section is None or section.first_size is None:
-                continue
-            last = section.input_size or self.data.resolution
-            if section.first_size > last:
-                full = "data.resolution" if section.input_size is None else f"{name}.input_size"
-                raise ValueError(f"{name}.first_size {section.first_size} is above {full} {last}: nothing to grow to")
-            if 2 * section.first_size < self.data.resolution:
-                raise ValueError(
-                    f"{name}.first_size {section.first_size} is below half of data.resolution {self.data.resolution}: images "
-                    "shrunk so far as they are augmented would lose detail to aliasing; take at least half"
-                )
-            if section.augment is None:
-                raise ValueError(f"{name}.first_size needs augmentation on: the images are resized as they are augmented")
+        self._check_classifier("classifier", self.classifier)
+        if self.curate.judge is not None:
+            self._check_classifier("curate.judge", self.curate.judge)
+        self._check_null()
+        self._check_shares()
         if self.classifier.patience is not None and len(self.mix.arms) > 1:
             raise ValueError(
                 f"classifier.patience {self.classifier.patience} would stop the arms {self.mix.arms} at different steps; "
                 "take null, or one arm"
             )
         return self
+
+    def _check_classifier(self, name: str, section: Classifier) -> None:
+        """Here and not in the section: what a trained model was given is read again with `weights` null (classify.model.load)."""
+        if section.head_steps >= section.steps:
+            raise ValueError(
+                f"{name}.head_steps {section.head_steps} leaves none of {name}.steps {section.steps} to train the trunk; take fewer"
+            )
+        gentle = {
+            "head_steps": section.head_steps > 0, "layer_decay": section.layer_decay < 1, "freeze_norm": section.freeze_norm,
+        }  # fmt: skip
+        if section.weights is None and (key := next((k for k, on in gentle.items() if on), None)):
+            raise ValueError(
+                f"{name}.{key} {str(getattr(section, key)).lower()} keeps what pretrained layers know, but {name}.weights is null: "
+                f"these would be random; give weights, or leave {key} out"
+            )
+        if section.first_size is None:
+            return
+        last = section.input_size or self.data.resolution
+        if section.first_size % 16:
+            raise ValueError(f"{name}.first_size {section.first_size} must be a multiple of 16, as every size on the way up is")
+        if section.first_size > last:
+            full = "data.resolution" if section.input_size is None else f"{name}.input_size"
+            raise ValueError(f"{name}.first_size {section.first_size} is above {full} {last}: nothing to grow to")
+        if 2 * section.first_size < self.data.resolution:
+            raise ValueError(
+                f"{name}.first_size {section.first_size} is below half of data.resolution {self.data.resolution}: images "
+                "shrunk so far as they are augmented would lose detail to aliasing; take at least half"
+            )
+        if section.augment is None:
+            raise ValueError(f"{name}.first_size needs augmentation on: the images are resized as they are augmented")
+
+    def _check_architecture(self) -> None:
+        """A width for the other architecture would do nothing, and look as if it did."""
+        c = self.denoiser
+        other, keys = {"unet": ("transformer", ("width", "depth")), "transformer": ("unet", ("channels", "layers", "attention"))}[
+            c.architecture
+        ]
+        for key in keys:
+            if (value := getattr(c, key)) != Denoiser.model_fields[key].default:
+                raise ValueError(
+                    f"denoiser.{key} {value} belongs to architecture {other}, this is {c.architecture}; "
+                    f"set denoiser.architecture={other}, or leave {key} out"
+                )
+        if c.architecture == "unet" and any(n % 8 for n in c.channels):
+            raise ValueError(f"denoiser.channels {c.channels} must be multiples of 8")
+
+    def _check_null(self) -> None:
+        """Guidance pushes away from the null class, which a denoiser from scratch learns from labels that are dropped."""
+        if self.denoiser.null_probability or self.denoiser.external or self.denoiser.weights or not self._paints:
+            return
+        for key, guidance in (("generate", self.generate.guidance), ("quality", self.quality.guidance)):
+            if guidance != 1:
+                raise ValueError(
+                    f"denoiser.null_probability 0 teaches no null class, which {key}.guidance {guidance:g} steers away from; "
+                    f"set {key}.guidance=1, or a null_probability such as 0.15"
+                )
+
+    def _check_shares(self) -> None:
+        """Every worker of a training needs a row of each batch."""
+        workers, paints = self.cluster.training_workers, self._paints
+        trained = {
+            "classifier": self.classifier, "curate.judge": self.curate.judge if paints else None,
+            "denoiser": self.denoiser if paints and not self.denoiser.external else None,
+            "codec": self.codec if paints and self.codec.is_fitted else None,
+        }  # fmt: skip
+        for name, section in trained.items():
+            if section is not None and section.batch_size < workers:
+                raise ValueError(
+                    f"{name}.batch_size {section.batch_size} cannot be shared among cluster.training_workers {workers}; "
+                    "take fewer workers or a larger batch"
+                )
+
+    @property
+    def _paints(self) -> bool:
+        return any(arm != "real" for arm in self.mix.arms)
 
     def _check_side(self) -> None:
         """The side that is diffused must divide by the denoiser's patch and levels; a given codec's is known once it is read."""

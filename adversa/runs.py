@@ -141,7 +141,7 @@ def open_run(root: Path, recipe: dict[str, Any], config_yaml: str) -> RunDir:
     if changed and _may_change(run, changed) and not is_locked(run):
         with _opening(root):
             for stale in root.rglob(RECIPE):
-                if not is_finished(stale.parent):
+                if not is_finished(stale.parent) and (stale.parent == run.data or not _begun(stale.parent)):
                     stale.unlink()
             write_json(run.recipe, {"recipe": recipe, "created": now()})
             replace_bytes(run.config, config_yaml.encode())
@@ -156,10 +156,29 @@ def open_run(root: Path, recipe: dict[str, Any], config_yaml: str) -> RunDir:
     return run
 
 
+# What comes before the first classifier, and the sections and fields it is made of beside those of the folders above it. The steps'
+# own recipes do not guard these: a finished stage is not asked again, and latents of eight views would be trained on without a word
+# where `denoiser.flips` is off.
+MADE_OF = {
+    "data": ("data",), "round-000/real/mix": ("mix",), "codec": ("codec", "denoiser.balance", "seed"),
+    "latents/train": ("denoiser.flips",), "latents/select": (),
+}  # fmt: skip
+
+
 def _may_change(run: RunDir, changed: list[str]) -> bool:
-    """Whether nothing finished hangs on the fields that differ: then a setting that stopped a step may be mended in place."""
-    finished = list(run.root.rglob(MANIFEST))
-    return not finished or (finished == [run.data / MANIFEST] and not any(c.startswith("data.") for c in changed))
+    """Whether nothing made so far hangs on the fields that differ: then a setting that stopped a step may be mended in place.
+
+    A training that has a checkpoint counts as made: it would go on from the weights of the old settings. Not so a data folder that
+    is not finished: it looks through its parts itself.
+    """
+    made = {p.parent for p in run.root.rglob(MANIFEST)}
+    made |= {p.parent for p in run.root.rglob(RECIPE) if p.parent != run.data and _begun(p.parent)}
+    names = [run.name_of(folder) for folder in made]
+    if any(name not in MADE_OF for name in names):
+        return False
+    fields = [field for name in names for field in MADE_OF[name]]
+    keys = [c.partition(":")[0] for c in changed]
+    return not any(key == field or key.startswith(f"{field}.") for key in keys for field in fields)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 The `metrics.jsonl` of each training is the truth; a follower reads it and passes new lines on. So nothing of this touches a
 training, its recipe or its worker: tracking may be turned on later (everything there is is sent), and a service that fails costs
-no step. What was sent is noted in the run folder: a training that resumes writes some lines again, and none is sent twice.
+no step. What was sent is noted in the run folder: a training that resumes writes some lines again, and none is sent twice; one
+that is begun afresh (its folder was deleted) is sent whole, as NAME-2.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ log = logging.getLogger("adversa.tracking")
 
 
 class Sink(Protocol):
-    """One service. name: of a training, its folder in the run; lines of one training come in the order of their steps."""
+    """One service. name: of a training, its folder in the run (begun afresh, with -2 after it, then -3); lines come in order."""
 
     def send(self, name: str, step: int, values: dict[str, float]) -> None: ...
 
@@ -175,21 +176,21 @@ class Follow:
             self.poll()
 
     def poll(self) -> None:
-        """Send every line that was not sent yet."""
+        """Send every line that was not sent yet (`unsent`)."""
         for name in list(self.sinks):
             self._guarded(name, lambda name=name: self._send(name))
 
     def _send(self, service: str) -> None:
         sink, state = self.sinks[service], self.states[service]
-        sent = state.setdefault("sent", {})
+        trainings = state.setdefault("trainings", {})
         before = json.dumps(state)
         try:
             for path in sorted(p for where in WHERE for p in self.root.glob(f"{where}/{METRICS}")):
                 name = path.parent.relative_to(self.root).as_posix()
-                for step, values in lines(path):
-                    if step > sent.get(name, -1):
-                        sink.send(name, step, values)
-                        sent[name] = step
+                noted = trainings.setdefault(name, {"start": 1, "first": "", "lines": 0})
+                for step, values in unsent(list(lines(path)), noted):
+                    sink.send(name if noted["start"] == 1 else f"{name}-{noted['start']}", step, values)
+                    noted["lines"] += 1
             sink.flush()
         finally:
             if json.dumps(state) != before:
@@ -207,6 +208,20 @@ class Follow:
 
     def _noted(self, service: str) -> Path:
         return self.root / "tracking" / f"{service}.json"
+
+
+def unsent(rows: Sequence[tuple[int, dict[str, float]]], noted: dict[str, Any]) -> Sequence[tuple[int, dict[str, float]]]:
+    """The lines of a training that are not sent yet, all of them where it is not the one that `noted` is about.
+
+    noted: "lines" sent of the training whose "first" line has this digest, the "start"-th under its name; the caller counts on.
+    The first line tells two trainings apart: a resumed one has it still, or has no line yet. What a resumed one has beyond its
+    checkpoint it writes again, a line for a line, so that their number alone says which are new.
+    """
+    if not rows:
+        return rows
+    if (first := digest(rows[0])) != noted["first"]:
+        noted.update(start=noted["start"] + (noted["lines"] > 0), first=first, lines=0)
+    return rows[noted["lines"] :]
 
 
 def lines(path: Path) -> Iterator[tuple[int, dict[str, float]]]:

@@ -29,8 +29,16 @@ def seed_of(*parts: object) -> int:
 
 
 def share_of(size: int, rank: int, world: int) -> slice:
-    """Worker `rank`'s rows of a batch of `size`: contiguous, as equal as can be, all `world` workers' together the whole."""
-    return slice(size * rank // world, size * (rank + 1) // world)
+    """Worker `rank`'s rows of a batch of `size`: contiguous, all `world` workers' together the whole.
+
+    Cut between pairs of rows, so that rows 2 i and 2 i + 1 lie on one worker (what partners are in classify/mixing.py) and shares
+    differ by 2 at most. Only a batch of fewer pairs than workers is cut anywhere, with shares that differ by 1 at most: each worker
+    has a row as long as there are as many rows as workers, and with fewer the first workers have none.
+    """
+    unit = 2 if (size + 1) // 2 >= world else 1
+    units = -(-size // unit)  # of an odd batch the last pair is one row
+    first, last = (min(size, unit * (units * r // world)) for r in (rank, rank + 1))
+    return slice(first, last)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ TINY = {
     "classifier": {
         "model_args": {"channels": [16, 32, 32, 64]}, "steps": 24, "batch_size": 32, "evaluations": 2, "checkpoint_steps": 8,
     },
-    "denoiser": {"channels": [32, 32], "weights": None, "steps": 12, "batch_size": 16, "checkpoint_steps": 4},
+    "denoiser": {
+        "architecture": "unet", "patch": 2, "channels": [32, 32], "weights": None, "steps": 12,
+        "batch_size": 16, "checkpoint_steps": 4,
+    },
     "mine": {"budget": 12},
     "generate": {"per_case": 2, "steps": 4, "batch_size": 8},
     "curate": {"min_agreement": 0.1},

@@ -474,7 +474,8 @@ def test_a_run_folder_that_has_become_read_only(source, tmp_path, monkeypatch, c
 
 TRAIN = {
     "data.phantom.images": 120, "data.resolution": 32, "classifier.steps": 8, "classifier.batch_size": 16,
-    "classifier.evaluations": 1, "classifier.model_args": "{channels: [8, 8, 8, 8]}", "denoiser.channels": "[8, 8]",
+    "classifier.evaluations": 1, "classifier.model_args": "{channels: [8, 8, 8, 8]}", "denoiser.architecture": "unet",
+    "denoiser.patch": 2, "denoiser.channels": "[8, 8]",
     "denoiser.weights": "null", "denoiser.steps": 6, "denoiser.batch_size": 8, "denoiser.checkpoint_steps": 2,
     "cluster.training_threads": 1,
 }  # fmt: skip

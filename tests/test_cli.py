@@ -20,7 +20,15 @@ from adversa.runs import RunDir
 MICRO = {
     "data": {"source": "phantom", "resolution": 32, "part_rows": 64, "phantom": {"images": 120}},
     "classifier": {"model_args": {"channels": [8, 8, 8, 8]}, "steps": 6, "batch_size": 16, "evaluations": 1, "checkpoint_steps": 3},
-    "denoiser": {"channels": [8, 8], "weights": None, "steps": 4, "batch_size": 8, "checkpoint_steps": 2},
+    "denoiser": {
+        "architecture": "unet",
+        "patch": 2,
+        "channels": [8, 8],
+        "weights": None,
+        "steps": 4,
+        "batch_size": 8,
+        "checkpoint_steps": 2,
+    },
     "mine": {"budget": 4},
     "generate": {"per_case": 1, "steps": 2, "batch_size": 8},
     "curate": {"min_agreement": 0.0},
@@ -81,6 +89,12 @@ def test_help_loads_nothing_heavy(args):
 def test_status_needs_neither_torch_nor_ray(tmp_path):
     runs.open_run(tmp_path / "run", {}, "seed: 0\n")
     assert loaded("status", tmp_path / "run") == "['pyarrow'] 0"
+
+
+def test_several_workers_in_this_process_are_refused_before_there_is_a_run(adversa, micro, tmp_path):
+    words = ("loop", micro, "--engine", "local", "--run-dir", tmp_path / "run", "--set", "cluster.training_workers=2")
+    mendable(adversa(*words), "cluster.training_workers 2: --engine local trains in this process alone; set 1, or use --engine ray")
+    assert not (tmp_path / "run").exists()
 
 
 # ---- the run folder, stage by stage ----------------------------------------------------------------------------------------

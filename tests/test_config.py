@@ -61,7 +61,7 @@ def test_every_fault_is_told_at_once_with_its_value():
         ({"mix": {"arms": ["guided"]}}, "must contain real"),
         ({"generate": {"sigma_start": 99}}, "sigma_start 99"),
         ({"generate": {"sigma_min": 50}}, "sigma_min 50"),
-        ({"data": {"resolution": 40}, "denoiser": {"channels": [8, 8, 8, 8]}}, "multiple of"),
+        ({"data": {"resolution": 40}, "denoiser": {"architecture": "unet", "patch": 2, "channels": [8, 8, 8, 8]}}, "multiple of"),
         ({"classifier": {"lr": float("nan")}}, "classifier.lr"),
     ],
 )
@@ -127,14 +127,32 @@ def test_another_model_does_not_get_the_default_models_arguments():
     [
         ({"mix": {"arms": ["real", "guided", "real"]}}, "names an arm twice"),
         ({"mix": {"arms": ["guided"]}}, "must contain real"),
-        ({"denoiser": {"channels": [12, 16]}}, "multiples of 8"),
+        ({"denoiser": {"architecture": "unet", "channels": [12, 16]}}, "multiples of 8"),
+        ({"denoiser": {"channels": [8, 16]}}, "channels .8, 16. belongs to architecture unet, this is transformer"),
+        ({"denoiser": {"architecture": "unet", "depth": 3}}, "depth 3 belongs to architecture transformer, this is unet"),
         ({"classifier": {"first_size": 48}}, "first_size 48 is above data.resolution 32"),
         ({"classifier": {"first_size": 80, "input_size": 64}}, "first_size 80 is above classifier.input_size 64"),
-        ({"classifier": {"first_size": 24}, "data": {"resolution": 64}}, "first_size 24 is below half of data.resolution 64"),
-        ({"classifier": {"first_size": 24, "augment": None}}, "first_size needs augmentation"),
+        ({"classifier": {"first_size": 16}, "data": {"resolution": 64}}, "first_size 16 is below half of data.resolution 64"),
+        ({"classifier": {"first_size": 16, "augment": None}}, "first_size needs augmentation"),
+        ({"classifier": {"first_size": 24}}, "classifier.first_size 24 must be a multiple of 16"),
+        ({"curate": {"judge": {"first_size": 24}}}, "curate.judge.first_size 24 must be a multiple of 16"),
+        ({"classifier": {"weights": "x", "head_steps": 600}}, "classifier.head_steps 600 leaves none of classifier.steps 600"),
+        ({"curate": {"judge": {"weights": "x", "head_steps": 7, "steps": 7}}}, "curate.judge.head_steps 7 leaves none of"),
+        ({"classifier": {"head_steps": 3}}, "classifier.head_steps 3 keeps what pretrained layers know.*weights is null"),
+        ({"classifier": {"layer_decay": 0.9}}, "classifier.layer_decay 0.9 keeps .*give weights, or leave layer_decay out"),
+        ({"curate": {"judge": {"freeze_norm": True}}}, "curate.judge.freeze_norm true keeps .*curate.judge.weights is null"),
+        ({"denoiser": {"null_probability": 0}}, r"null_probability 0 .* generate.guidance 2 steers .* set generate.guidance=1"),
+        (
+            {"denoiser": {"null_probability": 0}, "generate": {"guidance": 1}, "quality": {"guidance": 1.5}},
+            "null_probability 0 .* quality.guidance 1.5",
+        ),
+        ({"cluster": {"training_workers": 65}}, "classifier.batch_size 64 cannot be shared among cluster.training_workers 65"),
+        ({"curate": {"judge": {"batch_size": 2}}, "cluster": {"training_workers": 3}}, "curate.judge.batch_size 2 cannot be"),
+        ({"denoiser": {"batch_size": 2}, "cluster": {"training_workers": 3}}, "denoiser.batch_size 2 cannot be shared"),
+        ({"codec": {"kind": "tiny", "batch_size": 2}, "cluster": {"training_workers": 3}}, "codec.batch_size 2 cannot be shared"),
         ({"codec": {"kind": "kl"}}, "kind kl needs a path"),
         ({"codec": {"path": "x"}}, "path x is given, but kind is pixels"),
-        ({"codec": {"kind": "tiny", "halvings": 4}}, "data.resolution 32, its latents' side 2, must be a multiple of .* = 8"),
+        ({"codec": {"kind": "tiny", "halvings": 4}}, "data.resolution 32, its latents' side 2, must be a multiple of .* = 4"),
         ({"codec": {"kind": "tiny", "halvings": 5}, "data": {"resolution": 48}}, "must be a multiple of 2.codec.halvings = 32"),
         ({"codec": {"kind": "tiny"}, "denoiser": {"weights": "phantom"}}, "weights phantom is for codec.kind pixels"),
         ({"codec": {"kind": "tiny"}, "denoiser": {"external": "x"}}, "give its autoencoder as codec.path"),
@@ -148,3 +166,25 @@ def test_another_model_does_not_get_the_default_models_arguments():
 def test_settings_that_do_not_go_together(tree, text):
     with pytest.raises(UserError, match=text):
         config.check(tree, "x")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"classifier": {"weights": "x", "head_steps": 3, "layer_decay": 0.9, "freeze_norm": True}},
+        {"denoiser": {"null_probability": 0}, "generate": {"guidance": 1}},
+        {"denoiser": {"null_probability": 0, "weights": "x"}},  # what it starts from may know the null class
+        {"denoiser": {"null_probability": 0}, "mix": {"arms": ["real"]}},
+        {"denoiser": {"batch_size": 2}, "mix": {"arms": ["real"]}, "cluster": {"training_workers": 3}},
+        {"denoiser": {"batch_size": 2, "external": "x"}, "cluster": {"training_workers": 3}},
+        {"codec": {"batch_size": 2}, "cluster": {"training_workers": 3}},
+    ],
+)
+def test_what_is_not_used_or_goes_together_is_not_refused(tree):
+    config.check(tree, "x")
+
+
+def test_one_tracker_needs_no_list(tmp_path):
+    assert config.check({"tracking": "tensorboard"}, "x").tracking == ["tensorboard"]
+    assert config.load(written(tmp_path, "tracking: []"), ["tracking=wandb"]).tracking == ["wandb"]
+    assert "tracking" in fault({"tracking": "tensorbord"})

@@ -66,6 +66,46 @@ def test_once_the_data_are_prepared_what_they_do_not_hang_on_may_be_mended(run):
     assert "seed: 1 -> 0" in message(runs.open_run, run.root, RECIPE, "")
 
 
+# What is finished, and a change that it allows and one that it does not.
+EARLY = [
+    (["data"], {"mix": {"arms": ["real"]}}, {"data": {"resolution": 64, "path": None}}),
+    (["data", "round-000/real/mix"], {"classifier": {"lr": 1}, "seed": 3}, {"mix": {"arms": ["real"]}}),
+    (["data", "codec"], {"denoiser": {"external": "x"}}, {"codec": {"kind": "kl"}}),
+    (["data", "codec", "round-000/real/mix"], {"denoiser": {"channels": [8]}}, {"denoiser": {"balance": 1.0}}),
+    (["data", "codec", "round-000/real/mix"], {"generate": {"steps": 4}, "quality": {"images": 9}}, {"seed": 3}),
+    (["data", "codec", "round-000/real/mix", "latents/train"], {"denoiser": {"balanced": 0}}, {"denoiser": {"flips": False}}),
+]
+
+
+@pytest.mark.parametrize(("finished", "allowed", "refused"), EARLY)
+def test_before_the_first_training_what_is_finished_says_what_may_be_mended(run, finished, allowed, refused):
+    for name in finished:
+        runs.write_json(run.root / name / runs.MANIFEST, {})
+    assert "was made by another recipe" in message(runs.open_run, run.root, RECIPE | refused, "")
+    assert run.config.read_text() == "seed: 0\n"
+    runs.open_run(run.root, RECIPE | allowed, "mended\n")
+    assert run.config.read_text() == "mended\n"
+
+
+def test_a_training_with_a_checkpoint_goes_on_with_its_own_settings_alone(run):
+    """It would go on from weights that other settings made."""
+    runs.write_json(run.data / runs.MANIFEST, {})
+    runs.write_json(run.denoiser / runs.RECIPE, {})
+    lower = RECIPE | {"denoiser": {"lr": 1}}
+    runs.open_run(run.root, lower, "")  # it has no step yet
+    assert not (run.denoiser / runs.RECIPE).exists()
+    runs.write_json(run.denoiser / runs.RECIPE, {})
+    (run.denoiser / "checkpoint.pt").touch()
+    assert "denoiser.lr: 1 -> absent" in message(runs.open_run, run.root, RECIPE, "")
+    assert (run.denoiser / runs.RECIPE).exists()
+    runs.write_json(run.codec / runs.RECIPE, {})
+    (run.denoiser / "checkpoint.pt").unlink()
+    (run.codec / "checkpoint.pt").touch()
+    assert "codec.lr" in message(runs.open_run, run.root, lower | {"codec": {"lr": 1}}, "")
+    runs.open_run(run.root, RECIPE, "")
+    assert (run.codec / runs.RECIPE).exists() and not (run.denoiser / runs.RECIPE).exists()
+
+
 def test_differences_do_not_see_what_json_does_not_keep():
     assert runs.differences({"a": (1, 2), "b": {}}, {"a": [1, 2], "b": {}}) == []
     assert runs.differences({"a": {}}, {"a": {"b": 1}}) == ["a: {} -> absent", "a.b: absent -> 1"]

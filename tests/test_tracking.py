@@ -60,6 +60,38 @@ def test_steps_stay_monotone_where_a_training_resumes(run):
     assert [step for step, _ in scalars(run, "denoiser")] == [1, 2, 3, 4, 5]
 
 
+def test_lines_of_one_step_are_all_sent(run):
+    rows = [{"step": 50, "loss": 0.5}, {"step": 50, "validation_loss": 0.7}, {"step": 100, "loss": 0.4}]
+    path, sent = run / "denoiser" / tracking.METRICS, []
+    for known in (1, 2, 3, 3):  # the second line of the step comes later than the first, or with it
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows[:known]))
+        sent += follow_once(run)
+    assert sent == [("denoiser", r["step"], {k: v for k, v in r.items() if k != "step"}) for r in rows]
+
+
+def test_a_training_begun_afresh_is_sent_whole_and_under_a_name_of_its_own(run):
+    assert [s[:2] for s in follow_once(run)] == [("denoiser", 1), ("denoiser", 2)]
+    path = run / "denoiser" / tracking.METRICS
+    path.write_text("")  # a resumed training that has no line yet
+    assert follow_once(run) == []
+    path.write_text('{"step": 1, "loss": 9.0}\n')  # another training, not as far yet as the first one was
+    assert follow_once(run) == [("denoiser-2", 1, {"loss": 9.0})]
+    path.write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 8.0}\n{"step": 3, "loss": 7.0}\n')
+    assert [s[:2] for s in follow_once(run)] == [("denoiser-2", 2), ("denoiser-2", 3)] and follow_once(run) == []
+    write(run / "denoiser", [1])
+    assert [s[:2] for s in follow_once(run)] == [("denoiser-3", 1)]
+
+
+def follow_once(root):
+    """What one command that follows the run sends, going by what the commands before it noted."""
+    sent = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tracking.SINKS, "wandb", lambda root, state: Recorder(sent))
+        with tracking.Follow(["wandb"], root):
+            pass
+    return sent
+
+
 def test_a_line_being_written_waits(run):
     write(run / "denoiser", [1], torn='{"step": 2, "lo')
     assert [step for step, _ in tracking.lines(run / "denoiser" / tracking.METRICS)] == [1]

@@ -1,11 +1,12 @@
-"""Kill a training worker with -9 at a random step, many times; each run must end like one that nobody disturbed.
+"""Kill a training worker with -9 at a random moment, many times; each run must end like one that nobody disturbed.
 
     python tools/kill_training_worker.py                         ten kills of a classifier
     python tools/kill_training_worker.py --what denoiser --runs 3 --workers 2
 
-Trains on Ray, on small phantoms. The worker is killed while it waits for the batch of the chosen step, so that all before it are
-done. Prints a line a run: where it was killed, how many steps were done again, whether weights and metrics are equal; exit code 1
-where any differs, or where more steps were done again than lie between two checkpoints. With two workers a random one of them dies.
+Trains on Ray, on small phantoms. The worker is killed a random time after it was given the batch of a random step, wherever it is
+by then: in the forward or backward pass, in a commit, an evaluation, the writing of the model. Prints a line a run: where it was
+killed, how many steps were done again, whether weights and metrics are equal; exit code 1 where any differs, or where more steps
+were done again than lie between two checkpoints. With two workers a random one of them dies.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from adversa import runs
@@ -29,14 +32,22 @@ from adversa.loop import cycle, steps
 from adversa.loop.engine import FitJob, LocalEngine
 from adversa.weights import read_model
 
+# The longest wait between a step's batch and the kill, in mean times of a step. The mean has a share of commits and evaluations in
+# it, which take longer than a step: so the death may fall into any of these, and into one of the next steps.
+SPAN = 4.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Killed:
-    """A fit function that notes each step it takes, and kills its own process before step `at`, once. None: never."""
+    """A fit function that notes each step it takes, and kills its own process `delay` s after the batch of step `at` (None: never).
+
+    Once: `.killed` beside the model's folder says that it happened, and where.
+    """
 
     fit: Any
     at: int | None
     rank: int
+    delay: float
 
     def __call__(self, batches: Any, *, out: Path, **options: Any) -> dict[str, Any]:
         return self.fit(self._watched(batches, out), out=out, **options)
@@ -46,11 +57,29 @@ class Killed:
 
         with open(out.with_suffix(f".steps-{workers.rank()}"), "a", buffering=1) as log:
             for batch in batches:
-                if batch["step"] == self.at and workers.rank() == self.rank and not out.with_suffix(".killed").exists():
-                    out.with_suffix(".killed").touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
                 log.write(f"{batch['step']}\n")
+                if batch["step"] == self.at and workers.rank() == self.rank and not out.with_suffix(".killed").exists():
+                    threading.Thread(target=self._die, args=(out, threading.get_ident()), daemon=True).start()
                 yield batch
+
+    def _die(self, out: Path, trainer: int) -> None:
+        time.sleep(self.delay)
+        place = where(sys._current_frames().get(trainer))
+        out.with_suffix(".killed").write_text(f"{1000 * self.delay:.0f} ms after the batch of step {self.at}, {place}")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def where(frame: FrameType | None) -> str:
+    """The innermost function of a thread, and the innermost of adversa where that is another."""
+    found: list[str] = []
+    while frame is not None:
+        code, ours = frame.f_code, f"{os.sep}adversa{os.sep}" in frame.f_code.co_filename
+        if ours or not found:
+            found.append(f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}")
+        if ours:
+            break
+        frame = frame.f_back
+    return "in " + " of ".join(found) if found else "after the training's thread had ended"
 
 
 def configuration(args: argparse.Namespace) -> Config:
@@ -61,20 +90,23 @@ def configuration(args: argparse.Namespace) -> Config:
                 "model_args": {"channels": [16, 32, 32, 64]}, "steps": args.steps, "batch_size": 32, "evaluations": 3,
                 "checkpoint_steps": args.checkpoint_steps,
             },
-            "denoiser": {"channels": [32, 32], "steps": args.steps, "batch_size": 16, "checkpoint_steps": args.checkpoint_steps},
+            "denoiser": {
+                "architecture": "unet", "patch": 2, "channels": [32, 32], "steps": args.steps, "batch_size": 16,
+                "checkpoint_steps": args.checkpoint_steps,
+            },
             "cluster": {"training_threads": 1, "training_workers": args.workers, "object_store_mb": 200},
         },
         "kill_training_worker",
     )  # fmt: skip
 
 
-def job_of(what: str, config: Config, run: runs.RunDir, out: Path, at: int | None, rank: int) -> FitJob:
+def job_of(what: str, config: Config, run: runs.RunDir, out: Path, at: int | None, rank: int, delay: float) -> FitJob:
     mix = run.arm(0, "real") / "mix"
     if what == "classifier":
         job = steps.classifier_job(run.data, mix, [], config.classifier, 0, config.data.resolution, out)
     else:
         job = steps.denoiser_job(run.data, mix, config.denoiser, 0, config.data.resolution, out)
-    return dataclasses.replace(job, fit=Killed(job.fit, at, rank))
+    return dataclasses.replace(job, fit=Killed(job.fit, at, rank, delay))
 
 
 def taken(out: Path, rank: int) -> list[int]:
@@ -105,7 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--checkpoint-steps", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the steps at which workers die")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments at which workers die")
     args = parser.parse_args()
     from adversa.distributed.engine import RayEngine
 
@@ -117,27 +149,32 @@ def main() -> None:
         steps.mix(run.data, [], "real", ["real"], config.mix, run.arm(0, "real") / "mix")
         engine = RayEngine(config.cluster, run.root, config.data.resolution**2 * 3)
         try:
-            for i in range(args.runs + 1):
-                at, rank = (draw.randrange(1, args.steps), draw.randrange(args.workers)) if i else (None, 0)
+            step_seconds, kills, i = 0.0, 0, 0
+            while kills < args.runs and i <= 2 * args.runs:
+                at, rank = (draw.randrange(args.steps), draw.randrange(args.workers)) if i else (None, 0)
                 out, started = base / f"{args.what}-{i}", time.monotonic()
-                engine.fit([job_of(args.what, config, run, out, at, rank)])
+                engine.fit([job_of(args.what, config, run, out, at, rank, SPAN * step_seconds * draw.random())])
                 found, seconds = taken(out, rank), time.monotonic() - started
+                i += 1
                 if at is None:
-                    print(f"undisturbed: {len(found)} steps in {seconds:.1f} s", flush=True)
+                    step_seconds = runs.manifest(out)["seconds"] / args.steps
+                    print(f"undisturbed: {len(found)} steps in {seconds:.1f} s, {1000 * step_seconds:.0f} ms each", flush=True)
                     continue
                 again, different = len(found) - args.steps, differences(out, base / f"{args.what}-0")
-                died = out.with_suffix(".killed").exists()
-                print(
-                    f"worker {rank} killed before step {at:3d}: {again} steps done again, "
-                    f"{'DIFFERENT: ' + ', '.join(different) if different else 'equal'}, {seconds:.1f} s", flush=True,
-                )  # fmt: skip
-                faults += [f"run {i}: {what}" for what in different]
-                faults += [] if died and set(found) == set(range(args.steps)) else [f"run {i}: not killed, or steps missing"]
-                faults += [f"run {i}: {again} steps done again"] if again > args.checkpoint_steps else []
+                said = f"{'DIFFERENT: ' + ', '.join(different) if different else 'equal'}, {seconds:.1f} s"
+                if (died := out.with_suffix(".killed")).exists():
+                    kills += 1
+                    print(f"worker {rank} killed {died.read_text()}: {again} steps done again, {said}", flush=True)
+                else:
+                    print(f"worker {rank} was done before its end after step {at}, another is drawn: {said}", flush=True)
+                faults += [f"run {i - 1}: {what}" for what in different]
+                faults += [] if set(found) == set(range(args.steps)) else [f"run {i - 1}: steps missing"]
+                faults += [f"run {i - 1}: {again} steps done again"] if again > args.checkpoint_steps else []
+            faults += [f"only {kills} were killed"] if kills < args.runs else []
         finally:
             engine.close()
     said = "; ".join(faults) or "every run ended as undisturbed"
-    print(f"{args.runs} kills, checkpoints every {args.checkpoint_steps} steps: {said}")
+    print(f"{kills} kills, checkpoints every {args.checkpoint_steps} steps: {said}")
     sys.exit(bool(faults))
 
 

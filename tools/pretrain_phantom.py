@@ -75,7 +75,14 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.monotonic() - began
     print(f"{len(labels)} pictures of phantom seed {args.seed} in {seconds:.0f} s; training state in {work}", flush=True)
     config = cfg.Denoiser(
-        weights=None, steps=args.steps, batch_size=args.batch_size, lr=args.lr, ema=args.ema, checkpoint_steps=500
+        architecture="unet",
+        patch=2,
+        weights=None,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        ema=args.ema,
+        checkpoint_steps=500,
     )
 
     def report(p: dict[str, Any]) -> None:

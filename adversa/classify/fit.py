@@ -1,6 +1,7 @@
 """Fit the classifier: AdamW, warm-up and cosine, averaged weights, the checkpoint chosen on `select`, exact resume.
 
-On one worker or on several (adversa.workers): each sees its rows of every batch, all draws are made for the whole batch.
+On one worker or on several (adversa.workers): each sees its rows of every batch, all draws are made for the whole batch but the
+masks of dropout and stochastic depth, which each worker draws for its rows.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def fit(
     counts, priors [K]: weight of each class in the training set, and its share of the draws; see losses.make_loss.
     committed: called on every worker, with the step, once a checkpoint is on disk.
     Killed and called again with the same arguments, it ends with bit-identical weights: the initial weights depend on
-    `seed` alone, augmentation, mixing and dropout on (seed, step) alone. torch's global generator is left as it was.
+    `seed` alone, augmentation and mixing on (seed, step) alone, dropout and stochastic depth on (seed, step, worker).
+    torch's global generator is left as it was.
     UserError: a loss, gradient or weight that is not finite (step and ids), a checkpoint of other settings.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -45,11 +45,15 @@ def make_loss(
 
 
 def effective_weights(counts: Sequence[float], priors: Sequence[float], beta: float) -> np.ndarray:
-    """w_k proportional to (1 - beta) / (1 - beta^n_k) (Cui et al. 2019, equation 6), scaled so that a row weighs 1 on average.
+    """Weights under which rows drawn with the shares `priors` have the expected loss of Cui et al. 2019, equation 6.
 
-    One scale for the run: scaled within each batch, a row's weight would depend on its neighbours. 0 for a class with no image.
+    There rows come as they are, n_k of a class, and weigh (1 - beta) / (1 - beta^n_k). Drawn q_k of the time they weigh that
+    times n_k / q_k: without it balanced draws would be corrected for a tail they no longer have. beta 0 undoes the balance.
+    Scaled so that a row weighs 1 on average, with one scale for the run: scaled within each batch, a row's weight would depend
+    on its neighbours. 0 for a class with no image.
     """
-    n, shares = np.asarray(counts, np.float64), np.asarray(priors, np.float64) / np.sum(priors)
-    effective = np.where(n > 0, 1 - np.power(beta, n, where=n > 0, out=np.zeros_like(n)), np.inf)
-    weights = (1 - beta) / effective
-    return weights / (shares @ weights)
+    n, drawn = np.asarray(counts, np.float64), np.asarray(priors, np.float64) / np.sum(priors)
+    there = (n > 0) & (drawn > 0)
+    weights = np.zeros_like(n)
+    weights[there] = (1 - beta) / (1 - np.power(beta, n[there])) * n[there] / drawn[there]
+    return weights / (drawn @ weights)

@@ -16,7 +16,8 @@ def mix(
 
     Every row has its own lambda ~ Beta(alpha, alpha), the share it keeps of itself (Zhang et al. 2018; Yun et al. 2019).
     size, rows: as for `augment`. Rows are random draws already, so the neighbour is as good a partner as any, and lies on the
-    same worker; only where a worker's rows begin at an odd row, or end at one, is a row without its partner, and stays alone.
+    same worker (types.share_of cuts between pairs). A row without its partner stays alone: the last of an odd batch, and those that
+    a cut has parted, which happens only in a batch of fewer pairs than workers.
     """
     if not (mixup or cutmix):
         return pixels, targets

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adversa import hub
 from adversa.classify.depthwise import fast_depthwise
 from adversa.config import Classifier
 from adversa.types import UserError
@@ -23,9 +24,9 @@ from adversa.weights import read_model
 class Network(nn.Module):
     """pixels [B, 3, H, W] in [0, 1] -> (logits [B, K], embedding [B, D]).
 
-    Resizing to `input_size` (unless `resize` is False) and normalisation by the model's own mean and standard deviation happen
-    inside, so that no caller can get them wrong. The trunk is built with num_classes=0: every timm model then returns its
-    embedding.
+    Resizing to `input_size` (unless `resize` is False) with the interpolation of the model's own data configuration (bilinear or
+    bicubic, antialiased) and normalisation by its mean and standard deviation happen inside, so that no caller can get them
+    wrong. The trunk is built with num_classes=0: every timm model then returns its embedding.
     """
 
     def __init__(self, trunk: nn.Module, width: int, num_classes: int, input_size: int | None) -> None:
@@ -36,13 +37,14 @@ class Network(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.input_size = input_size
         statistics = timm.data.resolve_model_data_config(trunk)
+        self.interpolation = "bilinear" if statistics["interpolation"] == "bilinear" else "bicubic"
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(statistics[name]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor, resize: bool = True) -> tuple[Tensor, Tensor]:
         if resize and self.input_size is not None and pixels.shape[-2:] != (self.input_size, self.input_size):
-            pixels = F.interpolate(pixels, (self.input_size, self.input_size), mode="bilinear", antialias=True)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            pixels = F.interpolate(pixels, (self.input_size, self.input_size), mode=self.interpolation, antialias=True)
+            pixels = pixels.clamp(0, 1).contiguous(memory_format=torch.channels_last)
         embedding = self.trunk((pixels - self.mean) / self.std)
         return self.head(embedding), embedding
 
@@ -88,15 +90,17 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Network, dic
     return network.to(device).eval(), meta, fingerprint
 
 
-def _trunk(config: Classifier, **more: Any) -> nn.Module:
+def _trunk(config: Classifier) -> nn.Module:
     name = config.model
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() has the names"
         raise UserError(f"classifier.model {name!r} is no timm model{hint}")
+    if asked := [k for k in config.model_args if k.startswith(("pretrained", "checkpoint"))]:
+        raise UserError(f"classifier.model_args {asked[0]}: weights are given as classifier.weights, which checks that they fit")
     try:
-        return timm.create_model(name, **{**config.model_args, "num_classes": 0, **more})
-    except (TypeError, ValueError, AssertionError, KeyError, IndexError, RuntimeError) as e:
+        return timm.create_model(name, **{**config.model_args, "num_classes": 0})
+    except (OSError, TypeError, ValueError, AssertionError, KeyError, IndexError, RuntimeError) as e:
         what = f"classifier.model_args {config.model_args}" if config.model_args else f"classifier.model {name!r}"
         raise UserError(f"{what}: timm cannot build {name}: {_line(e)}; arguments are a model's own") from None
 
@@ -153,18 +157,26 @@ def _load_trunk(trunk: nn.Module, config: Classifier) -> None:
 
 def _imagenet(config: Classifier) -> dict[str, Tensor]:
     try:
-        return timm.create_model(config.model, pretrained=True, num_classes=0).state_dict()
+        with hub.quiet():
+            return timm.create_model(config.model, pretrained=True, num_classes=0).state_dict()
     except Exception as e:  # whatever the hub's client raises: no network, no such weights, no space left
+        why = "it cannot be reached from here" if hub.unreachable(e) else _line(e)
         raise UserError(
-            f"classifier.weights imagenet: cannot get {config.model} from the hub ({_line(e)}); "
+            f"classifier.weights imagenet: cannot get {config.model} from the hub ({why}); "
             "give a local safetensors file, or null to train from scratch"
         ) from e
 
 
 def _local(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, or a folder written by `fit`: then its trunk, for the head is of other classes."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.is_dir():
+        state = read_model(path)[0]
+        if not any(k.startswith("trunk.") for k in state):
+            raise UserError(f"classifier.weights {path}: the folder holds no classifier; give one, or a safetensors file")
+        return {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:

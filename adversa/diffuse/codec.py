@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from adversa import config as cfg
-from adversa import weights
+from adversa import runs, weights
 from adversa.diffuse import pretrained
 from adversa.diffuse.edm import to_images, to_tensor
 from adversa.types import UserError
@@ -159,21 +159,31 @@ def fetch(config: cfg.Codec, resolution: int, out: Path) -> str:
     if folder is not None and (folder / weights.MODEL).is_file():
         codec = load(folder)
         model, meta = codec.model, codec.meta  # as it is: a denoiser that belongs to it goes on belonging to it
-        if meta["class"] != CLASSES[config.kind]:
-            raise UserError(
-                f"codec.path {config.path} is of class {meta['class']}; codec.kind {config.kind} wants {CLASSES[config.kind]}"
-            )
     else:
         where = str(folder or config.path)
         model, meta = pretrained.load(where, "codec.path", [CLASSES[config.kind]], local=folder is not None), None
     if model.config.in_channels != 3 or model.config.out_channels != 3:
         raise UserError(f"codec.path {config.path} encodes {model.config.in_channels} channels; pictures have 3")
     meta = meta or describe(model, config.path)
-    if resolution % meta["factor"]:
-        raise UserError(
-            f"data.resolution {resolution} must be a multiple of {meta['factor']}, the factor of codec.path {config.path}"
-        )
+    _fits(config, meta["class"], meta["factor"], resolution)
     return weights.save_model(out, model.state_dict(), meta)
+
+
+def check(config: cfg.Codec, resolution: int) -> None:
+    """What `fetch` would refuse of a local folder's class and factor, from its config.json alone, be it ours or diffusers'."""
+    folder = _folder(config.path) if config.path else None
+    meta = runs.read_json(folder / weights.CONFIG) if folder else None
+    if meta is None:
+        return
+    levels = meta.get("block_out_channels") or meta.get("encoder_block_out_channels") or [0]  # each but the first halves the side
+    _fits(config, meta.get("class") or meta.get("_class_name"), meta.get("factor") or 2 ** (len(levels) - 1), resolution)
+
+
+def _fits(config: cfg.Codec, name: str | None, factor: int, resolution: int) -> None:
+    if name != CLASSES[config.kind]:
+        raise UserError(f"codec.path {config.path} is of class {name}; codec.kind {config.kind} wants {CLASSES[config.kind]}")
+    if resolution % factor:
+        raise UserError(f"data.resolution {resolution} must be a multiple of {factor}, the factor of codec.path {config.path}")
 
 
 def source(config: cfg.Codec) -> dict[str, str]:

@@ -21,7 +21,7 @@ from adversa import config as cfg
 from adversa import tables, weights, workers
 from adversa.diffuse import codec
 from adversa.diffuse.edm import to_tensor
-from adversa.types import UserError, seed_of
+from adversa.types import UserError, digest, seed_of
 
 Batch = dict[str, Any]  # "id" list[str], "image" uint8 [B, R, R, 3]; "size": rows of all workers together (absent: B)
 LOG_STEPS = 50
@@ -65,13 +65,14 @@ def fit_codec(
 
     `batches` begins at step resume_step(out). select: pictures it is not fitted on; their PSNR is told and chooses nothing.
     Returns {"steps", "loss", "psnr" (dB; None without select), "fingerprint", "parameters"}. committed(step) is called on every
-    worker after a checkpoint. UserError where the loss stops being finite, naming step and ids.
+    worker after a checkpoint. UserError where a loss, a gradient or a weight stops being finite, naming step and ids, or where the
+    checkpoint is one of other settings.
     """
     assert config.is_fitted and resolution % 2**config.halvings == 0, (config, resolution)
     if threads:
         torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = _start(config, out, seed, device)
+    run = _start(config, resolution, out, seed, device)
     iterator, told = iter(batches), 0.0
     for step in range(run["step"], config.steps):
         batch = next(iterator, None)
@@ -84,7 +85,7 @@ def fit_codec(
             run["history"].append({"step": step + 1, "loss": float(np.mean(run["losses"])), "lr": rate})
             run["losses"] = []
         if run["step"] % config.checkpoint_steps == 0 or last:
-            _commit(run, out)
+            _commit(run, out, batch, config)
             committed(run["step"])
         if time.monotonic() - told > 1 or last:
             told = time.monotonic()
@@ -121,15 +122,18 @@ def turned(x: Tensor, views: int, generator: torch.Generator, rows: slice, size:
     return torch.where((view & 4).bool(), x.transpose(2, 3), x)
 
 
-def _start(config: cfg.Codec, out: Path, seed: int, device: torch.device) -> dict[str, Any]:
+def _start(config: cfg.Codec, resolution: int, out: Path, seed: int, device: torch.device) -> dict[str, Any]:
     """Model and optimizer: fresh, or as the checkpoint has them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("codec", seed))
         model = codec.build(config)
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    run: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0, "history": [], "losses": []}
+    recipe = digest(config.model_dump_json(exclude={"checkpoint_steps"}), resolution, seed)
+    run: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0, "history": [], "losses": [], "recipe": recipe}
     if (saved := weights.load_checkpoint(out)) is not None:
+        if saved.get("recipe") != recipe:
+            raise UserError(f"{out} holds an unfinished training with other settings; delete that folder to start it anew")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         run.update(step=int(saved["step"]), history=saved["history"], losses=saved["losses"])
@@ -149,25 +153,41 @@ def _train_step(run: dict[str, Any], batch: Batch, config: cfg.Codec, step: int,
         group["lr"] = learning_rate(config, step)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
         y = run["parallel"](x.to(memory_format=torch.channels_last), noise)
-    loss = workers.share(losses(x, y), size)
+    each = losses(x, y)
+    loss = workers.share(each, size)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     value = workers.mean(loss)
     if not math.isfinite(value) or not bool(torch.isfinite(norm)):
-        ids = ", ".join(str(i) for i in batch["id"][:4])
-        where = f"loss {value:g}, gradient {float(norm):g} at step {step} (images {ids}, ...)"
-        raise UserError(f"codec training is not finite: {where}; lower codec.lr (now {config.lr:g})")
+        guilty = [i for i, finite in zip(batch["id"], torch.isfinite(each).tolist(), strict=True) if not finite]
+        raise _diverged(f"loss {value:g}, gradient {float(norm):g}", step, _everyones(guilty) or _everyones(batch["id"]), config)
     optimizer.step()
     return value
 
 
-def _commit(run: dict[str, Any], out: Path) -> None:
+def _everyones(ids: list[str]) -> list[str]:
+    return workers.gather(np.array(ids, str)).tolist()
+
+
+def _diverged(what: str, step: int, ids: list[str], config: cfg.Codec) -> UserError:
+    shown = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
+    return UserError(
+        f"codec training is not finite: {what} at step {step} (images {shown}); lower codec.lr (now {config.lr:g}), "
+        "or look at the images"
+    )
+
+
+def _commit(run: dict[str, Any], out: Path, batch: Batch, config: cfg.Codec) -> None:
+    """Everything to go on from, on disk; UserError instead where a weight is not finite. batch: of the last step."""
+    largest = torch.stack(torch._foreach_norm(list(run["model"].parameters()), math.inf)).sum()
+    if not math.isfinite(workers.mean(largest)):
+        raise _diverged("a weight is not finite", run["step"] - 1, _everyones(batch["id"]), config)
     if workers.lead():
         weights.save_checkpoint(
             out,
             {"step": run["step"], "model": run["model"].state_dict(), "optimizer": run["optimizer"].state_dict(),
-             "history": run["history"], "losses": run["losses"]},
+             "history": run["history"], "losses": run["losses"], "recipe": run["recipe"]},
         )  # fmt: skip
         _write_history(run, out)
     workers.barrier()

@@ -132,7 +132,7 @@ def start_from(
 
 def _config(meta: dict[str, Any], folder: Path) -> cfg.Denoiser:
     try:
-        return cfg.Denoiser.model_validate(meta["denoiser"])
+        return cfg.Denoiser.model_validate({"architecture": "unet", **meta["denoiser"]})  # older folders do not name theirs
     except (KeyError, ValidationError) as e:
         raise UserError(f"{folder} holds no denoiser this version can read ({' '.join(str(e).split())}); train it anew") from None
 

@@ -18,6 +18,7 @@ first steps shrinking that noise, which costs time and no more.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def read(path: str, num_classes: int) -> External:
     """
     unet_folder, scheduler = places(path)
     unet = pretrained.load(str(unet_folder), "denoiser.external", ["UNet2DModel", "UNet2DConditionModel"], local=True)
-    settings, c = _json(scheduler), unet.config
+    settings, c = _settings(scheduler, path), unet.config
     prediction = settings.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS or settings.get("use_flow_sigmas"):
         _refuse(path, f"predicts {prediction}", f"a model that predicts {' or '.join(PREDICTIONS)}")
@@ -216,11 +217,30 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[External, di
     return denoiser.to(device).eval(), meta, hashlib.sha256(text).hexdigest()[:32]
 
 
+def _settings(scheduler: Path, path: str) -> dict[str, Any]:
+    """What the scheduler's file says, and the defaults of its class for what it does not: files of earlier versions lack keys, and
+    diffusers' defaults differ from class to class (DDPM and DDIM clip x0 to [-1, 1], Heun's scheduler does not)."""
+    import diffusers
+
+    said = _json(scheduler)
+    kind = getattr(diffusers, str(said.get("_class_name")), None)
+    if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
+        known = inspect.signature(kind.__init__).parameters.values()
+        return {p.name: p.default for p in known if p.default is not p.empty} | said
+    if "clip_sample" not in said:
+        why = f"has a scheduler of class {said.get('_class_name')}, unknown to diffusers, that does not say whether it clips"
+        _refuse(path, why, f"one with clip_sample, true or false, in its {SCHEDULER}")
+    return said
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not valid JSON ({e}); save the model again with diffusers") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, not an object of settings; save the model again with diffusers")
+    return found
 
 
 def _refuse(path: str, why: str, mend: str) -> Any:

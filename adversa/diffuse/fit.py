@@ -23,14 +23,14 @@ from adversa import tables, weights, workers
 from adversa.diffuse import average, edm
 from adversa.diffuse.objective import Objective, draw, turn, validation_loss
 from adversa.diffuse.paint import paint
-from adversa.types import GenerationRequest, UserError, seed_of
+from adversa.types import GenerationRequest, UserError, digest, seed_of
 
 # "id" list[str], "label" int64 [B], and "image" uint8 [B, H, W, 3] or "latent" float32 [B, C, h, w]; "size": int where these are a
 # worker's rows of a larger batch
 Batch = dict[str, Any]
 LOG_STEPS = 50
 VALIDATIONS = 5  # of a training with `select`, evenly spaced, the last step included
-VALIDATED = 128  # images of `select`, the first
+VALIDATED = 128  # images of `select`
 
 
 @dataclass
@@ -42,6 +42,7 @@ class State:
     averaged: edm.Denoiser  # the moving average of the weights: what becomes the model
     optimizer: torch.optim.Optimizer
     init: str
+    recipe: str  # digest of what makes the training: a checkpoint of another is refused
     device: torch.device
     step: int = 0
     loss: float = math.nan  # of the last step that was looked at
@@ -80,10 +81,11 @@ def fit(
 
     `batches` begins at step resume_step(out) and holds the steps that are left. resolution, channels: of the space that is
     diffused; codec: what config.json says of it where that is not pixels; decode: from there [B, C, h, w] to uint8 [B, R, R, 3].
-    select: held-out batches; the validation loss of their first VALIDATED images is then in metrics.jsonl, VALIDATIONS times.
+    select: held-out batches; the validation loss of VALIDATED images of them is then in metrics.jsonl, VALIDATIONS times.
     committed: called on every worker, with the step, once a checkpoint is on disk. Returns {"steps", "loss" (EDM's weighted error,
     mean since the last multiple of LOG_STEPS, whatever config.loss minimises), "init", "fingerprint", "parameters"}. UserError
-    where a loss, a gradient or a weight stops being finite, naming step and ids, or where config.weights do not fit.
+    where a loss, a gradient or a weight stops being finite, naming step and ids, where config.weights do not fit, or where the
+    checkpoint is one of other settings.
     """
     assert num_classes == len(classes), (num_classes, classes)
     if threads:
@@ -132,7 +134,14 @@ def _start(config: cfg.Denoiser, meta: dict[str, Any], out: Path, seed: int) -> 
         torch.manual_seed(seed_of("denoiser", seed))
         denoiser = edm.build(config, len(meta["classes"]), *space)
         objective = Objective(denoiser, config)
+    # All but how often it is saved and shown.
+    recipe = digest(
+        config.model_dump_json(exclude={"checkpoint_steps", "sample_steps"}), meta["classes"], *space,
+        json.dumps(meta.get("codec"), sort_keys=True), seed,
+    )  # fmt: skip
     saved = weights.load_checkpoint(out)
+    if saved and saved.get("recipe") != recipe:
+        raise UserError(f"{out} holds an unfinished training with other settings; delete that folder to start it anew")
     init = saved["init"] if saved else edm.start_from(denoiser, config, meta["classes"], *space, meta.get("codec"))
     objective.to(device).train()
     averaged = copy.deepcopy(denoiser).eval().requires_grad_(False)
@@ -143,7 +152,7 @@ def _start(config: cfg.Denoiser, meta: dict[str, Any], out: Path, seed: int) -> 
         optimizer.load_state_dict(saved["optimizer"])
     if config.compile:
         denoiser.network.compile(dynamic=False)  # in place: the weights keep their names, and the average is asked eagerly
-    state = State(objective, workers.parallel(objective, device), averaged, optimizer, init, device)
+    state = State(objective, workers.parallel(objective, device), averaged, optimizer, init, recipe, device)
     if saved:
         state.step, state.history, state.losses = int(saved["step"]), saved["history"], saved["losses"]
     return state
@@ -210,16 +219,18 @@ def _log(state: State, config: cfg.Denoiser) -> None:
 
 
 def _held_out(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """The first VALIDATED images of all workers' batches together, and their labels."""
-    images: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
+    """VALIDATED images of all workers' batches together, and their labels: those whose ids hash lowest.
+
+    A random choice, which no order changes: data sets often list one class after the other.
+    """
+    kept: list[tuple[int, np.ndarray, np.int64]] = []
     for batch in batches:  # to the end: a stream that is left half-read keeps its workers
-        if sum(map(len, labels)) < VALIDATED:
-            x, label = _tensors(batch)
-            images.append(workers.gather(x.numpy()))
-            labels.append(workers.gather(label.numpy()))
-    assert images, "the select role is empty"
-    return torch.from_numpy(np.concatenate(images)[:VALIDATED]), torch.from_numpy(np.concatenate(labels)[:VALIDATED])
+        x, label = _tensors(batch)
+        rows = zip([seed_of("validated", i) for i in batch["id"]], map(np.array, x.numpy()), label.numpy(), strict=True)
+        kept = sorted([*kept, *rows], key=lambda row: row[0])[:VALIDATED]
+    found = sorted((row for rows in workers.everyones(kept) for row in rows), key=lambda row: row[0])[:VALIDATED]
+    assert found, "the select role is empty"
+    return torch.from_numpy(np.stack([x for _, x, _ in found])), torch.tensor([int(label) for _, _, label in found])
 
 
 def _validate(state: State, held_out: tuple[Tensor, Tensor], config: cfg.Denoiser, seed: int) -> dict[str, float]:
@@ -249,7 +260,8 @@ def _commit(state: State, config: cfg.Denoiser, out: Path) -> None:
         weights.save_checkpoint(
             out,
             {"step": state.step, "model": state.objective.state_dict(), "ema": state.averaged.state_dict(),
-             "optimizer": state.optimizer.state_dict(), "history": state.history, "losses": state.losses, "init": state.init},
+             "optimizer": state.optimizer.state_dict(), "history": state.history, "losses": state.losses, "init": state.init,
+             "recipe": state.recipe},
         )  # fmt: skip
         _write_history(state, out)
     workers.barrier()
@@ -276,8 +288,14 @@ def sample_grid(
     denoiser: edm.DenoiserFn, meta: dict[str, Any], seed: int, device: torch.device | str = "cpu", columns: int = 8,
     generate: cfg.Generate | None = None, decode: Callable[[Tensor], np.ndarray] = edm.to_images,
 ) -> np.ndarray:  # fmt: skip
-    """One row of `columns` samples a class: uint8 [classes * R, columns * R, 3]."""
-    generate = generate or cfg.Generate()
+    """One row of `columns` samples a class: uint8 [classes * R, columns * R, 3].
+
+    generate None: cfg.Generate's solver, steps and guidance whatever the run generates with, so that grids of all runs compare; but
+    bf16 only where the denoiser is trained in it (amp), and no guidance where it has seen no null class (null_probability 0).
+    """
+    if generate is None:
+        trained = meta["denoiser"]
+        generate = cfg.Generate(amp=trained["amp"], **({} if trained["null_probability"] else {"guidance": 1.0}))
     top, scale = generate.sigma_max, generate.guidance
     requests = [
         GenerationRequest(f"{k}-{i}", 0, "unguided", "sample", k, None, top, scale, seed_of("samples", seed, k, i))

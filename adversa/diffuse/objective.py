@@ -58,6 +58,8 @@ def min_snr_weight(sigma: Tensor, gamma: float) -> Tensor:
     SNR = 1 / sigma^2. It weighs the error of the denoiser's answer D = c_skip x + c_out F; in terms of the network's own output F
     the weight is  c_out^2 min(1 / sigma^2, gamma): about gamma sigma^2 far below sigma_data and (sigma_data / sigma)^2 far above,
     largest in between, where EDM's is 1 everywhere. With gamma = 1 / sigma_data^2 it is 1 / (sigma^2 + sigma_data^2) with a corner.
+    Pixels in [-1, 1] and latents (scaled to it) both have a standard deviation of sigma_data, about 0.5, so the same gamma puts the
+    corner at the same share of noise in both.
     """
     return sigma.square().reciprocal().clamp(max=gamma)
 

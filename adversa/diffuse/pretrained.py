@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from adversa import hub
 from adversa.types import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers calls a model's weights
@@ -26,23 +27,25 @@ def load(where: str, key: str, allowed: Sequence[str], local: bool) -> nn.Module
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would warn of is raised below
     try:
-        name = _class_name(where, local)
-        if name not in allowed:
-            raise UserError(f"{key} {where} is of class {name}; it must be {' or '.join(allowed)}")
-        model, info = getattr(diffusers, name).from_pretrained(
-            where, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=torch.float32,
-            local_files_only=local,
-        )  # fmt: skip
+        with hub.quiet():
+            name = _class_name(where, local)
+            if name not in allowed:
+                raise UserError(f"{key} {where} is of class {name}; it must be {' or '.join(allowed)}")
+            model, info = getattr(diffusers, name).from_pretrained(
+                where, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=torch.float32,
+                local_files_only=local,
+            )  # fmt: skip
     except UserError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:200]
         if local:
             raise UserError(f"{key} {where} cannot be read ({reason}); give a diffusers folder with {WEIGHTS}") from None
-        off = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") else ""
-        raise UserError(
-            f"{key} {where}: no such folder, and it cannot be had from the hub{off}: {reason}; give a local diffusers folder"
-        ) from None
+        off = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+        why = f"it cannot be had from the hub{' (HF_HUB_OFFLINE is set)' if off else ''}: {reason}"
+        if not off and hub.unreachable(e):
+            why = "the hub cannot be reached from here, nor has it been downloaded before"
+        raise UserError(f"{key} {where}: no such folder, and {why}; give a local diffusers folder") from None
     finally:
         logging.set_verbosity(before)
     if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
@@ -54,7 +57,10 @@ def _class_name(where: str, local: bool) -> str:
     """The class that a model's config.json names; any model's class can read it."""
     from diffusers import AutoencoderKL
 
-    return str(AutoencoderKL.load_config(where, local_files_only=local).get("_class_name"))
+    config = AutoencoderKL.load_config(where, local_files_only=local)
+    if not isinstance(config, dict):
+        raise ValueError(f"its config.json holds a {type(config).__name__}, not an object")
+    return str(config.get("_class_name"))
 
 
 def hashed(paths: Sequence[Path]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -69,22 +70,20 @@ class RayEngine:
         if not todo:
             return
         try:
-            self.started = training.fit(todo, self.storage, self.image_bytes, self.group(min(job.feed.batch_size for job in todo)))
+            self.started = training.fit(todo, self.storage, self.image_bytes, self.group())
         finally:
             shutil.rmtree(self.storage, ignore_errors=True)
 
-    def group(self, smallest_batch: int) -> training.Group:
-        """The workers of a training. UserError where there is no room for them, or a batch has too few rows to share."""
+    def group(self) -> training.Group:
+        """The workers of a training. UserError where an embedded Ray, which cannot grow, has no room for them."""
         c = self.cluster
-        if smallest_batch < c.training_workers:
-            raise UserError(
-                f"cluster.training_workers {c.training_workers}: a batch of {smallest_batch} images cannot be shared among them; "
-                "take fewer workers or a larger batch_size"
-            )
-        if self.embedded and self.gpus and c.training_workers > self.gpus:
-            raise UserError(f"cluster.training_workers {c.training_workers}: there are {self.gpus} GPUs; take at most so many")
-        # Workers that take the last CPU would leave none for the streams that feed them; and a group must ask for something.
-        share = min(1.0, (self.cpus - 1) * 100 // c.training_workers / 100)
+        room, what = (self.gpus, "GPUs") if self.gpus else (self.cpus, "CPUs")
+        if self.embedded and c.training_workers > room:
+            raise UserError(f"cluster.training_workers {c.training_workers}: there are {room} {what}; take at most so many")
+        # Workers that take the last CPU would leave none for the streams that feed them; and a group must ask for something. A
+        # power of two, because Ray's elastic policy counts by floor division: 0.99 // 0.33 is 2.
+        free = (self.cpus - 1) / c.training_workers
+        share = min(1.0, 2.0 ** math.floor(math.log2(free))) if free else 0
         resources = ({"CPU": share} if share else {"memory": 1}) | ({"GPU": 1} if self.gpus else {})
         workers = (c.training_workers_min or c.training_workers, c.training_workers)
         return training.Group(workers, resources, c.training_attempts, c.training_threads, self.embedded)

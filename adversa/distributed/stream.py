@@ -16,7 +16,7 @@ from ray.train import DataConfig
 
 from adversa.loop.engine import Done, Make, Part, Report, Work, do_part, missing
 from adversa.loop.feed import Batch, Feed
-from adversa.types import UserError
+from adversa.types import UserError, share_of
 from adversa.weights import committed_step
 
 # Uncompressed bytes of a block of training batches: large enough to pay for a task, small against any object store.
@@ -146,7 +146,7 @@ class _FeedTask:
             first = self.start + group * self.length
             asked += [(step, self.ranks[who]) for step in range(first, min(first + self.length, self.feed.count()))]
         shares = [self.feed.batch(step, rank, self.world) for step, rank in asked]
-        size = -(-self.feed.batch_size // self.world)
+        size = max(len(range(self.feed.batch_size)[share_of(self.feed.batch_size, r, self.world)]) for r in range(self.world))
         columns = {k: np.stack([_pad(b[k], size) for b in shares]) for k, v in shares[0].items() if isinstance(v, np.ndarray)}
         return columns | {
             "ids": np.array([" ".join(b["id"]) for b in shares]),

@@ -52,7 +52,7 @@ def run(
     if waiting & {"codec", "train", "denoiser", "evaluate"}:
         steps.check_weights(config)
     if "codec" in waiting:
-        latents.check_codec(config.codec)
+        latents.check_codec(config.codec, config.data.resolution)
     if "quality" in waiting:
         quality_step.check(config)
     with tracking.Follow(config.tracking, run.root), runs.Clock(run, since) as clock:
@@ -80,13 +80,16 @@ class Cycle:
         prepare.prepare(self.engine, self.config.data, self.dir.data)
 
     def codec(self, number: int) -> None:
-        """Where latents are diffused: the autoencoder, fitted on the arm `real` or given; the latents of `train` and `select`."""
+        """Where latents are diffused: the autoencoder, fitted on the arm `real` or given; the latents of `train` and `select`.
+
+        What may refuse a setting comes first: it can be mended in place as long as nothing that hangs on it is made.
+        """
         c, d = self.config, self.dir
         mix, classes = d.arm(0, "real") / "mix", steps.classes_of(d.data)
-        steps.mix(d.data, [], "real", ["real"], c.mix, mix)
         if not c.codec.is_fitted:
             latents.fetch(d.data, c.codec, c.data.resolution, d.codec)
         steps.check_models(c, classes, True, d.codec)
+        steps.mix(d.data, [], "real", ["real"], c.mix, mix)
         if c.codec.is_fitted:
             self.engine.fit([latents.codec_job(d.data, mix, c.codec, c.denoiser.balance, c.seed, c.data.resolution, d.codec)])
         if c.denoiser.external is None:

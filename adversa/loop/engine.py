@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,7 +109,8 @@ def do_job(
 
     Of several workers each runs it on its rows of the batches; the lead alone writes. `rows` counts whole batches.
     threads: of torch; None: all CPUs of the machine the worker is on. Another number of threads or workers gives other last bits,
-    so both are recorded. committed: called on every worker with the step after each committed training state.
+    so both are recorded (the workers in progress.json as well: a group may shrink). committed: called on every worker with the step
+    after each committed training state.
     """
     from adversa import workers  # torch
 
@@ -120,7 +122,8 @@ def do_job(
     optional = {} if job.select is None else {"select": select}
     with runs.writing(job.out):
         waited = Waited(batches)
-        report = progress if workers.lead() else _tell_nobody
+        count = workers.world()
+        report = partial(_tell, progress, count) if workers.lead() else _tell_nobody
         metrics = job.fit(waited, out=job.out, report=report, threads=threads, committed=committed, **optional)
         rows = started_at * job.feed.batch_size + waited.images
         assert rows == metrics["steps"] * job.feed.batch_size, f"{job.out} saw {rows} images in {metrics['steps']} steps"
@@ -128,13 +131,16 @@ def do_job(
         compute = seconds - waited.seconds
         if workers.lead():
             _, _, fingerprint = read_model(job.out)
-            count = workers.world()
             runs.finish(
                 job.out, job.recipe, fingerprint=fingerprint, metrics=metrics, rows=rows, threads=threads, workers=count,
                 seconds=seconds, compute_seconds=compute, device_seconds=compute * count, data_wait_seconds=waited.seconds,
             )  # fmt: skip
             drop_checkpoint(job.out)
         workers.barrier()
+
+
+def _tell(progress: Report, workers: int, state: dict[str, Any]) -> None:
+    progress({**state, "workers": workers})
 
 
 def _tell_nobody(state: dict[str, Any]) -> None:

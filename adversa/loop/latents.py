@@ -32,12 +32,16 @@ def space(config: cfg.Config, codec: Path) -> tuple[int, int]:
     return meta["channels"], resolution // meta["factor"]
 
 
-def check_codec(config: cfg.Codec) -> None:
-    """Before anything runs: the folder of a given codec is there. A finished codec is in the run, and needs it no more."""
+def check_codec(config: cfg.Codec, resolution: int) -> None:
+    """Before anything runs: the folder of a given codec is there and, where it says so, of the right kind and factor.
+
+    A finished codec is in the run, and needs it no more.
+    """
     from adversa.diffuse import codec
 
     if config.path is not None:
         codec.source(config)
+        codec.check(config, resolution)
 
 
 def codec_job(data: Path, mix: Path, config: cfg.Codec, balance: float, seed: int, resolution: int, out: Path) -> FitJob:
@@ -63,13 +67,24 @@ def fetch(data: Path, config: cfg.Codec, resolution: int, out: Path) -> None:
 
     def body(progress: runs.Progress) -> Facts:
         fingerprint = codec.fetch(config, resolution, out)
-        rows = pq.ParquetFile(tables.parts(data / "select")[0]).iter_batches(MEASURED, columns=["image"])
-        images = tables.decode_images(next(iter(rows)).column("image"))
+        images = _some(data / "select", MEASURED)
         loaded = codec.load(out)
         psnr = codec.psnr(images, loaded.decode(loaded.to_space(images)))
         return {"rows": len(images), "fingerprint": fingerprint, "metrics": {"psnr": psnr}}
 
     run_step(out, recipe, body)
+
+
+def _some(examples: Path, number: int) -> np.ndarray:
+    """At most `number` images of a role, evenly spread over it: data sets often list one class after the other."""
+    paths = tables.parts(examples)
+    firsts = np.cumsum([0, *(pq.read_metadata(p).num_rows for p in paths)])
+    chosen = np.unique(np.linspace(0, firsts[-1] - 1, number).astype(np.int64))
+    found = []
+    for path, first, end in zip(paths, firsts[:-1], firsts[1:], strict=True):
+        if len(here := chosen[(chosen >= first) & (chosen < end)] - first):
+            found.append(tables.decode_images(pq.read_table(path, columns=["image"])["image"].take(here)))
+    return np.concatenate(found)
 
 
 def encode(engine: Engine, examples: Path, data: Path, codec: Path, views: int, out: Path, measured: Path | None = None) -> None:

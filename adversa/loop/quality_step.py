@@ -31,13 +31,16 @@ RESULT = "quality.json"
 
 
 def check(config: cfg.Config) -> None:
-    """Before anything runs: the named feature space is there. UserError where not."""
+    """Before anything runs: the named feature space is there, and its network can be built. UserError where not."""
+    from adversa.classify import features
+
     name, weights = config.quality.features, config.quality.weights
     if name is None:
         return
     if Path(name).is_dir():
         if weights is not None:
             raise UserError(f"quality.weights {weights}: the folder quality.features {name} has weights of its own; leave one out")
+        features.network(_named(config.quality), config.data.resolution)
         return
     if weights is None:
         raise UserError(
@@ -46,6 +49,7 @@ def check(config: cfg.Config) -> None:
         )
     if weights != "imagenet":
         steps.weight_file(weights)
+    features.network(_named(config.quality), config.data.resolution)
 
 
 def evaluate(engine: Engine, config: cfg.Config, run: RunDir) -> None:
@@ -126,13 +130,20 @@ def space(config: cfg.Config, run: RunDir) -> Any:
     judge. A classifier from scratch has none, so there it is the run's own, which has seen `train`: the floor, the distance of
     `train` from the held-out images, holds what that does.
     """
-    from adversa.classify.features import Space, pretrained
+    from adversa.classify.features import Space
 
     q, c = config.quality, config.classifier
     if needs_classifier(config):
         return Space("the run's own classifier", folder=run.arm(0, "real", 0) / "classifier")
     if q.features is None:
         return Space(f"{c.model}, pretrained", config=c)
+    return _named(q)
+
+
+def _named(q: cfg.Quality) -> Any:
+    from adversa.classify.features import Space, pretrained
+
+    assert q.features is not None
     if Path(q.features).is_dir():
         return Space(q.features, folder=Path(q.features).absolute())
     assert q.weights is not None, "`check` comes first"

@@ -83,10 +83,13 @@ def test_effective_weights_by_the_formula() -> None:
     counts, priors, beta = [5000, 500, 50, 5], np.array([0.4, 0.3, 0.2, 0.1]), 0.999
     w = effective_weights(counts, priors, beta)
     raw = np.array([(1 - beta) / (1 - beta**n) for n in counts])
-    assert np.allclose(w / w[0], raw / raw[0]) and priors @ w == pytest.approx(1)
-    assert np.allclose(effective_weights(counts, priors, 0.0), 1)  # beta 0: all alike
-    limit = effective_weights(counts, priors, 1 - 1e-9)  # beta to 1: the inverse of the counts
-    assert np.allclose(limit * counts / (limit[0] * counts[0]), 1, atol=1e-4)
+    plain = np.array(counts) / sum(counts)
+    as_they_come = effective_weights(counts, plain, beta)
+    assert np.allclose(as_they_come / as_they_come[0], raw / raw[0]) and plain @ as_they_come == pytest.approx(1)
+    assert np.allclose(priors * w, plain * as_they_come)  # however drawn, a class has the same share of the loss
+    assert np.allclose(priors * effective_weights(counts, priors, 0.0), plain)  # beta 0: as they come
+    limit = effective_weights(counts, priors, 1 - 1e-9)  # beta to 1: every class the same share
+    assert np.allclose(limit * priors, 0.25, atol=1e-4)
     assert effective_weights([10, 0], [1.0, 0.0], beta).tolist() == [1.0, 0.0]
 
 

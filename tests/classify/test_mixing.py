@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adversa.classify.mixing import mix
+from adversa.types import share_of
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -60,7 +61,7 @@ def test_lambda_follows_the_beta_distribution() -> None:
 def test_the_workers_slices_are_the_whole_batch(kinds: tuple[float, float]) -> None:
     x, t = numbered(12)
     whole, targets = mix(x, t, *kinds, generator(4))
-    for rows in (slice(0, 4), slice(4, 12)):
+    for rows in (share_of(12, rank, world) for world in range(1, 7) for rank in range(world)):
         y, mixed = mix(x[rows], t[rows], *kinds, generator(4), 12, rows)
         assert torch.equal(y, whole[rows]) and torch.equal(mixed, targets[rows])
     for rows, alone in ((slice(0, 5), 4), (slice(5, 12), 5)):  # cut between partners: these two stay as they are

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,17 @@ def test_images_are_resized_to_input_size() -> None:
     network.trunk.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape)))
     network(to_pixels(images(2)))
     assert seen == [(2, 3, 48, 48)]
+
+
+@pytest.mark.parametrize("model", ["resnet10t", "tf_efficientnet_lite0", "tf_mobilenetv3_small_minimal_100"])
+def test_resizing_is_the_models_own_interpolation(model: str) -> None:
+    network = build(Classifier(model=model, model_args={}, input_size=64), 3, 48).eval()
+    mode = timm.data.resolve_model_data_config(network.trunk)["interpolation"]
+    pixels, seen = to_pixels(images(2, 48)), []
+    network.trunk.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    network(pixels)
+    resized = torch.nn.functional.interpolate(pixels, (64, 64), mode=mode, antialias=True).clamp(0, 1)
+    assert mode in ("bicubic", "bilinear") and torch.allclose(seen[0], (resized - network.mean) / network.std, atol=1e-6)
 
 
 def test_an_image_scores_the_same_whatever_its_neighbours(tmp_path: Path) -> None:
@@ -131,6 +143,8 @@ def test_building_leaves_batchnorm_and_mode_alone() -> None:
     [
         ({"model": "resnet18x"}, "no timm model; did you mean .*resnet18"),
         ({"model_args": {"no_such": 1}}, "model_args.*no_such"),
+        ({"model_args": {"pretrained": True}}, "model_args pretrained: weights are given as classifier.weights"),
+        ({"model_args": {"checkpoint_path": "/x.pth"}}, "model_args checkpoint_path: weights are given as classifier.weights"),
         ({"model": "vit_tiny_patch16_224"}, "32 px .*classifier.input_size"),
         ({"input_size": 16}, "shrinks images of 16 px to one pixel"),
         ({"weights": "/nowhere/x.safetensors"}, "/nowhere/x.safetensors: no readable"),
@@ -159,6 +173,17 @@ def test_local_weights_go_into_the_trunk_and_the_old_head_goes(tmp_path: Path) -
     assert all(torch.equal(v, state[k]) for k, v in network.trunk.state_dict().items())
 
 
+def test_a_folder_of_a_trained_classifier_gives_its_trunk(tmp_path: Path) -> None:
+    source = build(TINY, 5, 32)
+    save_model(tmp_path, source.state_dict(), {"kind": "classifier"})
+    network = build(TINY.model_copy(update={"weights": str(tmp_path)}), 3, 32)
+    assert all(torch.equal(v, source.trunk.state_dict()[k]) for k, v in network.trunk.state_dict().items())
+    assert network.head.out_features == 3
+    save_model(tmp_path, {"net.x": torch.zeros(1)}, {"kind": "denoiser"})
+    with pytest.raises(UserError, match="holds no classifier"):
+        build(TINY.model_copy(update={"weights": str(tmp_path)}), 3, 32)
+
+
 def test_foreign_weights_are_refused_with_the_first_mismatches(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file(timm.create_model("test_efficientnet", num_classes=10).state_dict(), path)
@@ -182,6 +207,27 @@ def test_weights_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UserError, match="from the hub .no route to host.; give a local safetensors file"):
         build(TINY.model_copy(update={"weights": "imagenet"}), 3, 32)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **more: object) -> torch.nn.Module:
+        if not pretrained:
+            return create(name, **more)
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s [Retry 5/5].")
+        try:
+            raise ConnectionRefusedError("refused")
+        except ConnectionRefusedError as e:
+            raise OSError("a text that misleads") from e
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)  # so that caplog would see it
+    with pytest.raises(UserError, match="from the hub .it cannot be reached from here.; give a local safetensors file"):
+        build(TINY.model_copy(update={"weights": "imagenet"}), 3, 32)
+    assert "Retrying" not in caplog.text
 
 
 def test_imagenet_weights_of_a_file_are_the_trunks(imagenet_weights: Path) -> None:

@@ -14,11 +14,12 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 
 from adversa import config as cfg
 from adversa import weights
-from adversa.diffuse import codec, edm, pretrained
+from adversa.diffuse import codec, codec_fit, edm, pretrained
 from adversa.diffuse.codec_fit import fit_codec, learning_rate, losses, resume_step, turned
 from adversa.diffuse.paint import paint
 from adversa.types import GenerationRequest, UserError
 
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 TINY = cfg.Codec(kind="tiny", width=16, halvings=2, steps=7, batch_size=4, checkpoint_steps=2)
 
 
@@ -172,12 +173,17 @@ def not_json(p: Path) -> None:
     (p / "config.json").write_text("{")
 
 
+def no_object(p: Path) -> None:
+    (p / "config.json").write_text("[]")
+
+
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
         (damaged, "cannot be read"), (no_weights, "cannot be read"), (lacking, "lack or misfit 1 tensors"),
         (pickled, "cannot be read"),
         (a_unet, "is of class UNet2DModel; it must be AutoencoderTiny"), (not_json, "cannot be read"),
+        (no_object, "cannot be read .its config.json holds a list"),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_codec_is_refused_in_one_line(tmp_path: Path, spoil: Any, text: str) -> None:
@@ -214,6 +220,22 @@ def test_a_hub_id_offline_says_so_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"cannot be had from the hub \(HF_HUB_OFFLINE is set\).*give a local") as caught:
         codec.fetch(given("tiny", "nobody-adversa/no-such-model"), 16, tmp_path / "codec")
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name, value in {"ENDPOINT": NOWHERE, "HUGGINGFACE_CO_URL_TEMPLATE": NOWHERE + "/{repo_id}/{revision}/{filename}"}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between its tries
+    with pytest.raises(
+        UserError, match=r"no such folder, and the hub cannot be reached .*; give a local diffusers folder$"
+    ) as caught:
+        codec.fetch(given("tiny", "nobody-adversa/no-such-model"), 16, tmp_path / "codec")
+    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
 
 
 def test_a_folder_that_holds_another_model_is_no_codec(tmp_path: Path) -> None:
@@ -292,6 +314,34 @@ def test_a_loss_that_is_not_finite_stops_naming_step_and_images(tmp_path: Path, 
     with pytest.raises(UserError, match=r"codec training is not finite.* at step [1-6] \(images img[1-6]-0, img") as caught:
         run(tmp_path, batches(), TINY.model_copy(update={"lr": lr, "warmup": 0.0}))
     assert "\n" not in str(caught.value) and not (tmp_path / weights.MODEL).exists()
+
+
+def test_a_weight_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    config = TINY.model_copy(update={"lr": 1e39, "warmup": 0.0, "steps": 1})  # the loss is looked at before the only step
+    with pytest.raises(
+        UserError, match=r"a weight is not finite at step 0 \(images img0-0, img0-1, img0-2, img0-3\); lower codec.lr"
+    ):
+        run(tmp_path, batches(0, 1), config)
+    assert not (tmp_path / weights.MODEL).exists() and not (tmp_path / weights.CHECKPOINT).exists()
+
+
+def test_the_images_whose_loss_is_not_finite_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return losses(x, y) / torch.tensor([1.0, 1.0, 0.0, 1.0])
+
+    monkeypatch.setattr(codec_fit, "losses", poisoned)
+    with pytest.raises(UserError, match=r"loss inf, .* at step 0 \(images img0-2\); lower codec.lr"):
+        run(tmp_path, batches())
+
+
+@pytest.mark.parametrize(("update", "more"), [({"lr": 1e-3}, {}), ({"latent_channels": 3}, {}), ({}, {"seed": 1})], ids=str)
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, update: dict[str, Any], more: dict[str, Any]) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, dying(batches(), 3))
+    with pytest.raises(UserError, match=f"^{tmp_path} holds an unfinished training with other settings; delete") as caught:
+        run(tmp_path, batches(2), TINY.model_copy(update=update), **more)
+    assert "\n" not in str(caught.value) and resume_step(tmp_path) == 2
+    assert run(tmp_path, batches(2), TINY.model_copy(update={"checkpoint_steps": 5}))["steps"] == 7
 
 
 def test_the_loss_of_known_differences() -> None:

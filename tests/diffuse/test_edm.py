@@ -11,7 +11,7 @@ from adversa import weights
 from adversa.diffuse import edm
 from adversa.types import UserError
 
-TINY = cfg.Denoiser(channels=[16, 16], patch=2, attention=True, weights=None)
+TINY = cfg.Denoiser(architecture="unet", channels=[16, 16], patch=2, attention=True, weights=None)
 TOKENS = cfg.Denoiser(architecture="transformer", width=32, depth=2, patch=4, weights=None)
 CLASSES = ["a", "b", "c"]
 

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,31 +67,60 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.parametrize("conditioned", [False, True], ids=["UNet2DModel", "UNet2DConditionModel"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(str(v) for v in s.values()))
 @pytest.mark.parametrize("clip", [False, True])
-def test_x0_is_that_of_diffusers_own_step(tmp_path: Path, prediction: str, schedule: dict[str, Any], clip: bool) -> None:
-    """DDIM's step in float64 around the same network, at integer timesteps: relative 1e-5 of the largest term."""
+def test_x0_and_step_are_those_of_diffusers_own_scheduler(
+    tmp_path: Path, conditioned: bool, prediction: str, schedule: dict[str, Any], clip: bool
+) -> None:
+    """DDIM's step (of 50) in float64 around the same network, at integer timesteps.
+
+    x0 to 1e-5 of the largest term: with epsilon sigma times the network's answer, whose last bits it multiplies. Where the step
+    leads, to 1e-5 of the largest value there (about 3 but for the cosine's last steps); in our x = x0 + sigma n it is
+    x' = x0 + sigma' / sigma (x - x0).
+    """
     scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=clip, **schedule)
-    model = unet()
-    denoiser = external.read(saved(tmp_path, model, scheduler), 3)
+    embeddings = torch.randn(4, 5, 12, generator=torch.Generator().manual_seed(3)) if conditioned else None
+    model = conditional(3) if conditioned else unet()
+    denoiser = external.read(saved(tmp_path, model, scheduler, embeddings=embeddings), 3)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    scheduler.set_timesteps(1000)
+    scheduler.set_timesteps(50)
     last = 998 if schedule.get("rescale_betas_zero_snr") else 999  # at a terminal abar of 0 DDIM divides by 0
     g = torch.Generator().manual_seed(1)
     for t in (0, 1, 17, 500, 900, last):
         abar = scheduler.alphas_cumprod[t]
         x_vp = torch.randn(2, 3, 16, 16, generator=g, dtype=torch.float64)
         label = torch.tensor([1, 3])
+        condition = {"class_labels": label} if embeddings is None else {"encoder_hidden_states": embeddings[label]}
         with torch.no_grad():
             # What the denoiser is given is rounded to float32; diffusers is given the same numbers.
             sigma = ((1 - abar) / abar).sqrt()
             x = (x_vp / abar.sqrt()).float()
             ours = denoiser(x, sigma.expand(2).float(), label)
-            out = model.eval()((x.double() * abar.sqrt()).float(), torch.tensor(t), label).sample.double()
-        theirs = scheduler.step(out, t, x.double() * abar.sqrt(), generator=g).pred_original_sample
+            out = model.eval()((x.double() * abar.sqrt()).float(), torch.tensor(t), **condition).sample.double()
+        step = scheduler.step(out, t, x.double() * abar.sqrt(), use_clipped_model_output=True)
+        theirs = step.pred_original_sample
         scale = max(1.0, float(theirs.abs().max()), float(sigma) if prediction == "epsilon" else 1.0)
         assert float((ours - theirs).abs().max()) < 1e-5 * scale, (t, float((ours - theirs).abs().max()), scale)
+        after = scheduler.alphas_cumprod[t - 20] if t >= 20 else torch.tensor(1.0, dtype=torch.float64)
+        led = after.sqrt() * (ours + ((1 - after) / after).sqrt() / sigma * (x.double() - ours))
+        largest = max(1.0, float(step.prev_sample.abs().max()))
+        apart = float((led - step.prev_sample).abs().max())
+        assert apart < 1e-5 * largest, (t, apart, largest)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "clip"), [(DDPMScheduler, 1.0), (DDIMScheduler, 1.0), (HeunDiscreteScheduler, None), (PNDMScheduler, None)]
+)
+def test_what_the_schedulers_file_leaves_out_is_as_its_class_has_it(tmp_path: Path, scheduler: Any, clip: float | None) -> None:
+    path = saved(tmp_path, unet(), scheduler())
+    names = ("clip_sample", "clip_sample_range", "beta_start", "beta_end", "beta_schedule")
+    change(tmp_path / "scheduler/scheduler_config.json", **dict.fromkeys(names, "ABSENT"))
+    denoiser = external.read(path, 3)
+    assert denoiser.clip == clip
+    abar = scheduler().alphas_cumprod.double()
+    torch.testing.assert_close(denoiser.log_sigmas, ((1 - abar) / abar).sqrt().log())
 
 
 def test_x0_is_that_of_ddpm_with_a_learned_variance(tmp_path: Path) -> None:
@@ -243,8 +281,20 @@ def flow(p: Path) -> None:
     change(p / "scheduler/scheduler_config.json", prediction_type="flow_prediction")
 
 
+def no_object(p: Path) -> None:
+    (p / "scheduler/scheduler_config.json").write_text("[]")
+
+
+def unet_no_object(p: Path) -> None:
+    (p / "unet/config.json").write_text("[]")
+
+
 def no_betas(p: Path) -> None:
-    change(p / "scheduler/scheduler_config.json", beta_schedule="ABSENT", trained_betas="ABSENT")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(p / "scheduler")
+
+
+def unknown_class(p: Path) -> None:
+    change(p / "scheduler/scheduler_config.json", _class_name="OwnScheduler", clip_sample="ABSENT")
 
 
 def unknown_betas(p: Path) -> None:
@@ -260,7 +310,9 @@ def thresholding(p: Path) -> None:
     [
         (no_folder, "no such folder"), (no_weights, "lacks diffusion_pytorch"), (damaged_weights, "cannot be read"),
         (other_widths, "cannot be read|lack or misfit"), (other_class, "is of class UNet1DModel"),
-        (no_scheduler, "lacks scheduler_config"), (not_json, "not valid JSON"), (flow, "predicts flow_prediction"),
+        (no_scheduler, "lacks scheduler_config"), (not_json, "not valid JSON"),
+        (no_object, "holds a list, not an object"), (unet_no_object, "its config.json holds a list"),
+        (unknown_class, "OwnScheduler, unknown to diffusers.*clip_sample"), (flow, "predicts flow_prediction"),
         (no_betas, "without betas"), (unknown_betas, "cubic"), (thresholding, "dynamic thresholding"),
     ],
 )  # fmt: skip

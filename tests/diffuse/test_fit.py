@@ -12,11 +12,13 @@ import torch
 from adversa import config as cfg
 from adversa import tables, weights
 from adversa.diffuse import average, edm
-from adversa.diffuse.fit import VALIDATIONS, fit, learning_rate, resume_step, validation_steps
+from adversa.diffuse.fit import VALIDATED, VALIDATIONS, _held_out, fit, learning_rate, resume_step, sample_grid, validation_steps
 from adversa.diffuse.objective import validation_loss
-from adversa.types import UserError
+from adversa.types import UserError, seed_of
 
-CONFIG = cfg.Denoiser(channels=[16, 16], patch=2, attention=False, weights=None, steps=7, batch_size=4, lr=2e-3, checkpoint_steps=2)
+CONFIG = cfg.Denoiser(
+    architecture="unet", channels=[16, 16], patch=2, weights=None, steps=7, batch_size=4, lr=2e-3, checkpoint_steps=2
+)
 TOKENS = {"architecture": "transformer", "width": 32, "depth": 2, "patch": 4}
 CLASSES = ["a", "b"]
 
@@ -94,10 +96,24 @@ def test_validation_rows_hold_the_validation_loss_of_the_average(tmp_path: Path)
     assert set(found) == validation_steps(7) == {1, 3, 4, 6, 7} and len(found) == VALIDATIONS
     assert [s["validation_loss"] for s in said if "validation_loss" in s] == list(found.values())
     denoiser, _, _ = edm.load(tmp_path)
-    held = list(batches(100, 132))  # 128 images
-    x = edm.to_tensor(np.concatenate([b["image"] for b in held]))
-    label = torch.from_numpy(np.concatenate([b["label"] for b in held]))
+    rows = [row for b in batches(100, 150) for row in zip(b["id"], b["image"], b["label"], strict=True)]
+    rows = sorted(rows, key=lambda row: seed_of("validated", row[0]))[:VALIDATED]
+    x, label = edm.to_tensor(np.stack([r[1] for r in rows])), torch.tensor([int(r[2]) for r in rows])
     assert validation_loss(denoiser, x, label, CONFIG, 3) == pytest.approx(found[7], rel=1e-6)
+
+
+def test_the_validated_images_are_of_every_class_and_in_no_order_of_the_data() -> None:
+    ids, labels = [str(i) for i in range(600)], np.repeat([0, 1, 2], 200)  # one class after the other
+    image = np.arange(600)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3) % 256
+
+    def held(order: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        cuts = [order[i : i + 7] for i in range(0, 600, 7)]
+        return _held_out({"id": [ids[i] for i in c], "image": image[c].astype(np.uint8), "label": labels[c]} for c in cuts)
+
+    x, label = held(np.arange(600))
+    assert len(x) == len(label) == VALIDATED and torch.bincount(label).min() > VALIDATED // 5
+    again = held(np.random.default_rng(0).permutation(600))
+    assert torch.equal(x, again[0]) and torch.equal(label, again[1])
 
 
 def test_latents_are_trained_on_as_they_are(tmp_path: Path) -> None:
@@ -207,6 +223,43 @@ def test_a_weight_that_is_not_finite_is_never_written(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match=r"a weight is not finite at step 3 \(images img3-0, img3-1, img3-2, img3-3\)"):
         run(tmp_path, batches(0))
     assert resume_step(tmp_path) == 2 and not (tmp_path / weights.MODEL).exists()
+
+
+@pytest.mark.parametrize(
+    ("update", "more"),
+    [
+        ({"lr": 1e-3}, {}), ({"loss": "min_snr"}, {}), ({"channels": [16, 32]}, {}), ({}, {"seed": 4}),
+        ({}, {"classes": ["a", "c"]}), ({}, {"codec": {"fingerprint": "abc"}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, update: dict[str, Any], more: dict[str, Any]) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, dying(batches(0), 3))
+    with pytest.raises(UserError, match=f"^{tmp_path} holds an unfinished training with other settings; delete") as caught:
+        run(tmp_path, batches(2), CONFIG.model_copy(update=update), **more)
+    assert "\n" not in str(caught.value) and resume_step(tmp_path) == 2
+
+
+def test_a_training_goes_on_where_only_saving_and_showing_differ(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, dying(batches(0), 3))
+    result = run(tmp_path, batches(2), CONFIG.model_copy(update={"checkpoint_steps": 5, "sample_steps": 4}))
+    assert result["steps"] == 7 and (tmp_path / "samples-000004.png").exists()
+
+
+@pytest.mark.parametrize(("amp", "null_probability"), [(True, 0.15), (False, 0.15), (True, 0.0)])
+def test_a_grid_is_sampled_as_the_denoiser_was_trained(amp: bool, null_probability: float) -> None:
+    asked, precise = set(), set()
+
+    def denoiser(x: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        asked.update(label.tolist())
+        precise.add(torch.is_autocast_enabled("cpu"))
+        return torch.zeros_like(x)
+
+    meta = edm.describe(CONFIG.model_copy(update={"amp": amp, "null_probability": null_probability}), CLASSES, 16)
+    assert sample_grid(denoiser, meta, 0, columns=2).shape == (2 * 16, 2 * 16, 3)
+    assert precise == {amp} and asked == ({0, 1, 2} if null_probability else {0, 1})  # 2 is the null class
 
 
 def test_learning_rate_rises_then_falls() -> None:

@@ -63,7 +63,7 @@ def test_gradients_reach_every_weight_but_the_labels_not_seen() -> None:
 
 
 def test_bf16_autocast_stays_close_to_float32() -> None:
-    for config in (TOKENS, cfg.Denoiser(channels=[16, 32], patch=2)):
+    for config in (TOKENS, cfg.Denoiser(architecture="unet", channels=[16, 32], patch=2)):
         made = shaken(config)
         h, t, label = torch.randn(4, 12, 8, 8), torch.linspace(-100, 100, 4), torch.arange(4)
         with torch.no_grad():
@@ -78,7 +78,7 @@ def test_the_unet_is_diffusers_own() -> None:
     """Same names, same answer, on either side of the 64 rows where diffusers leaves channels-last memory."""
     from diffusers import UNet2DModel
 
-    ours = shaken(cfg.Denoiser(channels=[16, 16, 32], patch=2, attention=True))
+    ours = shaken(cfg.Denoiser(architecture="unet", channels=[16, 16, 32], patch=2, attention=True))
     theirs = UNet2DModel.from_config(ours.config).eval()
     theirs.load_state_dict(ours.state_dict())
     for rows in (3, 64):

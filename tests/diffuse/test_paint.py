@@ -25,7 +25,9 @@ def request(i: int, strategy: str = "sample", **change: object) -> GenerationReq
 @pytest.fixture(scope="module")
 def denoiser() -> edm.Denoiser:
     torch.manual_seed(0)
-    model = edm.build(cfg.Denoiser(channels=[16, 16], patch=2, attention=True), 3, 16).eval().requires_grad_(False)
+    model = (
+        edm.build(cfg.Denoiser(architecture="unet", channels=[16, 16], patch=2, attention=True), 3, 16).eval().requires_grad_(False)
+    )
     for p in model.parameters():
         p.add_(0.05 * torch.randn_like(p))
     return model

@@ -23,7 +23,7 @@ def test_small_and_of_another_seed() -> None:
 
 
 def test_the_defaults_fit_them_and_other_classes_do_not() -> None:
-    config = cfg.Denoiser(weights="phantom")
+    config = cfg.Denoiser(architecture="unet", patch=2, weights="phantom")
     classes = sorted(phantom.CLASSES)
     denoiser = edm.build(config, len(classes), 32)
     assert edm.start_from(denoiser, config, classes, 32) == "phantom"

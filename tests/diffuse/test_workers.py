@@ -19,7 +19,9 @@ from adversa.diffuse import fit
 from adversa.types import UserError
 
 SIZE = 5  # of a batch: two rows for one worker, three for the other
-PLAIN = cfg.Denoiser(channels=[16, 16], patch=2, steps=8, batch_size=SIZE, lr=2e-3, checkpoint_steps=4, amp=False)
+PLAIN = cfg.Denoiser(
+    architecture="unet", channels=[16, 16], patch=2, steps=8, batch_size=SIZE, lr=2e-3, checkpoint_steps=4, amp=False
+)
 CASES = {
     "plain": PLAIN,
     "uncertainty": PLAIN.model_copy(update={"loss": "uncertainty", "ema_width": 0.1, "flips": False}),

@@ -8,6 +8,7 @@ import ray
 
 from adversa.distributed import stream
 from adversa.loop.feed import Feed
+from adversa.types import share_of
 from adversa.weights import save_checkpoint
 
 pytestmark = pytest.mark.ray
@@ -39,7 +40,7 @@ def test_each_worker_gets_its_rows_of_every_batch_in_order(prepared, ray_engine,
     for step, whole in enumerate(feed.batches()):
         parts = [s[step] for s in shares]
         assert [p["step"] for p in parts] == [step] * world and all(p["size"] == 15 for p in parts)
-        assert [len(p["id"]) for p in parts] == [15] if world == 1 else max(len(p["id"]) for p in parts) <= -(-15 // world)
+        assert [len(p["id"]) for p in parts] == [15] if world == 1 else max(len(p["id"]) for p in parts) <= -(-15 // world) + 1
         assert sum((p["id"] for p in parts), []) == whole["id"]
         assert sum((p["label"] for p in parts), []) == whole["label"].tolist()
         assert np.array_equal(np.concatenate([p["image"] for p in parts]), whole["image"])
@@ -63,6 +64,29 @@ def test_a_select_role_is_shared_to_its_last_short_batch(prepared, ray_engine, w
 
 def len_of(prepared):
     return sum(len(b["id"]) for b in feed_of(prepared, folders=(prepared[1].data / "select",), mix=None).batches())
+
+
+class Numbered:
+    """A feed of one step: row i is i."""
+
+    def __init__(self, size):
+        self.batch_size = self.size = size
+
+    def count(self):
+        return 1
+
+    def batch(self, step, rank, world):
+        rows = share_of(self.size, rank, world)
+        numbers = np.arange(self.size)[rows]
+        return {"id": [str(i) for i in numbers], "label": numbers, "size": self.size}
+
+
+@pytest.mark.parametrize("size", [4, 15, 30, 64])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_blocks_have_room_for_the_largest_share(size, world):
+    rows = [stream._FeedTask(Numbered(size), 0, 1, (rank,), world)({"id": [0]}) for rank in range(world)]
+    assert len({r["label"].shape for r in rows}) == 1  # a dataset's rows are of one shape
+    assert [i for r in rows for i in r["label"][0, : r["rows"][0]]] == list(range(size))
 
 
 class Shard:

@@ -125,7 +125,7 @@ def test_test_is_opened_once_and_the_run_says_when(finished):
 SHORT = {
     "data": {"phantom": {"images": 200}},
     "classifier": {"model_args": {"channels": [8, 8, 8, 8]}, "steps": 6, "batch_size": 16, "evaluations": 1, "checkpoint_steps": 3},
-    "denoiser": {"channels": [8, 8], "steps": 4, "batch_size": 8, "checkpoint_steps": 2},
+    "denoiser": {"architecture": "unet", "patch": 2, "channels": [8, 8], "steps": 4, "batch_size": 8, "checkpoint_steps": 2},
     "generate": {"per_case": 2, "steps": 2, "batch_size": 8},
     "mine": {"budget": 6},
     "curate": {"min_agreement": 0.0},

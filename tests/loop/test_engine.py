@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -56,6 +57,18 @@ def test_a_training_that_saw_all_its_images_is_marked_with_what_it_cost(tmp_path
     found = runs.manifest(tmp_path)
     assert (found["rows"], found["threads"], found["workers"], found["metrics"]) == (20, 3, 1, {"steps": 5})
     assert found["compute_seconds"] == pytest.approx(found["seconds"] - found["data_wait_seconds"])
+
+
+def test_how_many_workers_a_training_has_is_seen_while_it_goes_on(tmp_path):
+    def fit(batches, *, report, **given):
+        report({"done": 1, "total": 5})
+        assert (runs.read_json(tmp_path / runs.PROGRESS)["workers"], runs.read_json(tmp_path / runs.PROGRESS)["done"]) == (1, 1)
+        return plain.fit(batches, report=report, **given)
+
+    plain = job_of(tmp_path)
+    unfinished([plain])
+    do_job(dataclasses.replace(plain, fit=fit), plain.feed.batches(), None, 1)
+    assert runs.is_finished(tmp_path)
 
 
 def test_one_that_ends_early_says_so(tmp_path):

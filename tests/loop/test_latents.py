@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from adversa import config as cfg
 from adversa import runs, tables
 from adversa.cli import app
 from adversa.diffuse import codec, edm, external
@@ -27,7 +28,7 @@ SHORT = {
     "data": {"phantom": {"images": 200}},
     "classifier": {"model_args": {"channels": [8, 8, 8, 8]}, "steps": 6, "batch_size": 16, "evaluations": 1, "checkpoint_steps": 3},
     "codec": {"kind": "tiny", "width": 8, "halvings": 2, "latent_channels": 3, "steps": 6, "batch_size": 8, "checkpoint_steps": 2},
-    "denoiser": {"channels": [8, 8], "patch": 1, "steps": 4, "batch_size": 8, "checkpoint_steps": 2},
+    "denoiser": {"architecture": "unet", "patch": 1, "channels": [8, 8], "steps": 4, "batch_size": 8, "checkpoint_steps": 2},
     "generate": {"per_case": 2, "steps": 2, "batch_size": 8},
     "mine": {"budget": 6},
     "curate": {"min_agreement": 0.0},
@@ -199,8 +200,56 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(short, tmp_path):
     with pytest.raises(UserError, match="must be a multiple of"):
         go(config, tmp_path / "run", until="codec")
     assert not (tmp_path / "run/latents").exists()
+    run = go(short(codec={"kind": "kl", "path": path}), tmp_path / "run", until="codec")  # mended in place
+    assert runs.is_finished(run.latents("train"))
+    with pytest.raises(UserError, match=r"another recipe.*denoiser.flips: True -> False"):
+        go(short(codec={"kind": "kl", "path": path}, denoiser={"flips": False}), tmp_path / "run", until="codec")
     with pytest.raises(UserError, match="no such folder"):
         go(short(codec={"kind": "kl", "path": str(tmp_path / "none")}), tmp_path / "other", until="codec")
+
+
+def test_a_given_autoencoder_of_another_kind_or_factor_is_told_before_the_data_are_read(short, tmp_path):
+    path = kl_folder(tmp_path / "kl")
+    with pytest.raises(UserError, match="is of class AutoencoderKL; codec.kind tiny wants AutoencoderTiny"):
+        go(short(codec={"kind": "tiny", "path": path}), tmp_path / "run", until="codec")
+    assert not (tmp_path / "run/data").exists()
+    for levels, kind in ((5, AutoencoderKL), (5, AutoencoderTiny)):
+        config = {"block_out_channels": [8] * levels, "encoder_block_out_channels": [8] * levels}
+        root = tmp_path / kind.__name__
+        root.mkdir()
+        (root / "config.json").write_text(json.dumps({"_class_name": kind.__name__} | config))
+        (root / "diffusion_pytorch_model.safetensors").touch()
+        asked = cfg.Codec(kind="kl" if kind is AutoencoderKL else "tiny", path=str(root))
+        latents.check_codec(asked, 48)
+        with pytest.raises(UserError, match="data.resolution 40 must be a multiple of 16, the factor of codec.path"):
+            latents.check_codec(asked, 40)
+
+
+def test_the_factor_that_is_told_is_the_factor_that_is_measured(short, tmp_path):
+    path = kl_folder(tmp_path / "kl")
+    asked = cfg.Codec(kind="kl", path=path)
+    fetched = codec.fetch(asked, 32, tmp_path / "ours") and cfg.Codec(kind="kl", path=str(tmp_path / "ours"))
+    assert runs.read_json(tmp_path / "ours/config.json")["factor"] == 2
+    for given in (asked, fetched):
+        codec.check(given, 34)
+        with pytest.raises(UserError, match="must be a multiple of 2,"):
+            codec.check(given, 33)
+    with pytest.raises(UserError, match="wants AutoencoderTiny"):
+        codec.check(fetched.model_copy(update={"kind": "tiny"}), 32)
+
+
+def test_a_mistake_in_an_external_denoiser_is_mended_in_the_same_folder(short, tmp_path):
+    """Of a latent one: the data and the codec are made by then, and stay."""
+    path = kl_folder(tmp_path / "vae")
+    theirs = short(codec={"kind": "kl", "path": path}, denoiser={"external": unet_folder(tmp_path / "theirs", labels=6)})
+    with pytest.raises(UserError, match="channels"):
+        go(theirs, tmp_path / "run", until="codec")
+    run = runs.RunDir(tmp_path / "run")
+    made = runs.manifest(run.codec)["finished"], runs.manifest(run.data)["finished"]
+    assert not runs.is_finished(run.arm(0, "real") / "mix")
+    run = go(short(codec={"kind": "kl", "path": path}), tmp_path / "run", until="codec")
+    assert made == (runs.manifest(run.codec)["finished"], runs.manifest(run.data)["finished"])
+    assert runs.is_finished(run.latents("train"))
 
 
 def test_a_channel_without_spread_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from adversa import runs, tables
 from adversa.config import Config
@@ -197,14 +198,31 @@ def test_samples_that_are_not_finite_count(copied):
         ({"features": "resnet18"}, "needs quality.weights"),
         ({"features": "resnet18", "weights": "/no/such.safetensors"}, "no such file"),
         ({"features": "/no/such/folder"}, "no such folder"),
+        ({"features": "EMPTY"}, "holds no model"),
+        ({"features": "DENOISER"}, "holds a model of kind 'edm-unet2d'; give the folder of a classifier"),
+        ({"features": "resnet99", "weights": "OTHER"}, "'resnet99' is no timm model"),
+        ({"features": "resnet10t.foo", "weights": "OTHER"}, r"quality.features resnet10t.foo: Invalid pretrained tag.*c3_in1k"),
+        ({"features": "resnet18", "weights": "OTHER"}, "quality.features cannot be had.*does not fit resnet18"),
     ],
 )
 def test_a_feature_space_that_is_not_there_stops_the_run_first(tiny, tmp_path, quality, message):
-    config = settings(tiny, **quality)
+    from safetensors.torch import save_file
+
+    from adversa.diffuse import edm
+
+    save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
+    places = {"EMPTY": str(tmp_path), "DENOISER": str(edm.SHIPPED), "OTHER": str(tmp_path / "other.safetensors")}
+    config = settings(tiny, **{k: places.get(v, v) for k, v in quality.items()})
     run = cycle.open_run(config, tmp_path / "run")
     with pytest.raises(UserError, match=message):
         cycle.run(config, run, None, None, "quality")
     assert not run.data.exists()
+
+
+def test_a_feature_space_that_is_there_passes(judged, tiny, imagenet_weights):
+    folder = judged[1].arm(0, "real", 0) / "classifier"
+    for quality in ({"features": str(folder)}, {"features": "tf_efficientnet_lite0", "weights": str(imagenet_weights)}, {}):
+        quality_step.check(settings(tiny, **quality))
 
 
 def test_weights_without_a_model_are_refused(tiny):
