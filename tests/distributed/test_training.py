@@ -7,6 +7,11 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +121,9 @@ class Fit:
                 if step == 5 and self.then and len([x for x in (out / "log").read_text().splitlines() if "start 0" in x]) == 1:
                     if self.then == "refuse":
                         raise UserError("lower classifier.lr (1e+30)")
+                    if self.then == "wait":
+                        (out / "half").touch()
+                        time.sleep(3600)
                     if workers.rank() == workers.world() - 1:
                         os.kill(os.getpid(), signal.SIGKILL)
                 step += 1
@@ -166,3 +174,46 @@ def test_what_the_user_must_mend_is_not_tried_again(ray_engine, tmp_path):
 def test_a_group_that_may_shrink_trains_with_as_many_as_there_is_room_for(ray_engine, tmp_path):
     """Two CPUs, half of one a worker (the stream needs one too): both start."""
     assert sorted(fit(with_workers(ray_engine, 2, least=1), tmp_path, "")) == ["start 0/2 at 0", "start 1/2 at 0"]
+
+
+def lose_a_node(out):
+    """A cluster of two nodes, one worker on each; the second node dies at step 5 of 10 and does not come back."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    from adversa.config import Cluster
+    from adversa.distributed.engine import RayEngine
+
+    small = {"object_store_memory": 100 << 20, "include_dashboard": False, "resources": {"slot": 1}}
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, **small})
+    second = nodes.add_node(num_cpus=1, **small)
+    os.environ["RAY_ADDRESS"] = nodes.address
+    engine = RayEngine(Cluster(training_workers=2, training_workers_min=1, training_threads=1), out.parent, 12)
+    group = engine.group()
+    engine.group = lambda: dataclasses.replace(group, resources=group.resources | {"slot": 1})  # Ray would pack both on one node
+
+    def lose():
+        while not (out / "half").exists():
+            time.sleep(0.1)
+        nodes.remove_node(second, allow_graceful=False)
+
+    threading.Thread(target=lose, daemon=True).start()
+    try:
+        fit(engine, out, "wait")
+    finally:
+        engine.close()
+        nodes.shutdown()
+
+
+def test_a_group_that_loses_a_node_for_good_goes_on_with_the_workers_that_are_left(tmp_path):
+    """In a process of its own: the session's Ray has one node."""
+    out = tmp_path / "counted"
+    done = subprocess.run([sys.executable, __file__, str(out)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    starts = [x for x in (out / "log").read_text().splitlines() if x.startswith("start")]
+    assert sorted(starts) == ["start 0/1 at 4", "start 0/2 at 0", "start 1/2 at 0"]
+    found = runs.manifest(out)
+    assert (found["rows"], found["metrics"], found["workers"]) == (40, {"steps": 10}, 1)
+
+
+if __name__ == "__main__":
+    lose_a_node(Path(sys.argv[1]))
