@@ -27,7 +27,7 @@ HARD_CASES = pa.schema(
 )
 REQUESTS = pa.schema(
     {"request_id": _text, "round": _int, "arm": _text, "strategy": _text, "label": _int, "example": _text,
-     "sigma_start": _real, "guidance": _real, "seed": _int}
+     "sigma_start": _real, "guidance": _real, "seed": _int, "partner": _text, "hardness": _real, "likeness": _real}
 )  # fmt: skip
 SYNTHETIC = pa.schema({"request_id": _text, "arm": _text, "label": _int, "image": _bytes, "finite": _flag, "denoiser": _text})
 VERDICTS = pa.schema(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 ROLES = ("train", "mine", "select", "test")
 ARMS = ("real", "unguided", "guided")
+STRATEGIES = ("sample", "vary", "inpaint", "outpaint", "inout", "blend")
 
 
 class UserError(ValueError):
@@ -73,7 +74,9 @@ class GenerationRequest:
     """One image to paint. `example` is the hard case it starts from or stands for; None for unguided requests.
 
     sigma_start is the EDM noise level (in units of data scaled to [-1, 1]) at which sampling starts; guidance is the
-    classifier-free scale w in  x_uncond + w (x_cond - x_uncond): 1 means no guidance.
+    classifier-free scale w in  x_uncond + w (x_cond - x_uncond): 1 means no guidance. partner: the second hard case of `blend`.
+    hardness, likeness: how strongly it is steered towards what the classifier under attack finds hard, and towards its hard
+    case; 0 means not at all.
     """
 
     request_id: str
@@ -85,6 +88,9 @@ class GenerationRequest:
     sigma_start: float
     guidance: float
     seed: int
+    partner: str | None = None
+    hardness: float = 0.0
+    likeness: float = 0.0
 
 
 @dataclass(frozen=True)
