@@ -23,6 +23,7 @@ from adversa import tables, weights, workers
 from adversa.diffuse import average, edm
 from adversa.diffuse.objective import Objective, draw, turn, validation_loss
 from adversa.diffuse.paint import paint
+from adversa.diffuse.strategy import Sources
 from adversa.types import GenerationRequest, UserError, digest, seed_of
 
 # "id" list[str], "label" int64 [B], and "image" uint8 [B, H, W, 3] or "latent" float32 [B, C, h, w]; "size": int where these are a
@@ -303,6 +304,6 @@ def sample_grid(
         for i in range(columns)
     ]
     generate = generate.model_copy(update={"batch_size": min(generate.batch_size, len(requests))})  # no row in vain
-    pictures = np.stack([p for _, p, _ in paint(denoiser, requests, {}, generate, meta, device, decode=decode)])
+    pictures = np.stack([p.image for p in paint(denoiser, requests, Sources(), generate, meta, device, decode=decode)])
     side = pictures.shape[1]
     return pictures.reshape(-1, columns, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, columns * side, 3)

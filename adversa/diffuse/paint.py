@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,73 +11,111 @@ import torch
 from torch import Tensor
 
 from adversa import config as cfg
+from adversa.diffuse import batch as batching
+from adversa.diffuse import strategy
 from adversa.diffuse.edm import DenoiserFn, to_images, to_tensor
-from adversa.diffuse.guidance import classifier_free
-from adversa.diffuse.solver import SOLVERS, karras_sigmas
+from adversa.diffuse.guidance import GradientFn
+from adversa.diffuse.strategy import Sources, Space
 from adversa.types import GenerationRequest
 
+DECODED = 16  # finished rows that are decoded together
 
-def noise(request: GenerationRequest, shape: tuple[int, ...]) -> Tensor:
-    """Unit normal noise of a request: its own generator, on the CPU, seeded by request.seed alone."""
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(request.seed))
+
+@dataclass(frozen=True)
+class Painted:
+    """image uint8 [R, R, 3], black where it is not finite. evaluations: rows of the denoiser; skipped: steering gradients that were
+    not finite."""
+
+    request: GenerationRequest
+    image: np.ndarray
+    finite: bool
+    evaluations: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What steers beside the denoiser's own classes. gradient: of hardness. features: pixels [B, 3, R, R] in [0, 1] to [B, D], and
+    pixels: the diffused space to such pixels, for likeness in features; weak: the denoiser of autoguidance."""
+
+    gradient: GradientFn | None = None
+    features: Callable[[Tensor], Tensor] | None = None
+    pixels: Callable[[Tensor], Tensor] | None = None
+    weak: DenoiserFn | None = None
+
+
+@dataclass
+class Canvas:
+    """Where requests are painted: a denoiser, the space it diffuses (meta: its config.json), and a batch for each stream of requests.
+
+    encode, decode: uint8 images [B, R, R, 3] to that space [B, C, h, w] and back; pixels by default.
+    """
+
+    denoiser: DenoiserFn
+    meta: dict[str, Any]
+    config: cfg.Generate
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    encode: Callable[[np.ndarray], Tensor] = to_tensor
+    decode: Callable[[Tensor], np.ndarray] = to_images
+    steering: Steering = Steering()
+
+    def stream(self, requests: Iterable[GenerationRequest], sources: Sources) -> Iterator[Painted]:
+        """Paint every request, in the order in which they finish; the next is asked for when there is room for it."""
+        asked: dict[int, GenerationRequest] = {}
+        side, classes = self.meta["resolution"], len(self.meta["classes"])
+        names = list(sources.images)
+        places = self.encode(np.stack([sources.images[n] for n in names])).float().cpu() if names else ()
+        space = Space((self.meta.get("channels", 3), side, side), dict(zip(names, places, strict=True)))
+
+        def rows() -> Iterator[batching.Row]:
+            for key, request in enumerate(requests):
+                assert 0 <= request.label < classes, (request.label, classes)
+                asked[key] = request
+                yield strategy.row(key, request, sources, space, self.config, self._goal(sources))
+
+        batch = batching.Batch(
+            self.denoiser, space.shape, self.config.batch_size, classes, self.device, self.config.amp, self.steering.weak,
+            self.steering.gradient, self.config.likeness_pull, self.steering.features, self.steering.pixels,
+        )  # fmt: skip
+        waiting: list[batching.Finished] = []
+        for done in batch.run(rows()):
+            waiting.append(done)
+            if len(waiting) == DECODED:
+                yield from self._decoded(waiting, asked, sources)
+                waiting = []
+        if waiting:
+            yield from self._decoded(waiting, asked, sources)
+
+    def _goal(self, sources: Sources) -> Callable[[str], Tensor] | None:
+        """Of likeness in features: the example's own, of so many rows as a steering pass has."""
+        features = self.steering.features
+        if features is None:
+            return None
+
+        def goal(example: str) -> Tensor:
+            pixels = torch.from_numpy(sources.images[example]).permute(2, 0, 1).float()[None] / 255
+            with torch.no_grad():
+                return features(pixels.to(self.device))[0]
+
+        return goal
+
+    def _decoded(
+        self, done: Sequence[batching.Finished], asked: dict[int, GenerationRequest], sources: Sources
+    ) -> Iterator[Painted]:
+        x = torch.stack([d.x0 for d in done])
+        finite = torch.isfinite(x).flatten(1).all(1)
+        pictures = self.decode(torch.where(finite.view(-1, 1, 1, 1), x, torch.zeros_like(x)))
+        for d, picture, ok in zip(done, pictures, finite.tolist(), strict=True):
+            request = asked.pop(d.key)
+            image = strategy.composed(picture, request, sources) if ok else np.zeros_like(picture)
+            yield Painted(request, image, ok, d.evaluations, d.skipped)
 
 
 def paint(
-    denoiser: DenoiserFn,
-    requests: Sequence[GenerationRequest],
-    start_images: dict[str, np.ndarray],
-    config: cfg.Generate,
-    meta: dict[str, Any],
-    device: torch.device | str = "cpu",
-    encode: Callable[[np.ndarray], Tensor] = to_tensor,
-    decode: Callable[[Tensor], np.ndarray] = to_images,
-) -> list[tuple[str, np.ndarray, bool]]:
-    """Paint every request: (request_id, uint8 [R, R, 3], finite), in the order asked; a row that is not finite is black.
-
-    `sample` starts from noise at config.sigma_max; `vary` from start_images[request.example] (uint8 [R, R, 3]) plus
-    request.sigma_start times noise. Batches have config.batch_size rows always (a short one is filled with copies of its first), so
-    that no result depends on how many images were asked for. meta: the denoiser's config.json (resolution and channels of the
-    space it diffuses, classes). encode, decode: uint8 images [B, R, R, 3] to that space [B, C, h, w] and back (a codec's `to_space`
-    and `decode`); pixels by default.
-    """
-    device = torch.device(device)
-    images: list[tuple[str, np.ndarray, bool]] = []
-    for first in range(0, len(requests), config.batch_size):
-        batch = list(requests[first : first + config.batch_size])
-        rows = batch + [batch[0]] * (config.batch_size - len(batch))
-        x = _solve(denoiser, rows, start_images, config, meta, device, encode)
-        finite = torch.isfinite(x).flatten(1).all(1)
-        pictures = decode(torch.where(finite.view(-1, 1, 1, 1), x, torch.zeros_like(x)))  # all rows: as many as ever, see above
-        pictures[~finite.cpu().numpy()] = 0
-        images += [(r.request_id, picture, ok) for r, picture, ok in zip(batch, pictures, finite.tolist(), strict=False)]
-    return images
-
-
-@torch.no_grad()
-def _solve(
-    denoiser: DenoiserFn,
-    rows: list[GenerationRequest],
-    start_images: dict[str, np.ndarray],
-    config: cfg.Generate,
-    meta: dict[str, Any],
-    device: torch.device,
-    encode: Callable[[np.ndarray], Tensor],
-) -> Tensor:
-    """One full batch in the diffused space: [batch_size, C, h, w]."""
-    shape, classes = (meta.get("channels", 3), meta["resolution"], meta["resolution"]), len(meta["classes"])
-    assert all(0 <= r.label < classes for r in rows), "label out of range"
-    start = torch.tensor([r.sigma_start if r.strategy == "vary" else config.sigma_max for r in rows])
-    x = torch.stack([noise(r, shape) for r in rows]) * start.view(-1, 1, 1, 1)
-    assert all(r.strategy == "sample" or (r.strategy == "vary" and r.example is not None) for r in rows), "an unknown strategy"
-    varied = sorted({r.example for r in rows if r.strategy == "vary" and r.example is not None})
-    if varied:
-        places = dict(zip(varied, encode(np.stack([start_images[e] for e in varied])).cpu(), strict=True))
-        for i, r in enumerate(rows):
-            if r.strategy == "vary" and r.example is not None:
-                x[i] += places[r.example]
-    scale = torch.tensor([r.guidance for r in rows], device=device)
-    guided = classifier_free(denoiser, scale, classes, config.guidance_low, config.guidance_high)
-    sigmas = karras_sigmas(start.to(device), config.sigma_min, config.rho, config.steps)
-    label = torch.tensor([r.label for r in rows], device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-        return SOLVERS[config.solver](guided, x.to(device), sigmas, label)
+    denoiser: DenoiserFn, requests: Sequence[GenerationRequest], sources: Sources, config: cfg.Generate, meta: dict[str, Any],
+    device: torch.device | str = "cpu", **space: Any,
+) -> list[Painted]:  # fmt: skip
+    """`Canvas.stream`, in the order asked. space: encode, decode, steering."""
+    canvas = Canvas(denoiser, meta, config, torch.device(device), **space)
+    found = {p.request.request_id: p for p in canvas.stream(requests, sources)}
+    return [found[r.request_id] for r in requests]

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from adversa import config as cfg
 from adversa import weights
 from adversa.diffuse import codec, edm, external
-from adversa.diffuse.paint import paint
+from adversa.diffuse.paint import Canvas, Painted, Steering
+from adversa.diffuse.strategy import Sources
 from adversa.types import GenerationRequest, UserError
 
 
@@ -28,15 +28,22 @@ class Painter:
     fingerprint: str
     device: torch.device
 
-    def paint(
-        self, requests: Sequence[GenerationRequest], start_images: dict[str, np.ndarray], config: cfg.Generate
-    ) -> list[tuple[str, np.ndarray, bool]]:
-        """`diffuse.paint.paint` in the space of this denoiser. UserError for guidance without a null class."""
+    def canvas(self, config: cfg.Generate, steering: Steering = Steering()) -> Canvas:
+        """Where requests are painted with these settings, in the space of this denoiser."""
+        space = {} if self.codec is None else {"encode": self.codec.to_space, "decode": self.codec.decode}
+        return Canvas(self.denoiser, self.meta, config, self.device, steering=steering, **space)
+
+    def check(self, requests: Sequence[GenerationRequest]) -> None:
+        """UserError for guidance without a null class."""
         unguided = next((r for r in requests if r.guidance != 1), None)
         if unguided is not None and not self.meta.get("null", True):
             raise UserError(f"guidance {unguided.guidance:g}: the denoiser has no null class; set generate.guidance=1")
-        space = {} if self.codec is None else {"encode": self.codec.to_space, "decode": self.codec.decode}
-        return paint(self.denoiser, requests, start_images, config, self.meta, self.device, **space)
+
+    def paint(self, requests: Sequence[GenerationRequest], sources: Sources, config: cfg.Generate) -> list[Painted]:
+        """Every request, in the order asked."""
+        self.check(requests)
+        found = {p.request.request_id: p for p in self.canvas(config).stream(requests, sources)}
+        return [found[r.request_id] for r in requests]
 
 
 def load(denoiser: Path, device: torch.device | str = "cpu", codec_folder: Path | None = None) -> Painter:

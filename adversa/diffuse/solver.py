@@ -1,69 +1,113 @@
 """Solvers of the probability-flow ODE  dx/dsigma = (x - D(x; sigma)) / sigma  (Karras et al. 2022, equation 1, sigma(t) = t).
 
-Every row of a batch has its own noise levels, so that rows may start at different ones.
+A row of a batch holds two images: the point where the denoiser is asked next, and a memory. Every solver here is linear in them:
+after its i-th answer x0 = D(point; sigma_i)
+
+    point, memory  <-  a point + b x0 + c memory,  d point + e x0
+
+so a solver is a table of numbers, made beforehand in float64, and rows at different steps, of different noise levels, even of
+different solvers, share one batch and one kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from adversa.diffuse.edm import DenoiserFn
 
 
-def karras_sigmas(start: Tensor, sigma_min: float, rho: float, steps: int) -> Tensor:
-    """Noise levels [steps + 1, B] from `start` [B] down to sigma_min in `steps` - 1 steps, then 0 (Karras et al. 2022, equation 5).
+@dataclass(frozen=True)
+class Plan:
+    """sigma float64 [E]: the noise level of each evaluation; combine float64 [E, 5]: a, b, c, d, e of the header."""
 
-    Computed in float64, given in float32.
+    sigma: np.ndarray
+    combine: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sigma)
+
+
+def karras_sigmas(start: float, sigma_min: float, rho: float, steps: int) -> np.ndarray:
+    """Noise levels, float64 [steps + 1], from `start` down to sigma_min in `steps` - 1 steps, then 0 (Karras et al. 2022, equation 5).
+
+    rho = inf: evenly spaced in the logarithm.
     """
-    assert steps >= 2 and bool((start > sigma_min).all()), (steps, start, sigma_min)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device=start.device)[:, None]
-    top = start.double()[None] ** (1 / rho)
-    sigmas = (top + ramp * (sigma_min ** (1 / rho) - top)) ** rho
-    sigmas[0] = start.double()
-    return torch.cat([sigmas, torch.zeros_like(sigmas[:1])]).float()
+    assert steps >= 2 and start > sigma_min > 0, (steps, start, sigma_min)
+    if np.isinf(rho):
+        return np.append(np.geomspace(start, sigma_min, steps), 0.0)
+    ramp = np.linspace(start ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho
+    ramp[0], ramp[-1] = start, sigma_min
+    return np.append(ramp, 0.0)
 
 
-def dpmpp_2m(denoiser: DenoiserFn, x: Tensor, sigmas: Tensor, label: Tensor) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), one evaluation a step, second order.
+def share_of_steps(start: float, top: float, sigma_min: float, rho: float, steps: int) -> int:
+    """How many of `steps` steps from `top` lie below `start`, rounded up, at least 2: a start further down needs fewer."""
+    if np.isinf(rho):
+        share = np.log(start / sigma_min) / np.log(top / sigma_min)
+    else:
+        low = sigma_min ** (1 / rho)
+        share = (start ** (1 / rho) - low) / (top ** (1 / rho) - low)
+    return max(2, min(steps, int(np.ceil(steps * share - 1e-9))))
 
-    x [B, C, H, W] at sigmas[0]; sigmas [steps + 1, B] falling. The first step, and a step to 0 (where ln sigma ends), are of first
-    order.
+
+def dpmpp_2m(sigmas: np.ndarray) -> Plan:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), one evaluation a step, second order; sigmas [steps + 1] falling.
+
+    With h = ln(now / after) and k = h / (2 h of the step before):  x <- e^-h x + (1 - e^-h) ((1 + k) x0 - k x0 of before).
+    The first step, and a step to 0 (where ln sigma ends), are of first order; the latter ends at x0 itself.
     """
-    previous: Tensor | None = None
-    for i in range(len(sigmas) - 1):
-        now, after = sigmas[i], sigmas[i + 1]
-        x0 = denoiser(x, now, label)
-        ratio = _rows(after / now)  # exp(-h), h = ln(now / after)
-        direction = x0
-        if previous is not None:
-            # k = h / (2 h_previous); a step to 0 has h = infinity and takes k = 0: the first-order step, whose end is x0 itself.
-            h, before = (now / after.clamp(min=1e-30)).log(), (sigmas[i - 1] / now).log()
-            k = torch.where(after > 0, h / (2 * before), torch.zeros_like(now))
-            direction = x0 + _rows(k) * (x0 - previous)
-        x = ratio * x + (1 - ratio) * direction
-        previous = x0
+    _check(sigmas)
+    rows = []
+    for i, (now, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        k = np.log(now / after) / (2 * np.log(sigmas[i - 1] / now)) if i and after else 0.0
+        ratio = after / now
+        rows.append([ratio, (1 - ratio) * (1 + k), -(1 - ratio) * k, 0.0, 1.0])
+    return Plan(np.asarray(sigmas[:-1], np.float64), np.asarray(rows))
+
+
+def heun(sigmas: np.ndarray) -> Plan:
+    """Heun's method (Karras et al. 2022, algorithm 1, no churn), two evaluations a step, second order; a step to 0 is Euler's.
+
+    With s = after - now: the first evaluation goes to Euler's point  x + s (x - x0) / now  and remembers half of the way,
+    m = x + s (x - x0) / (2 now); the second, at Euler's point x' and `after`, ends at  m + s (x' - x0') / (2 after).
+    """
+    _check(sigmas)
+    levels, rows = [], []
+    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        half = (after - now) / (2 * now)
+        levels.append(now)
+        rows.append([after / now, 1 - after / now, 0.0, 1 + half, -half])
+        if after:
+            half = (after - now) / (2 * after)
+            levels.append(after)
+            rows.append([half, -half, 1.0, 0.0, 1.0])
+    return Plan(np.asarray(levels, np.float64), np.asarray(rows))
+
+
+def _check(sigmas: np.ndarray) -> None:
+    assert len(sigmas) >= 2 and np.all(np.diff(sigmas) < 0) and sigmas[-1] >= 0, sigmas
+
+
+def advance(point: Tensor, memory: Tensor, x0: Tensor, combine: Tensor) -> tuple[Tensor, Tensor]:
+    """The header's update of rows [B, C, h, w]; combine [B, 5], of their dtype."""
+    a, b, c, d, e = combine.view(-1, 5, 1, 1, 1).unbind(1)
+    return torch.addcmul(a * point, b, x0).addcmul_(c, memory), torch.addcmul(d * point, e, x0)
+
+
+def solve(denoiser: DenoiserFn, x: Tensor, plans: list[Plan], label: Tensor) -> Tensor:
+    """Rows x [B, C, h, w], each by its own plan, all of one length, in step. In the dtype of x."""
+    assert len({len(p) for p in plans}) == 1 and len(plans) == len(x), [len(p) for p in plans]
+    memory = torch.zeros_like(x)
+    for i in range(len(plans[0])):
+        sigma = torch.tensor([p.sigma[i] for p in plans], dtype=x.dtype, device=x.device)
+        combine = torch.tensor(np.stack([p.combine[i] for p in plans]), dtype=x.dtype, device=x.device)
+        x, memory = advance(x, memory, denoiser(x, sigma, label), combine)
     return x
 
 
-def heun(denoiser: DenoiserFn, x: Tensor, sigmas: Tensor, label: Tensor) -> Tensor:
-    """Heun's method (Karras et al. 2022, algorithm 1, no churn), two evaluations a step, second order; a step to 0 is Euler's."""
-    for i in range(len(sigmas) - 1):
-        now, after = sigmas[i], sigmas[i + 1]
-        slope = (x - denoiser(x, now, label)) / _rows(now)
-        step = _rows(after - now)
-        euler = x + step * slope
-        last = after == 0
-        if bool(last.all()):
-            return euler
-        level = torch.where(last, now, after)  # a finished row is evaluated where it is harmless, and its answer not used
-        slope_after = (euler - denoiser(euler, level, label)) / _rows(level)
-        x = torch.where(_rows(last), euler, x + step * (slope + slope_after) / 2)
-    return x
-
-
-def _rows(v: Tensor) -> Tensor:
-    return v.view(-1, 1, 1, 1)
-
-
-SOLVERS = {"dpmpp_2m": dpmpp_2m, "heun": heun}
+SOLVERS: dict[str, Callable[[np.ndarray], Plan]] = {"dpmpp_2m": dpmpp_2m, "heun": heun}

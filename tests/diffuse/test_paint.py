@@ -8,17 +8,35 @@ import torch
 from torch import Tensor
 
 from adversa import config as cfg
-from adversa.diffuse import edm
-from adversa.diffuse.paint import noise, paint
-from adversa.types import GenerationRequest
+from adversa.diffuse import edm, strategy
+from adversa.diffuse.paint import Canvas, Painted, Steering, paint
+from adversa.diffuse.strategy import Sources, composed, course, generator_of, row
+from adversa.types import STRATEGIES, GenerationRequest
 
 META = {"resolution": 16, "classes": ["a", "b", "c"]}
-CONFIG = cfg.Generate(batch_size=4, steps=4)
-START = {"case": np.full((16, 16, 3), 200, np.uint8)}
+CONFIG = cfg.Generate(batch_size=4, steps=8)
+SHAPE = (3, 16, 16)
+
+
+def disc() -> np.ndarray:
+    y, x = np.mgrid[:16, :16] - 7.5
+    return np.clip(6 - np.hypot(x, y), 0, 1).astype(np.float32)
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+SOURCES = Sources(
+    images={"case": picture(1), "other": picture(2)},
+    inside={"case": disc(), "other": disc()},
+    outside={"case": 1 - disc(), "other": 1 - disc()},
+)
 
 
 def request(i: int, strategy: str = "sample", **change: object) -> GenerationRequest:
-    r = GenerationRequest(f"r{i}", 0, "guided", strategy, i % 3, "case" if strategy == "vary" else None, 2.0, 2.0, 1000 + i)
+    start = 40.0 if strategy in ("sample", "inpaint", "outpaint", "inout") else 2.0
+    r = GenerationRequest(f"r{i}", 0, "guided", strategy, i % 3, None if strategy == "sample" else "case", start, 2.0, 1000 + i, "other")
     return replace(r, **change)  # type: ignore[arg-type]
 
 
@@ -33,54 +51,107 @@ def denoiser() -> edm.Denoiser:
     return model
 
 
-def images(found: list[tuple[str, np.ndarray, bool]]) -> dict[str, np.ndarray]:
-    return {name: picture for name, picture, _ in found}
+def images(found: list[Painted]) -> dict[str, np.ndarray]:
+    return {p.request.request_id: p.image for p in found}
 
 
 @pytest.mark.parametrize("amp", [True, False])
 def test_same_image_alone_in_a_batch_and_in_another_order(denoiser: edm.Denoiser, amp: bool) -> None:
     config = CONFIG.model_copy(update={"amp": amp})
-    asked = [request(i, "vary" if i % 2 else "sample") for i in range(6)]
-    whole = images(paint(denoiser, asked, START, config, META))
-    backwards = images(paint(denoiser, asked[::-1], START, config, META))
+    asked = [request(i, s) for i, s in enumerate(STRATEGIES)]
+    whole = images(paint(denoiser, asked, SOURCES, config, META))
+    backwards = images(paint(denoiser, asked[::-1], SOURCES, config, META))
     assert len({p.tobytes() for p in whole.values()}) == 6
     for r in asked:
-        alone = images(paint(denoiser, [r], START, config, META))[r.request_id]
+        alone = images(paint(denoiser, [r], SOURCES, config, META))[r.request_id]
         assert np.array_equal(alone, whole[r.request_id]) and np.array_equal(alone, backwards[r.request_id])
 
 
+@pytest.mark.parametrize("kind", ["pixels", "features"])
+def test_steered_images_do_not_hang_on_their_neighbours(denoiser: edm.Denoiser, kind: str) -> None:
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(196, 3))
+    from adversa.diffuse.guidance import hardness
+
+    def pixels(z: Tensor) -> Tensor:
+        return (z + 1) / 2
+
+    steering = Steering(hardness(net, pixels, "margin"), net if kind == "features" else None, pixels)
+    config = CONFIG.model_copy(update={"likeness_kind": kind, "hardness_every": 2})
+    asked = [request(i, "vary", hardness=0.5 * (i % 2), likeness=0.3 * (i % 3)) for i in range(5)]
+    whole = images(paint(denoiser, asked, SOURCES, config, META, steering=steering))
+    for r in asked:
+        alone = images(paint(denoiser, [r], SOURCES, config, META, steering=steering))[r.request_id]
+        assert np.array_equal(alone, whole[r.request_id])
+    unsteered = images(paint(denoiser, [replace(r, hardness=0.0, likeness=0.0) for r in asked], SOURCES, config, META))
+    assert np.array_equal(unsteered["r0"], whole["r0"])  # strength 0 is unguided, to the bit
+    assert all(not np.array_equal(unsteered[f"r{i}"], whole[f"r{i}"]) for i in range(1, 5))
+
+
 def test_order_and_shape_of_the_answer(denoiser: edm.Denoiser) -> None:
-    found = paint(denoiser, [request(2), request(0)], {}, CONFIG, META)
-    assert [name for name, _, _ in found] == ["r2", "r0"] and all(ok for _, _, ok in found)
-    assert all(p.shape == (16, 16, 3) and p.dtype == np.uint8 for _, p, _ in found)
-    assert paint(denoiser, [], {}, CONFIG, META) == []
+    found = paint(denoiser, [request(2), request(0)], Sources(), CONFIG, META)
+    assert [p.request.request_id for p in found] == ["r2", "r0"] and all(p.finite for p in found)
+    assert all(p.image.shape == (16, 16, 3) and p.image.dtype == np.uint8 for p in found)
+    assert paint(denoiser, [], Sources(), CONFIG, META) == []
 
 
 def test_noise_is_a_function_of_the_seed_alone() -> None:
-    a = noise(request(1), (3, 16, 16))
+    def noise(r: GenerationRequest) -> Tensor:
+        return row(0, r, Sources(), strategy.Space(SHAPE), CONFIG).start
+
+    a = noise(request(1))
     torch.manual_seed(5)
-    assert torch.equal(a, noise(request(2, seed=1001), (3, 16, 16))) and not torch.equal(a, noise(request(2), (3, 16, 16)))
-    assert noise(request(1, seed=2**63 - 1), (3, 4, 4)).isfinite().all()
+    assert torch.equal(a, noise(request(2, seed=1001))) and not torch.equal(a, noise(request(2)))
+    assert noise(request(1, seed=2**63 - 1)).isfinite().all()
 
 
-def test_the_solver_starts_where_the_strategy_says() -> None:
-    seen: list[tuple[Tensor, Tensor]] = []
+def test_rows_start_where_their_strategies_say() -> None:
+    places = {n: edm.to_tensor(p[None])[0] for n, p in SOURCES.images.items()}
+    space = strategy.Space(SHAPE, places)
 
-    def spy(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        seen.append((x.clone(), sigma.clone()))
-        return torch.zeros_like(x)
+    def made(name: str, **change: object) -> tuple[GenerationRequest, object, Tensor]:
+        r = request(1, name, **change)
+        return r, row(7, r, SOURCES, space, CONFIG), torch.randn(SHAPE, generator=generator_of(r))
 
-    rows = [request(0), request(1, "vary", sigma_start=0.5)]
-    paint(spy, rows, START, CONFIG, META)
-    x, sigma = seen[0]
-    assert sigma.tolist() == [40.0, 0.5, 40.0, 40.0]
-    torch.testing.assert_close(x[0], 40 * noise(rows[0], (3, 16, 16)))
-    torch.testing.assert_close(x[1], edm.to_tensor(START["case"][None])[0] + 0.5 * noise(rows[1], (3, 16, 16)))
+    _, sample, n = made("sample")
+    torch.testing.assert_close(sample.start, 40 * n)
+    _, vary, n = made("vary", sigma_start=0.5)
+    torch.testing.assert_close(vary.start, places["case"] + 0.5 * n)
+    assert vary.course.plan.sigma[0] == 0.5 and len(vary.course.plan) < len(sample.course.plan) == 8 and vary.known is None
+    _, filled, n = made("inpaint")
+    torch.testing.assert_close(filled.start, places["case"] + 40 * n)
+    assert torch.equal(filled.known, places["case"]) and torch.equal(filled.soft[0], torch.from_numpy(disc()))
+    _, outer, _ = made("outpaint")
+    assert torch.equal(outer.soft[0], torch.from_numpy(1 - disc()))
+    _, mixed, n = made("blend")
+    share = (mixed.start - 2 * n - places["case"]) / (places["other"] - places["case"])
+    assert 0.3 <= share.nanmedian() <= 0.7 and (share - share.nanmedian()).abs().nanmedian() < 1e-4
+
+
+def test_inpainting_keeps_the_skin_and_outpainting_the_lesion_exactly(denoiser: edm.Denoiser) -> None:
+    asked = [request(0, "inpaint"), request(1, "outpaint"), request(2, "inout")]
+    new, skin, both = (p.image for p in paint(denoiser, asked, SOURCES, CONFIG, META))
+    case, inside = SOURCES.images["case"], disc()
+    assert np.array_equal(new[inside == 0], case[inside == 0]) and not np.array_equal(new[inside == 1], case[inside == 1])
+    assert np.array_equal(skin[inside == 1], case[inside == 1]) and not np.array_equal(skin[inside == 0], case[inside == 0])
+    differs = (both != case).any(2)
+    assert differs[inside == 0].mean() > 0.9 and differs[inside == 1].mean() > 0.9
+
+
+def test_the_seam_is_blended() -> None:
+    case, r = SOURCES.images["case"], request(0, "inpaint")
+    painted = np.full((16, 16, 3), 200, np.uint8)
+    seam = composed(painted, r, SOURCES)
+    soft = disc()[..., None]
+    np.testing.assert_allclose(seam, case + soft * (200.0 - case), atol=0.51)
+    assert ((disc() > 0) & (disc() < 1)).sum() > 20  # there is a seam
+    assert composed(painted, request(0, "vary"), SOURCES) is painted
 
 
 def test_a_little_noise_and_a_perfect_denoiser_give_the_case_back() -> None:
-    found = paint(lambda x, s, y: edm.to_tensor(START["case"][None]).expand_as(x), [request(1, "vary")], START, CONFIG, META)
-    assert np.array_equal(found[0][1], START["case"])
+    perfect = edm.to_tensor(SOURCES.images["case"][None])
+    (found,) = paint(lambda x, s, y: perfect.expand_as(x), [request(1, "vary")], SOURCES, CONFIG, META)
+    assert np.array_equal(found.image, SOURCES.images["case"])
 
 
 def test_a_row_that_is_not_finite_is_marked_and_spoils_no_other(denoiser: edm.Denoiser) -> None:
@@ -90,7 +161,43 @@ def test_a_row_that_is_not_finite_is_marked_and_spoils_no_other(denoiser: edm.De
         return x0
 
     asked = [request(i, guidance=1.0) for i in range(3)]
-    found = paint(broken, asked, {}, CONFIG, META)
-    assert [ok for _, _, ok in found] == [True, False, True] and not found[1][1].any()
-    good = paint(denoiser, asked, {}, CONFIG, META)
-    assert np.array_equal(found[0][1], good[0][1]) and np.array_equal(found[2][1], good[2][1])
+    found = paint(broken, asked, Sources(), CONFIG, META)
+    assert [p.finite for p in found] == [True, False, True] and not found[1].image.any()
+    good = paint(denoiser, asked, Sources(), CONFIG, META)
+    assert np.array_equal(found[0].image, good[0].image) and np.array_equal(found[2].image, good[2].image)
+
+
+def test_courses_ask_for_guidance_in_its_interval_alone() -> None:
+    config = cfg.Generate(steps=16, guidance_low=0.3, guidance_high=5.0, hardness_low=0.3, hardness_high=2.0, hardness_every=3)
+    c = course(request(0, guidance=3.0), 40.0, config)
+    inside = (c.plan.sigma > 0.3) & (c.plan.sigma <= 5)
+    assert inside.any() and not inside.all()
+    assert np.array_equal(c.scale, np.where(inside, 3.0, 1.0)) and np.array_equal(c.second, inside)
+    c = course(request(0, guidance=1.0), 40.0, config)
+    assert c.evaluations == 16
+    c = course(request(0, guidance=1.0, hardness=0.7), 40.0, config)
+    due = np.flatnonzero(c.hardness)
+    steers = np.flatnonzero((c.plan.sigma > 0.3) & (c.plan.sigma <= 2.0))
+    assert np.array_equal(due, steers[::3]) and set(c.hardness[due]) == {0.7}
+    assert np.array_equal(np.flatnonzero(c.second), due)  # its size is measured in classifier-free corrections
+    assert not course(request(0, hardness=0.0), 40.0, config).hardness.any()
+
+
+def test_evaluations_are_counted(denoiser: edm.Denoiser) -> None:
+    asked = [request(0, guidance=1.0), request(1), request(2, "inout", guidance=1.0)]
+    found = paint(denoiser, asked, SOURCES, CONFIG, META)
+    assert found[0].evaluations == 8 and found[1].evaluations > 8 and found[2].evaluations == 16
+
+
+def test_a_stream_answers_before_it_has_asked_for_everything(denoiser: edm.Denoiser) -> None:
+    asked = []
+
+    def source():
+        for i in range(100):
+            asked.append(i)
+            yield request(i, guidance=1.0)
+
+    canvas = Canvas(denoiser, META, cfg.Generate(batch_size=4, steps=2))
+    stream = canvas.stream(source(), Sources())
+    next(stream)
+    assert len(asked) < 40
