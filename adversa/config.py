@@ -256,7 +256,8 @@ class Generate(Section):
     per_case: int = Field(6, ge=1, le=1000, description="images for each hard case")
     sigma_start: float = Field(2.0, gt=0, description="vary, blend: noise put on the hard case, images scaled to [-1, 1]")
     adaptive: bool = Field(
-        False, description="vary: for each hard case the largest of `levels` at which the judge still sees the label, else the least"
+        False,
+        description="vary: for each hard case the largest of `levels` at which the judge still sees the label, else the least",
     )
     levels: list[float] = Field([0.5, 1.0, 2.0, 4.0, 8.0], min_length=1, description="adaptive: noise levels that are tried")
     adaptive_agreement: float = Field(0.5, gt=0, lt=1, description="adaptive: probability the judge must give the label")
@@ -269,10 +270,13 @@ class Generate(Section):
     guidance_low: float = Field(0.2, ge=0, description="guidance acts at noise levels above this only")
     guidance_high: float = Field(10.0, gt=0, description="and below this (Kynkaanniemi et al. 2024)")
     weak: WeightPath = Field(
-        None, description="folder of an under-trained denoiser that guidance steers away from, not the null class (Karras et al. 2024)"
+        None,
+        description="folder of an under-trained denoiser that guidance steers away from, not the null class (Karras et al. 2024)",
     )
     hardness: float = Field(
-        0.0, ge=0, description="guided arm: push towards what the classifier under attack finds hard, in classifier-free corrections"
+        0.0,
+        ge=0,
+        description="guided arm: push towards what the classifier under attack finds hard, in classifier-free corrections",
     )
     hardness_kind: Literal["loss", "entropy", "margin"] = Field("margin", description="what is pushed up")
     hardness_every: int = Field(4, ge=1, description="a push every so many evaluations")
@@ -298,9 +302,7 @@ class Generate(Section):
         starts = [("sigma_start", self.sigma_start), ("fill_sigma", self.fill_sigma or self.sigma_max)]
         for name, start in starts + [("levels", level) for level in self.levels]:
             if not self.sigma_min < start <= self.sigma_max:
-                raise ValueError(
-                    f"{name} {start:g} must lie in (sigma_min, sigma_max] = ({self.sigma_min:g}, {self.sigma_max:g}]"
-                )
+                raise ValueError(f"{name} {start:g} must lie in (sigma_min, sigma_max] = ({self.sigma_min:g}, {self.sigma_max:g}]")
         if self.adaptive and self.strategy != "vary":
             raise ValueError(f"adaptive is for strategy vary, not {self.strategy}; set adaptive to false")
         if self.batch_size % 2:
@@ -358,15 +360,19 @@ class Cluster(Section):
     cpus: int | None = Field(None, ge=1, description="of the embedded Ray; null: all of this machine")
     object_store_mb: int = Field(512, ge=100)
     training_threads: int | None = Field(None, ge=1, description="torch threads of a training worker; null: all CPUs")
-    samplers: int | None = Field(None, ge=1, description="sampler actors; null: one a GPU, or one a CPU")
+    samplers: int | None = Field(None, ge=1, description="sampler actors; null: as many as the GPUs, or the CPUs, have room for")
+    gpus_per_sampler: float = Field(1.0, gt=0, description="where there are GPUs: 0.5 puts two sampler actors on each")
     training_workers: int = Field(1, ge=1, description="workers of a training; each batch is shared among them")
     training_workers_min: int | None = Field(None, ge=1, description="go on with as few when workers are lost; null: wait for all")
     training_attempts: int = Field(3, ge=1, description="starts of a training whose workers die before the run fails")
     sampler_threads: int = Field(1, ge=1, description="torch threads of a sampler on CPUs")
-    attempts: int = Field(3, ge=1, description="tries a part of generation before the run fails")
+    pin_samplers: bool = Field(False, description="keep each sampler on cores of its own (Linux); where nothing else runs there")
+    attempts: int = Field(3, ge=1, description="tries a part of generation before each of its requests is tried by itself")
 
     @model_validator(mode="after")
     def _workers(self) -> Cluster:
+        if self.gpus_per_sampler > 1 and not self.gpus_per_sampler.is_integer():
+            raise ValueError(f"gpus_per_sampler {self.gpus_per_sampler:g} must be a whole number, or at most 1")
         if (self.training_workers_min or 1) > self.training_workers:
             raise ValueError(f"training_workers_min {self.training_workers_min} is above training_workers {self.training_workers}")
         return self

@@ -24,12 +24,13 @@ from adversa.runs import RunDir
 from adversa.types import ARMS
 
 LOG_SECONDS = 15.0
+SHARES_SHOWN = 8
 MEASURES = ("precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A step folder that is being worked on."""
+    """A step folder that is being worked on. details: what else its progress says, of a pool of workers."""
 
     name: str
     done: float
@@ -37,6 +38,7 @@ class Task:
     unit: str
     rate: float
     elapsed: float
+    details: tuple[str, ...] = ()
 
     @property
     def eta(self) -> float | None:
@@ -44,7 +46,8 @@ class Task:
 
     def line(self) -> str:
         text = f"{self.name}: {self.done:.0f} of {self.total:.0f} {self.unit}s"
-        return text + (f", {self.rate:.1f} {self.unit}s/s, {clock(self.eta)} left" if self.eta is not None else "")
+        text += f", {self.rate:.1f} {self.unit}s/s, {clock(self.eta)} left" if self.eta is not None else ""
+        return "; ".join([text, *self.details])
 
 
 def tasks(run: RunDir, stage: Stage) -> list[Task]:
@@ -53,10 +56,35 @@ def tasks(run: RunDir, stage: Stage) -> list[Task]:
     for folder in stage.folders:
         state = runs.read_json(folder / runs.PROGRESS) if folder.suffix == "" and not runs.is_finished(folder) else None
         if state is not None and "done" in state:
-            found.append(
-                Task(run.name_of(folder), state["done"], state["total"], state.get("unit", "step"), state["rate"], state["elapsed"])
-            )
+            rate = state.get("images_per_second", state["rate"])  # of the pool: lately, not since its workers began to start
+            unit = state.get("unit", "step")
+            found.append(Task(run.name_of(folder), state["done"], state["total"], unit, rate, state["elapsed"], details(state)))
     return found
+
+
+def details(state: dict[str, Any]) -> tuple[str, ...]:
+    """Of a pool's progress: evaluations a second, each worker's share, rows that were given up, what it waits for."""
+    found = []
+    if state.get("evaluations_per_second"):
+        found.append(f"{state['evaluations_per_second']:.0f} evaluations/s")
+    if "shares" in state:
+        found += shares(state["shares"], state["workers"])
+    if state.get("failed"):
+        found.append(f"{state['failed']} failed, the last {state['last_failed']}")
+    return (*found, *([state["note"]] if state.get("note") else []))
+
+
+def shares(rows: dict[str, int], workers: int) -> list[str]:
+    """Each worker's share of what they did together; of many the least and the largest."""
+    total = sum(rows.values())
+    if total == 0:
+        return [f"{workers} workers up"] if workers else ["workers are starting"]
+    each = [100 * n / total for n in rows.values()]
+    if len(each) == 1:
+        return []
+    if len(each) <= SHARES_SHOWN:
+        return [f"{workers} workers: {' '.join(f'{share:.0f}' for share in each)}%"]
+    return [f"{workers} workers: {min(each):.1f} to {max(each):.1f}% each"]
 
 
 def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
@@ -82,7 +110,8 @@ def stage_table(config: Config, run: RunDir, state: str) -> Table:
         bar: RenderableType = ""
         if active:
             bar = ProgressBar(total=max(active[-1].total, 1), completed=active[-1].done, width=24)
-        table.add_row(mark, stage.title, active[-1].line() if active else ("starting" if state == "running" else ""), bar)
+        what = active[-1].line() if active else "starting" if state == "running" else ""
+        table.add_row(mark, stage.title, Text(what), bar)  # text as it is: it may hold an error's words
     return table
 
 
@@ -162,7 +191,7 @@ class Watch:
                 return
 
     def _say(self, text: str) -> None:
-        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
+        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 ROWS = (

@@ -29,7 +29,12 @@ REQUESTS = pa.schema(
     {"request_id": _text, "round": _int, "arm": _text, "strategy": _text, "label": _int, "example": _text,
      "sigma_start": _real, "guidance": _real, "seed": _int, "partner": _text, "hardness": _real, "likeness": _real}
 )  # fmt: skip
-SYNTHETIC = pa.schema({"request_id": _text, "arm": _text, "label": _int, "image": _bytes, "finite": _flag, "denoiser": _text})
+LEVELS = pa.schema({"example": _text, "sigma_start": _real, "agreement": _real})
+# evaluations: rows of the denoiser it took; skipped: steering gradients that were not finite; fault: why it was not painted.
+SYNTHETIC = pa.schema(
+    {"request_id": _text, "arm": _text, "label": _int, "image": _bytes, "finite": _flag, "denoiser": _text, "evaluations": _int,
+     "skipped": _int, "fault": _text}
+)  # fmt: skip
 VERDICTS = pa.schema(
     {"request_id": _text, "arm": _text, "label": _int, "keep": _flag, "reason": _text, "agreement": _real,
      "nearest": _text, "similarity": _real}

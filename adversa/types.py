@@ -101,6 +101,9 @@ class SyntheticImage:
     image: bytes
     finite: bool
     denoiser: str  # fingerprint of the denoiser that painted it
+    evaluations: int = 0  # rows of the denoiser it took
+    skipped: int = 0  # steering gradients that were not finite
+    fault: str | None = None  # why it could not be painted
 
 
 @dataclass(frozen=True)

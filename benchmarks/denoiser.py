@@ -34,6 +34,7 @@ from adversa.classify.features import Space, make_features, pretrained
 from adversa.diffuse import edm, fit
 from adversa.diffuse.objective import validation_losses
 from adversa.diffuse.paint import paint
+from adversa.diffuse.strategy import Sources
 from adversa.evaluate.quality import kid, prdc
 from adversa.loop import arms, prepare, steps
 from adversa.loop.engine import LocalEngine
@@ -250,11 +251,10 @@ def sample(denoiser: edm.Denoiser, meta: dict[str, Any], real: Real) -> tuple[np
     generate, guidance = cfg.Generate(solver="dpmpp_2m"), cfg.Quality().guidance
     asked = [request(k, i, guidance, generate.sigma_max) for k, n in enumerate(real.counts) for i in range(n)]
     started = time.process_time()
-    painted = paint(denoiser, asked, {}, generate, meta)
+    painted = paint(denoiser, asked, Sources(), generate, meta)
     spent = (time.process_time() - started) / torch.get_num_threads()
-    evaluations = generate.steps * -(-len(asked) // generate.batch_size) * generate.batch_size
-    assert all(finite for _, _, finite in painted), "a sample is not finite"
-    return np.stack([picture for _, picture, _ in painted]), 1e3 * spent / evaluations
+    assert all(p.finite for p in painted), "a sample is not finite"
+    return np.stack([p.image for p in painted]), 1e3 * spent / sum(p.evaluations for p in painted)
 
 
 def print_progress(name: str) -> Callable[[dict[str, Any]], None]:

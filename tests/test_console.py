@@ -69,6 +69,56 @@ def test_a_step_without_a_rate_yet_promises_nothing(config, run):
     assert task.eta is None and task.line() == "data: 0 of 20 images"
 
 
+POOL = {
+    "done": 64,
+    "total": 640,
+    "unit": "image",
+    "rate": 1.0,
+    "elapsed": 30.0,
+    "images_per_second": 4.0,
+    "workers": 2,
+    "failed": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"shares": {}, "images_per_second": 0.0, "workers": 0}, "data: 64 of 640 images; workers are starting"),
+        ({"shares": {"0": 0}, "images_per_second": 0.0}, "data: 64 of 640 images; 2 workers up"),
+        (
+            {"shares": {"0": 48, "1": 16}, "evaluations_per_second": 123.4},
+            "data: 64 of 640 images, 4.0 images/s, 2 min 24 s left; 123 evaluations/s; 2 workers: 75 25%",
+        ),
+        ({"shares": {"0": 64}, "workers": 1}, "data: 64 of 640 images, 4.0 images/s, 2 min 24 s left"),
+        (
+            {"shares": {str(i): 60 + i for i in range(64)}, "workers": 63},
+            "data: 64 of 640 images, 4.0 images/s, 2 min 24 s left; 63 workers: 1.0 to 2.1% each",
+        ),
+        (
+            {"shares": {"0": 64}, "workers": 1, "failed": 2, "last_failed": "a1b2: ValueError: no mask"},
+            "data: 64 of 640 images, 4.0 images/s, 2 min 24 s left; 2 failed, the last a1b2: ValueError: no mask",
+        ),
+        (
+            {"shares": {}, "images_per_second": 0.0, "workers": 0, "note": "no room for a worker for 31 s"},
+            "data: 64 of 640 images; workers are starting; no room for a worker for 31 s",
+        ),
+    ],
+)
+def test_a_pool_says_how_fast_it_is_and_who_does_how_much(config, run, more, said):
+    runs.write_json(run.data / runs.PROGRESS, POOL | more)
+    assert console.tasks(run, stages(config, run)[0])[0].line() == said
+
+
+def test_the_words_of_a_failure_are_shown_as_they_are(config, run):
+    runs.write_json(
+        run.data / runs.PROGRESS, POOL | {"shares": {"0": 64}, "failed": 1, "last_failed": "a1: KeyError: [/red] :bug:"}
+    )
+    with runs.lock(run):
+        runs.set_status(run, "running", "prepare")
+        assert "a1: KeyError: [/red] :bug:" in text(console.view(config, run), width=200)
+
+
 def test_a_finished_step_is_no_task_even_with_progress_left_behind(config, run):
     runs.write_json(run.data / runs.PROGRESS, {"done": 0, "total": 20, "rate": 0.0, "elapsed": 0.1})
     finish(config, run, "prepare")

@@ -13,7 +13,9 @@ import numpy as np
 from adversa.config import Curate
 from adversa.types import Verdict
 
-KEPT, NOT_FINITE, DISAGREES, NEAR_COPY = REASONS = ("kept", "not finite", "judge disagrees", "near copy")
+KEPT, NOT_PAINTED, NOT_FINITE, DISAGREES, NEAR_COPY = REASONS = (
+    "kept", "not painted", "not finite", "judge disagrees", "near copy",
+)  # fmt: skip
 
 
 def verdicts(
@@ -27,9 +29,11 @@ def verdicts(
     nearest: Sequence[str],
     config: Curate,
     threshold: float,
+    faults: Sequence[str | None] | None = None,
 ) -> list[Verdict]:
     """One verdict for each of N images, in their order; the reason is the first of these that holds:
 
+    - "not painted": the sampler failed at it every time (`faults` says how; None: at none);
     - "not finite": the sampler met a number that is not finite (`finite` false);
     - "judge disagrees": judge_probs [N, K] (None: there is no judge) gives the asked label less than
       config.min_agreement, or its row is no probability distribution;
@@ -47,7 +51,9 @@ def verdicts(
     for i in range(n):
         agreement = _agreement(None if judge_probs is None else np.asarray(judge_probs[i], np.float64), int(labels[i]))
         known = bool(np.isfinite(similarity[i]))
-        if not finite[i]:
+        if faults is not None and faults[i]:
+            reason = NOT_PAINTED
+        elif not finite[i]:
             reason = NOT_FINITE
         elif agreement is None or agreement < config.min_agreement:
             reason = DISAGREES

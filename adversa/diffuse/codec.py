@@ -67,6 +67,11 @@ class Codec:
         latents = x.detach().float().cpu() / self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)
         return to_images(self._passes(lambda z: self.model.decode(z.to(self.device)).sample, latents))
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """The diffused space [B, C, h, w] to pixels [B, 3, R, R] about [0, 1], not clipped: gradients go through."""
+        shift, scale = (v.to(x.device).view(-1, 1, 1) for v in (self.shift, self.scale))
+        return (self.model.decode(x / scale + shift).sample + 1) / 2
+
     @torch.no_grad()
     def _passes(self, run: Callable[[Any], Tensor], x: Any) -> Tensor:
         done = []

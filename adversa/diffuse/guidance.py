@@ -32,7 +32,9 @@ GuidedFn = Callable[[Tensor, Tensor, Tensor], Answer]
 GradientFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def classifier_free(denoiser: DenoiserFn, scale: Tensor, second: Tensor, null_label: int, weak: DenoiserFn | None = None) -> GuidedFn:
+def classifier_free(
+    denoiser: DenoiserFn, scale: Tensor, second: Tensor, null_label: int, weak: DenoiserFn | None = None
+) -> GuidedFn:
     """other + w (conditional - other)  (Ho & Salimans 2022); `other` is the null class's answer, or that of a weaker denoiser asked
     the same (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", equation 3).
 
@@ -78,7 +80,9 @@ def steered(
         found = torch.cat([_chunk(gradient, answer.x0, label, part) for part in rows.split(CHUNK)])
         largest = found.abs().amax((1, 2, 3))
         finite = largest.isfinite()
-        direction = found / largest.clamp(min=torch.finfo(found.dtype).tiny).view(-1, 1, 1, 1)  # its square neither under- nor overflows
+        direction = found / largest.clamp(min=torch.finfo(found.dtype).tiny).view(
+            -1, 1, 1, 1
+        )  # its square neither under- nor overflows
         size = (answer.unit if length is None else length(answer, sigma))[rows] * strength.to(x.device)[rows]
         factor = size / rms(direction).clamp(min=1e-12)
         moved = answer.x0[rows] + factor.view(-1, 1, 1, 1) * direction
@@ -153,8 +157,8 @@ def objective(logits: Tensor, label: Tensor, kind: str) -> Tensor:
 def hardness(classifier: Callable[[Tensor], Tensor], pixels: Callable[[Tensor], Tensor], kind: str) -> GradientFn:
     """Towards what a classifier finds hard: the gradient of `objective`.
 
-    classifier: pixels [B, 3, R, R] in [0, 1] to logits [B, K]; pixels: the diffused space [B, C, h, w] to such pixels. Both must let
-    gradients through.
+    classifier: pixels [B, 3, R, R] in [0, 1] to logits [B, K]; pixels: the diffused space [B, C, h, w] to such pixels. Gradients
+    go through both.
     """
 
     def gradient(x0: Tensor, label: Tensor, rows: Tensor) -> Tensor:
@@ -180,7 +184,7 @@ def _gradient(of: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
 
 
 def padded(denoiser: DenoiserFn, rows: int) -> DenoiserFn:
-    """Asks `denoiser` for `rows` rows always, the first repeated: a static shape, and no answer that hangs on how many are asked."""
+    """Asks `denoiser` for `rows` rows always, the first repeated: a static shape, and answers that do not hang on how many ask."""
 
     def run(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         missing = rows - len(x)

@@ -46,7 +46,7 @@ class Steering:
 
 @dataclass
 class Canvas:
-    """Where requests are painted: a denoiser, the space it diffuses (meta: its config.json), and a batch for each stream of requests.
+    """Where requests are painted: a denoiser, the space it diffuses (meta: its config.json), and a batch for each stream.
 
     encode, decode: uint8 images [B, R, R, 3] to that space [B, C, h, w] and back; pixels by default.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adversa import config as cfg
 from adversa import weights
@@ -28,10 +29,19 @@ class Painter:
     fingerprint: str
     device: torch.device
 
-    def canvas(self, config: cfg.Generate, steering: Steering = Steering()) -> Canvas:
+    @property
+    def side(self) -> int:
+        """Of the images, in pixels."""
+        return self.meta["resolution"] * (1 if self.codec is None else self.codec.meta["factor"])
+
+    def canvas(self, config: cfg.Generate, steering: Steering | None = None) -> Canvas:
         """Where requests are painted with these settings, in the space of this denoiser."""
         space = {} if self.codec is None else {"encode": self.codec.to_space, "decode": self.codec.decode}
-        return Canvas(self.denoiser, self.meta, config, self.device, steering=steering, **space)
+        return Canvas(self.denoiser, self.meta, config, self.device, steering=steering or Steering(), **space)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """The diffused space [B, C, h, w] to pixels [B, 3, R, R] about [0, 1], for what looks at images while they are painted."""
+        return (x + 1) / 2 if self.codec is None else self.codec.pixels(x)
 
     def check(self, requests: Sequence[GenerationRequest]) -> None:
         """UserError for guidance without a null class."""

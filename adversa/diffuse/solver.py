@@ -33,7 +33,7 @@ class Plan:
 
 
 def karras_sigmas(start: float, sigma_min: float, rho: float, steps: int) -> np.ndarray:
-    """Noise levels, float64 [steps + 1], from `start` down to sigma_min in `steps` - 1 steps, then 0 (Karras et al. 2022, equation 5).
+    """Noise levels, float64 [steps + 1]: `start` down to sigma_min in `steps` - 1 steps, then 0 (Karras et al. 2022, equation 5).
 
     rho = inf: evenly spaced in the logarithm.
     """

@@ -54,7 +54,7 @@ def generator_of(request: GenerationRequest) -> Generator:
 
 
 def course(request: GenerationRequest, start: float, config: cfg.Generate) -> Course:
-    """Noise levels from `start` down, and which guidance acts where. A start below config.sigma_max takes its share of the steps."""
+    """Noise levels from `start` down, and which guidance acts where. A start below sigma_max takes its share of the steps."""
     count = share_of_steps(start, config.sigma_max, config.sigma_min, config.rho, config.steps)
     plan = SOLVERS[config.solver](karras_sigmas(start, config.sigma_min, config.rho, count))
     sigma = plan.sigma
@@ -99,7 +99,9 @@ def row(
     return made
 
 
-def _around(first: Row, request: GenerationRequest, sources: Sources, space: Space, config: cfg.Generate) -> Callable[[Tensor], Row]:
+def _around(
+    first: Row, request: GenerationRequest, sources: Sources, space: Space, config: cfg.Generate
+) -> Callable[[Tensor], Row]:
     """The second half of `inout`: keeps the new lesion and paints new skin, with noise of its own."""
     assert request.example is not None
     again = replace(request, strategy="outpaint", seed=seed_of("inout", request.seed))

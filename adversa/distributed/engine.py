@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adversa.config import Cluster
-from adversa.loop.engine import Done, FitJob, Make, Part, Report, unfinished
+from adversa.loop.engine import Done, FitJob, Make, Name, Part, Report, Share, row_name, unfinished
 from adversa.types import UserError
 
 # Set before ray is imported: no usage report from a machine that may have no internet, no chatter.
@@ -47,23 +47,40 @@ class RayEngine:
 
         if not self.gpus and cluster.sampler_threads > self.cpus:
             raise UserError(f"cluster.sampler_threads {cluster.sampler_threads}: there are {self.cpus} CPUs; take at most so many")
+        if self.embedded and 0 < self.gpus < cluster.gpus_per_sampler:
+            raise UserError(
+                f"cluster.gpus_per_sampler {cluster.gpus_per_sampler:g}: there are {self.gpus} GPUs; take at most so many"
+            )
 
     def tasks(self, model: bool = False) -> int:
         return int(self.gpus / GPU_SHARE) if model and self.gpus else self.cpus
 
     def samplers(self) -> int:
-        # An actor that finds no room waits for ever, with its part in hand. On GPUs each takes a CPU too (map_parts).
-        room = min(self.gpus, self.cpus) if self.gpus else self.cpus // self.cluster.sampler_threads
+        room = self._room()
         return min(self.cluster.samplers or room, room)
+
+    def _samplers_wanted(self) -> int:
+        """As many as fit now; more, on a cluster that was asked for more: the others join when nodes come."""
+        return self.samplers() if self.embedded else self.cluster.samplers or self._room()
+
+    def _room(self) -> int:
+        """How many samplers fit, machine by machine: on GPUs each takes a CPU too."""
+        machines = [{"CPU": self.cpus, "GPU": self.gpus}] if self.embedded else [n["Resources"] for n in ray.nodes() if n["Alive"]]
+        if not self.gpus:
+            return sum(int(m.get("CPU", 0) / self.cluster.sampler_threads) for m in machines)
+        share = self.cluster.gpus_per_sampler
+        return sum(int(min(_on_gpus(m.get("GPU", 0), share), m.get("CPU", 0))) for m in machines)
 
     def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False) -> list[Done]:
         options = {"num_gpus": GPU_SHARE} if model and self.gpus else {}
         return stream.map_batches(make, parts, out, report, options)
 
-    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
-        threads = self.cluster.sampler_threads
-        options = {"num_gpus": 1, "num_cpus": 1} if self.gpus else {"num_cpus": threads}
-        return pool.map_parts(make, parts, out, report, self.samplers(), self.cluster.attempts, options, threads)
+    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name) -> list[Share]:
+        c = self.cluster
+        options = {"num_gpus": c.gpus_per_sampler, "num_cpus": 1} if self.gpus else {"num_cpus": c.sampler_threads}
+        return pool.map_parts(
+            make, parts, out, report, self._samplers_wanted, c.attempts, options, c.sampler_threads, c.pin_samplers, name
+        )
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
         todo = unfinished(jobs)
@@ -90,6 +107,11 @@ class RayEngine:
 
     def close(self) -> None:
         ray.shutdown()
+
+
+def _on_gpus(gpus: float, share: float) -> int:
+    """Samplers on a machine's GPUs: a sampler's share lies on one GPU, or is some whole ones."""
+    return int(gpus) * int(1 / share + 1e-6) if share < 1 else int(gpus / share)
 
 
 def _start(cluster: Cluster, verbose: bool) -> None:

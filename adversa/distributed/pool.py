@@ -1,105 +1,94 @@
-"""A pool of actors that take parts, one at a time: bounded in flight, requeued when an actor dies, capped tries.
+"""The pool of sampler actors: Ray under the scheduling of loop/crew.py.
 
-No image passes through the driver: the actor reads its part's requests, paints, and commits the file.
+No image passes through the driver: an actor reads its parts' requests, paints, and commits the files.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from adversa.distributed.errors import user_error
-from adversa.loop.engine import Done, Make, Part, Report, Work, do_part, missing
+from adversa.loop.crew import Lost, work_off
+from adversa.loop.leases import Order
+from adversa.loop.parts import Make, Name, Part, Report, Share, row_name
+from adversa.loop.sampler import Sampler
 
 
-class Sampler:
-    """What an actor is made of: work made once, parts done one by one. Plain, so that it is tested without Ray."""
+class Actor(Sampler):
+    def place(self) -> str:
+        """The Ray node: a machine may have several, each with CPUs of its own."""
+        return ray.get_runtime_context().get_node_id()
 
-    def __init__(self, make: Make, out: Path, threads: int) -> None:
-        import torch
 
-        torch.set_num_threads(threads)
-        self.make, self.out = make, out
-        self.work: Work | None = None
+@dataclass(frozen=True)
+class Actors:
+    """The Backend of Ray actors. options: of each (num_cpus, num_gpus); threads: of torch; pinned: to cores of their own."""
 
-    def do(self, part: Part) -> Done:
-        if self.work is None:  # here and not in __init__: an actor that fails to start loses the reason
-            self.work = self.make()
-        return do_part(self.work, part, self.out)
+    make: Make
+    out: Path
+    options: dict[str, Any]
+    threads: int | None
+    pinned: bool
+
+    @cached_property
+    def kind(self) -> Any:
+        # Ray neither starts an actor again nor repeats its calls: what a dead one had not done is for the crew to decide.
+        return ray.remote(max_restarts=0, max_task_retries=0, **self.options)(Actor)
+
+    def start(self) -> Any:
+        return self.kind.remote()
+
+    def place(self, worker: Any) -> Any:
+        return worker.place.remote()
+
+    def load(self, worker: Any, place: int) -> Any:
+        return worker.load.remote(self.make, self.out, self.threads, place if self.pinned else None)
+
+    def do(self, worker: Any, orders: Sequence[Order]) -> Any:
+        return worker.do.remote(orders)
+
+    def wait(self, calls: Sequence[Any], seconds: float) -> Sequence[Any]:
+        if not calls:
+            time.sleep(seconds)
+            return []
+        ready, _ = ray.wait(list(calls), num_returns=1, timeout=seconds)
+        if ready:  # and what else is there: ray.wait returns no more than it was asked for
+            ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+        return ready
+
+    def answer(self, call: Any) -> Any:
+        try:
+            return ray.get(call)
+        except RayTaskError as e:
+            if (mendable := user_error(e)) is not None:
+                raise mendable from None
+            lost = Lost(" ".join(f"{type(e.cause).__name__}: {e.cause}".split())[:300])
+            lost.add_note(str(e))
+            raise lost from None
+        except RayError as e:
+            raise Lost(f"its worker died ({_last_line(e)})") from None
+
+    def stop(self, worker: Any) -> None:
+        ray.kill(worker)
+
+
+def _last_line(error: RayError) -> str:
+    """Ray says first what everyone knows, and the cause at the end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
 
 
 def map_parts(
-    make: Make, parts: Sequence[Part], out: Path, report: Report, size: int, attempts: int, options: dict[str, Any], threads: int
-) -> list[Done]:
-    """Do every missing part on `size` actors.
-
-    A part's UserError comes back as itself; a part that fails `attempts` times ends the step.
-
-    options: of each actor (num_cpus, num_gpus).
-    """
-    todo = missing(parts, out)
-    actor = ray.remote(**options)(Sampler)
-
-    def start() -> Any:
-        return actor.remote(make, out, threads)
-
-    def call(worker: Any, part: Part) -> Any:
-        return worker.do.remote(part)
-
-    total = sum(p.rows for p in parts)
-    before = total - sum(p.rows for p in todo)
-    report({"done": before, "total": total, "unit": "image"})
-
-    def on_done(done: list[Done]) -> None:
-        report({"done": before + sum(d.rows for d in done), "total": total, "unit": "image"})
-
-    return schedule(todo, start, call, ray.kill, min(size, len(todo)), attempts, on_done)
-
-
-def schedule(
-    parts: Sequence[Part],
-    start: Callable[[], Any],
-    call: Callable[[Any, Part], Any],
-    stop: Callable[[Any], None],
-    size: int,
-    attempts: int,
-    on_done: Callable[[list[Done]], None],
-) -> list[Done]:
-    """Hand parts to idle workers, wait for any, hand out the next. One part in flight a worker; a dead worker is replaced."""
-    queue, tries = deque(parts), dict.fromkeys((p.index for p in parts), 0)
-    idle, busy, done = [start() for _ in range(size)], {}, []
-    try:
-        while queue or busy:
-            while queue and idle:
-                part, worker = queue.popleft(), idle.pop()
-                tries[part.index] += 1
-                busy[call(worker, part)] = (part, worker)
-            ready, _ = ray.wait(list(busy), num_returns=1)
-            part, worker = busy.pop(ready[0])
-            try:
-                done.append(ray.get(ready[0]))
-            except RayActorError as e:
-                _again(part, tries[part.index], attempts, queue, e)
-                idle.append(start())
-                continue
-            except RayTaskError as e:
-                if (mendable := user_error(e)) is not None:
-                    raise mendable from None
-                _again(part, tries[part.index], attempts, queue, e)
-            idle.append(worker)
-            on_done(done)
-    finally:
-        for worker in [*idle, *(w for _, w in busy.values())]:
-            stop(worker)
-    return sorted(done, key=lambda d: d.index)
-
-
-def _again(part: Part, tried: int, attempts: int, queue: deque[Part], error: Exception) -> None:
-    if tried >= attempts:
-        raise RuntimeError(f"part {part.index} failed {tried} times; the last time: {error}") from error
-    queue.append(part)
+    make: Make, parts: Sequence[Part], out: Path, report: Report, size: Callable[[], int], attempts: int, options: dict[str, Any],
+    threads: int | None, pinned: bool = False, name: Name = row_name,
+) -> list[Share]:  # fmt: skip
+    """Do every missing part on `size()` actors, or as many as there is room for; see crew.work_off and `Actors`."""
+    return work_off(Actors(make, out, options, threads, pinned), parts, out, report, size, attempts, name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adversa import runs, tracking
 from adversa.config import Config, dump
-from adversa.loop import latents, prepare, quality_step, steps, summary
+from adversa.loop import latents, painting, prepare, quality_step, regenerate, steps, summary
 from adversa.loop.engine import Engine
 from adversa.loop.stages import Stage, has_codec, is_synthetic, needs_classifier, plan, trained
 from adversa.runs import RunDir
@@ -126,16 +126,20 @@ class Cycle:
 
     def mine(self, number: int) -> None:
         d = self.dir
-        arm = "guided" if number > 1 and "guided" in self.config.mix.arms else "real"
-        model = d.arm(number - 1, arm, 0) / "classifier"
-        steps.score(self.engine, [(arm, 0, model)], d.data / "mine", d.data, True, d.round(number, "scores"))
+        model = self._attacked(number)
+        steps.score(self.engine, [(model.parts[-3], 0, model)], d.data / "mine", d.data, True, d.round(number, "scores"))
         steps.mine(d.round(number, "scores"), self.config.mine, d.round(number, "hard"))
 
     def generate(self, number: int) -> None:
         c, d = self.config, self.dir
-        requests = d.round(number, "requests")
-        steps.plan(d.round(number, "hard"), self.id, number, c.mix.arms, c.generate, requests)
-        steps.generate(self.engine, requests, d.data, d.denoiser, c.generate, d.round(number, "synthetic"))
+        hard, requests, levels = d.round(number, "hard"), d.round(number, "requests"), None
+        if c.generate.adaptive:
+            levels = d.round(number, "levels")
+            painting.levels(self.engine, hard, d.data, d.denoiser, d.judge, c.generate, self.id, levels)
+        painting.plan(hard, levels, self.id, number, c.mix.arms, c.generate, requests)
+        painting.generate(
+            self.engine, requests, d.data, d.denoiser, self._attacked(number), c.generate, d.round(number, "synthetic")
+        )
 
     def curate(self, number: int) -> None:
         d = self.dir
@@ -156,6 +160,9 @@ class Cycle:
         last = c.rounds if is_synthetic(c) else 0
         record = {"opened": runs.now(), "split_hash": steps.split_hash(d.data)}
         steps.evaluate(self.engine, d, self._models(last), "test", c.evaluate, d.test, record)
+
+    def _attacked(self, number: int) -> Path:
+        return regenerate.attacked_in(self.config, self.dir, number)
 
     def _denoiser(self) -> list[steps.FitJob]:
         """Its training; none where it came from elsewhere."""

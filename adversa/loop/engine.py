@@ -1,46 +1,23 @@
-"""The one seam between the cycle and where it runs: `Engine`, and the engine that runs everything in this process.
-
-Work is named by its output: part i of a step is the file `part-0000i.parquet` in the step's folder, written by whoever does the
-work. A part that is there is not done again, so an engine may be killed at any time and asked again.
-"""
+"""The one seam between the cycle and where it runs: `Engine`, and the engine that runs everything in this process."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from adversa import runs, tables
+from adversa import runs
+from adversa.loop.crew import work_off
 from adversa.loop.feed import Batch, Feed
+from adversa.loop.parts import Done, Make, Name, Part, Report, Share, do_part, missing, row_name
+from adversa.loop.parts import Work as Work
+from adversa.loop.sampler import Inline
 from adversa.types import UserError
 from adversa.weights import drop_checkpoint, read_model
-
-Report = Callable[[dict[str, Any]], None]
-# Does one part: (part, file to write) -> rows written. Made on the worker by a picklable `make()`, which loads models from folders.
-Work = Callable[["Part", Path], int]
-Make = Callable[[], Work]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A unit of work: its index names its output; `rows` is what it counts for in progress; payload is small (ids, paths)."""
-
-    index: int
-    rows: int
-    payload: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Done:
-    """What came of a part: rows written, and seconds one worker spent on it (model loading apart)."""
-
-    index: int
-    rows: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -67,8 +44,12 @@ class Engine(Protocol):
         """Stateless work over data, each part once (Ray Data). model: it holds a model, and wants a GPU where there is one."""
         ...
 
-    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
-        """Long work with a loaded model on a pool of workers that may die (Ray actors)."""
+    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name) -> list[Share]:
+        """Long work with a loaded model on a pool of workers that may die (Ray actors). What each worker did comes back.
+
+        A row that fails every time is given up: its part is worked on once more, with the row in `Part.skip`. name: of such a
+        row. RuntimeError where too many fail (leases.py).
+        """
         ...
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
@@ -84,18 +65,6 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def missing(parts: Sequence[Part], out: Path) -> list[Part]:
-    return [p for p in parts if not (out / tables.part_name(p.index)).exists()]
-
-
-def do_part(work: Work, part: Part, out: Path) -> Done:
-    """Run one part and commit it. The same code on every engine."""
-    started = time.perf_counter()
-    with runs.writing(out):
-        rows = work(part, out / tables.part_name(part.index))
-    return Done(part.index, rows, time.perf_counter() - started)
 
 
 def do_job(
@@ -204,13 +173,12 @@ class LocalEngine:
             report({"done": finished, "total": rows, "unit": "image"})
         return done
 
-    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report) -> list[Done]:
+    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name) -> list[Share]:
         import torch
 
         before = torch.get_num_threads()
-        torch.set_num_threads(self.sampler_threads)
-        try:
-            return self.map_batches(make, parts, out, report)
+        try:  # one try: in this process a part that fails fails again
+            return work_off(Inline(make, out, self.sampler_threads), parts, out, report, self.samplers, 1, name)
         finally:
             torch.set_num_threads(before)
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from adversa import config as cfg
 from adversa import runs, tables, tracking
-from adversa.loop import arms, steps
+from adversa.loop import arms, painting, steps
 from adversa.loop.engine import Engine, Part, Work
 from adversa.loop.stages import QualityFolders, needs_classifier, quality_folders
 from adversa.loop.step import Facts, cost, inputs, run_step
@@ -56,7 +56,7 @@ def evaluate(engine: Engine, config: cfg.Config, run: RunDir) -> None:
     """All the steps, after the denoiser and what the feature space needs."""
     at = quality_folders(config, run)
     plan(run.data, config.quality, config.generate, at.requests)
-    steps.generate(engine, at.requests, run.data, run.denoiser, config.generate, at.samples)
+    painting.generate(engine, at.requests, run.data, run.denoiser, None, config.generate, at.samples)
     features(engine, run, config, at)
     compare(run, config, at)
 
@@ -71,18 +71,18 @@ def publish(config: cfg.Config, run: RunDir) -> dict[str, Any]:
 
 
 def plan(data: Path, config: cfg.Quality, generate: cfg.Generate, out: Path) -> None:
-    """Requests for samples, classes in the proportions of the held-out images, one part a batch.
+    """Requests for samples, classes in the proportions of the held-out images, part by part.
 
     A sample's noise is that of its class and number: denoisers are compared on the same draws, and more images continue fewer.
     """
-    section = {"images": config.images, "guidance": config.guidance, "batch_size": generate.batch_size}
+    section = {"images": config.images, "guidance": config.guidance, "part_size": generate.part_size}
     recipe = runs.Recipe("quality-plan", 1, section, inputs(data=data))
 
     def body(progress: runs.Progress) -> Facts:
         counts = arms.shares(held_out(data).tolist(), config.images, [config.images] * len(steps.classes_of(data)))
         asked = [request(label, i, config.guidance, generate.sigma_max) for label, n in enumerate(counts) for i in range(n)]
-        for index, first in enumerate(range(0, len(asked), generate.batch_size)):
-            table = tables.to_table(asked[first : first + generate.batch_size], tables.REQUESTS)
+        for index, first in enumerate(range(0, len(asked), generate.part_size)):
+            table = tables.to_table(asked[first : first + generate.part_size], tables.REQUESTS)
             tables.write_part(out / tables.part_name(index), table)
         return {"rows": len(asked), "by_class": counts}
 

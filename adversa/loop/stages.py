@@ -93,10 +93,11 @@ def stages(config: Config, run: RunDir) -> list[Stage]:
         found.append(Stage("codec", 0, (run.arm(0, "real") / "mix", run.codec, *latents)))
     found.append(Stage("train", 0, (run.arm(0, "real") / "mix", *first)))
     for n in range(1, config.rounds + 1) if is_synthetic(config) else ():
+        levels = (run.round(n, "levels"),) if config.generate.adaptive else ()
         mixes = tuple(run.arm(n, a) / "mix" for a in config.mix.arms if a != "real")
         found += [
             Stage("mine", n, (run.round(n, "scores"), run.round(n, "hard"))),
-            Stage("generate", n, (run.round(n, "requests"), run.round(n, "synthetic"))),
+            Stage("generate", n, (*levels, run.round(n, "requests"), run.round(n, "synthetic"))),
             Stage("curate", n, (run.round(n, "verdicts"),)),
             Stage("evaluate", n, (*mixes, *trained(config, run, n), run.round(n, "evaluate"))),
         ]

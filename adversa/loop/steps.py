@@ -20,7 +20,7 @@ from adversa.loop import arms, latents
 from adversa.loop.engine import Engine, FitJob, Part, Work
 from adversa.loop.feed import Feed, balanced
 from adversa.loop.step import Facts, cost, inputs, run_step
-from adversa.types import ROLES, GenerationRequest, Scorecard, UserError, request_id, seed_of
+from adversa.types import ROLES, Scorecard, UserError, seed_of
 from adversa.weights import MODEL
 
 Row = dict[str, Any]
@@ -222,7 +222,7 @@ def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:
     return work
 
 
-# ---- mining and planning -----------------------------------------------------------------------------------------------
+# ---- mining ------------------------------------------------------------------------------------------------------------
 
 
 def mine(scores: Path, config: cfg.Mine, out: Path) -> None:
@@ -240,77 +240,7 @@ def mine(scores: Path, config: cfg.Mine, out: Path) -> None:
     run_step(out, runs.Recipe("mine", 1, config.model_dump(mode="json"), inputs(scores=scores)), body)
 
 
-def plan(hard: Path, run: str, number: int, arm_names: Sequence[str], config: cfg.Generate, out: Path) -> None:
-    """Requests for each synthetic arm, one part a batch. The unguided arm asks for as many images of each class as the guided."""
-    recipe = runs.Recipe(
-        "plan", 1, config.model_dump(mode="json") | {"run": run, "round": number, "arms": list(arm_names)}, inputs(hard=hard)
-    )
-
-    def body(progress: runs.Progress) -> Facts:
-        cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
-        index = rows = 0
-        for arm in [a for a in arm_names if a != "real"]:
-            asked = [request(run, number, arm, case, k, config) for case in cases for k in range(config.per_case)]
-            for i in range(0, len(asked), config.batch_size):
-                chunk = asked[i : i + config.batch_size]
-                tables.write_part(out / tables.part_name(index), tables.to_table(chunk, tables.REQUESTS))
-                index, rows = index + 1, rows + len(chunk)
-        return {"rows": rows}
-
-    run_step(out, recipe, body)
-
-
-def request(run: str, number: int, arm: str, case: Row, replicate: int, config: cfg.Generate) -> GenerationRequest:
-    """The replicate-th request for a hard case. The unguided arm takes the case's label and nothing else of it."""
-    strategy = config.strategy if arm == "guided" else "sample"
-    key = request_id(run, number, arm, case["example"], strategy, replicate)
-    return GenerationRequest(
-        request_id=key, round=number, arm=arm, strategy=strategy, label=case["label"],
-        example=case["example"] if arm == "guided" else None,
-        sigma_start=config.sigma_start if strategy == "vary" else config.sigma_max, guidance=config.guidance, seed=seed_of(key),
-    )  # fmt: skip
-
-
-# ---- generation and curation -------------------------------------------------------------------------------------------
-
-
-def generate(engine: Engine, requests: Path, data: Path, denoiser: Path, config: cfg.Generate, out: Path) -> None:
-    """Paint every request; part i of the requests becomes part i of the images."""
-    recipe = runs.Recipe("generate", 1, config.model_dump(mode="json"), inputs(requests=requests, denoiser=denoiser, data=data))
-
-    def body(progress: runs.Progress) -> Facts:
-        paths = tables.parts(requests)
-        parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
-        started = time.perf_counter()
-        done = engine.map_parts(partial(make_paint, denoiser, data / "mine", config), parts, out, progress)
-        return cost(done, engine.samplers(), time.perf_counter() - started) | {"rows": sum(p.rows for p in parts)}
-
-    run_step(out, recipe, body)
-
-
-def make_paint(denoiser: Path, examples: Path, config: cfg.Generate) -> Work:
-    import torch
-
-    from adversa.data.loader import ImageTable
-    from adversa.diffuse import painter
-
-    loaded = painter.load(denoiser, "cuda" if torch.cuda.is_available() else "cpu")
-    table = ImageTable([examples])
-
-    def work(part: Part, path: Path) -> int:
-        requests = [GenerationRequest(**r) for r in pq.read_table(part.payload["path"]).to_pylist()]
-        wanted = sorted({r.example for r in requests if r.example is not None and r.strategy != "sample"})
-        starts = dict(zip(wanted, table.fetch(wanted), strict=True)) if wanted else {}
-        painted = {i: (image, finite) for i, image, finite in loaded.paint(requests, starts, config)}
-        rows = [
-            {"request_id": r.request_id, "arm": r.arm, "label": r.label, "image": tables.encode_png(painted[r.request_id][0]),
-             "finite": painted[r.request_id][1], "denoiser": loaded.fingerprint}
-            for r in requests
-        ]  # fmt: skip
-        tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
-        return len(rows)
-
-    return work
+# ---- curation ----------------------------------------------------------------------------------------------------------
 
 
 def curate(engine: Engine, synthetic: Path, data: Path, judge: Path, config: cfg.Curate, out: Path) -> None:
@@ -368,6 +298,7 @@ def make_verdicts(judge: Path, data: Path, config: cfg.Curate, limit: float) -> 
         found = verdicts(
             rows["request_id"].to_pylist(), rows["arm"].to_pylist(), rows["label"].to_numpy(), rows["finite"].to_numpy(False),
             pictures, softmax(scorer(pictures)[0]), similarity, nearest, config, limit,
+            rows["fault"].to_pylist(),
         )  # fmt: skip
         tables.write_part(path, tables.to_table(found, tables.VERDICTS))
         return len(found)

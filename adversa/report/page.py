@@ -23,7 +23,7 @@ MINUS, DASH = "\u2212", "\u2013"
 ROLES_SHOWN = ("test", "mine")
 MEASURES = ("precision", "recall", "density", "coverage")
 WORDS = {"better": "better", "worse": "worse", "not shown": "unclear"}  # verdict -> its colour in the style sheet
-MARKS = dict(zip(REASONS, ("kept", "broken", "disagrees", "copy"), strict=True))
+MARKS = dict(zip(REASONS, ("kept", "broken", "broken", "disagrees", "copy"), strict=True))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def test_a_good_image_is_kept() -> None:
 
 
 def test_reasons_are_exactly_these() -> None:
-    assert REASONS == ("kept", "not finite", "judge disagrees", "near copy")
+    assert REASONS == ("kept", "not painted", "not finite", "judge disagrees", "near copy")
     assert judge(finite=False).reason == "not finite"
     assert judge(label=2).reason == "judge disagrees"
     assert judge(similarity=0.95).reason == "near copy"

@@ -5,7 +5,18 @@ import torch
 from torch import Tensor
 
 from adversa.diffuse.guidance import (
-    Answer, GuidedFn, classifier_free, hardness, kept, low_frequencies, objective, padded, pulled, resemblance, rms, steered,
+    Answer,
+    GuidedFn,
+    classifier_free,
+    hardness,
+    kept,
+    low_frequencies,
+    objective,
+    padded,
+    pulled,
+    resemblance,
+    rms,
+    steered,
 )  # fmt: skip
 from adversa.diffuse.solver import advance, heun, karras_sigmas
 
@@ -53,7 +64,9 @@ def test_without_a_second_pass_it_is_the_denoiser_bit_for_bit() -> None:
 def test_a_weaker_denoiser_takes_the_place_of_the_null_class() -> None:
     model, weak = Counter(), Counter()
     worse = torch.tensor(0.9)
-    answer = classifier_free(model, torch.full((5,), 2.0), flags(1, 3), NULL, lambda x, s, y: worse * weak(x, s, y))(X, SIGMA, LABEL)
+    answer = classifier_free(model, torch.full((5,), 2.0), flags(1, 3), NULL, lambda x, s, y: worse * weak(x, s, y))(
+        X, SIGMA, LABEL
+    )
     assert model.calls == [5] and weak.calls == [2]
     good = model(X, SIGMA, LABEL)
     torch.testing.assert_close(answer.x0[1], 0.9 * good[1] + 2 * (good[1] - 0.9 * good[1]))
@@ -165,9 +178,9 @@ def test_hardness_raises_its_objective(kind: str) -> None:
 
 def test_resemblance_moves_towards_the_features_of_the_rows_own_goal() -> None:
     goals = torch.randn(5, 48, generator=torch.Generator().manual_seed(4))
-    answer = steered(plain(X, 0.1), resemblance(lambda p: p.flatten(1), lambda z: z, goals), flags(1, 4).float(), torch.zeros(5).long())(
-        X, SIGMA, LABEL
-    )
+    answer = steered(
+        plain(X, 0.1), resemblance(lambda p: p.flatten(1), lambda z: z, goals), flags(1, 4).float(), torch.zeros(5).long()
+    )(X, SIGMA, LABEL)
     moved, way = answer.x0 - X, goals.view_as(X) - X
     for row in (1, 4):
         torch.testing.assert_close(moved[row] / rms(moved)[row], way[row] / rms(way)[row], atol=1e-5, rtol=0)

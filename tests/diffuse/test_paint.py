@@ -36,7 +36,9 @@ SOURCES = Sources(
 
 def request(i: int, strategy: str = "sample", **change: object) -> GenerationRequest:
     start = 40.0 if strategy in ("sample", "inpaint", "outpaint", "inout") else 2.0
-    r = GenerationRequest(f"r{i}", 0, "guided", strategy, i % 3, None if strategy == "sample" else "case", start, 2.0, 1000 + i, "other")
+    r = GenerationRequest(
+        f"r{i}", 0, "guided", strategy, i % 3, None if strategy == "sample" else "case", start, 2.0, 1000 + i, "other"
+    )
     return replace(r, **change)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ def engine_of(cpus, gpus=0, **cluster):
     from adversa.distributed.engine import RayEngine
 
     engine = object.__new__(RayEngine)
-    engine.cpus, engine.gpus, engine.cluster = cpus, gpus, Cluster(**cluster)
+    engine.cpus, engine.gpus, engine.cluster, engine.embedded = cpus, gpus, Cluster(**cluster), True
     return engine
 
 
@@ -30,10 +30,42 @@ def engine_of(cpus, gpus=0, **cluster):
         (dict(cpus=16, gpus=2, samplers=1), 1),
         (dict(cpus=3, gpus=8), 3),
         (dict(cpus=1, gpus=1, sampler_threads=8), 1),  # threads are a matter of CPUs
+        (dict(cpus=16, gpus=2, gpus_per_sampler=0.5), 4),
+        (dict(cpus=16, gpus=2, gpus_per_sampler=0.3), 6),  # three on each: none lies on two GPUs
+        (dict(cpus=16, gpus=5, gpus_per_sampler=2), 2),
+        (dict(cpus=3, gpus=2, gpus_per_sampler=0.1), 3),
     ],
 )
 def test_no_more_samplers_than_fit(asked, samplers):
-    assert engine_of(**asked).samplers() == samplers
+    engine = engine_of(**asked)
+    assert engine.samplers() == engine._samplers_wanted() == samplers
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "room", "wanted"),
+    [
+        (dict(), [(4, 0), (2, 0)], 6, 6),
+        (dict(sampler_threads=3), [(4, 0), (2, 0), (3, 0)], 2, 2),  # not 9 // 3: none lies on two nodes
+        (dict(samplers=16), [(4, 0)], 4, 16),  # the others join when nodes come
+        (dict(gpus=1), [(8, 0), (8, 1), (1, 4)], 2, 2),
+        (dict(gpus=1, gpus_per_sampler=2), [(8, 1), (8, 3)], 1, 1),
+    ],
+)
+def test_a_cluster_is_looked_at_node_by_node_and_as_it_is_now(monkeypatch, asked, nodes, room, wanted):
+    from adversa.distributed import engine as module
+
+    table = [{"Alive": True, "Resources": {"CPU": float(c), "GPU": float(g)}} for c, g in nodes]
+    monkeypatch.setattr(module.ray, "nodes", lambda: [*table, {"Alive": False, "Resources": {"CPU": 64.0}}])
+    engine = engine_of(99, **asked)
+    engine.embedded = False
+    assert (engine.samplers(), engine._samplers_wanted()) == (room, wanted)
+
+
+def test_a_share_of_gpus_that_cannot_be_had_is_refused(started):
+    with pytest.raises(UserError, match="cluster.gpus_per_sampler 2: there are 1 GPUs; take at most so many"):
+        started({"CPU": 4.0, "GPU": 1.0}, gpus_per_sampler=2)
+    with pytest.raises(ValueError, match="gpus_per_sampler 1.5 must be a whole number, or at most 1"):
+        Cluster(gpus_per_sampler=1.5)
 
 
 def test_tasks_share_a_gpu_only_where_they_hold_a_model():

@@ -1,0 +1,189 @@
+"""The dataset card of an export: Hugging Face's README.md, YAML in front, then what a person must know before using the images.
+
+The YAML follows https://github.com/huggingface/hub-docs/blob/main/datasetcard.md; `datasets.load_dataset(FOLDER)` reads it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from adversa import runs, tables
+
+FOLDER, PARQUET = "folder", "parquet"
+FILES = {FOLDER: ["metadata.csv", "**/*.png"], PARQUET: "data/*.parquet"}
+BUILDERS = {FOLDER: "imagefolder", PARQUET: "parquet"}
+HIDDEN = ("request_id", "round", "arm", "label", "example", "partner", "seed")  # of each image its own, or told apart from the rest
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How the images came about, as far as their own rows do not say.
+
+    denoiser: where it came from (a folder, a hub id); trained_on: the pictures it was trained on, in words; settings: the
+    `generate` section, plain values; seed: of the run or the command; near_copies: what a check against the real images found, in
+    words of Markdown, None: there was no check.
+    """
+
+    denoiser: str
+    settings: Mapping[str, Any]
+    seed: int | None = None
+    trained_on: str = "not recorded"
+    near_copies: str | None = None
+
+
+@dataclass
+class Tally:
+    """What the rows of an export add up to; filled part by part."""
+
+    classes: Counter[str] = field(default_factory=Counter)
+    denoisers: Counter[str] = field(default_factory=Counter)
+    values: dict[str, Counter[Any]] = field(default_factory=dict)  # of the requests' fields that hold for many images
+    not_finite: int = 0
+    unpainted: int = 0
+
+    def add(self, rows: pa.Table) -> None:
+        """rows: of the images written, with every request field, `class` and `denoiser`."""
+        self.classes.update(rows["class"].to_pylist())
+        self.denoisers.update(rows["denoiser"].to_pylist())
+        for name in (n for n in tables.REQUESTS.names if n not in HIDDEN):
+            self.values.setdefault(name, Counter()).update(rows[name].to_pylist())
+
+    @property
+    def images(self) -> int:
+        return self.classes.total()
+
+
+def text(
+    origin: Origin, tally: Tally, classes: Sequence[str], folders: Sequence[str], date: str, form: str, features: pa.Schema
+) -> str:
+    """The whole README.md. folders: of each class; features: the columns of an image's row, `image` first."""
+    front = yaml.safe_dump(_front(tally, classes, form, features), sort_keys=False, allow_unicode=True, width=1000)
+    licence = (
+        "# Fill in the licence: the terms of the pictures the denoiser was trained on bind these images too.\nlicense: other\n"
+    )
+    return f"---\n{licence}{front}---\n\n{_body(origin, tally, classes, folders, date, form)}"
+
+
+def _front(tally: Tally, classes: Sequence[str], form: str, features: pa.Schema) -> dict[str, Any]:
+    return {
+        "license_name": "to-be-filled-in",
+        "pretty_name": "Synthetic images painted by adversa",
+        "task_categories": ["image-classification"],
+        "annotations_creators": ["machine-generated"],
+        "size_categories": [_size(tally.images)],
+        "tags": ["synthetic", "diffusion", "adversa"],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": FILES[form]}]}],
+        "dataset_info": {"features": [{"name": f.name, "dtype": _dtype(f, classes)} for f in features]},
+    }
+
+
+def _dtype(column: pa.Field, classes: Sequence[str]) -> Any:
+    """The type of a column in `datasets`' own words."""
+    if column.name == "image":
+        return "image"
+    if column.name == "label":
+        return {"class_label": {"names": {str(i): c for i, c in enumerate(classes)}}}
+    return dtype(column.type)
+
+
+def dtype(kind: pa.DataType) -> str:
+    """Its name in `datasets`."""
+    return {"double": "float64"}.get(str(kind), str(kind))
+
+
+def _size(n: int) -> str:
+    """The Hub's word for a number of images."""
+    edges = [(10**3, "1K"), (10**4, "10K"), (10**5, "100K"), (10**6, "1M"), (10**7, "10M"), (10**8, "100M"), (10**9, "1B")]
+    if n < edges[0][0]:
+        return "n<1K"
+    for (_, low), (limit, high) in zip(edges, edges[1:], strict=False):
+        if n < limit:
+            return f"{low}<n<{high}"
+    return "n>1B"
+
+
+def _body(origin: Origin, tally: Tally, classes: Sequence[str], folders: Sequence[str], date: str, form: str) -> str:
+    counts = [(_cell(c), f, str(tally.classes[c])) for c, f in zip(classes, folders, strict=True) if tally.classes[c]]
+    head = ("class", "folder", "images") if form == FOLDER else ("class", "images")
+    table = _table(head, [row if form == FOLDER else (row[0], row[2]) for row in counts])
+    painters = ", ".join(f"`{d}`" for d in sorted(tally.denoisers)) or "none: no image was painted"
+    facts = [
+        ("denoiser, fingerprint", painters), ("denoiser, from", _cell(origin.denoiser)),
+        ("denoiser, trained on", _cell(origin.trained_on)),
+        *((name, _values(counter)) for name, counter in tally.values.items()),
+        ("seed", "not recorded" if origin.seed is None else str(origin.seed)), ("painted", date), *_versions(),
+    ]  # fmt: skip
+    lost = [(tally.not_finite, "came out not finite and are left out"), (tally.unpainted, "could not be painted and are missing")]
+    missing = "".join(f" {n} more {what}." for n, what in lost if n)
+    check = origin.near_copies or (
+        "**not done.** Nothing was compared with the real images: a diffusion model can repeat what it was trained on."
+    )
+    absent = " A `-` stands for none." if form == FOLDER else ""
+    where = "." if form == FOLDER else "data"
+    pattern = f'data_dir="{where}"' if form == FOLDER else f'data_files="{where}/*.parquet"'
+    return f"""# Synthetic images painted by adversa
+
+{tally.images} images in {len(counts)} classes, painted by a class-conditional diffusion model. No image is a photograph.{missing}
+
+> **Not for diagnosis.** These images are synthetic. A label is what was asked of the model, not what a doctor saw: no one has
+> confirmed any of them. They are derived from the pictures the denoiser was trained on, with those pictures' gaps and biases, and
+> whatever terms bind those pictures. Evaluate on real images only.
+
+Near-copy check: {check}
+
+## Images
+
+{table}
+## How they were made
+
+{_table(("what", "value"), facts)}
+Settings of the sampler:
+
+{_table(("setting", "value"), [(k, _cell(v)) for k, v in runs.flatten(dict(origin.settings)).items()])}
+## Columns
+
+Each image has its request: `request_id`, `seed` (of its noise), `strategy`, `example` (the real image it started from, where there
+is one), noise level and guidance; `label` is the class's number, `class` its name; `finite` and `denoiser` (fingerprint) say how it
+came out and of what.{absent}
+
+```python
+from datasets import load_dataset
+
+load_dataset(".")  # or load_dataset("{BUILDERS[form]}", {pattern})
+```
+
+## Licence
+
+Fill in: the terms of the pictures the denoiser was trained on bind these images too. Then set `license` above.
+"""
+
+
+def _versions() -> list[tuple[str, str]]:
+    found, commit = runs.versions(), runs.git_commit()
+    return [("adversa", found.get("adversa", "unknown") + (f" ({commit})" if commit else ""))]
+
+
+def _values(counter: Counter[Any], most: int = 6) -> str:
+    """What a field holds and how often; numbers of many values as a range."""
+    if len(counter) == 1:
+        return _cell(next(iter(counter)))
+    if len(counter) > most and all(isinstance(v, int | float) for v in counter):
+        return f"{min(counter):g} to {max(counter):g} ({len(counter)} values)"
+    return ", ".join(f"{_cell(v)} ({n})" for v, n in counter.most_common(most)) + (", ..." if len(counter) > most else "")
+
+
+def _cell(value: object) -> str:
+    """One line that a table's cell can hold; a float without trailing digits."""
+    text = f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

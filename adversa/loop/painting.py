@@ -1,0 +1,301 @@
+"""Painting: what to paint for each hard case, at which noise level, and the pool of painters that does it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from adversa import config as cfg
+from adversa import runs, tables
+from adversa.loop.engine import Engine
+from adversa.loop.parts import Painted, Part, Work
+from adversa.loop.step import Facts, cost, inputs, run_step
+from adversa.types import GenerationRequest, UserError, digest, request_id, seed_of
+
+Row = dict[str, Any]
+FILLING = ("inpaint", "outpaint", "inout")
+
+
+# ---- planning ----------------------------------------------------------------------------------------------------------
+
+
+def plan(hard: Path, levels: Path | None, run: str, number: int, arm_names: Sequence[str], config: cfg.Generate, out: Path) -> None:
+    """Requests for each synthetic arm, part_size a part. The unguided arm asks for as many images of each class as the guided.
+
+    levels: of adaptive noise, a noise level for each hard case.
+    """
+    names = inputs(hard=hard) | (inputs(levels=levels) if levels else {})
+    recipe = runs.Recipe("plan", 2, config.model_dump(mode="json") | {"run": run, "round": number, "arms": list(arm_names)}, names)
+
+    def body(progress: runs.Progress) -> Facts:
+        cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
+        starts = {r["example"]: r["sigma_start"] for r in tables.read(levels, schema=tables.LEVELS).to_pylist()} if levels else {}
+        index = rows = alone = 0
+        for arm in [a for a in arm_names if a != "real"]:
+            found = partners(cases) if arm == "guided" and config.strategy == "blend" else {}
+            asked = [
+                request(run, number, arm, case, k, config, starts.get(case["example"]), found.get(case["example"]))
+                for case in cases for k in range(config.per_case)
+            ]  # fmt: skip
+            alone += sum(config.strategy == "blend" and r.strategy == "vary" for r in asked)
+            for i in range(0, len(asked), config.part_size):
+                chunk = asked[i : i + config.part_size]
+                tables.write_part(out / tables.part_name(index), tables.to_table(chunk, tables.REQUESTS))
+                index, rows = index + 1, rows + len(chunk)
+        return {"rows": rows, "without_partner": alone}
+
+    run_step(out, recipe, body)
+
+
+def partners(cases: Sequence[Row]) -> dict[str, str]:
+    """For `blend`: the next hard case of the same class in their order, the last one's the first. A class's only one has none."""
+    by_class: dict[int, list[str]] = {}
+    for case in cases:
+        by_class.setdefault(case["label"], []).append(case["example"])
+    return {a: b for names in by_class.values() if len(names) > 1 for a, b in zip(names, names[1:] + names[:1], strict=True)}
+
+
+def request(
+    run: str, number: int, arm: str, case: Row, replicate: int, config: cfg.Generate, level: float | None = None,
+    partner: str | None = None,
+) -> GenerationRequest:  # fmt: skip
+    """The replicate-th request for a hard case. The unguided arm takes the case's label and nothing else of it.
+
+    A hard case with no partner to blend with is varied.
+    """
+    guided = arm == "guided"
+    strategy = config.strategy if guided else "sample"
+    if strategy == "blend" and partner is None:
+        strategy = "vary"
+    start = {"sample": config.sigma_max, "vary": level or config.sigma_start, "blend": config.sigma_start}
+    key = request_id(run, number, arm, case["example"], strategy, replicate)
+    return GenerationRequest(
+        request_id=key, round=number, arm=arm, strategy=strategy, label=case["label"], example=case["example"] if guided else None,
+        sigma_start=start.get(strategy, config.fill_sigma or config.sigma_max), guidance=config.guidance, seed=seed_of(key),
+        partner=partner, hardness=config.hardness if guided else 0.0, likeness=config.likeness if guided else 0.0,
+    )  # fmt: skip
+
+
+# ---- adaptive noise ----------------------------------------------------------------------------------------------------
+
+
+def levels(engine: Engine, hard: Path, data: Path, denoiser: Path, judge: Path, config: cfg.Generate, run: str, out: Path) -> None:
+    """For each hard case the largest of config.levels at which the judge still sees the label in what is painted from it (tables.
+    LEVELS); the least where it sees it at none."""
+    section = config.model_dump(mode="json", exclude={"per_case", "hardness", "likeness"}) | {"run": run}
+    recipe = runs.Recipe("levels", 1, section, inputs(hard=hard, denoiser=denoiser, judge=judge, data=data))
+
+    def body(progress: runs.Progress) -> Facts:
+        cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
+        chunks = [cases[i : i + config.part_size] for i in range(0, len(cases), config.part_size)]
+        parts = [Part(i, len(c), {"cases": [(r["example"], r["label"]) for r in c], "run": run}) for i, c in enumerate(chunks)]
+        started = time.perf_counter()
+        done = engine.map_parts(partial(make_levels, denoiser, data / "mine", judge, config), parts, out, progress)
+        return cost(done, engine.samplers(), time.perf_counter() - started) | {"rows": len(cases)}
+
+    run_step(out, recipe, body)
+
+
+def make_levels(denoiser: Path, examples: Path, judge: Path, config: cfg.Generate) -> Work:
+    from adversa.classify.score import make_scorer
+    from adversa.diffuse import painter
+    from adversa.diffuse.strategy import Sources
+
+    loaded, score, pictures = painter.load(denoiser, device_name()), make_scorer(judge), Pictures(examples)
+
+    def work(part: Part, path: Path) -> int:
+        cases = [(str(e), int(label)) for e, label in part.payload["cases"]]
+        sources = Sources(pictures.images([e for e, _ in cases]))
+        tried = sorted(config.levels)
+        asked = [probe(part.payload["run"], e, label, level, config) for e, label in cases for level in tried]
+        painted = loaded.paint(asked, sources, config)
+        logits = score(np.stack([p.image for p in painted]))[0].astype(np.float64)
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        agreement = (p / p.sum(1, keepdims=True))[np.arange(len(p)), [r.label for r in asked]] * [x.finite for x in painted]
+        rows = []
+        for (example, _), seen in zip(cases, agreement.reshape(len(cases), len(tried)), strict=True):
+            at = largest(seen, config.adaptive_agreement)
+            rows.append({"example": example, "sigma_start": tried[at], "agreement": float(seen[at])})
+        tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.LEVELS))
+        return len(rows)
+
+    return work
+
+
+def probe(run: str, example: str, label: int, level: float, config: cfg.Generate) -> GenerationRequest:
+    key = digest("level", run, example, level, size=10)
+    return GenerationRequest(key, 0, "levels", "vary", label, example, level, config.guidance, seed_of(key))
+
+
+def largest(agreement: np.ndarray, least: float) -> int:
+    """Of noise levels in rising order the index of the largest with at least this agreement; 0 where none has it."""
+    seen = np.flatnonzero(agreement >= least)
+    return int(seen[-1]) if len(seen) else 0
+
+
+# ---- painting ----------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    engine: Engine, requests: Path, data: Path, denoiser: Path, attacked: Path | None, config: cfg.Generate, out: Path
+) -> None:
+    """Paint every request; part i of the requests becomes part i of the images.
+
+    attacked: the classifier whose weaknesses steer (config.hardness, and likeness in features); None where nothing does.
+    """
+    steers = attacked is not None and steering_needs_classifier(config)
+    names = inputs(requests=requests, denoiser=denoiser, data=data) | (inputs(attacked=attacked) if attacked and steers else {})
+    if config.weak:
+        names |= inputs(weak=Path(config.weak))
+    recipe = runs.Recipe("generate", 2, config.model_dump(mode="json", exclude={"compile"}), names)
+
+    def body(progress: runs.Progress) -> Facts:
+        paths = tables.parts(requests)
+        parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
+        started = time.perf_counter()
+        make = partial(make_paint, denoiser, data / "mine", attacked if steers else None, config)
+        done = engine.map_parts(make, parts, out, progress, request_name)
+        spent = cost(done, engine.samplers(), time.perf_counter() - started)
+        failed = [asdict(f) for share in done for f in share.failed]
+        return spent | ({"failed": failed} if failed else {}) | {"rows": sum(p.rows for p in parts)} | _totals(out)
+
+    run_step(out, recipe, body)
+
+
+def _totals(out: Path) -> Facts:
+    columns = [pq.read_table(p, columns=["evaluations", "skipped", "finite", "fault"]) for p in tables.parts(out)]
+    rows = pa.concat_tables(columns) if columns else tables.SYNTHETIC.empty_table()
+    return {
+        "evaluations": pc.sum(rows["evaluations"]).as_py() or 0, "gradients_skipped": pc.sum(rows["skipped"]).as_py() or 0,
+        "not_finite": len(rows) - (pc.sum(rows["finite"]).as_py() or 0), "faults": len(rows) - rows["fault"].null_count,
+    }  # fmt: skip
+
+
+def steering_needs_classifier(config: cfg.Generate) -> bool:
+    return config.hardness > 0 or (config.likeness > 0 and config.likeness_kind == "features")
+
+
+def make_paint(denoiser: Path, examples: Path, attacked: Path | None, config: cfg.Generate) -> Work:
+    from adversa.diffuse import painter
+
+    loaded = painter.load(denoiser, device_name())
+    canvas = loaded.canvas(config, steering(loaded, attacked, config))
+    pictures = Pictures(examples)
+
+    def work(part: Part, path: Path) -> Painted:
+        requests = read_requests(Path(part.payload["path"]))
+        wanted = [r for i, r in enumerate(requests) if i not in part.skip]
+        loaded.check(wanted)
+        painted = {p.request.request_id: p for p in canvas.stream(wanted, sources(wanted, pictures, config))}
+        rows = [_row(r, painted.get(r.request_id), part.skip.get(i), loaded) for i, r in enumerate(requests)]
+        tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
+        return Painted(len(rows), sum(p.evaluations for p in painted.values()))
+
+    return work
+
+
+def read_requests(path: Path) -> list[GenerationRequest]:
+    return [GenerationRequest(**r) for r in pq.read_table(path).to_pylist()]
+
+
+def request_name(part: Part, row: int) -> str:
+    """Of a request that could not be painted, for messages."""
+    return f"request {read_requests(Path(part.payload['path']))[row].request_id}"
+
+
+def _row(request: GenerationRequest, painted: Any, fault: str | None, loaded: Any) -> Row:
+    """Of tables.SYNTHETIC; black and not finite where it was not painted."""
+    side = loaded.side
+    image = painted.image if painted is not None else np.zeros((side, side, 3), np.uint8)
+    return {
+        "request_id": request.request_id, "arm": request.arm, "label": request.label, "image": tables.encode_png(image),
+        "finite": painted is not None and painted.finite, "denoiser": loaded.fingerprint,
+        "evaluations": painted.evaluations if painted is not None else 0, "skipped": painted.skipped if painted is not None else 0,
+        "fault": fault,
+    }  # fmt: skip
+
+
+def device_name() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def steering(loaded: Any, attacked: Path | None, config: cfg.Generate) -> Any:
+    """What steers these requests, in float32: the classifier under attack, the weak denoiser."""
+    from adversa.classify.model import load
+    from adversa.diffuse.guidance import hardness
+    from adversa.diffuse.paint import Steering
+
+    weak = _weak(loaded, config.weak) if config.weak else None
+    if attacked is None:
+        return Steering(weak=weak)
+    network = load(attacked, loaded.device)[0].requires_grad_(False)
+    gradient = hardness(lambda p: network(p)[0], loaded.pixels, config.hardness_kind) if config.hardness else None
+    features = (lambda p: network(p)[1]) if config.likeness and config.likeness_kind == "features" else None
+    return Steering(gradient, features, loaded.pixels, weak)
+
+
+def _weak(loaded: Any, name: str) -> Any:
+    """The denoiser of autoguidance. UserError where it is not one of the same classes and space."""
+    from adversa.diffuse import edm
+
+    denoiser, meta, _ = edm.load(Path(name), loaded.device)
+    for key, default in (("classes", None), ("resolution", None), ("channels", 3), ("codec", None)):
+        theirs, ours = meta.get(key, default), loaded.meta.get(key, default)
+        if theirs != ours:
+            raise UserError(
+                f"generate.weak {name} has {key} {theirs}, the run's denoiser {ours}; give an earlier one of the same run"
+            )
+    return denoiser
+
+
+def sources(requests: Sequence[GenerationRequest], pictures: Pictures, config: cfg.Generate) -> Any:
+    """The images and masks that requests refer to."""
+    from adversa.diffuse.strategy import Sources
+
+    wanted = {r.example for r in requests if r.example is not None and (r.strategy != "sample" or r.likeness)}
+    wanted |= {r.partner for r in requests if r.partner is not None}
+    filled = sorted({r.example for r in requests if r.example is not None and r.strategy in FILLING})
+    inside, outside = pictures.masks(filled, config.margin, config.feather) if filled else ({}, {})
+    return Sources(pictures.images(sorted(wanted)), inside, outside)
+
+
+class Pictures:
+    """Examples of a role by id: their images, and the masks of their lesions."""
+
+    def __init__(self, folder: Path) -> None:
+        from adversa.data.loader import ImageTable
+
+        self.folder, self.table = folder, ImageTable([folder])
+
+    def images(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """uint8 [R, R, 3] of each."""
+        return dict(zip(ids, self.table.fetch(ids), strict=True)) if ids else {}
+
+    def masks(self, ids: Sequence[str], margin: float, feather: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(what inpainting paints, what outpainting paints), float32 [R, R] in [0, 1] of each: the lesion, grown by a margin, and
+        all but the lesion so grown. margin, feather: shares of the side. The data set's own masks, or masks that were found."""
+        from adversa.data import masks
+
+        images = self.images(ids)
+        rows = ds.dataset([str(p) for p in tables.parts(self.folder)]).to_table(
+            columns=["id", "mask"], filter=pc.field("id").isin(list(ids))
+        )
+        given = dict(zip(rows["id"].to_pylist(), rows["mask"].to_pylist(), strict=True))
+        pixels = np.stack([images[i] for i in ids])
+        lesion, _ = masks.of_rows([given[i] for i in ids], pixels)
+        side = pixels.shape[1]
+        grown = masks.grow(lesion, margin * side)
+        inside, outside = masks.feather(grown, feather * side), masks.feather(~grown, feather * side)
+        return dict(zip(ids, inside, strict=True)), dict(zip(ids, outside, strict=True))

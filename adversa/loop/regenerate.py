@@ -1,0 +1,88 @@
+"""Paint one image of a run again, from its request alone, and say whether it is the same."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from adversa import config as cfg
+from adversa import runs, tables
+from adversa.loop import painting
+from adversa.loop.parts import Part
+from adversa.runs import RunDir
+from adversa.types import GenerationRequest, UserError
+
+
+@dataclass(frozen=True)
+class Regenerated:
+    """image, before: uint8 [R, R, 3], painted now and then; device: where it was painted now; seconds: without loading."""
+
+    request: GenerationRequest
+    image: np.ndarray
+    before: np.ndarray
+    device: str
+    batch_size: int
+    seconds: float
+
+    @property
+    def identical(self) -> bool:
+        return bool(np.array_equal(self.image, self.before))
+
+    @property
+    def difference(self) -> tuple[int, int]:
+        """(values that differ, largest difference of a value in 0 ... 255)."""
+        apart = np.abs(self.image.astype(np.int16) - self.before)
+        return int((apart > 0).sum()), int(apart.max())
+
+
+def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path) -> Regenerated:
+    """By the run's own denoiser, classifier and settings, in a batch of the run's size.
+
+    temporary: a folder to paint into. UserError where the run has no such image, or its models are not those that painted it.
+    """
+    import torch
+
+    number, part, row = find(config, run, request_id)
+    request = painting.read_requests(part)[row]
+    stored = pq.read_table(run.round(number, "synthetic") / part.name).to_pylist()[row]
+    if stored["fault"]:
+        raise UserError(f"request {request_id} was not painted ({stored['fault']}); there is no image to compare with")
+    now = runs.fingerprint(run.denoiser)
+    if stored["denoiser"] != now:
+        raise UserError(f"request {request_id} was painted by the denoiser {stored['denoiser']}, {run.denoiser} holds {now} now")
+    attacked = attacked_in(config, run, number) if painting.steering_needs_classifier(config.generate) else None
+    torch.set_num_threads(config.cluster.sampler_threads)
+    work = painting.make_paint(run.denoiser, run.data / "mine", attacked, config.generate)
+    alone = temporary / "requests.parquet"
+    tables.write_part(alone, pq.read_table(part).slice(row, 1))
+    started = time.perf_counter()
+    work(Part(0, 1, {"path": str(alone)}), temporary / tables.part_name(0))
+    seconds = time.perf_counter() - started
+    image = tables.decode_png(pq.read_table(temporary / tables.part_name(0))["image"][0].as_py())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Regenerated(request, image, tables.decode_png(stored["image"]), device, config.generate.batch_size, seconds)
+
+
+def find(config: cfg.Config, run: RunDir, request_id: str) -> tuple[int, Path, int]:
+    """(round, part of its requests, row in it). UserError where there is none, or it is not painted yet."""
+    for number in range(1, config.rounds + 1):
+        for part in tables.parts(run.round(number, "requests")):
+            ids = pq.read_table(part, columns=["request_id"])["request_id"]
+            row = pc.index(ids, request_id).as_py()
+            if row < 0:
+                continue
+            if not (run.round(number, "synthetic") / part.name).exists():
+                raise UserError(f"request {request_id} is not painted yet; adversa generate goes on with {run.root}")
+            return number, part, row
+    raise UserError(f"{run.root} has no request {request_id}; the ids are in round-*/requests, and in the names under the pictures")
+
+
+def attacked_in(config: cfg.Config, run: RunDir, number: int) -> Path:
+    """The classifier under attack in a round: the one before it."""
+    arm = "guided" if number > 1 and "guided" in config.mix.arms else "real"
+    return run.arm(number - 1, arm, 0) / "classifier"

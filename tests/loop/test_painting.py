@@ -1,0 +1,185 @@
+"""Planning and painting: what is asked for each hard case, and what lies on disk afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from adversa import config as cfg
+from adversa import runs, tables
+from adversa.loop import painting, regenerate
+from adversa.loop.engine import LocalEngine
+from adversa.loop.parts import Part
+from adversa.types import HardCase, UserError
+
+CASES = [HardCase(f"e{i}", label, 1 - label, 2.0, -0.5, "misclassified", i) for i, label in enumerate([0, 1, 0, 0, 1, 2])]
+
+
+@pytest.fixture
+def hard(tmp_path):
+    folder = tmp_path / "hard"
+    folder.mkdir()
+    tables.write_part(folder / tables.part_name(0), tables.to_table(CASES, tables.HARD_CASES))
+    runs.begin(folder, recipe := runs.Recipe("mine", 1, {}, {}))
+    runs.finish(folder, recipe, rows=len(CASES))
+    return folder
+
+
+def planned(hard, config, levels=None, arms=("real", "unguided", "guided")):
+    out = hard.parent / "requests"
+    painting.plan(hard, levels, "run", 1, arms, config, out)
+    return tables.read(out).to_pylist(), runs.manifest(out)
+
+
+def test_parts_have_their_size_and_arms_their_matched_labels(hard):
+    rows, facts = planned(hard, cfg.Generate(per_case=3, part_size=8))
+    sizes = [len(tables.pq.read_table(p)) for p in tables.parts(hard.parent / "requests")]
+    assert sizes == [8, 8, 2, 8, 8, 2] and facts["rows"] == 36
+    by_arm = {a: sorted(r["label"] for r in rows if r["arm"] == a) for a in ("unguided", "guided")}
+    assert by_arm["unguided"] == by_arm["guided"]
+    assert all(
+        r["example"] is None and r["strategy"] == "sample" and r["sigma_start"] == 40 for r in rows if r["arm"] == "unguided"
+    )
+    assert len({r["seed"] for r in rows}) == 36
+
+
+def test_only_the_guided_arm_is_steered(hard):
+    rows, _ = planned(hard, cfg.Generate(hardness=0.5, likeness=0.25))
+    assert {(r["arm"], r["hardness"], r["likeness"]) for r in rows} == {("unguided", 0.0, 0.0), ("guided", 0.5, 0.25)}
+
+
+@pytest.mark.parametrize(("strategy", "start"), [("vary", 2.0), ("inpaint", 40.0), ("outpaint", 40.0), ("inout", 40.0)])
+def test_strategies_start_where_they_should(hard, strategy, start):
+    rows, _ = planned(hard, cfg.Generate(strategy=strategy))
+    assert {(r["strategy"], r["sigma_start"]) for r in rows if r["arm"] == "guided"} == {(strategy, start)}
+    other = hard.parent / "other"
+    painting.plan(hard, None, "run", 1, ["guided"], cfg.Generate(strategy=strategy, fill_sigma=9.0), other)
+    assert {r["sigma_start"] for r in tables.read(other).to_pylist()} == {2.0 if strategy == "vary" else 9.0}
+
+
+def test_blending_takes_two_hard_cases_of_one_class_and_varies_where_there_is_one(hard):
+    rows, facts = planned(hard, cfg.Generate(strategy="blend", per_case=2))
+    asked = {(r["example"], r["partner"], r["strategy"]) for r in rows if r["arm"] == "guided"}
+    assert asked == {
+        ("e0", "e2", "blend"), ("e2", "e3", "blend"), ("e3", "e0", "blend"), ("e1", "e4", "blend"), ("e4", "e1", "blend"),
+        ("e5", None, "vary"),
+    }  # fmt: skip
+    assert facts["without_partner"] == 2
+
+
+def test_adaptive_noise_is_each_cases_own(hard, tmp_path):
+    levels = tmp_path / "levels"
+    levels.mkdir()
+    rows = [{"example": c.example, "sigma_start": 0.5 + i, "agreement": 0.9} for i, c in enumerate(CASES)]
+    tables.write_part(levels / tables.part_name(0), pa.Table.from_pylist(rows, schema=tables.LEVELS))
+    runs.begin(levels, recipe := runs.Recipe("levels", 1, {}, {}))
+    runs.finish(levels, recipe, rows=6)
+    asked, _ = planned(hard, cfg.Generate(adaptive=True), levels)
+    assert {r["example"]: r["sigma_start"] for r in asked if r["arm"] == "guided"} == {r["example"]: r["sigma_start"] for r in rows}
+
+
+def test_the_largest_level_at_which_the_label_is_still_seen():
+    assert painting.largest(np.array([0.9, 0.8, 0.6, 0.2]), 0.5) == 2
+    assert painting.largest(np.array([0.9, 0.3, 0.6, 0.2]), 0.5) == 2
+    assert painting.largest(np.array([0.4, 0.3, 0.2, 0.2]), 0.5) == 0
+
+
+# ---- on a finished run -------------------------------------------------------------------------------------------------
+
+
+def paint_part(config, run, skip=None, steering=None):
+    part = tables.parts(run.round(1, "requests"))[0]
+    rows = tables.pq.read_metadata(part).num_rows
+    work = painting.make_paint(run.denoiser, run.data / "mine", steering, config)
+    return part, Part(0, rows, {"path": str(part)}, skip or {}), work
+
+
+def test_rows_that_are_given_up_are_marked_and_the_others_painted_as_ever(finished, tmp_path):
+    config, run = finished
+    part, order, work = paint_part(config.generate, run, {1: "it died"})
+    done = work(order, tmp_path / "out.parquet")
+    rows = tables.pq.read_table(tmp_path / "out.parquet").to_pylist()
+    before = tables.pq.read_table(run.round(1, "synthetic") / part.name).to_pylist()
+    assert done.rows == len(rows) == order.rows and done.evaluations == sum(r["evaluations"] for r in rows) > 0
+    assert rows[1]["fault"] == "it died" and not rows[1]["finite"] and not tables.decode_png(rows[1]["image"]).any()
+    for i, (now, was) in enumerate(zip(rows, before, strict=True)):
+        if i != 1:
+            assert now == was and now["fault"] is None
+    ids = painting.read_requests(part)
+    assert painting.request_name(order, 1) == f"request {ids[1].request_id}"
+
+
+def test_the_manifest_counts_what_the_painting_took(finished):
+    config, run = finished
+    facts = runs.manifest(run.round(1, "synthetic"))
+    rows = tables.read(run.round(1, "synthetic")).to_pylist()
+    assert facts["evaluations"] == sum(r["evaluations"] for r in rows) >= config.generate.steps * len(rows) // 2
+    assert (facts["gradients_skipped"], facts["not_finite"], facts["faults"]) == (0, 0, 0)
+
+
+def test_an_image_is_painted_again_to_the_bit(finished, tmp_path):
+    config, run = finished
+    rows = tables.read(run.round(1, "synthetic"), ["request_id", "arm"]).to_pylist()
+    for arm in ("unguided", "guided"):
+        asked = [r["request_id"] for r in rows if r["arm"] == arm][-1]
+        (tmp_path / arm).mkdir()
+        found = regenerate.regenerate(config, run, asked, tmp_path / arm)
+        assert found.identical and found.difference == (0, 0) and found.request.request_id == asked and found.request.arm == arm
+        assert found.image.any() and (found.device, found.batch_size) == ("cpu", config.generate.batch_size)
+
+
+def test_what_cannot_be_painted_again_is_refused(finished, tmp_path):
+    config, run = finished
+    with pytest.raises(UserError, match="has no request 0123; the ids are in"):
+        regenerate.regenerate(config, run, "0123", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "inpaint"}, {"strategy": "outpaint"}, {"strategy": "inout"}, {"strategy": "blend"},
+        {"hardness": 0.5, "hardness_every": 1}, {"likeness": 0.5}, {"likeness": 0.5, "likeness_kind": "features"},
+        {"solver": "heun"}, {"weak": "denoiser"},
+    ],
+)  # fmt: skip
+def test_each_setting_paints_and_changes_the_picture(finished, tmp_path, changes):
+    config, run = finished
+    if "weak" in changes:
+        changes = {"weak": str(run.denoiser), "guidance": 1.5}
+    generate = config.generate.model_copy(update={"per_case": 1, **changes})
+    cases = tables.read(run.round(1, "hard"), schema=tables.HARD_CASES).sort_by("rank").to_pylist()[:4]
+    pairs = painting.partners(cases) or {cases[0]["example"]: cases[-1]["example"]}
+    found = []
+    for settings in (generate, config.generate.model_copy(update={"per_case": 1})):
+        asked = [painting.request("run", 1, "guided", c, 0, settings, partner=pairs.get(c["example"])) for c in cases]
+        asked = [replace(r, seed=7, request_id=str(i)) for i, r in enumerate(asked)]
+        path = tmp_path / f"requests-{len(found)}.parquet"
+        tables.write_part(path, tables.to_table(asked, tables.REQUESTS))
+        attacked = regenerate.attacked_in(config, run, 1) if painting.steering_needs_classifier(settings) else None
+        out = tmp_path / f"out-{len(found)}.parquet"
+        painting.make_paint(run.denoiser, run.data / "mine", attacked, settings)(Part(0, len(asked), {"path": str(path)}), out)
+        found.append(tables.pq.read_table(out).to_pylist())
+    assert all(r["finite"] and r["fault"] is None for r in found[0])
+    assert any(a["image"] != b["image"] for a, b in zip(*found, strict=True))
+
+
+def test_levels_are_found_for_every_case(finished, tmp_path):
+    config, run = finished
+    generate = config.generate.model_copy(update={"levels": [0.5, 4.0], "adaptive": True})
+    painting.levels(
+        LocalEngine(1, 1), run.round(1, "hard"), run.data, run.denoiser, run.judge, generate, "run", tmp_path / "levels"
+    )
+    rows = tables.read(tmp_path / "levels").to_pylist()
+    assert {r["example"] for r in rows} == set(tables.read(run.round(1, "hard"))["example"].to_pylist())
+    assert all(r["sigma_start"] in (0.5, 4.0) and 0 <= r["agreement"] <= 1 for r in rows)
+    assert all(r["agreement"] >= 0.5 for r in rows if r["sigma_start"] == 4.0)
+
+
+def test_a_weak_denoiser_that_does_not_fit_is_refused(finished, tmp_path):
+    config, run = finished
+    generate = config.generate.model_copy(update={"weak": str(tmp_path)})
+    with pytest.raises(UserError):
+        painting.make_paint(run.denoiser, run.data / "mine", None, generate)
