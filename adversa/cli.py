@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,8 @@ HELP = "Find a classifier's hard cases, paint more of them, retrain, and say hon
 app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 config_app = typer.Typer(help="Show or check a configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+bench_app = typer.Typer(help="Measure this machine or cluster.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 ConfigPath = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; none: the built-in demo.")]
 TrainWords = Annotated[
@@ -96,7 +99,6 @@ for _name, _text in {
     "loop": "Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run it again to resume.",
     "prepare": "Read the images, split them by lesion into roles, write Parquet.",
     "mine": "Find the hard cases of the next unfinished round (and what comes before).",
-    "generate": "Paint images for the hard cases (and what comes before).",
     "curate": "Give every painted image a verdict (and what comes before).",
 }.items():
     _stage_command(_name, _text)
@@ -111,6 +113,73 @@ def train(
     """Train the denoiser, the judge and the first classifiers (and what comes before), or the codec alone."""
     what, config = _what("train", words, ("codec",))
     _execute(what or "train", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+
+
+@app.command()
+@exits
+def generate(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; none: the demo. With --labels: a run's folder.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="CLASS=N,...", help="Paint so many of each, no loop.")] = None,
+    denoiser: Annotated[Path | None, typer.Option("--denoiser", metavar="DIR", help="--labels: a denoiser, not a run.")] = None,
+    strategy: Annotated[str | None, typer.Option("--strategy", help="sample, vary, inpaint, outpaint, inout, blend.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="--labels: where the images go.")] = None,
+    form: Annotated[str, typer.Option("--format", metavar="folder|parquet", help="--labels: of what is in --out.")] = "folder",
+    run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None, engine: EngineName = "ray",
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Paint images for the hard cases (and what comes before); or, with --labels, so many images of each class."""
+    from rich.console import Console
+
+    from adversa import cli_images
+    from adversa.types import UserError
+
+    if labels is None:
+        alone = {"--denoiser": denoiser, "--strategy": strategy, "--out": out}
+        if given := [name for name, value in alone.items() if value is not None]:
+            raise UserError(f"{given[0]} goes with --labels CLASS=N,...: what to paint")
+        _execute("generate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+        return
+    with _stoppable():
+        cli_images.order(
+            config or run_dir, denoiser, labels, strategy, out, form, seed or 0, set_ or [], _engines(engine, verbose), Console()
+        )
+
+
+@app.command()
+@exits
+def regenerate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="Of the image; the report names it.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Keep the new image: a PNG.")] = None,
+) -> None:
+    """Paint one image of a run again, and say whether it is identical."""
+    from rich.console import Console
+
+    from adversa import cli_images
+
+    cli_images.regenerate(run, request_id, out, Console())
+
+
+@bench_app.command("generate")
+@exits
+def bench_generate(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder; none: the shipped denoiser.")] = None,
+    denoiser: Annotated[Path | None, typer.Option("--denoiser", metavar="DIR", help="A denoiser's folder, not a run.")] = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="A measurement, for each sampler.")] = 512,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of each measurement; the median counts.")] = 3,
+    samplers: Annotated[str | None, typer.Option("--samplers", metavar="N,...", help="Sizes of pools; none: 1, all CPUs.")] = None,
+    record: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there too.")] = None,
+    set_: Overrides = None, engine: EngineName = "ray", verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """How fast images are painted here: rates, costs of guidance, share of the device's peak, scaling, memory."""
+    from rich.console import Console
+
+    from adversa import cli_images
+
+    with _stoppable():
+        cli_images.bench(run, denoiser, images, rounds, samplers, record, set_ or [], _engines(engine, verbose), Console())
 
 
 @app.command()
@@ -273,6 +342,14 @@ def _judged(config: Config, run: RunDir) -> dict[str, Any]:
     return result
 
 
+def _engines(name: str, verbose: bool) -> Callable[[Config, RunDir], Engine]:
+    from adversa.types import UserError
+
+    if name not in ("ray", "local"):
+        raise UserError(f"--engine {name}: use ray or local")
+    return lambda config, run: _engine(name, config, run, verbose)
+
+
 def _engine(name: str, config: Config, run: RunDir, verbose: bool) -> Engine:
     if name == "local":
         from adversa.loop.engine import LocalEngine
@@ -292,6 +369,17 @@ def _note_failure(run: RunDir, error: Exception) -> None:
         runs.set_status(run, "failed", error=" ".join(str(error).split())[:2000])
     except (UserError, OSError) as e:
         error.add_note(f"status.json could not be written either ({e})")
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a command that is no run with one line."""
+    with _terminable():
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            typer.echo(f"stopped; what is finished is kept. Resume with: {_again()}")
+            raise typer.Exit(143 if stop.args == ("SIGTERM",) else 130) from None
 
 
 class _terminable:

@@ -10,7 +10,7 @@ pool's. Everything else is as in a run: the same actors, leases, commits and pro
 share of ideal: ideal is parts x 10 ms / actors; it is divided by the time from when the actors were up (they wait for each other;
 how long that took is told apart) until the call came back. Beside it the same share for as many processes that sleep and
 write the same files in a plain loop, without a pool: what the machine itself leaves of the ideal.
-driver memory: growth of the driver's own memory (USS) from when a tenth of the parts were done to the end, at its largest.
+driver memory: by how much the driver's own memory (anonymous pages) grew at most after a tenth of the parts were done.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ class Watch:
         process = psutil.Process()
         while not self.stopped.wait(0.25):
             if self.done >= self.total / 10:
-                used = process.memory_full_info().uss
+                info = process.memory_info()
+                used = info.rss - getattr(info, "shared", 0)  # libraries count as shared or not as other processes come and go
                 self.base, self.peak = self.base or used, max(self.peak, used)
 
     def stop(self) -> None:

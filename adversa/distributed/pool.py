@@ -15,17 +15,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from adversa.distributed.actor import Actor
 from adversa.distributed.errors import user_error
 from adversa.loop.crew import Lost, work_off
 from adversa.loop.leases import Order
 from adversa.loop.parts import Make, Name, Part, Report, Share, row_name
-from adversa.loop.sampler import Sampler
-
-
-class Actor(Sampler):
-    def place(self) -> str:
-        """The Ray node: a machine may have several, each with CPUs of its own."""
-        return ray.get_runtime_context().get_node_id()
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def generate(
     denoiser: Path, classifier: Path | None, config: cfg.Generate, engines: dict[int, Callable[[], Any]], images: int, rounds: int,
     base: Path,
 ) -> Iterator[Row]:  # fmt: skip
-    """Rates, costs of guidance, share of the device's peak and memory in this process; then engines: {samplers: makes an engine}."""
+    """Rates, costs of guidance, share of the peak, and memory of this process; then of engines: {samplers: makes an engine}."""
     import statistics
 
     from adversa.diffuse import painter

@@ -26,6 +26,7 @@ LOOK_SECONDS = 5.0  # between two questions how many workers there should be
 WAIT_SECONDS = 1.0  # for news, before the progress is told again
 NO_ROOM_SECONDS = 30.0  # without any worker placed, before that is said
 RATE_SECONDS = 30.0  # rates are over so long
+STARTS = 5  # of a worker that dies each time while it starts
 
 
 class Lost(Exception):
@@ -75,7 +76,7 @@ class Member:
 
 @dataclass
 class Tally:
-    """What the workers of one slot did."""
+    """What the workers of one slot did. Of a lease that a death cut off: the parts and rows, not the seconds and evaluations."""
 
     parts: int = 0
     rows: int = 0
@@ -231,13 +232,12 @@ class Crew:
         self.leases.give_back(left)
 
     def _start_failed(self, slot: int, error: Lost) -> None:
-        """Tried again after a rest. An error where no worker is up and every one that there was room for has failed so often."""
+        """Tried again after a rest. An error where no worker is up, and every one that there was room for died STARTS times."""
         failed = self.failed_starts[slot] = self.failed_starts.get(slot, 0) + 1
-        self.rest_until[slot] = self.clock() + min(60.0, 2.0 ** (failed - 1))
+        self.rest_until[slot] = self.clock() + min(60.0, 2.0 ** (failed - 2))
         hopeful = any(m.up or (m.machine is not None and m.slot not in self.failed_starts) for m in self.members.values())
-        tries = self.leases.attempts
-        if not hopeful and min(self.failed_starts.values()) >= tries:
-            raise RuntimeError(f"no worker comes up, each died {tries} times while it started; the last: {error}") from error
+        if not hopeful and min(self.failed_starts.values()) >= STARTS:
+            raise RuntimeError(f"no worker comes up, each died {STARTS} times while it started; the last: {error}") from error
 
     # ---- what is told -----------------------------------------------------------------------------------------------------
 

@@ -165,11 +165,8 @@ def _put(path: Path, data: bytes) -> bool:
     Renamed into place, not flushed: a file that a power cut tears is found by its bytes the next time, and ten thousand flushes
     take longer than the pictures.
     """
-    try:
-        if path.read_bytes() == data:
-            return False
-    except FileNotFoundError:
-        pass  # the usual case: it is not there yet
+    if path.exists() and path.read_bytes() == data:
+        return False
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(data)

@@ -147,14 +147,16 @@ def largest(agreement: np.ndarray, least: float) -> int:
 
 
 def generate(
-    engine: Engine, requests: Path, data: Path, denoiser: Path, attacked: Path | None, config: cfg.Generate, out: Path
+    engine: Engine, requests: Path, data: Path | None, denoiser: Path, attacked: Path | None, config: cfg.Generate, out: Path
 ) -> None:
     """Paint every request; part i of the requests becomes part i of the images.
 
-    attacked: the classifier whose weaknesses steer (config.hardness, and likeness in features); None where nothing does.
+    data: where the examples of requests are, in the role mine; None where they have none. attacked: the classifier whose
+    weaknesses steer (config.hardness, and likeness in features); None where nothing does.
     """
     steers = attacked is not None and steering_needs_classifier(config)
-    names = inputs(requests=requests, denoiser=denoiser, data=data) | (inputs(attacked=attacked) if attacked and steers else {})
+    names = inputs(requests=requests, denoiser=denoiser) | (inputs(data=data) if data else {})
+    names |= inputs(attacked=attacked) if attacked and steers else {}
     if config.weak:
         names |= inputs(weak=Path(config.weak))
     recipe = runs.Recipe("generate", 2, config.model_dump(mode="json", exclude={"compile"}), names)
@@ -163,7 +165,7 @@ def generate(
         paths = tables.parts(requests)
         parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
         started = time.perf_counter()
-        make = partial(make_paint, denoiser, data / "mine", attacked if steers else None, config)
+        make = partial(make_paint, denoiser, data / "mine" if data else None, attacked if steers else None, config)
         done = engine.map_parts(make, parts, out, progress, request_name)
         spent = cost(done, engine.samplers(), time.perf_counter() - started)
         failed = [asdict(f) for share in done for f in share.failed]
@@ -185,7 +187,7 @@ def steering_needs_classifier(config: cfg.Generate) -> bool:
     return config.hardness > 0 or (config.likeness > 0 and config.likeness_kind == "features")
 
 
-def make_paint(denoiser: Path, examples: Path, attacked: Path | None, config: cfg.Generate) -> Work:
+def make_paint(denoiser: Path, examples: Path | None, attacked: Path | None, config: cfg.Generate) -> Work:
     from adversa.diffuse import painter
 
     loaded = painter.load(denoiser, device_name())
@@ -194,14 +196,23 @@ def make_paint(denoiser: Path, examples: Path, attacked: Path | None, config: cf
 
     def work(part: Part, path: Path) -> Painted:
         requests = read_requests(Path(part.payload["path"]))
-        wanted = [r for i, r in enumerate(requests) if i not in part.skip]
+        given = sources([r for i, r in enumerate(requests) if i not in part.skip], pictures, config)
+        faults = {i: fault for i, r in enumerate(requests) if (fault := part.skip.get(i) or unpaintable(r, given)) is not None}
+        wanted = [r for i, r in enumerate(requests) if i not in faults]
         loaded.check(wanted)
-        painted = {p.request.request_id: p for p in canvas.stream(wanted, sources(wanted, pictures, config))}
-        rows = [_row(r, painted.get(r.request_id), part.skip.get(i), loaded) for i, r in enumerate(requests)]
+        painted = {p.request.request_id: p for p in canvas.stream(wanted, given)}
+        rows = [_row(r, painted.get(r.request_id), faults.get(i), loaded) for i, r in enumerate(requests)]
         tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
         return Painted(len(rows), sum(p.evaluations for p in painted.values()))
 
     return work
+
+
+def unpaintable(request: GenerationRequest, given: Any) -> str | None:
+    """Why there is nothing to paint: around a lesion that fills the picture."""
+    if request.strategy not in ("outpaint", "inout") or request.example not in given.outside:
+        return None
+    return None if given.outside[request.example].any() else "the lesion fills the picture: there is no skin to paint"
 
 
 def read_requests(path: Path) -> list[GenerationRequest]:
@@ -254,9 +265,7 @@ def _weak(loaded: Any, name: str) -> Any:
     for key, default in (("classes", None), ("resolution", None), ("channels", 3), ("codec", None)):
         theirs, ours = meta.get(key, default), loaded.meta.get(key, default)
         if theirs != ours:
-            raise UserError(
-                f"generate.weak {name} has {key} {theirs}, the run's denoiser {ours}; give an earlier one of the same run"
-            )
+            raise UserError(f"generate.weak {name} has {key} {theirs}, the run's denoiser {ours}; give one of the same run")
     return denoiser
 
 
@@ -274,10 +283,10 @@ def sources(requests: Sequence[GenerationRequest], pictures: Pictures, config: c
 class Pictures:
     """Examples of a role by id: their images, and the masks of their lesions."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         from adversa.data.loader import ImageTable
 
-        self.folder, self.table = folder, ImageTable([folder])
+        self.folder, self.table = folder, ImageTable([folder] if folder else [])
 
     def images(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
         """uint8 [R, R, 3] of each."""
@@ -288,13 +297,14 @@ class Pictures:
         all but the lesion so grown. margin, feather: shares of the side. The data set's own masks, or masks that were found."""
         from adversa.data import masks
 
+        assert self.folder is not None, "masks of no examples"
         images = self.images(ids)
         rows = ds.dataset([str(p) for p in tables.parts(self.folder)]).to_table(
             columns=["id", "mask"], filter=pc.field("id").isin(list(ids))
         )
         given = dict(zip(rows["id"].to_pylist(), rows["mask"].to_pylist(), strict=True))
         pixels = np.stack([images[i] for i in ids])
-        lesion, _ = masks.of_rows([given[i] for i in ids], pixels)
+        lesion, _ = masks.of_rows([given[i] for i in ids], pixels, list(ids))
         side = pixels.shape[1]
         grown = masks.grow(lesion, margin * side)
         inside, outside = masks.feather(grown, feather * side), masks.feather(~grown, feather * side)

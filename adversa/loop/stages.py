@@ -70,6 +70,8 @@ def trained(config: Config, run: RunDir, number: int) -> list[Path]:
 
 def plan(config: Config, run: RunDir, command: str | None) -> list[Stage]:
     """The stages that a command may work on, in order: `quality` has its own end, all others have those of the whole run."""
+    if command == "order":  # of a folder that `order.paint` works in
+        return [Stage("order", 0, (run.root / "requests", run.root / "synthetic"))]
     if command != "quality":
         return stages(config, run)
     before = [s for s in stages(config, run) if s.command in ("prepare", "codec")]

@@ -1,0 +1,157 @@
+"""Images to order: so many of each class, painted without a loop, exported as a folder of pictures or as Parquet."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from adversa import config as cfg
+from adversa import runs, tables
+from adversa.loop import export, painting, regenerate, steps
+from adversa.loop.engine import Engine
+from adversa.loop.step import Facts, inputs, run_step
+from adversa.runs import RunDir
+from adversa.types import GenerationRequest, UserError, digest, seed_of
+from adversa.weights import CONFIG
+
+WORK = ".work"  # in the folder asked for: the steps, without their images once those are exported
+
+
+@dataclass(frozen=True)
+class Order:
+    """labels: images wanted by class number. run: whose pictures the strategies start from, and whose classifier steers; None: the
+    denoiser alone, which samples."""
+
+    denoiser: Path
+    labels: dict[int, int]
+    strategy: str
+    seed: int
+    config: cfg.Generate
+    out: Path
+    form: str
+    run: RunDir | None = None
+
+    @property
+    def work(self) -> RunDir:
+        return RunDir((self.out / WORK).absolute())
+
+
+def classes_of(denoiser: Path) -> list[str]:
+    """UserError where the folder holds no denoiser."""
+    meta = runs.read_json(denoiser / CONFIG)
+    if meta is None or "classes" not in meta:
+        raise UserError(f"{denoiser} holds no denoiser ({CONFIG} is missing, or names no classes); give a denoiser's folder")
+    return [str(c) for c in meta["classes"]]
+
+
+def check(order: Order) -> None:
+    """UserError for what cannot be ordered."""
+    if order.run is None and order.strategy != "sample":
+        raise UserError(
+            f"--strategy {order.strategy} starts from real pictures, a denoiser alone has none; give a run, or --strategy sample"
+        )
+    steered = [k for k in ("hardness", "likeness") if getattr(order.config, k)]
+    if order.run is None and steered:
+        key = steered[0]
+        raise UserError(
+            f"generate.{key} {getattr(order.config, key):g} needs a run's classifier and pictures; give a run, or set 0"
+        )
+    if order.form not in export.FORMATS:
+        raise UserError(f"--format {order.form}: there is no such format; give {' or '.join(export.FORMATS)}")
+
+
+def finished(order: Order) -> bool:
+    """Whether this very order is exported. UserError where the folder holds another one."""
+    done = runs.read_json(order.work.root / "done.json")
+    if done is None:
+        return False
+    if done != _identity(order):
+        changed = "; ".join(runs.differences(done, _identity(order)))
+        raise UserError(f"--out {order.out} holds another order ({changed}); give an empty or new folder")
+    return True
+
+
+def _identity(order: Order) -> dict[str, object]:
+    generate = order.config.model_dump(mode="json", exclude={"compile"})
+    asked = {"labels": {str(k): n for k, n in order.labels.items()}, "strategy": order.strategy, "seed": order.seed}
+    return {**asked, "format": order.form, "generate": generate, "denoiser": runs.fingerprint(order.denoiser)}
+
+
+def paint(order: Order, engine: Engine) -> export.Exported:
+    """Paint the order and export it. Called again after a cut it goes on where it was."""
+    check(order)
+    work, classes = order.work, classes_of(order.denoiser)
+    requests, synthetic = work.root / "requests", work.root / "synthetic"
+    plan(order, requests)
+    data = order.run.data if order.run is not None else None
+    attacked = None
+    if order.run is not None and painting.steering_needs_classifier(order.config):
+        attacked = regenerate.attacked_in(cfg.load(order.run.config), order.run, 1)
+    painting.generate(engine, requests, data, order.denoiser, attacked, order.config, synthetic)
+    trained_on = f"the role `train` of the run {order.run.root.name}" if order.run is not None else "not recorded"
+    origin = export.Origin(str(order.denoiser), order.config.model_dump(mode="json"), order.seed, trained_on)
+    found = export.export(synthetic, requests, classes, order.out, order.form, origin)
+    runs.write_json(work.root / "done.json", _identity(order))
+    for part in tables.parts(synthetic):
+        part.unlink()
+    return found
+
+
+def plan(order: Order, out: Path) -> None:
+    """Requests, class by class; those that start from a picture take the pictures of their class in turn."""
+    config = order.config
+    names = inputs(denoiser=order.denoiser) | (inputs(data=order.run.data) if order.run is not None else {})
+    recipe = runs.Recipe("order", 1, _identity(order), names)
+
+    def body(progress: runs.Progress) -> Facts:
+        examples = _examples(order) if order.strategy != "sample" or config.likeness else {}
+        asked = [_request(order, label, i, examples.get(label, [])) for label, n in order.labels.items() for i in range(n)]
+        for index, first in enumerate(range(0, len(asked), config.part_size)):
+            tables.write_part(
+                out / tables.part_name(index), tables.to_table(asked[first : first + config.part_size], tables.REQUESTS)
+            )
+        return {"rows": len(asked)}
+
+    run_step(out, recipe, body)
+
+
+def _request(order: Order, label: int, number: int, examples: Sequence[str]) -> GenerationRequest:
+    config, strategy = order.config, order.strategy
+    key = digest("order", order.seed, label, strategy, number, size=10)
+    start = {"sample": config.sigma_max, "vary": config.sigma_start, "blend": config.sigma_start}
+    example = examples[number % len(examples)] if examples else None
+    partner = examples[(number + 1 + number // len(examples)) % len(examples)] if strategy == "blend" else None
+    return GenerationRequest(
+        request_id=key, round=0, arm="order", strategy=strategy, label=label, example=example,
+        sigma_start=start.get(strategy, config.fill_sigma or config.sigma_max), guidance=config.guidance, seed=seed_of(key),
+        partner=partner, hardness=config.hardness, likeness=config.likeness,
+    )  # fmt: skip
+
+
+def _examples(order: Order) -> dict[int, list[str]]:
+    """For each class asked for: the run's hard cases of the last round that has some, else all its pictures of the role mine."""
+    assert order.run is not None
+    rounds = (order.run.round(n, "hard") for n in itertools.count(1))
+    hard = [folder for folder in itertools.takewhile(runs.is_finished, rounds)]
+    cases = tables.read(hard[-1], ["example", "label"], tables.HARD_CASES) if hard else tables.HARD_CASES.empty_table()
+    mine = tables.read(order.run.data / "mine", ["id", "label"], tables.EXAMPLES)
+    classes, found = steps.classes_of(order.run.data), {}
+    for label in order.labels:
+        names = _of(cases, "example", label) or _of(mine, "id", label)
+        least = 2 if order.strategy == "blend" else 1
+        if len(names) < least:
+            raise UserError(
+                f"--strategy {order.strategy}: {order.run.root} has {len(names)} pictures of {classes[label]} to start from, "
+                f"{least} are needed; take --strategy sample"
+            )
+        found[label] = names
+    return found
+
+
+def _of(rows: pa.Table, column: str, label: int) -> list[str]:
+    return rows.filter(pc.equal(rows["label"], label))[column].to_pylist()
