@@ -71,6 +71,7 @@ class RayEngine:
             return
         try:
             self.started = training.fit(todo, self.storage, self.image_bytes, self.group())
+            unfinished(todo)  # none is; a worker that died right after its manifest has left its checkpoint
         finally:
             shutil.rmtree(self.storage, ignore_errors=True)
 
