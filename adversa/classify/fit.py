@@ -193,7 +193,7 @@ def _phase(state: State, config: Classifier) -> None:
 
 def _step(state: State, batch: Batch, config: Classifier, criterion: Loss) -> float:
     step, seed, device = state.step + 1, state.seed, state.device
-    torch.manual_seed(seed_of("dropout", seed, step, workers.rank()))
+    _seed(seed_of("dropout", seed, step, workers.rank()), device)
     size = int(batch.get("size", len(batch["id"])))
     rows = workers.rows(size)
     generator = torch.Generator().manual_seed(seed_of("augment", seed, step))
@@ -221,6 +221,13 @@ def _step(state: State, batch: Batch, config: Classifier, criterion: Loss) -> fl
     if step == config.head_steps:
         _phase(state, config)
     return value
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """torch.manual_seed of the devices that are used: it notes a stack trace for each kind of device that is not, at every call."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _check_weights(state: State, batch: Batch, config: Classifier) -> None:
