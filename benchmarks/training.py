@@ -1,27 +1,31 @@
 """What Ray Train and Ray Data cost a training: images a second beside the same loop without them, seconds before the first step.
 
-    python benchmarks/training.py                    the demo's classifier and denoiser, one worker, three rounds
+    python benchmarks/training.py                    the demo's classifier and denoiser, one worker
     python benchmarks/training.py --quick
     python benchmarks/training.py configs/ham10000-cpu.yaml --run-dir runs/ham10000-cpu
 
-Three ways of training the same model on the same batches, one after the other, round after round, so that what else the machine
-does falls on all of them:
+Three processes train the same model on the same batches:
 
     bare    forward, backward, AdamW over tensors in memory: no augmentation, no averaged weights, no checkpoint, no progress
-    core    the core's fit function over batches in memory, in this process
-    ray     the same fit function as a job of a Ray Train launch, fed by Ray Data
+    core    the core's fit function over batches in memory
+    ray     the same fit function as a job of a Ray Train launch, fed by Ray Data, with all the processes that Ray has
 
-Steady state is from the tenth batch to the last, evaluation at the end apart. The bar, ray against bare, is on the median over the
-rounds of the ratio within a round. Core against bare is what the recipe itself costs, ray against core what Ray does. All at the
-same number of torch threads.
+They take turns, a window of a few seconds each while the others are stopped (SIGSTOP), so that what else the machine does falls on
+all of them: its speed changes by half within minutes. A window counts from its second step to its last whole one. The bar, ray
+against bare, is on the median over the turns of the ratio within a turn. Core against bare is what the recipe itself costs, ray
+against core what Ray does. All have the same number of torch threads; no evaluation is in it. The start-up is of launches that
+nothing else ran beside.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import os
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -38,67 +42,67 @@ from adversa.loop.engine import FitJob, LocalEngine
 from adversa.loop.feed import Batch
 from adversa.runs import RunDir
 
-SKIPPED = 10  # batches before the steady state: caches, first kernels, the filling of the stream's buffers
+WINDOW = 4.0  # seconds of a turn
+Window = tuple[str, float, float]  # who ran, from, to
+ENDLESS = 10**6  # steps of a process that is ended from outside
 
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A fit function that writes down when each batch was asked for and when it came: `out`.times.json."""
+    """A fit function that notes when each batch was asked for and when it came: a line a batch in `out`.times."""
 
     fit: Any
 
     def __call__(self, batches: Any, *, out: Path, **options: Any) -> dict[str, Any]:
-        asked: list[float] = []
-        came: list[float] = []
-
-        def watched() -> Iterator[Batch]:
-            source = iter(batches)
-            while True:
-                asked.append(time.time())
-                batch = next(source, None)
-                if batch is None:
-                    return
-                came.append(time.time())
-                yield batch
-
-        metrics = self.fit(watched(), out=out, **options)
-        out.with_suffix(".times.json").write_text(json.dumps({"asked": asked[: len(came)], "came": came}))
-        return metrics
+        with open(times_of(out), "w") as notes:
+            return self.fit(watched(batches, notes), out=out, **options)
 
 
-def steady(out: Path, batch: int) -> tuple[float, float]:
-    """(images a second, share of the time spent waiting for data) of the steady state."""
-    times = json.loads(out.with_suffix(".times.json").read_text())
-    asked, came = times["asked"][SKIPPED:], times["came"][SKIPPED:]
-    elapsed = asked[-1] - asked[0]
-    return (len(asked) - 1) * batch / elapsed, sum(c - a for a, c in zip(asked[:-1], came[:-1], strict=True)) / elapsed
+def watched(batches: Any, notes: Any) -> Iterator[Batch]:
+    source = iter(batches)
+    while True:
+        asked = time.time()
+        batch = next(source, None)
+        if batch is None:
+            return
+        notes.write(f"{asked} {time.time()}\n")
+        notes.flush()
+        yield batch
 
 
-def core(job: FitJob, threads: int) -> None:
-    batches = list(job.feed.batches())
-    select = list(job.select.batches()) if job.select is not None else []
-    more = {"select": lambda: select} if job.select is not None else {}
-    job.out.mkdir(parents=True)
-    job.fit(batches, out=job.out, report=lambda _: None, threads=threads, committed=lambda _: None, **more)
+def times_of(out: Path) -> Path:
+    return out.with_suffix(".times")
 
 
-def bare(what: str, job: FitJob, config: cfg.Config, classes: int, threads: int) -> float:
-    """Images a second."""
+def read_times(out: Path) -> list[tuple[float, float]]:
+    """(asked, came) of each batch; a last line that is cut short is left out."""
+    lines = times_of(out).read_text().split("\n")[:-1] if times_of(out).exists() else []
+    return [(float(a), float(b)) for a, b in (line.split() for line in lines)]
+
+
+# ---- the two that need no Ray ------------------------------------------------------------------------------------------
+
+
+def alone(how: str, what: str, job: FitJob, config: cfg.Config, classes: int, threads: int) -> None:
+    """Train over batches in memory, again and again, until the process is ended."""
     import torch
 
     torch.set_num_threads(threads)
+    stored = list(job.feed.batches())
+    job.out.mkdir(parents=True)
+    if how == "core":
+        job.fit(itertools.cycle(stored), out=job.out, report=lambda _: None, threads=threads, committed=lambda _: None,
+                **({} if what == "denoiser" else {"select": lambda: []}))  # fmt: skip
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    step, batch = (_classifier_step if what == "classifier" else _denoiser_step)(config, classes, device)
-    stored = [(torch.as_tensor(b["image"]).to(device), torch.as_tensor(b["label"]).to(device)) for b in job.feed.batches()]
-    started = 0.0
-    for i, (images, labels) in enumerate(stored):
-        if i == SKIPPED:
-            started = time.time()
-        step(images, labels)
-    return (len(stored) - SKIPPED) * batch / (time.time() - started)
+    step = (_classifier_step if what == "classifier" else _denoiser_step)(config, classes, device)
+    tensors = [{"image": torch.as_tensor(b["image"]).to(device), "label": torch.as_tensor(b["label"]).to(device)} for b in stored]
+    with open(times_of(job.out), "w") as notes:
+        for batch in watched(itertools.cycle(tensors), notes):
+            step(batch["image"], batch["label"])
 
 
-def _classifier_step(config: cfg.Config, classes: int, device: Any) -> tuple[Callable[[Any, Any], float], int]:
+def _classifier_step(config: cfg.Config, classes: int, device: Any) -> Callable[[Any, Any], float]:
     import torch
 
     from adversa.classify.model import build
@@ -114,10 +118,10 @@ def _classifier_step(config: cfg.Config, classes: int, device: Any) -> tuple[Cal
         loss = torch.nn.functional.cross_entropy(logits.float(), labels)
         return _update(optimizer, loss)
 
-    return step, c.batch_size
+    return step
 
 
-def _denoiser_step(config: cfg.Config, classes: int, device: Any) -> tuple[Callable[[Any, Any], float], int]:
+def _denoiser_step(config: cfg.Config, classes: int, device: Any) -> Callable[[Any, Any], float]:
     import torch
 
     from adversa.diffuse import edm
@@ -134,7 +138,7 @@ def _denoiser_step(config: cfg.Config, classes: int, device: Any) -> tuple[Calla
         loss = (edm.loss_weight(sigma, c.sigma_data) * error.square().flatten(1).mean(1)).mean()
         return _update(optimizer, loss)
 
-    return step, c.batch_size
+    return step
 
 
 def _update(optimizer: Any, loss: Any) -> float:
@@ -171,104 +175,192 @@ class Processes:
         return found
 
 
-def launch(engine: Any, jobs: list[FitJob]) -> dict[str, float]:
-    """Train on Ray; seconds from the call to each stage of its start-up, and to its end."""
+# ---- taking turns ------------------------------------------------------------------------------------------------------
+
+
+class Turns:
+    """While `ray` trains, lets it and the other processes run one after the other."""
+
+    def __init__(self, out: Path, others: dict[str, subprocess.Popen[bytes]]) -> None:
+        self.out, self.others, self.windows = out, others, list[Window]()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while len(read_times(self.out)) < 3:  # the launch has all for itself
+            if self.ended.wait(0.2):
+                return
+        while not self.ended.is_set():
+            for who in ("ray", *self.others):
+                if who != "ray":
+                    self._signal("ray", signal.SIGSTOP)
+                self._signal(who, signal.SIGCONT)
+                began = time.time()
+                self.ended.wait(WINDOW)
+                self.windows.append((who, began, time.time()))
+                if who != "ray":
+                    self._signal(who, signal.SIGSTOP)
+                    self._signal("ray", signal.SIGCONT)
+
+    def _signal(self, who: str, which: signal.Signals) -> None:
+        pids = [self.others[who].pid] if who != "ray" else [
+            p.pid for p in psutil.Process().children(recursive=True) if p.pid not in {o.pid for o in self.others.values()}
+        ]  # fmt: skip
+        for pid in pids:
+            try:
+                os.kill(pid, which)
+            except ProcessLookupError:
+                continue  # it ended while we looked
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.thread.join()
+
+
+def rates(
+    windows: list[tuple[str, float, float]], times: dict[str, list[tuple[float, float]]], batch: int
+) -> dict[str, list[float]]:
+    """Images a second of each whole turn, by who."""
+    found: dict[str, list[float]] = {who: [] for who in times}
+    turns = len(windows) // len(times)
+    for i in range(turns):
+        turn = {}
+        for who, began, ended in windows[i * len(times) : (i + 1) * len(times)]:
+            asked = [a for a, _ in times[who] if began <= a <= ended][1:]  # the first was asked for by a step that was cut in two
+            if len(asked) >= 3:
+                turn[who] = (len(asked) - 1) * batch / (asked[-1] - asked[0])
+        if len(turn) == len(times):
+            for who, value in turn.items():
+                found[who].append(value)
+    return found
+
+
+def launch(engine: Any, job: FitJob, others: dict[str, subprocess.Popen[bytes]]) -> tuple[dict[str, float], Turns]:
+    """Train on Ray, in turns with the others; seconds from the call to each stage of its start-up."""
     watch, called = Processes(), time.time()
-    engine.fit(jobs)
-    ended, created, marks = time.time(), watch.stop(), engine.started
-    first = json.loads(jobs[0].out.with_suffix(".times.json").read_text())["asked"]
+    turns = Turns(job.out, others)
+    engine.fit([job])
+    turns.stop()
+    created, marks = watch.stop(), engine.started
     stages = {
         "training worker's process": created.get("RayTrainWorker", float("nan")), "its function called": marks["began"],
-        "modules imported": marks["imported"], "first batch there": marks["first batch"], "first step done": first[1],
-        "return": ended,
+        "modules imported": marks["imported"], "first batch there": marks["first batch"],
+        "first step done": read_times(job.out)[1][0],
     }  # fmt: skip
-    return {name: at - called for name, at in stages.items()}
+    return {name: at - called for name, at in stages.items()}, turns
 
 
-def jobs_of(config: cfg.Config, run: Any, base: Path, which: str) -> dict[str, FitJob]:
+def job_of(what: str, config: cfg.Config, run: RunDir, out: Path, steps_: int) -> FitJob:
     mix, side = run.arm(0, "real") / "mix", config.data.resolution
-    found = {
-        "classifier": steps.classifier_job(run.data, mix, [], config.classifier, 0, side, base / f"classifier-{which}"),
-        "denoiser": steps.denoiser_job(run.data, mix, config.denoiser, 0, side, base / f"denoiser-{which}"),
-    }
-    return {what: dataclasses.replace(job, fit=Timed(job.fit)) for what, job in found.items()}
+    if what == "classifier":
+        section = config.classifier.model_copy(update={"evaluations": 1, "steps": steps_, "patience": None})
+        job = steps.classifier_job(run.data, mix, [], section, 0, side, out)
+    else:
+        section_ = config.denoiser.model_copy(update={"steps": steps_, "sample_steps": 0})
+        job = dataclasses.replace(steps.denoiser_job(run.data, mix, section_, 0, side, out), select=None)  # no evaluations
+    return dataclasses.replace(job, fit=Timed(job.fit))
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("config", nargs="?", type=Path, help="a configuration; default: the demo")
     arguments.add_argument("--run-dir", type=Path, help="a run whose data is prepared; default: prepared in a temporary folder")
-    arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--steps", type=int, default=200, help="of the classifier; half as many of the denoiser")
+    arguments.add_argument("--rounds", type=int, default=2, help="launches of each")
+    arguments.add_argument("--steps", type=int, default=1000, help="of the classifier on Ray; a quarter as many of the denoiser")
+    arguments.add_argument("--alone", nargs=3, metavar=("HOW", "WHAT", "OUT"), help="for this program itself: train without Ray")
     args = arguments.parse_args()
     if args.quick:
-        args.rounds, args.steps = 1, 60
+        args.rounds, args.steps = 1, 400
     config = cfg.load(args.config)
-    changes = {"evaluations": 1, "steps": args.steps, "patience": None}
-    config = config.model_copy(
-        update={
-            "classifier": config.classifier.model_copy(update=changes),
-            "denoiser": config.denoiser.model_copy(update={"steps": args.steps // 2, "sample_steps": 0}),
-        }
-    )
+    threads = config.cluster.training_threads or os.cpu_count() or 1
+    if args.alone is not None:
+        how, what, out = args.alone
+        run = RunDir(args.run_dir.absolute())
+        job = job_of(what, config, run, Path(out), 200)
+        if how == "core":
+            job = dataclasses.replace(job_of(what, config, run, Path(out), ENDLESS), feed=job.feed)
+        alone(how, what, job, config, len(steps.classes_of(run.data)), threads)
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        publish(measure(config, args.run_dir, Path(temporary), args.rounds), args.json)
+        publish(measure(args, config, Path(temporary)), args.json)
 
 
-def measure(config: cfg.Config, run_dir: Path | None, base: Path, rounds: int) -> list[Result]:
-    run = RunDir((run_dir or base / "run").absolute())
-    if run_dir is None:
+def measure(args: Any, config: cfg.Config, base: Path) -> list[Result]:
+    run = RunDir((args.run_dir or base / "run").absolute())
+    if args.run_dir is None:
         cycle.open_run(config, run.root)
         cycle.run(config, run, LocalEngine(1, 1), None, until="prepare")
         steps.mix(run.data, [], "real", ["real"], config.mix, run.arm(0, "real") / "mix")
     from adversa.distributed.engine import RayEngine
 
-    threads = config.cluster.training_threads or os.cpu_count() or 1
-    classes = len(steps.classes_of(run.data))
     sizes = {"classifier": config.classifier.batch_size, "denoiser": config.denoiser.batch_size}
-    rates: dict[tuple[str, str], list[float]] = {}
-    waits: dict[str, list[float]] = {"classifier": [], "denoiser": []}
+    found: dict[str, dict[str, list[float]]] = {what: {"ray": [], "bare": [], "core": []} for what in sizes}
+    waits: dict[str, list[float]] = {what: [] for what in sizes}
     launches = []
     started = time.time()
     engine = RayEngine(config.cluster, run.root, config.data.resolution**2 * 3)
     ready = time.time() - started
     try:
-        for i in range(rounds):
-            jobs = jobs_of(config, run, base, f"core-{i}")
-            for what, job in jobs.items():
-                rates.setdefault((what, "bare"), []).append(bare(what, job, config, classes, threads))
-                core(job, threads)
-                rates.setdefault((what, "core"), []).append(steady(job.out, sizes[what])[0])
-            jobs = jobs_of(config, run, base, f"ray-{i}")
-            launches.append(launch(engine, list(jobs.values())))
-            for what, job in jobs.items():
-                rate, wait = steady(job.out, sizes[what])
-                rates.setdefault((what, "ray"), []).append(rate)
-                waits[what].append(wait)
+        for i, what in itertools.product(range(args.rounds), sizes):
+            outs = {how: base / f"{what}-{how}-{i}" for how in found[what]}
+            others = {how: start_alone(args, run, how, what, outs[how]) for how in ("bare", "core")}
+            try:
+                job = job_of(what, config, run, outs["ray"], args.steps // (1 if what == "classifier" else 4))
+                stages, turns = launch(engine, job, others)
+            finally:
+                for process in others.values():
+                    process.kill()
+                    process.wait()
+            launches.append(stages)
+            times = {how: read_times(out) for how, out in outs.items()}
+            for how, values in rates(turns.windows, times, sizes[what]).items():
+                found[what][how] += values
+            waits[what].append(waiting(times["ray"], turns.windows))
     finally:
         engine.close()
-    return table(rates, waits, launches, ready)
+    return table(found, waits, launches, ready)
+
+
+def start_alone(args: Any, run: RunDir, how: str, what: str, out: Path) -> subprocess.Popen[bytes]:
+    """Running, and stopped for now."""
+    command = [sys.executable, __file__, *([str(args.config)] if args.config else []), "--run-dir", str(run.root)]
+    process = subprocess.Popen([*command, "--alone", how, what, str(out)])
+    while len(read_times(out)) < 5:
+        if process.poll() is not None:
+            sys.exit(f"ended with {process.returncode}: {how} {what}")
+        time.sleep(0.2)
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+def waiting(times: list[tuple[float, float]], windows: list[Window]) -> float:
+    """Share of its windows that `ray` waits for data; the first window is that of the launch's own first batches."""
+    own = [(a, b) for who, a, b in windows if who == "ray"][1:]
+    waited = sum(came - asked for asked, came in times if any(a <= asked and came <= b for a, b in own))
+    return waited / sum(b - a for a, b in own)
 
 
 def table(
-    rates: dict[tuple[str, str], list[float]], waits: dict[str, list[float]], launches: list[dict[str, float]], ready: float
+    found: dict[str, dict[str, list[float]]], waits: dict[str, list[float]], launches: list[dict[str, float]], ready: float
 ) -> list[Result]:
-    found = []
-    for what in waits:
-        found += [Result(f"{what}, {how}", statistics.median(rates[what, how]), "images/s") for how in ("bare", "core", "ray")]
+    rows = []
+    for what, by in found.items():
+        rows.append(Result(f"{what}, turns", len(by["ray"]), ""))
+        rows += [Result(f"{what}, {how}", statistics.median(by[how]), "images/s") for how in ("bare", "core", "ray")]
         for one, other, bar in (("ray", "bare", 0.9), ("ray", "core", None), ("core", "bare", None)):
-            ratio = statistics.median(a / b for a, b in zip(rates[what, one], rates[what, other], strict=True))
+            ratio = statistics.median(a / b for a, b in zip(by[one], by[other], strict=True))
             said, holds = (f"at least {bar}", ratio >= bar) if bar else ("", None)
-            found.append(Result(f"{what}, {one} / {other}", ratio, "", said, holds))
+            rows.append(Result(f"{what}, {one} / {other}", ratio, "", said, holds))
         share = statistics.median(waits[what])
-        found.append(Result(f"{what}, share of a step waiting for data", share, "", "under 0.05", share < 0.05))
-    found.append(Result("Ray started", ready, "s"))
+        rows.append(Result(f"{what}, share of the time waiting for data", share, "", "under 0.05", share < 0.05))
+    rows.append(Result("Ray started", ready, "s"))
     for name in launches[0]:
-        found.append(Result(f"first launch: {name}", launches[0][name], "s after the call"))
+        rows.append(Result(f"first launch: {name}", launches[0][name], "s after the call"))
         if len(launches) > 1:
             later = statistics.median(x[name] for x in launches[1:])
-            found.append(Result(f"later launches: {name}", later, "s after the call"))
-    return found
+            rows.append(Result(f"later launches: {name}", later, "s after the call"))
+    return rows
 
 
 if __name__ == "__main__":

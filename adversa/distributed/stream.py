@@ -111,13 +111,13 @@ def feed_dataset(feed: Feed, start: int, row_bytes: int, world: int = 1, ranks: 
 
 
 class Pace(ExecutionCallback):
-    """Makes Ray Data's scheduling loop take at least 20 ms a step.
+    """Makes Ray Data's scheduling loop take at least 50 ms a step.
 
     While a finished block waits for a training step to make room, the loop's wait returns at once and it spins: 70% of a core,
     which on two cores made training half as fast (benchmarks/LOG.md, 2026-11-21).
     """
 
-    SECONDS = 0.02
+    SECONDS = 0.05
 
     def __init__(self) -> None:
         self.last = 0.0

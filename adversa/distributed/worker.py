@@ -45,8 +45,10 @@ class Loop:
         if self.home.is_dir():
             os.chdir(self.home)  # Ray Train moves its workers elsewhere; relative paths in a configuration mean the user's folder
         self._check_state()
-        context = ray.train.get_context()
         todo = [i for i, out in enumerate(self.outs) if not is_finished(out)]
+        if not todo:  # the workers before these died after their last manifest
+            return marks
+        context = ray.train.get_context()
         selects = {i: Held(lambda i=i: _shard(f"select-{i}")()) for i in todo if self.selects[i]}
         streams = {i: Ahead(lambda i=i: self._stream(i), selects[i].start if i in selects else _nothing) for i in todo}
         for i in todo[:1]:

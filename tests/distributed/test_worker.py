@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from adversa.distributed.errors import NoRetry, user_error
-from adversa.distributed.worker import Ahead, Held, fed
+from adversa.distributed.worker import Ahead, Held, Loop, fed
+from adversa.loop.engine import FitJob
+from adversa.loop.feed import Feed
+from adversa.runs import Recipe, begin, finish
 from adversa.types import UserError
 
 
@@ -96,6 +99,16 @@ def test_steps_before_the_trainings_own_are_passed_over_and_the_next_stream_star
 def test_a_stream_that_is_not_where_the_training_is_stops_the_run(steps):
     with pytest.raises(AssertionError, match="the training is at step"):
         list(fed(steps_of(*steps), 9, 5, lambda: None))
+
+
+def test_workers_that_replace_ones_that_had_finished_everything_go_home(tmp_path, monkeypatch):
+    recipe = Recipe("classifier", 1, {}, {})
+    job = FitJob(tmp_path / "model", recipe, fit=None, resume=None, feed=Feed((tmp_path,), batch_size=4, mix=tmp_path, steps=3))
+    job.out.mkdir()
+    begin(job.out, recipe)
+    finish(job.out, recipe, rows=12)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
+    assert set(Loop([job], None, tmp_path)()) == {"began"}
 
 
 def test_what_would_fail_again_is_not_tried_again():
