@@ -36,7 +36,7 @@ TINY = {
         "batch_size": 16, "checkpoint_steps": 4,
     },
     "mine": {"budget": 12},
-    "generate": {"per_case": 2, "steps": 4, "batch_size": 8},
+    "generate": {"per_case": 2, "steps": 4, "batch_size": 8, "part_size": 8},
     "curate": {"min_agreement": 0.1},
     "evaluate": {"bootstrap": 200},
     "cluster": {"training_threads": 1, "object_store_mb": 200},

@@ -43,15 +43,19 @@ class Painter:
         """The diffused space [B, C, h, w] to pixels [B, 3, R, R] about [0, 1], for what looks at images while they are painted."""
         return (x + 1) / 2 if self.codec is None else self.codec.pixels(x)
 
-    def check(self, requests: Sequence[GenerationRequest]) -> None:
-        """UserError for guidance without a null class."""
-        unguided = next((r for r in requests if r.guidance != 1), None)
-        if unguided is not None and not self.meta.get("null", True):
-            raise UserError(f"guidance {unguided.guidance:g}: the denoiser has no null class; set generate.guidance=1")
+    def check(self, requests: Sequence[GenerationRequest], config: cfg.Generate) -> None:
+        """UserError for what steers away from the null class, or is measured in that, without one."""
+        if self.meta.get("null", True) or config.weak:
+            return
+        if (guided := next((r for r in requests if r.guidance != 1), None)) is not None:
+            raise UserError(f"guidance {guided.guidance:g}: the denoiser has no null class; set generate.guidance=1")
+        if any(r.hardness or (r.likeness and config.likeness_kind == "features") for r in requests):
+            key = "hardness" if any(r.hardness for r in requests) else "likeness"
+            raise UserError(f"generate.{key} is measured in classifier-free guidance, and the denoiser has no null class; set 0")
 
     def paint(self, requests: Sequence[GenerationRequest], sources: Sources, config: cfg.Generate) -> list[Painted]:
         """Every request, in the order asked."""
-        self.check(requests)
+        self.check(requests, config)
         found = {p.request.request_id: p for p in self.canvas(config).stream(requests, sources)}
         return [found[r.request_id] for r in requests]
 

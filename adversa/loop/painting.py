@@ -199,7 +199,7 @@ def make_paint(denoiser: Path, examples: Path | None, attacked: Path | None, con
         given = sources([r for i, r in enumerate(requests) if i not in part.skip], pictures, config)
         faults = {i: fault for i, r in enumerate(requests) if (fault := part.skip.get(i) or unpaintable(r, given)) is not None}
         wanted = [r for i, r in enumerate(requests) if i not in faults]
-        loaded.check(wanted)
+        loaded.check(wanted, config)
         painted = {p.request.request_id: p for p in canvas.stream(wanted, given)}
         rows = [_row(r, painted.get(r.request_id), faults.get(i), loaded) for i, r in enumerate(requests)]
         tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))

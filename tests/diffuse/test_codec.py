@@ -17,6 +17,7 @@ from adversa import weights
 from adversa.diffuse import codec, codec_fit, edm, pretrained
 from adversa.diffuse.codec_fit import fit_codec, learning_rate, losses, resume_step, turned
 from adversa.diffuse.paint import paint
+from adversa.diffuse.strategy import Sources
 from adversa.types import GenerationRequest, UserError
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -256,13 +257,19 @@ def test_painting_in_latents_starts_from_the_encoded_case_and_is_decoded(tmp_pat
         return x0
 
     asked = [GenerationRequest("r", 0, "guided", "vary", 0, "case", 0.5, 1.0, 1)]
-    config = cfg.Generate(batch_size=3, steps=3)
-    found = paint(perfect, asked, {"case": case[0]}, config, meta, encode=loaded.to_space, decode=loaded.decode)
-    assert np.array_equal(found[0][1], loaded.decode(place[None])[0]) and found[0][2] and len(found) == 1
+    config = cfg.Generate(batch_size=4, steps=3)
+    found = paint(perfect, asked, Sources({"case": case[0]}), config, meta, encode=loaded.to_space, decode=loaded.decode)
+    assert np.array_equal(found[0].image, loaded.decode(place[None])[0]) and found[0].finite and len(found) == 1
     nan = paint(
-        lambda x, s, y: x * float("nan"), asked, {"case": case[0]}, config, meta, encode=loaded.to_space, decode=loaded.decode
+        lambda x, s, y: x * float("nan"),
+        asked,
+        Sources({"case": case[0]}),
+        config,
+        meta,
+        encode=loaded.to_space,
+        decode=loaded.decode,
     )
-    assert not nan[0][2] and not nan[0][1].any()
+    assert not nan[0].finite and not nan[0].image.any()
 
 
 # ---- the fitted codec ------------------------------------------------------------------------------------------------------

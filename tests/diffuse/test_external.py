@@ -25,6 +25,7 @@ from torch import Tensor
 
 from adversa import config as cfg
 from adversa.diffuse import external, painter
+from adversa.diffuse.strategy import Sources
 from adversa.types import GenerationRequest, UserError
 
 CLASSES = ["a", "b", "c"]
@@ -216,9 +217,9 @@ def test_painted_through_a_folder_that_stands_for_it(tmp_path: Path) -> None:
     loaded = painter.load(reference(tmp_path, path))
     config = cfg.Generate(batch_size=2, steps=3)
     asked = [GenerationRequest(f"r{i}", 0, "guided", "sample", i, None, 40.0, g, i) for i, g in enumerate((2.0, 1.0))]
-    found = loaded.paint(asked, {}, config)
-    assert all(ok and p.shape == (16, 16, 3) for _, p, ok in found) and loaded.codec is None
-    assert not np.array_equal(found[0][1], loaded.paint([replace(asked[0], guidance=1.0)], {}, config)[0][1])
+    found = loaded.paint(asked, Sources(), config)
+    assert all(p.finite and p.image.shape == (16, 16, 3) for p in found) and loaded.codec is None
+    assert not np.array_equal(found[0].image, loaded.paint([replace(asked[0], guidance=1.0)], Sources(), config)[0].image)
 
 
 def test_weights_that_changed_are_refused_and_change_the_fingerprint(tmp_path: Path) -> None:
@@ -239,7 +240,9 @@ def test_no_null_class_no_guidance(tmp_path: Path) -> None:
     loaded = painter.load(reference(tmp_path, path))
     request = GenerationRequest("r", 0, "guided", "sample", 0, None, 40.0, 2.0, 1)
     with pytest.raises(UserError, match="no null class"):
-        loaded.paint([request], {}, cfg.Generate(batch_size=1, steps=2))
+        loaded.paint([request], Sources(), cfg.Generate(batch_size=2, steps=2))
+    with pytest.raises(UserError, match="no null class"):  # its length is measured in guidance
+        loaded.paint([replace(request, guidance=1.0, hardness=0.5)], Sources(), cfg.Generate(batch_size=2, steps=2))
 
 
 @pytest.mark.parametrize(("channels", "side", "text"), [(4, 16, "has 3 channels"), (3, 15, "data.resolution")])

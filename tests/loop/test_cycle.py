@@ -366,9 +366,9 @@ def test_nothing_finished_is_done_again(tiny, tmp_path):
     painted = []
 
     class Counting(LocalEngine):
-        def map_parts(self, make, parts, out, report):
+        def map_parts(self, make, parts, out, report, name):
             painted.extend(p.index for p in parts if not (out / tables.part_name(p.index)).exists())
-            return super().map_parts(make, parts, out, report)
+            return super().map_parts(make, parts, out, report, name)
 
     go(config, tmp_path / "run", Counting(1, 1), until="generate")
     assert painted == [1] and part.stat().st_mtime_ns == before

@@ -138,7 +138,7 @@ def test_the_counts_are_those_of_the_verdicts(finished: Path, parsed: Page) -> N
         assert all(r["accepted"] + sum(r["rejected"].values()) == r["generated"] for r in rows)
     row = facts.accepted["guided"]["melanoma"]
     kept = f"melanoma 100 {row['accepted']} {row['accepted']:.1f}%"
-    rejected = " ".join(str(row["rejected"].get(r, 0)) for r in ("not finite", "judge disagrees", "near copy"))
+    rejected = " ".join(str(row["rejected"].get(r, 0)) for r in ("not painted", "not finite", "judge disagrees", "near copy"))
     assert f"{kept} {rejected}" in parsed.text
     assert facts.images["train"] == [20, 20, 20] and facts.lesions["train"] == 30
 
