@@ -112,7 +112,7 @@ def bench(
     import torch
 
     from adversa.diffuse import edm
-    from adversa.loop import bench, regenerate
+    from adversa.loop import bench, painting, regenerate
 
     saved, folder = source(run, denoiser) if run or denoiser else (None, edm.SHIPPED)
     config = settings(saved, overrides)
@@ -137,7 +137,7 @@ def bench(
     screen.print(table)
     if record is not None:
         told = {
-            "denoiser": runs.fingerprint(folder),
+            "denoiser": painting.fingerprint(folder),
             "machine": runs.machine(),
             "generate": config.generate.model_dump(mode="json"),
         }

@@ -79,7 +79,7 @@ def finished(order: Order) -> bool:
 def _identity(order: Order) -> dict[str, object]:
     generate = order.config.model_dump(mode="json", exclude={"compile"})
     asked = {"labels": {str(k): n for k, n in order.labels.items()}, "strategy": order.strategy, "seed": order.seed}
-    return {**asked, "format": order.form, "generate": generate, "denoiser": runs.fingerprint(order.denoiser)}
+    return {**asked, "format": order.form, "generate": generate, "denoiser": painting.fingerprint(order.denoiser)}
 
 
 def paint(order: Order, engine: Engine) -> export.Exported:
@@ -105,7 +105,7 @@ def paint(order: Order, engine: Engine) -> export.Exported:
 def plan(order: Order, out: Path) -> None:
     """Requests, class by class; those that start from a picture take the pictures of their class in turn."""
     config = order.config
-    names = inputs(denoiser=order.denoiser) | (inputs(data=order.run.data) if order.run is not None else {})
+    names = inputs(data=order.run.data) if order.run is not None else {}
     recipe = runs.Recipe("order", 1, _identity(order), names)
 
     def body(progress: runs.Progress) -> Facts:

@@ -21,6 +21,7 @@ from adversa.loop.engine import Engine
 from adversa.loop.parts import Painted, Part, Work
 from adversa.loop.step import Facts, cost, inputs, run_step
 from adversa.types import GenerationRequest, UserError, digest, request_id, seed_of
+from adversa.weights import read_model
 
 Row = dict[str, Any]
 FILLING = ("inpaint", "outpaint", "inout")
@@ -155,10 +156,10 @@ def generate(
     weaknesses steer (config.hardness, and likeness in features); None where nothing does.
     """
     steers = attacked is not None and steering_needs_classifier(config)
-    names = inputs(requests=requests, denoiser=denoiser) | (inputs(data=data) if data else {})
+    names = inputs(requests=requests) | {"denoiser": fingerprint(denoiser)} | (inputs(data=data) if data else {})
     names |= inputs(attacked=attacked) if attacked and steers else {}
     if config.weak:
-        names |= inputs(weak=Path(config.weak))
+        names |= {"weak": fingerprint(Path(config.weak))}
     recipe = runs.Recipe("generate", 2, config.model_dump(mode="json", exclude={"compile"}), names)
 
     def body(progress: runs.Progress) -> Facts:
@@ -181,6 +182,11 @@ def _totals(out: Path) -> Facts:
         "evaluations": pc.sum(rows["evaluations"]).as_py() or 0, "gradients_skipped": pc.sum(rows["skipped"]).as_py() or 0,
         "not_finite": len(rows) - (pc.sum(rows["finite"]).as_py() or 0), "faults": len(rows) - rows["fault"].null_count,
     }  # fmt: skip
+
+
+def fingerprint(denoiser: Path) -> str:
+    """Of a denoiser's folder, whether a run trained it or it came alone."""
+    return runs.fingerprint(denoiser) if runs.is_finished(denoiser) else read_model(denoiser)[2]
 
 
 def steering_needs_classifier(config: cfg.Generate) -> bool:
