@@ -261,8 +261,8 @@ class Generate(Section):
     )
     levels: list[float] = Field([0.5, 1.0, 2.0, 4.0, 8.0], min_length=1, description="adaptive: noise levels that are tried")
     adaptive_agreement: float = Field(0.5, gt=0, lt=1, description="adaptive: probability the judge must give the label")
-    fill_sigma: float | None = Field(
-        None, gt=0, description="inpaint, outpaint, inout: noise level to start from; null: sigma_max, nothing of the old remains"
+    fill_sigma: float = Field(
+        4.0, gt=0, description="inpaint, outpaint, inout: noise to start from; more keeps less of the old colours, sigma_max none"
     )
     margin: float = Field(0.06, ge=0, le=0.5, description="inpaint, outpaint: the lesion's mask is grown by this share of the side")
     feather: float = Field(0.06, ge=0, le=0.5, description="inpaint, outpaint: width of the blended seam, a share of the side")
@@ -299,7 +299,7 @@ class Generate(Section):
     def _order(self) -> Generate:
         if not self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max {self.sigma_max:g}")
-        starts = [("sigma_start", self.sigma_start), ("fill_sigma", self.fill_sigma or self.sigma_max)]
+        starts = [("sigma_start", self.sigma_start), ("fill_sigma", self.fill_sigma)]
         for name, start in starts + [("levels", level) for level in self.levels]:
             if not self.sigma_min < start <= self.sigma_max:
                 raise ValueError(f"{name} {start:g} must lie in (sigma_min, sigma_max] = ({self.sigma_min:g}, {self.sigma_max:g}]")

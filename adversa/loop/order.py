@@ -128,7 +128,7 @@ def _request(order: Order, label: int, number: int, examples: Sequence[str]) -> 
     partner = examples[(number + 1 + number // len(examples)) % len(examples)] if strategy == "blend" else None
     return GenerationRequest(
         request_id=key, round=0, arm="order", strategy=strategy, label=label, example=example,
-        sigma_start=start.get(strategy, config.fill_sigma or config.sigma_max), guidance=config.guidance, seed=seed_of(key),
+        sigma_start=start.get(strategy, config.fill_sigma), guidance=config.guidance, seed=seed_of(key),
         partner=partner, hardness=config.hardness, likeness=config.likeness,
     )  # fmt: skip
 

@@ -82,7 +82,7 @@ def request(
     key = request_id(run, number, arm, case["example"], strategy, replicate)
     return GenerationRequest(
         request_id=key, round=number, arm=arm, strategy=strategy, label=case["label"], example=case["example"] if guided else None,
-        sigma_start=start.get(strategy, config.fill_sigma or config.sigma_max), guidance=config.guidance, seed=seed_of(key),
+        sigma_start=start.get(strategy, config.fill_sigma), guidance=config.guidance, seed=seed_of(key),
         partner=partner, hardness=config.hardness if guided else 0.0, likeness=config.likeness if guided else 0.0,
     )  # fmt: skip
 

@@ -51,7 +51,7 @@ def test_only_the_guided_arm_is_steered(hard):
     assert {(r["arm"], r["hardness"], r["likeness"]) for r in rows} == {("unguided", 0.0, 0.0), ("guided", 0.5, 0.25)}
 
 
-@pytest.mark.parametrize(("strategy", "start"), [("vary", 2.0), ("inpaint", 40.0), ("outpaint", 40.0), ("inout", 40.0)])
+@pytest.mark.parametrize(("strategy", "start"), [("vary", 2.0), ("inpaint", 4.0), ("outpaint", 4.0), ("inout", 4.0)])
 def test_strategies_start_where_they_should(hard, strategy, start):
     rows, _ = planned(hard, cfg.Generate(strategy=strategy))
     assert {(r["strategy"], r["sigma_start"]) for r in rows if r["arm"] == "guided"} == {(strategy, start)}
