@@ -125,7 +125,10 @@ def _request(order: Order, label: int, number: int, examples: Sequence[str]) -> 
     key = digest("order", order.seed, label, strategy, number, size=10)
     start = {"sample": config.sigma_max, "vary": config.sigma_start, "blend": config.sigma_start}
     example = examples[number % len(examples)] if examples else None
-    partner = examples[(number + 1 + number // len(examples)) % len(examples)] if strategy == "blend" else None
+    partner = None
+    if strategy == "blend":  # each pair of two comes up before any does again
+        n = len(examples)
+        partner = examples[(number + 1 + number // n % (n - 1)) % n]
     return GenerationRequest(
         request_id=key, round=0, arm="order", strategy=strategy, label=label, example=example,
         sigma_start=start.get(strategy, config.fill_sigma), guidance=config.guidance, seed=seed_of(key),

@@ -1,0 +1,136 @@
+"""Images to order, on a denoiser alone and on a finished run."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adversa import tables
+from adversa.diffuse import edm
+from adversa.loop import order
+from adversa.loop.engine import LocalEngine
+from adversa.loop.order import Order
+from adversa.types import UserError
+
+
+@pytest.fixture
+def alone(finished, tmp_path):
+    """Of the run's denoiser, copied away from its run."""
+    config, run = finished
+    folder = tmp_path / "denoiser"
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(run.denoiser / name, folder / name)
+    return Order(folder, {0: 5, 2: 4}, "sample", 3, config.generate, tmp_path / "out", "folder")
+
+
+def of_run(finished, tmp_path, **changes):
+    config, run = finished
+    generate = config.generate.model_copy(update=changes.pop("generate", {}))
+    return replace(Order(run.denoiser, {0: 3, 1: 3}, "vary", 0, generate, tmp_path / "out", "folder", run), **changes)
+
+
+def listed(out):
+    with open(out / "metadata.csv") as f:
+        return list(csv.DictReader(f))
+
+
+def test_a_denoiser_alone_paints_what_was_ordered(alone):
+    found = order.paint(alone, LocalEngine(1, 1))
+    classes = order.classes_of(alone.denoiser)
+    assert found.images == 9 and found.by_class == {classes[0]: 5, classes[2]: 4}
+    rows = listed(alone.out)
+    assert Counter(r["class"] for r in rows) == {classes[0]: 5, classes[2]: 4} and len({r["seed"] for r in rows}) == 9
+    picture = np.asarray(Image.open(alone.out / rows[0]["file_name"]))
+    assert picture.shape == (32, 32, 3) and picture.std() > 0
+    assert order.finished(alone) and not tables.parts(alone.work.root / "synthetic")  # the images lie in the export alone
+
+
+def test_the_same_order_has_the_same_images_and_another_seed_others(alone, tmp_path):
+    order.paint(alone, LocalEngine(1, 1))
+    again, other = replace(alone, out=tmp_path / "again"), replace(alone, out=tmp_path / "other", seed=4)
+    for o in (again, other):
+        order.paint(o, LocalEngine(1, 1))
+    files = [{r["file_name"]: (o.out / r["file_name"]).read_bytes() for r in listed(o.out)} for o in (alone, again, other)]
+    assert files[0] == files[1] and not set(files[0].values()) & set(files[2].values())
+
+
+def test_a_cut_order_goes_on_where_it_was(alone):
+    whole = replace(alone, out=alone.out.parent / "whole")
+    order.paint(whole, LocalEngine(1, 1))
+
+    class Cut(LocalEngine):
+        def map_parts(self, make, parts, out, report, name):
+            super().map_parts(make, parts[:1], out, report, name)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        order.paint(alone, Cut(1, 1))
+    part = tables.parts(alone.work.root / "synthetic")[0]
+    before = part.stat().st_mtime_ns
+    assert not order.finished(alone)
+    touched = []
+
+    class Noting(LocalEngine):
+        def map_parts(self, make, parts, out, report, name):
+            touched.append((part.stat().st_mtime_ns, len(tables.parts(out))))
+            return super().map_parts(make, parts, out, report, name)
+
+    order.paint(alone, Noting(1, 1))
+    assert touched == [(before, 1)]
+    assert {r["file_name"] for r in listed(alone.out)} == {r["file_name"] for r in listed(whole.out)}
+
+
+def test_another_order_does_not_go_into_the_same_folder(alone):
+    order.paint(alone, LocalEngine(1, 1))
+    with pytest.raises(UserError, match="holds another order.*labels.0: 5 -> 6"):
+        order.finished(replace(alone, labels={0: 6, 2: 4}))
+
+
+@pytest.mark.parametrize("strategy", ["vary", "inpaint", "outpaint", "inout", "blend"])
+def test_a_run_lends_its_pictures(finished, tmp_path, strategy):
+    asked = of_run(finished, tmp_path, strategy=strategy)
+    found = order.paint(asked, LocalEngine(1, 1))
+    rows = listed(asked.out)
+    assert found.images + found.unpainted == 6 and len(rows) == found.images >= 4
+    labels = dict(zip(*tables.read(asked.run.data / "mine", ["id", "label"]).to_pydict().values(), strict=True))
+    for r in rows:
+        assert labels[r["example"]] == int(r["label"]) and r["strategy"] == strategy
+        assert (r["partner"] != "-") == (strategy == "blend") and r["partner"] != r["example"]
+
+
+def test_hardness_takes_the_runs_classifier(finished, tmp_path):
+    order.paint(of_run(finished, tmp_path, out=tmp_path / "plain"), LocalEngine(1, 1))
+    pushed = of_run(finished, tmp_path, out=tmp_path / "pushed", generate={"hardness": 1.0, "hardness_every": 1})
+    order.paint(pushed, LocalEngine(1, 1))
+    names = [r["file_name"] for r in listed(pushed.out)]
+    assert any((tmp_path / "plain" / n).read_bytes() != (tmp_path / "pushed" / n).read_bytes() for n in names)
+
+
+def test_what_a_denoiser_alone_cannot_do_is_refused(alone):
+    for changed, text in (
+        (replace(alone, strategy="vary"), "--strategy vary starts from real pictures"),
+        (replace(alone, config=alone.config.model_copy(update={"hardness": 0.5})), "generate.hardness 0.5 needs a run"),
+        (replace(alone, form="zip"), "--format zip: there is no such format"),
+    ):
+        with pytest.raises(UserError, match=text):
+            order.check(changed)
+    with pytest.raises(UserError, match="holds no denoiser"):
+        order.classes_of(alone.out)
+
+
+def test_the_shipped_denoiser_paints_too(tmp_path):
+    config = Order(edm.SHIPPED, {0: 2}, "sample", 0, _quick(), tmp_path / "out", "parquet")
+    assert order.paint(config, LocalEngine(1, 1)).images == 2 and len(tables.parts(tmp_path / "out/data")) == 1
+
+
+def _quick():
+    from adversa.config import Generate
+
+    return Generate(steps=2, batch_size=4)
