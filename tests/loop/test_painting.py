@@ -183,3 +183,29 @@ def test_a_weak_denoiser_that_does_not_fit_is_refused(finished, tmp_path):
     generate = config.generate.model_copy(update={"weak": str(tmp_path)})
     with pytest.raises(UserError):
         painting.make_paint(run.denoiser, run.data / "mine", None, generate)
+
+
+def test_a_lesion_that_fills_the_picture_leaves_no_skin_to_paint():
+    from adversa.diffuse.strategy import Sources
+    from adversa.types import GenerationRequest
+
+    given = Sources(outside={"full": np.zeros((8, 8), np.float32), "small": np.eye(8, dtype=np.float32)})
+
+    def asked(strategy, example):
+        return painting.unpaintable(GenerationRequest("r", 1, "guided", strategy, 0, example, 4.0, 1.0, 0), given)
+
+    assert "no skin to paint" in asked("outpaint", "full") and "no skin to paint" in asked("inout", "full")
+    assert asked("outpaint", "small") is None and asked("inpaint", "full") is None
+
+
+def test_masks_are_grown_and_feathered_inside_what_is_painted(finished):
+    _, run = finished
+    pictures = painting.Pictures(run.data / "mine")
+    ids = tables.read(run.data / "mine", ["id"])["id"].to_pylist()[:6]
+    tight_in, tight_out = pictures.masks(ids, 0.0, 0.0)
+    inside, outside = pictures.masks(ids, 0.1, 0.1)
+    for i in ids:
+        assert inside[i].shape == (32, 32) and inside[i].dtype == np.float32 and 0 <= inside[i].min() <= inside[i].max() <= 1
+        assert (inside[i] > 0).sum() > (tight_in[i] > 0).sum() and (outside[i] > 0).sum() < (tight_out[i] > 0).sum()
+        assert not ((inside[i] > 0) & (outside[i] > 0)).any()  # a pixel is painted by one of the two
+        assert ((inside[i] > 0) & (inside[i] < 1)).any() and set(np.unique(tight_in[i])) <= {0.0, 1.0}
