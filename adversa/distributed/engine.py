@@ -61,7 +61,11 @@ class RayEngine:
 
     def _samplers_wanted(self) -> int:
         """As many as fit now; more, on a cluster that was asked for more: the others join when nodes come."""
-        return self.samplers() if self.embedded else self.cluster.samplers or self._room()
+        if not self.embedded:
+            return self.cluster.samplers or self._room()
+        if not any(n["Alive"] for n in ray.nodes()):  # actors would wait for it for ever
+            raise UserError("Ray on this machine has died; run the same command again, finished parts are kept")
+        return self.samplers()
 
     def _room(self) -> int:
         """How many samplers fit, machine by machine: on GPUs each takes a CPU too."""

@@ -258,6 +258,10 @@ def steering(loaded: Any, attacked: Path | None, config: cfg.Generate) -> Any:
     if attacked is None:
         return Steering(weak=weak)
     network = load(attacked, loaded.device)[0].requires_grad_(False)
+    if (classes := network.head.out_features) != len(loaded.meta["classes"]):
+        raise UserError(
+            f"{attacked} knows {classes} classes, the denoiser {len(loaded.meta['classes'])}; give one of the same classes"
+        )
     gradient = hardness(lambda p: network(p)[0], loaded.pixels, config.hardness_kind) if config.hardness else None
     features = (lambda p: network(p)[1]) if config.likeness and config.likeness_kind == "features" else None
     return Steering(gradient, features, loaded.pixels, weak)

@@ -36,9 +36,15 @@ def engine_of(cpus, gpus=0, **cluster):
         (dict(cpus=3, gpus=2, gpus_per_sampler=0.1), 3),
     ],
 )
-def test_no_more_samplers_than_fit(asked, samplers):
-    engine = engine_of(**asked)
+def test_no_more_samplers_than_fit(monkeypatch, asked, samplers):
+    from adversa.distributed import engine as module
+
+    engine, node = engine_of(**asked), {"Alive": True}
+    monkeypatch.setattr(module.ray, "nodes", lambda: [node])
     assert engine.samplers() == engine._samplers_wanted() == samplers
+    node["Alive"] = False
+    with pytest.raises(UserError, match="^Ray on this machine has died; run the same command again, finished parts are kept$"):
+        engine._samplers_wanted()
 
 
 @pytest.mark.parametrize(
