@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -10,6 +11,8 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from adversa.config import Cluster
 from adversa.loop.engine import Done, FitJob, Make, Name, Part, Report, Share, row_name, unfinished
@@ -27,6 +30,7 @@ from adversa.distributed import pool, stream, training
 
 # Share of a GPU that a task of map_batches with a model asks for: a classifier is small, its memory matters more than its speed.
 GPU_SHARE = 0.25
+LINGER = 5.0  # seconds that Ray's processes have to end when it is shut down
 
 
 class RayEngine:
@@ -111,7 +115,29 @@ class RayEngine:
         return training.Group(workers, resources, c.training_attempts, c.training_threads, self.embedded)
 
     def close(self) -> None:
+        """End Ray. Now and then an actor's process, told to end, locks up in its own destructors, and would stay behind."""
+        own = ray_processes() if self.embedded else []
         ray.shutdown()
+        end(own, LINGER)
+
+
+def ray_processes() -> list[psutil.Process]:
+    """Ray's workers and actors below this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue  # it ended while we looked
+    return found
+
+
+def end(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """Wait for processes that are about to end, and kill those that have not after so long."""
+    for process in psutil.wait_procs(processes, timeout=seconds)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+            process.kill()
 
 
 def _on_gpus(gpus: float, share: float) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from functools import partial
 
 import pytest
+import ray
 
 from adversa import runs, tables
 from adversa.loop import cycle
@@ -78,6 +81,19 @@ def test_a_fault_the_user_can_mend_comes_home_from_ray_train_and_nothing_is_lost
         cycle.run(config, run, ray_engine, page.write)
     assert "\n" not in str(e.value)
     assert runs.is_finished(run.data) and not runs.is_finished(run.arm(0, "real", 0) / "classifier")
+
+
+def test_only_processes_of_ray_are_looked_for(ray_engine):
+    from adversa.distributed.engine import ray_processes
+
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        assert ray.get(ray.remote(lambda: os.getpid()).remote()) in {p.pid for p in ray_processes()}
+        assert other.pid not in {p.pid for p in ray_processes()}
+        assert all(p.cmdline()[0].startswith("ray::") for p in ray_processes())
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_engines_offer_the_same_methods(ray_engine):
