@@ -14,7 +14,7 @@ They take turns, a window of a few seconds each while the others are stopped (SI
 all of them: its speed changes by half within minutes. A window counts from its second step to its last whole one. The bar, ray
 against bare, is on the median over the turns of the ratio within a turn. Core against bare is what the recipe itself costs, ray
 against core what Ray does. All have the same number of torch threads; no evaluation is in it. The start-up is of launches that
-nothing else ran beside.
+nothing else ran beside; the first is the classifier's, and they are the two in turn.
 """
 
 from __future__ import annotations
@@ -149,10 +149,10 @@ def _update(optimizer: Any, loss: Any) -> float:
 
 
 class Processes:
-    """When Ray's processes were created during a launch: {title of the process: time}, the earliest of each; CPU seconds of all."""
+    """When Ray's processes were created during a launch: {title of the process: time}, of several of one title the last."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, tuple[str, float, float]] = {}
+        self.seen: dict[int, tuple[str, float]] = {}
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
@@ -161,8 +161,7 @@ class Processes:
         while not self.stopped.wait(0.2):
             for p in psutil.Process().children(recursive=True):
                 try:
-                    title, cpu = p.cmdline()[0], p.cpu_times()
-                    self.seen[p.pid] = (title.removeprefix("ray::").split(".")[0], p.create_time(), cpu.user + cpu.system)
+                    self.seen[p.pid] = (p.cmdline()[0].removeprefix("ray::").split(".")[0], p.create_time())
                 except (psutil.NoSuchProcess, IndexError):
                     continue  # it ended while we looked
 
@@ -170,8 +169,8 @@ class Processes:
         self.stopped.set()
         self.thread.join()
         found: dict[str, float] = {}
-        for title, created, _ in self.seen.values():
-            found[title] = max(created, found.get(title, 0.0))  # a launch's processes are the last of their kind
+        for title, created in self.seen.values():
+            found[title] = max(created, found.get(title, 0.0))
         return found
 
 
@@ -218,9 +217,7 @@ class Turns:
         self.thread.join()
 
 
-def rates(
-    windows: list[tuple[str, float, float]], times: dict[str, list[tuple[float, float]]], batch: int
-) -> dict[str, list[float]]:
+def rates(windows: list[Window], times: dict[str, list[tuple[float, float]]], batch: int) -> dict[str, list[float]]:
     """Images a second of each whole turn, by who."""
     found: dict[str, list[float]] = {who: [] for who in times}
     turns = len(windows) // len(times)
@@ -240,8 +237,10 @@ def launch(engine: Any, job: FitJob, others: dict[str, subprocess.Popen[bytes]])
     """Train on Ray, in turns with the others; seconds from the call to each stage of its start-up."""
     watch, called = Processes(), time.time()
     turns = Turns(job.out, others)
-    engine.fit([job])
-    turns.stop()
+    try:
+        engine.fit([job])
+    finally:
+        turns.stop()  # whatever happened, Ray is not left stopped
     created, marks = watch.stop(), engine.started
     stages = {
         "training worker's process": created.get("RayTrainWorker", float("nan")), "its function called": marks["began"],

@@ -142,7 +142,7 @@ def balanced_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 def clip_gradient(parameters: Iterable[nn.Parameter], most: float) -> float:
     """The norm of all gradients together; scaled to `most` where it is above.
 
-    The very numbers of nn.utils.clip_grad_norm_, without its multiplication by 1 below: a fiftieth of a small network's step.
+    The very numbers of nn.utils.clip_grad_norm_, without its multiplication by 1 below: a third of its time (benchmarks/LOG.md).
     """
     given = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in given])
