@@ -11,7 +11,9 @@ without start-up (processes, imports, loading). On one process all CPUs of the m
     dpm       the best single-process diffusers loop: DPMSolverMultistep with Karras' levels, as many steps as ours, bf16 autocast
     ray data  map_batches over an actor pool that runs the dpm loop: half of the requests sample, half vary at four noise levels, so
               a batch is cut into groups of one level each
-    ours      adversa's defaults, at the same steps and guidance scale; `everywhere` is without the interval of guidance
+    ours      adversa's defaults, at the same steps and guidance scale; `everywhere` is without the interval of guidance; `compiled`
+              with generate.compile=true, which the batch's static shape is for (compilation is start-up: not in the rate)
+    start     from the command `adversa generate --labels ...=1` to its image on the disk
 
 KID (with --data) is that of `--images` samples against held-out images, for ddim and for ours.
 """
@@ -21,6 +23,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -105,7 +109,7 @@ def ray_data(actors: int, denoiser: Path, config: cfg.Generate, asked: Sequence[
 
 # ---- what is compared --------------------------------------------------------------------------------------------------
 
-BARS = {"ddim": 8.0, "dpm": 1.25, "ray data": 1.3, "two actors": 1.0}
+BARS = {"ddim": 8.0, "dpm": 1.25, "ray data": 1.3, "two actors": 1.0, "hardness": 1.25}
 
 
 def arguments() -> argparse.Namespace:
@@ -136,6 +140,7 @@ def measure(args: argparse.Namespace, base: Path) -> list[Result]:
     if args.quick:
         config = config.model_copy(update={"steps": 4})
     everywhere = config.model_copy(update={"guidance_low": 0.0, "guidance_high": config.sigma_max})
+    fast = config.model_copy(update={"compile": True})
     denoiser, meta, _ = edm.load(args.denoiser)
     loaded, side, classes = painter.load(args.denoiser), meta["resolution"], len(meta["classes"])
     plain, mixed = (bench.requests(args.images, classes, config, m) for m in (False, True))
@@ -144,6 +149,7 @@ def measure(args: argparse.Namespace, base: Path) -> list[Result]:
         "ddim": lambda: rival(denoiser, side, "ddim", *ddim),
         "dpm": lambda: rival(denoiser, side, "dpm", config.steps, config.guidance, True, args.images),
         "ours": lambda: bench.rate(loaded, config, plain)[0],
+        "ours, compiled": lambda: bench.rate(loaded, fast, plain)[0],
         "ours, guided everywhere": lambda: bench.rate(loaded, everywhere, plain)[0],
         "ours, unguided": lambda: bench.rate(loaded, config, [replace(r, guidance=1.0) for r in plain])[0],
         "ours, mixed": lambda: bench.rate(loaded, config, mixed)[0],
@@ -156,8 +162,21 @@ def measure(args: argparse.Namespace, base: Path) -> list[Result]:
     for _ in range(args.rounds):
         for name, run in alone.items():
             rates.setdefault(name, []).append(run())
-    over_actors(args, config, plain, mixed, threads, base, rates)
-    return table(args, rates) + (quality(args, denoiser, loaded, config) if args.data else [])
+    many = [bench.requests(threads * args.images, classes, config, m) for m in (False, True)]
+    over_actors(args, config, *many, threads, base, rates)
+    found = table(args, rates) + [first_image(args, meta["classes"][0], engine, base) for engine in ("local", "ray")]
+    return found + (quality(args, denoiser, loaded, config) if args.data else [])
+
+
+def first_image(args: argparse.Namespace, label: str, engine: str, base: Path) -> Result:
+    """Seconds from a command to its only image, the median over the rounds."""
+    seconds = []
+    for _ in range(args.rounds):
+        out, started = Path(tempfile.mkdtemp(dir=base)) / "images", time.perf_counter()
+        order = ["generate", "--denoiser", str(args.denoiser), "--labels", f"{label}=1", "--out", str(out), "--engine", engine]
+        subprocess.run([sys.executable, "-m", "adversa.cli", *order], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - started)
+    return Result(f"start to first image, --engine {engine}", statistics.median(seconds), "s")
 
 
 def over_actors(
@@ -166,7 +185,8 @@ def over_actors(
 ) -> None:  # fmt: skip
     from adversa.distributed.engine import RayEngine
 
-    share = config.model_copy(update={"part_size": max(BATCH, args.images // (2 * cpus))})
+    share = config.model_copy(update={"part_size": max(BATCH, args.images // 2)})
+    fast = share.model_copy(update={"compile": True})
     for _ in range(args.rounds):
         for name, threads in (("one actor of all CPUs", cpus), ("one actor a CPU", 1)):
             engine = RayEngine(cfg.Cluster(sampler_threads=threads), base / "run", 1)
@@ -174,6 +194,7 @@ def over_actors(
                 rates.setdefault(name, []).append(bench.pool_rate(engine, args.denoiser, share, plain, base))
                 if threads == 1:
                     rates.setdefault("pool, mixed", []).append(bench.pool_rate(engine, args.denoiser, share, mixed, base))
+                    rates.setdefault("pool, mixed, compiled", []).append(bench.pool_rate(engine, args.denoiser, fast, mixed, base))
                     rates.setdefault("ray data", []).append(ray_data(cpus, args.denoiser, config, mixed, base))
             finally:
                 engine.close()
@@ -194,11 +215,13 @@ def table(args: argparse.Namespace, rates: dict[str, list[float]]) -> list[Resul
             found.append(Result(name, value, "x", f"at most {most:g}", value <= most))
 
     ratio("ours / ddim", "ours", "ddim", BARS["ddim"])
-    ratio("ours / dpm", "ours", "dpm", BARS["dpm"])
+    ratio("ours / dpm", "ours", "dpm")
+    ratio("ours, compiled / dpm", "ours, compiled", "dpm", BARS["dpm"])
     ratio("ours, guided everywhere / dpm", "ours, guided everywhere", "dpm")
-    ratio("pool / ray data, mixed requests", "pool, mixed", "ray data", BARS["ray data"])
+    ratio("pool / ray data, mixed requests", "pool, mixed", "ray data")
+    ratio("pool, compiled / ray data, mixed requests", "pool, mixed, compiled", "ray data", BARS["ray data"])
     ratio("one actor a CPU / one actor of all", "one actor a CPU", "one actor of all CPUs", BARS["two actors"])
-    ratio("hardness: off / on", "ours", "ours, hardness", most=1.25)
+    ratio("hardness: off / on", "ours", "ours, hardness", most=BARS["hardness"])
     ratio("guidance: off / on", "ours, unguided", "ours")
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Painter:
     meta: dict[str, Any]
     fingerprint: str
     device: torch.device
+    _compiled: dict[tuple[int, bool], edm.DenoiserFn] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def side(self) -> int:
@@ -37,7 +38,14 @@ class Painter:
     def canvas(self, config: cfg.Generate, steering: Steering | None = None) -> Canvas:
         """Where requests are painted with these settings, in the space of this denoiser."""
         space = {} if self.codec is None else {"encode": self.codec.to_space, "decode": self.codec.decode}
-        return Canvas(self.denoiser, self.meta, config, self.device, steering=steering or Steering(), **space)
+        denoiser = self.compiled(config.batch_size, config.amp) if config.compile else self.denoiser
+        return Canvas(denoiser, self.meta, config, self.device, steering=steering or Steering(), **space)
+
+    def compiled(self, rows: int, amp: bool) -> edm.DenoiserFn:
+        """The denoiser, compiled for so many rows. UserError where this machine cannot compile."""
+        if (rows, amp) not in self._compiled:
+            self._compiled[rows, amp] = compile_(self.denoiser, self.meta, self.device, rows, amp)
+        return self._compiled[rows, amp]
 
     def pixels(self, x: Tensor) -> Tensor:
         """The diffused space [B, C, h, w] to pixels [B, 3, R, R] about [0, 1], for what looks at images while they are painted."""
@@ -71,3 +79,28 @@ def load(denoiser: Path, device: torch.device | str = "cpu", codec_folder: Path 
     space = meta.get("codec")
     found = None if space is None else codec.load(codec_folder or Path(denoiser).parent / "codec", device, space)
     return Painter(model, found, meta, fingerprint, device)
+
+
+@torch.no_grad()
+def compile_(denoiser: edm.DenoiserFn, meta: dict[str, Any], device: torch.device, rows: int, amp: bool) -> edm.DenoiserFn:
+    """torch.compile of one static shape, with CUDA graphs on a GPU. Compiled on the spot: nothing later waits for it."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    graphs = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+    made: Any = torch.compile(denoiser, dynamic=False, **graphs)
+
+    def run(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        answer = made(x, sigma, label)
+        return answer.clone() if graphs else answer  # a graph writes its next answer over this one
+
+    x = torch.zeros(rows, meta.get("channels", 3), meta["resolution"], meta["resolution"], device=device)
+    sigma, label = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+    try:
+        for _ in range(3 if graphs else 1):  # CUDA graphs are recorded after a warm-up
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                run(x, sigma, label)
+    except TorchDynamoException as e:
+        cause = " ".join(str(e).split())[:200]
+        mend = "set generate.compile=false, or install a C++ compiler"
+        raise UserError(f"generate.compile: torch.compile fails here ({cause}); {mend}") from None
+    return run

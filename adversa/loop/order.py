@@ -77,7 +77,7 @@ def finished(order: Order) -> bool:
 
 
 def _identity(order: Order) -> dict[str, object]:
-    generate = order.config.model_dump(mode="json", exclude={"compile"})
+    generate = order.config.model_dump(mode="json")
     asked = {"labels": {str(k): n for k, n in order.labels.items()}, "strategy": order.strategy, "seed": order.seed}
     return {**asked, "format": order.form, "generate": generate, "denoiser": painting.fingerprint(order.denoiser)}
 

@@ -160,7 +160,7 @@ def generate(
     names |= inputs(attacked=attacked) if attacked and steers else {}
     if config.weak:
         names |= {"weak": fingerprint(Path(config.weak))}
-    recipe = runs.Recipe("generate", 2, config.model_dump(mode="json", exclude={"compile"}), names)
+    recipe = runs.Recipe("generate", 2, config.model_dump(mode="json"), names)
 
     def body(progress: runs.Progress) -> Facts:
         paths = tables.parts(requests)
@@ -207,6 +207,11 @@ def make_paint(denoiser: Path, examples: Path | None, attacked: Path | None, con
         wanted = [r for i, r in enumerate(requests) if i not in faults]
         loaded.check(wanted, config)
         painted = {p.request.request_id: p for p in canvas.stream(wanted, given)}
+        if len(painted) > 1 and not any(p.finite for p in painted.values()):
+            raise UserError(
+                f"none of the {len(painted)} images of a part is finite: the denoiser {denoiser} answers with NaN or infinity; "
+                "train it anew with a lower denoiser.lr, or try generate.amp=false"
+            )
         rows = [_row(r, painted.get(r.request_id), faults.get(i), loaded) for i, r in enumerate(requests)]
         tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
         return Painted(len(rows), sum(p.evaluations for p in painted.values()))

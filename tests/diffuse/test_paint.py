@@ -10,8 +10,9 @@ from torch import Tensor
 from adversa import config as cfg
 from adversa.diffuse import edm, strategy
 from adversa.diffuse.paint import Canvas, Painted, Steering, paint
+from adversa.diffuse.painter import Painter
 from adversa.diffuse.strategy import Sources, composed, course, generator_of, row
-from adversa.types import STRATEGIES, GenerationRequest
+from adversa.types import STRATEGIES, GenerationRequest, UserError
 
 META = {"resolution": 16, "classes": ["a", "b", "c"]}
 CONFIG = cfg.Generate(batch_size=4, steps=8)
@@ -88,6 +89,44 @@ def test_steered_images_do_not_hang_on_their_neighbours(denoiser: edm.Denoiser, 
     unsteered = images(paint(denoiser, [replace(r, hardness=0.0, likeness=0.0) for r in asked], SOURCES, config, META))
     assert np.array_equal(unsteered["r0"], whole["r0"])  # strength 0 is unguided, to the bit
     assert all(not np.array_equal(unsteered[f"r{i}"], whole[f"r{i}"]) for i in range(1, 5))
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_paints_the_same_in_any_order() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as e:
+        pytest.skip(f"torch.compile needs a C++ compiler ({e})")
+    torch.manual_seed(0)
+    denoiser = edm.build(cfg.Denoiser(width=32, depth=1, patch=4), 3, 16).eval().requires_grad_(False)
+    for p in denoiser.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    loaded = Painter(denoiser, None, META, "f", torch.device("cpu"))
+    asked = [request(i, strategy=STRATEGIES[i % 3]) for i in range(7)]
+    slow, fast = (CONFIG.model_copy(update={"compile": c, "amp": False}) for c in (False, True))
+    eager, compiled, turned = (images(loaded.paint(r, SOURCES, c)) for r, c in ((asked, slow), (asked, fast), (asked[::-1], fast)))
+    assert loaded.compiled(CONFIG.batch_size, False) is loaded.compiled(CONFIG.batch_size, False) is not denoiser
+    for name, image in compiled.items():
+        assert np.array_equal(image, turned[name])
+        assert np.abs(image.astype(int) - eager[name]).max() <= 1
+
+
+def test_where_nothing_compiles_that_is_one_line(denoiser: edm.Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def failing(*args: object, **kwargs: object) -> object:
+        def run(*_: object) -> Tensor:
+            raise BackendCompilerFailed(None, RuntimeError("No working C++ compiler found\nand more"), None)  # type: ignore[arg-type]
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(UserError, match="generate.compile: .*set generate.compile=false, or install a C") as told:
+        Painter(denoiser, None, META, "f", torch.device("cpu")).canvas(CONFIG.model_copy(update={"compile": True}))
+    assert "\n" not in str(told.value)
 
 
 def test_order_and_shape_of_the_answer(denoiser: edm.Denoiser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -110,6 +111,21 @@ def test_rows_that_are_given_up_are_marked_and_the_others_painted_as_ever(finish
             assert now == was and now["fault"] is None
     ids = painting.read_requests(part)
     assert painting.request_name(order, 1) == f"request {ids[1].request_id}"
+
+
+def test_a_denoiser_that_is_not_finite_ends_the_step_at_its_first_part(finished, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    config, run = finished
+    broken = shutil.copytree(run.denoiser, tmp_path / "denoiser")
+    state = load_file(broken / "model.safetensors")
+    save_file({k: v * float("nan") for k, v in state.items()}, broken / "model.safetensors")
+    generate, asked = config.generate.model_copy(update={"part_size": 4}), tmp_path / "requests"
+    painting.plan(run.round(1, "hard"), None, "run", 1, ["real", "unguided"], generate, asked)
+    assert len(tables.parts(asked)) > 1
+    with pytest.raises(UserError, match=r"none of the 4 images of a part is finite: the denoiser .* generate.amp=false") as told:
+        painting.generate(LocalEngine(1, 1), asked, run.data, broken, None, generate, tmp_path / "out")
+    assert "\n" not in str(told.value) and not tables.parts(tmp_path / "out")
 
 
 def test_the_manifest_counts_what_the_painting_took(finished):
