@@ -162,7 +162,7 @@ def _start(cluster: Cluster, verbose: bool) -> None:
             for name in ("RAY_event_stats", "RAY_enable_metrics_collection", "RAY_task_events_report_interval_ms"):
                 os.environ.setdefault(name, "0")
             ray.init(address="local", num_cpus=cluster.cpus, object_store_memory=store, include_dashboard=False, **shared)
-    except (ConnectionError, RuntimeError, ValueError) as e:
+    except Exception as e:  # of any class: a node that is late at its start is a plain Exception
         where = f"the Ray cluster RAY_ADDRESS={address}" if address else "Ray on this machine"
         raise UserError(f"cannot start {where}: {' '.join(str(e).split())[:300]}; or try --engine local") from None
     if threading.current_thread() is threading.main_thread():

@@ -14,6 +14,7 @@ import pytest
 from adversa import runs, tables
 from adversa.loop import cycle, feed, steps
 from adversa.loop.engine import LocalEngine, Part, do_part
+from adversa.loop.parts import row_name
 from adversa.loop.stages import stages, trained
 from adversa.report import page
 from adversa.types import ROLES, UserError
@@ -314,8 +315,8 @@ class CutEngine(LocalEngine):
         if self.left < 0:
             raise Cut
 
-    def map_batches(self, make, parts, out, report, model=False):
-        def dying():
+    def _dying(self, make):
+        def made():
             work = make()
 
             def one(part, path):
@@ -324,7 +325,13 @@ class CutEngine(LocalEngine):
 
             return one
 
-        return super().map_batches(dying, parts, out, report, model)
+        return made
+
+    def map_batches(self, make, parts, out, report, model=False):
+        return super().map_batches(self._dying(make), parts, out, report, model)
+
+    def map_parts(self, make, parts, out, report, name=row_name):
+        return super().map_parts(self._dying(make), parts, out, report, name)
 
     def fit(self, jobs):
         from adversa.loop.engine import do_job, unfinished
