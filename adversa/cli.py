@@ -271,7 +271,7 @@ def _execute(
     from adversa import console, runs
     from adversa.config import load
     from adversa.loop import cycle
-    from adversa.loop.stages import has_codec, is_synthetic
+    from adversa.loop.stages import has_codec
     from adversa.types import UserError
 
     if engine_name not in ("ray", "local"):
@@ -284,7 +284,7 @@ def _execute(
         raise UserError(f"cluster.training_workers {many}: --engine local trains in this process alone; set 1, or use --engine ray")
     if command == "codec" and not has_codec(config):
         raise UserError(f"codec.kind {config.codec.kind}, mix.arms {config.mix.arms}: no codec to train; set codec.kind=tiny")
-    if command == "quality" and not is_synthetic(config):
+    if command == "quality" and not config.mix.paints:
         raise UserError(f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add unguided or guided")
     root = run_dir or Path("runs") / (path.stem if path is not None else "demo")
     screen = Console()

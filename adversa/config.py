@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from adversa.types import ARMS, UserError
+from adversa.types import PAINTED, UserError
 
 WeightPath = Annotated[str | None, AfterValidator(lambda v: os.path.expanduser(v) if v else v)]
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
@@ -321,8 +321,21 @@ class Curate(Section):
 
 
 class Mix(Section):
-    arms: list[Literal["real", "unguided", "guided"]] = Field(list(ARMS), min_length=1)
-    synthetic_ratio: float = Field(0.5, ge=0, description="at most so many synthetic images a real training image")
+    arms: list[Literal["real", "resample", "replay", "unguided", "guided"]] = Field(
+        ["real", "replay", "unguided", "guided"], min_length=1, description="what classifiers are trained on, and compared"
+    )
+    synthetic_ratio: float = Field(0.5, ge=0, description="at most so many synthetic images (or repeats) a real training image")
+    fold_mined: Literal["all", "none"] = Field("all", description="the mined real images enter training in every arm, or in none")
+
+    @property
+    def paints(self) -> bool:
+        """Whether any arm has synthetic images."""
+        return any(arm in PAINTED for arm in self.arms)
+
+    @property
+    def mines(self) -> bool:
+        """Whether there is a round: more than the classifiers of the arm `real`."""
+        return any(arm != "real" for arm in self.arms)
 
 
 class Evaluate(Section):
@@ -416,6 +429,8 @@ class Config(Section):
             raise ValueError(f"mix.arms {self.mix.arms} names an arm twice")
         if "real" not in self.mix.arms:
             raise ValueError("mix.arms must contain real: it is what the other arms are compared with")
+        if "replay" in self.mix.arms and self.mix.fold_mined == "none":
+            raise ValueError("mix.arms replay repeats the mined images, which fold_mined none keeps out; set mix.fold_mined=all")
         self._check_classifier("classifier", self.classifier)
         if self.curate.judge is not None:
             self._check_classifier("curate.judge", self.curate.judge)
@@ -475,7 +490,7 @@ class Config(Section):
 
     def _check_null(self) -> None:
         """Guidance pushes away from the null class, which a denoiser from scratch learns from labels that are dropped."""
-        if self.denoiser.null_probability or self.denoiser.external or self.denoiser.weights or not self._paints:
+        if self.denoiser.null_probability or self.denoiser.external or self.denoiser.weights or not self.mix.paints:
             return
         for key, guidance in (("generate", self.generate.guidance), ("quality", self.quality.guidance)):
             if guidance != 1:
@@ -486,7 +501,7 @@ class Config(Section):
 
     def _check_shares(self) -> None:
         """Every worker of a training needs a row of each batch."""
-        workers, paints = self.cluster.training_workers, self._paints
+        workers, paints = self.cluster.training_workers, self.mix.paints
         trained = {
             "classifier": self.classifier, "curate.judge": self.curate.judge if paints else None,
             "denoiser": self.denoiser if paints and not self.denoiser.external else None,
@@ -498,10 +513,6 @@ class Config(Section):
                     f"{name}.batch_size {section.batch_size} cannot be shared among cluster.training_workers {workers}; "
                     "take fewer workers or a larger batch"
                 )
-
-    @property
-    def _paints(self) -> bool:
-        return any(arm != "real" for arm in self.mix.arms)
 
     def _check_side(self) -> None:
         """The side that is diffused must divide by the denoiser's patch and levels; a given codec's is known once it is read."""

@@ -21,7 +21,7 @@ from adversa import runs
 from adversa.config import Config
 from adversa.loop.stages import Stage, plan, trained
 from adversa.runs import RunDir
-from adversa.types import ARMS
+from adversa.types import ARMS, BEFORE
 
 LOG_SECONDS = 15.0
 SHARES_SHOWN = 8
@@ -211,15 +211,19 @@ def closing(console: Console, run: RunDir) -> None:
     arms = [arm for arm in ARMS if arm in summary["arms"]]
     table = Table(box=None, pad_edge=False)
     table.add_column("")
+    if summary["before"]["test"] != summary["arms"]["real"]["test"]:
+        arms = [BEFORE, *arms]
     for arm in arms:
-        table.add_column({"real": "real (before)", "guided": "guided (after)"}.get(arm, arm))
+        table.add_column("real (before)" if arm == arms[0] else "guided (after)" if arm == "guided" else arm)
     heading = ""
     for role, metric, name in ROWS:
         if role != heading:
             table.add_row(Text("test, opened once" if role == "test" else "mine, optimistic", "italic"))
             heading = role
         table.add_row(f"  {name}", *(_score(summary, arm, role, metric) for arm in arms))
-    table.add_row("synthetic images", *(str(summary["used"][arm]) for arm in arms))
+    table.add_row("synthetic images", *(str(summary["used"].get(arm, 0)) for arm in arms))
+    if any(summary["added"][arm] != n for arm, n in summary["used"].items()):
+        table.add_row("images repeated", *(str(summary["added"].get(arm, 0) - summary["used"].get(arm, 0)) for arm in arms))
     console.print(table)
     rejected = ", ".join(f"{n} {reason}" for reason, n in summary["rejected"].items()) or "none"
     console.print(f"generated {summary['generated']}, accepted {summary['accepted']}; rejected: {rejected}", highlight=False)
@@ -264,13 +268,13 @@ def _short(path: Path) -> Path:
 
 def _score(summary: dict[str, Any], arm: str, role: str, metric: str) -> Text:
     """A metric of an arm, with its 95% interval where there is one; specificity is the mean over classes."""
-    values = summary["arms"][arm][role]
+    values = summary["before"][role] if arm == BEFORE else summary["arms"][arm][role]
     if metric == "specificity":
         classes = [v for k, v in values.items() if k.startswith("specificity/")]
         return Text(f"{sum(classes) / len(classes):.3f}" if classes else "-")
     if metric not in values:
         return Text("-")
-    interval = summary["intervals"][arm][role].get(metric)
+    interval = (summary["intervals_before"] if arm == BEFORE else summary["intervals"][arm])[role].get(metric)
     return Text(f"{values[metric]:.3f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""))
 
 

@@ -79,7 +79,7 @@ class RunDir:
         return self.root / f"round-{number:03d}" / step
 
     def arm(self, number: int, arm: str, seed: int | None = None) -> Path:
-        folder = self.round(0 if arm == "real" else number) / arm
+        folder = self.round(number) / arm
         return folder if seed is None else folder / f"seed-{seed}"
 
     def name_of(self, folder: Path) -> str:

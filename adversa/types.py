@@ -6,7 +6,9 @@ import hashlib
 from dataclasses import dataclass, field
 
 ROLES = ("train", "mine", "select", "test")
-ARMS = ("real", "unguided", "guided")
+ARMS = ("real", "resample", "replay", "unguided", "guided")
+BEFORE = "before"  # the classifiers of arm `real` before the first round, where folded images change that arm
+PAINTED = ("unguided", "guided")  # the arms that have synthetic images
 STRATEGIES = ("sample", "vary", "inpaint", "outpaint", "inout", "blend")
 
 

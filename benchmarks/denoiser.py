@@ -233,7 +233,7 @@ def train(
     report: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
     mix = out / "mix"
-    steps.mix(data, [], "real", ["real"], cfg.Mix(arms=["real"]), mix)
+    steps.mix(data, [], [], "real", cfg.Mix(arms=["real"]), 1, mix)
     feed = Feed(
         (data / "train",), config.batch_size, mix=mix, steps=config.steps, balance=config.balance, seed=seed_of("feed", args.seed)
     )

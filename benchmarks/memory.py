@@ -85,7 +85,7 @@ def stream(root: Path, steps: int) -> None:
     run = RunDir(root.absolute())
     config = load(run.config)
     mix, out = run.root / "mix", run.root / "stream"
-    loop_steps.mix(run.data, [], "real", ["real"], Mix(), mix)
+    loop_steps.mix(run.data, [], [], "real", Mix(), 1, mix)
     feed = Feed(folders=(run.data / "train",), batch_size=BATCH, mix=mix, steps=steps, balance=0.5, seed=0)
     engine = RayEngine(config.cluster, run.root, config.data.resolution**2 * 3)
     try:

@@ -96,7 +96,7 @@ def train(folder: Path, count: int, epochs: int) -> Path:
     data = cfg.Data(resolution=SIDE, phantom=cfg.Phantom(images=count, rare=0.05, tail=0.9, seed=11))
     prepare.prepare(LocalEngine(), data, folder / "data")
     mixed, out = folder / "mix", folder / "denoiser"
-    steps.mix(folder / "data", [], "real", ["real"], cfg.Mix(arms=["real"]), mixed)
+    steps.mix(folder / "data", [], [], "real", cfg.Mix(arms=["real"]), 1, mixed)
     config = cfg.load(None).denoiser.model_copy(update={"steps": epochs, "checkpoint_steps": 200})
     names = (folder / "data" / "train",)
     feed = Feed(names, config.batch_size, mix=mixed, steps=config.steps, balance=config.balance, seed=seed_of("feed", 0))

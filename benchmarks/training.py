@@ -290,7 +290,7 @@ def measure(args: Any, config: cfg.Config, base: Path) -> list[Result]:
     if args.run_dir is None:
         cycle.open_run(config, run.root)
         cycle.run(config, run, LocalEngine(1, 1), None, until="prepare")
-        steps.mix(run.data, [], "real", ["real"], config.mix, run.arm(0, "real") / "mix")
+        steps.mix(run.data, [], [], "real", config.mix, 1, run.arm(0, "real") / "mix")
     from adversa.distributed.engine import RayEngine
 
     sizes = {"classifier": config.classifier.batch_size, "denoiser": config.denoiser.batch_size}

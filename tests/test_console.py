@@ -164,8 +164,8 @@ def test_finished_shows_every_stage_done_and_every_score(config, run):
         runs.write_json(folder.parent / "scorecard-test.json", {"metrics": {"balanced_accuracy": 0.875}})
     shown = lines(config, run)
     assert "finished" in shown[0] and all(words[0] == "done" for words in shown[1 : 1 + len(stages(config, run))])
-    assert text(console.view(config, run)).count("0.875") == 3
-    for arm in ("round-000/real", "round-001/unguided", "round-001/guided"):
+    assert text(console.view(config, run)).count("0.875") == 5
+    for arm in ("round-000/real", "round-001/real", "round-001/replay", "round-001/unguided", "round-001/guided"):
         assert f"{arm}/seed-0" in text(console.view(config, run))
 
 
@@ -207,7 +207,8 @@ def test_closing_tells_before_and_after_and_the_verdict(run):
         {
             "arms": {"real": {"test": card, "mine": {"balanced_accuracy": 0.25}}},
             "intervals": {"real": {"test": {"balanced_accuracy": [0.4, 0.6]}, "mine": {}}},
-            "used": {"real": 0}, "generated": 5, "accepted": 3, "rejected": {"near copy": 2},
+            "before": {"test": card, "mine": {"balanced_accuracy": 0.25}},
+            "used": {"real": 0}, "added": {"real": 0}, "generated": 5, "accepted": 3, "rejected": {"near copy": 2},
             "verdict_sentence": "Not shown: +0.1 [-0.1, +0.3].", "notes": ["one seed [an arm]"],
         },
     )  # fmt: skip

@@ -146,7 +146,7 @@ def main() -> None:
         base = Path(temporary)
         run = cycle.open_run(config, base / "run")
         cycle.run(config, run, LocalEngine(1, 1), None, until="prepare")
-        steps.mix(run.data, [], "real", ["real"], config.mix, run.arm(0, "real") / "mix")
+        steps.mix(run.data, [], [], "real", config.mix, 1, run.arm(0, "real") / "mix")
         engine = RayEngine(config.cluster, run.root, config.data.resolution**2 * 3)
         try:
             step_seconds, kills, i = 0.0, 0, 0

@@ -1,75 +1,91 @@
-"""Is this picture (nearly) a copy of a real one?
+"""Is this picture (nearly) a copy of a real one, in pixels or in features?
 
-A picture's fingerprint is its 16x16 colour miniature, each channel centred, the whole scaled to length 1. The
-similarity of two pictures is the correlation of their fingerprints, the largest over the 8 mirror images and quarter
-turns: 1 for a copy, also when it is flipped, turned, brighter or of more contrast. What counts as near is measured, not
-set: it depends on how similar pictures of different lesions are.
+In pixels two stages. FAISS finds candidates: the low frequencies of a picture's middle, under the 8 mirror images and
+quarter turns, against each real picture's, shifted and cropped a few ways. Each candidate is then aligned (turn, shift,
+crop) and compared: similarity says how much likelier the picture is as a copy that was compressed, made noisy,
+brighter or of more contrast, than as another picture (`window.evidence`). A correlation does not do: noise of 6 grey
+levels takes a faint lesion's correlation with its own copy below that of strong lesions with each other.
+
+What counts as near is measured, not set: it depends on how similar pictures of different lesions are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import faiss
 import numpy as np
 
-from adversa.types import digest
+from adversa.curate import planted
+from adversa.curate import window as win
+from adversa.types import digest, seed_of
 
-SIDE = 16
-# A copy stays a copy: the largest threshold, below the 1 - 1e-6 that float32 gives to an exact one.
-LARGEST_THRESHOLD = 0.999
-# A miniature whose channels all vary by less than this (RMS, grey levels) is flat: it resembles nothing.
-FLAT = 0.25
-QUERIES, REALS = 256, 8192  # block of the matrix products: 8 * 256 * 8192 float32 = 64 MiB
-SAMPLE = 2000
-
-
-def fingerprints(images: np.ndarray) -> np.ndarray:
-    """uint8 [N, H, W, 3] of any H and W to float32 [N, 768], rows of length 1 (of zeros for a flat picture)."""
-    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3, (images.dtype, images.shape)
-    small = np.empty((len(images), SIDE, SIDE, 3), np.float32)
-    rows, columns = area_average(images.shape[1]), area_average(images.shape[2])
-    for start in range(0, len(images), QUERIES):
-        block = images[start : start + QUERIES].astype(np.float32)
-        block = np.tensordot(rows, block, axes=(1, 1)).transpose(1, 0, 2, 3)  # [n, 16, W, 3]
-        small[start : start + QUERIES] = np.tensordot(columns, block, axes=(1, 2)).transpose(1, 2, 0, 3)
-    small -= small.mean(axis=(1, 2), keepdims=True)
-    prints = small.reshape(len(images), -1)
-    norm = np.linalg.norm(prints, axis=1, keepdims=True)
-    return np.where(norm < FLAT * np.sqrt(prints.shape[1]), 0, prints / np.maximum(norm, 1e-12)).astype(np.float32)
-
-
-def area_average(size: int) -> np.ndarray:
-    """float32 [16, size]: row i averages the pixels under the i-th sixteenth of a side, by the share under it."""
-    edges = np.linspace(0, size, SIDE + 1)
-    pixel = np.arange(size)
-    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    return (np.clip(overlap, 0, None) * SIDE / size).astype(np.float32)
-
-
-def turned(prints: np.ndarray) -> np.ndarray:
-    """[N, 768] to [8, N, 768]: the fingerprints of the 8 mirror images and quarter turns of the same pictures."""
-    grid = prints.reshape(-1, SIDE, SIDE, 3)
-    both = (grid, grid[:, :, ::-1])
-    return np.stack([np.rot90(g, k, axes=(1, 2)).reshape(prints.shape) for g in both for k in range(4)])
+# A copy stays a copy: the largest threshold, below the 1 that a residue under EXACT grey levels is given.
+LARGEST_THRESHOLD, EXACT = 0.999, 0.5
+NOTHING = -1.0  # the similarity of a flat picture, or where there is no other
+# (zoom, rows, columns) of the windows that each real picture is found by: within a pixel of shifts up to 3 and crops of 90%.
+VIEWS = [(1.0, float(y), float(x)) for y in (-2, 0, 2) for x in (-2, 0, 2)]
+VIEWS += [(0.9, y, x) for y, x in ((-1.2, -1.2), (-1.2, 1.2), (1.2, -1.2), (1.2, 1.2), (0.0, 0.0))]
+ENTRIES, CANDIDATES, ALIGNED = 24, 10, 3  # taken a turn; different real pictures aligned to a pixel; of these finely
+QUERIES, PAIRS = 256, 1024  # at once
+SAMPLE, SPECIMENS = 2000, 256  # pictures that set the threshold; that show what copying adds
+ZOOMS, MOVES = np.linspace(0.85, 1, 13), np.linspace(-4, 4, 65)
+_STEPS = np.array([(0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0.05, 0, 0), (-0.05, 0, 0)], np.float32)
 
 
 class NearCopy:
-    """An index of real images: their fingerprints, 3 KB an image, in the order of their ids.
+    """An index of real images, 9 KB an image, in the order of their ids.
 
     images: uint8 [N, H, W, 3], or an iterable of such blocks, so that not all of them need be in memory at once. The
-    order of the rows makes no difference.
+    order of the rows makes no difference. like: an index whose similarities these are to be comparable with: signal and
+    noise are taken from it, not measured.
     """
 
-    def __init__(self, ids: Sequence[str], images: np.ndarray | Iterable[np.ndarray]) -> None:
-        blocks = [images] if isinstance(images, np.ndarray) else images
-        prints = np.concatenate([fingerprints(block) for block in blocks])
-        assert len(prints) == len(ids) == len(set(ids)) > 0, "one image for each id, each id once"
+    def __init__(self, ids: Sequence[str], images: np.ndarray | Iterable[np.ndarray], like: NearCopy | None = None) -> None:
+        wanted = {ids[i] for i in drawn(ids, SPECIMENS)} if like is None else set()
+        small, added, at = [], np.zeros((2, win.COUNT)), 0
+        for block in [images] if isinstance(images, np.ndarray) else images:
+            names = ids[at : at + len(block)]
+            assert len(names) == len(block), "one image for each id"
+            small.append(win.miniatures(block))
+            chosen = [i for i, name in enumerate(names) if name in wanted]
+            if chosen:
+                added += _added(block[chosen], small[-1][chosen], [names[i] for i in chosen])
+            at += len(block)
+        assert at == len(ids) == len(set(ids)) > 0, "one image for each id, each id once"
         order = sorted(range(len(ids)), key=ids.__getitem__)
-        self.ids, self.prints = [ids[i] for i in order], prints[order]
+        self.ids, self.small = [ids[i] for i in order], np.concatenate(small)[order]
+        self._tables = np.stack([win.window(z, m) for z in ZOOMS for m in MOVES])
+        if like is None:
+            self.noise = win.smooth(np.maximum(added.max(axis=0) / len(wanted), 1.0))
+            self.signal = self._power() + 1.0
+        else:
+            self.noise, self.signal = like.noise, like.signal
+        self._fill()
+
+    def _power(self) -> np.ndarray:
+        middle = self._table(1, 0)
+        power = np.zeros(win.COUNT)
+        for start in range(0, len(self.ids), PAIRS):
+            seen = win.coefficients(win.planes(self.small[start : start + PAIRS]), middle, middle)
+            power += (seen.astype(np.float64) ** 2).sum(axis=0)
+        return win.smooth(power / len(self.ids))
+
+    def _fill(self) -> None:
+        self._weight = (1 / np.sqrt(self.signal + self.noise))[win.COARSE].astype(np.float32)
+        self._index = faiss.IndexFlatIP(int(win.COARSE.sum()))
+        for zoom, y, x in VIEWS:  # entry = view * N + row
+            for start in range(0, len(self.ids), PAIRS):
+                seen = win.planes(self.small[start : start + PAIRS])
+                self._index.add(self._prints(win.coefficients(seen, self._table(zoom, y), self._table(zoom, x))))
 
     def nearest(self, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """(similarity float64 [M] in [-1, 1], id of the most similar real image [M]) of uint8 images [M, H, W, 3]."""
-        similarity, row = self._search(fingerprints(images), None, None)
+        """(similarity float64 [M] in [-1, 1], id of the most similar real image [M]) of uint8 images [M, H, W, 3].
+
+        Similarity is evidence / (|evidence| + number of coefficients): above 0, rather a copy than another picture; 1
+        where no difference is left.
+        """
+        similarity, row = self._search(win.miniatures(images), None, None)
         return similarity, [self.ids[i] for i in row]
 
     def threshold(self, ids: Sequence[str], groups: Sequence[str], quantile: float) -> float:
@@ -79,32 +95,186 @@ class NearCopy:
         most similar real image of another group; the threshold is the quantile of these. So a picture of one more,
         different lesion is flagged at about the rate 1 - quantile. At most 0.999: an exact copy is always flagged.
         """
-        group_of = dict(zip(ids, groups, strict=True))
-        names = np.array([group_of[i] for i in self.ids], dtype=object)
-        _, codes = np.unique(names, return_inverse=True)
+        codes = _codes(self.ids, ids, groups)
         if codes.max(initial=0) == 0:
             return LARGEST_THRESHOLD
-        sample = sorted(range(len(self.ids)), key=lambda i: digest("near copy", self.ids[i]))[:SAMPLE]
-        similarity, _ = self._search(self.prints[sample], codes[sample], codes)
+        sample = drawn(self.ids, SAMPLE)
+        similarity, _ = self._search(self.small[sample], codes[sample], codes)
         return float(min(np.quantile(similarity, quantile), LARGEST_THRESHOLD))
 
-    def _search(
-        self, queries: np.ndarray, query_group: np.ndarray | None, group: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Largest correlation over turns and real images (of another group, where groups are given), and its row."""
-        best, row = np.full(len(queries), -np.inf, np.float32), np.zeros(len(queries), np.int64)
-        for q in range(0, len(queries), QUERIES):
-            block = turned(queries[q : q + QUERIES])
-            here = slice(q, q + block.shape[1])
-            for r in range(0, len(self.ids), REALS):
-                product = block.reshape(-1, block.shape[2]) @ self.prints[r : r + REALS].T
-                similar = product.reshape(8, block.shape[1], -1).max(axis=0)
-                if query_group is not None and group is not None:
-                    similar[query_group[here, None] == group[None, r : r + REALS]] = -np.inf
-                column = similar.argmax(axis=1)
-                value = similar[np.arange(len(column)), column]
-                better = value > best[here]  # strictly: of equals the smallest id
-                best[here] = np.where(better, value, best[here])
-                row[here] = np.where(better, r + column, row[here])
+    def _table(self, zoom: float, move: float) -> np.ndarray:
+        return self._tables[_slot(np.float64(zoom), np.float64(move))]
+
+    def _prints(self, c: np.ndarray) -> np.ndarray:
+        prints = c[:, win.COARSE] * self._weight
+        return prints / np.maximum(np.linalg.norm(prints, axis=1, keepdims=True), 1e-9)
+
+    def pairs(self, threshold: float) -> list[tuple[str, str, float]]:
+        """(id, id, similarity) of indexed pictures that are near copies of each other, sorted, each pair once.
+
+        Of many alike not every pair is given, but a chain: each picture with its most similar ones.
+        """
+        own = np.arange(len(self.ids))
+        found: dict[tuple[str, str], float] = {}
+        for start in range(0, len(own), QUERIES):
+            here = own[start : start + QUERIES]
+            query, real, similarity = self._compared(self.small[here], here, own)
+            for q, r, s in zip(here[query], real, similarity, strict=True):
+                if s >= threshold:
+                    key = (self.ids[min(q, r)], self.ids[max(q, r)])
+                    found[key] = max(float(s), found.get(key, NOTHING))
+        return [(a, b, s) for (a, b), s in sorted(found.items())]
+
+    def _search(self, small: np.ndarray, query_group: np.ndarray | None, group: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Similarity to the most similar real image (of another group, where groups are given), and its row."""
+        best, row = np.full(len(small), NOTHING), np.zeros(len(small), np.int64)
+        for start in range(0, len(small), QUERIES):
+            here = slice(start, start + QUERIES)
+            query, real, similarity = self._compared(small[here], None if query_group is None else query_group[here], group)
+            order = np.lexsort((-real, similarity))  # of equals the smallest id comes last and stays
+            best[start + query[order]], row[start + query[order]] = similarity[order], real[order]
+        return best, row
+
+    def _compared(
+        self, small: np.ndarray, query_group: np.ndarray | None, group: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(query, row of the real image, similarity), each [P]: the pairs that were aligned. Flat queries have none."""
+        n, middle = len(small), self._table(1, 0)
+        turns = win.turned(win.planes(small)).reshape(8 * n, 3, win.SIDE, win.SIDE)
+        seen = win.coefficients(turns, middle, middle)  # [8 n, COUNT], turn by turn
+        query, real, turn, place = self._candidates(seen, n, query_group, group)
+        flat = np.sqrt((seen[:n] ** 2).sum(axis=1) / win.WINDOW**2 / 3) < win.FLAT
+        query, real, turn, place = (a[~flat[query]] for a in (query, real, turn, place))
+        pictures = seen.reshape(8, n, -1)[turn, query]
+        # A candidate's view may be 1.4 pixels off: before a first round of steps its evidence says little.
+        place, value, _ = self._align(pictures, real, place, (1,))
+        chosen = _foremost(query, value, n)
+        query, real, pictures = query[chosen], real[chosen], pictures[chosen]
+        _, value, residue = self._align(pictures, real, place[chosen], (1, 0.5, 0.5, 0.25))
         # Matrix products of other shapes differ in the last bits: rounded, a verdict does not hang on them.
-        return np.round(best.astype(np.float64), 5), row
+        similarity = np.round(value / (np.abs(value) + win.COUNT), 5)
+        return query, real, np.where(residue < EXACT, 1.0, similarity)
+
+    def _candidates(
+        self, seen: np.ndarray, n: int, query_group: np.ndarray | None, group: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(query [P], row of the real image [P], turn [P], (zoom, rows, columns) [P, 3]) of the pairs worth comparing."""
+        count = len(self.ids)
+        wanted = ENTRIES
+        if group is not None:  # a lesion's other pictures stand before those of others
+            wanted += min(10, int(np.bincount(group).max())) * len(VIEWS)
+        wanted = min(wanted, self._index.ntotal)
+        score, entry = self._index.search(self._prints(seen), wanted)
+        score, entry = (a.reshape(8, n, wanted).transpose(1, 0, 2).reshape(n, -1) for a in (score, entry))
+        order = np.argsort(-score, axis=1, kind="stable")
+        pairs: list[tuple[int, int, int, int]] = []
+        for q in range(n):
+            known: set[int] = set()
+            for j in order[q]:
+                view, real = divmod(int(entry[q, j]), count)
+                if real in known or (query_group is not None and group is not None and group[real] == query_group[q]):
+                    continue
+                known.add(real)
+                pairs.append((q, real, int(j) // wanted, view))
+                if len(known) == CANDIDATES:
+                    break
+        found = np.array(pairs, np.int64).reshape(-1, 4)
+        return found[:, 0], found[:, 1], found[:, 2], np.array(VIEWS, np.float32)[found[:, 3]]
+
+    def _compare(self, pictures: np.ndarray, real: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Evidence and residue of pairs: pictures' coefficients [P, COUNT] against real images seen from places [P, 3]."""
+        value, residue = np.empty(len(real)), np.empty(len(real))
+        for start in range(0, len(real), PAIRS):
+            part = slice(start, start + PAIRS)
+            rows, columns = (self._tables[_slot(place[part, 0], place[part, k])] for k in (1, 2))
+            other = win.coefficients(win.planes(self.small[real[part]]), rows, columns)
+            value[part], residue[part] = win.evidence(pictures[part], other, self.signal, self.noise)
+        return value, residue
+
+    def _align(
+        self, pictures: np.ndarray, real: np.ndarray, place: np.ndarray, sizes: Sequence[float]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps of shift and zoom from `place`, of each size in turn: where they end, the evidence and the residue there."""
+        value, residue = self._compare(pictures, real, place)
+        for size in sizes:
+            for step in _STEPS:
+                there = place + size * step
+                there[:, 0] = np.clip(there[:, 0], ZOOMS[0], ZOOMS[-1])
+                # A window does not leave the picture: it has 26 points on 32.
+                room = (win.SIDE - 1) / 2 - (win.WINDOW - 1) / 2 * there[:, :1]
+                there[:, 1:] = np.clip(there[:, 1:], -room, room)
+                v, r = self._compare(pictures, real, there)
+                better = v > value
+                place = np.where(better[:, None], there, place)
+                value, residue = np.where(better, v, value), np.where(better, r, residue)
+        return place, value, residue
+
+
+class NearFeatures:
+    """The same question in features: cosine similarity, float [N, D], by FAISS. Rows may come in any order."""
+
+    def __init__(self, ids: Sequence[str], features: np.ndarray) -> None:
+        assert features.ndim == 2 and len(features) == len(ids) == len(set(ids)) > 0, "one row for each id, each id once"
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        self.ids, self.features = [ids[i] for i in order], _rows(features)[order]
+        assert np.isfinite(self.features).all(), "features of real images must be finite"
+        self._index = faiss.IndexFlatIP(features.shape[1])
+        self._index.add(self.features)
+
+    def nearest(self, features: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """(cosine float64 [M], id of the most similar real image [M]); NaN where a row is not finite."""
+        rows = _rows(features)
+        known = np.isfinite(rows).all(axis=1)
+        score, row = self._index.search(np.where(known[:, None], rows, 0), 1)
+        similarity = np.where(known, np.round(score[:, 0].astype(np.float64), 5), np.nan)
+        return similarity, [self.ids[i] for i in np.maximum(row[:, 0], 0)]
+
+    def threshold(self, ids: Sequence[str], groups: Sequence[str], quantile: float) -> float:
+        """As NearCopy.threshold, of cosines."""
+        codes = _codes(self.ids, ids, groups)
+        if codes.max(initial=0) == 0:
+            return LARGEST_THRESHOLD
+        sample = drawn(self.ids, SAMPLE)
+        wanted = min(int(np.bincount(codes).max()) + 1, len(self.ids))
+        score, row = self._index.search(self.features[sample], wanted)
+        score = np.where(codes[row] == codes[sample][:, None], NOTHING, score)
+        return float(min(np.quantile(score.max(axis=1), quantile), LARGEST_THRESHOLD))
+
+
+def drawn(ids: Sequence[str], count: int) -> list[int]:
+    """The rows of up to `count` ids, chosen by their hash: the same pictures in any order of rows."""
+    return sorted(range(len(ids)), key=lambda i: digest("near copy", ids[i]))[:count]
+
+
+def _added(images: np.ndarray, small: np.ndarray, ids: Sequence[str]) -> np.ndarray:
+    """[2, COUNT]: squares of what compression and noise add to the images' coefficients, summed over images."""
+    middle = win.window(1, 0)
+    before = win.coefficients(win.planes(small), middle, middle)
+    total = []
+    for kind in (planted.jpeg, planted.noisy):
+        copies = np.stack([kind(x, np.random.default_rng(seed_of("planted", i))) for x, i in zip(images, ids, strict=True)])
+        after = win.coefficients(win.planes(win.miniatures(copies)), middle, middle)
+        total.append(((after - before) ** 2).sum(axis=0))
+    return np.stack(total).astype(np.float64)
+
+
+def _slot(zoom: np.ndarray, move: np.ndarray) -> np.ndarray:
+    z = np.rint((zoom - ZOOMS[0]) / (ZOOMS[1] - ZOOMS[0])).astype(int)
+    return z * len(MOVES) + np.rint((move - MOVES[0]) / (MOVES[1] - MOVES[0])).astype(int)
+
+
+def _foremost(query: np.ndarray, value: np.ndarray, n: int) -> np.ndarray:
+    """Positions of each query's ALIGNED largest values."""
+    order = np.lexsort((-value, query))
+    start = np.searchsorted(query[order], np.arange(n))
+    return order[np.arange(len(order)) - start[query[order]] < ALIGNED]
+
+
+def _codes(own: Sequence[str], ids: Sequence[str], groups: Sequence[str]) -> np.ndarray:
+    group_of = dict(zip(ids, groups, strict=True))
+    return np.unique(np.array([group_of[i] for i in own], dtype=object), return_inverse=True)[1]
+
+
+def _rows(features: np.ndarray) -> np.ndarray:
+    x = np.asarray(features, np.float32)
+    return np.ascontiguousarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))

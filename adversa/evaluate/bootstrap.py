@@ -1,88 +1,132 @@
 """Intervals and comparisons by a bootstrap clustered by lesion: pictures of one lesion are not independent.
 
 A resample draws G of the G groups with replacement, so a group's weight is multinomial (Field and Welsh 2007,
-"Bootstrapping clustered data", JRSS B 69). Every metric is computed from weights, all resamples at once: the confusion
-matrices are one matrix product, AUROC sorts each class's scores once.
+"Bootstrapping clustered data", JRSS B 69). With several seeds the luck of training is added (see inference.py). Thresholds set
+on another role are part of the classifier: intervals hold them as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from adversa.evaluate.metrics import checked, from_confusion, softmax
+from adversa.evaluate.inference import ALPHA, Spread, holm, spread, word
+from adversa.evaluate.operating import Measures
+from adversa.evaluate.scores import checked
+from adversa.evaluate.weighted import values
+from adversa.types import UserError
 
-LEVEL = 95.0
-_CELLS = 4_000_000  # entries of a [resamples, images] array worked on at once: 32 MB
+__all__ = ["Comparison", "compare", "draws", "holm", "intervals", "resample", "word"]
+
+LEVEL = 100 * (1 - ALPHA)
+_NORMAL = 1.959963984540054  # of the percentiles' own width: half-widths are stretched from it
+_ROUNDING = 1e-12  # a difference no larger is none
+
+# The thresholds of one classifier, or of each of S.
+Limits = Mapping[str, float] | Sequence[Mapping[str, float]] | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """a minus b, its 95% interval, and the two-sided p value of no difference."""
+    """a minus b: the mean over pairs, its 95% interval, the two-sided p value of no difference, and what could have been seen.
+
+    se: standard error. detectable: the effect found with 80% power at this many lesions and seeds (None: cannot be known).
+    each: the difference of every pair. note: what the interval does not hold, in words; empty where there is nothing to say.
+    """
 
     difference: float
     low: float
     high: float
     p: float
+    se: float
+    detectable: float | None
+    seeds: int
+    lesions: int
+    each: tuple[float, ...]
+    note: str
+    spread: Spread
+
+    def seeds_needed(self, effect: float, most: int = 100) -> int | None:
+        """Pairs of classifiers needed to detect the effect on these lesions; None: see Spread.seeds_needed."""
+        return self.spread.seeds_needed(effect, most)
 
 
 def intervals(
-    logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], classes: Sequence[str], resamples: int, seed: int
-) -> dict[str, tuple[float, float]]:
-    """logits [N, K], labels [N], groups [N] -> name -> (low, high), 95% percentile, for the names of `metrics`.
+    logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], classes: Sequence[str], resamples: int, seed: int,
+    measures: Measures | None = None, thresholds: Limits = None,
+) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """logits [N, K], or [S, N, K] of S seeds; labels [N], groups [N] -> name -> (low, high), 95%, for the names of `metrics`.
 
-    A resample without a single image of a class counts for the metrics that are still defined.
+    With S seeds it is of the mean over them, with the luck of training in it. The ends are the percentiles of the resamples, moved
+    so that their mean is the value (the resamples of worst_class and ece lie to one side of it), stretched to the half-width of
+    Spread, cut to the metric's range. A resample without a single image of a class counts for the metrics that are still defined.
+    Empty where there is one lesion only: nothing is known about others.
     """
-    logits, labels = checked(logits, labels, len(classes))
-    index, weights = resample(groups, resamples, seed)
-    values = from_confusion(_confusions(logits, labels, index, weights), classes)
-    values["auroc_macro"] = _auroc(softmax(logits), labels, index, weights)
-    return {name: _percentiles(v) for name, v in values.items() if np.isfinite(v).any()}
+    drawn, lesions = draws(logits, labels, groups, resamples, seed, classes, measures, thresholds)
+    found = {name: _interval(name, x, lesions, measures or Measures()) for name, x in drawn.items() if lesions > 1}
+    return {name: ends for name, ends in found.items() if ends is not None}
 
 
 def compare(
-    logits_a: np.ndarray,
-    logits_b: np.ndarray,
-    labels: np.ndarray,
-    groups: Sequence[str],
-    resamples: int,
-    seed: int,
-    metric: str = "balanced_accuracy",
-) -> Comparison:
+    logits_a: np.ndarray, logits_b: np.ndarray, labels: np.ndarray, groups: Sequence[str], resamples: int, seed: int,
+    metric: str = "balanced_accuracy", classes: Sequence[str] | None = None, measures: Measures | None = None,
+    thresholds_a: Limits = None, thresholds_b: Limits = None,
+) -> Comparison:  # fmt: skip
     """logits [S, N, K] of arms a and b, S classifiers each, paired by seed and scored on the same N images.
 
-    The difference is the mean over seeds of a's metric minus b's; every seed and both arms see the same resamples.
-    The interval is over lesions, for these S pairs of classifiers: it does not hold the spread between training seeds.
-    metric: accuracy, balanced_accuracy or auroc_macro.
+    The difference is the mean over seeds of a's metric minus b's; every seed and both arms see the same resamples. metric: any name
+    of `metrics` (UserError otherwise, and where it has no value); classes: names, default "0", "1", ..; thresholds: where the
+    metric is at a target specificity. The interval holds the choice of lesions and, from two seeds on, the luck of training.
     """
     assert logits_a.shape == logits_b.shape and logits_a.ndim == 3, (logits_a.shape, logits_b.shape)
+    classes = classes or [str(k) for k in range(logits_a.shape[2])]
     index, weights = resample(groups, resamples, seed)
-    weights = np.concatenate([np.ones((1, weights.shape[1])), weights])  # row 0: the data as they are
-    difference = np.zeros(len(weights))
-    for a, b in zip(logits_a, logits_b, strict=True):
-        difference += _metric(a, labels, index, weights, metric) - _metric(b, labels, index, weights, metric)
-    difference /= len(logits_a)
-    observed, drawn = float(difference[0]), difference[1:]
-    drawn = np.where(np.abs(drawn) < 1e-12, 0.0, drawn)[np.isfinite(drawn)]  # rounding is no difference
-    assert len(drawn), "no resample has a value"
-    return Comparison(observed if abs(observed) >= 1e-12 else 0.0, *_percentiles(drawn), _p_value(drawn))
+    lesions = weights.shape[1]
+    a, b = (
+        _each(logits, labels, index, weights, classes, measures, limits, metric)[metric]
+        for logits, limits in ((logits_a, thresholds_a), (logits_b, thresholds_b))
+    )
+    each = a - b
+    each = np.where(np.abs(each) < _ROUNDING, 0.0, each)
+    drawn = each[:, 1:][:, np.isfinite(each[:, 1:]).all(0)]
+    if not np.isfinite(each[:, 0]).all() or not drawn.shape[1]:
+        raise UserError(f"{metric} has no value on these {len(labels)} images; compare another metric, or add images")
+    s = spread(each[:, 0], drawn, lesions)
+    difference = float(each[:, 0].mean())
+    seen = lesions > 1
+    half = s.half() if seen else float("inf")
+    return Comparison(
+        difference, difference - half if seen else -1.0, difference + half if seen else 1.0, s.p(difference), s.se,
+        s.detectable(), len(each), lesions, tuple(float(x) for x in each[:, 0]), _note(s), s,
+    )  # fmt: skip
 
 
-def holm(pvalues: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (Holm 1979): adjusted p values in the order given, each in [0, 1]."""
-    p = np.asarray(pvalues, np.float64)
-    assert np.isfinite(p).all() and ((p >= 0) & (p <= 1)).all(), p
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))))
-    return adjusted.tolist()
+def draws(
+    logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], resamples: int, seed: int, classes: Sequence[str],
+    measures: Measures | None = None, thresholds: Limits = None, only: str | None = None,
+) -> tuple[dict[str, np.ndarray], int]:  # fmt: skip
+    """(name -> [S, 1 + R], number of lesions): each seed's value as it is, then in each resample. logits as in `intervals`."""
+    index, weights = resample(groups, resamples, seed)
+    return _each(logits, labels, index, weights, classes, measures, thresholds, only), weights.shape[1]
 
 
-def word(low: float, high: float) -> str:
-    """The interval of a difference in one of three words: better, worse, not shown."""
-    return "better" if low > 0 else "worse" if high < 0 else "not shown"
+def _each(
+    logits: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray, classes: Sequence[str],
+    measures: Measures | None, thresholds: Limits, only: str | None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """name -> [S, 1 + R], the data as they are first; the names that every seed has."""
+    logits = np.asarray(logits)
+    logits = logits if logits.ndim == 3 else logits[None]
+    limits = [thresholds] * len(logits) if thresholds is None or isinstance(thresholds, Mapping) else list(thresholds)
+    assert len(limits) == len(logits), (len(limits), len(logits))
+    weights = np.concatenate([np.ones((1, weights.shape[1])), weights])
+    found = []
+    for one, limit in zip(logits, limits, strict=True):
+        x, y = checked(one, labels, len(classes))
+        found.append(values(x, y, index, weights, classes, measures or Measures(), limit, only))
+    return {name: np.stack([f[name] for f in found]) for name in found[0] if all(name in f for f in found)}
 
 
 def resample(groups: Sequence[str], resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,61 +137,30 @@ def resample(groups: Sequence[str], resamples: int, seed: int) -> tuple[np.ndarr
     return index, weights.astype(np.float64)
 
 
-def _metric(logits: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray, metric: str) -> np.ndarray:
-    logits, labels = checked(logits, labels, logits.shape[1])
-    if metric == "auroc_macro":
-        return _auroc(softmax(logits), labels, index, weights)
-    assert metric in ("accuracy", "balanced_accuracy"), metric
-    return from_confusion(_confusions(logits, labels, index, weights), ())[metric]
-
-
-def _confusions(logits: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted confusion matrices [R, K, K]: weights [R, G] times the groups' own counts [G, K * K]."""
-    k, g = logits.shape[1], weights.shape[1]
-    cell = index * (k * k) + labels * k + logits.argmax(1)
-    counts = np.bincount(cell, minlength=g * k * k).reshape(g, k * k)
-    return (weights @ counts).reshape(-1, k, k)
-
-
-def _auroc(probability: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Macro AUROC [R] over the classes each resample has both of: images of the class, and others. NaN where none."""
-    rows = max(1, _CELLS // len(labels))
-    total, classes = np.zeros(len(weights)), np.zeros(len(weights))
-    orders = [_order(probability[:, k]) for k in range(probability.shape[1])]
-    for start in range(0, len(weights), rows):
-        w = weights[start : start + rows][:, index]
-        for k, (order, below, upto) in enumerate(orders):
-            area = _class_auroc(w[:, order], (labels == k)[order], below, upto)
-            total[start : start + rows] += np.nan_to_num(area)
-            classes[start : start + rows] += np.isfinite(area)
-    with np.errstate(invalid="ignore"):
-        return total / classes
-
-
-def _order(score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ascending order of scores [N]; for each place, how many scores are smaller and how many smaller or equal."""
-    order = np.argsort(score, kind="stable")
-    ranked = score[order]
-    return order, np.searchsorted(ranked, ranked, "left"), np.searchsorted(ranked, ranked, "right")
-
-
-def _class_auroc(w: np.ndarray, positive: np.ndarray, below: np.ndarray, upto: np.ndarray) -> np.ndarray:
-    """AUROC [R] by the Mann-Whitney statistic from weights [R, N] in ascending order of score; ties count one half."""
-    negatives = np.zeros((len(w), w.shape[1] + 1))
-    np.cumsum(w * ~positive, axis=1, out=negatives[:, 1:])
-    w_positive = w[:, positive]
-    wins = (w_positive * (negatives[:, below[positive]] + negatives[:, upto[positive]])).sum(1) / 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return wins / (w_positive.sum(1) * negatives[:, -1])
-
-
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
+def _interval(name: str, x: np.ndarray, lesions: int, measures: Measures) -> tuple[float, float] | None:
+    """x [S, 1 + R] -> (low, high); None where the value or every resample is undefined."""
+    drawn = x[:, 1:][:, np.isfinite(x[:, 1:]).all(0)]
+    if not np.isfinite(x[:, 0]).all() or not drawn.shape[1]:
+        return None
+    s, value, mean = spread(x[:, 0], drawn, lesions), float(x[:, 0].mean()), drawn.mean(0)
+    half, usual = s.half(), _NORMAL * float(np.sqrt(s.of_lesions))
     tail = (100 - LEVEL) / 2
-    low, high = np.nanpercentile(values, [tail, 100 - tail])
-    return float(low), float(high)
+    ends = np.percentile(mean, [tail, 100 - tail]) - mean.mean()
+    ends = ends * (half / usual) if usual > _ROUNDING else np.array([-half, half])
+    low, high = np.clip(value + ends, 0, _most(name, measures))
+    return float(min(low, value)), float(max(high, value))
 
 
-def _p_value(drawn: np.ndarray) -> float:
-    """Two-sided percentile p: twice the smaller share of resamples on either side of 0, 1 added to each."""
-    n = len(drawn)
-    return float(min(1.0, 2 * min((drawn <= 0).sum() + 1, (drawn >= 0).sum() + 1) / (n + 1)))
+def _most(name: str, measures: Measures) -> float:
+    """The largest value a metric can have."""
+    return 2.0 if name == "brier" else 1 - measures.floor if name.startswith("pauc@") else 1.0
+
+
+def _note(s: Spread) -> str:
+    if s.lesions < 2:
+        return "one lesion only: nothing can be said of others"
+    if s.seeds == 1:
+        return "one seed: the interval holds the choice of lesions, not the luck of training"
+    if s.seeds == 2:
+        return "two seeds say little about the luck of training, so the interval is very wide; three say far more"
+    return ""

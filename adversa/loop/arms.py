@@ -1,4 +1,4 @@
-"""Arms: what each classifier is trained on. All are matched in optimizer steps, images seen and, per class, synthetic images."""
+"""Arms: what each classifier is trained on. All are matched in optimizer steps, images seen and, per class, in what is added."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from adversa import tables
+from adversa.types import PAINTED
+
+Pairs = Sequence[tuple[str, int]]
 
 
 def shares(weights: Sequence[float], total: int, caps: Sequence[int]) -> list[int]:
@@ -42,11 +45,38 @@ def matched_counts(kept: Mapping[str, Sequence[int]], classes: int, real: int, r
     return shares(least.tolist(), int(ratio * real), least.tolist())
 
 
-def mix(real: pa.Table, synthetic: Sequence[tuple[str, int]], counts: Sequence[int]) -> pa.Table:
-    """Rows of tables.MIX: every real image, and the first counts[c] accepted images of each class in order of their ids.
+def repeats(mined: Sequence[int], classes: int, per_case: int, real: int, ratio: float) -> list[int]:
+    """What the controls repeat where no arm paints: per_case of each mined image, within ratio x real in all. mined: labels."""
+    wanted = (per_case * np.bincount(np.asarray(mined, dtype=np.int64), minlength=classes)).tolist()
+    return shares(wanted, int(ratio * real), wanted)
 
-    real: columns id, label. synthetic: (request id, label). A request id is a hash, so its order is as good as random.
+
+def mix(arm: str, real: Pairs, mined: Pairs, synthetic: Pairs, counts: Sequence[int]) -> pa.Table:
+    """Rows of tables.MIX: the weights an arm's images are drawn by. Pairs are (id, label).
+
+    Every arm has the real and the mined images, once. On top of that, counts[c] images of class c are, in weight,
+
+    - `real`: none;
+    - `resample`: all its real and mined images of the class again, each as often: the classes of the other arms, no new image;
+    - `replay`: its mined images of the class again;
+    - `unguided`, `guided`: its first counts[c] accepted images in order of their ids, which are hashes: as good as random.
     """
+    base, weights = [*real, *mined], np.ones(len(real) + len(mined))
+    labels = np.array([label for _, label in base], dtype=np.int64)
+    again = {"resample": np.ones(len(base), bool), "replay": np.arange(len(base)) >= len(real)}.get(arm)
+    if again is not None:
+        for c, count in enumerate(counts):
+            rows = again & (labels == c)
+            assert rows.any() or not count, f"{arm} has no image of class {c} to repeat {count} times"
+            weights[rows] += count / max(rows.sum(), 1)
+    taken = _first(synthetic, counts) if arm in PAINTED else []
+    rows = [*base, *taken]
+    kinds = ["real"] * len(real) + ["mined"] * len(mined) + ["synthetic"] * len(taken)
+    columns = {"id": [i for i, _ in rows], "kind": kinds, "label": [label for _, label in rows]}
+    return pa.table(columns | {"weight": [*weights.tolist(), *[1.0] * len(taken)]}, schema=tables.MIX)
+
+
+def _first(synthetic: Pairs, counts: Sequence[int]) -> list[tuple[str, int]]:
     left = list(counts)
     taken = []
     for request, label in sorted(synthetic):
@@ -54,7 +84,4 @@ def mix(real: pa.Table, synthetic: Sequence[tuple[str, int]], counts: Sequence[i
             left[label] -= 1
             taken.append((request, label))
     assert not any(left), f"an arm lacks {left} images of its matched counts"
-    ids = real["id"].to_pylist() + [r for r, _ in taken]
-    labels = real["label"].to_pylist() + [label for _, label in taken]
-    kinds = ["real"] * len(real) + ["synthetic"] * len(taken)
-    return pa.table({"id": ids, "kind": kinds, "label": labels, "weight": [1.0] * len(ids)}, schema=tables.MIX)
+    return taken

@@ -9,9 +9,9 @@ from adversa import runs, tracking
 from adversa.config import Config, dump
 from adversa.loop import latents, painting, prepare, quality_step, regenerate, steps, summary
 from adversa.loop.engine import Engine
-from adversa.loop.stages import Stage, has_codec, is_synthetic, needs_classifier, plan, trained
+from adversa.loop.stages import Stage, has_codec, home, last_round, needs_classifier, plan, retrained, trained
 from adversa.runs import RunDir
-from adversa.types import seed_of
+from adversa.types import BEFORE, PAINTED, seed_of
 
 
 def recipe_of(config: Config) -> dict[str, object]:
@@ -89,7 +89,7 @@ class Cycle:
         if not c.codec.is_fitted:
             latents.fetch(d.data, c.codec, c.data.resolution, d.codec)
         steps.check_models(c, classes, True, d.codec)
-        steps.mix(d.data, [], "real", ["real"], c.mix, mix)
+        self._first_mix()
         if c.codec.is_fitted:
             self.engine.fit([latents.codec_job(d.data, mix, c.codec, c.denoiser.balance, c.seed, c.data.resolution, d.codec)])
         if c.denoiser.external is None:
@@ -101,10 +101,10 @@ class Cycle:
         """Before the first round: the classifiers of the arm `real`, the judge, then the denoiser, in one launch."""
         c, d = self.config, self.dir
         mix = d.arm(0, "real") / "mix"
-        steps.check_models(c, steps.classes_of(d.data), is_synthetic(c), d.codec)
-        steps.mix(d.data, [], "real", ["real"], c.mix, mix)
+        steps.check_models(c, steps.classes_of(d.data), c.mix.paints, d.codec)
+        self._first_mix()
         jobs = [self._classifier(0, "real", seed) for seed in self.seeds]
-        if is_synthetic(c):
+        if c.mix.paints:
             judge = c.curate.judge or c.classifier
             seed = seed_of("judge", c.seed)
             jobs.append(steps.classifier_job(d.data, mix, [], judge, seed, c.data.resolution, d.judge))
@@ -114,9 +114,8 @@ class Cycle:
     def denoiser(self, number: int) -> None:
         """What `quality` needs of `train`: the denoiser, and the classifier where its embedding is the feature space."""
         c, d = self.config, self.dir
-        mix = d.arm(0, "real") / "mix"
         steps.check_models(c, steps.classes_of(d.data), True, d.codec)
-        steps.mix(d.data, [], "real", ["real"], c.mix, mix)
+        self._first_mix()
         own = [self._classifier(0, "real", 0)] if needs_classifier(c) else []
         self.engine.fit([*own, *self._denoiser()])
 
@@ -148,18 +147,19 @@ class Cycle:
     def evaluate(self, number: int) -> None:
         """Mix, retrain every synthetic arm in one launch, and score `mine` (optimistic: its images guided the generation)."""
         c, d = self.config, self.dir
-        for arm in [a for a in c.mix.arms if a != "real"] if number else []:
-            verdicts = [d.round(n, "verdicts") for n in range(1, number + 1)]
-            steps.mix(d.data, verdicts, arm, c.mix.arms, c.mix, d.arm(number, arm) / "mix")
+        rounds = range(1, number + 1)
+        for arm in retrained(c) if number else []:
+            verdicts = [d.round(n, "verdicts") for n in rounds] if c.mix.paints else []
+            hard = [d.round(n, "hard") for n in rounds]
+            steps.mix(d.data, hard, verdicts, arm, c.mix, c.generate.per_case, d.arm(number, arm) / "mix")
         self.engine.fit([self._classifier(number, f.parts[-3], int(f.parts[-2][5:])) for f in trained(c, d, number)])
         steps.evaluate(self.engine, d, self._models(number), "mine", c.evaluate, d.round(number, "evaluate"))
 
     def test(self, number: int) -> None:
         """Open `test`, once: every arm's classifiers of the last round."""
         c, d = self.config, self.dir
-        last = c.rounds if is_synthetic(c) else 0
         record = {"opened": runs.now(), "split_hash": steps.split_hash(d.data)}
-        steps.evaluate(self.engine, d, self._models(last), "test", c.evaluate, d.test, record)
+        steps.evaluate(self.engine, d, self._models(last_round(c)), "test", c.evaluate, d.test, record)
 
     def _attacked(self, number: int) -> Path:
         return regenerate.attacked_in(self.config, self.dir, number)
@@ -175,16 +175,20 @@ class Cycle:
 
     def _classifier(self, number: int, arm: str, seed: int) -> steps.FitJob:
         c, d = self.config, self.dir
-        synthetic = [d.round(n, "synthetic") for n in range(1, number + 1)] if arm != "real" else []
+        rounds = range(1, number + 1) if arm in PAINTED else ()
+        mined = [d.data / "mine"] if number and c.mix.fold_mined == "all" else []
         return steps.classifier_job(
-            d.data, d.arm(number, arm) / "mix", synthetic, c.classifier, seed_of("classifier", c.seed, seed), c.data.resolution,
-            d.arm(number, arm, seed) / "classifier",
+            d.data, d.arm(number, arm) / "mix", [*mined, *(d.round(n, "synthetic") for n in rounds)], c.classifier,
+            seed_of("classifier", c.seed, seed), c.data.resolution, d.arm(number, arm, seed) / "classifier",
         )  # fmt: skip
 
     def _models(self, number: int) -> list[tuple[str, int, int, Path]]:
-        """(arm, seed, round, folder) of every arm's classifiers as they stand in a round; `real` is always round 0's."""
-        found = []
-        for arm in self.config.mix.arms:
-            at = 0 if arm == "real" else number
-            found += [(arm, s, at, self.dir.arm(at, arm, s) / "classifier") for s in self.seeds]
-        return found
+        """(arm, seed, round, folder) of every arm's classifiers as they stand in a round, and of those `before` the first."""
+        places = [(arm, home(self.config, arm, number), arm) for arm in self.config.mix.arms]
+        if number and ("real", 0, "real") not in places:
+            places = [(BEFORE, 0, "real"), *places]
+        return [(name, s, at, self.dir.arm(at, arm, s) / "classifier") for name, at, arm in places for s in self.seeds]
+
+    def _first_mix(self) -> None:
+        c, d = self.config, self.dir
+        steps.mix(d.data, [], [], "real", c.mix, c.generate.per_case, d.arm(0, "real") / "mix")

@@ -20,7 +20,7 @@ from adversa import runs, tables
 from adversa.loop.engine import Engine
 from adversa.loop.parts import Painted, Part, Work
 from adversa.loop.step import Facts, cost, inputs, run_step
-from adversa.types import GenerationRequest, UserError, digest, request_id, seed_of
+from adversa.types import PAINTED, GenerationRequest, UserError, digest, request_id, seed_of
 from adversa.weights import read_model
 
 Row = dict[str, Any]
@@ -42,7 +42,7 @@ def plan(hard: Path, levels: Path | None, run: str, number: int, arm_names: Sequ
         cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
         starts = {r["example"]: r["sigma_start"] for r in tables.read(levels, schema=tables.LEVELS).to_pylist()} if levels else {}
         index = rows = alone = 0
-        for arm in [a for a in arm_names if a != "real"]:
+        for arm in [a for a in arm_names if a in PAINTED]:
             found = partners(cases) if arm == "guided" and config.strategy == "blend" else {}
             asked = [
                 request(run, number, arm, case, k, config, starts.get(case["example"]), found.get(case["example"]))

@@ -14,6 +14,7 @@ from adversa import config as cfg
 from adversa import runs, tables
 from adversa.loop import painting
 from adversa.loop.parts import Part
+from adversa.loop.stages import home
 from adversa.runs import RunDir
 from adversa.types import GenerationRequest, UserError
 
@@ -85,4 +86,4 @@ def find(config: cfg.Config, run: RunDir, request_id: str) -> tuple[int, Path, i
 def attacked_in(config: cfg.Config, run: RunDir, number: int) -> Path:
     """The classifier under attack in a round: the one before it."""
     arm = "guided" if number > 1 and "guided" in config.mix.arms else "real"
-    return run.arm(number - 1, arm, 0) / "classifier"
+    return run.arm(home(config, arm, number - 1), arm, 0) / "classifier"

@@ -29,13 +29,19 @@ class Stage:
         return f"round {self.round}: {self.command}" if self.round else self.command
 
 
-def is_synthetic(config: Config) -> bool:
-    return any(arm != "real" for arm in config.mix.arms)
+def last_round(config: Config) -> int:
+    """0 where there is none: a run of the arm `real` alone."""
+    return config.rounds if config.mix.mines else 0
+
+
+def home(config: Config, arm: str, number: int) -> int:
+    """The round whose folder holds an arm's classifiers as they stand in round `number`: `real` changes only by folded images."""
+    return 0 if arm == "real" and config.mix.fold_mined == "none" else number
 
 
 def has_codec(config: Config) -> bool:
     """Whether the run diffuses latents."""
-    return is_synthetic(config) and config.codec.kind != "pixels"
+    return config.mix.paints and config.codec.kind != "pixels"
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,14 @@ def needs_classifier(config: Config) -> bool:
 
 
 def trained(config: Config, run: RunDir, number: int) -> list[Path]:
-    """Classifier folders of a round, arm by arm, seed by seed. Round 0 is the arm `real`; later rounds have the other arms."""
-    arms = [a for a in config.mix.arms if (a == "real") == (number == 0)]
+    """Classifier folders of a round, arm by arm, seed by seed. Round 0 is the arm `real`."""
+    arms = retrained(config) if number else ["real"]
     return [run.arm(number, arm, seed) / "classifier" for arm in arms for seed in range(config.evaluate.seeds)]
+
+
+def retrained(config: Config) -> list[str]:
+    """The arms that every round trains anew."""
+    return [a for a in config.mix.arms if home(config, a, 1) == 1]
 
 
 def plan(config: Config, run: RunDir, command: str | None) -> list[Stage]:
@@ -87,22 +98,21 @@ def plan(config: Config, run: RunDir, command: str | None) -> list[Stage]:
 def stages(config: Config, run: RunDir) -> list[Stage]:
     """The stages of a run, in order."""
     first = trained(config, run, 0)
-    if is_synthetic(config):
+    if config.mix.paints:
         first = [*first, run.judge, run.denoiser]
     found = [Stage("prepare", 0, (run.data,))]
     if has_codec(config):
         latents = () if config.denoiser.external else (run.latents("train"), run.latents("select"))
         found.append(Stage("codec", 0, (run.arm(0, "real") / "mix", run.codec, *latents)))
     found.append(Stage("train", 0, (run.arm(0, "real") / "mix", *first)))
-    for n in range(1, config.rounds + 1) if is_synthetic(config) else ():
+    for n in range(1, last_round(config) + 1):
         levels = (run.round(n, "levels"),) if config.generate.adaptive else ()
-        mixes = tuple(run.arm(n, a) / "mix" for a in config.mix.arms if a != "real")
-        found += [
-            Stage("mine", n, (run.round(n, "scores"), run.round(n, "hard"))),
-            Stage("generate", n, (*levels, run.round(n, "requests"), run.round(n, "synthetic"))),
-            Stage("curate", n, (run.round(n, "verdicts"),)),
-            Stage("evaluate", n, (*mixes, *trained(config, run, n), run.round(n, "evaluate"))),
-        ]
-    if not is_synthetic(config):
+        mixes = tuple(run.arm(n, a) / "mix" for a in retrained(config))
+        found.append(Stage("mine", n, (run.round(n, "scores"), run.round(n, "hard"))))
+        if config.mix.paints:
+            found.append(Stage("generate", n, (*levels, run.round(n, "requests"), run.round(n, "synthetic"))))
+            found.append(Stage("curate", n, (run.round(n, "verdicts"),)))
+        found.append(Stage("evaluate", n, (*mixes, *trained(config, run, n), run.round(n, "evaluate"))))
+    if not config.mix.mines:
         found.append(Stage("evaluate", 0, (run.round(0, "evaluate"),)))
     return [*found, Stage("test", 0, (run.test,)), Stage("report", 0, (run.summary, run.root / "report.html"))]

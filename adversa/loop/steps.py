@@ -20,7 +20,7 @@ from adversa.loop import arms, latents
 from adversa.loop.engine import Engine, FitJob, Part, Work
 from adversa.loop.feed import Feed, balanced
 from adversa.loop.step import Facts, cost, inputs, run_step
-from adversa.types import ROLES, Scorecard, UserError, seed_of
+from adversa.types import BEFORE, PAINTED, ROLES, Scorecard, UserError, seed_of
 from adversa.weights import MODEL
 
 Row = dict[str, Any]
@@ -39,38 +39,56 @@ def split_hash(data: Path) -> str:
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 
-def mix(data: Path, verdicts: Sequence[Path], arm: str, arm_names: Sequence[str], config: cfg.Mix, out: Path) -> None:
-    """Ids and weights of an arm's training set: every real image of `train`, and its share of the accepted synthetic ones."""
-    recipe = runs.Recipe(
-        "mix", 1, {"arm": arm, "arms": list(arm_names)} | config.model_dump(include={"synthetic_ratio"}),
-        inputs(data=data) | {f"verdicts-{i}": runs.fingerprint(v) for i, v in enumerate(verdicts)},
-    )  # fmt: skip
+def mix(data: Path, hard: Sequence[Path], verdicts: Sequence[Path], arm: str, config: cfg.Mix, per_case: int, out: Path) -> None:
+    """Ids and weights of an arm's training set (arms.mix).
+
+    hard, verdicts: of every round so far; none before the first. per_case: what the controls repeat where no arm paints.
+    """
+    names = inputs(data=data) | {f"verdicts-{i}": runs.fingerprint(v) for i, v in enumerate(verdicts)}
+    names |= {f"hard-{i}": runs.fingerprint(h) for i, h in enumerate(hard)}
+    recipe = runs.Recipe("mix", 2, {"arm": arm, "per_case": per_case} | config.model_dump(mode="json"), names)
 
     def body(progress: runs.Progress) -> Facts:
-        real = tables.read(data / "train", ["id", "label"], tables.EXAMPLES)
-        kept: dict[str, list[tuple[str, int]]] = {a: [] for a in arm_names if a != "real"}
+        real = pairs(tables.read(data / "train", ["id", "label"], tables.EXAMPLES), "id")
+        cases = sorted({p for h in hard for p in pairs(tables.read(h, schema=tables.HARD_CASES), "example")})
+        kept: dict[str, list[tuple[str, int]]] = {a: [] for a in config.arms if a in PAINTED}
         for folder in verdicts:
             for v in tables.read(folder, schema=tables.VERDICTS).to_pylist():
                 if v["keep"] and v["arm"] in kept:
                     kept[v["arm"]].append((v["request_id"], v["label"]))
         labels = {a: [label for _, label in rows] for a, rows in kept.items()}
-        counts = arms.matched_counts(labels, len(classes_of(data)), len(real), config.synthetic_ratio)
-        table = arms.mix(real, kept.get(arm, []), counts if arm != "real" else [0] * len(counts))
+        classes, ratio = len(classes_of(data)), config.synthetic_ratio
+        if kept:
+            counts = arms.matched_counts(labels, classes, len(real), ratio)
+        else:
+            counts = arms.repeats([label for _, label in cases], classes, per_case, len(real), ratio)
+        mined = cases if config.fold_mined == "all" else []
+        table = arms.mix(arm, real, mined, kept.get(arm, []), counts)
         tables.write_part(out / tables.part_name(0), table)
-        return {"rows": len(table), "synthetic": len(table) - len(real), "synthetic_by_class": counts if arm != "real" else []}
+        added = counts if arm != "real" else [0] * classes
+        synthetic = len(table) - len(real) - len(mined)
+        return {"rows": len(table), "mined": len(mined), "synthetic": synthetic, "added": sum(added), "added_by_class": added}
 
     run_step(out, recipe, body)
 
 
+def pairs(rows: pa.Table, name: str) -> list[tuple[str, int]]:
+    """(id, label) of each row."""
+    return list(zip(rows[name].to_pylist(), rows["label"].to_pylist(), strict=True))
+
+
 def classifier_job(
-    data: Path, mix_folder: Path, synthetic: Sequence[Path], config: cfg.Classifier, seed: int, resolution: int, out: Path
+    data: Path, mix_folder: Path, added: Sequence[Path], config: cfg.Classifier, seed: int, resolution: int, out: Path
 ) -> FitJob:
-    """Train a classifier on a mix. The seed alone decides initial weights, draws and augmentation: pairs of arms share it."""
+    """Train a classifier on a mix. The seed alone decides initial weights, draws and augmentation: pairs of arms share it.
+
+    added: folders of what is in the mix beside the images of `train`.
+    """
     from adversa.classify import fit
 
     select = Feed(folders=(data / "select",), batch_size=config.batch_size)
     feed = Feed(
-        folders=(data / "train", *synthetic), mix=mix_folder, steps=config.steps, batch_size=config.batch_size,
+        folders=(data / "train", *added), mix=mix_folder, steps=config.steps, batch_size=config.batch_size,
         balance=config.balance, seed=seed_of("feed", seed),
     )  # fmt: skip
     section = config.model_dump(mode="json", exclude={"checkpoint_steps"})
@@ -327,9 +345,9 @@ def evaluate(
             runs.write_json(out / "opened.json", record)
         facts = _score(engine, [(a, s, f) for a, s, _, f in models], run.data / role, False, out, progress)
         rows = tables.read(out, schema=tables.PREDICTIONS)
-        for arm, seed, number, _ in models:
+        for arm, seed, number, folder in models:
             card = scorecard(rows, arm, seed, number, role, classes, config)
-            runs.write_json(run.arm(number, arm, seed) / f"scorecard-{role}.json", asdict(card))
+            runs.write_json(folder.parent / f"scorecard-{role}.json", asdict(card))
         return facts
 
     run_step(out, recipe, body)
@@ -341,7 +359,7 @@ def scorecard(rows: pa.Table, arm: str, seed: int, number: int, role: str, class
 
     logits, labels, groups = predictions(rows, arm, seed)
     ranges = intervals(logits, labels, groups, classes, config.bootstrap, seed_of("bootstrap", role))
-    return Scorecard(arm, seed, number, role, len(labels), metrics(logits, labels, classes), ranges)
+    return Scorecard("real" if arm == BEFORE else arm, seed, number, role, len(labels), metrics(logits, labels, classes), ranges)
 
 
 def predictions(rows: pa.Table, arm: str, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:

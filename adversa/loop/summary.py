@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import numpy as np
 from adversa import runs, tables
 from adversa.config import Config
 from adversa.loop import steps
-from adversa.loop.stages import has_codec, is_synthetic, stages
+from adversa.loop.stages import has_codec, home, last_round, stages
 from adversa.runs import RunDir
-from adversa.types import Verdict, seed_of
+from adversa.types import ARMS, BEFORE, Verdict, seed_of
 
 HEADLINE = "balanced_accuracy"
+AGAINST = ("replay", "unguided", "resample", "real")  # in the order of how much they would explain
 
 
 def write(config: Config, run: RunDir) -> dict[str, Any]:
@@ -22,7 +24,12 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
     from adversa.curate.gate import acceptance
 
     classes = steps.classes_of(run.data)
-    verdicts = [v for n in _rounds(config) for v in tables.read(run.round(n, "verdicts"), schema=tables.VERDICTS).to_pylist()]
+    verdicts = [
+        v
+        for n in range(1, last_round(config) + 1)
+        if config.mix.paints
+        for v in tables.read(run.round(n, "verdicts"), schema=tables.VERDICTS).to_pylist()
+    ]
     kept = [v for v in verdicts if v["keep"]]
     compared = comparisons(config, run)
     word, sentence = verdict(compared, config)
@@ -36,15 +43,18 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
         "seed": config.seed,
         "seeds": config.evaluate.seeds,
         "split_hash": steps.split_hash(run.data),
-        "rounds": config.rounds if is_synthetic(config) else 0,
+        "rounds": last_round(config),
         "classes": classes,
         "arms": {arm: {role: _mean_card(config, run, arm, role) for role in ("mine", "test")} for arm in config.mix.arms},
         "intervals": {arm: {role: _interval(config, run, arm, role) for role in ("mine", "test")} for arm in config.mix.arms},
+        "before": {role: _mean_card(config, run, BEFORE, role) for role in ("mine", "test")},
+        "intervals_before": {role: _interval(config, run, BEFORE, role) for role in ("mine", "test")},
         "generated": len(verdicts),
         "accepted": len(kept),
         "rejected": dict(sorted(Counter(v["reason"] for v in verdicts if not v["keep"]).items())),
         "acceptance": acceptance([Verdict(**v) for v in verdicts], classes),
         "used": _used(config, run),
+        "added": _added(config, run),
         "seconds": seconds,
         "device_seconds": round(sum(m["device_seconds"] for m in manifests.values()), 2),
         "overhead_seconds": round(max(0.0, runs.wall_seconds(run) - compute), 2),
@@ -63,20 +73,21 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def comparisons(config: Config, run: RunDir) -> list[dict[str, Any]]:
-    """Guided against every other arm on `test`: paired over seeds, lesions resampled, Holm-corrected."""
+    """The arm in question against every other on `test`: paired over seeds, lesions resampled, Holm-corrected."""
     from adversa.evaluate.bootstrap import compare, holm, word
 
-    others = [a for a in ("unguided", "real") if a in config.mix.arms]
-    if "guided" not in config.mix.arms:
+    asked = candidate(config.mix.arms)
+    others = [a for a in AGAINST if a in config.mix.arms and a != asked]
+    if asked is None:
         return []
     rows = tables.read(run.test, schema=tables.PREDICTIONS)
     found = []
     for other in others:
-        pairs = [(steps.predictions(rows, "guided", s), steps.predictions(rows, other, s)) for s in range(config.evaluate.seeds)]
+        pairs = [(steps.predictions(rows, asked, s), steps.predictions(rows, other, s)) for s in range(config.evaluate.seeds)]
         a, b = np.stack([p[0][0] for p in pairs]), np.stack([p[1][0] for p in pairs])
         _, labels, groups = pairs[0][0]
         c = compare(a, b, labels, groups, config.evaluate.bootstrap, seed_of("compare", config.seed), metric=HEADLINE)
-        found.append({"a": "guided", "b": other, "metric": HEADLINE, "role": "test", "difference": c.difference,
+        found.append({"a": asked, "b": other, "metric": HEADLINE, "role": "test", "difference": c.difference,
                       "low": c.low, "high": c.high, "p": c.p})  # fmt: skip
     for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
         row["p_holm"] = float(p)
@@ -85,15 +96,21 @@ def comparisons(config: Config, run: RunDir) -> list[dict[str, Any]]:
     return found
 
 
+def candidate(names: Sequence[str]) -> str | None:
+    """The arm that a run is about: guided, or the last that is more than `real`; None where there is none."""
+    known = [arm for arm in ARMS[1:] if arm in names]
+    return known[-1] if known else None
+
+
 def verdict(compared: list[dict[str, Any]], config: Config) -> tuple[str, str]:
-    """better: guided beats every other arm; worse: it loses to one; else not shown."""
+    """better: the arm in question beats every other; worse: it loses to one; else not shown."""
     if not compared:
-        return "not shown", "No guided arm was trained, so nothing is compared."
+        return "not shown", "The arm real alone was trained, so nothing is compared."
     words = [c["word"] for c in compared]
     word = "better" if all(w == "better" for w in words) else "worse" if "worse" in words else "not shown"
     parts = [f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] against {c['b']} ({c['word']})" for c in compared]
     seeds = f"{config.evaluate.seeds} seed{'s' if config.evaluate.seeds > 1 else ''}"
-    return word, f"{word.capitalize()}: test balanced accuracy of guided, {seeds}: {'; '.join(parts)}."
+    return word, f"{word.capitalize()}: test balanced accuracy of {compared[0]['a']}, {seeds}: {'; '.join(parts)}."
 
 
 def notes(config: Config, run: RunDir) -> list[str]:
@@ -101,7 +118,7 @@ def notes(config: Config, run: RunDir) -> list[str]:
     found = []
     if config.data.source == "phantom":
         found.append("the images are procedural phantoms, not photographs: the figures say nothing about skin")
-    if is_synthetic(config) and config.denoiser.weights == "phantom":
+    if config.mix.paints and config.denoiser.weights == "phantom":
         found.append("the denoiser started from weights shipped with adversa, trained on phantoms of another seed")
     if has_codec(config):
         psnr = runs.manifest(run.codec)["metrics"]["psnr"]
@@ -112,18 +129,14 @@ def notes(config: Config, run: RunDir) -> list[str]:
         found.append("data.grouped is off: lesions leak between roles and every figure is too good")
     if skipped := runs.manifest(run.data).get("problems", 0):
         found.append(f"{skipped} pictures or rows were left out; data/leaks.json names each")
-    if is_synthetic(config) and not any(n for arm, n in _used(config, run).items()):
-        found.append("no synthetic image was used: every arm was trained on the same images")
+    if config.mix.mines and not any(_added(config, run).values()):
+        found.append("nothing was added to the real images: every arm was trained on the same")
     return found
 
 
-def _rounds(config: Config) -> range:
-    return range(1, config.rounds + 1) if is_synthetic(config) else range(0)
-
-
 def _cards(config: Config, run: RunDir, arm: str, role: str) -> list[dict[str, Any]]:
-    number = config.rounds if is_synthetic(config) else 0
-    cards = [runs.read_json(run.arm(number, arm, s) / f"scorecard-{role}.json") for s in range(config.evaluate.seeds)]
+    at, arm = (0, "real") if arm == BEFORE else (home(config, arm, last_round(config)), arm)
+    cards = [runs.read_json(run.arm(at, arm, s) / f"scorecard-{role}.json") for s in range(config.evaluate.seeds)]
     return [c for c in cards if c is not None]
 
 
@@ -147,5 +160,14 @@ def _interval(config: Config, run: RunDir, arm: str, role: str) -> dict[str, lis
 
 def _used(config: Config, run: RunDir) -> dict[str, int]:
     """Synthetic images in each arm's last training set, after matching the counts."""
-    number = config.rounds if is_synthetic(config) else 0
-    return {arm: runs.manifest(run.arm(number, arm) / "mix")["synthetic"] for arm in config.mix.arms}
+    return {arm: mix["synthetic"] for arm, mix in _mixes(config, run).items()}
+
+
+def _added(config: Config, run: RunDir) -> dict[str, int]:
+    """What each arm's last training set has on top of the real and mined images: synthetic images, or repeats."""
+    return {arm: mix["added"] for arm, mix in _mixes(config, run).items()}
+
+
+def _mixes(config: Config, run: RunDir) -> dict[str, dict[str, Any]]:
+    last = last_round(config)
+    return {arm: runs.manifest(run.arm(home(config, arm, last), arm) / "mix") for arm in config.mix.arms}

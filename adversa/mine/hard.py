@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from adversa.config import Mine
+from adversa.mine import scorers
+from adversa.mine.budget import allocate, shares
 from adversa.types import HardCase
 
 MISCLASSIFIED, NEAR_MISS = "misclassified", "near miss"
@@ -30,47 +32,15 @@ class Difficulty:
 def difficulty(logits: np.ndarray, labels: np.ndarray) -> Difficulty:
     """Loss -ln p[label], margin p[label] - max other p, entropy -sum p ln p, from logits [N, K] of any float type.
 
-    In float64: at a logit lead of 20, 1 - p[label] is 2e-9, which float32 rounds to 0. The other classes' largest p is
-    taken by itself, not as 1 - p[label], for the same reason.
+    In float64: at a logit lead of 20, 1 - p[label] is 2e-9, which float32 rounds to 0.
     """
-    logits, rows = np.asarray(logits, np.float64), np.arange(len(labels))
-    assert logits.ndim == 2 and logits.shape[1] >= 2 and len(logits) == len(labels), (logits.shape, len(labels))
-    assert np.isfinite(logits).all(), "logits that are not finite reached mining"
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    p = np.exp(log_p)
-    others = p.copy()
-    others[rows, labels] = -1
+    evidence = scorers.Evidence(np.asarray(labels), np.asarray(logits)[None])
     return Difficulty(
-        predicted=logits.argmax(axis=1),
-        loss=-log_p[rows, labels],
-        margin=p[rows, labels] - others.max(axis=1),
-        entropy=-(p * log_p).sum(axis=1),
+        predicted=np.asarray(logits).argmax(axis=1),
+        loss=scorers.loss(evidence),
+        margin=-scorers.margin(evidence),
+        entropy=scorers.entropy(evidence),
     )
-
-
-def allocate(budget: int, weights: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """int64 [K] places adding up to min(budget, sum of room): proportional to weights >= 0, none above its room.
-
-    A class whose share exceeds its room gets its room, and the others share what is left again; rounding is by largest
-    remainder, ties to the first class. Classes of weight 0 share, by their room, what no other class can use.
-    """
-    taken = np.zeros(len(room), np.int64)
-    left = int(min(budget, room.sum()))
-    while left:
-        free = room - taken
-        w = np.where(free > 0, weights, 0.0)
-        w = w if w.sum() > 0 else free.astype(np.float64)
-        quota = left * w / w.sum()
-        full = (quota >= free) & (free > 0)
-        if full.any():
-            taken[full] = room[full]
-        else:
-            taken += np.floor(quota).astype(np.int64)
-            rest = int(min(budget, room.sum()) - taken.sum())
-            taken[np.argsort(-(quota % 1), kind="stable")[:rest]] += 1
-        left = int(min(budget, room.sum()) - taken.sum())
-    return taken
 
 
 def farthest_first(points: np.ndarray, count: int) -> list[int]:
@@ -86,19 +56,30 @@ def farthest_first(points: np.ndarray, count: int) -> list[int]:
     return taken
 
 
-def hard_cases(ids: Sequence[str], labels: np.ndarray, logits: np.ndarray, embeddings: np.ndarray, config: Mine) -> list[HardCase]:
+def hard_cases(
+    ids: Sequence[str], labels: np.ndarray, logits: np.ndarray, embeddings: np.ndarray, config: Mine, *, scorer: str = "loss",
+    temperature: float | None = None, ratio_cap: float | None = None, ensemble: np.ndarray | None = None,
+    history: np.ndarray | None = None,
+) -> list[HardCase]:  # fmt: skip
     """The hard cases of N images, best first; the same whatever the order of the rows.
 
-    ids are unique; labels int [N]; logits [N, K]; embeddings [N, D] (D may be 0: then the hardest are taken), compared
-    by cosine. A class's share of the budget is its error rate, misclassified / images, because balanced accuracy is one
-    minus the mean of these rates: 3 errors among 10 weigh more than 30 among 1,000. The list goes round the classes
-    (everyone's first pick, then everyone's second ...), so that any beginning of it is diverse too.
+    ids are unique; labels int [N]; logits [N, K] of the classifier under attack, which says what is wrong or nearly wrong;
+    embeddings [N, D] (D may be 0: then the hardest are taken), compared by cosine. The list goes round the classes (everyone's
+    first pick, then everyone's second ...), so that any beginning of it is diverse too.
+
+    A class's share of the budget is its error rate, misclassified / images, because balanced accuracy is one minus the mean of
+    these rates: 3 errors among 10 weigh more than 30 among 1,000. temperature, ratio_cap: see `budget.shares`.
+    scorer: a name of `scorers.SCORERS`, by which a class's candidates are put in order (ties: by loss, then by id). It sees
+    `ensemble` [M, N, K] where that is given, else the one classifier, and `history` bool [T, N]. UserError where it lacks them.
     """
     assert len(set(ids)) == len(ids) == len(labels) == len(embeddings), "ids must be unique, one row each"
     order = np.argsort(np.asarray(ids, dtype=object), kind="stable")
     names, labels = [ids[i] for i in order], np.asarray(labels, np.int64)[order]
     hard = difficulty(np.asarray(logits)[order], labels)
-    points = _unit(np.asarray(embeddings, np.float64)[order])
+    members = np.asarray(logits)[None] if ensemble is None else np.asarray(ensemble)
+    past = None if history is None else np.asarray(history, bool)[:, order]
+    score = scorers.scores(scorer, scorers.Evidence(labels, members[:, order], past))
+    points = unit(np.asarray(embeddings, np.float64)[order])
 
     wrong = hard.predicted != labels
     taken_in = wrong | (hard.margin < config.near_margin)
@@ -107,12 +88,12 @@ def hard_cases(ids: Sequence[str], labels: np.ndarray, logits: np.ndarray, embed
     errors = np.array([np.sum(wrong & (labels == c)) for c in classes])
     room = np.array([np.sum(taken_in & (labels == c)) for c in classes])
 
-    picks: list[tuple[int, float, str, int]] = []
-    for c, places in enumerate(allocate(config.budget, errors / images, room)):
+    picks: list[tuple[int, float, float, str, int]] = []
+    for c, places in enumerate(allocate(config.budget, shares(errors / images, room, temperature, ratio_cap), room)):
         rows = np.flatnonzero(taken_in & (labels == c))
-        rows = rows[np.argsort(-hard.loss[rows], kind="stable")][: config.candidates * places]
+        rows = rows[np.lexsort((-hard.loss[rows], -score[rows]))][: config.candidates * places]
         chosen = rows[farthest_first(points[rows], places)]
-        picks += [(turn, -hard.loss[i], names[i], int(i)) for turn, i in enumerate(chosen)]
+        picks += [(turn, -score[i], -hard.loss[i], names[i], int(i)) for turn, i in enumerate(chosen)]
 
     return [
         HardCase(
@@ -124,11 +105,11 @@ def hard_cases(ids: Sequence[str], labels: np.ndarray, logits: np.ndarray, embed
             reason=MISCLASSIFIED if wrong[i] else NEAR_MISS,
             rank=rank,
         )
-        for rank, (_, _, name, i) in enumerate(sorted(picks))
+        for rank, (_, _, _, name, i) in enumerate(sorted(picks))
     ]
 
 
-def _unit(points: np.ndarray) -> np.ndarray:
+def unit(points: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1; a row of zeros stays one."""
     assert np.isfinite(points).all(), "embeddings that are not finite reached mining"
     return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)

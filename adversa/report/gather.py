@@ -15,7 +15,7 @@ import yaml
 from adversa import tables
 from adversa.curate.gate import acceptance
 from adversa.runs import RunDir, read_json
-from adversa.types import ARMS, ROLES, UserError, Verdict
+from adversa.types import ARMS, BEFORE, ROLES, UserError, Verdict
 
 REQUIRED = {"arms", "classes", "intervals", "notes", "split_hash", "verdict"}
 OPTIONAL: dict[str, Any] = {
@@ -75,7 +75,8 @@ def read_facts(run_dir: Path) -> Facts:
         raise UserError(f"{run_dir} is not finished (it has no summary.json); {finish}")
     if lacking := REQUIRED - summary.keys():
         raise UserError(f"{run.summary} lacks {', '.join(sorted(lacking))}; delete it and {finish}")
-    summary = OPTIONAL | summary
+    same = {"before": summary["arms"].get("real", {}), "intervals_before": summary["intervals"].get("real", {})}
+    summary = OPTIONAL | same | {"added": summary.get("used", {})} | summary
     classes = [str(c) for c in summary["classes"]]
     images, lesions = _roles(run, len(classes))
     known = {arm: i for i, arm in enumerate(ARMS)}
@@ -96,16 +97,21 @@ def read_facts(run_dir: Path) -> Facts:
 
 def score(facts: Facts, arm: str, role: str, metric: str) -> Score:
     """An arm's figure on a role, as summary.json has it."""
-    value = facts.summary["arms"].get(arm, {}).get(role, {}).get(metric)
+    value = _figures(facts, arm, role).get(metric)
     if _number(value) is None:
         return Score(None)
-    low, high = facts.summary["intervals"].get(arm, {}).get(role, {}).get(metric, (None, None))
+    intervals = facts.summary["intervals_before"] if arm == BEFORE else facts.summary["intervals"].get(arm, {})
+    low, high = intervals.get(role, {}).get(metric, (None, None))
     return Score(_number(value), _number(low), _number(high))
+
+
+def _figures(facts: Facts, arm: str, role: str) -> dict[str, Any]:
+    return (facts.summary["before"] if arm == BEFORE else facts.summary["arms"].get(arm, {})).get(role, {})
 
 
 def mean_specificity(facts: Facts, arm: str, role: str) -> Score:
     """Mean over classes. It has no interval: the ends of the classes' intervals do not average to it."""
-    values = facts.summary["arms"].get(arm, {}).get(role, {})
+    values = _figures(facts, arm, role)
     return Score(_mean([v for c in facts.classes if (v := _number(values.get(f"specificity/{c}"))) is not None]))
 
 

@@ -17,6 +17,7 @@ from adversa.report import gallery
 from adversa.report.gather import METRICS, Facts, Score, by_round, mean_specificity, read_facts, score
 from adversa.runs import writing
 from adversa.tables import replace_bytes
+from adversa.types import BEFORE
 
 TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 MINUS, DASH = "\u2212", "\u2013"
@@ -113,13 +114,13 @@ def view(facts: Facts) -> dict[str, Any]:
 
 def overall(facts: Facts, role: str) -> list[Row]:
     rows = [compared(facts, role, name, metric) for metric, name in METRICS.items()]
-    specificity = [mean_specificity(facts, arm, role) if arm else None for arm in ("real", facts.after)]
+    specificity = [mean_specificity(facts, arm, role) if arm else None for arm in (BEFORE, facts.after)]
     return [*rows, Row("specificity, mean of classes", specificity[0] or Score(None), specificity[1])]
 
 
 def compared(facts: Facts, role: str, name: str, metric: str) -> Row:
     after = score(facts, facts.after, role, metric) if facts.after else None
-    return Row(name, score(facts, "real", role, metric), after)
+    return Row(name, score(facts, BEFORE, role, metric), after)
 
 
 def comparisons(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,5 +14,5 @@ def prepared(tiny, tmp_path_factory):
     config = tiny(data={"phantom": {"images": 120}}, mix={"arms": ["real"]})
     run = cycle.open_run(config, tmp_path_factory.mktemp("prepared") / "run")
     cycle.run(config, run, LocalEngine(1, 1), None, until="prepare")
-    steps.mix(run.data, [], "real", ["real"], config.mix, run.arm(0, "real") / "mix")
+    steps.mix(run.data, [], [], "real", config.mix, 1, run.arm(0, "real") / "mix")
     return config, run

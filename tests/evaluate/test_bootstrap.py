@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from adversa.evaluate import bootstrap
-from adversa.evaluate.bootstrap import compare, holm, intervals, resample, word
+from adversa.evaluate import weighted
+from adversa.evaluate.bootstrap import compare, draws, intervals, resample
+from adversa.evaluate.inference import word
 from adversa.evaluate.metrics import metrics, softmax
+from adversa.evaluate.operating import Measures, thresholds
+from adversa.types import UserError
 
 CLASSES = ["a", "b", "c", "d"]
 
@@ -30,11 +33,11 @@ def binary(rng: np.random.Generator, n: int, accuracy: float) -> tuple[np.ndarra
 
 
 def test_every_resample_is_what_sklearn_says_of_the_repeated_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "_CELLS", 1000)  # several blocks
+    monkeypatch.setattr(weighted, "_CELLS", 1000)  # several blocks
     logits, labels = scores(n=300)
     index, weights = resample(names(300, 2), 5, seed=3)
-    auroc = bootstrap._auroc(softmax(logits), labels, index, weights)
-    balanced = bootstrap._metric(logits, labels, index, weights, "balanced_accuracy")
+    auroc = weighted.auroc_macro(softmax(logits), labels, index, weights)
+    balanced = weighted.from_confusion(weighted.confusions(logits, labels, index, weights), CLASSES)["balanced_accuracy"]
     for r in range(5):
         rows = np.repeat(np.arange(300), weights[r].astype(int)[index])
         assert auroc[r] == pytest.approx(
@@ -104,8 +107,10 @@ def test_comparison_is_the_mean_over_seeds_and_turns_with_its_arms() -> None:
     found = compare(a, b, labels, names(400), 500, 0)
     gap = [metrics(z, labels, CLASSES)["balanced_accuracy"] for z in (strong, weak)]
     assert found.difference == pytest.approx((gap[0] - gap[1]) / 2, abs=1e-9)
+    assert word(found.low, found.high) == "not shown"  # one pair differs, the other does not: two seeds are no evidence
+    a, b = np.stack([strong] * 3), np.stack([weak] * 3)
+    found, back = compare(a, b, labels, names(400), 500, 0), compare(b, a, labels, names(400), 500, 0)
     assert word(found.low, found.high) == "better" and found.p < 0.01
-    back = compare(b, a, labels, names(400), 500, 0)
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low)) and word(back.low, back.high) == "worse"
 
 
@@ -130,16 +135,62 @@ def test_no_difference_is_found_as_often_as_said() -> None:
     assert found / 200 < 0.11
 
 
-def test_holm() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
+MALIGNANT = Measures({"malignant": ("c", "d")})
 
 
-def test_word_needs_the_whole_interval() -> None:
-    assert [word(*x) for x in ((0.01, 0.2), (-0.2, -0.01), (0.0, 0.2), (-0.1, 0.1), (np.nan, np.nan))] == [
-        "better",
-        "worse",
-        "not shown",
-        "not shown",
-        "not shown",
-    ]
+def test_every_metric_of_a_resample_is_that_of_the_repeated_rows() -> None:
+    logits, labels = scores(n=300)
+    limits = thresholds(*scores(n=200, seed=5), CLASSES, MALIGNANT)
+    lesions = names(300, 2)
+    drawn, count = draws(logits, labels, lesions, 4, 3, CLASSES, MALIGNANT, limits)
+    index, weights = resample(lesions, 4, 3)
+    assert count == 150 and drawn.keys() == metrics(logits, labels, CLASSES, MALIGNANT, limits).keys()
+    for r in range(4):
+        rows = np.repeat(np.arange(300), weights[r].astype(int)[index])
+        expected = metrics(logits[rows], labels[rows], CLASSES, MALIGNANT, limits)
+        assert {name: x[0, 1 + r] for name, x in drawn.items()} == pytest.approx(expected, abs=1e-9)
+
+
+def test_intervals_of_groups_and_calibration_hold_the_value_and_keep_to_the_range() -> None:
+    logits, labels = scores(n=600, signal=1.5)
+    limits = thresholds(*scores(n=400, seed=5), CLASSES, MALIGNANT)
+    found = intervals(logits, labels, names(600), CLASSES, 300, 0, MALIGNANT, limits)
+    values = metrics(logits, labels, CLASSES, MALIGNANT, limits)
+    assert found.keys() == values.keys()
+    for name, (low, high) in found.items():
+        most = 2 if name == "brier" else 0.2 + 1e-9 if name.startswith("pauc@") else 1
+        assert 0 <= low <= values[name] <= high <= most and low < high, name
+
+
+def test_several_seeds_hold_the_luck_of_training() -> None:
+    (weak, labels), (strong, _) = scores(signal=0.8), scores(signal=1.6)
+    one = intervals(weak, labels, names(400), CLASSES, 400, 0)
+    alike = intervals(np.stack([weak] * 3), labels, names(400), CLASSES, 400, 0)
+    spread = intervals(np.stack([weak, strong, weak]), labels, names(400), CLASSES, 400, 0)
+    width = [x["accuracy"][1] - x["accuracy"][0] for x in (one, alike, spread)]
+    assert width[1] == pytest.approx(width[0], rel=1e-6)  # one classifier three times: its lesions' luck, no more, no less
+    assert width[2] > 2 * width[0]
+
+
+def test_a_comparison_at_a_target_specificity_uses_each_classifier_s_thresholds() -> None:
+    (a, labels), (b, _) = scores(signal=2.0), scores(signal=0.5, seed=0)
+    ta, tb = (thresholds(z, labels, CLASSES, MALIGNANT) for z in (a, b))
+    metric = "sensitivity@0.90/malignant"
+    found = compare(a[None], b[None], labels, names(400), 200, 0, metric, CLASSES, MALIGNANT, [ta], [tb])
+    gap = metrics(a, labels, CLASSES, MALIGNANT, ta)[metric] - metrics(b, labels, CLASSES, MALIGNANT, tb)[metric]
+    assert found.difference == pytest.approx(gap) and word(found.low, found.high) == "better"
+
+
+def test_what_cannot_be_compared_is_said() -> None:
+    logits, labels = scores()
+    with pytest.raises(UserError, match="'f1' is not measured"):
+        compare(logits[None], logits[None], labels, names(400), 100, 0, "f1")
+    with pytest.raises(UserError, match="auroc_macro has no value"):
+        compare(logits[None, :9], logits[None, :9], np.zeros(9, int), names(9), 100, 0, "auroc_macro")
+
+
+def test_one_lesion_shows_nothing() -> None:
+    labels = np.zeros(4, int)
+    found = compare(np.eye(2)[labels][None], np.eye(2)[1 - labels][None], labels, ["x"] * 4, 100, 0, "accuracy")
+    assert (found.difference, found.p, word(found.low, found.high)) == (1, 1, "not shown") and "one lesion" in found.note
+    assert intervals(np.eye(2)[labels], labels, ["x"] * 4, ["a", "b"], 100, 0) == {}

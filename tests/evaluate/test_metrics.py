@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, roc_auc_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, brier_score_loss, recall_score, roc_auc_score
 
 from adversa.evaluate.metrics import absent, metrics, softmax
 from adversa.types import UserError
@@ -25,16 +25,20 @@ def test_agrees_with_sklearn() -> None:
         "accuracy": accuracy_score(labels, predicted),
         "balanced_accuracy": balanced_accuracy_score(labels, predicted),
         "auroc_macro": roc_auc_score(labels, softmax(logits), multi_class="ovr", average="macro"),
+        "worst_class": recall_score(labels, predicted, average=None).min(),
+        "brier": brier_score_loss(labels, softmax(logits), scale_by_half=False),
     }
     for k, name in enumerate(CLASSES):
         expected[f"sensitivity/{name}"] = recall_score(labels == k, predicted == k)
         expected[f"specificity/{name}"] = recall_score(labels != k, predicted != k)
+    assert found.pop("ece") > 0
     assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_perfect_and_inverted() -> None:
     labels = np.array([0, 0, 1, 2, 3])
-    assert set(metrics(np.eye(4)[labels] * 9, labels, CLASSES).values()) == {1.0}
+    found = metrics(np.eye(4)[labels] * 99, labels, CLASSES)
+    assert found.pop("ece") == pytest.approx(0) and found.pop("brier") == pytest.approx(0) and set(found.values()) == {1.0}
     wrong = metrics(-np.eye(4)[labels] * 9, labels, CLASSES)
     assert wrong["balanced_accuracy"] == 0 and wrong["auroc_macro"] == 0
 

@@ -52,7 +52,8 @@ def test_every_stage_leaves_its_manifest_and_the_summary_its_keys(finished):
         "verdict",
     }
     assert asked <= summary.keys()
-    assert set(summary["arms"]) == {"real", "unguided", "guided"}
+    assert set(summary["arms"]) == {"real", "replay", "unguided", "guided"}
+    assert summary["before"]["test"] != summary["arms"]["real"]["test"]  # the mined images have joined it
     assert summary["generated"] == summary["accepted"] + sum(summary["rejected"].values()) > 0
     for roles in summary["arms"].values():
         assert {"accuracy", "balanced_accuracy", "auroc_macro"} <= roles["test"].keys()
@@ -99,9 +100,25 @@ def test_only_accepted_images_enter_training(finished):
 def test_training_sees_no_image_of_another_role(finished):
     _, run = finished
     train = set(tables.read(run.data / "train", ["id"])["id"].to_pylist())
-    for arm in ("real", "guided", "unguided"):
-        real = {r["id"] for r in tables.read(run.arm(1, arm) / "mix").to_pylist() if r["kind"] == "real"}
-        assert real == train
+    hard = set(tables.read(run.round(1, "hard"))["example"].to_pylist())
+    for arm in ("real", "replay", "guided", "unguided"):
+        rows = tables.read(run.arm(1, arm) / "mix").to_pylist()
+        assert {r["id"] for r in rows if r["kind"] == "real"} == train
+        assert {r["id"] for r in rows if r["kind"] == "mined"} == hard
+    before = tables.read(run.arm(0, "real") / "mix").to_pylist()
+    assert {(r["id"], r["kind"]) for r in before} == {(i, "real") for i in train}
+
+
+def test_controls_draw_every_class_as_often_as_the_arms_that_paint(finished):
+    config, run = finished
+    totals = {}
+    for arm in config.mix.arms:
+        rows, facts = tables.read(run.arm(1, arm) / "mix"), runs.manifest(run.arm(1, arm) / "mix")
+        totals[arm] = np.bincount(rows["label"].to_numpy().astype(int), rows["weight"].to_numpy(), minlength=5)
+        assert facts["added"] == sum(facts["added_by_class"])
+    assert np.allclose(totals["replay"], totals["guided"]) and np.allclose(totals["unguided"], totals["guided"])
+    added = runs.manifest(run.arm(1, "guided") / "mix")["added_by_class"]
+    assert np.allclose(totals["guided"] - totals["real"], added) and sum(added) > 0
 
 
 def test_hard_cases_come_from_mine_and_their_offspring_keep_their_label(finished):
@@ -210,13 +227,14 @@ def test_every_classifier_of_every_arm_takes_as_many_batches_and_images(tiny, tm
         if run.data / "train" in f.folders and f.batch_size == config.classifier.batch_size:
             assert found == wanted, f
             seeds[run.name_of(f.mix.parent)].add(f.seed)
-    assert set(seeds) == {"round-000/real", "round-001/guided", "round-001/unguided"}
-    assert len(seeds["round-001/guided"]) == 2 and seeds["round-001/guided"] == seeds["round-001/unguided"]
+    assert set(seeds) == {"round-000/real", *(f"round-001/{arm}" for arm in config.mix.arms)}
+    assert len(seeds["round-001/guided"]) == 2
+    assert all(seeds[f"round-001/{arm}"] == seeds["round-001/guided"] for arm in config.mix.arms)
     assert seeds["round-001/guided"] < seeds["round-000/real"]  # which is the judge's mix too
     assert len(seeds["round-000/real"]) == 3
     # A synthetic arm reads its own images beside the real ones, and the real arm reads none.
     synthetic = run.round(1, "synthetic")
-    assert all((synthetic in f.folders) == (f.mix.parent.name != "real") for f in taken)
+    assert all((synthetic in f.folders) == (f.mix.parent.name in ("unguided", "guided")) for f in taken)
 
 
 # ---- what cannot work is said before the work ------------------------------------------------------------------------------
@@ -389,7 +407,7 @@ def test_no_hard_case_is_a_result_too(tiny, tmp_path, monkeypatch):
     run = go(short(tiny), tmp_path / "run")
     summary = json.loads(run.summary.read_text())
     assert summary["generated"] == 0 and summary["verdict"] == "not shown"
-    assert any("no synthetic image" in n for n in summary["notes"])
+    assert any("nothing was added to the real images" in n for n in summary["notes"])
     assert summary["arms"]["guided"] == summary["arms"]["real"]
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from adversa.config import Mine
-from adversa.mine.hard import MISCLASSIFIED, NEAR_MISS, allocate, difficulty, farthest_first, hard_cases
+from adversa.mine.budget import allocate
+from adversa.mine.hard import MISCLASSIFIED, NEAR_MISS, difficulty, farthest_first, hard_cases
 
 
 def logits_of(p: list[list[float]]) -> np.ndarray:

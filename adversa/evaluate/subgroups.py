@@ -1,0 +1,105 @@
+"""Metrics and comparisons within the values of an attribute: age, sex, site, skin type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adversa.evaluate.bootstrap import Comparison, Limits, compare, draws, intervals
+from adversa.evaluate.inference import holm, word
+from adversa.evaluate.operating import Measures
+from adversa.types import UserError
+
+SMALL = 30  # fewer lesions are shown, and never tested
+UNKNOWN = "unknown"  # of an image without the attribute
+
+Attributes = Sequence[Mapping[str, str]] | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Subgroup:
+    """The images with one value of an attribute. n: images. small: fewer than 30 lesions, so also where n < 30.
+
+    metrics: as of `metrics`, the mean over seeds. intervals: empty where small.
+    """
+
+    attribute: str
+    value: str
+    n: int
+    lesions: int
+    small: bool
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class SubgroupComparison:
+    """Arm a against b within a subgroup; comparison, p_holm (over the subgroups tested) and word are None where it is small
+    or the metric has no value.
+    """
+
+    attribute: str
+    value: str
+    n: int
+    lesions: int
+    small: bool
+    comparison: Comparison | None
+    p_holm: float | None
+    word: str | None
+
+
+def by_attribute(
+    logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], classes: Sequence[str], attributes: Attributes, attribute: str,
+    resamples: int, seed: int, measures: Measures | None = None, thresholds: Limits = None,
+) -> list[Subgroup]:  # fmt: skip
+    """logits [N, K] or [S, N, K]; attributes [N]: each image's value, or its attributes -> a Subgroup a value, by name.
+
+    Small is counted in lesions: 40 pictures of 12 lesions are 12 pieces of evidence. UserError where no image has the attribute.
+    """
+    logits = np.asarray(logits)
+    logits = logits if logits.ndim == 3 else logits[None]
+    labels, groups = np.asarray(labels), np.asarray(groups)
+    found = []
+    for value, rows, lesions in _parts(attributes, attribute, groups):
+        given = logits[:, rows], labels[rows], groups[rows]
+        point, _ = draws(*given, 0, seed, classes, measures, thresholds)
+        metrics = {name: float(x[:, 0].mean()) for name, x in point.items() if np.isfinite(x[:, 0]).all()}
+        small = lesions < SMALL
+        ranges = {} if small else intervals(*given, classes, resamples, seed, measures, thresholds)
+        found.append(Subgroup(attribute, value, len(rows), lesions, small, metrics, ranges))
+    return found
+
+
+def compare_by_attribute(
+    logits_a: np.ndarray, logits_b: np.ndarray, labels: np.ndarray, groups: Sequence[str], attributes: Attributes, attribute: str,
+    resamples: int, seed: int, metric: str = "balanced_accuracy", classes: Sequence[str] | None = None,
+) -> list[SubgroupComparison]:  # fmt: skip
+    """`compare` (logits [S, N, K]) within every subgroup that is not small and where the metric has a value, Holm over those."""
+    labels, groups = np.asarray(labels), np.asarray(groups)
+    parts = _parts(attributes, attribute, groups)
+    names = classes or [str(k) for k in range(logits_a.shape[2])]
+    tested = {}
+    for value, rows, lesions in parts:
+        a, b, given = logits_a[:, rows], logits_b[:, rows], (labels[rows], groups[rows])
+        if lesions >= SMALL and np.isfinite(draws(a, *given, 0, seed, names, only=metric)[0][metric]).all():
+            tested[value] = compare(a, b, *given, resamples, seed, metric, names)
+    adjusted = dict(zip(tested, holm([c.p for c in tested.values()]), strict=True))
+    found = []
+    for value, rows, lesions in parts:
+        c, p = tested.get(value), adjusted.get(value)
+        said = None if c is None else word(c.low, c.high) if p < 0.05 else "not shown"
+        found.append(SubgroupComparison(attribute, value, len(rows), lesions, lesions < SMALL, c, p, said))
+    return found
+
+
+def _parts(attributes: Attributes, attribute: str, groups: np.ndarray) -> list[tuple[str, np.ndarray, int]]:
+    """(value, rows, lesions) of each value, by name; an image without one, or with an empty one, is `unknown`."""
+    given = [a.get(attribute, "") if isinstance(a, Mapping) else a for a in attributes]
+    assert len(given) == len(groups), (len(given), len(groups))
+    if not any(given):
+        raise UserError(f"no image has the attribute {attribute!r}; name one that the data have")
+    values = np.array([str(v) if v else UNKNOWN for v in given])
+    rows = {str(v): np.flatnonzero(values == v) for v in np.unique(values)}
+    return [(v, r, len(np.unique(groups[r]))) for v, r in rows.items()]
