@@ -247,6 +247,13 @@ class Mine(Section):
     budget: int = Field(64, ge=1, description="hard cases a round, shared among classes by their error")
     near_margin: float = Field(0.1, ge=0, le=1, description="right, but p[label] leads by less than this: nearly misclassified")
     candidates: int = Field(4, ge=1, description="farthest-first picks among so many times the class's budget, hardest first")
+    scorer: Literal["loss", "margin", "entropy"] = Field("loss", description="what hardest means")
+    temperature: float | None = Field(
+        None, gt=0, description="budget of a class: softmax of its error over this; null: in proportion to its error"
+    )
+    ratio_cap: float | None = Field(None, ge=1, description="largest over smallest class's share of the budget, at most")
+    modes: int = Field(8, ge=1, description="failure modes of a class, at most")
+    alpha: float = Field(0.05, gt=0, lt=1, description="probability that any attribute is named by chance")
 
 
 class Generate(Section):
@@ -341,6 +348,15 @@ class Mix(Section):
 class Evaluate(Section):
     seeds: int = Field(1, ge=1, le=100, description="classifiers an arm, paired by seed across arms")
     bootstrap: int = Field(1000, ge=100, description="resamples of the lesions for intervals")
+    groups: dict[str, list[str]] = Field(
+        {}, description="name: classes of a group, told from the rest at fixed specificities, e.g. malignant: [mel, bcc]"
+    )
+    specificities: list[float] = Field([0.8, 0.9, 0.95], description="of groups: thresholds are set on select")
+    floor: float = Field(0.8, ge=0, lt=1, description="of groups: partial AUC above this sensitivity (ISIC 2024)")
+    subgroups: list[str] = Field(
+        ["age", "sex", "localization", "site", "fitzpatrick", "mode"],
+        description="attributes that figures are given by, where known",
+    )
 
 
 class Quality(Section):

@@ -68,6 +68,11 @@ class RunDir:
         return self.root / "test"
 
     @property
+    def select(self) -> Path:
+        """What the classifiers of `test` say of `select`: where thresholds are set."""
+        return self.root / "select"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.json"
 

@@ -24,17 +24,17 @@ from adversa.types import digest, seed_of
 LARGEST_THRESHOLD, EXACT = 0.999, 0.5
 NOTHING = -1.0  # the similarity of a flat picture, or where there is no other
 # (zoom, rows, columns) of the windows that each real picture is found by: within a pixel of shifts up to 3 and crops of 90%.
-VIEWS = [(1.0, float(y), float(x)) for y in (-2, 0, 2) for x in (-2, 0, 2)]
+VIEWS = [(1.0, float(y), float(x)) for moves in ((-2, 0, 2), (-3, -1, 1, 3)) for y in moves for x in moves]
 VIEWS += [(0.9, y, x) for y, x in ((-1.2, -1.2), (-1.2, 1.2), (1.2, -1.2), (1.2, 1.2), (0.0, 0.0))]
-ENTRIES, CANDIDATES, ALIGNED = 24, 10, 3  # taken a turn; different real pictures aligned to a pixel; of these finely
+ENTRIES, CANDIDATES, ALIGNED = 40, 10, 3  # taken a turn; different real pictures aligned to a pixel; of these finely
 QUERIES, PAIRS = 256, 1024  # at once
-SAMPLE, SPECIMENS = 2000, 256  # pictures that set the threshold; that show what copying adds
+SAMPLE, SPECIMENS = 4000, 256  # pictures that set the threshold; that show what copying adds
 ZOOMS, MOVES = np.linspace(0.85, 1, 13), np.linspace(-4, 4, 65)
 _STEPS = np.array([(0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0.05, 0, 0), (-0.05, 0, 0)], np.float32)
 
 
 class NearCopy:
-    """An index of real images, 9 KB an image, in the order of their ids.
+    """An index of real images, 13 KB an image, in the order of their ids.
 
     images: uint8 [N, H, W, 3], or an iterable of such blocks, so that not all of them need be in memory at once. The
     order of the rows makes no difference. like: an index whose similarities these are to be comparable with: signal and
@@ -91,7 +91,7 @@ class NearCopy:
     def threshold(self, ids: Sequence[str], groups: Sequence[str], quantile: float) -> float:
         """The similarity from which on a picture is a near copy; groups[i] is the lesion of ids[i], for all indexed.
 
-        Each of up to 2,000 real images (drawn by the hash of their ids: the same for any order) is compared with its
+        Each of up to 4,000 real images (drawn by the hash of their ids: the same for any order) is compared with its
         most similar real image of another group; the threshold is the quantile of these. So a picture of one more,
         different lesion is flagged at about the rate 1 - quantile. At most 0.999: an exact copy is always flagged.
         """
@@ -146,7 +146,7 @@ class NearCopy:
         flat = np.sqrt((seen[:n] ** 2).sum(axis=1) / win.WINDOW**2 / 3) < win.FLAT
         query, real, turn, place = (a[~flat[query]] for a in (query, real, turn, place))
         pictures = seen.reshape(8, n, -1)[turn, query]
-        # A candidate's view may be 1.4 pixels off: before a first round of steps its evidence says little.
+        # A candidate's view may be a pixel off: before a first round of steps its evidence says little.
         place, value, _ = self._align(pictures, real, place, (1,))
         chosen = _foremost(query, value, n)
         query, real, pictures = query[chosen], real[chosen], pictures[chosen]
@@ -162,7 +162,7 @@ class NearCopy:
         count = len(self.ids)
         wanted = ENTRIES
         if group is not None:  # a lesion's other pictures stand before those of others
-            wanted += min(10, int(np.bincount(group).max())) * len(VIEWS)
+            wanted += min(3, int(np.bincount(group).max())) * len(VIEWS)
         wanted = min(wanted, self._index.ntotal)
         score, entry = self._index.search(self._prints(seen), wanted)
         score, entry = (a.reshape(8, n, wanted).transpose(1, 0, 2).reshape(n, -1) for a in (score, entry))

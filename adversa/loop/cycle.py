@@ -127,7 +127,7 @@ class Cycle:
         d = self.dir
         model = self._attacked(number)
         steps.score(self.engine, [(model.parts[-3], 0, model)], d.data / "mine", d.data, True, d.round(number, "scores"))
-        steps.mine(d.round(number, "scores"), self.config.mine, d.round(number, "hard"))
+        steps.mine(d.round(number, "scores"), d.data, self.config.mine, d.round(number, "hard"))
 
     def generate(self, number: int) -> None:
         c, d = self.config, self.dir
@@ -158,8 +158,11 @@ class Cycle:
     def test(self, number: int) -> None:
         """Open `test`, once: every arm's classifiers of the last round."""
         c, d = self.config, self.dir
+        models = self._models(last_round(c))
+        if c.evaluate.groups:  # thresholds are set here, before test is opened
+            steps.score(self.engine, [(a, s, f) for a, s, _, f in models], d.data / "select", d.data, False, d.select)
         record = {"opened": runs.now(), "split_hash": steps.split_hash(d.data)}
-        steps.evaluate(self.engine, d, self._models(last_round(c)), "test", c.evaluate, d.test, record)
+        steps.evaluate(self.engine, d, models, "test", c.evaluate, d.test, record)
 
     def _attacked(self, number: int) -> Path:
         return regenerate.attacked_in(self.config, self.dir, number)

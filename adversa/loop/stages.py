@@ -115,4 +115,5 @@ def stages(config: Config, run: RunDir) -> list[Stage]:
         found.append(Stage("evaluate", n, (*mixes, *trained(config, run, n), run.round(n, "evaluate"))))
     if not config.mix.mines:
         found.append(Stage("evaluate", 0, (run.round(0, "evaluate"),)))
-    return [*found, Stage("test", 0, (run.test,)), Stage("report", 0, (run.summary, run.root / "report.html"))]
+    opened = (run.select, run.test) if config.evaluate.groups else (run.test,)
+    return [*found, Stage("test", 0, opened), Stage("report", 0, (run.summary, run.root / "report.html"))]

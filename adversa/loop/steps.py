@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from adversa.types import BEFORE, PAINTED, ROLES, Scorecard, UserError, seed_of
 from adversa.weights import MODEL
 
 Row = dict[str, Any]
+UNTOLD = ("dx_type",)  # how the diagnosis was made: of the archive, not of the patient
 
 
 def classes_of(data: Path) -> list[str]:
@@ -243,19 +244,40 @@ def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:
 # ---- mining ------------------------------------------------------------------------------------------------------------
 
 
-def mine(scores: Path, config: cfg.Mine, out: Path) -> None:
-    """The hard cases of the mine role under the classifier that was scored."""
+MODES = "modes.json"  # beside the hard cases: what they have in common
+
+
+def mine(scores: Path, data: Path, config: cfg.Mine, out: Path) -> None:
+    """The hard cases of the mine role under the classifier that was scored, and the failure modes they belong to."""
+    from adversa.mine import explain
     from adversa.mine.hard import hard_cases
 
     def body(progress: runs.Progress) -> Facts:
         rows = tables.read(scores, schema=tables.PREDICTIONS)
         found = hard_cases(
-            rows["id"].to_pylist(), rows["label"].to_numpy(), matrix(rows["logits"]), matrix(rows["embedding"]), config
-        )
+            rows["id"].to_pylist(), rows["label"].to_numpy(), matrix(rows["logits"]), matrix(rows["embedding"]), config,
+            scorer=config.scorer, temperature=config.temperature, ratio_cap=config.ratio_cap,
+        )  # fmt: skip
         tables.write_part(out / tables.part_name(0), tables.to_table(found, tables.HARD_CASES))
+        runs.write_json(out / MODES, explain.plain(modes(scores, data, config)))
         return {"rows": len(found), "scored": len(rows)}
 
-    run_step(out, runs.Recipe("mine", 1, config.model_dump(mode="json"), inputs(scores=scores)), body)
+    run_step(out, runs.Recipe("mine", 2, config.model_dump(mode="json"), inputs(scores=scores, data=data)), body)
+
+
+def modes(scores: Path, data: Path, config: cfg.Mine) -> Any:
+    """mine.modes.FailureModes of what was scored."""
+    from adversa.mine.modes import ModeSettings, failure_modes
+
+    rows = tables.read(scores, schema=tables.PREDICTIONS)
+    examples = tables.read(data / "mine", ["id", "group", "attributes"], tables.EXAMPLES).to_pylist()
+    known = {e["id"]: e for e in examples}
+    ids = rows["id"].to_pylist()
+    return failure_modes(
+        ids, rows["label"].to_numpy(), matrix(rows["logits"]), matrix(rows["embedding"]), classes_of(data),
+        [{k: v for k, v in dict(known[i]["attributes"] or ()).items() if k not in UNTOLD} for i in ids],
+        [known[i]["group"] for i in ids], config.near_margin, ModeSettings(most=config.modes, alpha=config.alpha),
+    )  # fmt: skip
 
 
 # ---- curation ----------------------------------------------------------------------------------------------------------
@@ -357,16 +379,25 @@ def scorecard(rows: pa.Table, arm: str, seed: int, number: int, role: str, class
     from adversa.evaluate.bootstrap import intervals
     from adversa.evaluate.metrics import metrics
 
-    logits, labels, groups = predictions(rows, arm, seed)
-    ranges = intervals(logits, labels, groups, classes, config.bootstrap, seed_of("bootstrap", role))
-    return Scorecard("real" if arm == BEFORE else arm, seed, number, role, len(labels), metrics(logits, labels, classes), ranges)
+    p = predictions(rows, arm, seed)
+    ranges = intervals(p.logits, p.labels, p.groups, classes, config.bootstrap, seed_of("bootstrap", role))
+    name = "real" if arm == BEFORE else arm
+    return Scorecard(name, seed, number, role, len(p.labels), metrics(p.logits, p.labels, classes), ranges)
 
 
-def predictions(rows: pa.Table, arm: str, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(logits [N, K], labels [N], groups) of one classifier, rows in order of their image ids."""
+class Predictions(NamedTuple):
+    """Of one classifier, rows in order of their image ids: logits [N, K], labels [N], groups, ids."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+    groups: list[str]
+    ids: list[str]
+
+
+def predictions(rows: pa.Table, arm: str, seed: int) -> Predictions:
     pc = pa.compute
     chosen = rows.filter(pc.and_(pc.equal(rows["arm"], arm), pc.equal(rows["seed"], seed))).sort_by("id")
-    return matrix(chosen["logits"]), chosen["label"].to_numpy(), chosen["group"].to_pylist()
+    return Predictions(matrix(chosen["logits"]), chosen["label"].to_numpy(), chosen["group"].to_pylist(), chosen["id"].to_pylist())
 
 
 def matrix(column: pa.ChunkedArray) -> np.ndarray:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from adversa import runs, tables
 from adversa.config import Config
-from adversa.loop import steps
+from adversa.loop import evidence, steps
 from adversa.loop.stages import has_codec, home, last_round, stages
 from adversa.runs import RunDir
-from adversa.types import ARMS, BEFORE, Verdict, seed_of
-
-HEADLINE = "balanced_accuracy"
-AGAINST = ("replay", "unguided", "resample", "real")  # in the order of how much they would explain
+from adversa.types import BEFORE, Verdict
 
 
 def write(config: Config, run: RunDir) -> dict[str, Any]:
@@ -24,14 +19,14 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
     from adversa.curate.gate import acceptance
 
     classes = steps.classes_of(run.data)
-    verdicts = [
-        v
-        for n in range(1, last_round(config) + 1)
-        if config.mix.paints
-        for v in tables.read(run.round(n, "verdicts"), schema=tables.VERDICTS).to_pylist()
-    ]
+    painted = range(1, last_round(config) + 1) if config.mix.paints else ()
+    folders = [run.round(n, "verdicts") for n in painted]
+    verdicts = [v for f in folders for v in tables.read(f, schema=tables.VERDICTS).to_pylist()]
     kept = [v for v in verdicts if v["keep"]]
-    compared = comparisons(config, run)
+    spent = evidence.costs(config, run)
+    on = {role: _scored(config, run, role, classes) for role in ("mine", "test")}
+    told = {role: {a: evidence.figures(s, classes, config.evaluate, role) for a, s in arms.items()} for role, arms in on.items()}
+    compared = evidence.comparisons(config, on["test"], spent)
     word, sentence = verdict(compared, config)
     manifests = {run.name_of(f): runs.manifest(f) for s in stages(config, run) for f in s.folders if f.suffix == ""}
     seconds = {name: round(m["seconds"], 2) for name, m in manifests.items()}
@@ -45,10 +40,12 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
         "split_hash": steps.split_hash(run.data),
         "rounds": last_round(config),
         "classes": classes,
-        "arms": {arm: {role: _mean_card(config, run, arm, role) for role in ("mine", "test")} for arm in config.mix.arms},
-        "intervals": {arm: {role: _interval(config, run, arm, role) for role in ("mine", "test")} for arm in config.mix.arms},
-        "before": {role: _mean_card(config, run, BEFORE, role) for role in ("mine", "test")},
-        "intervals_before": {role: _interval(config, run, BEFORE, role) for role in ("mine", "test")},
+        "arms": {arm: {role: told[role][arm][0] for role in told} for arm in config.mix.arms},
+        "intervals": {arm: {role: told[role][arm][1] for role in told} for arm in config.mix.arms},
+        "before": {role: told[role][BEFORE][0] for role in told},
+        "intervals_before": {role: told[role][BEFORE][1] for role in told},
+        "subgroups": evidence.subgroups(config, run, on["test"], classes),
+        "cost": spent,
         "generated": len(verdicts),
         "accepted": len(kept),
         "rejected": dict(sorted(Counter(v["reason"] for v in verdicts if not v["keep"]).items())),
@@ -72,36 +69,6 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
     return summary
 
 
-def comparisons(config: Config, run: RunDir) -> list[dict[str, Any]]:
-    """The arm in question against every other on `test`: paired over seeds, lesions resampled, Holm-corrected."""
-    from adversa.evaluate.bootstrap import compare, holm, word
-
-    asked = candidate(config.mix.arms)
-    others = [a for a in AGAINST if a in config.mix.arms and a != asked]
-    if asked is None:
-        return []
-    rows = tables.read(run.test, schema=tables.PREDICTIONS)
-    found = []
-    for other in others:
-        pairs = [(steps.predictions(rows, asked, s), steps.predictions(rows, other, s)) for s in range(config.evaluate.seeds)]
-        a, b = np.stack([p[0][0] for p in pairs]), np.stack([p[1][0] for p in pairs])
-        _, labels, groups = pairs[0][0]
-        c = compare(a, b, labels, groups, config.evaluate.bootstrap, seed_of("compare", config.seed), metric=HEADLINE)
-        found.append({"a": asked, "b": other, "metric": HEADLINE, "role": "test", "difference": c.difference,
-                      "low": c.low, "high": c.high, "p": c.p})  # fmt: skip
-    for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
-        row["p_holm"] = float(p)
-        # The word needs both: an interval clear of zero, and significance after correction for several comparisons.
-        row["word"] = word(row["low"], row["high"]) if p < 0.05 else "not shown"
-    return found
-
-
-def candidate(names: Sequence[str]) -> str | None:
-    """The arm that a run is about: guided, or the last that is more than `real`; None where there is none."""
-    known = [arm for arm in ARMS[1:] if arm in names]
-    return known[-1] if known else None
-
-
 def verdict(compared: list[dict[str, Any]], config: Config) -> tuple[str, str]:
     """better: the arm in question beats every other; worse: it loses to one; else not shown."""
     if not compared:
@@ -123,8 +90,10 @@ def notes(config: Config, run: RunDir) -> list[str]:
     if has_codec(config):
         psnr = runs.manifest(run.codec)["metrics"]["psnr"]
         found.append(f"painted in the latents of an autoencoder: {psnr:.1f} dB on pictures of select, no painted one is sharper")
-    seeds = "one seed an arm" if config.evaluate.seeds == 1 else f"{config.evaluate.seeds} seeds an arm, averaged"
-    found.append(f"{seeds}: the intervals hold the choice of test lesions, not the luck of training")
+    if config.evaluate.seeds == 1:
+        found.append("one seed an arm: the intervals hold the choice of test lesions, not the luck of training")
+    else:
+        found.append(f"{config.evaluate.seeds} seeds an arm, averaged: the intervals hold the choice of test lesions and the seeds")
     if not config.data.grouped:
         found.append("data.grouped is off: lesions leak between roles and every figure is too good")
     if skipped := runs.manifest(run.data).get("problems", 0):
@@ -134,28 +103,15 @@ def notes(config: Config, run: RunDir) -> list[str]:
     return found
 
 
-def _cards(config: Config, run: RunDir, arm: str, role: str) -> list[dict[str, Any]]:
-    at, arm = (0, "real") if arm == BEFORE else (home(config, arm, last_round(config)), arm)
-    cards = [runs.read_json(run.arm(at, arm, s) / f"scorecard-{role}.json") for s in range(config.evaluate.seeds)]
-    return [c for c in cards if c is not None]
-
-
-def _mean_card(config: Config, run: RunDir, arm: str, role: str) -> dict[str, float]:
-    """Each metric's mean over seeds."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for card in _cards(config, run, arm, role):
-        for name, value in card["metrics"].items():
-            values[name].append(value)
-    return {name: float(np.mean(v)) for name, v in values.items()}
-
-
-def _interval(config: Config, run: RunDir, arm: str, role: str) -> dict[str, list[float]]:
-    """The interval of each metric where there is one seed; over several seeds, the mean of the bounds."""
-    bounds: dict[str, list[list[float]]] = defaultdict(list)
-    for card in _cards(config, run, arm, role):
-        for name, low_high in card["intervals"].items():
-            bounds[name].append(low_high)
-    return {name: np.mean(v, axis=0).tolist() for name, v in bounds.items()}
+def _scored(config: Config, run: RunDir, role: str, classes: Sequence[str]) -> dict[str, evidence.Scored]:
+    """Arm, and `before`, to what its classifiers say on a role; before any round that is the arm `real` as it is."""
+    rows = evidence.read(run.test if role == "test" else run.round(last_round(config), "evaluate"))
+    assert rows is not None, f"{role} is not scored"
+    select = evidence.read(run.select) if role == "test" else None
+    asked = evidence.measures(config.evaluate)
+    known = set(rows["arm"].unique().to_pylist())
+    names = {arm: arm for arm in config.mix.arms} | {BEFORE: BEFORE if BEFORE in known else "real"}
+    return {name: evidence.scored(rows, select, arm, config.evaluate.seeds, classes, asked) for name, arm in names.items()}
 
 
 def _used(config: Config, run: RunDir) -> dict[str, int]:

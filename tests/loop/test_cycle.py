@@ -403,7 +403,7 @@ def test_no_hard_case_is_a_result_too(tiny, tmp_path, monkeypatch):
     """A classifier without faults: nothing is painted, and the run says so instead of failing."""
     from adversa.mine import hard
 
-    monkeypatch.setattr(hard, "hard_cases", lambda *a: [])
+    monkeypatch.setattr(hard, "hard_cases", lambda *a, **k: [])
     run = go(short(tiny), tmp_path / "run")
     summary = json.loads(run.summary.read_text())
     assert summary["generated"] == 0 and summary["verdict"] == "not shown"

@@ -1,0 +1,153 @@
+"""What the predictions on a role say: each arm's figures with their intervals, arms compared, subgroups, and what each arm cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from adversa import config as cfg
+from adversa import runs, tables
+from adversa.evaluate.bootstrap import compare, intervals
+from adversa.evaluate.inference import gain_per_hour, holm, mcnemar, word
+from adversa.evaluate.metrics import metrics
+from adversa.evaluate.operating import Measures, thresholds
+from adversa.evaluate.subgroups import by_attribute
+from adversa.loop import steps
+from adversa.loop.stages import home, last_round
+from adversa.runs import RunDir
+from adversa.types import ARMS, BEFORE, PAINTED, seed_of
+
+HEADLINE = "balanced_accuracy"
+AGAINST = ("replay", "unguided", "resample", "real")  # in the order of how much they would explain
+EFFECT = 0.02  # of the headline: what many seeds it would take is told for
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An arm's S classifiers on a role: logits [S, N, K]; labels [N], groups [N], ids [N]; limits: of each, set on select."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+    groups: list[str]
+    ids: list[str]
+    limits: list[dict[str, float]] | None
+
+
+def measures(config: cfg.Evaluate) -> Measures:
+    return Measures({k: tuple(v) for k, v in config.groups.items()}, tuple(config.specificities), config.floor)
+
+
+def read(folder: Path) -> pa.Table | None:
+    """Predictions of a step, None where it was not done."""
+    return tables.read(folder, schema=tables.PREDICTIONS) if runs.is_finished(folder) else None
+
+
+def scored(rows: pa.Table, select: pa.Table | None, arm: str, seeds: int, classes: Sequence[str], asked: Measures) -> Scored:
+    """rows, select: predictions on the role in question, and on the one that sets thresholds (None: none are set)."""
+    found = [steps.predictions(rows, arm, s) for s in range(seeds)]
+    limits = None
+    if select is not None and asked.groups:
+        chosen = [steps.predictions(select, arm, s) for s in range(seeds)]
+        limits = [thresholds(p.logits, p.labels, classes, asked) for p in chosen]
+    first = found[0]
+    return Scored(np.stack([p.logits for p in found]), first.labels, first.groups, first.ids, limits)
+
+
+def figures(of: Scored, classes: Sequence[str], config: cfg.Evaluate, role: str) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(each metric's mean over seeds, its interval)."""
+    asked = measures(config)
+    each = [metrics(x, of.labels, classes, asked, of.limits and of.limits[s]) for s, x in enumerate(of.logits)]
+    means = {name: float(np.mean([m[name] for m in each])) for name in each[0] if all(name in m for m in each)}
+    logits = of.logits if len(of.logits) > 1 else of.logits[0]
+    limits = of.limits and (of.limits if len(of.logits) > 1 else of.limits[0])
+    ranges = intervals(logits, of.labels, of.groups, classes, config.bootstrap, seed_of("bootstrap", role), asked, limits)
+    return means, {name: [float(v) for v in ends] for name, ends in ranges.items()}
+
+
+def candidate(names: Sequence[str]) -> str | None:
+    """The arm that a run is about: guided, or the last that is more than `real`; None where there is none."""
+    known = [arm for arm in ARMS[1:] if arm in names]
+    return known[-1] if known else None
+
+
+def comparisons(config: cfg.Config, arms: dict[str, Scored], spent: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """The arm in question against every other on `test`: paired over seeds, lesions resampled, Holm-corrected, McNemar beside it."""
+    asked = candidate(config.mix.arms)
+    others = [a for a in AGAINST if a in config.mix.arms and a != asked]
+    found = []
+    for other in others if asked is not None else ():
+        a, b = arms[asked], arms[other]
+        c = compare(
+            a.logits, b.logits, a.labels, a.groups, config.evaluate.bootstrap, seed_of("compare", config.seed), HEADLINE
+        )  # fmt: skip
+        extra = spent[asked]["device_seconds"] - spent[other]["device_seconds"]
+        row = {
+            "a": asked, "b": other, "metric": HEADLINE, "role": "test", "difference": c.difference, "low": c.low, "high": c.high,
+            "p": c.p, "se": c.se, "detectable": c.detectable, "seeds": c.seeds, "lesions": c.lesions, "each": list(c.each),
+            "note": c.note, "seeds_needed": c.seeds_needed(EFFECT), "effect": EFFECT,
+            "mcnemar": [asdict(mcnemar(x, y, a.labels, a.groups)) for x, y in zip(a.logits, b.logits, strict=True)],
+            "gain_per_device_hour": asdict(gain_per_hour(c.difference, c.low, c.high, extra)) if extra > 0 else None,
+        }  # fmt: skip
+        found.append(row)
+    for row, p in zip(found, holm([r["p"] for r in found]), strict=True):
+        row["p_holm"] = float(p)
+        # The word needs both: an interval clear of zero, and significance after correction for several comparisons.
+        row["word"] = word(row["low"], row["high"]) if p < 0.05 else "not shown"
+    return found
+
+
+def subgroups(config: cfg.Config, run: RunDir, arms: dict[str, Scored], classes: Sequence[str]) -> dict[str, Any]:
+    """attribute -> arm -> a row a value, on `test`: of the arm before and the one in question, for the attributes asked for."""
+    if not config.evaluate.subgroups:
+        return {}
+    examples = tables.read(run.data / "test", ["id", "attributes"], tables.EXAMPLES).to_pylist()
+    known = {e["id"]: dict(e["attributes"] or ()) for e in examples}
+    shown = {name: arms[name] for name in (BEFORE, candidate(config.mix.arms) or "real") if name in arms}
+    found: dict[str, Any] = {}
+    for attribute in config.evaluate.subgroups:
+        if not any(known[i].get(attribute) for i in next(iter(arms.values())).ids):
+            continue
+        found[attribute] = {
+            name: [
+                {"value": g.value, "n": g.n, "lesions": g.lesions, "small": g.small, "value_of": g.metrics.get(HEADLINE),
+                 "interval": g.intervals.get(HEADLINE)}
+                for g in by_attribute(
+                    of.logits, of.labels, of.groups, classes, [known[i] for i in of.ids], attribute, config.evaluate.bootstrap,
+                    seed_of("subgroups", attribute), measures(config.evaluate), of.limits,
+                )
+            ]
+            for name, of in shown.items()
+        }  # fmt: skip
+    return found
+
+
+def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
+    """Seconds and device-seconds of what an arm needs beside the data: its classifiers of all rounds, the classifier that mines,
+    and where it paints its share of the images and verdicts, the denoiser and the judge."""
+    last = last_round(config)
+    found = {}
+    for arm in config.mix.arms:
+        places = {home(config, arm, n) for n in range(1, last + 1)} or {0}
+        folders = {run.arm(n, arm, s) / "classifier": 1.0 for n in places for s in range(config.evaluate.seeds)}
+        if arm != "real":
+            folders[run.arm(0, "real", 0) / "classifier"] = 1.0
+        if arm in PAINTED:
+            folders |= {run.denoiser: 1.0, run.judge: 1.0}
+            for n in range(1, last + 1):
+                share = _share(run.round(n, "verdicts"), arm)
+                folders |= {run.round(n, "synthetic"): share, run.round(n, "verdicts"): share}
+                if arm == "guided" and config.generate.adaptive:
+                    folders[run.round(n, "levels")] = 1.0
+        spent = [(share, runs.manifest(f)) for f, share in folders.items()]
+        found[arm] = {k: round(sum(share * m[k] for share, m in spent), 2) for k in ("seconds", "device_seconds")}
+    return found
+
+
+def _share(verdicts: Path, arm: str) -> float:
+    arms = tables.read(verdicts, ["arm"], tables.VERDICTS)["arm"].to_pylist()
+    return arms.count(arm) / len(arms) if arms else 0.0
