@@ -355,7 +355,7 @@ class Evaluate(Section):
     floor: float = Field(0.8, ge=0, lt=1, description="of groups: partial AUC above this sensitivity (ISIC 2024)")
     subgroups: list[str] = Field(
         ["age", "sex", "localization", "site", "fitzpatrick", "mode"],
-        description="attributes that figures are given by, where known",
+        description="attributes to give figures by, where known",
     )
 
 

@@ -76,7 +76,7 @@ def candidate(names: Sequence[str]) -> str | None:
 
 
 def comparisons(config: cfg.Config, arms: dict[str, Scored], spent: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """The arm in question against every other on `test`: paired over seeds, lesions resampled, Holm-corrected, McNemar beside it."""
+    """The arm in question against the others on `test`: paired over seeds, lesions resampled, Holm-corrected, McNemar beside it."""
     asked = candidate(config.mix.arms)
     others = [a for a in AGAINST if a in config.mix.arms and a != asked]
     found = []
@@ -106,7 +106,7 @@ def subgroups(config: cfg.Config, run: RunDir, arms: dict[str, Scored], classes:
     if not config.evaluate.subgroups:
         return {}
     examples = tables.read(run.data / "test", ["id", "attributes"], tables.EXAMPLES).to_pylist()
-    known = {e["id"]: dict(e["attributes"] or ()) for e in examples}
+    known = {e["id"]: {k: _banded(k, v) for k, v in dict(e["attributes"] or ()).items()} for e in examples}
     shown = {name: arms[name] for name in (BEFORE, candidate(config.mix.arms) or "real") if name in arms}
     found: dict[str, Any] = {}
     for attribute in config.evaluate.subgroups:
@@ -124,6 +124,17 @@ def subgroups(config: cfg.Config, run: RunDir, arms: dict[str, Scored], classes:
             for name, of in shown.items()
         }  # fmt: skip
     return found
+
+
+def _banded(name: str, value: str) -> str:
+    """Ages in bands of twenty years: single years are small groups."""
+    if name != "age":
+        return value
+    try:
+        low = int(float(value)) // 20 * 20
+    except ValueError:
+        return value
+    return f"{low:02d} to {low + 19}"
 
 
 def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
