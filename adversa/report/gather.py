@@ -20,7 +20,7 @@ from adversa.types import ARMS, BEFORE, ROLES, UserError, Verdict
 REQUIRED = {"arms", "classes", "intervals", "notes", "split_hash", "verdict"}
 OPTIONAL: dict[str, Any] = {
     "run": "", "seed": "", "rounds": "", "generated": 0, "accepted": 0, "comparisons": [], "verdict_sentence": "",
-    "versions": {}, "seconds": {}, "overhead_seconds": None, "wall_seconds": None, "test_opened": None,
+    "versions": {}, "seconds": {}, "subgroups": {}, "cost": {}, "overhead_seconds": None, "wall_seconds": None, "test_opened": None,
 }  # fmt: skip
 METRICS = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auroc_macro": "AUROC, mean of classes"}
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from adversa.curate.gate import REASONS
 from adversa.report import gallery
 from adversa.report.gather import METRICS, Facts, Score, by_round, mean_specificity, read_facts, score
-from adversa.runs import writing
+from adversa.runs import read_json, writing
 from adversa.tables import replace_bytes
 from adversa.types import BEFORE
 
@@ -100,6 +100,8 @@ def view(facts: Facts) -> dict[str, Any]:
         "metrics": METRICS,
         "arm_scores": {(arm, role, m): score(facts, arm, role, m) for arm in facts.arms for role in ROLES_SHOWN for m in METRICS},
         "comparisons": comparisons(facts.summary["comparisons"]),
+        "subgroups": subgroups(facts.summary["subgroups"]),
+        "modes": read_json(facts.run.round(rounds[-1], "hard") / "modes.json") if rounds else None,
         "by_round": by_round(facts, "mine", "balanced_accuracy") if len(rounds) > 1 else {},
         "gallery": {"cases": shown, "all": hard, "round": rounds[-1] if rounds else 0, "most": gallery.OFFSPRING},
         "samples": gallery.samples(facts, rounds[-1], "unguided") if rounds and "unguided" in facts.arms else {},
@@ -121,6 +123,19 @@ def overall(facts: Facts, role: str) -> list[Row]:
 def compared(facts: Facts, role: str, name: str, metric: str) -> Row:
     after = score(facts, facts.after, role, metric) if facts.after else None
     return Row(name, score(facts, BEFORE, role, metric), after)
+
+
+def subgroups(found: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
+    """attribute -> a row a value, with each arm's score."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for attribute, arms in found.items():
+        first = next(iter(arms.values()))
+        tables[attribute] = [
+            {k: row[k] for k in ("value", "n", "lesions", "small")}
+            | {"scores": {arm: Score(rows[i]["value_of"], *(rows[i]["interval"] or ())) for arm, rows in arms.items()}}
+            for i, row in enumerate(first)
+        ]
+    return tables
 
 
 def comparisons(found: list[dict[str, Any]]) -> dict[str, Any]:
