@@ -98,10 +98,46 @@ def _stage_command(name: str, text: str) -> None:
 for _name, _text in {
     "loop": "Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run it again to resume.",
     "prepare": "Read the images, split them by lesion into roles, write Parquet.",
-    "mine": "Find the hard cases of the next unfinished round (and what comes before).",
     "curate": "Give every painted image a verdict (and what comes before).",
 }.items():
     _stage_command(_name, _text)
+
+
+@app.command()
+@exits
+def mine(
+    config: ConfigPath = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what the hard cases have in common.")] = False,
+    run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None, engine: EngineName = "ray",
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Find the hard cases of the next unfinished round (and what comes before)."""
+    from rich.console import Console
+
+    _execute("mine", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+    if explain:
+        for line in _explained(_root(config, run_dir)):
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _explained(root: Path) -> list[str]:
+    from adversa.config import load
+    from adversa.loop import steps
+    from adversa.mine import explain
+    from adversa.runs import RunDir, is_finished
+    from adversa.types import UserError
+
+    run = RunDir(root)
+    config = load(run.config)
+    done = [n for n in range(1, config.rounds + 1) if is_finished(run.round(n, "hard"))]
+    if not done:
+        raise UserError(f"{root} has mined nothing yet: mix.arms {config.mix.arms}")
+    found = steps.modes(run.round(done[-1], "scores"), run.data, config.mine)
+    return [f"round {done[-1]}", *explain.lines(found, steps.classes_of(run.data))]
+
+
+def _root(path: Path | None, run_dir: Path | None) -> Path:
+    return run_dir or Path("runs") / (path.stem if path is not None else "demo")
 
 
 @app.command()
@@ -286,7 +322,7 @@ def _execute(
         raise UserError(f"codec.kind {config.codec.kind}, mix.arms {config.mix.arms}: no codec to train; set codec.kind=tiny")
     if command == "quality" and not config.mix.paints:
         raise UserError(f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add unguided or guided")
-    root = run_dir or Path("runs") / (path.stem if path is not None else "demo")
+    root = _root(path, run_dir)
     screen = Console()
     run = cycle.open_run(config, root)
     with runs.lock(run), _terminable():

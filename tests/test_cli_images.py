@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -81,3 +82,13 @@ def test_the_bench_measures_and_records(adversa, finished, tmp_path):
     assert {"evaluations", "cost of hardness", "share of that peak", "memory", "pool of 1"} <= set(rows)
     assert all(v > 0 for v in rows.values()) and rows["share of that peak"] < 1
     refused(adversa("bench", "generate", run.root, "--samplers", "1,x"), "--samplers 1,x: write numbers above 0")
+
+
+def test_mining_explains_itself(adversa, finished, tmp_path):
+    _, run = finished
+    moved = shutil.copytree(run.root, tmp_path / "run")
+    result = adversa("mine", "--run-dir", moved, "--explain", "--engine", "local")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "failure modes:" in result.output and "Fisher's exact test, corrected by Holm" in result.output
+    saved = json.loads((moved / "round-001/hard/modes.json").read_text())
+    assert all(mode["name"] in result.output for mode in saved["modes"]) and saved["modes"]
