@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 ROLES = ("train", "mine", "select", "test")
 ARMS = ("real", "unguided", "guided")
+FILLING = ("inpaint", "outpaint", "inout")  # the strategies that paint one part of a picture and keep the other
 STRATEGIES = ("sample", "vary", "inpaint", "outpaint", "inout", "blend")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -111,6 +112,43 @@ def test_rows_that_are_given_up_are_marked_and_the_others_painted_as_ever(finish
             assert now == was and now["fault"] is None
     ids = painting.read_requests(part)
     assert painting.request_name(order, 1) == f"request {ids[1].request_id}"
+
+
+def test_a_poisonous_request_is_found_and_left_out_by_the_real_work(finished, tmp_path):
+    """The pool tries rows alone to find the one that fails: what painting leaves out then must be what it was told to."""
+    config, run = finished
+    asked = painting.read_requests(tables.parts(run.round(1, "requests"))[0])
+    # 200 requests: one in a hundred may be given up
+    many = [replace(asked[i % len(asked)], request_id=f"r{i:03d}", arm="unguided", strategy="sample", example=None,
+                    sigma_start=40.0, likeness=0.0, hardness=0.0) for i in range(200)]  # fmt: skip
+    many[77] = replace(many[77], label=99)
+    for i in range(0, 200, 50):
+        tables.write_part(tmp_path / "requests" / tables.part_name(i // 50), tables.to_table(many[i : i + 50], tables.REQUESTS))
+    generate = config.generate.model_copy(update={"steps": 2})
+    parts = [Part(i, 50, {"path": str(p)}) for i, p in enumerate(tables.parts(tmp_path / "requests"))]
+    make = partial(painting.make_paint, run.denoiser, None, None, generate)
+    shares = LocalEngine(1, 1).map_parts(make, parts, tmp_path / "out", lambda _: None, painting.request_name)
+    failed = [f for share in shares for f in share.failed]
+    assert [f.name for f in failed] == ["request r077"], failed
+    rows = tables.read(tmp_path / "out").to_pylist()
+    assert [r["request_id"] for r in rows if r["fault"]] == ["r077"] and sum(r["finite"] for r in rows) == 199
+
+
+def test_a_mask_that_cannot_be_used_is_refused_before_anything_is_painted(finished, tmp_path):
+    config, run = finished
+    data = shutil.copytree(run.data, tmp_path / "data")
+    case = tables.read(run.round(1, "hard"), schema=tables.HARD_CASES).sort_by("rank").to_pylist()[-1]["example"]
+    for path in tables.parts(data / "mine"):
+        rows = tables.pq.read_table(path).to_pylist()
+        for r in rows:
+            if r["id"] == case:
+                r["mask"] = tables.encode_png(np.zeros((32, 32), np.uint8))
+        tables.write_part(path, tables.pa.Table.from_pylist(rows, schema=tables.pq.read_schema(path)))
+    generate = config.generate.model_copy(update={"strategy": "inpaint", "part_size": 4})
+    painting.plan(run.round(1, "hard"), None, "run", 1, ["real", "guided"], generate, tmp_path / "requests")
+    with pytest.raises(UserError, match=f"mask of {case}: empty"):
+        painting.generate(LocalEngine(1, 1), tmp_path / "requests", data, run.denoiser, None, generate, tmp_path / "out")
+    assert not tables.parts(tmp_path / "out")
 
 
 def test_a_denoiser_that_is_not_finite_ends_the_step_at_its_first_part(finished, tmp_path):
