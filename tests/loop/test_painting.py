@@ -232,6 +232,34 @@ def test_levels_are_found_for_every_case(finished, tmp_path):
     assert all(r["agreement"] >= 0.5 for r in rows if r["sigma_start"] == 4.0)
 
 
+def test_levels_leave_out_what_they_are_told_to_and_heed_the_weak_denoiser(finished, tmp_path):
+    config, run = finished
+    cases = tables.read(run.round(1, "hard")).to_pylist()[:3]
+    part = Part(0, 3, {"cases": [(c["example"], c["label"]) for c in cases], "run": "run"}, {1: "it died"})
+    found = {}
+    for weak in (None, str(run.denoiser)):
+        generate = config.generate.model_copy(update={"levels": [0.5, 4.0], "adaptive": True, "weak": weak, "guidance": 3.0})
+        painting.make_levels(run.denoiser, run.data / "mine", run.judge, generate)(part, tmp_path / "levels.parquet")
+        found[weak] = tables.pq.read_table(tmp_path / "levels.parquet").to_pylist()
+        assert [r["example"] for r in found[weak]] == [cases[0]["example"], cases[2]["example"]]
+    one, other = ([r["agreement"] for r in rows] for rows in found.values())
+    assert one != other
+    everyone = Part(0, 1, {"cases": part.payload["cases"][:1], "run": "run"}, {0: "it died"})
+    assert painting.make_levels(run.denoiser, run.data / "mine", run.judge, generate)(everyone, tmp_path / "none.parquet") == 0
+
+
+def test_an_image_steered_by_a_model_that_changed_since_is_not_painted_again(finished, tmp_path):
+    config, run = finished
+    moved = runs.RunDir(shutil.copytree(run.root, tmp_path / "run"))
+    steered = config.model_copy(update={"generate": config.generate.model_copy(update={"hardness": 0.5})})
+    recipe = moved.round(1, "synthetic") / runs.RECIPE
+    saved = runs.read_json(recipe)
+    runs.write_json(recipe, saved | {"inputs": saved["inputs"] | {"attacked": "another"}})
+    asked = tables.read(moved.round(1, "requests"))["request_id"][0].as_py()
+    with pytest.raises(UserError, match="was painted by another `attacked` model"):
+        regenerate.regenerate(steered, moved, asked, tmp_path)
+
+
 def test_a_weak_denoiser_that_does_not_fit_is_refused(finished, tmp_path):
     config, run = finished
     generate = config.generate.model_copy(update={"weak": str(tmp_path)})
