@@ -171,6 +171,10 @@ def generate(
     from adversa import cli_images
     from adversa.types import UserError
 
+    if labels is None and config is not None and (config / "config.yaml").is_file():
+        raise UserError(f"{config} is a run: go on with it by --run-dir {config}, or say with --labels CLASS=N,... what to paint")
+    if labels is not None and config is not None and run_dir is not None:
+        raise UserError(f"--run-dir {run_dir} beside {config}: give one run")
     if labels is None:
         alone = {"--denoiser": denoiser, "--strategy": strategy, "--out": out}
         if given := [name for name, value in alone.items() if value is not None]:
@@ -214,7 +218,7 @@ def bench_generate(
 
     from adversa import cli_images
 
-    with _stoppable():
+    with _stoppable("no figure is kept. Again"):
         cli_images.bench(run, denoiser, images, rounds, samplers, record, set_ or [], _engines(engine, verbose), Console())
 
 
@@ -408,13 +412,13 @@ def _note_failure(run: RunDir, error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
+def _stoppable(kept: str = "what is finished is kept. Resume with") -> Iterator[None]:
     """Ctrl-C and SIGTERM end a command that is no run with one line."""
     with _terminable():
         try:
             yield
         except KeyboardInterrupt as stop:
-            typer.echo(f"stopped; what is finished is kept. Resume with: {_again()}")
+            typer.echo(f"stopped; {kept}: {_again()}")
             raise typer.Exit(143 if stop.args == ("SIGTERM",) else 130) from None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -64,17 +64,30 @@ def order(
         wanted.work.root.mkdir(parents=True, exist_ok=True)
     with runs.lock(wanted.work):
         runs.set_status(wanted.work, "running", "order", command="order")
-        with console.Watch(screen, config, wanted.work):
-            engine = make_engine(config, wanted.work)
-            try:
-                found = order.paint(wanted, engine)
-            finally:
-                engine.close()
+        try:
+            found = _painted(wanted, config, make_engine, screen)
+        except KeyboardInterrupt:
+            runs.set_status(wanted.work, "stopped")
+            raise
         runs.set_status(wanted.work, "finished")
     counts = ", ".join(f"{n} {name}" for name, n in found.by_class.items())
     left = [f"{n} {what}" for n, what in ((found.not_finite, "not finite"), (found.unpainted, "not painted")) if n]
     text = f"{found.images} images in {out}: {counts}" + (f"; left out: {', '.join(left)}" if left else "")
     screen.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _painted(wanted: Any, config: Config, make_engine: MakeEngine, screen: Console) -> Any:
+    from adversa.loop import order
+
+    try:
+        with console.Watch(screen, config, wanted.work):
+            engine = make_engine(config, wanted.work)
+            try:
+                return order.paint(wanted, engine)
+            finally:
+                engine.close()
+    except UserError as e:  # the folder of the steps is a run's to them
+        raise UserError(str(e).replace("--run-dir", "--out")) from None
 
 
 def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) -> None:
@@ -85,6 +98,8 @@ def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) ->
 
     saved, _ = source(run, None)
     assert saved is not None
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a folder; give the name of a PNG file")
     with tempfile.TemporaryDirectory() as temporary:
         found = regenerate.regenerate(load(saved.config), saved, request_id, Path(temporary))
     r = found.request
@@ -101,7 +116,7 @@ def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) ->
     if out is not None:
         with runs.writing(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(found.image).save(out)
+            Image.fromarray(found.image).save(out, format="PNG")
 
 
 def bench(
@@ -123,10 +138,11 @@ def bench(
     for column in ("", "value", "unit"):
         table.add_column(column, justify="right" if column == "value" else "left")
     rows = []
-    with tempfile.TemporaryDirectory() as temporary, screen.status("measuring") as status:
+    # In the run's folder, where there is one: all nodes of a cluster see it.
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=saved and saved.root) as temporary, screen.status("measuring") as status:
         at = RunDir(Path(temporary) / "run")
 
-        def engine(n: int) -> Any:
+        def engine(n: int | None) -> Any:
             return make_engine(config.model_copy(update={"cluster": config.cluster.model_copy(update={"samplers": n})}), at)
 
         engines = {n: (lambda n=n: engine(n)) for n in counts}
@@ -145,11 +161,11 @@ def bench(
             runs.write_json(record, told | {"results": [asdict(r) for r in rows]})
 
 
-def _counts(samplers: str | None) -> list[int]:
-    """ "1,2,4" to numbers of samplers; None: one, and as many as this machine has CPUs."""
+def _counts(samplers: str | None) -> list[int | None]:
+    """ "1,2,4" to numbers of samplers; None: one, and as many as there is room for (None)."""
     if samplers is None:
-        return sorted({1, os.cpu_count() or 1})
+        return [1, None]
     words = [w.strip() for w in samplers.split(",")]
-    if not all(w.isdigit() and int(w) > 0 for w in words):
+    if not all(re.fullmatch("[0-9]{1,6}", w) and int(w) > 0 for w in words):
         raise UserError(f"--samplers {samplers}: write numbers above 0 with commas between, for example 1,2,4")
     return sorted({int(w) for w in words})

@@ -296,7 +296,9 @@ class Generate(Section):
     steps: int = Field(16, ge=2, le=1000, description="from sigma_max; a start below it takes its share of them")
     sigma_min: float = Field(0.02, gt=0)
     sigma_max: float = Field(40.0, gt=0)
-    rho: float = Field(7.0, gt=0, description="Karras et al. 2022, equation 5; .inf: evenly spaced in the logarithm")
+    rho: float = Field(
+        7.0, gt=0, allow_inf_nan=True, description="Karras et al. 2022, equation 5; .inf: evenly spaced in the logarithm"
+    )
     batch_size: int = Field(64, ge=2, description="evaluations of the denoiser at a time; the same size gives the same images")
     part_size: int = Field(256, ge=1, description="images a part: what one worker does at a time, and a kill may lose")
     amp: bool = True

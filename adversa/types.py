@@ -9,6 +9,7 @@ ROLES = ("train", "mine", "select", "test")
 ARMS = ("real", "resample", "replay", "unguided", "guided")
 BEFORE = "before"  # the classifiers of arm `real` before the first round, where folded images change that arm
 PAINTED = ("unguided", "guided")  # the arms that have synthetic images
+FILLING = ("inpaint", "outpaint", "inout")  # the strategies that paint one part of a picture and keep the other
 STRATEGIES = ("sample", "vary", "inpaint", "outpaint", "inout", "blend")
 
 

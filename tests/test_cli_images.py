@@ -37,6 +37,8 @@ def test_an_order_is_painted_once(adversa, finished, tmp_path):
     assert len(list((tmp_path / "out").glob("*/*.png"))) == 5 and (tmp_path / "out/README.md").exists()
     again = adversa(*args)
     assert again.exit_code == 0 and "holds this order already" in again.output
+    refused(adversa("generate", run.root, "--out", tmp_path / "more"), "is a run: go on with it by --run-dir")
+    refused(adversa(*args, "--run-dir", run.root), "give one run")
     refused(adversa(*args, "--seed", 1), "holds another order (seed: 0 -> 1")
 
 
@@ -68,6 +70,8 @@ def test_an_image_again(adversa, finished, tmp_path):
     assert result.exit_code == 0 and "cpu, 8 rows a batch: identical" in result.output, (result.output, result.exception)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), tables.decode_png(rows[0]["image"]))
     refused(adversa("regenerate", run.root, "none"), "has no request none")
+    refused(adversa("regenerate", run.root, rows[0]["request_id"], "--out", tmp_path), "is a folder; give the name of a PNG")
+    assert adversa("regenerate", run.root, rows[0]["request_id"], "--out", tmp_path / "plain").exit_code == 0
     refused(adversa("regenerate", tmp_path, "none"), "is not a run")
 
 
@@ -81,6 +85,9 @@ def test_the_bench_measures_and_records(adversa, finished, tmp_path):
     rows = {r["name"]: r["value"] for r in json.loads((tmp_path / "record.json").read_text())["results"]}
     assert {"evaluations", "cost of hardness", "share of that peak", "memory", "pool of 1"} <= set(rows)
     assert all(v > 0 for v in rows.values()) and rows["share of that peak"] < 1
+    few = ("bench", "generate", run.root, "--images", 2, "--rounds", 1, "--engine", "local", "--set", "generate.steps=2")
+    refused(adversa(*few, "--samplers", "3"), "--samplers 3: there is room for 1")
+    refused(adversa("bench", "generate", run.root, "--samplers", "\u00b2"), "write numbers above 0")
     refused(adversa("bench", "generate", run.root, "--samplers", "1,x"), "--samplers 1,x: write numbers above 0")
 
 

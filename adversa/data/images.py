@@ -101,8 +101,7 @@ def _decode(record: Record, config: Data, reader: Reader) -> Decoded:
     side = config.resolution
     small = None
     if mask is not None:
-        if mask.size != image.size:
-            mask = mask.resize(image.size, Image.Resampling.NEAREST)
+        mask = _fit_mask(mask, image.size)
         small = np.where(np.asarray(square(mask, side, config.crop, Image.Resampling.BOX)) >= 128, 255, 0).astype(np.uint8)
     thumb = np.asarray(image.convert("L").resize((THUMB, THUMB), Image.Resampling.BOX))
     return Decoded(
@@ -113,6 +112,19 @@ def _decode(record: Record, config: Data, reader: Reader) -> Decoded:
         phash=int(perceptual_hash(thumb[None])[0]),
         thumb=thumb,
     )
+
+
+def _fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """0 and 255, of the picture's size. ValueError where its proportions are not the picture's.
+
+    What is at least half of the mask's largest value is lesion: masks come as 0 and 1 too.
+    """
+    (w, h), (width, height) = mask.size, size
+    if abs(w * height - h * width) > max(w * height, h * width) / 50:
+        raise ValueError(f"its mask has {w} x {h} pixels, the picture {width} x {height}: no size of the same picture")
+    peak = mask.getextrema()[1]
+    mask = mask.point(lambda v: 255 if peak and 2 * v >= peak else 0)
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.NEAREST)
 
 
 @contextmanager

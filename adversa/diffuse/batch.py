@@ -120,12 +120,12 @@ class Batch:
         self._order.append(slot)
         self.point[slot] = row.start.to(self.device)
         self.memory[slot], self.label[slot], self.skipped[slot] = 0, row.label, 0
-        if row.known is not None:
-            assert row.soft is not None
-            if self.known is None:
-                self.known, self.soft = torch.zeros_like(self.point), torch.ones_like(self.point[:, :1])
-            self.known[slot] = row.known.to(self.device)
-        if self.soft is not None:
+        if row.known is not None and self.known is None:
+            self.known, self.soft = torch.zeros_like(self.point), torch.ones_like(self.point[:, :1])
+        if self.known is not None and self.soft is not None:
+            assert (row.known is None) == (row.soft is None)
+            # Zeros where nothing is kept, not the row's before: NaN there would come through a weight of 0.
+            self.known[slot] = 0 if row.known is None else row.known.to(self.device)
             self.soft[slot] = 1 if row.soft is None else row.soft.to(self.device)
         if row.goal is not None:
             if self.goal is None:

@@ -17,7 +17,6 @@ from adversa.diffuse.edm import DenoiserFn
 
 # Rows a pass of a steering model. Always so many (a short pass is filled up), so that no row's gradient hangs on its neighbours.
 CHUNK = 8
-OBJECTIVES = ("loss", "entropy", "margin")
 
 
 class Answer(NamedTuple):
@@ -100,7 +99,8 @@ def _chunk(gradient: GradientFn, x0: Tensor, label: Tensor, rows: Tensor) -> Ten
 
 
 def pulled(guided: GuidedFn, goal: Tensor, strength: Tensor, factor: int) -> GuidedFn:
-    """x0 + strength (low(goal) - low(x0)): at 1 the low frequencies are the goal's (Choi et al. 2021, "ILVR", equation 7).
+    """x0 + strength (low(goal) - low(x0)): towards the goal's low frequencies (Choi et al. 2021, "ILVR", equation 7; as its filter
+    there, `low` is no projection: at 1 some of the difference is left).
 
     goal [B, C, h, w]; strength [B] on the CPU; low: as in `low_frequencies`, of `factor` pixels.
     """
@@ -136,8 +136,12 @@ def kept(guided: GuidedFn, known: Tensor, soft: Tensor) -> GuidedFn:
 
 
 def rms(x: Tensor) -> Tensor:
-    """[B, C, h, w] to [B], in float32."""
-    return x.float().square().mean((1, 2, 3)).sqrt()
+    """[B, C, h, w] to [B], in float32. CHUNK rows at a time: how a sum is split among threads hangs on its shape."""
+    chunks = []
+    for part in x.float().split(CHUNK):
+        filled = F.pad(part, (0, 0, 0, 0, 0, 0, 0, CHUNK - len(part)))
+        chunks.append(filled.square().mean((1, 2, 3)).sqrt()[: len(part)])
+    return torch.cat(chunks)
 
 
 def objective(logits: Tensor, label: Tensor, kind: str) -> Tensor:

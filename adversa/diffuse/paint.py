@@ -87,7 +87,7 @@ class Canvas:
             yield from self._decoded(waiting, asked, sources)
 
     def _goal(self, sources: Sources) -> Callable[[str], Tensor] | None:
-        """Of likeness in features: the example's own, of so many rows as a steering pass has."""
+        """Of likeness in features: the example's own."""
         features = self.steering.features
         if features is None:
             return None

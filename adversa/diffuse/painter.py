@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,24 +62,41 @@ class Painter:
             key = "hardness" if any(r.hardness for r in requests) else "likeness"
             raise UserError(f"generate.{key} is measured in classifier-free guidance, and the denoiser has no null class; set 0")
 
-    def paint(self, requests: Sequence[GenerationRequest], sources: Sources, config: cfg.Generate) -> list[Painted]:
+    def paint(
+        self, requests: Sequence[GenerationRequest], sources: Sources, config: cfg.Generate, steering: Steering | None = None
+    ) -> list[Painted]:
         """Every request, in the order asked."""
         self.check(requests, config)
-        found = {p.request.request_id: p for p in self.canvas(config).stream(requests, sources)}
+        found = {p.request.request_id: p for p in self.canvas(config, steering).stream(requests, sources)}
         return [found[r.request_id] for r in requests]
 
 
 def load(denoiser: Path, device: torch.device | str = "cpu", codec_folder: Path | None = None) -> Painter:
     """The painter of a denoiser's folder. codec_folder: its codec's; None: the folder `codec` beside it, as a run keeps them."""
     device = torch.device(device)
-    try:
-        kind = json.loads((Path(denoiser) / weights.CONFIG).read_text()).get("kind")
-    except (OSError, json.JSONDecodeError) as e:
-        raise UserError(f"{denoiser} holds no denoiser ({e}); give a denoiser's folder") from None
-    model, meta, fingerprint = (external if kind == external.KIND else edm).load(Path(denoiser), device)
+    model, meta, fingerprint = read(Path(denoiser), device)
     space = meta.get("codec")
     found = None if space is None else codec.load(codec_folder or Path(denoiser).parent / "codec", device, space)
     return Painter(model, found, meta, fingerprint, device)
+
+
+def read(folder: Path, device: torch.device) -> tuple[edm.DenoiserFn, dict[str, Any], str]:
+    """(denoiser, its config.json, fingerprint) of a folder of any kind. UserError where it holds none."""
+    return (external if _kind(folder) == external.KIND else edm).load(folder, device)
+
+
+def fingerprint(folder: Path) -> str:
+    """That of `read`, without building the model."""
+    if _kind(folder) == external.KIND:
+        return hashlib.sha256((folder / weights.CONFIG).read_bytes()).hexdigest()[:32]
+    return weights.read_model(folder)[2]
+
+
+def _kind(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / weights.CONFIG).read_text()).get("kind")
+    except (OSError, json.JSONDecodeError) as e:
+        raise UserError(f"{folder} holds no denoiser ({e}); give a denoiser's folder") from None
 
 
 @torch.no_grad()

@@ -25,9 +25,8 @@ from torch import Generator, Tensor
 from adversa import config as cfg
 from adversa.diffuse.batch import Course, Row
 from adversa.diffuse.solver import SOLVERS, karras_sigmas, share_of_steps
-from adversa.types import STRATEGIES, GenerationRequest, seed_of
+from adversa.types import FILLING, STRATEGIES, GenerationRequest, seed_of
 
-FILLING = ("inpaint", "outpaint", "inout")
 MIXED = (0.3, 0.7)  # of `blend`: the range of the second case's share
 
 
@@ -80,7 +79,8 @@ def row(
     generator, start = generator_of(request), start_of(request, config)
     noise = torch.randn(space.shape, generator=generator)
     made = Row(key, start * noise, course(request, start, config), request.label)
-    if request.likeness and request.example is not None:
+    if request.likeness:
+        assert request.example is not None, "likeness to nothing"
         made.goal = goal(request.example) if goal is not None else space.places[request.example]
     if request.strategy == "sample":
         return made

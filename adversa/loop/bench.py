@@ -21,7 +21,7 @@ import pyarrow as pa
 from adversa import config as cfg
 from adversa import tables
 from adversa.loop.parts import Make, Painted, Part, Work
-from adversa.types import GenerationRequest, seed_of
+from adversa.types import GenerationRequest, UserError, seed_of
 
 LEVELS = (0.5, 1.0, 2.0, 4.0)  # of the varied half of mixed requests
 CASE = "case"
@@ -168,10 +168,13 @@ def variants(config: cfg.Generate, classifier: bool) -> dict[str, cfg.Generate]:
 
 
 def generate(
-    denoiser: Path, classifier: Path | None, config: cfg.Generate, engines: dict[int, Callable[[], Any]], images: int, rounds: int,
-    base: Path,
+    denoiser: Path, classifier: Path | None, config: cfg.Generate, engines: dict[int | None, Callable[[], Any]], images: int,
+    rounds: int, base: Path,
 ) -> Iterator[Row]:  # fmt: skip
-    """Rates, costs of guidance, share of the peak, and memory of this process; then of engines: {samplers: makes an engine}."""
+    """Rates, costs of guidance, share of the peak, and memory of this process; then of engines: {samplers: makes an engine}.
+
+    None: as many samplers as there is room for. UserError where there is no room for a number. base: a folder that all nodes see.
+    """
     import statistics
 
     from adversa.diffuse import painter
@@ -206,15 +209,20 @@ def generate(
 
 
 def _scaling(
-    denoiser: Path, config: cfg.Generate, engines: dict[int, Callable[[], Any]], asked: Sequence[GenerationRequest], rounds: int,
-    base: Path,
+    denoiser: Path, config: cfg.Generate, engines: dict[int | None, Callable[[], Any]], asked: Sequence[GenerationRequest],
+    rounds: int, base: Path,
 ) -> Iterator[Row]:  # fmt: skip
     import statistics
 
     medians: dict[int, float] = {}
-    for samplers, make in engines.items():
+    for wanted, make in engines.items():
         engine = make()
         try:
+            samplers = engine.samplers()
+            if wanted not in (None, samplers):
+                raise UserError(f"--samplers {wanted}: there is room for {samplers}; take at most so many, or --engine ray")
+            if samplers in medians:
+                continue
             many = [replace(r, request_id=f"{r.request_id}-{k}") for k in range(samplers) for r in asked]  # as much for each
             medians[samplers] = statistics.median(pool_rate(engine, denoiser, config, many, base) for _ in range(rounds))
         finally:

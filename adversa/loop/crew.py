@@ -26,7 +26,7 @@ LOOK_SECONDS = 5.0  # between two questions how many workers there should be
 WAIT_SECONDS = 1.0  # for news, before the progress is told again
 NO_ROOM_SECONDS = 30.0  # without any worker placed, before that is said
 RATE_SECONDS = 30.0  # rates are over so long
-STARTS = 5  # of a worker that dies each time while it starts
+STARTS = 5  # of a worker that dies each time while it starts; four times as many where one has come up: then somebody kills them
 
 
 class Lost(Exception):
@@ -96,6 +96,7 @@ class Crew:
         self.members: dict[int, Member] = {}
         self.calls: dict[Any, tuple[Member, bool]] = {}  # not answered, oldest first; and whether it is a lease
         self.tallies: dict[int, Tally] = {}
+        self.came_up = False  # any worker, ever
         self.failed_starts: dict[int, int] = {}  # of a slot, since it last had a worker that was up
         self.rest_until: dict[int, float] = {}
         self.wanted, self.look_at, self.placed_at = 1, float("-inf"), clock()
@@ -191,7 +192,7 @@ class Crew:
             member.place = next(i for i in range(len(self.members) + 1) if i not in taken)
             self.calls[self.backend.load(member.worker, member.place)] = (member, False)
         else:
-            member.up = True
+            member.up = self.came_up = True
             self.failed_starts.pop(member.slot, None)
 
     def _returned(self, member: Member, found: Returned) -> None:
@@ -232,12 +233,13 @@ class Crew:
         self.leases.give_back(left)
 
     def _start_failed(self, slot: int, error: Lost) -> None:
-        """Tried again after a rest. An error where no worker is up, and every one that there was room for died STARTS times."""
+        """Tried again after a rest. An error where no worker is up, and every one that there was room for died too often."""
         failed = self.failed_starts[slot] = self.failed_starts.get(slot, 0) + 1
         self.rest_until[slot] = self.clock() + min(60.0, 2.0 ** (failed - 2))
         hopeful = any(m.up or (m.machine is not None and m.slot not in self.failed_starts) for m in self.members.values())
-        if not hopeful and min(self.failed_starts.values()) >= STARTS:
-            raise RuntimeError(f"no worker comes up, each died {STARTS} times while it started; the last: {error}") from error
+        most = STARTS * (4 if self.came_up else 1)
+        if not hopeful and min(self.failed_starts.values()) >= most:
+            raise RuntimeError(f"no worker comes up, each died {most} times while it started; the last: {error}") from error
 
     # ---- what is told -----------------------------------------------------------------------------------------------------
 

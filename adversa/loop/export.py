@@ -86,6 +86,12 @@ def export(
     return Exported(tally.images, dict(tally.classes), tally.not_finite, tally.unpainted, written)
 
 
+def images_in(out: Path) -> int:
+    """Images of an export that are there."""
+    pictures = sum(1 for p in out.glob("*/*.png") if not p.parent.name.startswith("."))
+    return pictures + sum(pq.read_metadata(p).num_rows for p in tables.parts(out / "data") if (out / "data").is_dir())
+
+
 def _asked(synthetic: Path, requests: Path, classes: Sequence[str], form: str) -> tuple[list[Path], dict[str, Any]]:
     """(parts of images, what the export is of). UserError where there is nothing to export, or not yet."""
     if (synthetic / runs.RECIPE).exists() and not runs.is_finished(synthetic):
@@ -104,8 +110,8 @@ def _asked(synthetic: Path, requests: Path, classes: Sequence[str], form: str) -
     return paths, asked
 
 
-def _claim(out: Path, asked: dict[str, Any]) -> None:
-    """UserError where `out` is anything but new, empty, or an export of the same images in the same format."""
+def check_out(out: Path, asked: dict[str, Any] | None = None) -> None:
+    """UserError where `out` is anything but new, empty, or an export (where `asked` is given: of the same)."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     if not out.is_dir() or not any(p for p in out.iterdir() if not p.name.startswith(".")):
@@ -113,7 +119,7 @@ def _claim(out: Path, asked: dict[str, Any]) -> None:
     saved = runs.read_json(out / MARK)
     if saved is None:
         raise UserError(f"--out {out} is not empty and not an export; give an empty or new folder")
-    if saved != asked:
+    if asked is not None and saved != asked:
         changed = "; ".join(runs.differences(saved, asked))
         raise UserError(f"--out {out} holds another export ({changed}); give an empty or new folder")
 
@@ -123,7 +129,7 @@ def _held(out: Path, asked: dict[str, Any]) -> Iterator[None]:
     """Hold `out`, rid of what a killed process left half-written. UserErrors name the option that gave it."""
     try:
         with runs.writing(out):
-            _claim(out, asked)
+            check_out(out, asked)
             out.mkdir(parents=True, exist_ok=True)
             with runs.lock(runs.RunDir(out)):
                 runs.sweep(runs.RunDir(out))
@@ -291,7 +297,7 @@ def parse_labels(text: str, classes: Sequence[str]) -> dict[int, int]:
             raise UserError(f"--labels {text}: {item.strip() or 'an empty entry'} is not a class and a number; {example}")
         if name not in classes:
             raise UserError(f"--labels {text}: there is no class {name}; {_nearest(name, classes)}")
-        if not re.fullmatch("[0-9]+", count) or int(count) == 0:
+        if not re.fullmatch("[0-9]{1,12}", count) or int(count) == 0:
             raise UserError(f"--labels {text}: {name}={count}: not a whole number above 0; {example}")
         if (label := list(classes).index(name)) in wanted:
             raise UserError(f"--labels {text}: {name} is given twice; give each class once")

@@ -50,7 +50,7 @@ def classes_of(denoiser: Path) -> list[str]:
 
 
 def check(order: Order) -> None:
-    """UserError for what cannot be ordered."""
+    """UserError for what cannot be ordered; nothing is written."""
     if order.run is None and order.strategy != "sample":
         raise UserError(
             f"--strategy {order.strategy} starts from real pictures, a denoiser alone has none; give a run, or --strategy sample"
@@ -63,6 +63,24 @@ def check(order: Order) -> None:
         )
     if order.form not in export.FORMATS:
         raise UserError(f"--format {order.form}: there is no such format; give {' or '.join(export.FORMATS)}")
+    export.check_out(order.out)
+    if order.run is not None:
+        painting.check_denoiser(order.denoiser, order.run.data)
+    attacked(order)
+    if order.config.weak:
+        painting.fingerprint(Path(order.config.weak))
+
+
+def attacked(order: Order) -> Path | None:
+    """The classifier that steers, where one does. UserError where the run has none yet."""
+    if order.run is None or not painting.steering_needs_classifier(order.config):
+        return None
+    found = regenerate.attacked_in(cfg.load(order.run.config), order.run, 1)
+    if not runs.is_finished(found):
+        raise UserError(
+            f"{order.run.root} has no finished classifier to steer by; train it with: adversa train --run-dir {order.run.root}"
+        )
+    return found
 
 
 def finished(order: Order) -> bool:
@@ -70,16 +88,25 @@ def finished(order: Order) -> bool:
     done = runs.read_json(order.work.root / "done.json")
     if done is None:
         return False
-    if done != _identity(order):
-        changed = "; ".join(runs.differences(done, _identity(order)))
+    if (asked := {k: v for k, v in done.items() if k != "images"}) != _identity(order):
+        changed = "; ".join(runs.differences(asked, _identity(order)))
         raise UserError(f"--out {order.out} holds another order ({changed}); give an empty or new folder")
+    if export.images_in(order.out) < done["images"]:
+        raise UserError(f"--out {order.out} held this order, but images are gone from it; give an empty or new folder")
     return True
 
 
 def _identity(order: Order) -> dict[str, object]:
     generate = order.config.model_dump(mode="json")
     asked = {"labels": {str(k): n for k, n in order.labels.items()}, "strategy": order.strategy, "seed": order.seed}
-    return {**asked, "format": order.form, "generate": generate, "denoiser": painting.fingerprint(order.denoiser)}
+    models: dict[str, object] = {"denoiser": painting.fingerprint(order.denoiser)}
+    if (steers := attacked(order)) is not None:
+        models["attacked"] = runs.fingerprint(steers)
+    if order.config.weak:
+        models["weak"] = painting.fingerprint(Path(order.config.weak))
+    if order.run is not None:
+        models["data"] = runs.fingerprint(order.run.data)
+    return {**asked, "format": order.form, "generate": generate, **models}
 
 
 def paint(order: Order, engine: Engine) -> export.Exported:
@@ -89,14 +116,14 @@ def paint(order: Order, engine: Engine) -> export.Exported:
     requests, synthetic = work.root / "requests", work.root / "synthetic"
     plan(order, requests)
     data = order.run.data if order.run is not None else None
-    attacked = None
-    if order.run is not None and painting.steering_needs_classifier(order.config):
-        attacked = regenerate.attacked_in(cfg.load(order.run.config), order.run, 1)
-    painting.generate(engine, requests, data, order.denoiser, attacked, order.config, synthetic)
-    trained_on = f"the role `train` of the run {order.run.root.name}" if order.run is not None else "not recorded"
+    painting.generate(engine, requests, data, order.denoiser, attacked(order), order.config, synthetic)
+    own = order.run is not None and "external" not in (runs.read_json(order.denoiser / CONFIG) or {})
+    trained_on = f"the role `train` of the run {order.run.root.name}" if own and order.run is not None else "not recorded"
     origin = export.Origin(str(order.denoiser), order.config.model_dump(mode="json"), order.seed, trained_on)
     found = export.export(synthetic, requests, classes, order.out, order.form, origin)
-    runs.write_json(work.root / "done.json", _identity(order))
+    if not found.images:
+        raise UserError(f"none of the {sum(order.labels.values())} images could be painted; {synthetic} says why (column fault)")
+    runs.write_json(work.root / "done.json", _identity(order) | {"images": found.images})
     for part in tables.parts(synthetic):
         part.unlink()
     return found
@@ -110,7 +137,8 @@ def plan(order: Order, out: Path) -> None:
 
     def body(progress: runs.Progress) -> Facts:
         examples = _examples(order) if order.strategy != "sample" or config.likeness else {}
-        asked = [_request(order, label, i, examples.get(label, [])) for label, n in order.labels.items() for i in range(n)]
+        whose = digest(_identity(order) | {"labels": None, "format": None}, size=10)  # more images of a class: the same, and more
+        asked = [_request(order, whose, label, i, examples.get(label, [])) for label, n in order.labels.items() for i in range(n)]
         for index, first in enumerate(range(0, len(asked), config.part_size)):
             tables.write_part(
                 out / tables.part_name(index), tables.to_table(asked[first : first + config.part_size], tables.REQUESTS)
@@ -120,9 +148,10 @@ def plan(order: Order, out: Path) -> None:
     run_step(out, recipe, body)
 
 
-def _request(order: Order, label: int, number: int, examples: Sequence[str]) -> GenerationRequest:
+# The id is the image's own; the noise is that of the same number in an order with other guidance: they can be compared.
+def _request(order: Order, whose: str, label: int, number: int, examples: Sequence[str]) -> GenerationRequest:
     config, strategy = order.config, order.strategy
-    key = digest("order", order.seed, label, strategy, number, size=10)
+    key, seed = digest("order", whose, label, number, size=10), seed_of("order", order.seed, label, strategy, number)
     start = {"sample": config.sigma_max, "vary": config.sigma_start, "blend": config.sigma_start}
     example = examples[number % len(examples)] if examples else None
     partner = None
@@ -131,7 +160,7 @@ def _request(order: Order, label: int, number: int, examples: Sequence[str]) -> 
         partner = examples[(number + 1 + number // n % (n - 1)) % n]
     return GenerationRequest(
         request_id=key, round=0, arm="order", strategy=strategy, label=label, example=example,
-        sigma_start=start.get(strategy, config.fill_sigma), guidance=config.guidance, seed=seed_of(key),
+        sigma_start=start.get(strategy, config.fill_sigma), guidance=config.guidance, seed=seed,
         partner=partner, hardness=config.hardness, likeness=config.likeness,
     )  # fmt: skip
 

@@ -20,12 +20,10 @@ from adversa import runs, tables
 from adversa.loop.engine import Engine
 from adversa.loop.parts import Painted, Part, Work
 from adversa.loop.step import Facts, cost, inputs, run_step
-from adversa.types import PAINTED, GenerationRequest, UserError, digest, request_id, seed_of
-from adversa.weights import read_model
+from adversa.types import FILLING, PAINTED, GenerationRequest, UserError, digest, request_id, seed_of
+from adversa.weights import CONFIG
 
 Row = dict[str, Any]
-FILLING = ("inpaint", "outpaint", "inout")
-
 
 # ---- planning ----------------------------------------------------------------------------------------------------------
 
@@ -94,7 +92,10 @@ def levels(engine: Engine, hard: Path, data: Path, denoiser: Path, judge: Path, 
     """For each hard case the largest of config.levels at which the judge still sees the label in what is painted from it (tables.
     LEVELS); the least where it sees it at none."""
     section = config.model_dump(mode="json", exclude={"per_case", "hardness", "likeness"}) | {"run": run}
-    recipe = runs.Recipe("levels", 1, section, inputs(hard=hard, denoiser=denoiser, judge=judge, data=data))
+    names = inputs(hard=hard, denoiser=denoiser, judge=judge, data=data)
+    if config.weak:
+        names |= {"weak": fingerprint(Path(config.weak))}
+    recipe = runs.Recipe("levels", 2, section, names)
 
     def body(progress: runs.Progress) -> Facts:
         cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
@@ -113,13 +114,18 @@ def make_levels(denoiser: Path, examples: Path, judge: Path, config: cfg.Generat
     from adversa.diffuse.strategy import Sources
 
     loaded, score, pictures = painter.load(denoiser, device_name()), make_scorer(judge), Pictures(examples)
+    guide = steering(loaded, None, config)
 
     def work(part: Part, path: Path) -> int:
-        cases = [(str(e), int(label)) for e, label in part.payload["cases"]]
+        """A case in part.skip has no row: it starts at config.sigma_start."""
+        cases = [(str(e), int(label)) for i, (e, label) in enumerate(part.payload["cases"]) if i not in part.skip]
         sources = Sources(pictures.images([e for e, _ in cases]))
         tried = sorted(config.levels)
         asked = [probe(part.payload["run"], e, label, level, config) for e, label in cases for level in tried]
-        painted = loaded.paint(asked, sources, config)
+        painted = loaded.paint(asked, sources, config, guide)
+        if not painted:
+            tables.write_part(path, tables.LEVELS.empty_table())
+            return 0
         logits = score(np.stack([p.image for p in painted]))[0].astype(np.float64)
         p = np.exp(logits - logits.max(1, keepdims=True))
         agreement = (p / p.sum(1, keepdims=True))[np.arange(len(p)), [r.label for r in asked]] * [x.finite for x in painted]
@@ -163,6 +169,9 @@ def generate(
     recipe = runs.Recipe("generate", 2, config.model_dump(mode="json"), names)
 
     def body(progress: runs.Progress) -> Facts:
+        if data is not None:
+            check_denoiser(denoiser, data)
+            check_masks(requests, data)
         paths = tables.parts(requests)
         parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
         started = time.perf_counter()
@@ -186,7 +195,33 @@ def _totals(out: Path) -> Facts:
 
 def fingerprint(denoiser: Path) -> str:
     """Of a denoiser's folder, whether a run trained it or it came alone."""
-    return runs.fingerprint(denoiser) if runs.is_finished(denoiser) else read_model(denoiser)[2]
+    from adversa.diffuse import painter
+
+    return runs.fingerprint(denoiser) if runs.is_finished(denoiser) else painter.fingerprint(denoiser)
+
+
+def check_denoiser(denoiser: Path, data: Path) -> None:
+    """UserError where a denoiser's classes or size are not those of the run's pictures."""
+    meta = runs.read_json(denoiser / CONFIG) or {}
+    theirs, ours = meta.get("classes"), (runs.read_json(data / "classes.json") or {}).get("classes")
+    mend = "give the denoiser that was trained on these pictures"
+    if theirs != ours:
+        raise UserError(f"{denoiser} has the classes {theirs}, the run's pictures {ours}; {mend}")
+    codec = runs.read_json(denoiser.parent / "codec" / CONFIG) or {} if meta.get("codec") else {}
+    side = meta["resolution"] * codec.get("factor", 1)
+    first = next(iter(tables.parts(data / "mine")), None)
+    if first is None or not (rows := next(pq.ParquetFile(first).iter_batches(1, columns=["image"]))).num_rows:
+        return
+    if (picture := tables.decode_png(rows["image"][0].as_py()).shape[0]) != side:
+        raise UserError(f"{denoiser} paints {side} x {side} pixels, the run's pictures have {picture} x {picture}; {mend}")
+
+
+def check_masks(requests: Path, data: Path) -> None:
+    """UserError where a picture that is to be filled in has a mask of its own that cannot be used."""
+    asked = tables.read(requests, ["example", "strategy"], tables.REQUESTS)
+    wanted = asked.filter(pc.is_in(asked["strategy"], pa.array(FILLING)))["example"].unique()
+    if len(wanted):
+        Pictures(data / "mine").check_masks(wanted.to_pylist())
 
 
 def steering_needs_classifier(config: cfg.Generate) -> bool:
@@ -203,7 +238,8 @@ def make_paint(denoiser: Path, examples: Path | None, attacked: Path | None, con
     def work(part: Part, path: Path) -> Painted:
         requests = read_requests(Path(part.payload["path"]))
         given = sources([r for i, r in enumerate(requests) if i not in part.skip], pictures, config)
-        faults = {i: fault for i, r in enumerate(requests) if (fault := part.skip.get(i) or unpaintable(r, given)) is not None}
+        faults = dict(part.skip)  # a reason may be empty: of rows that a trial leaves out
+        faults |= {i: why for i, r in enumerate(requests) if i not in faults and (why := unpaintable(r, given)) is not None}
         wanted = [r for i, r in enumerate(requests) if i not in faults]
         loaded.check(wanted, config)
         painted = {p.request.request_id: p for p in canvas.stream(wanted, given)}
@@ -274,9 +310,9 @@ def steering(loaded: Any, attacked: Path | None, config: cfg.Generate) -> Any:
 
 def _weak(loaded: Any, name: str) -> Any:
     """The denoiser of autoguidance. UserError where it is not one of the same classes and space."""
-    from adversa.diffuse import edm
+    from adversa.diffuse import painter
 
-    denoiser, meta, _ = edm.load(Path(name), loaded.device)
+    denoiser, meta, _ = painter.read(Path(name), loaded.device)
     for key, default in (("classes", None), ("resolution", None), ("channels", 3), ("codec", None)):
         theirs, ours = meta.get(key, default), loaded.meta.get(key, default)
         if theirs != ours:
@@ -298,6 +334,21 @@ def sources(requests: Sequence[GenerationRequest], pictures: Pictures, config: c
 class Pictures:
     """Examples of a role by id: their images, and the masks of their lesions."""
 
+    def check_masks(self, ids: Sequence[str]) -> None:
+        """UserError where a mask that the data set gave can't be read, is empty or has another size than its picture."""
+        from adversa.data import masks
+
+        rows = self._rows(ids, ["id", "mask", "image"]).filter(pc.field("mask").is_valid())
+        for batch in rows.to_batches(tables.ROW_GROUP):
+            if batch.num_rows:
+                pixels = tables.decode_images(batch.column("image"))
+                masks.of_rows(batch.column("mask").to_pylist(), pixels, batch.column("id").to_pylist())
+
+    def _rows(self, ids: Sequence[str], columns: list[str]) -> pa.Table:
+        assert self.folder is not None, "masks of no examples"
+        source = ds.dataset([str(p) for p in tables.parts(self.folder)])
+        return source.to_table(columns=columns, filter=pc.field("id").isin(list(ids)))
+
     def __init__(self, folder: Path | None) -> None:
         from adversa.data.loader import ImageTable
 
@@ -312,11 +363,7 @@ class Pictures:
         all but the lesion so grown. margin, feather: shares of the side. The data set's own masks, or masks that were found."""
         from adversa.data import masks
 
-        assert self.folder is not None, "masks of no examples"
-        images = self.images(ids)
-        rows = ds.dataset([str(p) for p in tables.parts(self.folder)]).to_table(
-            columns=["id", "mask"], filter=pc.field("id").isin(list(ids))
-        )
+        images, rows = self.images(ids), self._rows(ids, ["id", "mask"])
         given = dict(zip(rows["id"].to_pylist(), rows["mask"].to_pylist(), strict=True))
         pixels = np.stack([images[i] for i in ids])
         lesion, _ = masks.of_rows([given[i] for i in ids], pixels, list(ids))

@@ -44,19 +44,18 @@ class Regenerated:
 def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path) -> Regenerated:
     """By the run's own denoiser, classifier and settings, in a batch of the run's size.
 
-    temporary: a folder to paint into. UserError where the run has no such image, or its models are not those that painted it.
+    temporary: a folder to paint into. UserError where the run has no such image, its denoiser's weights are not those that painted
+    it, or the classifier or weak denoiser that steered was trained again since.
     """
     import torch
 
     number, part, row = find(config, run, request_id)
     request = painting.read_requests(part)[row]
     stored = pq.read_table(run.round(number, "synthetic") / part.name).to_pylist()[row]
-    if stored["fault"]:
+    if stored.get("fault"):  # runs of earlier versions have no such column
         raise UserError(f"request {request_id} was not painted ({stored['fault']}); there is no image to compare with")
-    now = runs.fingerprint(run.denoiser)
-    if stored["denoiser"] != now:
-        raise UserError(f"request {request_id} was painted by the denoiser {stored['denoiser']}, {run.denoiser} holds {now} now")
     attacked = attacked_in(config, run, number) if painting.steering_needs_classifier(config.generate) else None
+    _check_steering(run.round(number, "synthetic"), attacked, config.generate)
     torch.set_num_threads(config.cluster.sampler_threads)
     work = painting.make_paint(run.denoiser, run.data / "mine", attacked, config.generate)
     alone = temporary / "requests.parquet"
@@ -64,9 +63,22 @@ def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path
     started = time.perf_counter()
     work(Part(0, 1, {"path": str(alone)}), temporary / tables.part_name(0))
     seconds = time.perf_counter() - started
-    image = tables.decode_png(pq.read_table(temporary / tables.part_name(0))["image"][0].as_py())
+    painted = pq.read_table(temporary / tables.part_name(0)).to_pylist()[0]
+    if (now := painted["denoiser"]) != stored["denoiser"]:
+        raise UserError(f"request {request_id} was painted by the denoiser {stored['denoiser']}, {run.denoiser} holds {now} now")
+    image = tables.decode_png(painted["image"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Regenerated(request, image, tables.decode_png(stored["image"]), device, config.generate.batch_size, seconds)
+
+
+def _check_steering(synthetic: Path, attacked: Path | None, generate: cfg.Generate) -> None:
+    then = (runs.read_json(synthetic / runs.RECIPE) or {}).get("inputs", {})
+    now = {"attacked": runs.fingerprint(attacked)} if attacked else {}
+    if generate.weak:
+        now["weak"] = painting.fingerprint(Path(generate.weak))
+    for name, found in now.items():
+        if name in then and then[name] != found:
+            raise UserError(f"{synthetic} was painted by another `{name}` model ({then[name]}) than there is now ({found})")
 
 
 def find(config: cfg.Config, run: RunDir, request_id: str) -> tuple[int, Path, int]:

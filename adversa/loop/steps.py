@@ -158,7 +158,8 @@ def check_weights(config: cfg.Config) -> None:
 
     if config.denoiser.external:
         external.places(config.denoiser.external)
-    for name in (config.classifier.weights, config.curate.judge and config.curate.judge.weights, config.denoiser.weights):
+    judge = config.curate.judge and config.curate.judge.weights
+    for name in (config.classifier.weights, judge, config.denoiser.weights, config.generate.weak):
         if name not in (None, "imagenet", "phantom"):
             weight_file(name)
     seen = runs.read_json(edm.SHIPPED / "config.json") or {}

@@ -137,6 +137,10 @@ def test_masks_stay_binary_and_follow_the_crop(tmp_path):
     assert ((got.image[..., 0] > 127) == (got.mask == 255)).mean() > 0.95
     small = decode(encoded(picture), encoded(picture[::2, ::2, 0].copy()), tmp=tmp_path)  # a mask of another size
     assert (small.mask == got.mask).mean() > 0.9
+    ones = decode(encoded(picture), encoded(picture[..., 0] // 255), tmp=tmp_path)  # 0 and 1 in place of 0 and 255
+    assert np.array_equal(ones.mask, got.mask)
+    other = decode(encoded(picture), encoded(picture[:, :20, 0].copy()), tmp=tmp_path, on_error="skip")
+    assert other.problem == "its mask has 20 x 40 pixels, the picture 60 x 40: no size of the same picture"
 
 
 def test_ids_come_from_pixels(tmp_path):

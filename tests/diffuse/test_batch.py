@@ -143,6 +143,13 @@ def test_known_pixels_come_back_exactly_and_slots_are_clean_afterwards() -> None
             torch.testing.assert_close(x0, alone(row(k, 4, 2)), atol=1e-5, rtol=1e-5)
 
 
+def test_what_was_kept_of_a_row_before_cannot_spoil_the_next() -> None:
+    rows = [row(0, 4, 1), row(1, 4, 1), row(2, 4, 1)]
+    rows[0].known, rows[0].soft = torch.full(SHAPE, float("nan")), torch.zeros(1, 4, 4)
+    found = {f.key: f.x0 for f in batch(Spy(), 2).run(iter(rows))}
+    assert found[0].isnan().all() and found[1].isfinite().all() and found[2].isfinite().all()
+
+
 def test_a_row_may_be_followed_by_one_made_of_its_end() -> None:
     def then(end: Tensor) -> Row:
         return Row(0, end + 1, course(dpmpp_2m(karras_sigmas(1.0, 0.05, 7.0, 3))), 1)

@@ -41,6 +41,17 @@ def flags(*rows: int) -> Tensor:
     return torch.tensor([i in rows for i in range(5)])
 
 
+def test_a_rows_size_does_not_hang_on_how_many_there_are() -> None:
+    x = torch.randn(20, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(rms(x), torch.cat([rms(r[None]) for r in x])) and torch.equal(rms(x)[3:14], rms(x[3:14]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(rms(x), x.square().mean((1, 2, 3)).sqrt())
+
+
 def test_equation_and_rows() -> None:
     model, scale = Counter(), torch.tensor([3.0, 1.0, 3.0, 3.0, 0.0])
     conditional, null = model(X, SIGMA, LABEL), model(X, SIGMA, torch.full_like(LABEL, NULL))

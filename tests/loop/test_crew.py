@@ -302,6 +302,15 @@ def test_where_none_comes_up_the_step_ends():
     assert len(world.stopped) <= 10 and world.now < 15
 
 
+def test_workers_that_are_killed_while_they_start_are_replaced_for_longer_once_one_was_up():
+    world = World(dies={0: 6.0} | {n: 0.0 for n in range(1, 12)})
+    go(world, parts_of(20), size=lambda: 1)
+    assert committed(world) == dict.fromkeys(range(20), 1) and len(world.stopped) == 13
+    world = World(dies={0: 6.0} | {n: 0.0 for n in range(1, 99)})
+    with pytest.raises(RuntimeError, match="each died 20 times while it started"):
+        go(world, parts_of(20), size=lambda: 1)
+
+
 def test_one_that_never_comes_up_does_not_stop_the_others():
     world = World(dies={n: 0.0 for n in range(1, 99)})
     go(world, parts_of(100), size=lambda: 2)

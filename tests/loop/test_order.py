@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -13,9 +14,10 @@ from PIL import Image
 
 from adversa import tables
 from adversa.diffuse import edm
-from adversa.loop import order
+from adversa.loop import order, painting
 from adversa.loop.engine import LocalEngine
 from adversa.loop.order import Order
+from adversa.runs import RunDir
 from adversa.types import UserError
 
 
@@ -109,8 +111,49 @@ def test_hardness_takes_the_runs_classifier(finished, tmp_path):
     order.paint(of_run(finished, tmp_path, out=tmp_path / "plain"), LocalEngine(1, 1))
     pushed = of_run(finished, tmp_path, out=tmp_path / "pushed", generate={"hardness": 1.0, "hardness_every": 1})
     order.paint(pushed, LocalEngine(1, 1))
-    names = [r["file_name"] for r in listed(pushed.out)]
-    assert any((tmp_path / "plain" / n).read_bytes() != (tmp_path / "pushed" / n).read_bytes() for n in names)
+    one, other = ({r["seed"]: (o / r["file_name"]).read_bytes() for r in listed(o)} for o in (tmp_path / "plain", pushed.out))
+    assert one.keys() == other.keys() and one != other  # the same noise, other pictures
+
+
+def test_no_classifier_to_steer_by_is_refused(finished, tmp_path):
+    _, run = finished
+    moved = RunDir(shutil.copytree(run.root, tmp_path / "run"))
+    shutil.rmtree(moved.root / "round-000")
+    steered = of_run((finished[0], moved), tmp_path, generate={"hardness": 1.0})
+    with pytest.raises(UserError, match="has no finished classifier to steer by; train it with: adversa train"):
+        order.check(steered)
+
+
+def test_a_folder_with_other_things_is_refused_before_anything_is_painted(alone):
+    alone.out.mkdir()
+    (alone.out / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and not an export"):
+        order.check(alone)
+    assert [p.name for p in alone.out.iterdir()] == ["mine.txt"]
+
+
+def test_images_that_are_gone_are_not_called_done(alone):
+    order.paint(alone, LocalEngine(1, 1))
+    assert order.finished(alone)
+    next(alone.out.glob("*/*.png")).unlink()
+    with pytest.raises(UserError, match="images are gone from it"):
+        order.finished(alone)
+
+
+@pytest.mark.parametrize("key", ["classes", "resolution"])
+def test_a_denoiser_of_other_pictures_is_refused(finished, tmp_path, key):
+    _, run = finished
+    moved = RunDir(shutil.copytree(run.root, tmp_path / "run"))
+    meta = json.loads((moved.denoiser / "config.json").read_text())
+    meta[key] = meta[key][::-1] if key == "classes" else 48
+    (moved.denoiser / "config.json").write_text(json.dumps(meta))
+    wanted = replace(of_run((finished[0], moved), tmp_path), denoiser=moved.denoiser)
+    with pytest.raises(UserError, match="has the classes" if key == "classes" else "paints 48 x 48 pixels, the run's .* 32 x 32"):
+        order.check(wanted)
+    with pytest.raises(UserError):
+        painting.generate(
+            LocalEngine(1, 1), run.round(1, "requests"), moved.data, moved.denoiser, None, wanted.config, tmp_path / "s"
+        )
 
 
 def test_what_a_denoiser_alone_cannot_do_is_refused(alone):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -113,6 +114,43 @@ def test_rows_that_are_given_up_are_marked_and_the_others_painted_as_ever(finish
     assert painting.request_name(order, 1) == f"request {ids[1].request_id}"
 
 
+def test_a_poisonous_request_is_found_and_left_out_by_the_real_work(finished, tmp_path):
+    """The pool tries rows alone to find the one that fails: what painting leaves out then must be what it was told to."""
+    config, run = finished
+    asked = painting.read_requests(tables.parts(run.round(1, "requests"))[0])
+    # 200 requests: one in a hundred may be given up
+    many = [replace(asked[i % len(asked)], request_id=f"r{i:03d}", arm="unguided", strategy="sample", example=None,
+                    sigma_start=40.0, likeness=0.0, hardness=0.0) for i in range(200)]  # fmt: skip
+    many[77] = replace(many[77], label=99)
+    for i in range(0, 200, 50):
+        tables.write_part(tmp_path / "requests" / tables.part_name(i // 50), tables.to_table(many[i : i + 50], tables.REQUESTS))
+    generate = config.generate.model_copy(update={"steps": 2})
+    parts = [Part(i, 50, {"path": str(p)}) for i, p in enumerate(tables.parts(tmp_path / "requests"))]
+    make = partial(painting.make_paint, run.denoiser, None, None, generate)
+    shares = LocalEngine(1, 1).map_parts(make, parts, tmp_path / "out", lambda _: None, painting.request_name)
+    failed = [f for share in shares for f in share.failed]
+    assert [f.name for f in failed] == ["request r077"], failed
+    rows = tables.read(tmp_path / "out").to_pylist()
+    assert [r["request_id"] for r in rows if r["fault"]] == ["r077"] and sum(r["finite"] for r in rows) == 199
+
+
+def test_a_mask_that_cannot_be_used_is_refused_before_anything_is_painted(finished, tmp_path):
+    config, run = finished
+    data = shutil.copytree(run.data, tmp_path / "data")
+    case = tables.read(run.round(1, "hard"), schema=tables.HARD_CASES).sort_by("rank").to_pylist()[-1]["example"]
+    for path in tables.parts(data / "mine"):
+        rows = tables.pq.read_table(path).to_pylist()
+        for r in rows:
+            if r["id"] == case:
+                r["mask"] = tables.encode_png(np.zeros((32, 32), np.uint8))
+        tables.write_part(path, tables.pa.Table.from_pylist(rows, schema=tables.pq.read_schema(path)))
+    generate = config.generate.model_copy(update={"strategy": "inpaint", "part_size": 4})
+    painting.plan(run.round(1, "hard"), None, "run", 1, ["real", "guided"], generate, tmp_path / "requests")
+    with pytest.raises(UserError, match=f"mask of {case}: empty"):
+        painting.generate(LocalEngine(1, 1), tmp_path / "requests", data, run.denoiser, None, generate, tmp_path / "out")
+    assert not tables.parts(tmp_path / "out")
+
+
 def test_a_denoiser_that_is_not_finite_ends_the_step_at_its_first_part(finished, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -192,6 +230,34 @@ def test_levels_are_found_for_every_case(finished, tmp_path):
     assert {r["example"] for r in rows} == set(tables.read(run.round(1, "hard"))["example"].to_pylist())
     assert all(r["sigma_start"] in (0.5, 4.0) and 0 <= r["agreement"] <= 1 for r in rows)
     assert all(r["agreement"] >= 0.5 for r in rows if r["sigma_start"] == 4.0)
+
+
+def test_levels_leave_out_what_they_are_told_to_and_heed_the_weak_denoiser(finished, tmp_path):
+    config, run = finished
+    cases = tables.read(run.round(1, "hard")).to_pylist()[:3]
+    part = Part(0, 3, {"cases": [(c["example"], c["label"]) for c in cases], "run": "run"}, {1: "it died"})
+    found = {}
+    for weak in (None, str(run.denoiser)):
+        generate = config.generate.model_copy(update={"levels": [0.5, 4.0], "adaptive": True, "weak": weak, "guidance": 3.0})
+        painting.make_levels(run.denoiser, run.data / "mine", run.judge, generate)(part, tmp_path / "levels.parquet")
+        found[weak] = tables.pq.read_table(tmp_path / "levels.parquet").to_pylist()
+        assert [r["example"] for r in found[weak]] == [cases[0]["example"], cases[2]["example"]]
+    one, other = ([r["agreement"] for r in rows] for rows in found.values())
+    assert one != other
+    everyone = Part(0, 1, {"cases": part.payload["cases"][:1], "run": "run"}, {0: "it died"})
+    assert painting.make_levels(run.denoiser, run.data / "mine", run.judge, generate)(everyone, tmp_path / "none.parquet") == 0
+
+
+def test_an_image_steered_by_a_model_that_changed_since_is_not_painted_again(finished, tmp_path):
+    config, run = finished
+    moved = runs.RunDir(shutil.copytree(run.root, tmp_path / "run"))
+    steered = config.model_copy(update={"generate": config.generate.model_copy(update={"hardness": 0.5})})
+    recipe = moved.round(1, "synthetic") / runs.RECIPE
+    saved = runs.read_json(recipe)
+    runs.write_json(recipe, saved | {"inputs": saved["inputs"] | {"attacked": "another"}})
+    asked = tables.read(moved.round(1, "requests"))["request_id"][0].as_py()
+    with pytest.raises(UserError, match="was painted by another `attacked` model"):
+        regenerate.regenerate(steered, moved, asked, tmp_path)
 
 
 def test_a_weak_denoiser_that_does_not_fit_is_refused(finished, tmp_path):
