@@ -26,6 +26,21 @@ def imagenet_weights() -> Path:
     return path
 
 
+@pytest.fixture
+def adversa(monkeypatch):
+    """Runs a command in this process."""
+    from typer.testing import CliRunner
+
+    from adversa.cli import app
+
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*args):
+        return CliRunner().invoke(app, [str(a) for a in args])
+
+    return run
+
+
 TINY = {
     "data": {"source": "phantom", "resolution": 32, "part_rows": 64, "phantom": {"images": 300}},
     "classifier": {

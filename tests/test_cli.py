@@ -10,10 +10,8 @@ import time
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from adversa import runs
-from adversa.cli import app
 from adversa.loop import cycle
 from adversa.runs import RunDir
 
@@ -42,17 +40,6 @@ def micro(tmp_path):
     path = tmp_path / "micro.yaml"
     path.write_text(yaml.safe_dump(MICRO))
     return path
-
-
-@pytest.fixture
-def adversa(monkeypatch):
-    """Runs a command in this process."""
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*args):
-        return CliRunner().invoke(app, [str(a) for a in args])
-
-    return run
 
 
 def mendable(result, *parts):

@@ -8,21 +8,9 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from adversa import tables
-from adversa.cli import app
 from adversa.diffuse.edm import SHIPPED
-
-
-@pytest.fixture
-def adversa(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*args):
-        return CliRunner().invoke(app, [str(a) for a in args])
-
-    return run
 
 
 def refused(result, text):

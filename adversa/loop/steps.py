@@ -154,12 +154,14 @@ def weight_file(name: str) -> Path:
 
 def check_weights(config: cfg.Config) -> None:
     """Before anything runs: the weight files are there, and the shipped denoiser has not seen this run's pictures."""
-    from adversa.diffuse import edm, external
+    from adversa.diffuse import edm, external, painter
 
     if config.denoiser.external:
         external.places(config.denoiser.external)
     judge = config.curate.judge and config.curate.judge.weights
-    for name in (config.classifier.weights, judge, config.denoiser.weights, config.generate.weak):
+    if config.generate.weak and config.mix.arms != ["real"]:
+        painter.fingerprint(Path(config.generate.weak))
+    for name in (config.classifier.weights, judge, config.denoiser.weights):
         if name not in (None, "imagenet", "phantom"):
             weight_file(name)
     seen = runs.read_json(edm.SHIPPED / "config.json") or {}

@@ -455,3 +455,10 @@ def test_test_has_no_say_in_the_near_copy_threshold_but_is_in_the_index(finished
     assert len(set(before)) == 3
     shutil.rmtree(data / "test")
     assert [steps.near_copy_threshold(data, q) for q in (0.6, 0.8, 0.9)] == before
+
+
+def test_a_weak_denoiser_that_is_none_is_refused_before_the_first_training(tiny, tmp_path):
+    config = short(tiny, generate={"weak": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match="nowhere holds no denoiser"):
+        go(config, tmp_path / "run")
+    assert not (tmp_path / "run/round-000/real/seed-0").exists()
