@@ -96,11 +96,24 @@ def _stage_command(name: str, text: str) -> None:
 
 
 for _name, _text in {
-    "loop": "Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run it again to resume.",
     "prepare": "Read the images, split them by lesion into roles, write Parquet.",
     "curate": "Give every painted image a verdict (and what comes before).",
 }.items():
     _stage_command(_name, _text)
+
+
+@app.command()
+@exits
+def loop(
+    config: ConfigPath = None,
+    reopen_test: Annotated[
+        bool, typer.Option("--reopen-test", help="Allow test to be opened again where it was before; the report then says so.")
+    ] = False,
+    run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None, engine: EngineName = "ray",
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run it again to resume."""
+    _execute("loop", config, run_dir, set_ or [], rounds, seed, engine, verbose, reopen_test)
 
 
 @app.command()
@@ -305,6 +318,7 @@ def _execute(
     seed: int | None,
     engine_name: str,
     verbose: bool,
+    reopen: bool = False,
 ) -> None:
     from rich.console import Console
 
@@ -328,11 +342,11 @@ def _execute(
         raise UserError(f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add unguided or guided")
     root = _root(path, run_dir)
     screen = Console()
-    run = cycle.open_run(config, root)
+    run = cycle.open_run(config, root, reopen)
     with runs.lock(run), _terminable():
         runs.set_status(run, "running", "starting")
         try:
-            worked = _cycle(command, config, run, engine_name, verbose, screen)
+            worked = _cycle(command, config, run, engine_name, verbose, screen, reopen)
         except KeyboardInterrupt as stop:
             runs.set_status(run, "stopped")
             code = 143 if stop.args == ("SIGTERM",) else 130
@@ -355,18 +369,20 @@ def _execute(
         screen.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def _cycle(command: str, config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any) -> Any:
+def _cycle(command: str, config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any, reopen: bool) -> Any:
     from adversa import console
     from adversa.loop import cycle
     from adversa.report import page
 
     until = None if command == "loop" else command
+    if until is None:
+        cycle.review(config, run, reopen)  # what it sets aside is to be done again
     if not cycle.todo(config, run, until):
         return None
     with console.Watch(screen, config, run):
         engine = _engine(engine_name, config, run, verbose)
         try:
-            return cycle.run(config, run, engine, page.write, until, since=STARTED)
+            return cycle.run(config, run, engine, page.write, until, since=STARTED, reopen=reopen)
         finally:
             engine.close()
 

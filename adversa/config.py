@@ -323,10 +323,35 @@ class Generate(Section):
 
 class Curate(Section):
     min_agreement: float = Field(0.2, ge=0, le=1, description="least probability an independent judge gives the asked label")
-    near_copy_quantile: float = Field(
-        0.99, gt=0.5, le=1, description="closer to a real image than this share of different lesions are to each other: a near copy"
+    max_agreement: float = Field(
+        0.99, gt=0, le=1, description="largest such probability: what the judge is surer of is trivial; 1: off"
     )
-    judge: Classifier | None = Field(None, description="the judge's own classifier section; null: as the classifier, other seed")
+    near_copy_quantile: float = Field(
+        0.995,
+        gt=0.5,
+        le=1,
+        description="closer to a real image than this share of different lesions are to each other: a near copy",
+    )
+    realism_quantile: float | None = Field(
+        0.98,
+        gt=0.5,
+        le=1,
+        description="farther from the manifold of real images than this share of held-out real ones: unlike them; null: off",
+    )
+    min_contrast: float | None = Field(2.0, ge=0, description="least standard deviation of brightness, grey levels; null: off")
+    max_clipped: float | None = Field(0.5, ge=0, le=1, description="largest share of values that are 0 or 255; null: off")
+    twins: bool = Field(True, description="of near copies among the synthetic images of an arm the first by id is kept")
+    quota: int | None = Field(None, ge=1, description="images kept of one hard case, an arm and round; null: all")
+    folds: int = Field(2, ge=2, le=10, description="judges, each trained without one fold of the lesions of train")
+    judge: Classifier | None = Field(
+        None, description="the judges' own classifier section; null: as the classifier, from scratch, of another architecture"
+    )
+
+    @model_validator(mode="after")
+    def _band(self) -> Curate:
+        if not self.min_agreement < self.max_agreement:
+            raise ValueError(f"min_agreement {self.min_agreement:g} must be below max_agreement {self.max_agreement:g}")
+        return self
 
 
 class Mix(Section):
@@ -521,7 +546,7 @@ class Config(Section):
         """Every worker of a training needs a row of each batch."""
         workers, paints = self.cluster.training_workers, self.mix.paints
         trained = {
-            "classifier": self.classifier, "curate.judge": self.curate.judge if paints else None,
+            "classifier": self.classifier, "curate.judge": judge_of(self) if paints else None,
             "denoiser": self.denoiser if paints and not self.denoiser.external else None,
             "codec": self.codec if paints and self.codec.is_fitted else None,
         }  # fmt: skip
@@ -545,6 +570,27 @@ class Config(Section):
             latents = f", its latents' side {resolution >> halvings}," if halvings else ""
             levels = " * 2^(levels - 1)" if unet else ""
             raise ValueError(f"data.resolution {resolution}{latents} must be a multiple of denoiser.patch{levels} = {factor}")
+
+
+def judge_of(config: Config) -> Classifier:
+    """The judges' section: as given, or the classifier's with another architecture that suits a judge from scratch.
+
+    A ConvNeXt of four narrow stages (depth-wise convolutions, layer normalisation) beside a residual network; beside a ConvNeXt the
+    classifier's own default.
+    """
+    if config.curate.judge is not None:
+        return config.curate.judge
+    default = {name: Classifier.model_fields[name].default for name in Classifier.model_fields}
+    kept = {k: v for k, v in config.classifier if k not in _OF_PRETRAINED}
+    if config.classifier.model.startswith("convnext"):
+        return Classifier(**kept | {k: default[k] for k in ("model", "model_args", "lr")})
+    stem = 2 if config.data.resolution <= 48 else 4
+    args = {"depths": [1, 1, 2, 1], "dims": [32, 64, 128, 256], "patch_size": stem}
+    return Classifier(**kept | {"model": "convnext_atto", "model_args": args, "lr": default["lr"]})
+
+
+# Of the classifier's section, what says how a pretrained network is tuned, and what fits one architecture alone.
+_OF_PRETRAINED = ("model", "model_args", "weights", "input_size", "first_size", "lr", "layer_decay", "head_steps", "freeze_norm")
 
 
 def packaged(name: str) -> Path:

@@ -27,7 +27,7 @@ from typing import Any
 from adversa.tables import replace_bytes
 from adversa.types import UserError, digest
 
-RECIPE, MANIFEST, PROGRESS = "recipe.json", "manifest.json", "progress.json"
+RECIPE, MANIFEST, PROGRESS, OPENED = "recipe.json", "manifest.json", "progress.json", "opened.json"
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,23 @@ class RunDir:
         return self.root / "judge"
 
     @property
+    def features(self) -> Path:
+        """What two classifiers make of the real images, a folder for each role: the gate measures distances in them."""
+        return self.root / "features"
+
+    @property
+    def limits(self) -> Path:
+        """What a painted image must keep to, as measured on real images."""
+        return self.root / "limits"
+
+    @property
     def test(self) -> Path:
         return self.root / "test"
+
+    @property
+    def openings(self) -> Path:
+        """Every time `test` was opened: outside its folder, which may be deleted."""
+        return self.root / "openings.json"
 
     @property
     def select(self) -> Path:
@@ -104,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
@@ -126,10 +141,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
-def open_run(root: Path, recipe: dict[str, Any], config_yaml: str) -> RunDir:
+def open_run(root: Path, recipe: dict[str, Any], config_yaml: str, reopen: bool = False) -> RunDir:
     """Create the run folder, or check that it was made by the same recipe.
 
-    UserError with the fields that differ, or why the folder can't be written.
+    reopen: `test` may be opened again, so how it is read may differ where it was opened before (READING). UserError with the fields
+    that differ, or why the folder can't be written.
     """
     run = RunDir(root)
     with _opening(root):
@@ -150,8 +166,15 @@ def open_run(root: Path, recipe: dict[str, Any], config_yaml: str) -> RunDir:
                     stale.unlink()
             write_json(run.recipe, {"recipe": recipe, "created": now()})
             replace_bytes(run.config, config_yaml.encode())
+    elif changed and reopen and _only_reads(run, changed) and not is_locked(run):
+        with _opening(root):
+            write_json(run.recipe, saved | {"recipe": recipe})
+            replace_bytes(run.config, config_yaml.encode())
     elif changed:
-        raise UserError(f"{root} was made by another recipe ({'; '.join(changed)}); use those values again, or another --run-dir")
+        again = ", or --reopen-test: test is read a second time, and the report says so" if _only_reads(run, changed) else ""
+        raise UserError(
+            f"{root} was made by another recipe ({'; '.join(changed)}); use those values again, or another --run-dir{again}"
+        )
     with _opening(root):
         if not run.config.exists():  # killed between the two files
             replace_bytes(run.config, config_yaml.encode())
@@ -184,6 +207,17 @@ def _may_change(run: RunDir, changed: list[str]) -> bool:
     fields = [field for name in names for field in MADE_OF[name]]
     keys = [c.partition(":")[0] for c in changed]
     return not any(key == field or key.startswith(f"{field}.") for key in keys for field in fields)
+
+
+# The fields that only say how `test` is read once it is open: no classifier hangs on them.
+READING = tuple(f"evaluate.{field}" for field in ("bootstrap", "groups", "specificities", "floor", "subgroups"))
+
+
+def _only_reads(run: RunDir, changed: list[str]) -> bool:
+    """Whether `test` was opened before, and nothing but READING differs."""
+    keys = [c.partition(":")[0] for c in changed]
+    opened = run.openings.exists() or (run.test / OPENED).exists()
+    return opened and all(any(key == field or key.startswith(f"{field}.") for field in READING) for key in keys)
 
 
 @contextlib.contextmanager

@@ -35,10 +35,19 @@ SYNTHETIC = pa.schema(
     {"request_id": _text, "arm": _text, "label": _int, "image": _bytes, "finite": _flag, "denoiser": _text, "evaluations": _int,
      "skipped": _int, "fault": _text}
 )  # fmt: skip
+_numbers = ["contrast", "clipped", "agreement", "realism", "realism_2", "similarity", "similarity_2", "twin_similarity"]
+_limits = ["contrast_limit", "clipped_limit", "agreement_least", "agreement_most", "realism_limit", "realism_2_limit"]
+_limits += ["similarity_limit", "similarity_2_limit", "twin_limit"]
 VERDICTS = pa.schema(
-    {"request_id": _text, "arm": _text, "label": _int, "keep": _flag, "reason": _text, "agreement": _real,
-     "nearest": _text, "similarity": _real}
+    {"request_id": _text, "arm": _text, "label": _int, "strategy": _text, "source": _text, "keep": _flag, "reason": _text}
+    | dict.fromkeys(["nearest", "nearest_2", "twin"], _text) | dict.fromkeys([*_numbers, *_limits], _real)
+    | {"place": _int, "quota": _int}
 )  # fmt: skip
+# Of real images, once a run: what two classifiers of other architectures make of them. No logits: `test` is here, not yet opened.
+FEATURES = pa.schema(
+    {"id": _text, "label": _int, "group": _text, "classifier": pa.list_(pa.float32()), "judge": pa.list_(pa.float32())}
+)
+TWINS = pa.schema({"a": _text, "b": _text, "similarity": _real})
 MIX = pa.schema({"id": _text, "kind": _text, "label": _int, "weight": _real})
 # One row an image and a classifier. `logits` has one entry a class, `embedding` is empty where it was not asked for.
 PREDICTIONS = pa.schema(

@@ -15,12 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from adversa.config import Curate
 from adversa.types import Verdict
 
-KEPT, NOT_PAINTED, NOT_FINITE, DISAGREES, NEAR_COPY = REASONS = (
-    "kept", "not painted", "not finite", "judge disagrees", "near copy",
-)  # fmt: skip
+KEPT, NOT_PAINTED, NOT_FINITE, DISAGREES, NEAR_COPY = "kept", "not painted", "not finite", "judge disagrees", "near copy"
 FLAT, CLIPPED, TRIVIAL, UNREAL, UNREAL_2 = "flat", "out of range", "trivial", "unlike real images", "unlike real images (second)"
 NEAR_COPY_2, PENDING, TWIN, QUOTA = "near copy in features", "not settled", "near twin", "over quota"
 EVERY_REASON = (
@@ -84,46 +81,8 @@ class Painted:
     nearest_2: Sequence[str] | None = None
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A verdict with every number and its limit. A number is NaN where it is not known, a limit None where the check is off.
-
-    place: which of its source's images it is, from 1, by request id, among those that came so far; its limit is quota.
-    """
-
-    request_id: str
-    arm: str
-    label: int
-    strategy: str
-    source: str | None
-    keep: bool
-    reason: str
-    contrast: float = np.nan
-    contrast_limit: float | None = None
-    clipped: float = np.nan
-    clipped_limit: float | None = None
-    agreement: float = np.nan
-    agreement_least: float = np.nan
-    agreement_most: float = np.nan
-    realism: float = np.nan
-    realism_limit: float | None = None
-    realism_2: float = np.nan
-    realism_2_limit: float | None = None
-    nearest: str = ""
-    similarity: float = np.nan
-    similarity_limit: float | None = None
-    nearest_2: str = ""
-    similarity_2: float = np.nan
-    similarity_2_limit: float | None = None
-    twin: str = ""
-    twin_similarity: float = np.nan
-    twin_limit: float | None = None
-    place: int = 0
-    quota: int | None = None
-
-
 # In the order in which they are given as the reason. Each holds where the check is passed; with NaN none does.
-CHECKS: tuple[tuple[str, Callable[[Finding], bool]], ...] = (
+CHECKS: tuple[tuple[str, Callable[[Verdict], bool]], ...] = (
     (FLAT, lambda f: f.contrast_limit is None or f.contrast >= f.contrast_limit),
     (CLIPPED, lambda f: f.clipped_limit is None or f.clipped <= f.clipped_limit),
     (DISAGREES, lambda f: f.agreement >= f.agreement_least),
@@ -135,7 +94,7 @@ CHECKS: tuple[tuple[str, Callable[[Finding], bool]], ...] = (
 )
 
 
-def inspect(painted: Painted, limits: Limits) -> list[Finding]:
+def inspect(painted: Painted, limits: Limits) -> list[Verdict]:
     """The first pass: each image by itself. What passes every check is "not settled", and not kept, until `settle`."""
     n = len(painted.request_ids)
     for name, value in vars(painted).items():
@@ -147,7 +106,7 @@ def inspect(painted: Painted, limits: Limits) -> list[Finding]:
     out = []
     for i in range(n):
         label = int(painted.labels[i])
-        found = Finding(
+        found = Verdict(
             request_id=painted.request_ids[i],
             arm=painted.arms[i],
             label=label,
@@ -186,8 +145,8 @@ def inspect(painted: Painted, limits: Limits) -> list[Finding]:
 
 
 def settle(
-    found: Sequence[Finding], searched: Iterable[str], twins: Iterable[tuple[str, str, float]], limits: Limits
-) -> list[Finding]:
+    found: Sequence[Verdict], searched: Iterable[str], twins: Iterable[tuple[str, str, float]], limits: Limits
+) -> list[Verdict]:
     """The second pass, over all verdicts of a round, in their order; those that `inspect` rejected stay as they are.
 
     searched: request ids that were compared with the rest of their arm; twins: the (id, id, similarity) found
@@ -211,7 +170,7 @@ def settle(
             for i in (a, b):
                 closest[i] = max(closest[i], similarity) if np.isfinite(similarity) else np.nan
     taken: Counter[tuple[str, str]] = Counter()
-    settled: dict[str, Finding] = {}
+    settled: dict[str, Verdict] = {}
     for i in sorted(waiting):
         f, reason, twin = waiting[i], KEPT, first(i)
         if limits.twin is not None and (twin != i or i not in seen):
@@ -229,45 +188,7 @@ def settle(
     return [settled.get(f.request_id, f) for f in found]
 
 
-def verdicts(
-    request_ids: Sequence[str],
-    arms: Sequence[str],
-    labels: Sequence[int],
-    finite: Sequence[bool],
-    images: np.ndarray,
-    judge_probs: np.ndarray | None,
-    similarity: np.ndarray,
-    nearest: Sequence[str],
-    config: Curate,
-    threshold: float,
-    faults: Sequence[str | None] | None = None,
-) -> list[Verdict]:
-    """The short form: judge and near copy only, each image by itself, one `Verdict` for each in their order.
-
-    Where the judge gave no distribution, agreement is 0; where there is no similarity, it is 1.
-    """
-    n = len(request_ids)
-    limits = Limits(threshold, config.min_agreement, contrast=None, clipped=None)
-    painted = Painted(
-        request_ids, arms, labels, [""] * n, [None] * n, finite, faults or [None] * n, images, judge_probs,
-        similarity=similarity, nearest=nearest,
-    )  # fmt: skip
-    return [
-        Verdict(
-            request_id=f.request_id,
-            arm=f.arm,
-            label=f.label,
-            keep=f.keep,
-            reason=f.reason,
-            agreement=0.0 if np.isnan(f.agreement) else f.agreement,
-            nearest=f.nearest,
-            similarity=1.0 if np.isnan(f.similarity) else f.similarity,
-        )
-        for f in settle(inspect(painted, limits), request_ids, (), limits)
-    ]
-
-
-def acceptance(found: Iterable[Verdict | Finding], classes: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+def acceptance(found: Iterable[Verdict], classes: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """Counts {arm: {class name: {"generated": n, "accepted": n, "rejected": {reason: n}}}}.
 
     Arms are sorted, classes in the order of `classes` (indexed by a verdict's label). Every class appears under every
@@ -281,7 +202,7 @@ def acceptance(found: Iterable[Verdict | Finding], classes: Sequence[str]) -> di
     return counts
 
 
-def acceptance_by_strategy(found: Iterable[Finding], classes: Sequence[str]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+def acceptance_by_strategy(found: Iterable[Verdict], classes: Sequence[str]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """Counts {arm: {class name: {strategy: {"generated", "accepted", "rejected": {reason: n}}}}}, of what was painted."""
     found = sorted(found, key=lambda v: (v.arm, v.label, v.strategy))
     counts: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(_nothing)))

@@ -12,6 +12,7 @@ What counts as near is measured, not set: it depends on how similar pictures of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
@@ -33,15 +34,23 @@ ZOOMS, MOVES = np.linspace(0.85, 1, 13), np.linspace(-4, 4, 65)
 _STEPS = np.array([(0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0.05, 0, 0), (-0.05, 0, 0)], np.float32)
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What similarities are measured by, [window.COUNT] each: power of the pictures' coefficients, and of what copying adds."""
+
+    signal: np.ndarray
+    noise: np.ndarray
+
+
 class NearCopy:
     """An index of real images, 13 KB an image, in the order of their ids.
 
     images: uint8 [N, H, W, 3], or an iterable of such blocks, so that not all of them need be in memory at once. The
-    order of the rows makes no difference. like: an index whose similarities these are to be comparable with: signal and
-    noise are taken from it, not measured.
+    order of the rows makes no difference. like: the scale of an index whose similarities these are to be comparable with;
+    None: measured here.
     """
 
-    def __init__(self, ids: Sequence[str], images: np.ndarray | Iterable[np.ndarray], like: NearCopy | None = None) -> None:
+    def __init__(self, ids: Sequence[str], images: np.ndarray | Iterable[np.ndarray], like: Scale | None = None) -> None:
         wanted = {ids[i] for i in drawn(ids, SPECIMENS)} if like is None else set()
         small, added, at = [], np.zeros((2, win.COUNT)), 0
         for block in [images] if isinstance(images, np.ndarray) else images:
@@ -62,6 +71,10 @@ class NearCopy:
         else:
             self.noise, self.signal = like.noise, like.signal
         self._fill()
+
+    @property
+    def scale(self) -> Scale:
+        return Scale(self.signal, self.noise)
 
     def _power(self) -> np.ndarray:
         middle = self._table(1, 0)
@@ -88,19 +101,21 @@ class NearCopy:
         similarity, row = self._search(win.miniatures(images), None, None)
         return similarity, [self.ids[i] for i in row]
 
-    def threshold(self, ids: Sequence[str], groups: Sequence[str], quantile: float) -> float:
-        """The similarity from which on a picture is a near copy; groups[i] is the lesion of ids[i], for all indexed.
+    def strangers(self, ids: Sequence[str], groups: Sequence[str]) -> tuple[list[str], np.ndarray]:
+        """(ids, similarity of each to its most similar real image of another group), of up to 4,000 indexed images.
 
-        Each of up to 4,000 real images (drawn by the hash of their ids: the same for any order) is compared with its
-        most similar real image of another group; the threshold is the quantile of these. So a picture of one more,
-        different lesion is flagged at about the rate 1 - quantile. At most 0.999: an exact copy is always flagged.
+        groups[i] is the lesion of ids[i], for all indexed. The images are drawn by the hash of their ids: the same for any order.
+        None are given where there is one lesion only.
         """
         codes = _codes(self.ids, ids, groups)
         if codes.max(initial=0) == 0:
-            return LARGEST_THRESHOLD
+            return [], np.zeros(0)
         sample = drawn(self.ids, SAMPLE)
-        similarity, _ = self._search(self.small[sample], codes[sample], codes)
-        return float(min(np.quantile(similarity, quantile), LARGEST_THRESHOLD))
+        return [self.ids[i] for i in sample], self._search(self.small[sample], codes[sample], codes)[0]
+
+    def threshold(self, ids: Sequence[str], groups: Sequence[str], quantile: float) -> float:
+        """The similarity from which on a picture is a near copy: `quantile` of what `strangers` gives."""
+        return threshold(self.strangers(ids, groups)[1], quantile)
 
     def _table(self, zoom: float, move: float) -> np.ndarray:
         return self._tables[_slot(np.float64(zoom), np.float64(move))]
@@ -109,15 +124,17 @@ class NearCopy:
         prints = c[:, win.COARSE] * self._weight
         return prints / np.maximum(np.linalg.norm(prints, axis=1, keepdims=True), 1e-9)
 
-    def pairs(self, threshold: float) -> list[tuple[str, str, float]]:
+    def pairs(self, threshold: float, rows: slice = slice(None)) -> list[tuple[str, str, float]]:
         """(id, id, similarity) of indexed pictures that are near copies of each other, sorted, each pair once.
 
-        Of many alike not every pair is given, but a chain: each picture with its most similar ones.
+        Of many alike not every pair is given, but a chain: each picture with its most similar ones. rows: of the pictures, in the
+        order of their ids, whose pairs are looked for; slices that make up the whole find what the whole does.
         """
         own = np.arange(len(self.ids))
+        asked = own[rows]
         found: dict[tuple[str, str], float] = {}
-        for start in range(0, len(own), QUERIES):
-            here = own[start : start + QUERIES]
+        for start in range(0, len(asked), QUERIES):
+            here = asked[start : start + QUERIES]
             query, real, similarity = self._compared(self.small[here], here, own)
             for q, r, s in zip(here[query], real, similarity, strict=True):
                 if s >= threshold:
@@ -238,7 +255,13 @@ class NearFeatures:
         wanted = min(int(np.bincount(codes).max()) + 1, len(self.ids))
         score, row = self._index.search(self.features[sample], wanted)
         score = np.where(codes[row] == codes[sample][:, None], NOTHING, score)
-        return float(min(np.quantile(score.max(axis=1), quantile), LARGEST_THRESHOLD))
+        return threshold(score.max(axis=1), quantile)
+
+
+def threshold(strangers: np.ndarray, quantile: float) -> float:
+    """Of similarities of real pictures to their most similar one of another lesion [N]: so a picture of one more, different
+    lesion is flagged at about the rate 1 - quantile. At most 0.999: an exact copy is always flagged."""
+    return float(min(np.quantile(strangers, quantile), LARGEST_THRESHOLD)) if len(strangers) else LARGEST_THRESHOLD
 
 
 def drawn(ids: Sequence[str], count: int) -> list[int]:

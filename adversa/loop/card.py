@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import yaml
 
 from adversa import runs, tables
 
-FOLDER, PARQUET = "folder", "parquet"
-FILES = {FOLDER: ["metadata.csv", "**/*.png"], PARQUET: "data/*.parquet"}
-BUILDERS = {FOLDER: "imagefolder", PARQUET: "parquet"}
+FOLDER, PARQUET, WEBDATASET = "folder", "parquet", "webdataset"
+FILES = {FOLDER: ["metadata.csv", "**/*.png"], PARQUET: "data/*.parquet", WEBDATASET: "images-*.tar"}
+BUILDERS = {FOLDER: "imagefolder", PARQUET: "parquet", WEBDATASET: "webdataset"}
 HIDDEN = ("request_id", "round", "arm", "label", "example", "partner", "seed")  # of each image its own, or told apart from the rest
 
 
@@ -27,7 +26,9 @@ class Origin:
 
     denoiser: where it came from (a folder, a hub id); trained_on: the pictures it was trained on, in words; settings: the
     `generate` section, plain values; seed: of the run or the command; near_copies: what a check against the real images found, in
-    words of Markdown, None: there was no check.
+    words of Markdown, None: there was no check. versions: of what painted them, None: of what writes the card.
+
+    title, facts (what, value), sections (Markdown, after the counts) and columns (a sentence on further columns) add to the card.
     """
 
     denoiser: str
@@ -35,6 +36,11 @@ class Origin:
     seed: int | None = None
     trained_on: str = "not recorded"
     near_copies: str | None = None
+    versions: Mapping[str, str] | None = None
+    title: str = "Synthetic images painted by adversa"
+    facts: Sequence[tuple[str, str]] = ()
+    sections: str = ""
+    columns: str = ""
 
 
 @dataclass
@@ -63,33 +69,33 @@ def text(
     origin: Origin, tally: Tally, classes: Sequence[str], folders: Sequence[str], date: str, form: str, features: pa.Schema
 ) -> str:
     """The whole README.md. folders: of each class; features: the columns of an image's row, `image` first."""
-    front = yaml.safe_dump(_front(tally, classes, form, features), sort_keys=False, allow_unicode=True, width=1000)
-    licence = (
-        "# Fill in the licence: the terms of the pictures the denoiser was trained on bind these images too.\nlicense: other\n"
+    from huggingface_hub import DatasetCardData
+
+    front = DatasetCardData(
+        license="other",
+        license_name="to-be-filled-in",
+        pretty_name=origin.title,
+        task_categories=["image-classification"],
+        annotations_creators=["machine-generated"],
+        size_categories=[_size(tally.images)],
+        tags=["synthetic", "diffusion", "adversa"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": FILES[form]}]}],
+        dataset_info={"features": _features(form, classes, features)},
     )
-    return f"---\n{licence}{front}---\n\n{_body(origin, tally, classes, folders, date, form)}"
+    licence = "# Fill in the licence: the terms of the pictures the denoiser was trained on bind these images too."
+    return f"---\n{licence}\n{front.to_yaml()}\n---\n\n{_body(origin, tally, classes, folders, date, form)}"
 
 
-def _front(tally: Tally, classes: Sequence[str], form: str, features: pa.Schema) -> dict[str, Any]:
-    return {
-        "license_name": "to-be-filled-in",
-        "pretty_name": "Synthetic images painted by adversa",
-        "task_categories": ["image-classification"],
-        "annotations_creators": ["machine-generated"],
-        "size_categories": [_size(tally.images)],
-        "tags": ["synthetic", "diffusion", "adversa"],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": FILES[form]}]}],
-        "dataset_info": {"features": [{"name": f.name, "dtype": _dtype(f, classes)} for f in features]},
-    }
-
-
-def _dtype(column: pa.Field, classes: Sequence[str]) -> Any:
-    """The type of a column in `datasets`' own words."""
-    if column.name == "image":
-        return "image"
-    if column.name == "label":
-        return {"class_label": {"names": {str(i): c for i, c in enumerate(classes)}}}
-    return dtype(column.type)
+def _features(form: str, classes: Sequence[str], schema: pa.Schema) -> list[dict[str, Any]]:
+    """The columns in `datasets`' own words; of WebDataset those that it makes of a sample's files."""
+    label = {"class_label": {"names": {str(i): c for i, c in enumerate(classes)}}}
+    kinds: dict[str, Any] = {"image": "image", "label": label}
+    plain = [{"name": f.name, "dtype": kinds.get(f.name) or dtype(f.type)} for f in schema]
+    if form != WEBDATASET:
+        return plain
+    struct = [{"name": f.name, "dtype": dtype(f.type)} for f in sorted(schema, key=lambda f: f.name) if f.name != "image"]
+    names = [{"name": name, "dtype": "string"} for name in ("__key__", "__url__")]
+    return [{"name": "cls", "dtype": label}, {"name": "json", "struct": struct}, {"name": "png", "dtype": "image"}, *names]
 
 
 def dtype(kind: pa.DataType) -> str:
@@ -109,25 +115,28 @@ def _size(n: int) -> str:
 
 
 def _body(origin: Origin, tally: Tally, classes: Sequence[str], folders: Sequence[str], date: str, form: str) -> str:
-    counts = [(_cell(c), f, str(tally.classes[c])) for c, f in zip(classes, folders, strict=True) if tally.classes[c]]
+    counts = [(cell(c), f, str(tally.classes[c])) for c, f in zip(classes, folders, strict=True) if tally.classes[c]]
     head = ("class", "folder", "images") if form == FOLDER else ("class", "images")
-    table = _table(head, [row if form == FOLDER else (row[0], row[2]) for row in counts])
+    counted = table(head, [row if form == FOLDER else (row[0], row[2]) for row in counts])
     painters = ", ".join(f"`{d}`" for d in sorted(tally.denoisers)) or "none: no image was painted"
     facts = [
-        ("denoiser, fingerprint", painters), ("denoiser, from", _cell(origin.denoiser)),
-        ("denoiser, trained on", _cell(origin.trained_on)),
-        *((name, _values(counter)) for name, counter in tally.values.items()),
-        ("seed", "not recorded" if origin.seed is None else str(origin.seed)), ("painted", date), *_versions(),
+        ("denoiser, fingerprint", painters), ("denoiser, from", cell(origin.denoiser)),
+        ("denoiser, trained on", cell(origin.trained_on)),
+        *((name, values(counter)) for name, counter in tally.values.items()),
+        ("seed", "not recorded" if origin.seed is None else str(origin.seed)), ("painted", date), *origin.facts,
+        *(_versions() if origin.versions is None else origin.versions.items()),
     ]  # fmt: skip
     lost = [(tally.not_finite, "came out not finite and are left out"), (tally.unpainted, "could not be painted and are missing")]
     missing = "".join(f" {n} more {what}." for n, what in lost if n)
     check = origin.near_copies or (
         "**not done.** Nothing was compared with the real images: a diffusion model can repeat what it was trained on."
     )
-    absent = " A `-` stands for none." if form == FOLDER else ""
-    where = "." if form == FOLDER else "data"
-    pattern = f'data_dir="{where}"' if form == FOLDER else f'data_files="{where}/*.parquet"'
-    return f"""# Synthetic images painted by adversa
+    notes = {
+        FOLDER: " A `-` stands for none.",
+        WEBDATASET: " A sample is REQUEST_ID.png, REQUEST_ID.cls (the label) and REQUEST_ID.json (all the rest).",
+    }
+    pattern = 'data_dir="."' if form == FOLDER else f'data_files="{FILES[form]}"'
+    return f"""# {origin.title}
 
 {tally.images} images in {len(counts)} classes, painted by a class-conditional diffusion model. No image is a photograph.{missing}
 
@@ -139,18 +148,18 @@ Near-copy check: {check}
 
 ## Images
 
-{table}
+{counted}{origin.sections}
 ## How they were made
 
-{_table(("what", "value"), facts)}
+{table(("what", "value"), facts)}
 Settings of the sampler:
 
-{_table(("setting", "value"), [(k, _cell(v)) for k, v in runs.flatten(dict(origin.settings)).items()])}
+{table(("setting", "value"), [(k, cell(v)) for k, v in runs.flatten(dict(origin.settings)).items()])}
 ## Columns
 
 Each image has its request: `request_id`, `seed` (of its noise), `strategy`, `example` (the real image it started from, where there
 is one), noise level and guidance; `label` is the class's number, `class` its name; `finite` and `denoiser` (fingerprint) say how it
-came out and of what.{absent}
+came out and of what.{origin.columns}{notes.get(form, "")}
 
 ```python
 from datasets import load_dataset
@@ -169,21 +178,21 @@ def _versions() -> list[tuple[str, str]]:
     return [("adversa", found.get("adversa", "unknown") + (f" ({commit})" if commit else ""))]
 
 
-def _values(counter: Counter[Any], most: int = 6) -> str:
+def values(counter: Counter[Any], most: int = 6) -> str:
     """What a field holds and how often; numbers of many values as a range."""
     if len(counter) == 1:
-        return _cell(next(iter(counter)))
+        return cell(next(iter(counter)))
     if len(counter) > most and all(isinstance(v, int | float) for v in counter):
         return f"{min(counter):g} to {max(counter):g} ({len(counter)} values)"
-    return ", ".join(f"{_cell(v)} ({n})" for v, n in counter.most_common(most)) + (", ..." if len(counter) > most else "")
+    return ", ".join(f"{cell(v)} ({n})" for v, n in counter.most_common(most)) + (", ..." if len(counter) > most else "")
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     """One line that a table's cell can hold; a float without trailing digits."""
     text = f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

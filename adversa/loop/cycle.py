@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from adversa import runs, tracking
 from adversa.config import Config, dump
-from adversa.loop import latents, painting, prepare, quality_step, regenerate, steps, summary
+from adversa.loop import curation, judging, latents, matched, opening, painting, prepare, quality_step, regenerate, steps, summary
 from adversa.loop.engine import Engine
-from adversa.loop.stages import Stage, has_codec, home, last_round, needs_classifier, plan, retrained, trained
+from adversa.loop.stages import Stage, has_codec, last_round, models_of, needs_classifier, plan, retrained, trained
 from adversa.runs import RunDir
-from adversa.types import BEFORE, PAINTED, seed_of
+from adversa.types import PAINTED, ROLES, seed_of
 
 
 def recipe_of(config: Config) -> dict[str, object]:
@@ -19,9 +20,20 @@ def recipe_of(config: Config) -> dict[str, object]:
     return config.model_dump(mode="json", exclude={"cluster", "tracking", "quality"})
 
 
-def open_run(config: Config, root: Path) -> RunDir:
-    """Create or check the run folder. Its path is absolute from here on: workers have working folders of their own."""
-    return runs.open_run(root.absolute(), recipe_of(config), dump(config))
+def open_run(config: Config, root: Path, reopen: bool = False) -> RunDir:
+    """Create or check the run folder. Its path is absolute from here on: workers have working folders of their own.
+
+    reopen: as of `review`.
+    """
+    return runs.open_run(root.absolute(), recipe_of(config), dump(config), reopen)
+
+
+def review(config: Config, run: RunDir, reopen: bool) -> None:
+    """Whether going on would open `test` again: UserError, or with `reopen` what was read before is set aside.
+
+    The caller holds the run's lock.
+    """
+    opening.review(run, opening.asked(config, run), reopen)
 
 
 def todo(config: Config, run: RunDir, until: str | None = None) -> list[Stage]:
@@ -40,14 +52,18 @@ def run(
     report: Callable[[Path], Path],
     until: str | None = None,
     since: float | None = None,
+    reopen: bool = False,
 ) -> Stage | None:
     """Do the stages of `todo`, in order.
 
     Returns the last stage it worked on (None: there was none). The caller holds the run's lock. since: as of `runs.Clock`.
+    reopen: `test` may be opened again where it was opened before.
     """
-    cycle = Cycle(config, run, engine)
+    cycle = Cycle(config, run, engine, reopen)
     worked = None
     runs.sweep(run)
+    if until is None:
+        review(config, run, reopen)
     waiting = {s.command for s in todo(config, run, "quality" if until == "quality" else None)}
     if waiting & {"codec", "train", "denoiser", "evaluate"}:
         steps.check_weights(config)
@@ -71,8 +87,8 @@ def run(
 class Cycle:
     """One method a command; the round's number is its only argument."""
 
-    def __init__(self, config: Config, run: RunDir, engine: Engine) -> None:
-        self.config, self.dir, self.engine = config, run, engine
+    def __init__(self, config: Config, run: RunDir, engine: Engine, reopen: bool = False) -> None:
+        self.config, self.dir, self.engine, self.reopen = config, run, engine, reopen
         self.id = runs.run_id(recipe_of(config))
         self.seeds = range(config.evaluate.seeds)
 
@@ -98,17 +114,13 @@ class Cycle:
             latents.encode(self.engine, d.data / "select", d.data, d.codec, 1, d.latents("select"), d.latents("train"))
 
     def train(self, number: int) -> None:
-        """Before the first round: the classifiers of the arm `real`, the judge, then the denoiser, in one launch."""
+        """Before the first round: the classifiers of the arm `real`, the judges, then the denoiser, in one launch."""
         c, d = self.config, self.dir
-        mix = d.arm(0, "real") / "mix"
         steps.check_models(c, steps.classes_of(d.data), c.mix.paints, d.codec)
         self._first_mix()
         jobs = [self._classifier(0, "real", seed) for seed in self.seeds]
         if c.mix.paints:
-            judge = c.curate.judge or c.classifier
-            seed = seed_of("judge", c.seed)
-            jobs.append(steps.classifier_job(d.data, mix, [], judge, seed, c.data.resolution, d.judge))
-            jobs += self._denoiser()
+            jobs += [*judging.jobs(d.data, c, d.judge), *self._denoiser()]
         self.engine.fit(jobs)
 
     def denoiser(self, number: int) -> None:
@@ -134,15 +146,27 @@ class Cycle:
         hard, requests, levels = d.round(number, "hard"), d.round(number, "requests"), None
         if c.generate.adaptive:
             levels = d.round(number, "levels")
-            painting.levels(self.engine, hard, d.data, d.denoiser, d.judge, c.generate, self.id, levels)
+            judges = judging.folders(d.judge, c.curate.folds)
+            painting.levels(self.engine, hard, d.data, d.denoiser, judges, c.generate, self.id, levels)
         painting.plan(hard, levels, self.id, number, c.mix.arms, c.generate, requests)
         painting.generate(
             self.engine, requests, d.data, d.denoiser, self._attacked(number), c.generate, d.round(number, "synthetic")
         )
 
     def curate(self, number: int) -> None:
-        d = self.dir
-        steps.curate(self.engine, d.round(number, "synthetic"), d.data, d.judge, self.config.curate, d.round(number, "verdicts"))
+        """What is measured on real images is measured once, with what was trained before the first round."""
+        c, d = self.config, self.dir
+        classifier, first = d.arm(0, "real", 0) / "classifier", judging.folders(d.judge, c.curate.folds)[0]
+        for role in ROLES:
+            curation.features(self.engine, d.data, role, classifier, first, d.features / role)
+        curation.limits(d.data, d.features, c.curate, d.limits)
+        requests, synthetic, inspected, twins = (d.round(number, x) for x in ("requests", "synthetic", "inspected", "twins"))
+        curation.inspect(
+            self.engine, requests, synthetic, d.data, d.features, d.limits, classifier, d.judge, c.curate, inspected
+        )  # fmt: skip
+        if c.curate.twins:
+            curation.twins(self.engine, synthetic, inspected, d.limits, twins)
+        curation.settle(inspected, twins, d.limits, c.curate, d.round(number, "verdicts"))
 
     def evaluate(self, number: int) -> None:
         """Mix, retrain every synthetic arm in one launch, and score `mine` (optimistic: its images guided the generation)."""
@@ -153,16 +177,19 @@ class Cycle:
             hard = [d.round(n, "hard") for n in rounds]
             steps.mix(d.data, hard, verdicts, arm, c.mix, c.generate.per_case, d.arm(number, arm) / "mix")
         self.engine.fit([self._classifier(number, f.parts[-3], int(f.parts[-2][5:])) for f in trained(c, d, number)])
-        steps.evaluate(self.engine, d, self._models(number), "mine", c.evaluate, d.round(number, "evaluate"))
+        matched.check(c, d, number)
+        steps.evaluate(self.engine, d, models_of(c, d, number), "mine", c.evaluate, d.round(number, "evaluate"))
 
     def test(self, number: int) -> None:
         """Open `test`, once: every arm's classifiers of the last round."""
         c, d = self.config, self.dir
-        models = self._models(last_round(c))
+        models = models_of(c, d, last_round(c))
+        matched.check(c, d, last_round(c))
+        now = opening.asked(c, d)
+        opening.review(d, now, self.reopen)
         if c.evaluate.groups:  # thresholds are set here, before test is opened
             steps.score(self.engine, [(a, s, f) for a, s, _, f in models], d.data / "select", d.data, False, d.select)
-        record = {"opened": runs.now(), "split_hash": steps.split_hash(d.data)}
-        steps.evaluate(self.engine, d, models, "test", c.evaluate, d.test, record)
+        steps.evaluate(self.engine, d, models, "test", c.evaluate, d.test, partial(opening.enter, d, now))
 
     def _attacked(self, number: int) -> Path:
         return regenerate.attacked_in(self.config, self.dir, number)
@@ -184,13 +211,6 @@ class Cycle:
             d.data, d.arm(number, arm) / "mix", [*mined, *(d.round(n, "synthetic") for n in rounds)], c.classifier,
             seed_of("classifier", c.seed, seed), c.data.resolution, d.arm(number, arm, seed) / "classifier",
         )  # fmt: skip
-
-    def _models(self, number: int) -> list[tuple[str, int, int, Path]]:
-        """(arm, seed, round, folder) of every arm's classifiers as they stand in a round, and of those `before` the first."""
-        places = [(arm, home(self.config, arm, number), arm) for arm in self.config.mix.arms]
-        if number and ("real", 0, "real") not in places:
-            places = [(BEFORE, 0, "real"), *places]
-        return [(name, s, at, self.dir.arm(at, arm, s) / "classifier") for name, at, arm in places for s in self.seeds]
 
     def _first_mix(self) -> None:
         c, d = self.config, self.dir

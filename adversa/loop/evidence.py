@@ -18,9 +18,9 @@ from adversa.evaluate.metrics import metrics
 from adversa.evaluate.operating import Measures, thresholds
 from adversa.evaluate.subgroups import by_attribute
 from adversa.loop import steps
-from adversa.loop.stages import home, last_round
+from adversa.loop.stages import home, judges, last_round
 from adversa.runs import RunDir
-from adversa.types import ARMS, BEFORE, PAINTED, seed_of
+from adversa.types import ARMS, BEFORE, PAINTED, ROLES, seed_of
 
 HEADLINE = "balanced_accuracy"
 AGAINST = ("replay", "unguided", "resample", "real")  # in the order of how much they would explain
@@ -148,10 +148,11 @@ def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
         if arm != "real":
             folders[run.arm(0, "real", 0) / "classifier"] = 1.0
         if arm in PAINTED:
-            folders |= {run.denoiser: 1.0, run.judge: 1.0}
+            folders |= dict.fromkeys([run.denoiser, *judges(config, run), *(run.features / r for r in ROLES), run.limits], 1.0)
             for n in range(1, last + 1):
                 share = _share(run.round(n, "verdicts"), arm)
-                folders |= {run.round(n, "synthetic"): share, run.round(n, "verdicts"): share}
+                gate = ("inspected", "twins", "verdicts") if config.curate.twins else ("inspected", "verdicts")
+                folders |= {run.round(n, name): share for name in ("synthetic", *gate)}
                 if arm == "guided" and config.generate.adaptive:
                     folders[run.round(n, "levels")] = 1.0
         spent = [(share, runs.manifest(f)) for f, share in folders.items()]

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import difflib
-import filecmp
 import json
-import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +17,12 @@ import pyarrow.parquet as pq
 from adversa import runs, tables
 from adversa.loop import card
 from adversa.loop.card import FOLDER, PARQUET, Origin, Tally
+from adversa.loop.publish_files import MARK, README, folder_names, put, writer
+from adversa.loop.publish_files import METADATA as METADATA
+from adversa.loop.publish_files import SPLIT_WORDS as SPLIT_WORDS
 from adversa.types import UserError, digest
 
 FORMATS = (PARQUET, FOLDER)
-MARK, METADATA, README = "export.json", "metadata.csv", "README.md"
-# In metadata.csv. Readers guess a column's type from its first rows, and take empty cells for numbers.
-ABSENT = "-"
-SPLIT_WORDS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 _OWN = [f for f in tables.SYNTHETIC if f.name in ("finite", "denoiser")]
 # `image` as `datasets` keeps it, so that it decodes it without being told.
 ROWS = pa.schema(
@@ -66,24 +61,30 @@ def export(
     if form not in FORMATS:
         raise UserError(f"--format {form}: there is no such format; give {' or '.join(FORMATS)}")
     paths, asked = _asked(synthetic, requests, classes, form)
-    folders, tally, written = folder_names(classes), Tally(), 0
-    with _held(out, asked):
-        written += _put(out / MARK, (json.dumps(asked, indent=2, ensure_ascii=False) + "\n").encode())
-        with _metadata(out / METADATA, folders) if form == FOLDER else contextlib.nullcontext(_no_lines) as lines:
+    tally = Tally()
+    with held(out, asked) as written:
+        with writer(out, form, classes, ROWS) as write:
             for i, path in enumerate(paths):
-                rows = _rows(path, requests / path.name, classes, tally)
-                tally.add(rows)
-                written += _put_images(rows, out, folders) if form == FOLDER else _put_part(rows, out / "data" / path.name, classes)
-                lines(rows)
+                found = rows(path, requests / path.name, classes, tally)
+                tally.add(found)
+                write(path.name, found)
                 if progress is not None:
                     progress({"done": i + 1, "total": len(paths)})
         painted = {p.name for p in paths}
         tally.unpainted += sum(pq.read_metadata(p).num_rows for p in tables.parts(requests) if p.name not in painted)
-        if not (out / README).exists():
-            date = (runs.read_json(synthetic / runs.MANIFEST) or {}).get("finished") or runs.now()
-            tables.replace_bytes(out / README, card.text(origin, tally, classes, folders, date, form, ROWS).encode())
-            written += 1
+        date = (runs.read_json(synthetic / runs.MANIFEST) or {}).get("finished") or runs.now()
+        written += write.written + put_card(
+            out, lambda: card.text(origin, tally, classes, folder_names(classes), date, form, ROWS)
+        )
     return Exported(tally.images, dict(tally.classes), tally.not_finite, tally.unpainted, written)
+
+
+def put_card(out: Path, text: Callable[[], str]) -> int:
+    """Write README.md unless it is there: its licence is the user's to fill in. How many files were written."""
+    if (out / README).exists():
+        return 0
+    tables.replace_bytes(out / README, text().encode())
+    return 1
 
 
 def images_in(out: Path) -> int:
@@ -125,20 +126,23 @@ def check_out(out: Path, asked: dict[str, Any] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _held(out: Path, asked: dict[str, Any]) -> Iterator[None]:
-    """Hold `out`, rid of what a killed process left half-written. UserErrors name the option that gave it."""
+def held(out: Path, asked: dict[str, Any]) -> Iterator[int]:
+    """Hold `out`, rid of what a killed process left half-written and marked with what is asked; gives how many files that wrote.
+
+    UserErrors name the option that gave it.
+    """
     try:
         with runs.writing(out):
             check_out(out, asked)
             out.mkdir(parents=True, exist_ok=True)
             with runs.lock(runs.RunDir(out)):
                 runs.sweep(runs.RunDir(out))
-                yield
+                yield int(put(out / MARK, (json.dumps(asked, indent=2, ensure_ascii=False) + "\n").encode()))
     except UserError as e:
         raise UserError(str(e).replace("--run-dir", "--out")) from None
 
 
-def _rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> pa.Table:
+def rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> pa.Table:
     """The finite images of a part with their requests, as ROWS, in the part's order; the others are counted."""
     painted, asked = pq.read_table(path), pq.read_table(requests)
     place = {r: i for i, r in enumerate(asked["request_id"].to_pylist())}
@@ -163,121 +167,6 @@ def _rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> p
     )
     columns["class"] = pa.array([classes[k] for k in table["label"].to_pylist()], pa.string())
     return pa.table([columns[n] for n in ROWS.names], schema=ROWS)
-
-
-def _put(path: Path, data: bytes) -> bool:
-    """Write a file unless it is there with these very bytes; whether it was written.
-
-    Renamed into place, not flushed: a file that a power cut tears is found by its bytes the next time, and ten thousand flushes
-    take longer than the pictures.
-    """
-    if path.exists() and path.read_bytes() == data:
-        return False
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return True
-
-
-# ---- folder ------------------------------------------------------------------------------------------------------------
-
-
-def _put_images(rows: pa.Table, out: Path, folders: Sequence[str]) -> int:
-    """The rows' pictures that are not there yet; how many."""
-    written = 0
-    for label in sorted(set(rows["label"].to_pylist())):
-        (out / folders[label]).mkdir(exist_ok=True)
-    for label, image in zip(rows["label"].to_pylist(), rows["image"], strict=True):
-        written += _put(out / folders[label] / image["path"].as_py(), image["bytes"].as_py())
-    return written
-
-
-def _no_lines(rows: pa.Table) -> None:
-    """Parquet keeps its rows beside the images."""
-
-
-@contextlib.contextmanager
-def _metadata(path: Path, folders: Sequence[str]) -> Iterator[Callable[[pa.Table], None]]:
-    """Gives a function that adds a part's rows to metadata.csv; the file takes its place at the end, where it differs."""
-    names = [n for n in ROWS.names if n != "image"]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(["file_name", *names])
-
-            def lines(rows: pa.Table) -> None:
-                pictures = [i["path"].as_py() for i in rows["image"]]
-                for picture, row in zip(pictures, rows.select(names).to_pylist(), strict=True):
-                    values = (ABSENT if v is None else v for v in row.values())
-                    writer.writerow([f"{folders[row['label']]}/{picture}", *values])
-
-            yield lines
-        if not (path.exists() and filecmp.cmp(path, temporary, shallow=False)):
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def folder_names(classes: Sequence[str]) -> list[str]:
-    """A folder's name for each class, the class's own where any file system takes it; no two are equal, capitals apart.
-
-    Letters, digits and marks of any script, space and ().+-_ stay, all else becomes _. A word that `datasets` takes for a split
-    (a class `test`) gets `class` after it. Names that would be equal get a digest of the class.
-    """
-    safe = [_safe(c) for c in classes]
-    taken = [_same(n) for n in (*safe, MARK, METADATA, README, "data")]
-    return [f"{n}-{digest(c, size=3)}" if taken.count(_same(n)) > 1 else n for c, n in zip(classes, safe, strict=True)]
-
-
-def _safe(name: str) -> str:
-    kept = (c if unicodedata.category(c)[0] in "LNM" or c in " ().+-_" else "_" for c in unicodedata.normalize("NFC", name))
-    text = "".join(kept).lstrip(" ._-").rstrip(" .")
-    text = text.encode()[:80].decode(errors="ignore").rstrip(" .") or "class"
-    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", text):  # Windows keeps these for devices
-        text = f"class {text}"
-    return re.sub(rf"(?i)(?<![a-z])({'|'.join(SPLIT_WORDS)})(?![a-z])", r"\1class", text)
-
-
-def _same(name: str) -> str:
-    return unicodedata.normalize("NFKC", name).casefold()
-
-
-# ---- parquet -----------------------------------------------------------------------------------------------------------
-
-
-def _put_part(rows: pa.Table, path: Path, classes: Sequence[str]) -> int:
-    """The rows as one part, unless it is there with these very rows; how many files were written. No rows make no part."""
-    if not len(rows) or _holds(path, rows):
-        return 0
-    tables.write_part(path, rows.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": _features(classes)}})}))
-    return 1
-
-
-def _holds(path: Path, rows: pa.Table) -> bool:
-    """Whether a part is there and has these rows. One row group of it is in memory at a time."""
-    try:
-        with pq.ParquetFile(path) as f:
-            if f.metadata.num_rows != len(rows) or not f.schema_arrow.equals(rows.schema):
-                return False
-            at = 0
-            for batch in f.iter_batches(tables.ROW_GROUP):
-                if not pa.Table.from_batches([batch]).equals(rows.slice(at, len(batch))):
-                    return False
-                at += len(batch)
-    except (FileNotFoundError, pa.ArrowInvalid, OSError):
-        return False  # not there, or torn: it is written again
-    return True
-
-
-def _features(classes: Sequence[str]) -> dict[str, Any]:
-    """The columns as `datasets` describes them: it reads this from the schema of a Parquet file."""
-    kinds = {"image": {"_type": "Image"}, "label": {"names": list(classes), "_type": "ClassLabel"}}
-    return {f.name: kinds.get(f.name, {"dtype": card.dtype(f.type), "_type": "Value"}) for f in ROWS}
 
 
 # ---- --labels ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from adversa import runs, tables
 from adversa.loop.engine import Engine
 from adversa.loop.parts import Painted, Part, Work
 from adversa.loop.step import Facts, cost, inputs, run_step
+from adversa.loop.steps import softmax
 from adversa.types import FILLING, PAINTED, GenerationRequest, UserError, digest, request_id, seed_of
 from adversa.weights import CONFIG
 
@@ -88,11 +89,13 @@ def request(
 # ---- adaptive noise ----------------------------------------------------------------------------------------------------
 
 
-def levels(engine: Engine, hard: Path, data: Path, denoiser: Path, judge: Path, config: cfg.Generate, run: str, out: Path) -> None:
-    """For each hard case the largest of config.levels at which the judge still sees the label in what is painted from it (tables.
-    LEVELS); the least where it sees it at none."""
+def levels(
+    engine: Engine, hard: Path, data: Path, denoiser: Path, judges: Sequence[Path], config: cfg.Generate, run: str, out: Path
+) -> None:
+    """For each hard case the largest of config.levels at which the judges, averaged, still see the label in what is painted from it
+    (tables.LEVELS); the least where it sees it at none."""
     section = config.model_dump(mode="json", exclude={"per_case", "hardness", "likeness"}) | {"run": run}
-    names = inputs(hard=hard, denoiser=denoiser, judge=judge, data=data)
+    names = inputs(hard=hard, denoiser=denoiser, data=data, **{f"judge-{k}": f for k, f in enumerate(judges)})
     if config.weak:
         names |= {"weak": fingerprint(Path(config.weak))}
     recipe = runs.Recipe("levels", 2, section, names)
@@ -102,18 +105,19 @@ def levels(engine: Engine, hard: Path, data: Path, denoiser: Path, judge: Path, 
         chunks = [cases[i : i + config.part_size] for i in range(0, len(cases), config.part_size)]
         parts = [Part(i, len(c), {"cases": [(r["example"], r["label"]) for r in c], "run": run}) for i, c in enumerate(chunks)]
         started = time.perf_counter()
-        done = engine.map_parts(partial(make_levels, denoiser, data / "mine", judge, config), parts, out, progress)
+        done = engine.map_parts(partial(make_levels, denoiser, data / "mine", tuple(judges), config), parts, out, progress)
         return cost(done, engine.samplers(), time.perf_counter() - started) | {"rows": len(cases)}
 
     run_step(out, recipe, body)
 
 
-def make_levels(denoiser: Path, examples: Path, judge: Path, config: cfg.Generate) -> Work:
+def make_levels(denoiser: Path, examples: Path, judges: Sequence[Path], config: cfg.Generate) -> Work:
     from adversa.classify.score import make_scorer
     from adversa.diffuse import painter
     from adversa.diffuse.strategy import Sources
 
-    loaded, score, pictures = painter.load(denoiser, device_name()), make_scorer(judge), Pictures(examples)
+    loaded, pictures = painter.load(denoiser, device_name()), Pictures(examples)
+    scorers = [make_scorer(judge) for judge in judges]
     guide = steering(loaded, None, config)
 
     def work(part: Part, path: Path) -> int:
@@ -126,9 +130,9 @@ def make_levels(denoiser: Path, examples: Path, judge: Path, config: cfg.Generat
         if not painted:
             tables.write_part(path, tables.LEVELS.empty_table())
             return 0
-        logits = score(np.stack([p.image for p in painted]))[0].astype(np.float64)
-        p = np.exp(logits - logits.max(1, keepdims=True))
-        agreement = (p / p.sum(1, keepdims=True))[np.arange(len(p)), [r.label for r in asked]] * [x.finite for x in painted]
+        images = np.stack([p.image for p in painted])
+        p = np.mean([softmax(score(images)[0]) for score in scorers], axis=0)
+        agreement = p[np.arange(len(p)), [r.label for r in asked]] * [x.finite for x in painted]
         rows = []
         for (example, _), seen in zip(cases, agreement.reshape(len(cases), len(tried)), strict=True):
             at = largest(seen, config.adaptive_agreement)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adversa.config import Config
 from adversa.runs import RunDir, is_finished
-from adversa.types import digest
+from adversa.types import BEFORE, ROLES, digest
 
 COMMANDS = ("prepare", "codec", "train", "mine", "generate", "curate", "evaluate", "test", "report")
 
@@ -74,6 +74,20 @@ def trained(config: Config, run: RunDir, number: int) -> list[Path]:
     return [run.arm(number, arm, seed) / "classifier" for arm in arms for seed in range(config.evaluate.seeds)]
 
 
+def judges(config: Config, run: RunDir) -> list[Path]:
+    """What each judge is trained on, and the judges."""
+    folds = range(config.curate.folds)
+    return [*(run.judge / f"mix-{k}" for k in folds), *(run.judge / f"fold-{k}" for k in folds)]
+
+
+def models_of(config: Config, run: RunDir, number: int) -> list[tuple[str, int, int, Path]]:
+    """(arm, seed, round, folder) of every arm's classifiers as they stand in a round, and of those `before` the first."""
+    places = [(arm, home(config, arm, number), arm) for arm in config.mix.arms]
+    if number and ("real", 0, "real") not in places:
+        places = [(BEFORE, 0, "real"), *places]
+    return [(name, s, at, run.arm(at, arm, s) / "classifier") for name, at, arm in places for s in range(config.evaluate.seeds)]
+
+
 def retrained(config: Config) -> list[str]:
     """The arms that every round trains anew."""
     return [a for a in config.mix.arms if home(config, a, 1) == 1]
@@ -99,7 +113,7 @@ def stages(config: Config, run: RunDir) -> list[Stage]:
     """The stages of a run, in order."""
     first = trained(config, run, 0)
     if config.mix.paints:
-        first = [*first, run.judge, run.denoiser]
+        first = [*first, *judges(config, run), run.denoiser]
     found = [Stage("prepare", 0, (run.data,))]
     if has_codec(config):
         latents = () if config.denoiser.external else (run.latents("train"), run.latents("select"))
@@ -111,7 +125,9 @@ def stages(config: Config, run: RunDir) -> list[Stage]:
         found.append(Stage("mine", n, (run.round(n, "scores"), run.round(n, "hard"))))
         if config.mix.paints:
             found.append(Stage("generate", n, (*levels, run.round(n, "requests"), run.round(n, "synthetic"))))
-            found.append(Stage("curate", n, (run.round(n, "verdicts"),)))
+            measured = (*(run.features / role for role in ROLES), run.limits)
+            twins = (run.round(n, "twins"),) if config.curate.twins else ()
+            found.append(Stage("curate", n, (*measured, run.round(n, "inspected"), *twins, run.round(n, "verdicts"))))
         found.append(Stage("evaluate", n, (*mixes, *trained(config, run, n), run.round(n, "evaluate"))))
     if not config.mix.mines:
         found.append(Stage("evaluate", 0, (run.round(0, "evaluate"),)))

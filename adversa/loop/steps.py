@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from adversa.loop import arms, latents
 from adversa.loop.engine import Engine, FitJob, Part, Work
 from adversa.loop.feed import Feed, balanced
 from adversa.loop.step import Facts, cost, inputs, run_step
-from adversa.types import BEFORE, PAINTED, ROLES, Scorecard, UserError, seed_of
+from adversa.types import BEFORE, PAINTED, Scorecard, UserError, seed_of
 from adversa.weights import MODEL
 
 Row = dict[str, Any]
@@ -158,7 +158,7 @@ def check_weights(config: cfg.Config) -> None:
 
     if config.denoiser.external:
         external.places(config.denoiser.external)
-    judge = config.curate.judge and config.curate.judge.weights
+    judge = cfg.judge_of(config).weights
     if config.generate.weak and config.mix.arms != ["real"]:
         painter.fingerprint(Path(config.generate.weak))
     for name in (config.classifier.weights, judge, config.denoiser.weights):
@@ -182,8 +182,7 @@ def check_models(config: cfg.Config, classes: list[str], synthetic: bool, codec:
     model.build(config.classifier, len(classes), config.data.resolution)
     if not synthetic:
         return
-    if config.curate.judge is not None:
-        model.build(config.curate.judge, len(classes), config.data.resolution)
+    model.build(cfg.judge_of(config), len(classes), config.data.resolution)
     channels, side = latents.space(config, codec)
     if (path := config.denoiser.external) is not None:
         external.check(external.read(path, len(classes)), path, channels, side, config.generate.guidance)
@@ -283,82 +282,16 @@ def modes(scores: Path, data: Path, config: cfg.Mine) -> Any:
     )  # fmt: skip
 
 
-# ---- curation ----------------------------------------------------------------------------------------------------------
-
-
-def curate(engine: Engine, synthetic: Path, data: Path, judge: Path, config: cfg.Curate, out: Path) -> None:
-    """A verdict for every image. The near-copy index holds every role, `test` too: it can only ever remove an image."""
-    recipe = runs.Recipe(
-        "curate", 1, config.model_dump(mode="json", exclude={"judge"}), inputs(synthetic=synthetic, judge=judge, data=data)
-    )
-
-    def body(progress: runs.Progress) -> Facts:
-        parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(tables.parts(synthetic))]
-        limit = near_copy_threshold(data, config.near_copy_quantile) if parts else float("nan")
-        started = time.perf_counter()
-        done = engine.map_batches(partial(make_verdicts, judge, data, config, limit), parts, out, progress, model=True)
-        spent = cost(done, engine.tasks(model=True), time.perf_counter() - started)
-        verdicts = tables.read(out, ["keep"], tables.VERDICTS)
-        kept = int(np.sum(verdicts["keep"].to_numpy()))
-        return spent | {"rows": len(verdicts), "kept": kept, "near_copy_threshold": limit}
-
-    run_step(out, recipe, body)
-
-
-def real_images(data: Path, roles: Sequence[str]) -> tuple[list[str], list[str], Iterator[np.ndarray]]:
-    """(ids, groups, blocks of uint8 images [n, H, W, 3] in their order) of some roles; one block is in memory at a time."""
-    paths = [path for role in roles for path in tables.parts(data / role)]
-    rows = pa.concat_tables(pq.read_table(path, columns=["id", "group"]) for path in paths)
-    blocks = (
-        tables.decode_images(batch.column("image"))
-        for path in paths
-        for batch in pq.ParquetFile(path).iter_batches(tables.ROW_GROUP, columns=["image"])
-    )
-    return rows["id"].to_pylist(), rows["group"].to_pylist(), blocks
-
-
-def near_copy_threshold(data: Path, quantile: float) -> float:
-    """From the roles that may choose: `test` is in the index, where it can only remove an image, and has no say here."""
-    from adversa.curate.near_copy import NearCopy
-
-    ids, groups, images = real_images(data, [r for r in ROLES if r != "test"])
-    return float(NearCopy(ids, images).threshold(ids, groups, quantile))
-
-
-def make_verdicts(judge: Path, data: Path, config: cfg.Curate, limit: float) -> Work:
-    from adversa.classify.score import make_scorer
-    from adversa.curate.gate import verdicts
-    from adversa.curate.near_copy import NearCopy
-
-    scorer = make_scorer(judge)
-    ids, _, images = real_images(data, ROLES)
-    index = NearCopy(ids, images)
-
-    def work(part: Part, path: Path) -> int:
-        rows = pq.read_table(part.payload["path"])
-        pictures = tables.decode_images(rows["image"])
-        similarity, nearest = index.nearest(pictures)
-        found = verdicts(
-            rows["request_id"].to_pylist(), rows["arm"].to_pylist(), rows["label"].to_numpy(), rows["finite"].to_numpy(False),
-            pictures, softmax(scorer(pictures)[0]), similarity, nearest, config, limit,
-            rows["fault"].to_pylist(),
-        )  # fmt: skip
-        tables.write_part(path, tables.to_table(found, tables.VERDICTS))
-        return len(found)
-
-    return work
-
-
 # ---- evaluation --------------------------------------------------------------------------------------------------------
 
 
 def evaluate(
     engine: Engine, run: runs.RunDir, models: Sequence[tuple[str, int, int, Path]], role: str, config: cfg.Evaluate, out: Path,
-    record: dict[str, Any] | None = None,
+    opening: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
     """Predictions of each model (arm, seed, round, folder) on a role, and its scorecard beside it.
 
-    record: written to `opened.json` before a classifier sees the first image (for `test`, which is opened once; only the
+    opening: called before a classifier sees the first image (for `test`, which is opened once, and that is written down; only the
     near-copy gate has read it before, and that can but remove a synthetic image).
     """
     names = inputs(data=run.data) | {f"{arm}-{seed}": runs.fingerprint(folder) for arm, seed, _, folder in models}
@@ -366,8 +299,8 @@ def evaluate(
     classes = classes_of(run.data)
 
     def body(progress: runs.Progress) -> Facts:
-        if record is not None and not (out / "opened.json").exists():
-            runs.write_json(out / "opened.json", record)
+        if opening is not None:
+            opening()
         facts = _score(engine, [(a, s, f) for a, s, _, f in models], run.data / role, False, out, progress)
         rows = tables.read(out, schema=tables.PREDICTIONS)
         for arm, seed, number, folder in models:

@@ -7,17 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from adversa import runs, tables
-from adversa.config import Config
-from adversa.loop import evidence, steps
+from adversa.config import Config, judge_of
+from adversa.loop import evidence, matched, opening, steps
 from adversa.loop.stages import has_codec, home, last_round, stages
 from adversa.runs import RunDir
 from adversa.types import BEFORE, Verdict
 
 
 def write(config: Config, run: RunDir) -> dict[str, Any]:
-    """Gather the finished run's folders into summary.json."""
+    """Gather the finished run's folders into summary.json.
+
+    UserError where test was read with other classifiers, or in another way, than the run has now, or the arms are not matched.
+    """
     from adversa.curate.gate import acceptance
 
+    opening.review(run, opening.asked(config, run), reopen=False)
     classes = steps.classes_of(run.data)
     painted = range(1, last_round(config) + 1) if config.mix.paints else ()
     folders = [run.round(n, "verdicts") for n in painted]
@@ -31,7 +35,7 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
     manifests = {run.name_of(f): runs.manifest(f) for s in stages(config, run) for f in s.folders if f.suffix == ""}
     seconds = {name: round(m["seconds"], 2) for name, m in manifests.items()}
     compute = sum(m["compute_seconds"] for m in manifests.values())
-    opened = runs.read_json(run.test / "opened.json") or {}
+    opened = opening.ledger(run)
     summary = {
         "run": run.root.resolve().name,
         "run_id": runs.run_id((runs.read_json(run.recipe) or {})["recipe"]),
@@ -60,7 +64,9 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
         "verdict": word,
         "verdict_sentence": sentence,
         "notes": notes(config, run),
-        "test_opened": opened.get("opened"),
+        "test_opened": opened[0]["opened"] if opened else None,
+        "test_openings": len(opened),
+        "matched": matched.facts(config, run),
         "versions": runs.versions(),
         "git": runs.git_commit(),
         "machine": runs.machine(),
@@ -85,6 +91,10 @@ def notes(config: Config, run: RunDir) -> list[str]:
     found = []
     if config.data.source == "phantom":
         found.append("the images are procedural phantoms, not photographs: the figures say nothing about skin")
+    if config.mix.paints and judge_of(config).model == config.classifier.model:
+        found.append(f"the judges are {config.classifier.model}, as the classifier is: they may share its mistakes")
+    if (reopened := opening.note(run)) is not None:
+        found.append(reopened)
     if config.mix.paints and config.denoiser.weights == "phantom":
         found.append("the denoiser started from weights shipped with adversa, trained on phantoms of another seed")
     if has_codec(config):

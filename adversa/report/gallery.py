@@ -1,8 +1,10 @@
-"""The pictures of the page: hard cases beside what was painted from them, as data URIs."""
+"""The pictures of the page, as data URIs: hard cases, what was painted from them, and the real image each of those is nearest to."""
 
 from __future__ import annotations
 
 import base64
+import io
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from adversa import tables
-from adversa.report.gather import Facts
+from adversa.curate import gate
+from adversa.report.gather import Facts, columns, number
+from adversa.report.words import fixed
+from adversa.types import ROLES
 
-CASES, OFFSPRING, SAMPLES = 24, 8, 6
-LARGEST, LARGEST_SHEET = 96, 512  # pixels: a larger picture is made smaller, so that the page stays within a few megabytes
+CASES, OFFSPRING, SAMPLES = 24, 6, 6
+LARGEST, LARGEST_NEAREST, LARGEST_SHEET = 96, 64, 512  # pixels: a larger picture is made smaller, for a page of a few megabytes
+LARGEST_PNG = 4096  # bytes: up to here a picture is shown as it is; above, JPEG says the same in a fraction of it
+MARKS = {gate.KEPT: "kept", gate.NOT_PAINTED: "broken", gate.NOT_FINITE: "broken", gate.FLAT: "broken", gate.CLIPPED: "broken"} | {
+    gate.DISAGREES: "disagrees", gate.TRIVIAL: "disagrees", gate.NEAR_COPY: "copy", gate.NEAR_COPY_2: "copy", gate.TWIN: "copy",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,19 +36,46 @@ class Picture:
     coarse: bool
 
 
+NONE = Picture(None, False)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a verdict beside what it is held to ("" where the check is off); failed: it is why the image was not kept."""
+
+    name: str
+    value: str
+    limit: str
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The real image that a painted one is most like. picture is None for an image of test: those are not shown to anyone."""
+
+    role: str
+    picture: Picture | None
+    itself: bool  # it is the hard case that was painted from
+
+
 @dataclass(frozen=True)
 class Painted:
     picture: Picture
     reason: str
-    agreement: float | None
-    similarity: float | None
+    keep: bool
+    numbers: list[Number]
+    nearest: Nearest | None
+
+    @property
+    def mark(self) -> str:
+        return MARKS.get(self.reason, "none")
 
 
 @dataclass(frozen=True)
 class Case:
     number: int
-    label: str
-    predicted: str
+    label: int
+    predicted: int
     reason: str
     loss: float
     picture: Picture
@@ -48,74 +84,162 @@ class Case:
     kept: int
 
 
-def cases(facts: Facts, number: int) -> tuple[list[Case], int]:
-    """The first cases of round `number`, in the order they were taken, and how many there are in all.
+@dataclass(frozen=True)
+class Gallery:
+    """total: hard cases there are, shown or not. samples: label -> images of another arm, painted without a hard case."""
 
-    Offspring are the first by request id, which is a hash: nobody chose them by their looks.
+    round: int
+    cases: list[Case]
+    total: int
+    samples: dict[int, list[Painted]]
+
+    @property
+    def labels(self) -> dict[int, int]:
+        """label -> painted images shown."""
+        found = Counter({c.label: 0 for c in self.cases})
+        for label, images in self._shown():
+            found[label] += len(images)
+        return dict(sorted(found.items()))
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """reason -> painted images shown, kept first."""
+        found = Counter(p.reason for _, images in self._shown() for p in images)
+        return dict(sorted(found.items(), key=lambda r: (r[0] != gate.KEPT, r[0])))
+
+    def _shown(self) -> list[tuple[int, list[Painted]]]:
+        return [(c.label, c.offspring) for c in self.cases] + list(self.samples.items())
+
+
+def gallery(facts: Facts, round_number: int) -> Gallery:
+    """The first cases of a round, in the order they were taken (which goes round the classes), and their first images by id.
+
+    An id is a hash: nobody chose an image by its looks.
     """
     run = facts.run
-    hard = tables.read(run.round(number, "hard"), schema=tables.HARD_CASES).sort_by("rank").to_pylist()
+    hard = tables.read(run.round(round_number, "hard"), schema=tables.HARD_CASES).sort_by("rank").to_pylist()
     shown = hard[:CASES]
-    wanted = {h["example"] for h in shown}
-    requests: dict[str, list[str]] = {example: [] for example in wanted}
-    for row in tables.read(run.round(number, "requests"), ["request_id", "example", "arm"], tables.REQUESTS).to_pylist():
-        if row["example"] in wanted and row["arm"] == facts.after:
-            requests[row["example"]].append(row["request_id"])
-    requests = {example: sorted(ids) for example, ids in requests.items()}
-    verdicts = _verdicts(facts, number)
-    real = _pictures(run.data / "mine", "id", wanted)
-    painted = _pictures(run.round(number, "synthetic"), "request_id", {r for ids in requests.values() for r in ids[:OFFSPRING]})
-    return [
-        Case(
-            number=i + 1,
-            label=facts.classes[h["label"]],
-            predicted=facts.classes[h["predicted"]],
-            reason=h["reason"],
-            loss=h["loss"],
-            picture=real.get(h["example"], Picture(None, False)),
-            offspring=[_painted(r, painted, verdicts) for r in requests[h["example"]][:OFFSPRING]],
-            painted=len(requests[h["example"]]),
-            kept=sum(verdicts.get(r, {}).get("keep", False) for r in requests[h["example"]]),
+    offspring, samples = _asked(facts, round_number, {h["example"] for h in shown})
+    wanted = [r for ids in offspring.values() for r in ids[:OFFSPRING]] + [r for ids in samples.values() for r in ids]
+    verdicts = _verdicts(run.round(round_number, "verdicts"), {r for ids in offspring.values() for r in ids} | set(wanted))
+    neighbours = {n for r in wanted if (n := _neighbour(verdicts.get(r)))}
+    real = _real(run.data, {h["example"] for h in shown}, neighbours)
+    pictures = _pictures(run.round(round_number, "synthetic"), "request_id", set(wanted))
+
+    def painted(request: str, example: str | None) -> Painted:
+        v = verdicts.get(request) or {}
+        reason, nearest = v.get("reason") or "no verdict", _nearest(_neighbour(v), real, example)
+        return Painted(pictures.get(request, NONE), reason, bool(v.get("keep")), numbers(v), nearest)
+
+    found = []
+    for i, h in enumerate(shown):
+        ids = offspring[h["example"]]
+        found.append(
+            Case(
+                number=i + 1,
+                label=h["label"],
+                predicted=h["predicted"],
+                reason=h["reason"],
+                loss=h["loss"],
+                picture=real.get(h["example"], ("mine", NONE))[1] or NONE,
+                offspring=[painted(r, h["example"]) for r in ids[:OFFSPRING]],
+                painted=len(ids),
+                kept=sum(bool((verdicts.get(r) or {}).get("keep")) for r in ids),
+            )
         )
-        for i, h in enumerate(shown)
-    ], len(hard)
+    return Gallery(round_number, found, len(hard), {c: [painted(r, None) for r in ids] for c, ids in samples.items()})
 
 
-def samples(facts: Facts, number: int, arm: str) -> dict[str, list[Painted]]:
-    """class name -> the first images by request id that `arm` painted of it in a round; only classes with any."""
-    columns = ["request_id", "label", "arm"]
-    rows = tables.read(facts.run.round(number, "requests"), columns, tables.REQUESTS).to_pylist()
-    ids = {
-        name: sorted(r["request_id"] for r in rows if r["arm"] == arm and r["label"] == c)[:SAMPLES]
-        for c, name in enumerate(facts.classes)
-    }
-    verdicts = _verdicts(facts, number)
-    pictures = _pictures(facts.run.round(number, "synthetic"), "request_id", {r for names in ids.values() for r in names})
-    return {name: [_painted(r, pictures, verdicts) for r in found] for name, found in ids.items() if found}
+def _asked(facts: Facts, round_number: int, examples: Collection[str]) -> tuple[dict[str, list[str]], dict[int, list[str]]]:
+    """(hard case -> all requests of the arm in question, sorted; label -> the first of `unguided`, where that is another arm)."""
+    rows = columns(facts.run.round(round_number, "requests"), ["request_id", "example", "label", "arm"], tables.REQUESTS).to_pydict()
+    offspring: dict[str, list[str]] = {example: [] for example in examples}
+    others: dict[int, list[str]] = {}
+    for request, example, label, arm in sorted(zip(*rows.values(), strict=True), key=lambda r: r[0]):
+        if arm == facts.after and example in offspring:
+            offspring[example].append(request)
+        elif arm == "unguided" and arm != facts.after:
+            others.setdefault(label, []).append(request)
+    return offspring, {c: ids[:SAMPLES] for c, ids in sorted(others.items())}
 
 
-def _painted(request: str, pictures: dict[str, Picture], verdicts: dict[str, dict[str, Any]]) -> Painted:
-    verdict = verdicts.get(request, {})
-    return Painted(
-        picture=pictures.get(request, Picture(None, False)),
-        reason=verdict.get("reason", "no verdict"),
-        agreement=verdict.get("agreement"),
-        similarity=verdict.get("similarity"),
-    )
+def _verdicts(folder: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+    rows = columns(folder, tables.VERDICTS.names, tables.VERDICTS)
+    wanted = [i for i, request in enumerate(rows["request_id"].to_pylist()) if request in ids]
+    return {row["request_id"]: row for row in rows.take(wanted).to_pylist()}
 
 
-def _verdicts(facts: Facts, number: int) -> dict[str, dict[str, Any]]:
-    rows = tables.read(facts.run.round(number, "verdicts"), schema=tables.VERDICTS).to_pylist()
-    return {row["request_id"]: row for row in rows}
+def numbers(v: dict[str, Any]) -> list[Number]:
+    """The numbers of a verdict that are known, with their limits; those that have a limit and are not known are said to be."""
+    least, most = number(v.get("agreement_least")), number(v.get("agreement_most"))
+    judge = "" if least is None else f"\u2265 {fixed(least, 2)}" if most in (None, 1.0) else f"{fixed(least, 2)} to {fixed(most, 2)}"
+    rows = [("judge", v.get("agreement"), judge, (gate.DISAGREES, gate.TRIVIAL), 2)]
+    for name, value, limit, sign, reason, digits in (
+        ("copy, pixels", "similarity", "similarity_limit", "<", gate.NEAR_COPY, 3),
+        ("copy, features", "similarity_2", "similarity_2_limit", "<", gate.NEAR_COPY_2, 3),
+        ("realism", "realism", "realism_limit", "\u2264", gate.UNREAL, 2),
+        ("realism, second", "realism_2", "realism_2_limit", "\u2264", gate.UNREAL_2, 2),
+        ("contrast", "contrast", "contrast_limit", "\u2265", gate.FLAT, 1),
+        ("clipped", "clipped", "clipped_limit", "\u2264", gate.CLIPPED, 2),
+        ("twin", "twin_similarity", "twin_limit", "<", gate.TWIN, 3),
+        ("of its source", "place", "quota", "\u2264", gate.QUOTA, 0),
+    ):
+        bound = number(v.get(limit))
+        rows.append((name, _known(v, value), "" if bound is None else f"{sign} {fixed(bound, digits)}", (reason,), digits))
+    return [
+        Number(name, fixed(number(value), digits), limit, v.get("reason") in reasons)
+        for name, value, limit, reasons, digits in rows
+        if number(value) is not None or v.get("reason") in reasons
+    ]
 
 
-def _pictures(folder: Path, key: str, ids: Collection[str]) -> dict[str, Picture]:
-    """Pictures of the rows whose `key` is in ids; parts without one of them are not read beyond that column."""
+def _known(v: dict[str, Any], name: str) -> Any:
+    """What is not there: a place of 0 (not counted yet), a twin's similarity of -1 (it has none)."""
+    value = number(v.get(name))
+    return None if (name == "place" and value == 0) or (name == "twin_similarity" and value == -1) else value
+
+
+def _neighbour(v: dict[str, Any] | None) -> str:
+    """The id of the real image in question: in features where that is why it was not kept, in pixels otherwise."""
+    if not v:
+        return ""
+    return (v.get("nearest_2") if v.get("reason") == gate.NEAR_COPY_2 else v.get("nearest")) or ""
+
+
+def _nearest(neighbour: str, real: dict[str, tuple[str, Picture | None]], example: str | None) -> Nearest | None:
+    if neighbour not in real:
+        return None
+    role, found = real[neighbour]
+    return Nearest(role, found, neighbour == example)
+
+
+def _real(data: Path, cases: Collection[str], neighbours: Collection[str]) -> dict[str, tuple[str, Picture | None]]:
+    """id -> (role, picture) of real images; the pictures of test stay closed: only their ids are read."""
+    found: dict[str, tuple[str, Picture | None]] = {}
+    for role in ROLES:
+        if role == "test":
+            ids = tables.read(data / role, ["id"], tables.EXAMPLES)["id"].to_pylist()
+            found |= {i: (role, None) for i in set(ids) & set(neighbours)}
+            continue
+        large = _pictures(data / role, "id", cases) if role == "mine" else {}
+        small = _pictures(data / role, "id", set(neighbours) - large.keys(), LARGEST_NEAREST)
+        found |= {i: (role, p) for i, p in (large | small).items()}
+    return found
+
+
+def _pictures(folder: Path, key: str, ids: Collection[str], largest: int = LARGEST) -> dict[str, Picture]:
+    """Pictures of the rows whose `key` is in ids. Of a part, only the groups of rows that hold one are read beyond that column."""
     found: dict[str, Picture] = {}
-    for part in tables.parts(folder):
-        if here := set(pq.read_table(part, columns=[key])[key].to_pylist()) & set(ids):
-            rows = pq.read_table(part, columns=[key, "image"], filters=[(key, "in", sorted(here))])
-            found |= {row[key]: picture(row["image"]) for row in rows.to_pylist()}
+    for part in tables.parts(folder) if ids else ():
+        file = pq.ParquetFile(part)
+        keys = file.read(columns=[key])[key].to_pylist()
+        start = 0
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            if wanted := [i for i in range(start, end) if keys[i] in ids]:
+                images = file.read_row_group(group, columns=["image"])["image"].take([i - start for i in wanted]).to_pylist()
+                found |= {keys[i]: picture(image, largest) for i, image in zip(wanted, images, strict=True)}
+            start = end
     return found
 
 
@@ -127,9 +251,13 @@ def sheet(path: Path) -> Picture:
 def picture(data: bytes, largest: int = LARGEST) -> Picture:
     """PNG bytes to a data URI, made smaller where it is large. No bytes: there is no picture."""
     if not data:
-        return Picture(None, False)
+        return NONE
     image = Image.fromarray(tables.decode_png(data)).convert("RGB")
     coarse = max(image.size) < largest
     image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
-    png = tables.encode_png(np.asarray(image))
-    return Picture("data:image/png;base64," + base64.b64encode(png).decode(), coarse)
+    kind, encoded = "png", tables.encode_png(np.asarray(image))
+    if len(encoded) > LARGEST_PNG:
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=88, subsampling=0)
+        kind, encoded = "jpeg", buffer.getvalue()
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}", coarse)

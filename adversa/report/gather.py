@@ -1,4 +1,4 @@
-"""What the page needs, read from the run folder: figures, intervals, counts. No picture is decoded here."""
+"""What the report needs, read from the run folder: figures, intervals, counts. No picture is decoded here."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from adversa import tables
-from adversa.curate.gate import acceptance
 from adversa.runs import RunDir, read_json
-from adversa.types import ARMS, BEFORE, ROLES, UserError, Verdict
+from adversa.types import ARMS, BEFORE, ROLES, UserError
 
 REQUIRED = {"arms", "classes", "intervals", "notes", "split_hash", "verdict"}
 OPTIONAL: dict[str, Any] = {
-    "run": "", "seed": "", "rounds": "", "generated": 0, "accepted": 0, "comparisons": [], "verdict_sentence": "",
-    "versions": {}, "seconds": {}, "subgroups": {}, "cost": {}, "overhead_seconds": None, "wall_seconds": None, "test_opened": None,
+    "run": "", "seed": "", "seeds": None, "rounds": "", "generated": 0, "accepted": 0, "comparisons": [], "verdict_sentence": "",
+    "versions": {}, "seconds": {}, "subgroups": {}, "cost": {}, "overhead_seconds": None, "wall_seconds": None,
+    "device_seconds": None, "test_opened": None, "test_openings": 1, "git": None, "machine": {},
 }  # fmt: skip
 METRICS = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auroc_macro": "AUROC, mean of classes"}
 
@@ -38,7 +40,6 @@ class Facts:
     cards: list[dict[str, Any]]
     images: dict[str, list[int]]  # role -> images of each class
     lesions: dict[str, int]  # role -> lesions
-    accepted: dict[str, dict[str, dict[str, Any]]]  # as curate.gate.acceptance
     quality: dict[str, Any] | None = None  # quality.json, where the denoiser was evaluated
 
     @property
@@ -52,6 +53,11 @@ class Facts:
         """The arm that the page sets against `real`: guided, or the last there is."""
         others = [a for a in self.arms if a != "real"]
         return "guided" if "guided" in others else (others[-1] if others else None)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the configuration; empty where the run is of a version that did not have it."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -87,32 +93,42 @@ def read_facts(run_dir: Path) -> Facts:
         summary=summary,
         classes=classes,
         arms=sorted(summary["arms"], key=lambda a: (known.get(a, len(known)), a)),
-        cards=_cards(run),
+        cards=[json.loads(p.read_text()) for p in sorted(run.root.rglob("scorecard-*.json"))],
         images=images,
         lesions=lesions,
-        accepted=_acceptance(run, classes),
         quality=read_json(run.root / "quality.json"),
     )
 
 
+def columns(folder: Path, names: Sequence[str], schema: pa.Schema) -> pa.Table:
+    """Some columns of a folder; null where a part, of an older version, lacks one."""
+    found = [schema.empty_table().select(list(names))]
+    for part in tables.parts(folder):
+        here = pq.read_table(part, columns=[n for n in names if n in pq.read_schema(part).names])
+        whole = {n: here[n] if n in here.column_names else pa.nulls(len(here), schema.field(n).type) for n in names}
+        found.append(pa.table(whole, schema=pa.schema([schema.field(n) for n in names])))
+    return pa.concat_tables(found)
+
+
+def figures(facts: Facts, arm: str, role: str) -> dict[str, Any]:
+    """An arm's means over seeds on a role: metric -> value."""
+    return (facts.summary["before"] if arm == BEFORE else facts.summary["arms"].get(arm, {})).get(role, {})
+
+
 def score(facts: Facts, arm: str, role: str, metric: str) -> Score:
     """An arm's figure on a role, as summary.json has it."""
-    value = _figures(facts, arm, role).get(metric)
-    if _number(value) is None:
+    value = number(figures(facts, arm, role).get(metric))
+    if value is None:
         return Score(None)
     intervals = facts.summary["intervals_before"] if arm == BEFORE else facts.summary["intervals"].get(arm, {})
-    low, high = intervals.get(role, {}).get(metric, (None, None))
-    return Score(_number(value), _number(low), _number(high))
-
-
-def _figures(facts: Facts, arm: str, role: str) -> dict[str, Any]:
-    return (facts.summary["before"] if arm == BEFORE else facts.summary["arms"].get(arm, {})).get(role, {})
+    low, high = intervals.get(role, {}).get(metric) or (None, None)
+    return Score(value, number(low), number(high))
 
 
 def mean_specificity(facts: Facts, arm: str, role: str) -> Score:
     """Mean over classes. It has no interval: the ends of the classes' intervals do not average to it."""
-    values = _figures(facts, arm, role)
-    return Score(_mean([v for c in facts.classes if (v := _number(values.get(f"specificity/{c}"))) is not None]))
+    values = figures(facts, arm, role)
+    return Score(mean([v for c in facts.classes if (v := number(values.get(f"specificity/{c}"))) is not None]))
 
 
 def by_round(facts: Facts, role: str, metric: str) -> dict[int, dict[str, float | None]]:
@@ -120,7 +136,7 @@ def by_round(facts: Facts, role: str, metric: str) -> dict[int, dict[str, float 
     numbers = sorted({c["round"] for c in facts.cards if c["role"] == role})
     return {
         n: {
-            arm: _mean([
+            arm: mean([
                 c["metrics"][metric]
                 for c in facts.cards
                 if (c["round"], c["role"], c["arm"]) == (n, role, arm) and metric in c["metrics"]
@@ -141,20 +157,10 @@ def _roles(run: RunDir, classes: int) -> tuple[dict[str, list[int]], dict[str, i
     return images, lesions
 
 
-def _acceptance(run: RunDir, classes: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    found: list[Verdict] = []
-    for folder in sorted(run.root.glob("round-*/verdicts")):
-        found += [Verdict(**row) for row in tables.read(folder, schema=tables.VERDICTS).to_pylist()]
-    return acceptance(found, classes)
-
-
-def _cards(run: RunDir) -> list[dict[str, Any]]:
-    return [json.loads(p.read_text()) for p in sorted(run.root.rglob("scorecard-*.json"))]
-
-
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None

@@ -187,7 +187,7 @@ def test_pairs_are_the_near_copies_within(halves) -> None:
     index, threshold, _, _ = halves
     real = pictures(12)
     painted = np.concatenate([real, plant(real[:4], "noisy"), plant(real[:2], "turned")])
-    pairs = NearCopy([f"s{i:02d}" for i in range(18)], painted, like=index).pairs(threshold)
+    pairs = NearCopy([f"s{i:02d}" for i in range(18)], painted, like=index.scale).pairs(threshold)
     alike = [(0, 12), (0, 16), (12, 16), (1, 13), (1, 17), (13, 17), (2, 14), (3, 15)]
     assert [(a, b) for a, b, _ in pairs] == sorted((f"s{i:02d}", f"s{j:02d}") for i, j in alike)
     assert all(s >= threshold for _, _, s in pairs)

@@ -203,13 +203,13 @@ def test_a_cut_off_export_goes_on(painted, tmp_path, form):
 def test_one_part_at_a_time(painted, tmp_path, monkeypatch):
     """No part is read before the one before it is on disk."""
     out, seen = tmp_path / "out", []
-    rows = export._rows
+    rows = export.rows
 
     def spy(path, *rest):
         seen.append((path.name, len(list(out.glob("*/*.png")))))
         return rows(path, *rest)
 
-    monkeypatch.setattr(export, "_rows", spy)
+    monkeypatch.setattr(export, "rows", spy)
     run(painted, out, "folder")
     assert seen == [("part-00000.parquet", 0), ("part-00001.parquet", 5), ("part-00002.parquet", 11)]
 

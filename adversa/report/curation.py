@@ -1,0 +1,171 @@
+"""What was painted and what was kept of it, how the hard cases were shared out, and whether the denoiser repeats its training."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adversa import tables
+from adversa.curate.gate import EVERY_REASON, acceptance, acceptance_by_strategy
+from adversa.report.gather import Facts, columns, number
+from adversa.runs import read_json
+
+
+class Judged(NamedTuple):
+    """What acceptance counts of a verdict: reading 20,000 whole ones takes seconds, these five columns do not."""
+
+    arm: str
+    label: int
+    strategy: str
+    keep: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table of acceptance; strategy "" is all of them."""
+
+    name: str
+    strategy: str
+    painted: int
+    kept: int
+    rejected: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Of an arm: its lines, class by class, and the reasons that any of its images met, in the order of the checks."""
+
+    lines: list[Line]
+    reasons: list[str]
+    strategies: list[str]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of a class, in one round: images of mine, errors of the classifier that mined, hard cases taken by their kind, and what came
+    of them in the arm in question. errors is None where the scores are gone."""
+
+    name: str
+    images: int
+    errors: float | None
+    misclassified: int
+    near: int
+    painted: int
+    kept: int
+
+    @property
+    def taken(self) -> int:
+        return self.misclassified + self.near
+
+
+@dataclass(frozen=True)
+class Memory:
+    """As curate.memorisation.Memorisation; curve: (share, synthetic, held-out)."""
+
+    synthetic: int
+    held_out: int
+    curve: list[tuple[float, float, float]]
+    nearer: float
+    beyond: float
+
+
+def judged(facts: Facts, number: int | None = None) -> list[Judged]:
+    """Of every round, or of one. The strategy is the request's where the verdict, of an older version, has none."""
+    folders = sorted(facts.run.root.glob("round-*/verdicts" if number is None else f"round-{number:03d}/verdicts"))
+    found = []
+    for folder in folders:
+        rows = columns(folder, ["request_id", *Judged._fields], tables.VERDICTS)
+        strategies = rows["strategy"].to_pylist()
+        if None in strategies:
+            asked = columns(folder.parent / "requests", ["request_id", "strategy"], tables.REQUESTS).to_pydict()
+            known = dict(zip(asked["request_id"], asked["strategy"], strict=True))
+            strategies = [s or known.get(i, "") for s, i in zip(strategies, rows["request_id"].to_pylist(), strict=True)]
+        lists = [strategies if name == "strategy" else rows[name].to_pylist() for name in Judged._fields]
+        found += [Judged(*row) for row in zip(*lists, strict=True)]
+    return found
+
+
+def accepted(facts: Facts) -> dict[str, Accepted]:
+    """arm -> what was painted and kept, by class, and by strategy where an arm has several."""
+    found = judged(facts)
+    by_class: dict[str, Any] = acceptance(found, facts.classes)  # type: ignore[arg-type]
+    by_strategy: dict[str, Any] = acceptance_by_strategy(found, facts.classes)  # type: ignore[arg-type]
+    shown = {}
+    for arm, rows in by_class.items():
+        parts = by_strategy.get(arm, {})
+        strategies = sorted({s for of_class in parts.values() for s in of_class})
+        lines = []
+        for name, row in rows.items():
+            lines.append(_line(name, "", row))
+            if len(strategies) > 1:
+                lines += [_line(name, strategy, part) for strategy, part in parts.get(name, {}).items()]
+        met = {reason for line in lines for reason in line.rejected}
+        shown[arm] = Accepted(lines, [r for r in EVERY_REASON if r in met], strategies)
+    return shown
+
+
+def _line(name: str, strategy: str, row: dict[str, Any]) -> Line:
+    return Line(name, strategy, row["generated"], row["accepted"], row["rejected"])
+
+
+def budget(facts: Facts, number: int) -> list[Budget]:
+    """A line a class, of round `number`."""
+    hard = tables.read(facts.run.round(number, "hard"), ["label", "reason"], tables.HARD_CASES).to_pylist()
+    taken = Counter((h["label"], h["reason"]) for h in hard)
+    painted = Counter((j.label, j.keep) for j in judged(facts, number) if j.arm == facts.after)
+    errors = _errors(facts, number)
+    return [
+        Budget(
+            name=name,
+            images=facts.images["mine"][c],
+            errors=None if errors is None else float(errors[c]),
+            misclassified=taken[c, "misclassified"],
+            near=sum(n for (label, reason), n in taken.items() if label == c and reason != "misclassified"),
+            painted=painted[c, True] + painted[c, False],
+            kept=painted[c, True],
+        )
+        for c, name in enumerate(facts.classes)
+    ]
+
+
+def _errors(facts: Facts, number: int) -> np.ndarray | None:
+    """Misclassified images of mine by class, float64 [K], under what mined: its mean over classifiers where there are several."""
+    rows = columns(facts.run.round(number, "scores"), ["arm", "seed", "label", "logits"], tables.PREDICTIONS)
+    if not len(rows):
+        return None
+    labels = rows["label"].to_numpy()
+    logits = np.concatenate([c.flatten().to_numpy() for c in rows["logits"].chunks]).reshape(len(rows), -1)
+    models = len(set(zip(rows["arm"].to_pylist(), rows["seed"].to_pylist(), strict=True)))
+    return np.bincount(labels[logits.argmax(1) != labels], minlength=len(facts.classes)) / models
+
+
+def memories(facts: Facts, round_number: int) -> dict[str, Memory]:
+    """arm -> how near its images lie to the training images; empty where that was not measured."""
+    told = read_json(facts.run.round(round_number, "verdicts") / "memorisation.json") or {}
+    found = {}
+    for arm, m in told.items():
+        curve = [tuple(point) for point in (m or {}).get("curve", []) if len(point) == 3 and all(number(v) is not None for v in point)]
+        if curve and number(m["nearer"]) is not None:
+            found[arm] = Memory(m["synthetic"], m["held_out"], curve, float(m["nearer"]), float(m["beyond"]))
+    return found
+
+
+def memory_sentence(arm: str, m: Memory) -> str:
+    """What the curve means, in one sentence. The error is that of a Mann-Whitney statistic of independent images."""
+    error = math.sqrt((m.synthetic + m.held_out + 1) / (12 * m.synthetic * m.held_out))
+    if m.nearer > 0.5 + 1.96 * error:
+        word = "they lie nearer than real images do, so some may repeat what the denoiser was trained on"
+    elif m.nearer < 0.5 - 1.96 * error:
+        word = "they lie farther away than real images do: no sign of copying"
+    else:
+        word = "no nearer than real images do: no sign of copying"
+    return (
+        f"A painted image of {arm} is nearer to its nearest training image than a held-out real one to its own with probability "
+        f"{m.nearer:.2f} (0.50 is expected), and {100 * m.beyond:.1f}% are nearer than 99% of the held-out ones (1% is expected): {word}."
+    )
+

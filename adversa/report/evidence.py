@@ -1,0 +1,200 @@
+"""The tables of figures: before and after, arms, comparisons, classes, groups of classes, subgroups, cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from adversa.report.gather import METRICS, Facts, Score, figures, mean_specificity, number, score
+from adversa.types import BEFORE
+
+MORE = {"worst_class": "worst class", "ece": "ECE", "brier": "Brier"}  # of every arm, where they were measured; lower is better: ECE, Brier
+SHORT = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auroc_macro": "AUROC"} | MORE
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a before/after table."""
+
+    name: str
+    before: Score
+    after: Score | None
+
+    @property
+    def change(self) -> float | None:
+        known = self.after is not None and self.after.value is not None and self.before.value is not None
+        return self.after.value - self.before.value if known else None  # type: ignore[union-attr, operator]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A difference and its interval on the comparisons' common axis, which goes from -100 to 100."""
+
+    low: float
+    middle: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arm a minus arm b. Numbers are None where the run did not record them. mcnemar: of each seed, as summary.json has it."""
+
+    a: str
+    b: str
+    metric: str
+    role: str
+    word: str
+    difference: float | None
+    low: float | None
+    high: float | None
+    p_holm: float | None
+    detectable: float | None
+    seeds: int | None
+    lesions: int | None
+    seeds_needed: int | None
+    effect: float | None
+    note: str
+    mcnemar: list[dict[str, Any]]
+    gain: dict[str, float] | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.a} minus {self.b}"
+
+    @property
+    def on(self) -> str:
+        return f"{METRICS.get(self.metric, self.metric)}, {self.role}{' (optimistic)' if self.role == 'mine' else ''}"
+
+
+def overall(facts: Facts, role: str) -> list[Row]:
+    """Accuracy, mean sensitivity and specificity, balanced accuracy, AUROC."""
+    specificity = [mean_specificity(facts, arm, role) if arm else None for arm in (BEFORE, facts.after)]
+    return [
+        compared(facts, role, "accuracy", "accuracy"),
+        compared(facts, role, "sensitivity, mean of classes", "balanced_accuracy"),
+        Row("specificity, mean of classes", specificity[0] or Score(None), specificity[1]),
+        compared(facts, role, "balanced accuracy", "balanced_accuracy"),
+        compared(facts, role, METRICS["auroc_macro"], "auroc_macro"),
+    ]
+
+
+def compared(facts: Facts, role: str, name: str, metric: str) -> Row:
+    after = score(facts, facts.after, role, metric) if facts.after else None
+    return Row(name, score(facts, BEFORE, role, metric), after)
+
+
+def per_class(facts: Facts) -> dict[str, list[tuple[int, Row]]]:
+    """sensitivity, specificity -> (images of test, row) of each class."""
+    return {
+        kind: [
+            (images, compared(facts, "test", name, f"{kind}/{name}"))
+            for name, images in zip(facts.classes, facts.images["test"], strict=True)
+        ]
+        for kind in ("sensitivity", "specificity")
+    }
+
+
+def arms(facts: Facts, role: str) -> tuple[list[str], dict[str, list[Score]]]:
+    """(names of the columns, arm -> its scores); a metric that no arm has on this role is left out."""
+    shown = [m for m in SHORT if m in METRICS or any(m in figures(facts, arm, role) for arm in facts.arms)]
+    return [SHORT[m] for m in shown], {arm: [score(facts, arm, role, m) for m in shown] for arm in facts.arms}
+
+
+def groups(facts: Facts) -> dict[str, list[tuple[str, dict[str, Score]]]]:
+    """group of classes -> (name of a metric, arm -> score on test), in the order of the summary."""
+    found: dict[str, list[tuple[str, dict[str, Score]]]] = {}
+    for group in facts.section("evaluate").get("groups") or {}:
+        names = dict.fromkeys(m for arm in facts.arms for m in figures(facts, arm, "test") if _is_of(m, str(group), facts.classes))
+        rows = [(_title(m, str(group)), {arm: score(facts, arm, "test", m) for arm in facts.arms}) for m in sorted(names, key=_place)]
+        if rows:
+            found[str(group)] = rows
+    return found
+
+
+KINDS = ("auroc", "pauc", "pauc_norm", "sensitivity", "specificity")
+
+
+def _is_of(metric: str, group: str, classes: list[str]) -> bool:
+    kind, at, _ = metric.removesuffix(f"/{group}").partition("@")
+    plain = kind in KINDS and (bool(at) or kind == "auroc")
+    return metric.endswith(f"/{group}") and plain and metric not in {f"{kind}/{c}" for c in classes}
+
+
+def _place(metric: str) -> tuple[str, int]:
+    """AUROC and its parts first, then sensitivity and specificity, target by target."""
+    kind, at, rest = metric.partition("/")[0].partition("@")
+    return (rest if kind.startswith("s") else "", KINDS.index(kind))
+
+
+def _title(metric: str, group: str) -> str:
+    kind, _, level = metric.removesuffix(f"/{group}").partition("@")
+    return {
+        "auroc": "AUROC",
+        "pauc": f"partial AUC above sensitivity {level}",
+        "pauc_norm": f"the same, of the {_rest(level)} possible",
+        "sensitivity": f"sensitivity at specificity {level}",
+        "specificity": f"specificity reached there ({level} was set on select)",
+    }[kind]
+
+
+def _rest(level: str) -> str:
+    try:
+        return f"{1 - float(level):.2f}"
+    except ValueError:
+        return "largest"
+
+
+def subgroups(found: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
+    """attribute -> a row a value, with each arm's score."""
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for attribute, of_arms in found.items():
+        first = next(iter(of_arms.values()), [])
+        shown[attribute] = [
+            {k: row[k] for k in ("value", "n", "lesions", "small")}
+            | {"scores": {arm: Score(number(rows[i]["value_of"]), *(rows[i]["interval"] or ())) for arm, rows in of_arms.items()}}
+            for i, row in enumerate(first)
+        ]
+    return {attribute: rows for attribute, rows in shown.items() if rows}
+
+
+def comparisons(found: list[dict[str, Any]]) -> list[Comparison]:
+    return [
+        Comparison(
+            a=str(c["a"]),
+            b=str(c["b"]),
+            metric=c["metric"],
+            role=c["role"],
+            word=c["word"],
+            difference=number(c["difference"]),
+            low=number(c["low"]),
+            high=number(c["high"]),
+            p_holm=number(c.get("p_holm")),
+            detectable=number(c.get("detectable")),
+            seeds=c.get("seeds"),
+            lesions=c.get("lesions"),
+            seeds_needed=c.get("seeds_needed"),
+            effect=number(c.get("effect")),
+            note=c.get("note") or "",
+            mcnemar=c.get("mcnemar") or [],
+            gain=c.get("gain_per_device_hour"),
+        )
+        for c in found
+    ]
+
+
+def reach(rows: list[Comparison]) -> float:
+    """The value at the end of the axis that comparisons share."""
+    ends = [abs(v) for c in rows for v in (c.low, c.high, c.difference) if v is not None]
+    return max(ends, default=0) * 1.08 or 1.0
+
+
+def bar(row: Comparison, end: float) -> Bar | None:
+    found = [row.low, row.difference, row.high]
+    return None if any(v is None or not math.isfinite(v) for v in found) else Bar(*(100 * v / end for v in found if v is not None))
+
+
+def costs(facts: Facts, rows: list[Comparison]) -> list[tuple[str, float | None, float | None]]:
+    """(arm, seconds, device-seconds), in the order of the arms; empty where the run did not record them."""
+    found = facts.summary["cost"]
+    return [(arm, number(found[arm].get("seconds")), number(found[arm].get("device_seconds"))) for arm in facts.arms if arm in found]

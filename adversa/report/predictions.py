@@ -1,0 +1,160 @@
+"""What the classifiers say of the images of `test`: who is taken for whom, and whether they are as sure as they should be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+
+from adversa import tables
+from adversa.evaluate.calibration import ReliabilityBin, expected_calibration_error, reliability
+from adversa.evaluate.scores import softmax
+from adversa.report.gather import Facts, Score, score
+from adversa.types import BEFORE
+
+
+@dataclass(frozen=True)
+class Said:
+    """Logits [S, N, K] of an arm's S classifiers and the labels [N]."""
+
+    logits: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Of images of the row's class, read as the column's: count is a mean over seeds, share is of the row (None: it is empty).
+
+    tint: of its colour, -1 to 1.
+    """
+
+    count: float
+    share: float | None
+    tint: float
+
+
+@dataclass(frozen=True)
+class Confusions:
+    """Rows of cells [K][K], true class by predicted class; reach: the share at which a difference has its full colour."""
+
+    before: list[list[Cell]]
+    after: list[list[Cell]] | None
+    change: list[list[Cell]] | None
+    images: list[int]
+    seeds: int
+    reach: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """bins: n is a mean over seeds. surplus: mean confidence minus accuracy, above 0 where the classifiers are too sure."""
+
+    bins: list[ReliabilityBin]
+    ece: Score
+    brier: Score
+    surplus: float
+    seeds: int
+
+
+def of_test(facts: Facts) -> dict[str, Said]:
+    """BEFORE, and the arm in question, to what it says of `test`; empty where the predictions are gone."""
+    rows = tables.read(facts.run.test, ["id", "arm", "seed", "label", "logits"], tables.PREDICTIONS)
+    known = set(rows["arm"].unique().to_pylist())
+    wanted = {BEFORE: BEFORE if BEFORE in known else "real"} | ({facts.after: facts.after} if facts.after else {})
+    found = {}
+    for name, arm in wanted.items():
+        chosen = rows.filter(pc.equal(rows["arm"], arm)).sort_by([("seed", "ascending"), ("id", "ascending")])
+        seeds, classes = len(chosen["seed"].unique()), len(facts.classes)
+        if len(chosen):
+            logits = np.concatenate([c.flatten().to_numpy() for c in chosen["logits"].chunks]).astype(np.float64)
+            assert len(logits) == len(chosen) * classes and len(chosen) % seeds == 0, (arm, len(logits), len(chosen), seeds)
+            found[name] = Said(logits.reshape(seeds, -1, classes), chosen["label"].to_numpy()[: len(chosen) // seeds])
+    return found
+
+
+def confusions(facts: Facts, said: dict[str, Said]) -> Confusions | None:
+    """None where there are no predictions."""
+    if BEFORE not in said:
+        return None
+    classes = len(facts.classes)
+    before = _counts(said[BEFORE], classes)
+    after = _counts(said[facts.after], classes) if facts.after in said else None
+    images = before.sum(1)
+    change, reach = None, 0.0
+    if after is not None:
+        moved = _shares(after) - _shares(before)
+        reach = float(np.nanmax(np.abs(moved), initial=0.0))
+        tint = moved / reach if reach else np.zeros_like(moved)
+        change = _cells(after - before, moved, tint)
+    return Confusions(
+        before=_cells(before, _shares(before), _shares(before)),
+        after=None if after is None else _cells(after, _shares(after), _shares(after)),
+        change=change,
+        images=[round(n) for n in images.tolist()],
+        seeds=len(said[BEFORE].logits),
+        reach=reach,
+    )
+
+
+def _counts(said: Said, classes: int) -> np.ndarray:
+    """Images by true and predicted class, mean over seeds, float64 [K, K]."""
+    flat = said.labels * classes + said.logits.argmax(2)
+    return np.bincount(flat.ravel(), minlength=classes**2).reshape(classes, classes) / len(said.logits)
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """Of each row; NaN in a row without an image."""
+    with np.errstate(invalid="ignore"):
+        return counts / counts.sum(1, keepdims=True)
+
+
+def _cells(counts: np.ndarray, shares: np.ndarray, tints: np.ndarray) -> list[list[Cell]]:
+    known = np.isfinite(shares)
+    return [
+        [Cell(float(counts[i, j]), float(shares[i, j]) if known[i, j] else None, float(tints[i, j]) if known[i, j] else 0.0)
+         for j in range(counts.shape[1])]
+        for i in range(len(counts))
+    ]  # fmt: skip
+
+
+def calibrations(facts: Facts, said: dict[str, Said]) -> dict[str, Calibration]:
+    """BEFORE, and the arm in question, to its reliability curve. Bins are those of the seeds together; ECE and Brier are means."""
+    found = {}
+    for arm, s in said.items():
+        seeds, images, classes = s.logits.shape
+        together = reliability(s.logits.reshape(-1, classes), np.tile(s.labels, seeds))
+        probability = softmax(s.logits)
+        truth = np.eye(classes)[s.labels]
+        ece = np.mean([expected_calibration_error(reliability(x, s.labels)) for x in s.logits])
+        brier = ((probability - truth) ** 2).sum(2).mean()
+        found[arm] = Calibration(
+            bins=[ReliabilityBin(b.low, b.high, b.n / seeds, b.confidence, b.accuracy) for b in together],  # type: ignore[arg-type]
+            ece=_or_own(score(facts, arm, "test", "ece"), float(ece)),
+            brier=_or_own(score(facts, arm, "test", "brier"), float(brier)),
+            surplus=float(probability.max(2).mean() - (s.logits.argmax(2) == s.labels).mean()),
+            seeds=seeds,
+        )
+    return found
+
+
+def _or_own(told: Score, own: float) -> Score:
+    """The run's own figure, which has an interval; a run of an older version has none."""
+    return told if told.value is not None else Score(own)
+
+
+def calibration_sentences(facts: Facts, found: dict[str, Calibration]) -> list[str]:
+    """What the curves say, in words."""
+    told = []
+    for arm, c in found.items():
+        name = "Before" if arm == BEFORE else f"After ({arm})"
+        sure = f"on average {100 * abs(c.surplus):.1f} points too {'sure' if c.surplus > 0 else 'unsure'} of its answers"
+        told.append(
+            f"{name}: ECE {_words(c.ece)}, Brier {_words(c.brier)}; {sure}."
+        )  # fmt: skip
+    return told
+
+
+def _words(s: Score) -> str:
+    text = f"{s.value:.3f}"
+    return text if s.low is None or s.high is None else f"{text} ({s.low:.3f} to {s.high:.3f})"
