@@ -35,7 +35,8 @@ TrainWords = Annotated[
 EvaluateWords = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[denoiser] [CONFIG]", help="denoiser: judge its samples (KID, precision, recall). A YAML file; none: the demo."
+        metavar="[denoiser] [CONFIG] | RUN",
+        help="denoiser: judge its samples (KID, precision, recall). A YAML file; none: the demo. With --on: a run's folder.",
     ),
 ]
 RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="The run's folder; default: runs/NAME-OF-CONFIG.")]
@@ -215,6 +216,27 @@ def regenerate(
     cli_images.regenerate(run, request_id, out, Console())
 
 
+@app.command()
+@exits
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where it goes: a new or empty folder.")],
+    form: Annotated[str, typer.Option("--format", metavar="folder|parquet|webdataset", help="Of the images.")] = "folder",
+    what: Annotated[str, typer.Option("--what", metavar="images|models|all", help="Kept images, or classifiers.")] = "all",
+    arm: Annotated[str | None, typer.Option("--arm", help="One arm; none: every arm.")] = None,
+    number: Annotated[int | None, typer.Option("--round", help="Images of one round; none: of every round.")] = None,
+    rejected: Annotated[bool, typer.Option("--rejected", help="Refused images, too; a column says why.")] = False,
+    shard_mb: Annotated[float, typer.Option("--shard-mb", help="webdataset: size of a tar file, at most.")] = 256,
+) -> None:
+    """Hand on what a run made: the images that passed the gate, each arm's classifiers, with cards for the Hugging Face hub."""
+    from rich.console import Console
+
+    from adversa import cli_export
+
+    with _stoppable("what is written is kept. Go on with"):
+        cli_export.export(run, out, form, what, arm, number, rejected, shard_mb, Console())
+
+
 @bench_app.command("generate")
 @exits
 def bench_generate(
@@ -238,12 +260,52 @@ def bench_generate(
 @app.command()
 @exits
 def evaluate(
-    words: EvaluateWords = None, run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None,
-    engine: EngineName = "ray", verbose: Verbose = False,
+    words: EvaluateWords = None,
+    on: Annotated[Path | None, typer.Option("--on", metavar="CSV_OR_FOLDER", help="Score RUN on a set from elsewhere.")] = None,
+    labels_map: Annotated[
+        Path | None, typer.Option("--labels-map", metavar="YAML", help="--on: `labels: {melanoma: mel, scc: null}`, `classes: ..`.")
+    ] = None,
+    crop: Annotated[str | None, typer.Option("--crop", metavar="center|pad|squash", help="--on: not as in the run.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="--on: results go to RUN/external/NAME; default: the set's.")] = None,
+    run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None, engine: EngineName = "ray",
+    verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Retrain every arm and score it on the mine role (and what comes before); or judge the denoiser's samples."""
+    """Retrain every arm and score it on the mine role (and what comes before); or judge the denoiser's samples; or, with --on,
+    score a finished run on a set from elsewhere.
+    """
+    from rich.console import Console
+
+    from adversa import cli_results
+
+    given = {"--labels-map": labels_map, "--crop": crop, "--name": name}
+    if (root := cli_results.run_of(words, on, run_dir, given, {"--rounds": rounds, "--seed": seed})) is not None:
+        with _stoppable():
+            cli_results.evaluate_on(root, on, labels_map, crop, name, set_ or [], _engines(engine, verbose), Console())
+        return
     what, config = _what("evaluate", words, ("denoiser",))
     _execute("quality" if what else "evaluate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+
+
+@app.command()
+@exits
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files, folders, globs.")],
+    arm: Annotated[str | None, typer.Option("--arm", help="Whose classifiers; none: the arm the run is about.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The CSV.")] = Path("predictions.csv"),
+    crop: Annotated[str | None, typer.Option("--crop", metavar="center|pad|squash", help="Not as in the run.")] = None,
+    on_error: Annotated[str, typer.Option("--on-error", metavar="fail|skip", help="A file that is no picture.")] = "fail",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the CSV.")] = False,
+    engine: EngineName = "ray", verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Write each class's probability for images to a CSV: the mean over an arm's classifiers."""
+    from rich.console import Console
+
+    from adversa import cli_results
+
+    with _stoppable("nothing is written. Again"):
+        screens = Console(), Console(stderr=True)
+        cli_results.predict(run, images, arm, out, crop, on_error, force, _engines(engine, verbose), *screens)
 
 
 @app.command()

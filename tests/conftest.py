@@ -52,7 +52,13 @@ TINY = {
     },
     "mine": {"budget": 12},
     "generate": {"per_case": 2, "steps": 4, "batch_size": 8, "part_size": 8},
-    "curate": {"min_agreement": 0.1},
+    "curate": {
+        "min_agreement": 0.1,
+        "judge": {
+            "model": "convnext_atto", "model_args": {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 16]}, "steps": 8,
+            "batch_size": 32, "evaluations": 1,
+        },
+    },
     "evaluate": {"bootstrap": 200},
     "cluster": {"training_threads": 1, "object_store_mb": 200},
 }  # fmt: skip

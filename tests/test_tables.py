@@ -20,6 +20,15 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def verdict():
+    numbers = ["contrast", "clipped", "agreement", "agreement_least", "agreement_most", "realism", "realism_2", "similarity"]
+    numbers += ["similarity_2", "twin_similarity"]
+    return Verdict(
+        "r1", "guided", 1, "vary", None, False, "near copy", nearest="e9", similarity_limit=0.9, place=2, quota=3,
+        **{name: 0.25 * i for i, name in enumerate(numbers)},
+    )  # fmt: skip
+
+
 def files(folder):
     return sorted(p.name for p in folder.iterdir())
 
@@ -103,7 +112,7 @@ def test_an_empty_folder_reads_as_an_empty_table_of_the_schema(tmp_path):
     ("row", "schema"),
     [
         (HardCase("e1", 2, 0, 1.5, -0.25, "misclassified", 0), tables.HARD_CASES),
-        (Verdict("r1", "guided", 1, False, "near copy", 0.5, "e9", 0.99), tables.VERDICTS),
+        (verdict(), tables.VERDICTS),
     ],
 )
 def test_a_noun_survives_the_disk(tmp_path, row, schema):

@@ -156,7 +156,8 @@ def limits_of(folder: Path, config: cfg.Curate) -> Any:
 
     found = runs.read_json(folder / LIMITS)
     assert found is not None, f"{folder} is not finished"
-    spaces = {k: None if found[k] is None else tuple(found[k]) for k in ("realism", "realism_2")}
+    off = config.realism_quantile is None
+    spaces = {k: None if off else tuple(found[k]) for k in ("realism", "realism_2")}
     return Limits(
         near_copy=found["near_copy"], near_copy_features=found["near_copy_features"], least_agreement=config.min_agreement,
         most_agreement=config.max_agreement, contrast=config.min_contrast, clipped=config.max_clipped,

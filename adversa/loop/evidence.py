@@ -75,8 +75,10 @@ def candidate(names: Sequence[str]) -> str | None:
     return known[-1] if known else None
 
 
-def comparisons(config: cfg.Config, arms: dict[str, Scored], spent: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """The arm in question against the others on `test`: paired over seeds, lesions resampled, Holm-corrected, McNemar beside it."""
+def comparisons(
+    config: cfg.Config, arms: dict[str, Scored], spent: dict[str, dict[str, float]], role: str = "test"
+) -> list[dict[str, Any]]:
+    """The arm in question against the others on a role: paired over seeds, lesions resampled, Holm-corrected, McNemar beside it."""
     asked = candidate(config.mix.arms)
     others = [a for a in AGAINST if a in config.mix.arms and a != asked]
     found = []
@@ -87,7 +89,7 @@ def comparisons(config: cfg.Config, arms: dict[str, Scored], spent: dict[str, di
         )  # fmt: skip
         extra = spent[asked]["device_seconds"] - spent[other]["device_seconds"]
         row = {
-            "a": asked, "b": other, "metric": HEADLINE, "role": "test", "difference": c.difference, "low": c.low, "high": c.high,
+            "a": asked, "b": other, "metric": HEADLINE, "role": role, "difference": c.difference, "low": c.low, "high": c.high,
             "p": c.p, "se": c.se, "detectable": c.detectable, "seeds": c.seeds, "lesions": c.lesions, "each": list(c.each),
             "note": c.note, "seeds_needed": c.seeds_needed(EFFECT), "effect": EFFECT,
             "mcnemar": [asdict(mcnemar(x, y, a.labels, a.groups)) for x, y in zip(a.logits, b.logits, strict=True)],
@@ -101,11 +103,14 @@ def comparisons(config: cfg.Config, arms: dict[str, Scored], spent: dict[str, di
     return found
 
 
-def subgroups(config: cfg.Config, run: RunDir, arms: dict[str, Scored], classes: Sequence[str]) -> dict[str, Any]:
-    """attribute -> arm -> a row a value, on `test`: of the arm before and the one in question, for the attributes asked for."""
+def subgroups(config: cfg.Config, folder: Path, arms: dict[str, Scored], classes: Sequence[str]) -> dict[str, Any]:
+    """attribute -> arm -> a row a value: of the arm before and the one in question, for the attributes asked for.
+
+    folder: of the examples that were scored.
+    """
     if not config.evaluate.subgroups:
         return {}
-    examples = tables.read(run.data / "test", ["id", "attributes"], tables.EXAMPLES).to_pylist()
+    examples = tables.read(folder, ["id", "attributes"], tables.EXAMPLES).to_pylist()
     known = {e["id"]: {k: _banded(k, v) for k, v in dict(e["attributes"] or ()).items()} for e in examples}
     shown = {name: arms[name] for name in (BEFORE, candidate(config.mix.arms) or "real") if name in arms}
     found: dict[str, Any] = {}

@@ -68,7 +68,7 @@ class Translation:
 
     def meaning(self, label: str) -> str | None:
         """The scored class of a label of the set, None where its images are left out. KeyError where nothing is known of it."""
-        name = self.labels[label] if label in self.labels else label
+        name = self.labels.get(label, label)
         if name is None or name in self.names:
             return name
         if name in self.given:
@@ -119,7 +119,7 @@ def read(path: Path | None, classes: Sequence[str]) -> Translation:
             raise UserError(f"{path}: classes: {printable(name)} is no class of the run; {_nearest(name, given)}")
         if coarse is None:
             raise UserError(
-                f"{path}: classes: {name} is null, but a classifier cannot be kept from a class; name the coarser class it is part of"
+                f"{path}: classes: {name} is null, but a classifier cannot be kept from a class; name a coarser class it is part of"
             )
         merges[name] = coarse
     found = Translation(given, tree["labels"], merges)
@@ -168,7 +168,9 @@ def _entries(node: yaml.Node | None, path: Path, where: str) -> list[tuple[str, 
     if node is None or node.tag == "tag:yaml.org,2002:null":
         return []
     if not isinstance(node, yaml.MappingNode) or not all(isinstance(k, yaml.ScalarNode) for k, _ in node.value):
-        raise UserError(f"{path}: {where} must hold lines `NAME: CLASS` (sections labels and classes); see `adversa evaluate --help`")
+        raise UserError(
+            f"{path}: {where} must hold lines `NAME: CLASS` (sections labels and classes); see `adversa evaluate --help`"
+        )
     return [(key.value, value) for key, value in node.value]
 
 

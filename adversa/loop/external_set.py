@@ -8,17 +8,28 @@ import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from adversa import config as cfg
 from adversa.data import files, sources
 from adversa.data.ham10000 import HAM_METADATA
 from adversa.data.records import Record
 from adversa.loop.external_labels import Translation
+from adversa.runs import RunDir
 from adversa.types import UserError, digest
 
-FREE = ("cluster", "data.columns", "data.group_regex", "data.max_pixels", "data.on_error", "evaluate.bootstrap", "evaluate.subgroups")
+FOLDER = "external"  # in the run's
+FREE = (
+    "cluster",
+    "data.columns",
+    "data.group_regex",
+    "data.max_pixels",
+    "data.on_error",
+    "evaluate.bootstrap",
+    "evaluate.subgroups",
+)
 PATIENT, LESION, IMAGE = "patient", "lesion", "image"
 
 
@@ -36,6 +47,40 @@ class Outside:
     unused: list[str]
     unit: str
     problems: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class External:
+    """What is asked: a run, its configuration, the section that reads the set, the meaning of its labels, a name."""
+
+    run: RunDir
+    config: cfg.Config
+    data: cfg.Data
+    translation: Translation
+    name: str
+    outside: Outside = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.run.root / FOLDER / self.name
+
+    @property
+    def pictures(self) -> Path:
+        return self.folder / "pictures"
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / "scores"
+
+    def settings(self) -> dict[str, Any]:
+        """What the pictures hang on, beside the set's content."""
+        d = self.data
+        return {
+            "resolution": d.resolution, "crop": d.crop, "on_error": d.on_error, "max_pixels": d.max_pixels,
+            "columns": d.columns.model_dump() if d.source == "csv" else {}, "group_regex": d.group_regex, "source": d.source,
+            "near_duplicate_bits": d.near_duplicate_bits, "labels": dict(self.translation.labels),
+            "classes": dict(self.translation.classes), "unit": self.outside.unit,
+        }  # fmt: skip
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ ROUNDING = 1e-6  # of a class's weight: sums of shares such as 1/3
 
 @dataclass(frozen=True)
 class Trained:
-    """What a classifier's folder says of its training. start: a digest of its settings and of all that decides its first weights."""
+    """What a classifier's folder says of its training. start: a digest of its settings and what decides its first weights."""
 
     steps: int
     images: int

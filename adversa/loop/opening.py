@@ -48,15 +48,20 @@ def ledger(run: RunDir) -> list[dict[str, Any]]:
 
     A run that was made before there was a ledger, and one killed between the two files, has its last one in the test folder alone.
     """
-    try:
-        entries = json.loads(run.openings.read_text())
-        assert isinstance(entries, list), entries
-    except FileNotFoundError:
-        entries = []
-    except (json.JSONDecodeError, AssertionError):
-        raise UserError(f"{run.openings} is no list of openings, and it alone knows of them; put back the file as it was") from None
-    mark = _mark(run)
+    entries, mark = _written(run), _mark(run)
     return entries if mark is None or mark["opening"] <= len(entries) else [*entries, mark]
+
+
+def _written(run: RunDir) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(run.openings.read_text())
+    except FileNotFoundError:
+        return []
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, list):
+        raise UserError(f"{run.openings} is no list of openings, and it alone knows of them; put back the file as it was")
+    return found
 
 
 def _mark(run: RunDir) -> dict[str, Any] | None:
@@ -125,6 +130,7 @@ def _said(changed: Sequence[str]) -> str:
 def _set_aside(run: RunDir, number: int) -> None:
     """Keep opening `number` under another name: test, select, and what was told of them. Killed on the way, it goes on."""
     with runs.writing(run.root):
+        runs.write_json(run.openings, ledger(run))  # an older run's only record of it is in the folder that goes
         if run.select.exists():
             shutil.move(run.select, _free(run, "select", number))
         keep = run.test if run.test.exists() else run.root / f"test-opening-{number}"

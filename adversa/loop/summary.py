@@ -48,7 +48,7 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
         "intervals": {arm: {role: told[role][arm][1] for role in told} for arm in config.mix.arms},
         "before": {role: told[role][BEFORE][0] for role in told},
         "intervals_before": {role: told[role][BEFORE][1] for role in told},
-        "subgroups": evidence.subgroups(config, run, on["test"], classes),
+        "subgroups": evidence.subgroups(config, run.data / "test", on["test"], classes),
         "cost": spent,
         "generated": len(verdicts),
         "accepted": len(kept),
@@ -75,15 +75,15 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
     return summary
 
 
-def verdict(compared: list[dict[str, Any]], config: Config) -> tuple[str, str]:
-    """better: the arm in question beats every other; worse: it loses to one; else not shown."""
+def verdict(compared: list[dict[str, Any]], config: Config, on: str = "test") -> tuple[str, str]:
+    """better: the arm in question beats every other; worse: it loses to one; else not shown. on: what was scored, in words."""
     if not compared:
         return "not shown", "The arm real alone was trained, so nothing is compared."
     words = [c["word"] for c in compared]
     word = "better" if all(w == "better" for w in words) else "worse" if "worse" in words else "not shown"
     parts = [f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] against {c['b']} ({c['word']})" for c in compared]
     seeds = f"{config.evaluate.seeds} seed{'s' if config.evaluate.seeds > 1 else ''}"
-    return word, f"{word.capitalize()}: test balanced accuracy of {compared[0]['a']}, {seeds}: {'; '.join(parts)}."
+    return word, f"{word.capitalize()}: {on} balanced accuracy of {compared[0]['a']}, {seeds}: {'; '.join(parts)}."
 
 
 def notes(config: Config, run: RunDir) -> list[str]:

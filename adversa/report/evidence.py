@@ -9,7 +9,7 @@ from typing import Any
 from adversa.report.gather import METRICS, Facts, Score, figures, mean_specificity, number, score
 from adversa.types import BEFORE
 
-MORE = {"worst_class": "worst class", "ece": "ECE", "brier": "Brier"}  # of every arm, where they were measured; lower is better: ECE, Brier
+MORE = {"worst_class": "worst class", "ece": "ECE", "brier": "Brier"}  # where they were measured; of the last two, less is better
 SHORT = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auroc_macro": "AUROC"} | MORE
 
 
@@ -194,7 +194,7 @@ def bar(row: Comparison, end: float) -> Bar | None:
     return None if any(v is None or not math.isfinite(v) for v in found) else Bar(*(100 * v / end for v in found if v is not None))
 
 
-def costs(facts: Facts, rows: list[Comparison]) -> list[tuple[str, float | None, float | None]]:
+def costs(facts: Facts) -> list[tuple[str, float | None, float | None]]:
     """(arm, seconds, device-seconds), in the order of the arms; empty where the run did not record them."""
     found = facts.summary["cost"]
     return [(arm, number(found[arm].get("seconds")), number(found[arm].get("device_seconds"))) for arm in facts.arms if arm in found]

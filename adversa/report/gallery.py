@@ -107,6 +107,11 @@ class Gallery:
         found = Counter(p.reason for _, images in self._shown() for p in images)
         return dict(sorted(found.items(), key=lambda r: (r[0] != gate.KEPT, r[0])))
 
+    @property
+    def marks(self) -> dict[str, str]:
+        """id of a filter -> the class name, in the page, of the images it leaves."""
+        return {str(i): f"r{i}" for i in range(len(self.reasons))} | {"refused": "refused"}
+
     def _shown(self) -> list[tuple[int, list[Painted]]]:
         return [(c.label, c.offspring) for c in self.cases] + list(self.samples.items())
 

@@ -143,15 +143,13 @@ def _or_own(told: Score, own: float) -> Score:
     return told if told.value is not None else Score(own)
 
 
-def calibration_sentences(facts: Facts, found: dict[str, Calibration]) -> list[str]:
+def calibration_sentences(found: dict[str, Calibration]) -> list[str]:
     """What the curves say, in words."""
     told = []
     for arm, c in found.items():
         name = "Before" if arm == BEFORE else f"After ({arm})"
         sure = f"on average {100 * abs(c.surplus):.1f} points too {'sure' if c.surplus > 0 else 'unsure'} of its answers"
-        told.append(
-            f"{name}: ECE {_words(c.ece)}, Brier {_words(c.brier)}; {sure}."
-        )  # fmt: skip
+        told.append(f"{name}: ECE {_words(c.ece)}, Brier {_words(c.brier)}; {sure}.")
     return told
 
 

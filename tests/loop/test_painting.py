@@ -14,6 +14,7 @@ from adversa import config as cfg
 from adversa import runs, tables
 from adversa.loop import painting, regenerate
 from adversa.loop.engine import LocalEngine
+from adversa.loop.judging import folders
 from adversa.loop.parts import Part
 from adversa.types import HardCase, UserError
 
@@ -224,7 +225,7 @@ def test_levels_are_found_for_every_case(finished, tmp_path):
     config, run = finished
     generate = config.generate.model_copy(update={"levels": [0.5, 4.0], "adaptive": True})
     painting.levels(
-        LocalEngine(1, 1), run.round(1, "hard"), run.data, run.denoiser, run.judge, generate, "run", tmp_path / "levels"
+        LocalEngine(1, 1), run.round(1, "hard"), run.data, run.denoiser, folders(run.judge, 2), generate, "run", tmp_path / "levels"
     )
     rows = tables.read(tmp_path / "levels").to_pylist()
     assert {r["example"] for r in rows} == set(tables.read(run.round(1, "hard"))["example"].to_pylist())
@@ -239,13 +240,14 @@ def test_levels_leave_out_what_they_are_told_to_and_heed_the_weak_denoiser(finis
     found = {}
     for weak in (None, str(run.denoiser)):
         generate = config.generate.model_copy(update={"levels": [0.5, 4.0], "adaptive": True, "weak": weak, "guidance": 3.0})
-        painting.make_levels(run.denoiser, run.data / "mine", run.judge, generate)(part, tmp_path / "levels.parquet")
+        painting.make_levels(run.denoiser, run.data / "mine", folders(run.judge, 2), generate)(part, tmp_path / "levels.parquet")
         found[weak] = tables.pq.read_table(tmp_path / "levels.parquet").to_pylist()
         assert [r["example"] for r in found[weak]] == [cases[0]["example"], cases[2]["example"]]
     one, other = ([r["agreement"] for r in rows] for rows in found.values())
     assert one != other
     everyone = Part(0, 1, {"cases": part.payload["cases"][:1], "run": "run"}, {0: "it died"})
-    assert painting.make_levels(run.denoiser, run.data / "mine", run.judge, generate)(everyone, tmp_path / "none.parquet") == 0
+    work = painting.make_levels(run.denoiser, run.data / "mine", folders(run.judge, 2), generate)
+    assert work(everyone, tmp_path / "none.parquet") == 0
 
 
 def test_an_image_steered_by_a_model_that_changed_since_is_not_painted_again(finished, tmp_path):

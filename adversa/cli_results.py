@@ -1,0 +1,232 @@
+"""The commands that use a finished run's classifiers on pictures from elsewhere. `cli.py` declares them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from adversa import runs, tables
+from adversa.config import Config, load
+from adversa.loop import stages
+from adversa.loop.engine import Done, Engine, Make, Part, Report
+from adversa.runs import RunDir
+from adversa.types import BEFORE, UserError
+
+MakeEngine = Callable[[Config, RunDir], Any]
+CROPS = ("center", "pad", "squash")
+ON_ERROR = ("fail", "skip")
+LOG_SECONDS = 15.0
+SHOWN = ("balanced_accuracy", "accuracy", "worst_class", "auroc_macro", "sensitivity/", "auroc/", "sensitivity@", "specificity@")
+NAMES = {"decoded": "reading the pictures", ".looks": "reading the run's own pictures", "scores": "scoring", "predicted": "scoring"}
+
+
+def run_of(
+    words: Sequence[str] | None, on: Path | None, run_dir: Path | None, with_on: dict[str, Any], without: dict[str, Any]
+) -> Path | None:
+    """The run that `adversa evaluate` is to score on another set; None: the command is about a configuration, as without --on.
+
+    with_on, without: options that go with --on only, and those that do not go with it.
+    """
+    words = words or []
+    if on is None:
+        if given := [name for name, value in with_on.items() if value is not None]:
+            raise UserError(f"{given[0]} goes with --on CSV_OR_FOLDER: what to score the run on")
+        if len(words) == 1 and (Path(words[0]) / "config.yaml").is_file():
+            raise UserError(f"{words[0]} is a run: go on with it by --run-dir {words[0]}, or say with --on SET what to score it on")
+        return None
+    if given := [name for name, value in without.items() if value is not None]:
+        raise UserError(f"{given[0]} does not go with --on: a finished run is scored as it is")
+    roots = [*map(Path, words), *([run_dir] if run_dir else [])]
+    if len(roots) != 1:
+        raise UserError("--on scores one finished run; write adversa evaluate RUN --on CSV_OR_FOLDER")
+    return roots[0]
+
+
+def _opened(root: Path, overrides: Sequence[str] = ()) -> tuple[RunDir, Config]:
+    """UserError where the folder is no run."""
+    run = RunDir(root.absolute())
+    if not run.config.is_file():
+        raise UserError(f"{root} is not a run (it has no config.yaml); give a run's folder")
+    return run, load(run.config, list(overrides))
+
+
+def _one_of(option: str, value: str | None, known: Sequence[str]) -> None:
+    if value is not None and value not in known:
+        raise UserError(f"{option} {value}: there is no such way; give {', '.join(known[:-1])} or {known[-1]}")
+
+
+def evaluate_on(
+    root: Path, on: Path, labels_map: Path | None, crop: str | None, name: str | None, overrides: list[str],
+    make_engine: MakeEngine, screen: Console,
+) -> None:  # fmt: skip
+    """`adversa evaluate RUN --on SET`: every arm's classifiers on a set from elsewhere."""
+    from adversa.loop import external, external_labels, external_report, external_set, steps
+
+    _one_of("--crop", crop, CROPS)
+    external_set.check_overrides(overrides)
+    run, config = _opened(root, overrides)
+    external.models(config, run)
+    translation = external_labels.read(labels_map, steps.classes_of(run.data))
+    data = external_set.section(config, on, overrides, crop)
+    outside = external_set.listing(data, translation)
+    asked = external.External(run, config, data, translation, _named(name, on), outside)
+    with runs.writing(asked.folder):
+        asked.folder.mkdir(parents=True, exist_ok=True)
+    work = RunDir(asked.folder)
+    with runs.lock(work), runs.writing(asked.folder):
+        runs.set_status(work, "running", "external")  # who holds the lock
+        if not external.is_scored(asked):
+            with _shown(screen) as show, _engine(make_engine, config, run) as engine:
+                external.score(asked, _Told(engine, show), show.say)
+        found = external_report.told(asked)
+        if found is None:
+            screen.print("computing figures and intervals", highlight=False)
+            found = external_report.write(asked)
+        runs.set_status(work, "finished", "external")
+    show_external(screen, found)
+    screen.print(f"report: {asked.folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _named(name: str | None, on: Path) -> str:
+    if name is None:
+        return re.sub(r"[^\w.-]+", "-", on.absolute().stem)[:100].strip(".-") or "set"
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise UserError(f"--name {name}: give letters, digits, `-`, `_` and `.`, at most 100, the first a letter or digit")
+    return name
+
+
+def show_external(screen: Console, found: dict[str, Any]) -> None:
+    """A table of the arms, the comparisons' words, and the notes."""
+    from adversa.loop import external_report
+
+    arms = [a for a in found["arms"]]
+    if found["before"] != found["arms"]["real"]:
+        arms = [BEFORE, *arms]
+    table = Table(box=None, pad_edge=False)
+    for column in ("", *arms):
+        table.add_column(Text("real (before)" if column == BEFORE else column))
+    unit, n = found["clusters"]["by"], found["clusters"]["n"]
+    table.add_row(Text(f"{found['set']}: {found['images']['scored']} images, {n} {unit}s", "italic"))
+    for metric, title in external_report.rows(found):
+        if metric.startswith(SHOWN):
+            table.add_row(Text(f"  {title}"), *(external_report.value(found, a, metric) for a in arms))
+    screen.print(table)
+    for line in [found["verdict_sentence"], *(f"note: {note}" for note in found["notes"])]:
+        screen.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def predict(
+    root: Path, names: Sequence[str], arm: str | None, out: Path, crop: str | None, on_error: str, force: bool,
+    make_engine: MakeEngine, screen: Console, aside: Console,
+) -> None:  # fmt: skip
+    """`adversa predict RUN IMAGES...`: probabilities to a CSV. aside: where what is not the result is said (stderr)."""
+    from adversa.loop import external, predict, steps
+
+    _one_of("--crop", crop, CROPS)
+    _one_of("--on-error", on_error, ON_ERROR)
+    run, config = _opened(root)
+    chosen = _arm(arm, config, run)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give the name of a CSV file")
+    if out.exists() and not force:
+        raise UserError(f"--out {out} is there already; give another name, or --force to overwrite it")
+    models = [folder for a, _, folder in external.models(config, run) if a == chosen]
+    paths = predict.listed(names)
+    classes = steps.classes_of(run.data)
+    data = config.data.model_copy(update={"crop": crop or config.data.crop})
+    seeds = f"{len(models)} classifier{'s' if len(models) > 1 else ''}"
+    why = "" if arm else ", the arm the run is about"
+    aside.print(f"arm {chosen}{why}: {seeds}, the mean of their probabilities", highlight=False, markup=False, soft_wrap=True)
+    out = out.absolute()
+    with runs.writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the result, which can be written: the run may be on a disk that cannot. All nodes of a cluster must see it.
+        with (
+            tempfile.TemporaryDirectory(prefix=".predict-", dir=out.parent) as temporary, _shown(aside) as show,
+            _engine(make_engine, config, run) as engine,
+        ):  # fmt: skip
+            parts = Path(temporary) / "predicted"
+            found = predict.predict(_Told(engine, show), models, data, paths, parts, on_error, lambda _: None)
+        tables.replace_bytes(out, predict.table(found, classes).encode())
+    screen.print(f"{len(found.paths)} images: {out}", highlight=False, markup=False, soft_wrap=True)
+    if found.problems:
+        path, problem = found.problems[0]
+        more = f", and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
+        text = f"left out: {len(found.problems)} files that cannot be read ({path}: {problem}{more})"
+        aside.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _arm(arm: str | None, config: Config, run: RunDir) -> str:
+    from adversa.loop import evidence
+
+    known = list(config.mix.arms)
+    if stages.home(config, "real", stages.last_round(config)):
+        known.append(BEFORE)
+    if arm is not None and arm not in known:
+        raise UserError(f"--arm {arm}: {run.root.name} has no such arm; give {', '.join(known)}")
+    return arm or evidence.candidate(known) or "real"
+
+
+# ---- progress ----------------------------------------------------------------------------------------------------------
+
+
+class _Told:
+    """An engine that tells a `show` how far its work is."""
+
+    def __init__(self, engine: Engine, show: _Show) -> None:
+        self.engine, self.show, self.name = engine, show, engine.name
+
+    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False) -> list[Done]:
+        def both(state: dict[str, Any]) -> None:
+            report(state)
+            self.show.progress(NAMES.get(out.name, out.name), state["done"], state["total"])
+
+        return self.engine.map_batches(make, parts, out, both, model)
+
+    def tasks(self, model: bool = False) -> int:
+        return self.engine.tasks(model)
+
+
+class _Show:
+    """Progress: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, screen: Console, bar: Progress) -> None:
+        self.screen, self.bar, self.tasks, self.spoken = screen, bar, dict[str, Any](), 0.0
+
+    def progress(self, what: str, done: float, total: float) -> None:
+        if self.screen.is_terminal:
+            if what not in self.tasks:
+                self.tasks[what] = self.bar.add_task(what, total=total)
+            self.bar.update(self.tasks[what], completed=done)
+        elif what not in self.tasks or time.monotonic() - self.spoken > LOG_SECONDS:
+            self.tasks[what], self.spoken = None, time.monotonic()
+            self.say(f"{what}: {done:.0f} of {total:.0f} images")
+
+    def say(self, text: str) -> None:
+        self.screen.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _shown(screen: Console) -> Iterator[_Show]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        yield _Show(screen, bar)
+
+
+@contextmanager
+def _engine(make_engine: MakeEngine, config: Config, run: RunDir) -> Iterator[Engine]:
+    engine = make_engine(config, run)
+    try:
+        yield engine
+    finally:
+        engine.close()

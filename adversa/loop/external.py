@@ -1,0 +1,80 @@
+"""A finished run's classifiers on a set from elsewhere (another camera, another clinic), with the figures and words of `test`.
+
+RUN/external/NAME holds set.json (what the set was), the steps pictures/ (decoded, without those the run has seen) and scores/,
+then summary.json and report.md. Thresholds come from the run's `select`; the set chooses nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from adversa import config as cfg
+from adversa import runs
+from adversa.loop import external_set, steps
+from adversa.loop.engine import Engine
+from adversa.loop.external_pictures import prepare
+from adversa.loop.external_set import External
+from adversa.loop.stages import home, last_round
+from adversa.runs import RunDir
+from adversa.types import BEFORE, UserError
+
+
+def models(config: cfg.Config, run: RunDir) -> list[tuple[str, int, Path]]:
+    """(arm, seed, folder) of every arm's classifiers after the last round, and of those before the first where they differ.
+
+    UserError where one is not finished.
+    """
+    last = last_round(config)
+    places = {arm: (home(config, arm, last), arm) for arm in config.mix.arms}
+    if places["real"][0]:
+        places = {BEFORE: (0, "real")} | places
+    found = [(a, s, run.arm(n, arm, s) / "classifier") for a, (n, arm) in places.items() for s in range(config.evaluate.seeds)]
+    if missing := [folder for _, _, folder in found if not runs.is_finished(folder)]:
+        raise UserError(
+            f"{run.root} is not finished ({run.name_of(missing[0])} is missing); finish it with: "
+            f"adversa loop {run.config} --run-dir {run.root}"
+        )
+    return found
+
+
+def check(asked: External) -> bool:
+    """Whether this very set is prepared. UserError where the folder holds another one, or the same set asked otherwise.
+
+    What a cut-off or refused attempt left of another set is taken away: nothing was scored on it.
+    """
+    folder, records = asked.folder, asked.outside.records
+    looks = external_set.looks_unchanged(records)
+    saved = runs.read_json(folder / "set.json")
+    settings = asked.settings()
+    if saved is not None and saved["settings"] == settings and saved["looks"] == looks:
+        return runs.is_finished(asked.pictures)
+    content = external_set.content(records)
+    if saved is not None and runs.is_finished(asked.pictures):
+        changed = runs.differences(saved["settings"], settings)
+        if not changed and content != saved["content"]:
+            changed = [f"its rows or pictures have changed, {saved['images']} pictures then, {len(records)} now"]
+        if changed:
+            raise UserError(
+                f"{folder} holds another evaluation ({'; '.join(changed)}); give this one its own --name, or delete that folder"
+            )
+    if saved is not None and saved["content"] != content:
+        shutil.rmtree(asked.pictures, ignore_errors=True)
+    runs.write_json(
+        folder / "set.json",
+        {"path": asked.data.path, "settings": settings, "looks": looks, "content": content, "images": len(records)},
+    )
+    return runs.is_finished(asked.pictures)
+
+
+def score(asked: External, engine: Engine, say: Callable[[str], None] = lambda _: None) -> None:
+    """Fill pictures/ and scores/. Called again after a cut it goes on where it was."""
+    chosen = models(asked.config, asked.run)
+    check(asked)
+    prepare(asked, engine, say)
+    steps.score(engine, chosen, asked.pictures, asked.pictures, False, asked.scores)
+
+
+def is_scored(asked: External) -> bool:
+    return check(asked) and runs.is_finished(asked.scores)

@@ -1,0 +1,92 @@
+"""The control experiment: can the harness see an effect that is there, and does it see none where there is none?
+
+Real pictures of another draw of the same world, which no role of the run holds, go through the loop's folders as if they had been
+painted for the requests of the arm `guided`. Training images are scarce, so that more real ones must help. With right labels the
+run must say `better`, through the real gate; with labels shuffled across classes it must not, even past a gate that lets all through.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+
+import numpy as np
+import pyarrow as pa
+
+from adversa import runs, tables
+from adversa.data import images, sources
+from adversa.loop import cycle, painting
+from adversa.loop.engine import LocalEngine
+from adversa.types import Verdict
+
+WORLD, ELSEWHERE = 0, 1  # seeds of the run's pictures, and of those that are held back
+CONTROL = {
+    "data": {
+        "source": "phantom", "resolution": 32, "phantom": {"images": 1100, "seed": WORLD, "tail": 0.8, "images_per_lesion": 1.0},
+        "split": {"train": 0.1, "mine": 0.2, "select": 0.1, "test": 0.6},
+    },
+    "classifier": {"model_args": {"channels": [16, 32, 32, 64]}, "steps": 150, "batch_size": 32, "evaluations": 3},
+    "denoiser": {"architecture": "unet", "patch": 2, "channels": [8, 8], "weights": None, "steps": 0, "batch_size": 8},
+    "mine": {"budget": 40},
+    "generate": {"per_case": 10},
+    "curate": {"min_agreement": 0.05, "quota": None},
+    "mix": {"arms": ["real", "replay", "guided"], "synthetic_ratio": 5.0},
+    "evaluate": {"seeds": 3, "bootstrap": 500},
+}  # fmt: skip
+
+
+def told(root):
+    """Stands for the page."""
+    (root / "report.html").write_text("told")
+    return root / "report.html"
+
+
+def go(config, run, until=None):
+    cycle.run(config, run, LocalEngine(1, 1), told, until)
+
+
+def held_back(config, labels):
+    """A picture (PNG) for each label, from the pictures of another seed, none twice; read as `prepare` reads the run's own."""
+    data = config.data.model_copy(update={"phantom": config.data.phantom.model_copy(update={"seed": ELSEWHERE, "images": 4000})})
+    listing = sources.list_records(data)
+    decode = images.make_decoder(data, listing.classes)
+    left = defaultdict(list)
+    for record in listing.records:
+        left[listing.classes.index(record.label)].append(record)
+    return [tables.encode_png(d.image) for d in decode([left[int(label)].pop() for label in labels])]
+
+
+def feed(config, run, shuffled=False):
+    """What `generate` leaves, with held-back pictures in the painted ones' place. shuffled: the picture is of another request."""
+    steps_before = cycle.Cycle(config, run, LocalEngine(1, 1))
+    painting.plan(run.round(1, "hard"), None, steps_before.id, 1, config.mix.arms, config.generate, run.round(1, "requests"))
+    requests = tables.read(run.round(1, "requests")).to_pylist()
+    truth = np.array([r["label"] for r in requests])
+    if shuffled:
+        truth = np.random.default_rng(0).permutation(truth)
+    painted = [
+        {"request_id": r["request_id"], "arm": r["arm"], "label": r["label"], "image": image, "finite": True, "denoiser": "none"}
+        for r, image in zip(requests, held_back(config, truth), strict=True)
+    ]
+    out, start = run.round(1, "synthetic"), 0
+    recipe = runs.Recipe("control", 1, {"shuffled": shuffled}, {})
+    runs.begin(out, recipe)
+    for part in tables.parts(run.round(1, "requests")):
+        rows = painted[start : start + len(tables.read(part.parent)) if False else start + config.generate.part_size]
+        tables.write_part(out / part.name, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
+        start += len(rows)
+    runs.finish(out, recipe, rows=len(painted), seconds=0.0, compute_seconds=0.0, device_seconds=0.0)
+    return truth
+
+
+def open_gate(run):
+    """Verdicts that keep all, in the place of the gate's."""
+    (part,) = tables.parts(run.round(1, "verdicts"))
+    found = [Verdict(**row) for row in tables.read(part.parent).to_pylist()]
+    rows = [{**vars(v), "keep": True, "reason": "kept"} for v in found]
+    tables.write_part(part, pa.Table.from_pylist(rows, schema=tables.VERDICTS))
+
+
+def results(run):
+    summary = json.loads(run.summary.read_text())
+    return summary, {c["b"]: c for c in summary["comparisons"]}
