@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: Path, out: Path, form: str, what: str, arm: str | None, number: int | None, rejected: bool, shard_mb: float, screen: Console
-) -> None:
+    run: Path, out: Path, form: str, what: str, arm: str | None, number: int | None, rejected: bool, shard_mb: float,
+    screen: Console,
+) -> None:  # fmt: skip
     """`adversa export`: kept images with a dataset card, classifiers with model cards, into a folder."""
     from adversa.loop import publish
 

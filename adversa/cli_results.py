@@ -26,7 +26,7 @@ MakeEngine = Callable[[Config, RunDir], Any]
 CROPS = ("center", "pad", "squash")
 ON_ERROR = ("fail", "skip")
 LOG_SECONDS = 15.0
-SHOWN = ("balanced_accuracy", "accuracy", "worst_class", "auroc_macro", "sensitivity/", "auroc/", "sensitivity@", "specificity@")
+SHOWN = ("balanced_accuracy", "accuracy", "auroc_macro", "sensitivity/", "auroc/", "sensitivity@")
 NAMES = {"decoded": "reading the pictures", ".looks": "reading the run's own pictures", "scores": "scoring", "predicted": "scoring"}
 
 
@@ -109,17 +109,18 @@ def show_external(screen: Console, found: dict[str, Any]) -> None:
     """A table of the arms, the comparisons' words, and the notes."""
     from adversa.loop import external_report
 
-    arms = [a for a in found["arms"]]
+    arms = list(found["arms"])
     if found["before"] != found["arms"]["real"]:
         arms = [BEFORE, *arms]
     table = Table(box=None, pad_edge=False)
     for column in ("", *arms):
-        table.add_column(Text("real (before)" if column == BEFORE else column))
-    unit, n = found["clusters"]["by"], found["clusters"]["n"]
-    table.add_row(Text(f"{found['set']}: {found['images']['scored']} images, {n} {unit}s", "italic"))
+        table.add_column(Text("real (before)" if column == BEFORE else column), no_wrap=not column)
     for metric, title in external_report.rows(found):
         if metric.startswith(SHOWN):
-            table.add_row(Text(f"  {title}"), *(external_report.value(found, a, metric) for a in arms))
+            table.add_row(Text(title), *(external_report.value(found, a, metric) for a in arms))
+    unit, n = found["clusters"]["by"], found["clusters"]["n"]
+    text = f"{found['run']} on {found['set']}: {found['images']['scored']} images, {n} {unit}s"
+    screen.print(Text(text, "italic"))
     screen.print(table)
     for line in [found["verdict_sentence"], *(f"note: {note}" for note in found["notes"])]:
         screen.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -136,6 +136,9 @@ def _body(origin: Origin, tally: Tally, classes: Sequence[str], folders: Sequenc
         WEBDATASET: " A sample is REQUEST_ID.png, REQUEST_ID.cls (the label) and REQUEST_ID.json (all the rest).",
     }
     pattern = 'data_dir="."' if form == FOLDER else f'data_files="{FILES[form]}"'
+    loading = f'load_dataset(".")  # or load_dataset("{BUILDERS[form]}", {pattern})'
+    if form == WEBDATASET:  # without the card `datasets` guesses types from the first samples, and stumbles over what they lack
+        loading = 'load_dataset(".")  # or, with webdataset: WebDataset(glob("images-*.tar"), shardshuffle=False).decode("pil")'
     return f"""# {origin.title}
 
 {tally.images} images in {len(counts)} classes, painted by a class-conditional diffusion model. No image is a photograph.{missing}
@@ -164,7 +167,7 @@ came out and of what.{origin.columns}{notes.get(form, "")}
 ```python
 from datasets import load_dataset
 
-load_dataset(".")  # or load_dataset("{BUILDERS[form]}", {pattern})
+{loading}
 ```
 
 ## Licence

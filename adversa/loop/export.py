@@ -73,9 +73,7 @@ def export(
         painted = {p.name for p in paths}
         tally.unpainted += sum(pq.read_metadata(p).num_rows for p in tables.parts(requests) if p.name not in painted)
         date = (runs.read_json(synthetic / runs.MANIFEST) or {}).get("finished") or runs.now()
-        written += write.written + put_card(
-            out, lambda: card.text(origin, tally, classes, folder_names(classes), date, form, ROWS)
-        )
+        written += write.written + put_card(out, lambda: card.text(origin, tally, classes, folder_names(classes), date, form, ROWS))
     return Exported(tally.images, dict(tally.classes), tally.not_finite, tally.unpainted, written)
 
 

@@ -23,7 +23,11 @@ FIGURES = (
     ("balanced_accuracy", "balanced accuracy"), ("accuracy", "accuracy"), ("worst_class", "worst class's sensitivity"),
     ("auroc_macro", "macro AUROC"), ("brier", "Brier score"), ("ece", "calibration error (ECE)"),
 )  # fmt: skip
-NAMED = ("auroc", "sensitivity@", "specificity@", "pauc_norm@")  # of groups
+NAMED = {  # of groups
+    "auroc": "AUROC", "pauc_norm": "partial AUC above {} (1 is perfect)", "sensitivity": "sensitivity at specificity {}",
+    "specificity": "specificity reached for {}",
+}  # fmt: skip
+PER_CLASS = ("sensitivity/", "specificity/")  # and not of a group at a threshold
 
 
 def told(asked: External) -> dict[str, Any] | None:
@@ -132,9 +136,12 @@ def notes(
 ) -> list[str]:
     """What a reader must know before believing the figures."""
     unit, t, n = asked.outside.unit, asked.translation, facts["clusters"]
-    found = [f"clustered by {unit}: intervals and comparisons resample {n} {unit}s of {facts['rows']} images"]
+    found = [f"clustered by {unit}: intervals and comparisons resample {n} {unit}s, of {facts['rows']} images"]
     if unit == external_set.IMAGE:
-        found[0] += "; the set names neither patients nor lesions: where one lesion has several images they are too narrow"
+        found = [
+            "clustered by image: the set names neither patients nor lesions; where one lesion has several images, the intervals "
+            f"are too narrow (look-alikes are taken for one image: {n} of {facts['rows']} are resampled)"
+        ]
     if unit == external_set.PATIENT and facts["without_patient"]:
         found.append(f"{facts['without_patient']} images name no patient: each of their lesions is taken for one")
     if missing:
@@ -206,9 +213,10 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     there = found["before"]
     named = [(m, name) for m, name in FIGURES if m in there]
     named += [(f"sensitivity/{c}", f"sensitivity, {c}") for c in found["classes"] if f"sensitivity/{c}" in there]
-    for metric in sorted(m for m in there if m.startswith(NAMED) and m != "auroc_macro"):
+    for metric in sorted(m for m in there if m.partition("/")[0].partition("@")[0] in NAMED and not m.startswith(PER_CLASS)):
         kind, _, group = metric.partition("/")
-        named.append((metric, f"{kind.replace('pauc_norm', 'normalised partial AUC ')}, {group}".replace("@", " at ")))
+        kind, _, at = kind.partition("@")
+        named.append((metric, f"{NAMED[kind].format(at)}, {group}"))
     return named
 
 

@@ -1,4 +1,4 @@
-"""What a run made, for others: the images that passed the gate as a data set, each arm's classifiers as models, with their cards."""
+"""What a run made, for others: the images that passed the gate as a data set, each arm's classifiers as models, with cards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Plan:
-    """A selection of a run, checked. arms: of the images; models: (arm, classifier folders) of each model; none where not wanted."""
+    """A selection of a run, checked. arms: of the images; models: (arm, classifier folders) of each; empty where not wanted."""
 
     run: RunDir
     config: Config

@@ -50,7 +50,11 @@ def origin(
         near_copies=_near_copies(verdicts),
         versions=versions(painted[-1]["versions"], painted[-1].get("git")),
         title=f"Synthetic images of the run {cell(name(run))}, painted by adversa",
-        facts=[("run", f"{name(run)} ({run_id(run)})"), ("rounds", ", ".join(map(str, rounds))), ("split hash", split_hash(run.data))],
+        facts=[
+            ("run", f"{name(run)} ({run_id(run)})"),
+            ("rounds", ", ".join(map(str, rounds))),
+            ("split hash", split_hash(run.data)),
+        ],
         sections="\n".join([_counts(verdicts, classes), _gate(verdicts, classes), _memorised(run, rounds, arms)]),
         columns=" The gate's numbers follow, each with its limit: empty where not known, or not checked."
         + (f"{among} `keep` tells them apart, `reason` says why." if rejected else " All images passed."),
@@ -122,8 +126,8 @@ def _gate(verdicts: Sequence[dict[str, Any]], classes: Sequence[str]) -> str:
     checks = table(("check", "limit"), found) if found else "Its limits are not recorded.\n"
     return f"""## The gate
 
-An image was kept where it passed every check; what could not be measured did not pass. The judge is a classifier that had no part in
-painting; limits were set on real images, none on the role `test`.
+An image was kept where it passed every check; what could not be measured did not pass. The judge is a classifier that had no part
+in painting; limits were set on real images, none on the role `test`.
 
 {checks}"""
 
@@ -156,8 +160,8 @@ def _memorised(run: RunDir, rounds: Sequence[int], arms: Sequence[str]) -> str:
     return f"""
 ## Memorisation
 
-Similarity to the nearest real image, of painted images (kept or not) and of held-out real ones to another lesion (painted / held
-out). nearer: how often a painted image is nearer than a held-out one; 0.5 where it copies no more than real images resemble each other. beyond: the
-share of painted images nearer than 99% of the held-out ones; 0.01 is expected.
+Similarity to the nearest real image, of painted images (kept or not) and of held-out real ones to another lesion (painted /
+held out). nearer: how often a painted image is nearer than a held-out one; 0.5 where it copies no more than real images resemble
+each other. beyond: the share of painted images nearer than 99% of the held-out ones; 0.01 is expected.
 
 {table(head, found)}"""

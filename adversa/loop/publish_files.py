@@ -52,8 +52,8 @@ def writer(out: Path, form: str, classes: Sequence[str], schema: pa.Schema, shar
     """Writes rows of `schema` (`image` a struct of bytes and path, `label` a class's number, `request_id` the images' names).
 
     `folder`: out/CLASS/REQUEST_ID.png and metadata.csv; `parquet`: out/data/PART, image and row in one table; `webdataset`:
-    out/images-00000.tar and so on, of at most `shard` bytes. metadata.csv and the last shard take their places at the end: not where
-    the caller is cut off.
+    out/images-00000.tar and so on, of at most `shard` bytes. metadata.csv and the last shard take their places at the end, and not
+    where the caller is cut off.
     """
     if form == PARQUET:
         yield Writer(lambda name, rows: _put_part(rows, out / "data" / name, classes))
@@ -230,7 +230,7 @@ class _Shards:
             if self.size and -(-(self.size + size + 2 * _BLOCK) // _RECORD) * _RECORD > self.most:
                 written += self._next()
             if self.file is None:
-                self.file = tarfile.open(hidden(self.path), "w", format=tarfile.USTAR_FORMAT)
+                self.file = tarfile.TarFile(hidden(self.path), "w", format=tarfile.USTAR_FORMAT)
             self.size += size
             for kind, data in members.items():
                 member = tarfile.TarInfo(f"{key}.{kind}")  # mtime, uid and gid 0, no names: the same bytes by anyone at any time

@@ -1,6 +1,7 @@
 """The model card of an arm's classifiers: Hugging Face's README.md, figures in its `model-index`, then what a person must know.
 
-The YAML follows https://github.com/huggingface/hub-docs/blob/main/modelcard.md, the sections Mitchell et al. 2019 (arXiv:1810.03993).
+The YAML follows https://github.com/huggingface/hub-docs/blob/main/modelcard.md, the sections
+Mitchell et al. 2019 (arXiv:1810.03993).
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def text(name: str, arm: str, metas: Sequence[dict[str, Any]], summary: dict[str
     )
     licence = "# Fill in the licence: the terms of the pictures it was trained on, and of the weights it started from, bind it too."
     parts = [
-        _head(name, arm, summary, config), _result(arm, summary), _subgroups(arm, summary), _training(arm, metas, summary, config, run),
+        _head(name, arm, summary, config), _result(arm, summary), _subgroups(arm, summary),
+        _training(arm, metas, summary, config, run),
         _loading(metas[0], summary["classes"], config), _facts(arm, metas, summary, run),
     ]  # fmt: skip
     return f"---\n{licence}\n{front.to_yaml()}\n---\n\n" + "\n".join(parts)
@@ -120,8 +122,8 @@ def _result(arm: str, summary: dict[str, Any]) -> str:
 {controls}
 ## Figures of this arm on `test`
 
-Means over {summary["seeds"]} seed{"s" if summary["seeds"] > 1 else ""}; intervals by a bootstrap over lesions. `test` was first opened
-{summary["test_opened"] or "at an unknown time"}{_openings(summary)}.
+Means over {summary["seeds"]} seed{"s" if summary["seeds"] > 1 else ""}; intervals by a bootstrap over lesions.
+`test` was first opened {summary["test_opened"] or "at an unknown time"}{_openings(summary)}.
 
 {table(("metric", "value", "95% interval"), figures)}"""
 
@@ -148,8 +150,8 @@ def _subgroups(arm: str, summary: dict[str, Any]) -> str:
     head = ("attribute", "value", "images", "lesions", "balanced accuracy", "before")
     return f"""## Subgroups
 
-On `test`, with 95% intervals; before: the classifiers of the first round's start. Groups of fewer than 30 images are in brackets: they
-say little. Nothing here was tested.
+On `test`, with 95% intervals; before: the classifiers before the first round. Groups of fewer than 30 images are in brackets:
+they say little. Nothing here was tested.
 
 {table(head, found)}"""
 
@@ -172,7 +174,7 @@ def _training(arm: str, metas: Sequence[dict[str, Any]], summary: dict[str, Any]
     extra = summary["added"].get(arm, 0)
     synthetic = summary["used"].get(arm, 0)
     added = f"{synthetic} synthetic images" if arm in PAINTED else f"{extra} repeats of real images" if extra else "nothing"
-    folded = "The mined images of `mine` joined them, in every arm." if config.mix.fold_mined == "all" else "No image of `mine` did."
+    folded = "The mined images joined them, in every arm." if config.mix.fold_mined == "all" else "No image of `mine` did."
     grouped = "each lesion has one role" if config.data.grouped else "**lesions have images in several roles**"
     limits = "\n".join(f"- {note[:1].upper()}{note[1:]}." for note in summary["notes"])
     return f"""## Training data
@@ -196,9 +198,9 @@ def _loading(meta: dict[str, Any], classes: Sequence[str], config: Config) -> st
     """Code that works as it stands in the folder of the card; the tests run it."""
     asked, side = meta["config"], meta["resolution"]
     size = asked["input_size"]
-    resize = f"""
+    resize = "" if size in (None, side) else f"""
     mode = "bilinear" if about["interpolation"] == "bilinear" else "bicubic"
-    pixels = torch.nn.functional.interpolate(pixels, ({size}, {size}), mode=mode, antialias=True).clamp(0, 1)""" if size not in (None, side) else ""  # fmt: skip
+    pixels = torch.nn.functional.interpolate(pixels, ({size}, {size}), mode=mode, antialias=True).clamp(0, 1)"""  # fmt: skip
     kind = "bf16" if asked["amp"] else "float32"
     views = f" and the mean over {asked['views']} symmetries of the picture" if asked["views"] > 1 else ""
     return f"""## How to load it
@@ -254,8 +256,9 @@ def _facts(arm: str, metas: Sequence[dict[str, Any]], summary: dict[str, Any], r
     found = publish_card.versions(summary["versions"], summary.get("git"))
     painter = [("denoiser, fingerprint", painting.fingerprint(run.denoiser))] if arm in PAINTED else []
     facts = [
-        ("run", f"{cell(summary['run'])} ({summary['run_id']})"), ("seed", str(summary["seed"])), ("rounds", str(summary["rounds"])),
-        ("split hash", summary["split_hash"]), ("test opened", f"{summary['test_opened']}{_openings(summary)}"), *painter, *found.items(),
+        ("run", f"{cell(summary['run'])} ({summary['run_id']})"), ("seed", str(summary["seed"])),
+        ("rounds", str(summary["rounds"])), ("split hash", summary["split_hash"]),
+        ("test opened", f"{summary['test_opened']}{_openings(summary)}"), *painter, *found.items(),
     ]  # fmt: skip
     return f"""## Where it comes from
 

@@ -1,4 +1,4 @@
-"""A run's classifiers as models for others: a folder an arm, with a model card, and in it a folder a seed as `classify.model` loads it."""
+"""A run's classifiers as models: a folder an arm, with a model card, and in it a folder a seed, as `classify.model` loads it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def folders(config: Config, run: RunDir, arm: str | None) -> list[tuple[str, lis
     """(arm, its classifiers as they stand after the last round, seed by seed), of one arm or all."""
     last = last_round(config)
     seeds = range(config.evaluate.seeds)
-    return [
-        (a, [run.arm(home(config, a, last), a, s) / "classifier" for s in seeds]) for a in config.mix.arms if arm in (None, a)
-    ]
+    return [(a, [run.arm(home(config, a, last), a, s) / "classifier" for s in seeds]) for a in config.mix.arms if arm in (None, a)]
 
 
 def model_name(run: RunDir, arm: str) -> str:
@@ -37,9 +35,7 @@ def model_name(run: RunDir, arm: str) -> str:
     return f"adversa-{re.sub(r'[^A-Za-z0-9_]+', '-', publish_card.name(run)).strip('-')[:64] or 'run'}-{arm}"
 
 
-def publish(
-    config: Config, run: RunDir, models: Sequence[tuple[str, list[Path]]], out: Path, show: Show
-) -> tuple[list[str], int]:
+def publish(config: Config, run: RunDir, models: Sequence[tuple[str, list[Path]]], out: Path, show: Show) -> tuple[list[str], int]:
     """(names of the models in `out`, how many files were written). What is there with the same bytes stays, and so does a card."""
     summary = runs.read_json(run.summary)
     assert summary is not None, f"{run.summary} is gone"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -145,7 +146,7 @@ def _errors(facts: Facts, number: int) -> np.ndarray | None:
 
 
 def memories(facts: Facts, round_number: int) -> dict[str, Memory]:
-    """arm -> how near its images lie to the training images; empty where that was not measured."""
+    """arm -> how near its images lie to real ones; empty where that was not measured."""
     told = read_json(facts.run.round(round_number, "verdicts") / "memorisation.json") or {}
     found = {}
     for arm, m in told.items():
@@ -155,17 +156,19 @@ def memories(facts: Facts, round_number: int) -> dict[str, Memory]:
     return found
 
 
-def memory_sentence(arm: str, m: Memory) -> str:
+def memory_sentence(arm: str, m: Memory, strategies: Sequence[str]) -> str:
     """What the curve means, in one sentence. The error is that of a Mann-Whitney statistic of independent images."""
     error = math.sqrt((m.synthetic + m.held_out + 1) / (12 * m.synthetic * m.held_out))
     if m.nearer > 0.5 + 1.96 * error:
         word = "they lie nearer than real images do, so some may repeat what the denoiser was trained on"
+        if any(s != "sample" for s in strategies):
+            word = "they lie nearer than real images do, as images that are painted from a real one must"
     elif m.nearer < 0.5 - 1.96 * error:
         word = "they lie farther away than real images do: no sign of copying"
     else:
         word = "no nearer than real images do: no sign of copying"
     return (
-        f"A painted image of {arm} is nearer to its nearest training image than a held-out real one to its own with probability "
+        f"A painted image of {arm} is nearer to its nearest real image than a held-out real one to its own with probability "
         f"{m.nearer:.2f} (0.50 is expected), and {100 * m.beyond:.1f}% are nearer than 99% of the held-out ones (1% is expected): {word}."
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adversa.report.gather import METRICS, Facts, Score, figures, mean_specificity, number, score
+from adversa.runs import read_json
 from adversa.types import BEFORE
 
 MORE = {"worst_class": "worst class", "ece": "ECE", "brier": "Brier"}  # where they were measured; of the last two, less is better
@@ -198,3 +199,9 @@ def costs(facts: Facts) -> list[tuple[str, float | None, float | None]]:
     """(arm, seconds, device-seconds), in the order of the arms; empty where the run did not record them."""
     found = facts.summary["cost"]
     return [(arm, number(found[arm].get("seconds")), number(found[arm].get("device_seconds"))) for arm in facts.arms if arm in found]
+
+
+def elsewhere(facts: Facts) -> list[tuple[str, str]]:
+    """(name, verdict in one sentence) of each set from elsewhere that the run's classifiers were scored on."""
+    found = [(p.parent.name, read_json(p) or {}) for p in sorted(facts.run.root.glob("external/*/summary.json"))]
+    return [(name, str(told.get("verdict_sentence") or told.get("verdict", ""))) for name, told in found]

@@ -92,7 +92,9 @@ def _changes(v: dict[str, Any], first: str, rows: list[tuple[str, Any]]) -> list
 
 
 def _arms(v: dict[str, Any]) -> list[str]:
-    lines = ["## Arms", ""]
+    lines, matched = ["## Arms", ""], v["summary"]["matched"]
+    if matched.get("steps"):
+        lines += [f"Every classifier took {counted(matched['steps'], 'step')} on {counted(matched['images'], 'image')}.", ""]
     for role in v["roles"]:
         names, rows = v["arms"][role]
         lines += [f"{role}{' (optimistic)' if role == 'mine' else ''}:", ""]
@@ -101,6 +103,8 @@ def _arms(v: dict[str, Any]) -> list[str]:
     for group, rows in v["groups"].items():
         lines += [f"{text(group)} against all other classes, on test; thresholds were set on select:", ""]
         lines += table(["metric", *map(text, arms)], [[name, *(value(scores[a]) for a in arms)] for name, scores in rows])
+    if v["elsewhere"]:
+        lines += ["On sets from elsewhere:", "", *bullets(f"{name}: {told}" for name, told in v["elsewhere"])]
     if v["by_round"]:
         lines += ["Balanced accuracy on mine (optimistic), round by round:", ""]
         lines += table(["round", *map(text, arms)], [[str(n), *(fixed(of[a]) for a in arms)] for n, of in v["by_round"].items()])
@@ -262,5 +266,5 @@ def _unshown(v: dict[str, Any]) -> list[str]:
     lines += bullets(groups)
     if u.checks:
         lines += ["Checks that were off:", "", *bullets(u.checks)]
-    last = "The figures on test are of the archive that the run was trained on. Another camera or clinic may give others."
-    return lines + bullets([*v["notes"], last])
+    last = "The figures on test are of the archive that the run was trained on. Another camera or clinic may give others"
+    return lines + bullets([*v["notes"], last + ("." if v["elsewhere"] else "; no set from elsewhere was scored.")])

@@ -59,6 +59,7 @@ def view(facts: Facts) -> dict[str, Any]:
     compared = evidence.comparisons(facts.summary["comparisons"])
     said = predictions.of_test(facts)
     calibrations = predictions.calibrations(facts, said)
+    accepted = curation.accepted(facts)
     memories = curation.memories(facts, last) if last is not None else {}
     return {
         "facts": facts,
@@ -75,14 +76,18 @@ def view(facts: Facts) -> dict[str, Any]:
         "comparisons": compared,
         "reach": evidence.reach(compared),
         "subgroups": evidence.subgroups(facts.summary["subgroups"]),
+        "elsewhere": evidence.elsewhere(facts),
         "by_round": by_round(facts, "mine", "balanced_accuracy") if len(rounds) > 1 else {},
         "confusions": predictions.confusions(facts, said),
         "modes": read_json(facts.run.round(last, "hard") / "modes.json") if last is not None else None,
         "gallery": pictures.gallery(facts, last) if last is not None else None,
         "most": pictures.OFFSPRING,
         "budget": curation.budget(facts, last) if last is not None else [],
-        "accepted": curation.accepted(facts),
-        "memories": {arm: (m, plots.curves(m.curve), curation.memory_sentence(arm, m)) for arm, m in memories.items()},
+        "accepted": accepted,
+        "memories": {
+            arm: (m, plots.curves(m.curve), curation.memory_sentence(arm, m, accepted[arm].strategies if arm in accepted else ()))
+            for arm, m in memories.items()
+        },
         "quality": facts.quality,
         "measures": MEASURES,
         "grid": pictures.sheet(facts.run.root / facts.quality["grid"]) if facts.quality else None,

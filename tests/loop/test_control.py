@@ -22,15 +22,15 @@ from adversa.types import Verdict
 WORLD, ELSEWHERE = 0, 1  # seeds of the run's pictures, and of those that are held back
 CONTROL = {
     "data": {
-        "source": "phantom", "resolution": 32, "phantom": {"images": 1100, "seed": WORLD, "tail": 0.8, "images_per_lesion": 1.0},
-        "split": {"train": 0.1, "mine": 0.2, "select": 0.1, "test": 0.6},
+        "source": "phantom", "resolution": 32, "phantom": {"images": 900, "seed": WORLD, "tail": 0.8, "images_per_lesion": 1.0},
+        "split": {"train": 0.07, "mine": 0.12, "select": 0.1, "test": 0.71},
     },
-    "classifier": {"model_args": {"channels": [16, 32, 32, 64]}, "steps": 150, "batch_size": 32, "evaluations": 3},
+    "classifier": {"model_args": {"channels": [16, 32, 32, 64]}, "steps": 120, "batch_size": 32, "evaluations": 3, "augment": None},
     "denoiser": {"architecture": "unet", "patch": 2, "channels": [8, 8], "weights": None, "steps": 0, "batch_size": 8},
-    "mine": {"budget": 40},
-    "generate": {"per_case": 10},
+    "mine": {"budget": 20},
+    "generate": {"per_case": 20},
     "curate": {"min_agreement": 0.05, "quota": None},
-    "mix": {"arms": ["real", "replay", "guided"], "synthetic_ratio": 5.0},
+    "mix": {"arms": ["real", "replay", "guided"], "synthetic_ratio": 8.0},
     "evaluate": {"seeds": 3, "bootstrap": 500},
 }  # fmt: skip
 
@@ -58,8 +58,8 @@ def held_back(config, labels):
 
 def feed(config, run, shuffled=False):
     """What `generate` leaves, with held-back pictures in the painted ones' place. shuffled: the picture is of another request."""
-    steps_before = cycle.Cycle(config, run, LocalEngine(1, 1))
-    painting.plan(run.round(1, "hard"), None, steps_before.id, 1, config.mix.arms, config.generate, run.round(1, "requests"))
+    name = runs.run_id(cycle.recipe_of(config))
+    painting.plan(run.round(1, "hard"), None, name, 1, config.mix.arms, config.generate, run.round(1, "requests"))
     requests = tables.read(run.round(1, "requests")).to_pylist()
     truth = np.array([r["label"] for r in requests])
     if shuffled:
@@ -68,13 +68,12 @@ def feed(config, run, shuffled=False):
         {"request_id": r["request_id"], "arm": r["arm"], "label": r["label"], "image": image, "finite": True, "denoiser": "none"}
         for r, image in zip(requests, held_back(config, truth), strict=True)
     ]
-    out, start = run.round(1, "synthetic"), 0
+    out = run.round(1, "synthetic")
     recipe = runs.Recipe("control", 1, {"shuffled": shuffled}, {})
     runs.begin(out, recipe)
-    for part in tables.parts(run.round(1, "requests")):
-        rows = painted[start : start + len(tables.read(part.parent)) if False else start + config.generate.part_size]
+    for i, part in enumerate(tables.parts(run.round(1, "requests"))):
+        rows = painted[i * config.generate.part_size :][: config.generate.part_size]
         tables.write_part(out / part.name, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
-        start += len(rows)
     runs.finish(out, recipe, rows=len(painted), seconds=0.0, compute_seconds=0.0, device_seconds=0.0)
     return truth
 

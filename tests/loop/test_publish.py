@@ -231,7 +231,8 @@ def test_the_card_says_what_a_person_must_know(painted, tmp_path, form):
         f"{kept} images in 3 classes", "Not for diagnosis", "Evaluate on real images only", "`f00d`", "the run `demo`", "5b1174a5",
         "phantoms (seed", "| torch | 9.9 |", "| adversa | 0.9 (c0ffee) |", "2031-01-02T03:04:05", "| rounds | 1, 2 |", "Fill in",
         "grey levels, at least | 2 |", "| 0.97 |", "nevus 1, melanoma 2, test 3", "| off |",
-        "| 1 | guided | 30 | 40 | 0.400 / 0.500 | 0.400 / 0.500 | 0.625 | 0.037 |", "17 of 120 painted images refused (17 near copy)",
+        "| 1 | guided | 30 | 40 | 0.400 / 0.500 | 0.400 / 0.500 | 0.625 | 0.037 |",
+        "17 of 120 painted images refused (17 near copy)",
         publish.publish_card.run_id(run), "All images passed",
     ):  # fmt: skip
         assert word in text, word

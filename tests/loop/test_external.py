@@ -1,0 +1,370 @@
+"""A finished run on a set from elsewhere: the figures by hand, labels in other words, what is left out, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from adversa import config as cfg
+from adversa import runs, tables
+from adversa.classify.score import make_scorer
+from adversa.data import images, phantom
+from adversa.loop import external, external_labels, external_pictures, external_report, external_set, steps
+from adversa.loop.engine import LocalEngine
+from adversa.loop.external_set import External
+from adversa.runs import RunDir
+from adversa.types import UserError
+
+IMAGES = 70
+
+
+@pytest.fixture(scope="session")
+def two_seeds(finished, tmp_path_factory):
+    """The finished run as one of two seeds, with a named group; the second seed's classifiers are other arms' first."""
+    config, run = finished
+    copy = RunDir(shutil.copytree(run.root, tmp_path_factory.mktemp("two") / "run"))
+    tree = config.model_dump(mode="json")
+    tree["evaluate"] |= {"seeds": 2, "groups": {"malignant": ["melanoma", "carcinoma"], "melanoma": ["melanoma"]}}
+    copy.config.write_text(yaml.safe_dump(tree))
+    arms = [a for a in config.mix.arms]
+    for i, arm in enumerate(arms):
+        shutil.copytree(copy.arm(1, arms[i - 1], 0), copy.arm(1, arm, 1))
+    shutil.copytree(copy.arm(1, "guided", 0), copy.arm(0, "real", 1))
+    config = cfg.load(copy.config)
+    steps.score(LocalEngine(1, 1), external.models(config, copy), copy.data / "select", copy.data, False, copy.select)
+    return config, copy
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """(folder, rows of its CSV): phantoms that the run has not seen, of patients with two lesions each."""
+    folder = tmp_path_factory.mktemp("clinic")
+    return folder, drawn(folder, cfg.Phantom(images=IMAGES, seed=7))
+
+
+def drawn(folder: Path, settings: cfg.Phantom, count: int | None = None) -> list[dict[str, str]]:
+    rows = []
+    for i, slot in enumerate(phantom.slots(settings)[:count]):
+        picture = phantom.picture(i, settings, 64)[0]
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
+        rows.append({"path": f"{i:03d}.png", "label": slot.label, "group": f"l{slot.lesion}", "patient": f"p{slot.lesion // 2}"})
+    return rows
+
+
+def written(folder: Path, rows: list[dict[str, str]], name: str = "set.csv") -> Path:
+    with open(folder / name, "w", newline="") as f:
+        lines = csv.DictWriter(f, list(rows[0]))
+        lines.writeheader()
+        lines.writerows(rows)
+    return folder / name
+
+
+@pytest.fixture
+def ask(two_seeds, tmp_path):
+    """Builds what `adversa evaluate RUN --on` asks; the run's own folder is not written to."""
+    config, run = two_seeds
+    here = RunDir(tmp_path / "run")
+    here.root.mkdir()
+    for path in run.root.iterdir():
+        (here.root / path.name).symlink_to(path)
+
+    def build(on, labels=None, classes=None, overrides=(), crop=None, name="clinic"):
+        path = None
+        if labels or classes:
+            path = tmp_path / "map.yaml"
+            path.write_text(yaml.safe_dump({"labels": labels or {}, "classes": classes or {}}))
+        asked = cfg.load(here.config, list(overrides))
+        translation = external_labels.read(path, steps.classes_of(here.data))
+        data = external_set.section(asked, on, overrides, crop)
+        return External(here, asked, data, translation, name, external_set.listing(data, translation))
+
+    return build
+
+
+def results(asked, engine=None):
+    external.score(asked, engine or LocalEngine(1, 1))
+    return external_report.write(asked)
+
+
+class Idle(LocalEngine):
+    def map_batches(self, make, parts, out, report, model=False):
+        raise AssertionError(f"{out} is worked on again")
+
+
+def by_hand(asked, arm, seed):
+    """(softmax in the run's classes [N, K], labels, ids) of what was scored."""
+    p = steps.predictions(tables.read(asked.scores), arm, seed)
+    return steps.softmax(p.logits), p.labels, p.ids
+
+
+def test_figures_are_those_of_the_predictions(ask, pictures):
+    asked = ask(written(*pictures))
+    found = results(asked)
+    classes = steps.classes_of(asked.run.data)
+    assert found["classes"] == classes and found["images"]["scored"] == IMAGES and set(found["arms"]) == set(asked.config.mix.arms)
+    for arm, figures in found["arms"].items():
+        each = [by_hand(asked, arm, s) for s in range(2)]
+        balanced = [balanced_accuracy_score(y, p.argmax(1)) for p, y, _ in each]
+        auroc = [np.mean([roc_auc_score(y == k, p[:, k]) for k in range(5)]) for p, y, _ in each]
+        assert figures["balanced_accuracy"] == pytest.approx(np.mean(balanced))
+        assert figures["auroc_macro"] == pytest.approx(np.mean(auroc))
+        low, high = found["intervals"][arm]["balanced_accuracy"]
+        assert low <= figures["balanced_accuracy"] <= high
+    assert found["comparisons"][0]["difference"] == pytest.approx(
+        found["arms"]["guided"]["balanced_accuracy"] - found["arms"][found["comparisons"][0]["b"]]["balanced_accuracy"]
+    )
+    text = (asked.folder / "report.md").read_text()
+    assert found["verdict_sentence"].split(":")[0] in text and "external (clinic)" in text and "own test" in text
+
+
+def test_logits_are_those_of_the_classifier_on_the_decoded_picture(ask, pictures):
+    asked = ask(written(*pictures), crop="squash")
+    external.score(asked, LocalEngine(1, 1))
+    wanted = {r.source: r for r in asked.outside.records[:5]}
+    decode = images.make_decoder(asked.data, asked.translation.names)
+    scorer = make_scorer(asked.run.arm(1, "guided", 1) / "classifier")
+    names = dict(zip(*tables.read(asked.pictures, ["id", "source"]).to_pydict().values(), strict=True))
+    p = steps.predictions(tables.read(asked.scores), "guided", 1)
+    told = {names[i]: x for i, x in zip(p.ids, p.logits, strict=True)}
+    for d in decode(list(wanted.values())):
+        assert np.allclose(scorer(d.image[None])[0][0], told[d.record.source], atol=1e-6)
+
+
+def test_thresholds_come_from_the_runs_select(ask, pictures):
+    asked = ask(written(*pictures))
+    found = results(asked)
+    inside = [k for k, c in enumerate(found["classes"]) if c in ("melanoma", "carcinoma")]
+    sensitivity = []
+    for seed in range(2):
+        chosen = steps.predictions(tables.read(asked.run.select), "guided", seed)
+        negatives = np.sort(steps.softmax(chosen.logits)[:, inside].sum(1)[~np.isin(chosen.labels, inside)])
+        limit = negatives[int(np.ceil(0.8 * len(negatives))) - 1]
+        p, y, _ = by_hand(asked, "guided", seed)
+        sensitivity.append(np.mean(p[:, inside].sum(1)[np.isin(y, inside)] > limit))
+    assert found["arms"]["guided"]["sensitivity@0.80/malignant"] == pytest.approx(np.mean(sensitivity))
+
+
+def test_merged_classes_add_their_probabilities(ask, pictures, tmp_path):
+    folder, rows = pictures
+    coarse = {"melanoma": "malignant", "carcinoma": "malignant", "nevus": "benign", "keratosis": "benign", "vascular": "benign"}
+    asked = ask(written(folder, [r | {"label": coarse[r["label"]]} for r in rows], "coarse.csv"), classes=coarse)
+    found = results(asked)
+    assert found["classes"] == ["malignant", "benign"]
+    given = steps.classes_of(asked.run.data)
+    for arm in found["arms"]:
+        balanced, brier = [], []
+        for seed in range(2):
+            p, y, _ = by_hand(asked, arm, seed)
+            bad = p[:, [given.index("melanoma"), given.index("carcinoma")]].sum(1)
+            balanced.append(balanced_accuracy_score(y, (bad <= 0.5).astype(int)))
+            brier.append(np.mean(2 * (bad - (y == 0)) ** 2))
+        assert found["arms"][arm]["balanced_accuracy"] == pytest.approx(np.mean(balanced))
+        assert found["arms"][arm]["brier"] == pytest.approx(np.mean(brier))
+    # The group `malignant` is the merged class; `melanoma` cuts through it.
+    assert "sensitivity@0.80/malignant" in found["arms"]["real"] and "auroc/melanoma" not in found["arms"]["real"]
+    assert any("melanoma cannot be told from the rest" in n for n in found["notes"]) and not found["test"]
+
+
+def test_absent_classes_are_said_and_not_averaged(ask, pictures):
+    folder, rows = pictures
+    asked = ask(written(folder, [r for r in rows if r["label"] not in ("vascular", "carcinoma")], "few.csv"))
+    found = results(asked)
+    assert found["classes_absent"] == ["carcinoma", "vascular"]
+    assert any("has no carcinoma, vascular" in n for n in found["notes"])
+    assert not {"sensitivity/vascular", "sensitivity/carcinoma"} & set(found["arms"]["guided"])
+    for arm in found["arms"]:
+        each = []
+        for seed in range(2):
+            p, y, _ = by_hand(asked, arm, seed)
+            each.append(np.mean([np.mean(p[y == k].argmax(1) == k) for k in np.unique(y)]))
+        assert found["arms"][arm]["balanced_accuracy"] == pytest.approx(np.mean(each))
+    assert not found["test"] and "sensitivity, vascular" not in (asked.folder / "report.md").read_text()
+
+
+def test_labels_are_renamed_merged_and_left_out(ask, pictures):
+    folder, rows = pictures
+    words = {"nevus": "naevus", "melanoma": "MEL", "vascular": "scc"}
+    told = [r | {"label": words.get(r["label"], r["label"])} for r in rows]
+    told[0] |= {"label": "mole"}
+    path = written(folder, told, "words.csv")
+    labels = {"naevus": "nevus", "mole": "nevus", "MEL": "melanoma", "scc": None}
+    asked = ask(path, labels=labels)
+    found = results(asked)
+    plain = {c: sum(r["label"] == c for r in rows[1:]) for c in found["classes"]}
+    plain["nevus"] += 1
+    omitted = plain["vascular"]
+    assert found["images"]["by_class"] == plain | {"vascular": 0} and found["left_out"]["labels"] == {"scc": omitted}
+    assert any(f"{omitted} scc" in n for n in found["notes"])
+    with pytest.raises(UserError, match=r"MEL \(\d+\), naevus \(\d+\), scc \(\d+\).*--labels-map FILE.*`MEL: CLASS`"):
+        ask(path, labels={"mole": "nevus"})
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("labels: {naevus: nevos}", "nevos is no class; did you mean nevus?"),
+        ("classes: {nevos: benign}", "nevos is no class of the run; did you mean nevus?"),
+        ("classes: {nevus: null}", "cannot be kept from a class"),
+        ("classes: {nevus: a, melanoma: a, keratosis: a, vascular: a, carcinoma: a}", "everything is merged into a"),
+        ("classes: {nevus: melanoma, melanoma: keratosis}", "give that another name"),
+        ("melanoma: mel", "there is no section melanoma"),
+        ("labels: [a, b]", "labels must hold lines"),
+        ("labels: {a: [nevus, melanoma]}", "holds more than one name"),
+        ("labels:\n  a: nevus\n  a: melanoma", "a is there twice"),
+        ("labels: {a: ''}", "a is blank"),
+        ("labels: {a: nevus", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_labels_map_is_one_line(two_seeds, tmp_path, text, match):
+    path = tmp_path / "map.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=match):
+        external_labels.read(path, steps.classes_of(two_seeds[1].data))
+
+
+def test_a_labels_map_takes_words_as_they_are_written(two_seeds, tmp_path):
+    path = tmp_path / "map.yaml"
+    path.write_text("labels: {no: nevus, 1: melanoma, 'null': keratosis, none: ~}\nclasses:\n")
+    found = external_labels.read(path, steps.classes_of(two_seeds[1].data))
+    assert dict(found.labels) == {"no": "nevus", "1": "melanoma", "null": "keratosis", "none": None} and not found.merges
+
+
+def test_patients_widen_the_intervals(ask, pictures):
+    """Patients of one class each: right or wrong together, so that there is far less to go by than images."""
+    folder, rows = pictures
+    by_class = [{"path": r["path"], "label": r["label"], "patient": f"{r['label']}-{i % 2}"} for i, r in enumerate(rows)]
+    alone = [{k: r[k] for k in ("path", "label")} for r in rows]
+    found = {
+        unit: results(ask(written(folder, table, f"{unit}.csv"), name=unit))
+        for unit, table in (("patient", by_class), ("image", alone))
+    }
+    assert found["patient"]["clusters"] == {"by": "patient", "n": 10} and found["image"]["clusters"]["by"] == "image"
+    assert found["image"]["clusters"]["n"] > 60
+    width = {unit: np.diff(f["intervals"]["real"]["accuracy"])[0] for unit, f in found.items()}
+    assert found["patient"]["arms"] == found["image"]["arms"] and width["patient"] > 1.3 * width["image"]
+    assert any("neither patients nor lesions" in n for n in found["image"]["notes"])
+
+
+def test_lesions_where_no_patient_is_named(ask, pictures):
+    folder, rows = pictures
+    found = results(ask(written(folder, [{k: r[k] for k in ("path", "label", "group")} for r in rows], "lesions.csv")))
+    assert found["clusters"]["by"] == "lesion" and found["clusters"]["n"] <= len({r["group"] for r in rows})
+
+
+def test_the_same_set_is_done_once_and_another_is_refused(ask, pictures, tmp_path):
+    folder = Path(shutil.copytree(pictures[0], tmp_path / "own"))
+    path = written(folder, pictures[1])
+    first = results(ask(path))
+    assert external.is_scored(ask(path)) and results(ask(path), Idle(1, 1)) == first
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))  # other times and another place: the same content
+    for picture in moved.iterdir():
+        picture.touch()
+    assert results(ask(moved / "set.csv"), Idle(1, 1)) == first
+    Image.new("RGB", (64, 64), "brown").save(folder / "000.png")
+    with pytest.raises(UserError, match=r"pictures have changed, 70 pictures then, 70 now\); give this one its own --name"):
+        external.check(ask(path))
+    with pytest.raises(UserError, match="crop: center -> squash"):
+        external.check(ask(moved / "set.csv", crop="squash"))
+    assert results(ask(path, name="second"))["content"] != first["content"]
+
+
+def test_a_cut_evaluation_goes_on_where_it_was(ask, pictures):
+    path = written(*pictures)
+    whole = results(ask(path, name="whole"))
+
+    class Cut(LocalEngine):
+        def map_batches(self, make, parts, out, report, model=False):
+            super().map_batches(make, parts[:1], out, report, model)
+            raise KeyboardInterrupt
+
+    asked = ask(path)
+    for _ in range(2):  # in the pictures, then in the scores
+        with pytest.raises(KeyboardInterrupt):
+            external.score(asked, Cut(1, 1))
+    assert external.check(asked) and not external.is_scored(asked)
+    assert results(asked)["arms"] == whole["arms"]
+
+
+def test_pictures_the_run_has_seen_are_left_out(ask, two_seeds, pictures, tmp_path):
+    """An exact copy, a mirrored smaller one, another picture of such a lesion; one of the role `test` stays."""
+    config, run = two_seeds
+    folder = Path(shutil.copytree(pictures[0], tmp_path / "own"))
+    rows = list(pictures[1])
+    role = {s: r for r in ("train", "select", "test") for s in tables.read(run.data / r, ["source"])["source"].to_pylist()}
+    for kind, wanted in (("copy", "train"), ("mirrored", "select"), ("fair", "test")):
+        number = next(int(s[8:13]) for s, r in sorted(role.items()) if r == wanted)
+        picture = Image.fromarray(phantom.picture(number, config.data.phantom, 64)[0])
+        if kind == "mirrored":
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((48, 48))
+        picture.save(folder / f"{kind}.png")
+        label = phantom.slots(config.data.phantom)[number].label
+        rows.append({"path": f"{kind}.png", "label": label, "group": f"of {kind}", "patient": ""})
+    rows[0] = rows[0] | {"group": "of mirrored", "patient": ""}
+    asked = ask(written(folder, rows))
+    found = results(asked)
+    assert found["left_out"]["known"] == {"same pixels": 1, "look-alike": 1, "same lesion": 1}
+    left = {k["source"]: k["why"] for k in json.loads((asked.pictures / external_pictures.LEFT_OUT).read_text())["known"]}
+    assert left == {"copy.png": "same pixels", "mirrored.png": "look-alike", "000.png": "same lesion"}
+    assert found["images"]["scored"] == IMAGES and "fair.png" in tables.read(asked.pictures, ["source"])["source"].to_pylist()
+    assert any("3 images (1 same pixels, 1 look-alike, 1 same lesion)" in n for n in found["notes"])
+
+
+def test_damaged_pictures_fail_or_are_counted(ask, pictures, tmp_path):
+    folder = Path(shutil.copytree(pictures[0], tmp_path / "own"))
+    path = written(folder, pictures[1])
+    (folder / "003.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="003.png: not a picture"):
+        external.score(ask(path), LocalEngine(1, 1))
+    found = results(ask(path, overrides=["data.on_error=skip"]))  # under the same name: nothing was made of it
+    assert found["left_out"]["problems"] == 1 and found["images"]["scored"] == IMAGES - 1
+    assert any("unreadable or at odds: 1" in n for n in found["notes"])
+
+
+def test_a_folder_of_classes_and_its_look_alikes(ask, pictures, tmp_path):
+    folder, rows = pictures
+    for r in rows:
+        (tmp_path / "tree" / r["label"]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / r["path"], tmp_path / "tree" / r["label"])
+    Image.open(folder / "000.png").resize((56, 56)).save(tmp_path / "tree" / rows[0]["label"] / "smaller.png")
+    shutil.copy(folder / "001.png", tmp_path / "tree" / rows[1]["label"] / "again.png")
+    found = results(ask(tmp_path / "tree"))
+    assert found["clusters"] == {"by": "image", "n": IMAGES} and found["images"]["scored"] == IMAGES + 1
+    assert found["left_out"]["copies"] == 1
+
+
+def test_columns_go_by_what_is_set_then_the_runs_then_the_usual_names(two_seeds, tmp_path):
+    config = two_seeds[0]
+    path = tmp_path / "set.csv"
+    path.write_text("file,dx,group,person\n")
+    for overrides, wanted in (
+        ((), ("path", "label", "group", None)),
+        (("data.columns.path=file", "data.columns.label=dx"), ("file", "dx", "group", None)),
+        (("data.columns.patient=person", "data.columns.group=null"), ("path", "label", None, "person")),
+    ):
+        asked = cfg.load(two_seeds[1].config, list(overrides))
+        found = external_set.section(asked, path, overrides, None).columns
+        assert (found.path, found.label, found.group, found.patient) == wanted
+    path.write_text("path,label,patient\n")
+    assert external_set.section(config, path, (), None).columns.patient == "patient"
+
+
+def test_a_run_that_is_not_finished_is_refused(two_seeds, tmp_path):
+    config, run = two_seeds
+    copy = RunDir(shutil.copytree(run.root, tmp_path / "run"))
+    (copy.arm(1, "guided", 1) / "classifier" / runs.MANIFEST).unlink()
+    with pytest.raises(
+        UserError, match="not finished .round-001/guided/seed-1/classifier is missing.; finish it with: adversa loop"
+    ):
+        external.models(config, copy)
+
+
+def test_the_reports_words_are_harmless_in_markdown():
+    assert external_report._cell("a|b<img src=x>\n[x](y) `z`") == r"a\|b&lt;img src=x>\\n\[x\](y) \`z\`"
