@@ -145,9 +145,6 @@ def predict(
     paths = predict.listed(names)
     classes = steps.classes_of(run.data)
     data = config.data.model_copy(update={"crop": crop or config.data.crop})
-    seeds = f"{len(models)} classifier{'s' if len(models) > 1 else ''}"
-    why = "" if arm else ", the arm the run is about"
-    aside.print(f"arm {chosen}{why}: {seeds}, the mean of their probabilities", highlight=False, markup=False, soft_wrap=True)
     out = out.absolute()
     with runs.writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +156,9 @@ def predict(
             parts = Path(temporary) / "predicted"
             found = predict.predict(_Told(engine, show), models, data, paths, parts, on_error, lambda _: None)
         tables.replace_bytes(out, predict.table(found, classes).encode())
+    seeds = f"{len(models)} classifier{'s' if len(models) > 1 else ''}"
+    why = "" if arm else ", the arm the run is about"
+    aside.print(f"arm {chosen}{why}: {seeds}, the mean of their probabilities", highlight=False, markup=False, soft_wrap=True)
     screen.print(f"{len(found.paths)} images: {out}", highlight=False, markup=False, soft_wrap=True)
     if found.problems:
         path, problem = found.problems[0]
@@ -202,15 +202,15 @@ class _Show:
     """Progress: a bar on a terminal, elsewhere a line now and then."""
 
     def __init__(self, screen: Console, bar: Progress) -> None:
-        self.screen, self.bar, self.tasks, self.spoken = screen, bar, dict[str, Any](), 0.0
+        self.screen, self.bar, self.tasks, self.spoken = screen, bar, dict[str, Any](), time.monotonic()
 
     def progress(self, what: str, done: float, total: float) -> None:
         if self.screen.is_terminal:
             if what not in self.tasks:
                 self.tasks[what] = self.bar.add_task(what, total=total)
             self.bar.update(self.tasks[what], completed=done)
-        elif what not in self.tasks or time.monotonic() - self.spoken > LOG_SECONDS:
-            self.tasks[what], self.spoken = None, time.monotonic()
+        elif time.monotonic() - self.spoken > LOG_SECONDS:
+            self.spoken = time.monotonic()
             self.say(f"{what}: {done:.0f} of {total:.0f} images")
 
     def say(self, text: str) -> None:

@@ -30,6 +30,7 @@ from adversa.types import ROLES, UserError
 LOOKS = ".looks"  # thumbnails of the run's own pictures, shared by all sets
 SEEN = tuple(r for r in ROLES if r != "test")  # the roles that fitted or chose something
 LEFT_OUT = "left-out.json"
+WHY = ("same pixels", "look-alike", "same lesion")  # a picture is known to the run
 LOOK = pa.schema({"id": pa.string(), "thumb": pa.binary()})
 PICTURES = pa.schema(
     [*tables.EXAMPLES, ("lesion", pa.string()), ("class", pa.string()), ("thumb", pa.binary()), ("problem", pa.string())]
@@ -164,7 +165,7 @@ def _write(asked: External, staging: Path, looks: Path) -> Facts:
 
 
 def _reasons(known: Sequence[dict[str, str]]) -> dict[str, int]:
-    return {why: sum(k["why"] == why for k in known) for why in ("same pixels", "look-alike", "same lesion")}
+    return {why: sum(k["why"] == why for k in known) for why in WHY}
 
 
 def _first_of_each(

@@ -13,7 +13,7 @@ from adversa.evaluate.metrics import absent
 from adversa.evaluate.operating import thresholds
 from adversa.loop import evidence, external_set, steps, summary
 from adversa.loop.evidence import Scored
-from adversa.loop.external_pictures import LEFT_OUT
+from adversa.loop.external_pictures import LEFT_OUT, WHY
 from adversa.loop.external_set import External
 from adversa.tables import replace_bytes
 from adversa.types import BEFORE, digest
@@ -162,7 +162,7 @@ def notes(
         told = ", ".join(f"{count} {printable(label)}" for label, count in left["labels"].items())
         found.append(f"left out by the labels map: {told}")
     if known := sum(facts["known"].values()):
-        why = ", ".join(f"{count} {reason}" for reason, count in facts["known"].items() if count)
+        why = ", ".join(f"{facts['known'][reason]} {reason}" for reason in WHY if facts["known"][reason])
         found.append(f"left out, for the run has seen them (train, mine or select): {known} images ({why})")
     if facts["copies"]:
         found.append(f"left out, copies within the set: {facts['copies']} images")

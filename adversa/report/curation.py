@@ -150,7 +150,7 @@ def memories(facts: Facts, round_number: int) -> dict[str, Memory]:
     told = read_json(facts.run.round(round_number, "verdicts") / "memorisation.json") or {}
     found = {}
     for arm, m in told.items():
-        curve = [tuple(point) for point in (m or {}).get("curve", []) if len(point) == 3 and all(number(v) is not None for v in point)]
+        curve = [tuple(p) for p in (m or {}).get("curve", []) if len(p) == 3 and None not in map(number, p)]
         if curve and number(m["nearer"]) is not None:
             found[arm] = Memory(m["synthetic"], m["held_out"], curve, float(m["nearer"]), float(m["beyond"]))
     return found
@@ -169,6 +169,6 @@ def memory_sentence(arm: str, m: Memory, strategies: Sequence[str]) -> str:
         word = "no nearer than real images do: no sign of copying"
     return (
         f"A painted image of {arm} is nearer to its nearest real image than a held-out real one to its own with probability "
-        f"{m.nearer:.2f} (0.50 is expected), and {100 * m.beyond:.1f}% are nearer than 99% of the held-out ones (1% is expected): {word}."
+        f"{m.nearer:.2f} (0.50 is expected), and {100 * m.beyond:.1f}% are nearer than 99% of the held-out ones (1% is expected): "
+        f"{word}."
     )
-

@@ -106,8 +106,9 @@ def groups(facts: Facts) -> dict[str, list[tuple[str, dict[str, Score]]]]:
     """group of classes -> (name of a metric, arm -> score on test), in the order of the summary."""
     found: dict[str, list[tuple[str, dict[str, Score]]]] = {}
     for group in facts.section("evaluate").get("groups") or {}:
-        names = dict.fromkeys(m for arm in facts.arms for m in figures(facts, arm, "test") if _is_of(m, str(group), facts.classes))
-        rows = [(_title(m, str(group)), {arm: score(facts, arm, "test", m) for arm in facts.arms}) for m in sorted(names, key=_place)]
+        known = dict.fromkeys(m for arm in facts.arms for m in figures(facts, arm, "test"))
+        names = sorted((m for m in known if _is_of(m, str(group), facts.classes)), key=_place)
+        rows = [(_title(m, str(group)), {arm: score(facts, arm, "test", m) for arm in facts.arms}) for m in names]
         if rows:
             found[str(group)] = rows
     return found
@@ -133,7 +134,7 @@ def _title(metric: str, group: str) -> str:
     return {
         "auroc": "AUROC",
         "pauc": f"partial AUC above sensitivity {level}",
-        "pauc_norm": f"the same, of the {_rest(level)} possible",
+        "pauc_norm": f"partial AUC above sensitivity {level}, of the {_rest(level)} possible",
         "sensitivity": f"sensitivity at specificity {level}",
         "specificity": f"specificity reached there ({level} was set on select)",
     }[kind]
@@ -198,7 +199,7 @@ def bar(row: Comparison, end: float) -> Bar | None:
 def costs(facts: Facts) -> list[tuple[str, float | None, float | None]]:
     """(arm, seconds, device-seconds), in the order of the arms; empty where the run did not record them."""
     found = facts.summary["cost"]
-    return [(arm, number(found[arm].get("seconds")), number(found[arm].get("device_seconds"))) for arm in facts.arms if arm in found]
+    return [(a, number(found[a].get("seconds")), number(found[a].get("device_seconds"))) for a in facts.arms if a in found]
 
 
 def elsewhere(facts: Facts) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The pictures of the page, as data URIs: hard cases, what was painted from them, and the real image each of those is nearest to."""
+"""The pictures of the page, as data URIs: hard cases, what was painted from them, and the real image nearest to each of those."""
 
 from __future__ import annotations
 
@@ -157,7 +157,8 @@ def gallery(facts: Facts, round_number: int) -> Gallery:
 
 def _asked(facts: Facts, round_number: int, examples: Collection[str]) -> tuple[dict[str, list[str]], dict[int, list[str]]]:
     """(hard case -> all requests of the arm in question, sorted; label -> the first of `unguided`, where that is another arm)."""
-    rows = columns(facts.run.round(round_number, "requests"), ["request_id", "example", "label", "arm"], tables.REQUESTS).to_pydict()
+    folder, names = facts.run.round(round_number, "requests"), ["request_id", "example", "label", "arm"]
+    rows = columns(folder, names, tables.REQUESTS).to_pydict()
     offspring: dict[str, list[str]] = {example: [] for example in examples}
     others: dict[int, list[str]] = {}
     for request, example, label, arm in sorted(zip(*rows.values(), strict=True), key=lambda r: r[0]):
@@ -177,11 +178,11 @@ def _verdicts(folder: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
 def numbers(v: dict[str, Any]) -> list[Number]:
     """The numbers of a verdict that are known, with their limits; those that have a limit and are not known are said to be."""
     least, most = number(v.get("agreement_least")), number(v.get("agreement_most"))
-    judge = "" if least is None else f"\u2265 {fixed(least, 2)}" if most in (None, 1.0) else f"{fixed(least, 2)} to {fixed(most, 2)}"
-    rows = [("judge", v.get("agreement"), judge, (gate.DISAGREES, gate.TRIVIAL), 2)]
+    judge = f"\u2265 {fixed(least, 2)}" if most in (None, 1.0) else f"{fixed(least, 2)} to {fixed(most, 2)}"
+    rows = [("judge", v.get("agreement"), "" if least is None else judge, (gate.DISAGREES, gate.TRIVIAL), 2)]
     for name, value, limit, sign, reason, digits in (
-        ("copy, pixels", "similarity", "similarity_limit", "<", gate.NEAR_COPY, 3),
-        ("copy, features", "similarity_2", "similarity_2_limit", "<", gate.NEAR_COPY_2, 3),
+        ("pixels", "similarity", "similarity_limit", "<", gate.NEAR_COPY, 3),
+        ("features", "similarity_2", "similarity_2_limit", "<", gate.NEAR_COPY_2, 3),
         ("realism", "realism", "realism_limit", "\u2264", gate.UNREAL, 2),
         ("realism, second", "realism_2", "realism_2_limit", "\u2264", gate.UNREAL_2, 2),
         ("contrast", "contrast", "contrast_limit", "\u2265", gate.FLAT, 1),

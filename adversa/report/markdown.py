@@ -63,7 +63,8 @@ def _head(v: dict[str, Any]) -> list[str]:
     facts = {
         "run": s["run"], "data": v["facts"].section("data").get("source", ""), "split": s["split_hash"], "seed": s["seed"],
         "classifiers an arm": s["seeds"] or "", "rounds": s["rounds"],
-        "synthetic images": f"{count(s['generated'])} painted, {count(s['accepted'])} kept", "test opened": words.moment(s["test_opened"]),
+        "synthetic images": f"{count(s['generated'])} painted, {count(s['accepted'])} kept",
+        "test opened": words.moment(s["test_opened"]),
     }  # fmt: skip
     lines += table(["", ""], [[name, text(found)] for name, found in facts.items() if found != ""])
     return lines + bullets([*v["notes"], "This is a research result. It is no medical device and no basis for a diagnosis."])
@@ -122,8 +123,8 @@ def _comparisons(v: dict[str, Any]) -> list[str]:
         interval = f"{signed(c.low)} to {signed(c.high)}"
         found = [signed(c.difference), interval, p_value(c.p_holm), text(c.word), fixed(c.detectable), needed, mcnemar]
         rows.append([text(f"{c.name}, {c.on}"), *found])
-    head = ["comparison", "difference", "95% interval", "p (Holm)", "word", "found 4 times in 5", "seeds needed", "McNemar, by seed"]
-    return lines + table(head, rows)
+    head = ["comparison", "difference", "95% interval", "p (Holm)", "word"]
+    return lines + table([*head, "found 4 times in 5", "seeds needed", "McNemar, by seed"], rows)
 
 
 def _groups(v: dict[str, Any]) -> list[str]:
@@ -147,14 +148,17 @@ def _confusion(v: dict[str, Any]) -> list[str]:
     lines += ["Rows: what an image is. Columns: what it is read as. The share of the row, and the number of images.", ""]
     digits = 1 if found.seeds > 1 else 0
     for title, rows in (("before", found.before), (f"after ({v['after']})", found.after), ("after minus before", found.change)):
-        change = title == "after minus before"
-        body = [
-            [name]
-            + [f"{signed(c.share, 2)} ({signed(c.count, digits)})" if change else f"{fixed(c.share, 2)} ({count(c.count)})" for c in row]
-            for name, row in zip(names, rows or (), strict=bool(rows))
-        ]
-        lines += table([text(title), *names], body) if rows else []
+        if rows is not None:
+            cells = [
+                [_moved(c, digits) if rows is found.change else f"{fixed(c.share, 2)} ({count(c.count)})" for c in row]
+                for row in rows
+            ]
+            lines += table([text(title), *names], [[name, *row] for name, row in zip(names, cells, strict=True)])
     return lines
+
+
+def _moved(cell: Any, digits: int) -> str:
+    return f"{signed(cell.share, 2)} ({signed(cell.count, digits)})"
 
 
 def _modes(v: dict[str, Any]) -> list[str]:
@@ -184,7 +188,8 @@ def _acceptance(v: dict[str, Any]) -> list[str]:
         head = [text(arm), "strategy", "painted", "kept", "share", *map(text, found.reasons)]
         rows = [
             [text(x.name), text(x.strategy or ", ".join(found.strategies)), count(x.painted), count(x.kept)]
-            + [f"{share(x.kept, x.painted):.1f}%" if x.painted else words.DASH, *(count(x.rejected.get(r, 0)) for r in found.reasons)]
+            + [f"{share(x.kept, x.painted):.1f}%" if x.painted else words.DASH]
+            + [count(x.rejected.get(r, 0)) for r in found.reasons]
             for x in found.lines
         ]
         lines += table(head, rows)
@@ -209,8 +214,10 @@ def _quality(v: dict[str, Any]) -> list[str]:
         [f"{text(name)} ({counted(row['real'], 'real image')})", count(row["fake"]), "", *(fixed(row[m]) for m in v["measures"])]
         for name, row in q["samples"]["classes"].items()
     ]
-    lines = ["## How good the denoiser's samples are", ""]
-    lines += [f"Against {counted(q['images']['real'], 'real image')} it was not trained on, in the features of {text(q['features'])}.", ""]
+    against = (
+        f"Against {counted(q['images']['real'], 'real image')} it was not trained on, in the features of {text(q['features'])}."
+    )
+    lines = ["## How good the denoiser's samples are", "", against, ""]
     return lines + table(["", "images", "KID x 1000", *v["measures"]], rows)
 
 

@@ -54,11 +54,9 @@ def reliability(bins: Sequence[ReliabilityBin]) -> Reliability:
         for b in bins
         if b.confidence is not None and b.accuracy is not None
     ]
-    foot = TOP + HEIGHT + GAP + COUNTS
+    foot, tall = TOP + HEIGHT + GAP + COUNTS, [round(COUNTS * b.n / most, 2) for b in bins]
     bars = [
-        (x_of(b.low) + 0.5, round(foot - COUNTS * b.n / most, 2), round(WIDTH * (b.high - b.low) - 1, 2), round(COUNTS * b.n / most, 2))
-        for b in bins
-        if b.n
+        (x_of(b.low) + 0.5, foot - h, round(WIDTH * (b.high - b.low) - 1, 2), h) for b, h in zip(bins, tall, strict=True) if b.n
     ]
     return Reliability(points, " ".join(f"{x},{y}" for x, y, _ in points), bars, most)
 

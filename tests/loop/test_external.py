@@ -17,11 +17,12 @@ from adversa import config as cfg
 from adversa import runs, tables
 from adversa.classify.score import make_scorer
 from adversa.data import images, phantom
-from adversa.loop import external, external_labels, external_pictures, external_report, external_set, steps
+from adversa.evaluate.bootstrap import intervals
+from adversa.loop import external, external_labels, external_pictures, external_report, external_set, predict, steps
 from adversa.loop.engine import LocalEngine
 from adversa.loop.external_set import External
 from adversa.runs import RunDir
-from adversa.types import UserError
+from adversa.types import UserError, seed_of
 
 IMAGES = 70
 
@@ -34,7 +35,7 @@ def two_seeds(finished, tmp_path_factory):
     tree = config.model_dump(mode="json")
     tree["evaluate"] |= {"seeds": 2, "groups": {"malignant": ["melanoma", "carcinoma"], "melanoma": ["melanoma"]}}
     copy.config.write_text(yaml.safe_dump(tree))
-    arms = [a for a in config.mix.arms]
+    arms = config.mix.arms
     for i, arm in enumerate(arms):
         shutil.copytree(copy.arm(1, arms[i - 1], 0), copy.arm(1, arm, 1))
     shutil.copytree(copy.arm(1, "guided", 0), copy.arm(0, "real", 1))
@@ -50,9 +51,9 @@ def pictures(tmp_path_factory):
     return folder, drawn(folder, cfg.Phantom(images=IMAGES, seed=7))
 
 
-def drawn(folder: Path, settings: cfg.Phantom, count: int | None = None) -> list[dict[str, str]]:
+def drawn(folder: Path, settings: cfg.Phantom) -> list[dict[str, str]]:
     rows = []
-    for i, slot in enumerate(phantom.slots(settings)[:count]):
+    for i, slot in enumerate(phantom.slots(settings)):
         picture = phantom.picture(i, settings, 64)[0]
         Image.fromarray(picture).save(folder / f"{i:03d}.png")
         rows.append({"path": f"{i:03d}.png", "label": slot.label, "group": f"l{slot.lesion}", "patient": f"p{slot.lesion // 2}"})
@@ -136,6 +137,23 @@ def test_logits_are_those_of_the_classifier_on_the_decoded_picture(ask, pictures
     told = {names[i]: x for i, x in zip(p.ids, p.logits, strict=True)}
     for d in decode(list(wanted.values())):
         assert np.allclose(scorer(d.image[None])[0][0], told[d.record.source], atol=1e-6)
+
+
+def test_predictions_are_the_mean_over_the_seeds_that_are_scored(ask, pictures, tmp_path):
+    asked = ask(written(*pictures))
+    external.score(asked, LocalEngine(1, 1))
+    models = [folder for arm, _, folder in external.models(asked.config, asked.run) if arm == "replay"]
+    paths = [r.uri.removeprefix("file:") for r in asked.outside.records]
+    found = predict.predict(LocalEngine(1, 1), models, asked.data, paths, tmp_path / "parts", "fail", lambda _: None)
+    source = dict(zip(*tables.read(asked.pictures, ["id", "source"]).to_pydict().values(), strict=True))
+    (a, _, ids), (b, _, _) = (by_hand(asked, "replay", s) for s in range(2))
+    place = {Path(p).name: i for i, p in enumerate(found.paths)}
+    order = [place[source[i]] for i in ids]
+    assert found.paths == paths and np.allclose(found.probability[order], (a + b) / 2, atol=1e-6)
+    top = (a + b).argmax(1)
+    assert (
+        np.allclose(found.spread[order], np.abs(a - b)[np.arange(len(a)), top] / np.sqrt(2), atol=1e-6) and found.spread.max() > 0
+    )
 
 
 def test_thresholds_come_from_the_runs_select(ask, pictures):
@@ -237,19 +255,28 @@ def test_a_labels_map_takes_words_as_they_are_written(two_seeds, tmp_path):
     assert dict(found.labels) == {"no": "nevus", "1": "melanoma", "null": "keratosis", "none": None} and not found.merges
 
 
-def test_patients_widen_the_intervals(ask, pictures):
-    """Patients of one class each: right or wrong together, so that there is far less to go by than images."""
+def test_patients_are_what_is_resampled(ask, pictures):
+    """Patients of one class each, right or wrong together: far less to go by than as many images."""
     folder, rows = pictures
-    by_class = [{"path": r["path"], "label": r["label"], "patient": f"{r['label']}-{i % 2}"} for i, r in enumerate(rows)]
-    alone = [{k: r[k] for k in ("path", "label")} for r in rows]
-    found = {
-        unit: results(ask(written(folder, table, f"{unit}.csv"), name=unit))
-        for unit, table in (("patient", by_class), ("image", alone))
-    }
+    patient = {r["path"]: f"{r['label']}-{i % 2}" for i, r in enumerate(rows)}
+    found, logits, labels, whose = {}, None, None, None
+    for unit in ("patient", "image"):
+        told = [
+            {"path": r["path"], "label": r["label"]} | ({"patient": patient[r["path"]]} if unit == "patient" else {}) for r in rows
+        ]
+        asked = ask(written(folder, told, f"{unit}.csv"), name=unit)
+        found[unit] = results(asked)
+        source = dict(zip(*tables.read(asked.pictures, ["id", "source"]).to_pydict().values(), strict=True))
+        each = [steps.predictions(tables.read(asked.scores), "real", s) for s in range(2)]
+        logits, labels, whose = np.stack([p.logits for p in each]), each[0].labels, [patient[source[i]] for i in each[0].ids]
     assert found["patient"]["clusters"] == {"by": "patient", "n": 10} and found["image"]["clusters"]["by"] == "image"
-    assert found["image"]["clusters"]["n"] > 60
-    width = {unit: np.diff(f["intervals"]["real"]["accuracy"])[0] for unit, f in found.items()}
-    assert found["patient"]["arms"] == found["image"]["arms"] and width["patient"] > 1.3 * width["image"]
+    assert found["patient"]["arms"]["real"]["accuracy"] == pytest.approx(found["image"]["arms"]["real"]["accuracy"])
+    given = found["patient"]["classes"], 200, seed_of("bootstrap", "external")
+    wanted = intervals(logits, labels, [f"patient {p}" for p in whose], *given)
+    assert found["patient"]["intervals"]["real"]["accuracy"] == pytest.approx(wanted["accuracy"])
+    low, high = intervals(logits[0], labels, whose, *given)["accuracy"]
+    alone = intervals(logits[0], labels, [str(i) for i in range(len(labels))], *given)["accuracy"]
+    assert high - low > 1.3 * (alone[1] - alone[0])
     assert any("neither patients nor lesions" in n for n in found["image"]["notes"])
 
 
@@ -279,18 +306,25 @@ def test_the_same_set_is_done_once_and_another_is_refused(ask, pictures, tmp_pat
 def test_a_cut_evaluation_goes_on_where_it_was(ask, pictures):
     path = written(*pictures)
     whole = results(ask(path, name="whole"))
+    asked = ask(path)
+    shutil.rmtree(asked.run.root / "external" / external_pictures.LOOKS)
 
     class Cut(LocalEngine):
         def map_batches(self, make, parts, out, report, model=False):
-            super().map_batches(make, parts[:1], out, report, model)
-            raise KeyboardInterrupt
+            first = len(tables.parts(out))
+            super().map_batches(make, parts[: first + 1], out, report, model)
+            if first == 0:
+                raise KeyboardInterrupt
+            return super().map_batches(make, parts, out, report, model)
 
-    asked = ask(path)
-    for _ in range(2):  # in the pictures, then in the scores
+    for _ in range(3):  # in the pictures, in those of the run, in the scores
         with pytest.raises(KeyboardInterrupt):
             external.score(asked, Cut(1, 1))
-    assert external.check(asked) and not external.is_scored(asked)
+    part = tables.parts(asked.scores)
+    before = [p.stat().st_mtime_ns for p in part]
+    assert len(part) == 1 and external.check(asked) and not external.is_scored(asked)
     assert results(asked)["arms"] == whole["arms"]
+    assert [p.stat().st_mtime_ns for p in part] == before and len(tables.parts(asked.scores)) == 2
 
 
 def test_pictures_the_run_has_seen_are_left_out(ask, two_seeds, pictures, tmp_path):

@@ -60,7 +60,8 @@ def predictions(images: list[Example], arms: tuple[str, ...], seeds: int) -> pa.
                 wrong = i % (8 if arm == "guided" else 4) == seed
                 logits = [0.0, 0.0, 0.0]
                 logits[(e.label + wrong) % 3] = 1 + i % 3
-                rows.append({"id": e.id, "arm": arm, "seed": seed, "label": e.label, "group": e.group, "logits": logits, "embedding": []})
+                row = {"id": e.id, "arm": arm, "seed": seed, "label": e.label, "group": e.group}
+                rows.append(row | {"logits": logits, "embedding": []})
     return pa.Table.from_pylist(rows, schema=tables.PREDICTIONS)
 
 
@@ -100,7 +101,8 @@ def build(root: Path, cases: int = 30, per_case: int = 10, rounds: int = 1, side
         "overhead_seconds": 12.5, "verdict": "not shown", "test_opened": "2026-01-02T03:04:05+00:00",
         "verdict_sentence": "Guided was not shown to help: +0.045 balanced accuracy on test (-0.010 to +0.100).",
         "versions": {"python": "3.12.1", "adversa": "0.1.0", "torch": "2.15.0"},
-        "device_seconds": 480.0, "cost": {"real": {"seconds": 60.0, "device_seconds": 120.0}, "guided": {"seconds": 90.0, "device_seconds": 150.0}},
+        "device_seconds": 480.0,
+        "cost": {"real": {"seconds": 60.0, "device_seconds": 120.0}, "guided": {"seconds": 90.0, "device_seconds": 150.0}},
         "subgroups": {"sex": {arm: [subgroup("female", 40, value), subgroup(HOSTILE, 7, value)] for arm, value in
                               (("before", 0.6), ("guided", 0.7))}},
         "matched": {"steps": 600, "images": 38400},
