@@ -20,7 +20,7 @@ from adversa.config import Config, load
 from adversa.loop import stages
 from adversa.loop.engine import Done, Engine, Make, Part, Report
 from adversa.runs import RunDir
-from adversa.types import BEFORE, UserError
+from adversa.types import ARMS, BEFORE, UserError
 
 MakeEngine = Callable[[Config, RunDir], Any]
 CROPS = ("center", "pad", "squash")
@@ -109,17 +109,18 @@ def show_external(screen: Console, found: dict[str, Any]) -> None:
     """A table of the arms, the comparisons' words, and the notes."""
     from adversa.loop import external_report
 
-    arms = list(found["arms"])
+    arms = [arm for arm in ARMS if arm in found["arms"]]
     if found["before"] != found["arms"]["real"]:
         arms = [BEFORE, *arms]
     table = Table(box=None, pad_edge=False)
-    for column in ("", *arms):
-        table.add_column(Text("real (before)" if column == BEFORE else column), no_wrap=not column)
+    table.add_column("", overflow="fold")
+    for arm in arms:
+        table.add_column(Text("real (before)" if arm == BEFORE else arm), min_width=len("(0.00-0.00)"))
     for metric, title in external_report.rows(found):
         if metric.startswith(SHOWN):
-            table.add_row(Text(title), *(external_report.value(found, a, metric) for a in arms))
+            table.add_row(Text(title), *(external_report.value(found, arm, metric) for arm in arms))
     unit, n = found["clusters"]["by"], found["clusters"]["n"]
-    text = f"{found['run']} on {found['set']}: {found['images']['scored']} images, {n} {unit}s"
+    text = f"{found['run']} on {found['set']}: {found['images']['scored']} images" + (f", {n} {unit}s" if unit != "image" else "")
     screen.print(Text(text, "italic"))
     screen.print(table)
     for line in [found["verdict_sentence"], *(f"note: {note}" for note in found["notes"])]:

@@ -22,9 +22,9 @@ from rich.table import Table
 from adversa import runs, tables
 from adversa.config import Config, load
 from adversa.evaluate.bootstrap import compare
-from adversa.loop import arms, cycle, prepare, steps
+from adversa.loop import arms, prepare, steps
 from adversa.loop.engine import Engine, LocalEngine
-from adversa.loop.stages import last_round
+from adversa.loop.stages import last_round, models_of
 from adversa.runs import RunDir
 from adversa.types import seed_of
 
@@ -111,8 +111,7 @@ def main() -> None:
     oracle = world(engine, config, ORACLE, 4 * config.data.phantom.images, home / "oracle")
     last = last_round(config)
     counts = runs.manifest(run.arm(last, "guided") / "mix")["added_by_class"]
-    own = cycle.Cycle(config, run, engine)._models(last)
-    models = [(arm, seed, folder) for arm, seed, _, folder in own]
+    models = [(arm, seed, folder) for arm, seed, _, folder in models_of(config, run, last)]
     for name, (added, n, at) in variations(run, config, counts, oracle).items():
         if args.only and name not in args.only:
             continue

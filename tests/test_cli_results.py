@@ -55,7 +55,9 @@ def test_a_run_is_scored_on_a_folder_once(adversa, run, tree):
     found = json.loads((run.root / "external/clinic-B/summary.json").read_text())
     assert found["verdict_sentence"] in first.output and found["images"]["scored"] == 60
     again = adversa("evaluate", "--run-dir", run.root, "--on", tree)  # no engine is started: it would be Ray
-    assert again.exit_code == 0 and found["verdict_sentence"] in again.output and "scoring" not in again.output
+    assert again.exit_code == 0 and first.output.endswith(again.output)
+    row = next(line for line in again.output.splitlines() if line.startswith("balanced accuracy"))
+    assert f"{found['arms']['guided']['balanced_accuracy']:.3f}" in row.split()[-2] and row.split()[-1].startswith("(")
 
 
 def test_what_evaluate_on_refuses(adversa, run, tree, tmp_path):

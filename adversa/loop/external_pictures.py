@@ -148,7 +148,7 @@ def _write(asked: External, staging: Path, looks: Path) -> Facts:
             f"--on {asked.data.path}: {what} left to score of {len(rows)} ({len(problems)} unreadable or at odds, {len(known)} "
             f"known to the run, {len(copies)} copies); give a set the run has not seen"
         )
-    merged = split.merge_groups((r["group"] for r in scored), pairs + copied)
+    merged = split.merge_groups((r["group"] for r in scored), pairs + copied + asked.outside.pairs)
     final = {r["id"]: merged[r["group"]] for r in scored}
     why = [known[r["id"]] | {"source": r["source"]} for r in kept if r["id"] in known]
     runs.write_json(

@@ -16,7 +16,7 @@ from adversa.loop.evidence import Scored
 from adversa.loop.external_pictures import LEFT_OUT, WHY
 from adversa.loop.external_set import External
 from adversa.tables import replace_bytes
-from adversa.types import BEFORE, digest
+from adversa.types import ARMS, BEFORE, digest
 
 VERSION = 1  # of what is in summary.json: another one is written anew
 FIGURES = (
@@ -181,7 +181,7 @@ def notes(
 
 
 def markdown(found: dict[str, Any]) -> str:
-    arms = [BEFORE, *found["arms"]]
+    arms = [BEFORE, *(arm for arm in ARMS if arm in found["arms"])]
     unit = found["clusters"]["by"]
     lines = [
         f"# {_cell(found['run'])} on {_cell(found['set'])}", "", f"**{_cell(found['verdict_sentence'])}**", "",
@@ -194,7 +194,7 @@ def markdown(found: dict[str, Any]) -> str:
     if found["test"]:
         own = [f"on the run's own test: {evidence.HEADLINE.replace('_', ' ')}", *(_with(**found["test"][a]) for a in arms)]
         lines.append(_row(own))
-    counts = [[c, str(n)] for c, n in found["images"]["by_class"].items()]
+    counts = [[c, str(found["images"]["by_class"][c])] for c in found["classes"]]
     lines += ["", "## Images", "", *_table(["class", "images"], counts)]
     if found["comparisons"]:
         lines += ["", "## Comparisons", "", *_compared(found["comparisons"], unit)]

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Outside:
     """A set whose labels are scored classes already.
 
     listed: its pictures; omitted: by label, those the map leaves out; unused: labels of the map that the set has not; unit: what
-    is resampled (PATIENT, LESION or IMAGE); problems: rows and files that were skipped.
+    is resampled (PATIENT, LESION or IMAGE); problems: rows and files that were skipped; pairs: clusters known to be one.
     """
 
     records: list[Record]
@@ -47,6 +47,7 @@ class Outside:
     unused: list[str]
     unit: str
     problems: list[dict[str, str]]
+    pairs: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,13 @@ class External:
         return {
             "resolution": d.resolution, "crop": d.crop, "on_error": d.on_error, "max_pixels": d.max_pixels,
             "columns": d.columns.model_dump() if d.source == "csv" else {}, "group_regex": d.group_regex, "source": d.source,
-            "near_duplicate_bits": d.near_duplicate_bits, "labels": dict(self.translation.labels),
-            "classes": dict(self.translation.classes), "unit": self.outside.unit,
+            "near_duplicate_bits": d.near_duplicate_bits, "labels": _said(self.translation.labels),
+            "classes": _said(self.translation.classes), "unit": self.outside.unit,
         }  # fmt: skip
+
+
+def _said(entries: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{k}: {'null' if v is None else v}" for k, v in sorted(entries.items())) or "none"
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -152,7 +157,9 @@ def listing(data: cfg.Data, translation: Translation) -> Outside:
         raise UserError(f"--on {data.path}: {left} is left to score after the labels map; two classes or more are needed")
     omitted = {label: labels[label] for label in sorted(labels) if meant[label] is None}
     records, unit = _clustered(records, data)
-    return Outside(records, len(found.records), omitted, sorted(set(translation.labels) - set(labels)), unit, found.problems)
+    unused = sorted(set(translation.labels) - set(labels))
+    pairs = [(cluster("", a, unit), cluster("", b, unit)) for a, b, _ in found.merged]  # of HAM10000, which names no patients
+    return Outside(records, len(found.records), omitted, unused, unit, found.problems, pairs)
 
 
 def _clustered(records: list[Record], data: cfg.Data) -> tuple[list[Record], str]:

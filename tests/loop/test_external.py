@@ -300,6 +300,8 @@ def test_the_same_set_is_done_once_and_another_is_refused(ask, pictures, tmp_pat
         external.check(ask(path))
     with pytest.raises(UserError, match="crop: center -> squash"):
         external.check(ask(moved / "set.csv", crop="squash"))
+    with pytest.raises(UserError, match="labels: none -> nevus: null"):
+        external.check(ask(moved / "set.csv", labels={"nevus": None}))
     assert results(ask(path, name="second"))["content"] != first["content"]
 
 
@@ -372,6 +374,18 @@ def test_a_folder_of_classes_and_its_look_alikes(ask, pictures, tmp_path):
     found = results(ask(tmp_path / "tree"))
     assert found["clusters"] == {"by": "image", "n": IMAGES} and found["images"]["scored"] == IMAGES + 1
     assert found["left_out"]["copies"] == 1
+
+
+def test_a_set_laid_out_as_ham10000_with_lesions_known_to_be_one(ask, pictures, tmp_path):
+    folder, rows = pictures
+    (tmp_path / "ham/images").mkdir(parents=True)
+    for r in rows:
+        shutil.copy(folder / r["path"], tmp_path / "ham/images")
+    table = [{"image_id": r["path"][:-4], "lesion_id": f"L{i}", "dx": r["label"]} for i, r in enumerate(rows)]
+    written(tmp_path / "ham", table, "HAM10000_metadata.csv")
+    pairs = [{"lesion_a": "L0", "lesion_b": "L1"}, {"lesion_a": "L1", "lesion_b": "L2"}]
+    written(tmp_path / "ham", pairs, "duplicate_lesion_pairs.csv")
+    assert results(ask(tmp_path / "ham"))["clusters"] == {"by": "lesion", "n": IMAGES - 2}
 
 
 def test_columns_go_by_what_is_set_then_the_runs_then_the_usual_names(two_seeds, tmp_path):
