@@ -296,7 +296,7 @@ def predict(
     crop: Annotated[str | None, typer.Option("--crop", metavar="center|pad|squash", help="Not as in the run.")] = None,
     on_error: Annotated[str, typer.Option("--on-error", metavar="fail|skip", help="A file that is no picture.")] = "fail",
     force: Annotated[bool, typer.Option("--force", help="Overwrite the CSV.")] = False,
-    engine: EngineName = "ray", verbose: Verbose = False,
+    engine: EngineName = "local", verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Write each class's probability for images to a CSV: the mean over an arm's classifiers."""
     from rich.console import Console
