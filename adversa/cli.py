@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import shlex
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adversa.cli_run import engines, error, execute, root_of, stoppable
+
 if TYPE_CHECKING:
     from adversa.config import Config
-    from adversa.loop.engine import Engine
     from adversa.runs import RunDir
 
-STARTED = time.monotonic()
 HELP = "Find a classifier's hard cases, paint more of them, retrain, and say honestly whether it helped."
 app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 config_app = typer.Typer(help="Show or check a configuration.", no_args_is_help=True)
@@ -59,18 +56,10 @@ def exits(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except UserError as e:
-            _error("; ".join([str(e), *getattr(e, "__notes__", [])]))
+            error("; ".join([str(e), *getattr(e, "__notes__", [])]))
             raise typer.Exit(2) from None
 
     return wrapped
-
-
-def _error(message: str) -> None:
-    """One line on stderr, word for word: no markup, no emoji codes, no wrapping."""
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
 
 
 def _what(command: str, words: list[str] | None, known: tuple[str, ...]) -> tuple[str | None, Path | None]:
@@ -90,7 +79,7 @@ def _stage_command(name: str, text: str) -> None:
         config: ConfigPath = None, run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None,
         engine: EngineName = "ray", verbose: Verbose = False,
     ) -> None:  # fmt: skip
-        _execute(name, config, run_dir, set_ or [], rounds, seed, engine, verbose)
+        execute(name, config, run_dir, set_ or [], rounds, seed, engine, verbose)
 
     command.__doc__ = text
     app.command(name)(exits(command))
@@ -114,7 +103,7 @@ def loop(
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run it again to resume."""
-    _execute("loop", config, run_dir, set_ or [], rounds, seed, engine, verbose, reopen_test)
+    execute("loop", config, run_dir, set_ or [], rounds, seed, engine, verbose, reopen_test)
 
 
 @app.command()
@@ -128,9 +117,9 @@ def mine(
     """Find the hard cases of the next unfinished round (and what comes before)."""
     from rich.console import Console
 
-    _execute("mine", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+    execute("mine", config, run_dir, set_ or [], rounds, seed, engine, verbose)
     if explain:
-        for line in _explained(_root(config, run_dir)):
+        for line in _explained(root_of(config, run_dir)):
             Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -150,10 +139,6 @@ def _explained(root: Path) -> list[str]:
     return [f"round {done[-1]}", *explain.lines(found, steps.classes_of(run.data))]
 
 
-def _root(path: Path | None, run_dir: Path | None) -> Path:
-    return run_dir or Path("runs") / (path.stem if path is not None else "demo")
-
-
 @app.command()
 @exits
 def train(
@@ -162,7 +147,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train the denoiser, the judge and the first classifiers (and what comes before), or the codec alone."""
     what, config = _what("train", words, ("codec",))
-    _execute(what or "train", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+    execute(what or "train", config, run_dir, set_ or [], rounds, seed, engine, verbose)
 
 
 @app.command()
@@ -193,11 +178,11 @@ def generate(
         alone = {"--denoiser": denoiser, "--strategy": strategy, "--out": out}
         if given := [name for name, value in alone.items() if value is not None]:
             raise UserError(f"{given[0]} goes with --labels CLASS=N,...: what to paint")
-        _execute("generate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+        execute("generate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
         return
-    with _stoppable():
+    with stoppable():
         cli_images.order(
-            config or run_dir, denoiser, labels, strategy, out, form, seed or 0, set_ or [], _engines(engine, verbose), Console()
+            config or run_dir, denoiser, labels, strategy, out, form, seed or 0, set_ or [], engines(engine, verbose), Console()
         )
 
 
@@ -233,7 +218,7 @@ def export(
 
     from adversa import cli_export
 
-    with _stoppable("what is written is kept. Go on with"):
+    with stoppable("what is written is kept. Go on with"):
         cli_export.export(run, out, form, what, arm, number, rejected, shard_mb, Console())
 
 
@@ -253,8 +238,8 @@ def bench_generate(
 
     from adversa import cli_images
 
-    with _stoppable("no figure is kept. Again"):
-        cli_images.bench(run, denoiser, images, rounds, samplers, record, set_ or [], _engines(engine, verbose), Console())
+    with stoppable("no figure is kept. Again"):
+        cli_images.bench(run, denoiser, images, rounds, samplers, record, set_ or [], engines(engine, verbose), Console())
 
 
 @app.command()
@@ -279,11 +264,11 @@ def evaluate(
 
     given = {"--labels-map": labels_map, "--crop": crop, "--name": name}
     if (root := cli_results.run_of(words, on, run_dir, given, {"--rounds": rounds, "--seed": seed})) is not None:
-        with _stoppable():
-            cli_results.evaluate_on(root, on, labels_map, crop, name, set_ or [], _engines(engine, verbose), Console())
+        with stoppable():
+            cli_results.evaluate_on(root, on, labels_map, crop, name, set_ or [], engines(engine, verbose), Console())
         return
     what, config = _what("evaluate", words, ("denoiser",))
-    _execute("quality" if what else "evaluate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+    execute("quality" if what else "evaluate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
 
 
 @app.command()
@@ -303,9 +288,9 @@ def predict(
 
     from adversa import cli_results
 
-    with _stoppable("nothing is written. Again"):
+    with stoppable("nothing is written. Again"):
         screens = Console(), Console(stderr=True)
-        cli_results.predict(run, images, arm, out, crop, on_error, force, _engines(engine, verbose), *screens)
+        cli_results.predict(run, images, arm, out, crop, on_error, force, engines(engine, verbose), *screens)
 
 
 @app.command()
@@ -371,153 +356,6 @@ def _saved(argument: Path | None, option: Path | None) -> tuple[Config, RunDir]:
     return load(run.config), run
 
 
-def _execute(
-    command: str,
-    path: Path | None,
-    run_dir: Path | None,
-    overrides: list[str],
-    rounds: int | None,
-    seed: int | None,
-    engine_name: str,
-    verbose: bool,
-    reopen: bool = False,
-) -> None:
-    from rich.console import Console
-
-    from adversa import console, runs
-    from adversa.config import load
-    from adversa.loop import cycle
-    from adversa.loop.stages import has_codec
-    from adversa.types import UserError
-
-    if engine_name not in ("ray", "local"):
-        raise UserError(f"--engine {engine_name}: use ray or local")
-    if path is None and command != "loop" and run_dir is not None and (run_dir / "config.yaml").is_file():
-        path = run_dir / "config.yaml"  # a later stage of a run goes on with the run's own configuration
-    config = load(path, overrides, rounds=rounds, seed=seed)
-    if engine_name == "local" and config.cluster.training_workers > 1:
-        many = config.cluster.training_workers
-        raise UserError(f"cluster.training_workers {many}: --engine local trains in this process alone; set 1, or use --engine ray")
-    if command == "codec" and not has_codec(config):
-        raise UserError(f"codec.kind {config.codec.kind}, mix.arms {config.mix.arms}: no codec to train; set codec.kind=tiny")
-    if command == "quality" and not config.mix.paints:
-        raise UserError(f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add unguided or guided")
-    root = _root(path, run_dir)
-    screen = Console()
-    run = cycle.open_run(config, root, reopen)
-    with runs.lock(run), _terminable():
-        runs.set_status(run, "running", "starting")
-        try:
-            worked = _cycle(command, config, run, engine_name, verbose, screen, reopen)
-        except KeyboardInterrupt as stop:
-            runs.set_status(run, "stopped")
-            code = 143 if stop.args == ("SIGTERM",) else 130
-            screen.print(
-                f"stopped; everything finished is kept. Resume with: {_again()}", highlight=False, markup=False, soft_wrap=True
-            )
-            raise typer.Exit(code) from None
-        except Exception as e:
-            _note_failure(run, e)
-            raise
-        finished = run.summary.exists()
-        judged = _judged(config, run) if command == "quality" else None
-        runs.set_status(run, "finished" if finished else "stopped")
-    if judged is not None:
-        console.quality(screen, run, judged)
-    elif finished:
-        console.closing(screen, run)
-    else:
-        text = f"{worked.title} is done in {run.root}" if worked is not None else f"{command}: nothing left to do in {run.root}"
-        screen.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def _cycle(command: str, config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any, reopen: bool) -> Any:
-    from adversa import console
-    from adversa.loop import cycle
-    from adversa.report import page
-
-    until = None if command == "loop" else command
-    if until is None:
-        cycle.review(config, run, reopen)  # what it sets aside is to be done again
-    if not cycle.todo(config, run, until):
-        return None
-    with console.Watch(screen, config, run):
-        engine = _engine(engine_name, config, run, verbose)
-        try:
-            return cycle.run(config, run, engine, page.write, until, since=STARTED, reopen=reopen)
-        finally:
-            engine.close()
-
-
-def _judged(config: Config, run: RunDir) -> dict[str, Any]:
-    """What `evaluate denoiser` found, put where others look for it: quality.json, and the report of a finished run."""
-    from adversa.loop import quality_step
-    from adversa.report import page
-
-    result = quality_step.publish(config, run)
-    if run.summary.exists():
-        page.write(run.root)
-    return result
-
-
-def _engines(name: str, verbose: bool) -> Callable[[Config, RunDir], Engine]:
-    from adversa.types import UserError
-
-    if name not in ("ray", "local"):
-        raise UserError(f"--engine {name}: use ray or local")
-    return lambda config, run: _engine(name, config, run, verbose)
-
-
-def _engine(name: str, config: Config, run: RunDir, verbose: bool) -> Engine:
-    if name == "local":
-        from adversa.loop.engine import LocalEngine
-
-        return LocalEngine(config.cluster.sampler_threads, config.cluster.training_threads)
-    from adversa.distributed.engine import RayEngine
-
-    return RayEngine(config.cluster, run.root, config.data.resolution**2 * 3, verbose)
-
-
-def _note_failure(run: RunDir, error: Exception) -> None:
-    """Leave the reason where `status` finds it; a full disk must not hide the first error behind a second."""
-    from adversa import runs
-    from adversa.types import UserError
-
-    try:
-        runs.set_status(run, "failed", error=" ".join(str(error).split())[:2000])
-    except (UserError, OSError) as e:
-        error.add_note(f"status.json could not be written either ({e})")
-
-
-@contextlib.contextmanager
-def _stoppable(kept: str = "what is finished is kept. Resume with") -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a command that is no run with one line."""
-    with _terminable():
-        try:
-            yield
-        except KeyboardInterrupt as stop:
-            typer.echo(f"stopped; {kept}: {_again()}")
-            raise typer.Exit(143 if stop.args == ("SIGTERM",) else 130) from None
-
-
-class _terminable:
-    """SIGTERM stops a run as Ctrl-C does."""
-
-    def __enter__(self) -> None:
-        self.before = signal.signal(signal.SIGTERM, self._stop)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
-
-    @staticmethod
-    def _stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt("SIGTERM")
-
-
-def _again() -> str:
-    return shlex.join(["adversa", *sys.argv[1:]])
-
-
 def main() -> None:
     """The console script. A mistake on the command line is one line too, where typer would draw a box of several."""
     try:
@@ -531,7 +369,7 @@ def main() -> None:
         if text.startswith("\n") or "Usage:" in text:  # no command at all: typer's message is the help page
             typer.echo(text)
         else:
-            _error(f"{text.rstrip('.')}; `adversa --help` lists the commands, `adversa COMMAND --help` their options")
+            error(f"{text.rstrip('.')}; `adversa --help` lists the commands, `adversa COMMAND --help` their options")
         sys.exit(2)
     sys.exit(code or 0)
 

@@ -1,0 +1,180 @@
+"""How a command works on a run: where it works, what stops it, what it says at the end. torch and ray are imported inside."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from adversa.config import Config
+    from adversa.loop.engine import Engine
+    from adversa.runs import RunDir
+
+STARTED = time.monotonic()
+
+
+def error(message: str) -> None:
+    """One line on stderr, word for word: no markup, no emoji codes, no wrapping."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
+
+
+def root_of(path: Path | None, run_dir: Path | None) -> Path:
+    return run_dir or Path("runs") / (path.stem if path is not None else "demo")
+
+
+def execute(
+    command: str,
+    path: Path | None,
+    run_dir: Path | None,
+    overrides: list[str],
+    rounds: int | None,
+    seed: int | None,
+    engine_name: str,
+    verbose: bool,
+    reopen: bool = False,
+) -> None:
+    from rich.console import Console
+
+    from adversa import console, runs
+    from adversa.config import load
+    from adversa.loop import cycle
+    from adversa.loop.stages import has_codec
+    from adversa.types import UserError
+
+    if engine_name not in ("ray", "local"):
+        raise UserError(f"--engine {engine_name}: use ray or local")
+    if path is None and command != "loop" and run_dir is not None and (run_dir / "config.yaml").is_file():
+        path = run_dir / "config.yaml"  # a later stage of a run goes on with the run's own configuration
+    config = load(path, overrides, rounds=rounds, seed=seed)
+    if engine_name == "local" and config.cluster.training_workers > 1:
+        many = config.cluster.training_workers
+        raise UserError(f"cluster.training_workers {many}: --engine local trains in this process alone; set 1, or use --engine ray")
+    if command == "codec" and not has_codec(config):
+        raise UserError(f"codec.kind {config.codec.kind}, mix.arms {config.mix.arms}: no codec to train; set codec.kind=tiny")
+    if command == "quality" and not config.mix.paints:
+        raise UserError(f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add unguided or guided")
+    root = root_of(path, run_dir)
+    screen = Console()
+    run = cycle.open_run(config, root, reopen)
+    with runs.lock(run), _terminable():
+        runs.set_status(run, "running", "starting")
+        try:
+            worked = _cycle(command, config, run, engine_name, verbose, screen, reopen)
+        except KeyboardInterrupt as stop:
+            runs.set_status(run, "stopped")
+            code = 143 if stop.args == ("SIGTERM",) else 130
+            screen.print(
+                f"stopped; everything finished is kept. Resume with: {_again()}", highlight=False, markup=False, soft_wrap=True
+            )
+            raise typer.Exit(code) from None
+        except Exception as e:
+            _note_failure(run, e)
+            raise
+        finished = run.summary.exists()
+        judged = _judged(config, run) if command == "quality" else None
+        runs.set_status(run, "finished" if finished else "stopped")
+    if judged is not None:
+        console.quality(screen, run, judged)
+    elif finished:
+        console.closing(screen, run)
+    else:
+        text = f"{worked.title} is done in {run.root}" if worked is not None else f"{command}: nothing left to do in {run.root}"
+        screen.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _cycle(command: str, config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any, reopen: bool) -> Any:
+    from adversa import console
+    from adversa.loop import cycle
+    from adversa.report import page
+
+    until = None if command == "loop" else command
+    if until is None:
+        cycle.review(config, run, reopen)  # what it sets aside is to be done again
+    if not cycle.todo(config, run, until):
+        return None
+    with console.Watch(screen, config, run):
+        engine = _engine(engine_name, config, run, verbose)
+        try:
+            return cycle.run(config, run, engine, page.write, until, since=STARTED, reopen=reopen)
+        finally:
+            engine.close()
+
+
+def _judged(config: Config, run: RunDir) -> dict[str, Any]:
+    """What `evaluate denoiser` found, put where others look for it: quality.json, and the report of a finished run."""
+    from adversa.loop import quality_step
+    from adversa.report import page
+
+    result = quality_step.publish(config, run)
+    if run.summary.exists():
+        page.write(run.root)
+    return result
+
+
+def engines(name: str, verbose: bool) -> Callable[[Config, RunDir], Engine]:
+    from adversa.types import UserError
+
+    if name not in ("ray", "local"):
+        raise UserError(f"--engine {name}: use ray or local")
+    return lambda config, run: _engine(name, config, run, verbose)
+
+
+def _engine(name: str, config: Config, run: RunDir, verbose: bool) -> Engine:
+    if name == "local":
+        from adversa.loop.engine import LocalEngine
+
+        return LocalEngine(config.cluster.sampler_threads, config.cluster.training_threads)
+    from adversa.distributed.engine import RayEngine
+
+    return RayEngine(config.cluster, run.root, config.data.resolution**2 * 3, verbose)
+
+
+def _note_failure(run: RunDir, error: Exception) -> None:
+    """Leave the reason where `status` finds it; a full disk must not hide the first error behind a second."""
+    from adversa import runs
+    from adversa.types import UserError
+
+    try:
+        runs.set_status(run, "failed", error=" ".join(str(error).split())[:2000])
+    except (UserError, OSError) as e:
+        error.add_note(f"status.json could not be written either ({e})")
+
+
+@contextlib.contextmanager
+def stoppable(kept: str = "what is finished is kept. Resume with") -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a command that is no run with one line."""
+    with _terminable():
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            typer.echo(f"stopped; {kept}: {_again()}")
+            raise typer.Exit(143 if stop.args == ("SIGTERM",) else 130) from None
+
+
+class _terminable:
+    """SIGTERM stops a run as Ctrl-C does."""
+
+    def __enter__(self) -> None:
+        self.before = signal.signal(signal.SIGTERM, self._stop)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    @staticmethod
+    def _stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+
+def _again() -> str:
+    return shlex.join(["adversa", *sys.argv[1:]])
