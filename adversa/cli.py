@@ -296,7 +296,7 @@ def predict(
 @app.command()
 @exits
 def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
-    """Write summary.json and report.html of a finished run again."""
+    """Write summary.json, report.html and report.md of a finished run again."""
     from adversa.loop import summary
     from adversa.loop.stages import stages
     from adversa.report import page

@@ -71,6 +71,7 @@ def evaluate_on(
 ) -> None:  # fmt: skip
     """`adversa evaluate RUN --on SET`: every arm's classifiers on a set from elsewhere."""
     from adversa.loop import external, external_labels, external_report, external_set, steps
+    from adversa.report import page
 
     _one_of("--crop", crop, CROPS)
     external_set.check_overrides(overrides)
@@ -92,6 +93,8 @@ def evaluate_on(
         if found is None:
             screen.print("computing figures and intervals", highlight=False)
             found = external_report.write(asked)
+            if run.summary.exists() and not runs.is_locked(run):
+                page.write(run.root)  # the run's own report names the set
         runs.set_status(work, "finished", "external")
     show_external(screen, found)
     screen.print(f"report: {asked.folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True)

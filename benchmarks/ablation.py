@@ -108,7 +108,7 @@ def main() -> None:
     engine = LocalEngine(training_threads=args.threads)
     home = run.root / "ablation"
     fresh = world(engine, config, FRESH, args.images, home / "fresh")
-    oracle = world(engine, config, ORACLE, 4 * config.data.phantom.images, home / "oracle")
+    oracle = world(engine, config, ORACLE, 2 * config.data.phantom.images, home / "oracle")
     last = last_round(config)
     counts = runs.manifest(run.arm(last, "guided") / "mix")["added_by_class"]
     models = [(arm, seed, folder) for arm, seed, _, folder in models_of(config, run, last)]

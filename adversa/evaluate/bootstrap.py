@@ -55,16 +55,16 @@ class Comparison:
 
 def intervals(
     logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], classes: Sequence[str], resamples: int, seed: int,
-    measures: Measures | None = None, thresholds: Limits = None,
+    measures: Measures | None = None, thresholds: Limits = None, only: str | None = None,
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
     """logits [N, K], or [S, N, K] of S seeds; labels [N], groups [N] -> name -> (low, high), 95%, for the names of `metrics`.
 
     With S seeds it is of the mean over them, with the luck of training in it. The ends are the percentiles of the resamples, moved
     so that their mean is the value (the resamples of worst_class and ece lie to one side of it), stretched to the half-width of
     Spread, cut to the metric's range. A resample without a single image of a class counts for the metrics that are still defined.
-    Empty where there is one lesion only: nothing is known about others.
+    Empty where there is one lesion only: nothing is known about others. only: that metric alone.
     """
-    drawn, lesions = draws(logits, labels, groups, resamples, seed, classes, measures, thresholds)
+    drawn, lesions = draws(logits, labels, groups, resamples, seed, classes, measures, thresholds, only)
     found = {name: _interval(name, x, lesions, measures or Measures()) for name, x in drawn.items() if lesions > 1}
     return {name: ends for name, ends in found.items() if ends is not None}
 

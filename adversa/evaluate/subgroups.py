@@ -52,11 +52,11 @@ class SubgroupComparison:
 
 def by_attribute(
     logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], classes: Sequence[str], attributes: Attributes, attribute: str,
-    resamples: int, seed: int, measures: Measures | None = None, thresholds: Limits = None,
+    resamples: int, seed: int, measures: Measures | None = None, thresholds: Limits = None, only: str | None = None,
 ) -> list[Subgroup]:  # fmt: skip
     """logits [N, K] or [S, N, K]; attributes [N]: each image's value, or its attributes -> a Subgroup a value, by name.
 
-    Small is counted in lesions: 40 pictures of 12 lesions are 12 pieces of evidence. UserError where no image has the attribute.
+    only: that metric alone. Small is counted in lesions: 40 pictures of 12 lesions are 12 pieces of evidence. UserError where no image has the attribute.
     """
     logits = np.asarray(logits)
     logits = logits if logits.ndim == 3 else logits[None]
@@ -64,10 +64,10 @@ def by_attribute(
     found = []
     for value, rows, lesions in _parts(attributes, attribute, groups):
         given = logits[:, rows], labels[rows], groups[rows]
-        point, _ = draws(*given, 0, seed, classes, measures, thresholds)
+        point, _ = draws(*given, 0, seed, classes, measures, thresholds, only)
         metrics = {name: float(x[:, 0].mean()) for name, x in point.items() if np.isfinite(x[:, 0]).all()}
         small = lesions < SMALL
-        ranges = {} if small else intervals(*given, classes, resamples, seed, measures, thresholds)
+        ranges = {} if small else intervals(*given, classes, resamples, seed, measures, thresholds, only)
         found.append(Subgroup(attribute, value, len(rows), lesions, small, metrics, ranges))
     return found
 

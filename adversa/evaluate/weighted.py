@@ -106,13 +106,35 @@ def areas(curves: Sequence[tuple[np.ndarray, np.ndarray, float]], index: np.ndar
     positives. That sum is what is computed.
     """
     rows = max(1, _CELLS // len(index))
-    plans = [(_ranked(score), positive, floor) for score, positive, floor in curves]
+    plans = [_part_area(*curve) if curve[2] else _whole_area(*curve[:2]) for curve in curves]
     found = np.empty((len(curves), len(weights)))
     for start in range(0, len(weights), rows):
         w = weights[start : start + rows][:, index]
-        for c, ((order, starts), positive, floor) in enumerate(plans):
-            found[c, start : start + rows] = _area(w[:, order], positive[order], starts, floor)
+        for c, area in enumerate(plans):
+            found[c, start : start + rows] = area(w)
     return found
+
+
+def _whole_area(score: np.ndarray, positive: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """AUROC [R] of weights [R, N]: the weight of pairs whose positive has the larger score, and half of that of ties."""
+    pos, neg = np.flatnonzero(positive), np.flatnonzero(~positive)
+    neg = neg[np.argsort(score[neg], kind="stable")]
+    low, high = (np.searchsorted(score[neg], score[pos], side) for side in ("left", "right"))
+
+    def area(w: np.ndarray) -> np.ndarray:
+        below = np.zeros((len(w), len(neg) + 1))
+        np.cumsum(w[:, neg], axis=1, out=below[:, 1:])
+        p = w[:, pos]
+        won = np.einsum("rp,rp->r", p, below[:, low]) + np.einsum("rp,rp->r", p, below[:, high])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return won / 2 / (p.sum(1) * below[:, -1])
+
+    return area
+
+
+def _part_area(score: np.ndarray, positive: np.ndarray, floor: float) -> Callable[[np.ndarray], np.ndarray]:
+    order, starts = _ranked(score)
+    return lambda w: _area(w[:, order], positive[order], starts, floor)
 
 
 def _ranked(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -125,11 +147,8 @@ def _area(w: np.ndarray, positive: np.ndarray, starts: np.ndarray, floor: float)
     """[R] from weights [R, N] in ascending order of score."""
     p, n = np.add.reduceat(w * positive, starts, axis=1), np.add.reduceat(w * ~positive, starts, axis=1)
     below, positives, negatives = np.cumsum(n, 1) - n, p.sum(1), n.sum(1)
-    if floor:
-        room = (1 - floor) * positives[:, None] - (np.cumsum(p, 1) - p)  # what of the lowest positives is yet to be counted
-        part = np.clip(np.divide(room, p, out=np.zeros_like(p), where=p > 0), 0, 1)
-    else:
-        part = 1.0
+    room = (1 - floor) * positives[:, None] - (np.cumsum(p, 1) - p)  # what of the lowest positives is yet to be counted
+    part = np.clip(np.divide(room, p, out=np.zeros_like(p), where=p > 0), 0, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (part * p * (below + part * n / 2)).sum(1) / (positives * negatives)
 

@@ -123,7 +123,7 @@ def subgroups(config: cfg.Config, folder: Path, arms: dict[str, Scored], classes
                  "interval": g.intervals.get(HEADLINE)}
                 for g in by_attribute(
                     of.logits, of.labels, of.groups, classes, [known[i] for i in of.ids], attribute, config.evaluate.bootstrap,
-                    seed_of("subgroups", attribute), measures(config.evaluate), of.limits,
+                    seed_of("subgroups", attribute), measures(config.evaluate), of.limits, HEADLINE,
                 )
             ]
             for name, of in shown.items()
