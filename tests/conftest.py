@@ -9,6 +9,13 @@ import pytest
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items):
+    """With several test processes (pytest-xdist) whatever starts Ray stays in one: two Rays would fight for the cores."""
+    for item in items:
+        if item.get_closest_marker("ray") or "distributed" in item.path.parts or item.path.name == "test_cli.py":
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def ham_zip() -> Path:
     """The complete HAM10000 at 200x150 (10,015 images, masks, metadata)."""

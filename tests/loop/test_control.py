@@ -22,9 +22,9 @@ from adversa.loop.engine import LocalEngine
 from adversa.types import ROLES
 
 WORLD, ELSEWHERE = 0, 1  # seeds of the run's pictures, and of those that are held back
-# Nothing is painted, so the denoiser is as it starts. No augmentation, as many steps as the larger set needs, one look at `select` at
-# the end: the effect is several times the luck of training. A judge of some twenty images knows no labels, so agreement is not asked
-# for; all other checks are.
+# Nothing is painted, so the denoiser is as it starts. No augmentation, as many steps as the larger set needs, one look at `select`
+# at the end: the effect is several times the luck of training. A judge of some twenty images knows no labels, so agreement is not
+# asked for; all other checks are.
 CONTROL = {
     "data": {
         "source": "phantom", "resolution": 32, "phantom": {"images": 700, "seed": WORLD, "tail": 0.8, "images_per_lesion": 1.0},
@@ -122,7 +122,7 @@ def test_more_real_images_are_better(tmp_path):
     fed = set(tables.read(run.round(1, "synthetic"), ["image"])["image"].to_pylist())
     assert not any(fed & set(tables.read(run.data / role, ["image"])["image"].to_pylist()) for role in ROLES)
     summary, against = outcome(config, run)
-    assert summary["accepted"] >= 0.8 * summary["generated"] == 0.8 * len(fed)  # a gate that knows real images when it sees them
+    assert summary["accepted"] >= 0.75 * summary["generated"] == 0.75 * len(fed)  # a gate that knows real images when it sees them
     assert summary["used"] == {"real": 0, "replay": 0, "guided": summary["accepted"]} and summary["accepted"] > 600
     assert summary["verdict"] == "better" and set(against) == {"real", "replay"}
     for c in against.values():
