@@ -56,7 +56,8 @@ def by_attribute(
 ) -> list[Subgroup]:  # fmt: skip
     """logits [N, K] or [S, N, K]; attributes [N]: each image's value, or its attributes -> a Subgroup a value, by name.
 
-    only: that metric alone. Small is counted in lesions: 40 pictures of 12 lesions are 12 pieces of evidence. UserError where no image has the attribute.
+    only: that metric alone. Small is counted in lesions: 40 pictures of 12 lesions are 12 pieces of evidence. UserError where no
+    image has the attribute.
     """
     logits = np.asarray(logits)
     logits = logits if logits.ndim == 3 else logits[None]
