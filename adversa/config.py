@@ -327,7 +327,7 @@ class Curate(Section):
         0.99, gt=0, le=1, description="largest such probability: what the judge is surer of is trivial; 1: off"
     )
     near_copy_quantile: float = Field(
-        0.9955,
+        0.995,
         gt=0.5,
         le=1,
         description="closer to a real image than this share of different lesions are to each other: a near copy",
