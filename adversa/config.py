@@ -323,8 +323,11 @@ class Generate(Section):
 
 class Curate(Section):
     min_agreement: float = Field(0.2, ge=0, le=1, description="least probability an independent judge gives the asked label")
-    max_agreement: float = Field(
-        0.99, gt=0, le=1, description="largest such probability: what the judge is surer of is trivial; 1: off"
+    trivial_quantile: float | None = Field(
+        0.99,
+        gt=0.5,
+        le=1,
+        description="trivial: the judge is surer of the asked label than it is of this share of held-out real images; null: off",
     )
     near_copy_quantile: float = Field(
         0.995,
@@ -346,12 +349,6 @@ class Curate(Section):
     judge: Classifier | None = Field(
         None, description="the judges' own classifier section; null: as the classifier, from scratch, of another architecture"
     )
-
-    @model_validator(mode="after")
-    def _band(self) -> Curate:
-        if not self.min_agreement < self.max_agreement:
-            raise ValueError(f"min_agreement {self.min_agreement:g} must be below max_agreement {self.max_agreement:g}")
-        return self
 
 
 class Mix(Section):

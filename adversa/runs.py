@@ -188,8 +188,8 @@ def open_run(root: Path, recipe: dict[str, Any], config_yaml: str, reopen: bool 
 # own recipes do not guard these: a finished stage is not asked again, and latents of eight views would be trained on without a word
 # where `denoiser.flips` is off.
 MADE_OF = {
-    "data": ("data",), "round-000/real/mix": ("mix",), "codec": ("codec", "denoiser.balance", "seed"),
-    "latents/train": ("denoiser.flips",), "latents/select": (),
+    "data": ("data",), "round-000/real/mix": ("mix",), "judge/mix": ("curate.folds",),
+    "codec": ("codec", "denoiser.balance", "seed"), "latents/train": ("denoiser.flips",), "latents/select": (),
 }  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def _may_change(run: RunDir, changed: list[str]) -> bool:
     """
     made = {p.parent for p in run.root.rglob(MANIFEST)}
     made |= {p.parent for p in run.root.rglob(RECIPE) if p.parent != run.data and _begun(p.parent)}
-    names = [run.name_of(folder) for folder in made]
+    names = [re.sub(r"^judge/mix-\d+$", "judge/mix", run.name_of(folder)) for folder in made]
     if any(name not in MADE_OF for name in names):
         return False
     fields = [field for name in names for field in MADE_OF[name]]

@@ -43,10 +43,13 @@ VERDICTS = pa.schema(
     | dict.fromkeys(["nearest", "nearest_2", "twin"], _text) | dict.fromkeys([*_numbers, *_limits], _real)
     | {"place": _int, "quota": _int}
 )  # fmt: skip
-# Of real images, once a run: what two classifiers of other architectures make of them. No logits: `test` is here, not yet opened.
+# Of real images, once a run: what two classifiers of other architectures make of them, and each judge's p[label]. Of `test`, which
+# is not opened yet, the first of them alone, for the near-copy gate: no label, no judge.
 FEATURES = pa.schema(
-    {"id": _text, "label": _int, "group": _text, "classifier": pa.list_(pa.float32()), "judge": pa.list_(pa.float32())}
-)
+    {"id": _text, "label": _int, "group": _text, "classifier": pa.list_(pa.float32()), "judge": pa.list_(pa.float32()),
+     "agreement": pa.list_(pa.float32())}
+)  # fmt: skip
+# A row with b for each pair; one without for each image whose pairs were looked for.
 TWINS = pa.schema({"a": _text, "b": _text, "similarity": _real})
 MIX = pa.schema({"id": _text, "kind": _text, "label": _int, "weight": _real})
 # One row an image and a classifier. `logits` has one entry a class, `embedding` is empty where it was not asked for.

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from adversa.loop import arms, prepare, steps
 from adversa.loop.engine import Engine, LocalEngine
 from adversa.loop.stages import last_round, models_of
 from adversa.runs import RunDir
-from adversa.types import seed_of
+from adversa.types import digest, seed_of
 
 Pairs = list[tuple[str, int]]
 FRESH, ORACLE = 7001, 7002  # added to the run's phantom seed
@@ -55,21 +56,36 @@ def verdicts(run: RunDir, config: Config, arm: str) -> list[dict[str, Any]]:
     return [v for v in found if v["arm"] == arm]
 
 
-def variations(run: RunDir, config: Config, counts: Sequence[int], oracle: Path) -> dict[str, tuple[Pairs, list[int], Path | None]]:
-    """name -> (images added, how many of each class, the folder they lie in where it is not the run's own)."""
+@dataclass(frozen=True)
+class Variation:
+    """What is added: images, how many of each class, the folder they lie in where not the run's own; the arm it is a kind of."""
+
+    added: Pairs
+    counts: list[int]
+    at: Path | None = None
+    arm: str = "guided"
+
+
+def variations(run: RunDir, config: Config, counts: Sequence[int], oracle: Path) -> dict[str, Variation]:
+    """By name. Each is compared with a replay of as many images of each class: the run's own, or one of its own number."""
     guided = verdicts(run, config, "guided")
     kept = [(v["request_id"], v["label"]) for v in guided if v["keep"]]
     every = [(v["request_id"], v["label"]) for v in guided if v["reason"] not in ("not painted", "not finite")]
     refused = [(v["request_id"], v["label"]) for v in guided if not v["keep"] and v["reason"] not in ("not painted", "not finite")]
     real = steps.pairs(tables.read(oracle, ["id", "label"], tables.EXAMPLES), "id")
-    found: dict[str, tuple[Pairs, list[int], Path | None]] = {
-        "no gate": (every, list(counts), None),
-        "only what the gate refused": (refused, _at_most(refused, counts), None),
-        "a quarter of the ratio": (kept, [c // 4 for c in counts], None),
-        "half of the ratio": (kept, [c // 2 for c in counts], None),
-        "oracle": (real, _at_most(real, counts), oracle),
+    quarter, half = [c // 4 for c in counts], [c // 2 for c in counts]
+    found = {
+        "no gate": Variation(every, list(counts)),
+        "refused by the gate": Variation(refused, _at_most(refused, counts)),
+        "quarter": Variation(kept, quarter),
+        "half": Variation(kept, half),
+        "oracle": Variation(real, _at_most(real, counts), oracle),
     }
-    return {name: (pairs, n, at) for name, (pairs, n, at) in found.items() if any(n)}
+    found = {name: v for name, v in found.items() if any(v.counts)}
+    for name, v in list(found.items()):
+        if v.counts != list(counts):
+            found[f"replay: {name}"] = Variation([], v.counts, None, AGAINST)
+    return found
 
 
 def _at_most(pairs: Pairs, counts: Sequence[int]) -> list[int]:
@@ -112,13 +128,13 @@ def main() -> None:
     last = last_round(config)
     counts = runs.manifest(run.arm(last, "guided") / "mix")["added_by_class"]
     models = [(arm, seed, folder) for arm, seed, _, folder in models_of(config, run, last)]
-    for name, (added, n, at) in variations(run, config, counts, oracle).items():
-        if args.only and name not in args.only:
+    for name, v in variations(run, config, counts, oracle).items():
+        if args.only and name.removeprefix("replay: ") not in args.only:
             continue
-        out = home / name.replace(" ", "-")
-        train(engine, run, config, name, added, n, at, out)
+        out = home / name.replace(" ", "-").replace(":", "")
+        train(engine, run, config, name, v, out)
         models += [(name, s, out / f"seed-{s}" / "classifier") for s in range(config.evaluate.seeds)]
-    scores = home / f"scores-{len(models)}"
+    scores = home / f"scores-{digest(*(name for name, _, _ in models), size=4)}"
     steps.score(engine, models, fresh, home / "fresh", False, scores)
     rows = tables.read(scores, schema=tables.PREDICTIONS)
     attributes = tables.read(fresh, ["id", "attributes"], tables.EXAMPLES).to_pylist()
@@ -133,14 +149,20 @@ def print_and_keep(config: Config, rows: pa.Table, names: list[str], rare: set[s
         logits[name], first = np.stack([p.logits for p in found]), found[0]
     assert first is not None
     table = Table(
-        "trained on", "balanced accuracy", "planted mode", f"minus {AGAINST}", "95%", title=f"{len(first.labels)} fresh pictures"
+        "trained on",
+        "balanced accuracy",
+        "planted mode",
+        f"minus {AGAINST} of as many",
+        "95%",
+        title=f"{len(first.labels)} fresh pictures",
     )
     kept = {}
     mode = np.array([i in rare for i in first.ids])
     for name in names:
         right = logits[name].argmax(2) == first.labels
         each = [np.mean([r[first.labels == c].mean() for c in np.unique(first.labels)]) for r in right]
-        c = compare(logits[name], logits[AGAINST], first.labels, first.groups, config.evaluate.bootstrap, 0)
+        other = logits.get(f"replay: {name}", logits[AGAINST])
+        c = compare(logits[name], other, first.labels, first.groups, config.evaluate.bootstrap, 0)
         kept[name] = {
             "balanced_accuracy": float(np.mean(each)), "planted": float(right[:, mode].mean()), "difference": c.difference,
             "low": c.low, "high": c.high,

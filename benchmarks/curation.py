@@ -49,7 +49,7 @@ def stand_ins(data: Path, images: int, part: int, out: Path) -> None:
 
 def settings(resolution: int) -> Config:
     """Every image passes the first pass, so that twins are looked for among all."""
-    gate = {"min_agreement": 0.0, "max_agreement": 1.0, "realism_quantile": 1.0}
+    gate = {"min_agreement": 0.0, "trivial_quantile": None, "realism_quantile": 1.0}
     return check({"data": {"resolution": resolution}, "classifier": {"steps": 2, "evaluations": 1}, "curate": gate}, "benchmark")
 
 
@@ -71,9 +71,9 @@ def main() -> None:
         LocalEngine().fit([*jobs, *judging.jobs(data, config, out / "judge")])
         stand_ins(data, args.images, args.part, out)
         engine = RayEngine(Cluster(cpus=args.cpus), out / "ray", first.nbytes)
-        judge = judging.folders(out / "judge", config.curate.folds)[0]
+        judges = judging.folders(out / "judge", config.curate.folds)
         for role in ROLES:
-            curation.features(engine, data, role, out / "classifier", judge, out / "features" / role)
+            curation.features(engine, data, role, out / "classifier", judges, out / "features" / role)
         curation.limits(data, out / "features", config.curate, out / "limits")
         curation.inspect(
             engine, out / "requests", out / "synthetic", data, out / "features", out / "limits", out / "classifier", out / "judge",

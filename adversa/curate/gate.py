@@ -30,8 +30,7 @@ EVERY_REASON = (
 class Limits:
     """What an image must keep to. None turns a check off (its number is still written where it is known).
 
-    agreement: the judge's p[label] must lie in [least, most]. most is 1, off, for a reason: only the guided arm is
-    painted to be hard, so a cap would thin the arms it is compared with of their ordinary images, not of worse ones.
+    agreement: the judge's p[label] must lie in [least, most]. What lies above is trivial: surer than real images are.
     realism, realism_2: largest ratio to the manifold in each feature space, one number a class [K] (`realism.limits`).
     near_copy, near_copy_features, twin: similarity from which on (`NearCopy.threshold`, `NearFeatures.threshold`).
     contrast: least standard deviation of brightness, grey levels; clipped: largest share of values that are 0 or 255.

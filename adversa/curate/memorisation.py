@@ -16,11 +16,11 @@ POINTS = 200
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Similarities to the nearest training image, of synthetic and of held-out real pictures of other lesions.
+    """Similarities to the nearest real image: of synthetic pictures, and of held-out real ones (of another lesion).
 
     curve: at most 200 points (share, similarity of synthetic, similarity of held-out real): each sample sorted, at
     equal shares. quantiles: {share: (synthetic, held-out)}. nearer: the probability that a synthetic picture is nearer
-    to its nearest training image than a held-out real one to its own (ties count half): 0.5 where the denoiser copies
+    to its nearest real image than a held-out real one to its own (ties count half): 0.5 where the denoiser copies
     no more than real pictures resemble each other, 1 where it only copies. beyond: the share of synthetic pictures more
     similar than 99% of held-out ones; 0.01 is expected.
     """

@@ -101,16 +101,19 @@ class NearCopy:
         similarity, row = self._search(win.miniatures(images), None, None)
         return similarity, [self.ids[i] for i in row]
 
-    def strangers(self, ids: Sequence[str], groups: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        """(ids, similarity of each to its most similar real image of another group), of up to 4,000 indexed images.
+    def strangers(
+        self, ids: Sequence[str], groups: Sequence[str], among: Sequence[str] | None = None, most: int = SAMPLE
+    ) -> tuple[list[str], np.ndarray]:
+        """(ids, similarity of each to its most similar real image of another group), of up to `most` indexed images.
 
-        groups[i] is the lesion of ids[i], for all indexed. The images are drawn by the hash of their ids: the same for any order.
-        None are given where there is one lesion only.
+        groups[i] is the lesion of ids[i], for all indexed; among: those that may be drawn (None: all). They are drawn by the hash
+        of their ids: the same for any order. None are given where there is one lesion only.
         """
         codes = _codes(self.ids, ids, groups)
         if codes.max(initial=0) == 0:
             return [], np.zeros(0)
-        sample = drawn(self.ids, SAMPLE)
+        may = set(self.ids if among is None else among)
+        sample = [i for i in drawn(self.ids, len(self.ids)) if self.ids[i] in may][:most]
         return [self.ids[i] for i in sample], self._search(self.small[sample], codes[sample], codes)[0]
 
     def threshold(self, ids: Sequence[str], groups: Sequence[str], quantile: float) -> float:

@@ -159,6 +159,8 @@ def _most(name: str, measures: Measures) -> float:
 def _note(s: Spread) -> str:
     if s.lesions < 2:
         return "one lesion only: nothing can be said of others"
+    if s.se < _ROUNDING:
+        return "both arms answer alike, on every lesion and with every seed: how much others would differ cannot be told"
     if s.seeds == 1:
         return "one seed: the interval holds the choice of lesions, not the luck of training"
     if s.seeds == 2:

@@ -76,6 +76,8 @@ class Spread:
 
         (t of alpha / 2 + t of 1 - power) standard errors, each source with its own degrees of freedom.
         """
+        if self.se**2 <= _TINY:
+            return None  # the arms answer alike: how much others would differ cannot be told from that
         k = self.seeds if seeds is None else seeds
         if self.lesions < 2 or (k > 1 and self.between is None):
             return None
@@ -88,7 +90,9 @@ class Spread:
 
         None where `most` are too few, so also where the lesions alone forbid it, and where one seed says nothing about seeds.
         """
-        return next((k for k in range(2, most + 1) if self.between is not None and self.detectable(k) <= abs(effect)), None)
+        if self.between is None or self.detectable(2) is None:
+            return None
+        return next((k for k in range(2, most + 1) if (self.detectable(k) or 0.0) <= abs(effect)), None)
 
     def _seed_quantile(self, tail: float) -> float:
         return _t(tail, self.seeds - 1) if self.seeds > 1 else 0.0

@@ -1,6 +1,7 @@
 """The gate as steps: limits measured on real images, each painted image by itself, twins among them, and the verdicts.
 
-The near-copy indices hold every role, `test` too: they can only ever remove an image. No limit is set on `test`, no judge sees it.
+The near-copy indices hold every role, `test` too: they can only ever remove an image. Of `test` they have the pixels and the
+classifier's features, no label; no limit is set on it, no judge sees it, and which judge speaks does not hang on it.
 """
 
 from __future__ import annotations
@@ -23,42 +24,54 @@ from adversa.loop.engine import Engine
 from adversa.loop.judging import Judges, folders
 from adversa.loop.parts import Part, Work
 from adversa.loop.step import Facts, cost, inputs, run_step
-from adversa.loop.steps import classes_of, matrix
+from adversa.loop.steps import classes_of, matrix, softmax
 from adversa.types import ROLES, UserError, Verdict
 
 CHOOSING = tuple(r for r in ROLES if r != "test")
 HELD_OUT = ("mine", "select")  # of the roles that may choose, those that the denoiser and the classifier were not fitted on
 LIMITS, SCALE, MEMORISATION = "limits.json", "scale.npz", "memorisation.json"
+HELD = 1000  # held-out images of the memorisation curve
 QUERIES = 512  # pictures whose twins are looked for, a part
 
 
 # ---- what is measured on real images, once a run -----------------------------------------------------------------------
 
 
-def features(engine: Engine, data: Path, role: str, classifier: Path, judge: Path, out: Path) -> None:
-    """Embeddings of a role's images under two classifiers of different architectures: tables.FEATURES."""
-    recipe = runs.Recipe("features", 1, {"role": role}, inputs(data=data, classifier=classifier, judge=judge))
+def features(engine: Engine, data: Path, role: str, classifier: Path, judges: Sequence[Path], out: Path) -> None:
+    """What the classifier and the judges make of a role's images: tables.FEATURES."""
+    names = inputs(data=data, classifier=classifier, **{f"judge-{k}": f for k, f in enumerate(judges)})
+    recipe = runs.Recipe("features", 2, {"role": role}, names)
 
     def body(progress: runs.Progress) -> Facts:
         paths = tables.parts(data / role)
         parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
         started = time.perf_counter()
-        done = engine.map_batches(partial(make_features, classifier, judge), parts, out, progress, model=True)
+        done = engine.map_batches(
+            partial(make_features, classifier, () if role == "test" else tuple(judges)), parts, out, progress, model=True
+        )
         return cost(done, engine.tasks(model=True), time.perf_counter() - started) | {"rows": sum(p.rows for p in parts)}
 
     run_step(out, recipe, body)
 
 
-def make_features(classifier: Path, judge: Path) -> Work:
+def make_features(classifier: Path, judges: Sequence[Path]) -> Work:
+    """judges: none for `test`, whose labels are not read either."""
     from adversa.classify.score import make_scorer
 
-    scorers = [make_scorer(folder, embed=True) for folder in (classifier, judge)]
+    scorer, panel = make_scorer(classifier, embed=True), [make_scorer(folder, embed=True) for folder in judges]
 
     def work(part: Part, path: Path) -> int:
-        rows = pq.read_table(part.payload["path"], columns=["id", "label", "group", "image"])
+        rows = pq.read_table(part.payload["path"], columns=["id", "image", *(("label", "group") if panel else ())])
         images = tables.decode_images(rows["image"])
-        spaces = [list(scorer(images)[1]) for scorer in scorers]
-        tables.write_part(path, pa.table([rows["id"], rows["label"], rows["group"], *spaces], schema=tables.FEATURES))
+        found = [{"id": i, "classifier": x} for i, x in zip(rows["id"].to_pylist(), scorer(images)[1].tolist(), strict=True)]
+        if panel:
+            scored = [judge(images) for judge in panel]
+            labels = rows["label"].to_numpy()
+            agreement = np.stack([softmax(logits)[np.arange(len(labels)), labels] for logits, _ in scored], axis=1)
+            told = zip(labels.tolist(), rows["group"].to_pylist(), scored[0][1].tolist(), agreement.tolist(), strict=True)
+            for row, (label, group, embedding, agreed) in zip(found, told, strict=True):
+                row |= {"label": label, "group": group, "judge": embedding, "agreement": agreed}
+        tables.write_part(path, pa.Table.from_pylist(found, schema=tables.FEATURES))
         return len(rows)
 
     return work
@@ -67,30 +80,30 @@ def make_features(classifier: Path, judge: Path) -> Work:
 def limits(data: Path, features: Path, config: cfg.Curate, out: Path) -> None:
     """limits.json and scale.npz: what a painted image must keep to, measured on the roles that may choose.
 
-    near_copy, near_copy_features: quantiles of the similarity of real images of different lesions; realism, realism_2: quantiles
-    of held-out images' distance to the manifold of `train`, a number a class; held_out: similarities of held-out images to their
-    nearest real image of another lesion, for the memorisation curve.
+    near_copy, near_copy_features: quantiles of the similarity of real images of different lesions; most_agreement: quantile of what
+    each judge gives the label of held-out images; realism, realism_2: quantiles of held-out images' distance to the manifold of
+    `train`, a number a class; held_out: similarities of held-out images to their nearest image of another lesion, of any role as
+    those of painted images are, for the memorisation curve alone.
     """
-    asked = {k: getattr(config, k) for k in ("near_copy_quantile", "realism_quantile")}
-    recipe = runs.Recipe("limits", 1, asked, inputs(data=data, **{f"features-{r}": features / r for r in CHOOSING}))
+    asked = {k: getattr(config, k) for k in ("near_copy_quantile", "realism_quantile", "trivial_quantile")}
+    recipe = runs.Recipe("limits", 2, asked, inputs(data=data, **{f"features-{r}": features / r for r in CHOOSING}))
 
     def body(progress: runs.Progress) -> Facts:
-        progress({"done": 0, "total": 2, "unit": "index"})
+        progress({"done": 0, "total": 3, "unit": "index"})
         from adversa.curate.near_copy import NearCopy, NearFeatures, threshold
 
         ids, groups, images = real_images(data, CHOOSING)
         index = NearCopy(ids, images)
-        names, similarity = index.strangers(ids, groups)
-        found: dict[str, Any] = {"near_copy": threshold(similarity, config.near_copy_quantile)}
-        held_out = set(real_ids(data, HELD_OUT))
-        found["held_out"] = [float(s) for i, s in zip(names, similarity, strict=True) if i in held_out]
-        progress({"done": 1, "total": 2, "unit": "index"})
+        found: dict[str, Any] = {"near_copy": threshold(index.strangers(ids, groups)[1], config.near_copy_quantile)}
+        progress({"done": 1, "total": 3, "unit": "index"})
+        found["held_out"] = held_out(data, index.scale)
+        progress({"done": 2, "total": 3, "unit": "index"})
         rows = read_features(features, CHOOSING)
         lesion = dict(zip(ids, groups, strict=True))
         known = rows["id"].to_pylist()
         in_features = NearFeatures(known, matrix(rows["classifier"]))
         found["near_copy_features"] = in_features.threshold(known, [lesion[i] for i in known], config.near_copy_quantile)
-        found |= _realism(data, features, config)
+        found |= _realism(data, features, config) | {"most_agreement": _trivial(features, config)}
         out.mkdir(parents=True, exist_ok=True)
         with open(out / SCALE, "wb") as f:
             np.savez(f, signal=index.scale.signal, noise=index.scale.noise)
@@ -98,6 +111,22 @@ def limits(data: Path, features: Path, config: cfg.Curate, out: Path) -> None:
         return {"rows": len(ids)} | {k: found[k] for k in ("near_copy", "near_copy_features", "realism", "realism_2")}
 
     run_step(out, recipe, body)
+
+
+def held_out(data: Path, scale: Any) -> list[float]:
+    """Similarity of up to HELD images of the held-out roles to their nearest image of another lesion, of any role."""
+    from adversa.curate.near_copy import NearCopy
+
+    ids, groups, images = real_images(data, ROLES)
+    among = real_ids(data, HELD_OUT)
+    return NearCopy(ids, images, like=scale).strangers(ids, groups, among, HELD)[1].tolist()
+
+
+def _trivial(features: Path, config: cfg.Curate) -> float:
+    if config.trivial_quantile is None:
+        return 1.0
+    given = matrix(read_features(features, HELD_OUT)["agreement"])
+    return float(np.quantile(given, config.trivial_quantile))
 
 
 def _realism(data: Path, features: Path, config: cfg.Curate) -> dict[str, list[float] | None]:
@@ -160,7 +189,8 @@ def limits_of(folder: Path, config: cfg.Curate) -> Any:
     spaces = {k: None if off else tuple(found[k]) for k in ("realism", "realism_2")}
     return Limits(
         near_copy=found["near_copy"], near_copy_features=found["near_copy_features"], least_agreement=config.min_agreement,
-        most_agreement=config.max_agreement, contrast=config.min_contrast, clipped=config.max_clipped,
+        most_agreement=found["most_agreement"] if config.trivial_quantile is not None else 1.0, contrast=config.min_contrast,
+        clipped=config.max_clipped,
         twin=found["near_copy"] if config.twins else None, quota=config.quota, **spaces,
     )  # fmt: skip
 
@@ -172,7 +202,8 @@ def inspect(
     """The first pass of the gate over every painted image: tables.VERDICTS, none kept yet."""
     judges = {f"judge-{k}": f for k, f in enumerate(folders(judge, config.folds))}
     names = inputs(synthetic=synthetic, requests=requests, data=data, limits=limits, classifier=classifier, **judges)
-    recipe = runs.Recipe("inspect", 1, config.model_dump(mode="json", exclude={"judge", "quota", "twins"}), names)
+    names |= {f"features-{r}": runs.fingerprint(features / r) for r in ROLES}
+    recipe = runs.Recipe("inspect", 2, config.model_dump(mode="json", exclude={"judge", "quota", "twins"}), names)
 
     def body(progress: runs.Progress) -> Facts:
         parts = [
@@ -197,7 +228,10 @@ def make_inspected(data: Path, features: Path, limits: Path, classifier: Path, j
     ids, _, images = real_images(data, ROLES)
     copies = NearCopy(ids, images, like=scale_of(limits))
     everyone = read_features(features, ROLES)
+    assert sorted(everyone["id"].to_pylist()) == sorted(ids), f"{features} is not of the images of {data}"
     in_features = NearFeatures(everyone["id"].to_pylist(), matrix(everyone["classifier"]))
+    known = read_features(features, ["train"])
+    in_train = NearFeatures(known["id"].to_pylist(), matrix(known["classifier"]))
     spaces = [manifold(features, c) for c in ("classifier", "judge")] if allowed.realism else None
 
     def work(part: Part, path: Path) -> int:
@@ -207,8 +241,8 @@ def make_inspected(data: Path, features: Path, limits: Path, classifier: Path, j
         names, labels = rows["request_id"].to_pylist(), rows["label"].to_pylist()
         pictures = tables.decode_images(rows["image"])
         similarity, nearest = copies.nearest(pictures)
-        probs, second = judges(pictures, labels, nearest)
         first = scorer(pictures)[1]
+        probs, second = judges(pictures, labels, in_train.nearest(first)[1])
         similarity_2, nearest_2 = in_features.nearest(first)
         ratios = [space.ratio(x) for space, x in zip(spaces, (first, second), strict=True)] if spaces else [None, None]
         painted = gate.Painted(
@@ -273,7 +307,8 @@ def make_twins(synthetic: Path, inspected: Path, limits: Path) -> Work:
         if arm not in indices:
             indices[arm] = NearCopy(*pictures_of(synthetic, ids[arm]), like=scale)
         pairs = indices[arm].pairs(measured["near_copy"], slice(part.payload["start"], part.payload["stop"]))
-        rows = [{"a": a, "b": b, "similarity": s} for a, b, s in pairs]
+        rows = [{"a": i} for i in indices[arm].ids[part.payload["start"] : part.payload["stop"]]]
+        rows += [{"a": a, "b": b, "similarity": s} for a, b, s in pairs]
         tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.TWINS))
         return part.rows
 
@@ -298,9 +333,9 @@ def settle(inspected: Path, twins: Path, limits: Path, config: cfg.Curate, out: 
 
     def body(progress: runs.Progress) -> Facts:
         found = [Verdict(**row) for row in tables.read(inspected, schema=tables.VERDICTS).to_pylist()]
-        pairs = tables.read(twins, schema=tables.TWINS).to_pylist() if config.twins else []
-        searched = [i for ids in waiting(inspected).values() for i in ids]
-        settled = gate.settle(found, searched, [(p["a"], p["b"], p["similarity"]) for p in pairs], limits_of(limits, config))
+        rows = tables.read(twins, schema=tables.TWINS).to_pylist() if config.twins else []
+        pairs = [(p["a"], p["b"], p["similarity"]) for p in rows if p["b"] is not None]
+        settled = gate.settle(found, [p["a"] for p in rows if p["b"] is None], pairs, limits_of(limits, config))
         tables.write_part(out / tables.part_name(0), tables.to_table(settled, tables.VERDICTS))
         runs.write_json(out / MEMORISATION, memorised(settled, (runs.read_json(limits / LIMITS) or {})["held_out"]))
         return {"rows": len(settled), "kept": sum(v.keep for v in settled)}

@@ -8,7 +8,20 @@ from pathlib import Path
 
 from adversa import runs, tracking
 from adversa.config import Config, dump
-from adversa.loop import curation, judging, latents, matched, opening, painting, prepare, quality_step, regenerate, steps, summary
+from adversa.loop import (
+    curation,
+    evidence,
+    judging,
+    latents,
+    matched,
+    opening,
+    painting,
+    prepare,
+    quality_step,
+    regenerate,
+    steps,
+    summary,
+)
 from adversa.loop.engine import Engine
 from adversa.loop.stages import Stage, has_codec, last_round, models_of, needs_classifier, plan, retrained, trained
 from adversa.runs import RunDir
@@ -116,6 +129,7 @@ class Cycle:
     def train(self, number: int) -> None:
         """Before the first round: the classifiers of the arm `real`, the judges, then the denoiser, in one launch."""
         c, d = self.config, self.dir
+        evidence.check_groups(c.evaluate, steps.classes_of(d.data))
         steps.check_models(c, steps.classes_of(d.data), c.mix.paints, d.codec)
         self._first_mix()
         jobs = [self._classifier(0, "real", seed) for seed in self.seeds]
@@ -156,9 +170,9 @@ class Cycle:
     def curate(self, number: int) -> None:
         """What is measured on real images is measured once, with what was trained before the first round."""
         c, d = self.config, self.dir
-        classifier, first = d.arm(0, "real", 0) / "classifier", judging.folders(d.judge, c.curate.folds)[0]
+        classifier, judges = d.arm(0, "real", 0) / "classifier", judging.folders(d.judge, c.curate.folds)
         for role in ROLES:
-            curation.features(self.engine, d.data, role, classifier, first, d.features / role)
+            curation.features(self.engine, d.data, role, classifier, judges, d.features / role)
         curation.limits(d.data, d.features, c.curate, d.limits)
         requests, synthetic, inspected, twins = (d.round(number, x) for x in ("requests", "synthetic", "inspected", "twins"))
         curation.inspect(
@@ -184,6 +198,7 @@ class Cycle:
         """Open `test`, once: every arm's classifiers of the last round."""
         c, d = self.config, self.dir
         models = models_of(c, d, last_round(c))
+        evidence.check_groups(c.evaluate, steps.classes_of(d.data))
         matched.check(c, d, last_round(c))
         now = opening.asked(c, d)
         opening.review(d, now, self.reopen)

@@ -15,10 +15,10 @@ from adversa import runs, tables
 from adversa.evaluate.bootstrap import compare, intervals
 from adversa.evaluate.inference import gain_per_hour, holm, mcnemar, word
 from adversa.evaluate.metrics import metrics
-from adversa.evaluate.operating import Measures, thresholds
+from adversa.evaluate.operating import Measures, members, thresholds
 from adversa.evaluate.subgroups import by_attribute
 from adversa.loop import steps
-from adversa.loop.stages import home, judges, last_round
+from adversa.loop.stages import has_codec, home, judges, last_round
 from adversa.runs import RunDir
 from adversa.types import ARMS, BEFORE, PAINTED, ROLES, seed_of
 
@@ -40,6 +40,12 @@ class Scored:
 
 def measures(config: cfg.Evaluate) -> Measures:
     return Measures({k: tuple(v) for k, v in config.groups.items()}, tuple(config.specificities), config.floor)
+
+
+def check_groups(config: cfg.Evaluate, classes: Sequence[str]) -> None:
+    """Before anything is trained, and before test is opened. UserError for a group that is none (operating.members)."""
+    for name in config.groups:
+        members(name, measures(config), classes)
 
 
 def read(folder: Path) -> pa.Table | None:
@@ -150,9 +156,13 @@ def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
     for arm in config.mix.arms:
         places = {home(config, arm, n) for n in range(1, last + 1)} or {0}
         folders = {run.arm(n, arm, s) / "classifier": 1.0 for n in places for s in range(config.evaluate.seeds)}
-        if arm != "real":
+        if arm != "real" or home(config, arm, 1):  # its training set holds what was mined
             folders[run.arm(0, "real", 0) / "classifier"] = 1.0
+            folders |= {run.round(n, name): 1.0 for n in range(1, last + 1) for name in ("scores", "hard")}
         if arm in PAINTED:
+            if has_codec(config):
+                latents = [] if config.denoiser.external else [run.latents(role) for role in ("train", "select")]
+                folders |= dict.fromkeys([run.codec, *latents], 1.0)
             folders |= dict.fromkeys([run.denoiser, *judges(config, run), *(run.features / r for r in ROLES), run.limits], 1.0)
             for n in range(1, last + 1):
                 share = _share(run.round(n, "verdicts"), arm)

@@ -1,7 +1,7 @@
 """The judge of the gate: classifiers of another architecture, each trained without one fold of `train`'s lesions.
 
 A judge that had learnt a real image by heart would also vouch for a copy of it that was painted as another class. So an image is
-judged by those that have not seen the real image it is nearest to (cross-fitting: Chernozhukov et al. 2018, section 1).
+judged by those that have not seen the image of `train` it is nearest to (cross-fitting: Chernozhukov et al. 2018, section 1).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def without(data: Path, fold: int, folds: int, out: Path) -> None:
 
 
 class Judges:
-    """Loaded once; judges images by those that have not seen what they are nearest to."""
+    """Loaded once; judges images by those that have not seen the image of `train` that they are nearest to."""
 
     def __init__(self, judge: Path, folds: int, data: Path) -> None:
         from adversa.classify.score import make_scorer
@@ -76,17 +76,15 @@ class Judges:
     def __call__(self, images: np.ndarray, labels: Sequence[int], nearest: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [N, H, W, 3] -> (probabilities [N, K], embedding of the first judge [N, D]).
 
-        nearest: ids of the real images they are nearest to. Where that is an image of `train`, the judge trained without it
-        speaks; else (it is in no judge's training) all speak, and the mean counts. A judge that has seen no image of the class
-        is not asked; where none has, the row is NaN.
+        nearest: ids of the images of `train` they are nearest to; the judge trained without it speaks. Where that one has seen no
+        image of the class, the mean of those that have counts; where none has, the row is NaN.
         """
         scored = [scorer(images) for scorer in self.scorers]
         each = np.stack([steps.softmax(logits) for logits, _ in scored])  # [folds, N, K]
-        asked = np.array([[self._asked(k, n, int(c)) for n, c in zip(nearest, labels, strict=True)] for k in range(len(each))])
-        asked = asked.reshape(len(each), len(images))
+        knows = np.array([[int(c) in known for c in labels] for known in self.known], dtype=bool)
+        knows = knows.reshape(len(each), len(images))
+        apart = np.arange(len(each))[:, None] == np.array([self.place[i] for i in nearest], dtype=int)[None]
+        asked = np.where((knows & apart).any(axis=0), knows & apart, knows)
         total = asked.sum(axis=0)
         mean = np.einsum("fn,fnk->nk", asked.astype(np.float64), each) / np.maximum(total, 1)[:, None]
         return np.where(total[:, None] > 0, mean, np.nan), scored[0][1]
-
-    def _asked(self, fold: int, nearest: str, label: int) -> bool:
-        return label in self.known[fold] and self.place.get(nearest, fold) == fold

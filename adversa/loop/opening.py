@@ -1,4 +1,4 @@
-"""`test` is opened once. Each opening is written down before a classifier sees the first image, and a second one needs leave.
+"""`test` is opened once. Each opening is written down before a classifier answers to the first image, and a second one needs leave.
 
 `openings.json` at the run's root has them all, oldest first; `opened.json` in the test folder says which of them the folder holds.
 So a reading that was cut off goes on as the same opening, and one whose folder is gone can't be passed off as the first.

@@ -25,16 +25,20 @@ def run_step(folder: Path, recipe: runs.Recipe, body: Callable[[runs.Progress], 
         facts = body(progress)
         seconds = progress.elapsed
         compute = seconds - facts.pop("waited", 0.0)
+        if (lanes := facts.pop("lanes", 0)) and "device_seconds" in facts:
+            facts["device_seconds"] += progress.before * lanes  # of attempts that were cut off nothing finer is known
         runs.finish(folder, recipe, **({"seconds": seconds, "compute_seconds": compute, "device_seconds": compute} | facts))
 
 
 def cost(done: Sequence[Done], workers: int, wall: float) -> Facts:
     """What a call of the engine cost: `device_seconds` in all, and the seconds of its wall time `waited` for anything but compute.
 
-    Compute is taken as the parts shared evenly among the workers.
+    Compute is taken as the parts shared evenly among the workers. lanes: how many those are, for `run_step`, which adds the time of
+    attempts that were cut off as if all of them had been at work.
     """
     total = sum(d.seconds for d in done)
-    return {"waited": max(0.0, wall - total / max(1, min(workers, len(done)))), "device_seconds": total}
+    waited = max(0.0, wall - total / max(1, min(workers, len(done))))
+    return {"waited": waited, "device_seconds": total, "lanes": workers}
 
 
 def inputs(**folders: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -172,7 +173,7 @@ def _asked(facts: Facts, round_number: int, examples: Collection[str]) -> tuple[
 def _verdicts(folder: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
     rows = columns(folder, tables.VERDICTS.names, tables.VERDICTS)
     wanted = [i for i, request in enumerate(rows["request_id"].to_pylist()) if request in ids]
-    return {row["request_id"]: row for row in rows.take(wanted).to_pylist()}
+    return {row["request_id"]: row for row in rows.take(pa.array(wanted, pa.int64())).to_pylist()}
 
 
 def numbers(v: dict[str, Any]) -> list[Number]:

@@ -99,3 +99,18 @@ def test_gain_per_hour() -> None:
     assert (found.gain, found.low, found.high, found.device_hours) == (0.02, 0.005, 0.035, 2)
     with pytest.raises(UserError, match="device_seconds is 0"):
         gain_per_hour(0.04, 0.01, 0.07, 0)
+
+
+def test_arms_that_answer_alike_say_nothing_of_what_could_be_seen() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(3, 60, 2)), rng.integers(0, 2, 60)
+    c = compare(logits, logits, labels, np.arange(60), 100, 0)
+    assert (c.difference, c.low, c.high, c.p, c.detectable) == (0, 0, 0, 1, None) and c.seeds_needed(0.02) is None
+    assert "answer alike" in c.note
+
+
+def test_one_lesion_needs_no_number_of_seeds() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 2, 12, 2))
+    c = compare(a, b, np.arange(12) % 2, np.zeros(12), 100, 0)
+    assert c.detectable is None and c.seeds_needed(0.02) is None

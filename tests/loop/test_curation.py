@@ -24,7 +24,9 @@ def test_limits_are_those_of_the_roles_that_may_choose(finished, tmp_path):
     shutil.rmtree(data / "test")
     shutil.rmtree(features / "test")
     curation.limits(data, features, config.curate, tmp_path / "limits")
-    assert runs.read_json(tmp_path / "limits" / curation.LIMITS) == runs.read_json(run.limits / curation.LIMITS)
+    without, as_it_is = (runs.read_json(d / curation.LIMITS) for d in (tmp_path / "limits", run.limits))
+    assert without.pop("held_out") != as_it_is.pop("held_out")  # of the memorisation curve alone
+    assert without == as_it_is
     looser = config.curate.model_copy(update={"near_copy_quantile": 0.8, "realism_quantile": 0.6})
     curation.limits(data, features, looser, tmp_path / "looser")
     one, other = (runs.read_json(d / curation.LIMITS) for d in (tmp_path / "looser", run.limits))
@@ -32,16 +34,57 @@ def test_limits_are_those_of_the_roles_that_may_choose(finished, tmp_path):
     assert max(one["realism"]) < max(other["realism"]) and max(one["realism_2"]) < max(other["realism_2"])
 
 
-def test_held_out_similarities_are_of_held_out_images(finished):
-    config, run = finished
-    ids, groups, images = curation.real_images(run.data, curation.CHOOSING)
+def test_the_curve_s_held_out_images_are_searched_as_painted_ones_are(finished):
+    """Among the images of every role, those of other lesions: so that neither of the two samples has the nearer neighbours."""
     from adversa.curate.near_copy import NearCopy
 
-    names, similarity = NearCopy(ids, images).strangers(ids, groups)
-    held = set(curation.real_ids(run.data, ("mine", "select")))
-    expected = [s for i, s in zip(names, similarity, strict=True) if i in held]
-    assert 0 < len(expected) < len(names)
-    assert runs.read_json(run.limits / curation.LIMITS)["held_out"] == pytest.approx(expected)
+    _, run = finished
+    rows = {r: tables.read(run.data / r, ["id", "group", "image"]).to_pylist() for r in ROLES}
+    everyone = [row for r in ROLES for row in rows[r]]
+    given = runs.read_json(run.limits / curation.LIMITS)["held_out"]
+    assert len(given) == len(rows["mine"]) + len(rows["select"])
+    one = rows["mine"][0]
+    others = [row for row in everyone if row["group"] != one["group"]]
+    index = NearCopy(
+        [o["id"] for o in others], tables.decode_images([o["image"] for o in others]), like=curation.scale_of(run.limits)
+    )
+    similarity, _ = index.nearest(tables.decode_images([one["image"]]))
+    assert np.abs(np.array(given) - similarity[0]).min() < 2e-5
+
+
+def test_of_test_the_gate_has_the_classifier_s_features_alone(finished):
+    _, run = finished
+    for role in ROLES:
+        rows = tables.read(run.features / role).to_pylist()
+        assert all(len(r["classifier"]) > 0 for r in rows)
+        for name in ("label", "group", "judge", "agreement"):
+            assert all((r[name] is None) == (role == "test") for r in rows), (role, name)
+
+
+def test_what_is_trivial_is_measured_on_held_out_images(finished):
+    config, run = finished
+    given = [a for r in ("mine", "select") for row in tables.read(run.features / r).to_pylist() for a in row["agreement"]]
+    limits = runs.read_json(run.limits / curation.LIMITS)
+    assert limits["most_agreement"] == pytest.approx(np.quantile(given, config.curate.trivial_quantile))
+    assert curation.limits_of(run.limits, config.curate).most_agreement == limits["most_agreement"]
+    off = config.curate.model_copy(update={"trivial_quantile": None})
+    assert curation.limits_of(run.limits, off).most_agreement == 1.0
+
+
+def test_which_judge_speaks_does_not_hang_on_test(finished, tmp_path):
+    """A picture that is one of test, and unlike it nothing: it is judged by its neighbour in train."""
+    config, run = finished
+    row = tables.read(run.data / "test", ["id", "image", "label"]).to_pylist()[0]
+    (verdict,) = inspected(run, lenient(config), [synthetic("a", row["image"], row["label"])], tmp_path)
+    assert verdict["nearest"] == row["id"]
+    from adversa.classify.score import make_scorer
+    from adversa.loop.judging import fold_of, folders
+    from adversa.loop.steps import softmax
+
+    image = tables.decode_images([row["image"]])
+    each = [float(softmax(make_scorer(f)(image)[0])[0, row["label"]]) for f in folders(run.judge, 2)]
+    assert set(fold_of(run.data, 2).values()) == {0, 1}
+    assert min(abs(verdict["agreement"] - e) for e in each) < 1e-6
 
 
 def inspected(run, config, rows, tmp_path, requests=None):
@@ -65,7 +108,7 @@ def synthetic(key, image, label, **changes):
 
 def lenient(config, **changes):
     """The settings with every check but the near-copy one off."""
-    off = {"min_agreement": 0.0, "max_agreement": 1.0, "realism_quantile": None, "min_contrast": None, "max_clipped": None}
+    off = {"min_agreement": 0.0, "trivial_quantile": None, "realism_quantile": None, "min_contrast": None, "max_clipped": None}
     return config.model_copy(update={"curate": config.curate.model_copy(update=off | changes)})
 
 
@@ -140,7 +183,8 @@ def test_twins_are_found_within_an_arm_in_parts_of_any_size(paired, monkeypatch,
     monkeypatch.setattr(curation, "QUERIES", queries)
     curation.twins(LocalEngine(1, 1), root / "synthetic", root / "inspected", run.limits, root / "twins")
     pairs = tables.read(root / "twins").to_pylist()
-    assert {(p["a"], p["b"]) for p in pairs} == {("a", "b")}
+    assert {(p["a"], p["b"]) for p in pairs if p["b"] is not None} == {("a", "b")}
+    assert sorted(p["a"] for p in pairs if p["b"] is None) == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +205,16 @@ def test_twins_and_quotas_decide_what_is_kept(finished, paired, changes, reasons
     assert runs.manifest(root / "verdicts")["kept"] == reasons.count("kept")
     told = runs.read_json(root / "verdicts" / curation.MEMORISATION)
     assert {arm: m["synthetic"] for arm, m in told.items()} == {"guided": 3, "unguided": 1}
+
+
+def test_a_picture_whose_twins_were_not_looked_for_does_not_enter(finished, paired):
+    run, root = paired
+    curation.twins(LocalEngine(1, 1), root / "synthetic", root / "inspected", run.limits, root / "twins")
+    for part in tables.parts(root / "twins")[1:]:
+        part.unlink()
+    curation.settle(root / "inspected", root / "twins", run.limits, finished[0].curate, root / "verdicts")
+    rows = {r["request_id"]: r["reason"] for r in tables.read(root / "verdicts").to_pylist()}
+    assert rows["d"] == "near twin" and rows["a"] == "kept"
 
 
 def test_too_few_lesions_for_a_manifold_are_told(finished, tmp_path):

@@ -443,3 +443,30 @@ def test_a_weak_denoiser_that_is_none_is_refused_before_the_first_training(tiny,
     with pytest.raises(UserError, match="nowhere holds no denoiser"):
         go(config, tmp_path / "run")
     assert not (tmp_path / "run/round-000/real/seed-0").exists()
+
+
+@pytest.mark.parametrize("arms", [["real", "resample"], ["real", "resample", "replay"]])
+def test_arms_that_paint_nothing_have_a_report_too(tiny, tmp_path, arms):
+    run = go(short(tiny, mix={"arms": arms}), tmp_path / "run")
+    assert (run.root / "report.html").is_file() and not run.judge.exists() and not run.limits.exists()
+    assert json.loads(run.summary.read_text())["generated"] == 0
+
+
+def test_a_group_of_no_class_is_told_before_anything_is_trained(tiny, tmp_path):
+    with pytest.raises(UserError, match="evaluate.groups.bad has 'mel', which is no class"):
+        go(short(tiny, evaluate={"groups": {"bad": ["mel"]}}), tmp_path / "run")
+    assert not (tmp_path / "run/round-000").exists()
+    go(short(tiny, evaluate={"groups": {"bad": ["melanoma"]}}), tmp_path / "run", until="train")
+
+
+def test_a_batch_may_be_mended_after_the_judges_mixes_are_written(tiny, tmp_path):
+    class Full(LocalEngine):
+        def fit(self, jobs):
+            raise UserError("out of memory")
+
+    with pytest.raises(UserError, match="out of memory"):
+        go(short(tiny), tmp_path / "run", Full(1, 1))
+    assert runs.is_finished(tmp_path / "run/judge/mix-0")
+    smaller = short(tiny)
+    smaller = smaller.model_copy(update={"classifier": smaller.classifier.model_copy(update={"batch_size": 4})})
+    go(smaller, tmp_path / "run", until="train")

@@ -54,12 +54,11 @@ def test_an_image_near_one_of_train_is_judged_by_the_judge_that_has_not_seen_it(
     each = [softmax(make_scorer(f)(images)[0]) for f in judging.folders(run.judge, 2)]
     place = judging.fold_of(run.data, 2)
     judges = judging.Judges(run.judge, 2, run.data)
+    judges.known = [set(labels)] * 2
     probs, embedding = judges(images, labels, ids)
     assert {place[i] for i in ids} == {0, 1}
     for row, i in enumerate(ids):
         np.testing.assert_allclose(probs[row], each[place[i]][row], rtol=1e-6)
-    held_out = tables.read(run.data / "mine", ["id"])["id"].to_pylist()[: len(ids)]
-    np.testing.assert_allclose(judges(images, labels, held_out)[0], np.mean(each, axis=0), rtol=1e-6)
     assert embedding.shape[0] == len(ids) and embedding.shape[1] > 0
     empty = judges(images[:0], [], [])
     assert empty[0].shape == (0, each[0].shape[1]) and len(empty[1]) == 0
@@ -68,13 +67,12 @@ def test_an_image_near_one_of_train_is_judged_by_the_judge_that_has_not_seen_it(
 def test_a_judge_that_knows_no_image_of_the_class_is_not_asked(finished, pictures):
     _, run = finished
     ids, images, labels = pictures
+    each = [softmax(make_scorer(f)(images)[0]) for f in judging.folders(run.judge, 2)]
     judges = judging.Judges(run.judge, 2, run.data)
-    first = judging.fold_of(run.data, 2)
     judges.known = [set(), set(labels)]
-    probs, _ = judges(images, labels, ids)
-    assert [bool(np.isnan(p).all()) for p in probs] == [first[i] == 0 for i in ids]
+    np.testing.assert_allclose(judges(images, labels, ids)[0], each[1], rtol=1e-6)
     judges.known = [set(), set()]
-    assert np.isnan(judges(images, labels, ["elsewhere"] * len(ids))[0]).all()
+    assert np.isnan(judges(images, labels, ids)[0]).all()
 
 
 @pytest.mark.parametrize(("model", "other"), [("resnet10t", "convnext_atto"), ("convnext_atto", "resnet10t")])

@@ -53,10 +53,10 @@ def test_the_fingerprint_follows_the_recipe_unless_the_step_gives_its_own(tmp_pa
 
 def test_cost_shares_parts_among_no_more_workers_than_parts():
     done = [Done(0, 1, 2.0), Done(1, 1, 4.0)]
-    assert cost(done, 1, 7.0) == {"waited": 1.0, "device_seconds": 6.0}
-    assert cost(done, 8, 7.0) == {"waited": 4.0, "device_seconds": 6.0}
+    assert cost(done, 1, 7.0) == {"waited": 1.0, "device_seconds": 6.0, "lanes": 1}
+    assert cost(done, 8, 7.0) == {"waited": 4.0, "device_seconds": 6.0, "lanes": 8}
     assert cost(done, 2, 2.5)["waited"] == 0  # parts that ran side by side on more workers than said: never below zero
-    assert cost([], 8, 0.5) == {"waited": 0.5, "device_seconds": 0}
+    assert cost([], 8, 0.5) == {"waited": 0.5, "device_seconds": 0, "lanes": 8}
 
 
 def test_a_steps_compute_is_its_own_time_less_what_it_waited_for(tmp_path, monkeypatch):
@@ -79,3 +79,11 @@ def test_a_steps_compute_is_its_own_time_less_what_it_waited_for(tmp_path, monke
     run_step(tmp_path / "b", recipe(a=1), alone)
     found = runs.manifest(tmp_path / "b")
     assert found["seconds"] == found["compute_seconds"] == found["device_seconds"] == 3
+
+
+def test_device_seconds_of_an_attempt_that_was_cut_off_are_counted(tmp_path):
+    folder = tmp_path / "step"
+    runs.write_json(folder / runs.PROGRESS, {"elapsed": 10.0})
+    run_step(folder, recipe(a=1), lambda p: cost([Done(0, 1, 2.0)], 3, 2.0) | {"rows": 1})
+    made = runs.manifest(folder)
+    assert made["device_seconds"] == 2.0 + 3 * 10.0 and made["seconds"] >= 10.0 and "lanes" not in made
