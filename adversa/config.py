@@ -247,7 +247,10 @@ class Mine(Section):
     budget: int = Field(64, ge=1, description="hard cases a round, shared among classes by their error")
     near_margin: float = Field(0.1, ge=0, le=1, description="right, but p[label] leads by less than this: nearly misclassified")
     candidates: int = Field(4, ge=1, description="farthest-first picks among so many times the class's budget, hardest first")
-    scorer: Literal["loss", "margin", "entropy"] = Field("loss", description="what hardest means")
+    scorer: Literal["loss", "margin", "entropy", "bald", "forgetting"] = Field(
+        "loss",
+        description="what hardest means; bald: over the seeds' classifiers; forgetting: right in one round, wrong in the next",
+    )
     temperature: float | None = Field(
         None, gt=0, description="budget of a class: softmax of its error over this; null: in proportion to its error"
     )
@@ -469,6 +472,8 @@ class Config(Section):
             raise ValueError(f"mix.arms {self.mix.arms} names an arm twice")
         if "real" not in self.mix.arms:
             raise ValueError("mix.arms must contain real: it is what the other arms are compared with")
+        if self.mine.scorer == "bald" and self.evaluate.seeds < 2:
+            raise ValueError(f"mine.scorer bald measures how seeds disagree; set evaluate.seeds {self.evaluate.seeds} to 2 or more")
         if "replay" in self.mix.arms and self.mix.fold_mined == "none":
             raise ValueError("mix.arms replay repeats the mined images, which fold_mined none keeps out; set mix.fold_mined=all")
         self._check_classifier("classifier", self.classifier)

@@ -135,6 +135,7 @@ def test_another_model_does_not_get_the_default_models_arguments():
         ({"classifier": {"first_size": 16}, "data": {"resolution": 64}}, "first_size 16 is below half of data.resolution 64"),
         ({"classifier": {"first_size": 16, "augment": None}}, "first_size needs augmentation"),
         ({"classifier": {"first_size": 24}}, "classifier.first_size 24 must be a multiple of 16"),
+        ({"mine": {"scorer": "bald"}}, "mine.scorer bald measures how seeds disagree; set evaluate.seeds 1 to 2 or more"),
         ({"curate": {"judge": {"first_size": 24}}}, "curate.judge.first_size 24 must be a multiple of 16"),
         ({"classifier": {"weights": "x", "head_steps": 600}}, "classifier.head_steps 600 leaves none of classifier.steps 600"),
         ({"curate": {"judge": {"weights": "x", "head_steps": 7, "steps": 7}}}, "curate.judge.head_steps 7 leaves none of"),

@@ -150,10 +150,12 @@ class Cycle:
         quality_step.publish(self.config, self.dir)
 
     def mine(self, number: int) -> None:
-        d = self.dir
-        model = self._attacked(number)
-        steps.score(self.engine, [(model.parts[-3], 0, model)], d.data / "mine", d.data, True, d.round(number, "scores"))
-        steps.mine(d.round(number, "scores"), d.data, self.config.mine, d.round(number, "hard"))
+        d, scorer, model = self.dir, self.config.mine.scorer, self._attacked(number)
+        seeds = self.seeds if scorer == "bald" else range(1)
+        models = [(model.parts[-3], s, model.parents[1] / f"seed-{s}" / "classifier") for s in seeds]
+        steps.score(self.engine, models, d.data / "mine", d.data, True, d.round(number, "scores"))
+        earlier = [d.round(n, "scores") for n in range(1, number)] if scorer == "forgetting" else []
+        steps.mine(d.round(number, "scores"), d.data, self.config.mine, d.round(number, "hard"), earlier)
 
     def generate(self, number: int) -> None:
         c, d = self.config, self.dir

@@ -470,3 +470,25 @@ def test_a_batch_may_be_mended_after_the_judges_mixes_are_written(tiny, tmp_path
     smaller = short(tiny)
     smaller = smaller.model_copy(update={"classifier": smaller.classifier.model_copy(update={"batch_size": 4})})
     go(smaller, tmp_path / "run", until="train")
+
+
+def test_bald_asks_every_seed_and_forgetting_every_round(tiny, tmp_path):
+    from adversa.mine import scorers
+
+    run = go(
+        short(tiny, mine={"scorer": "bald"}, evaluate={"seeds": 2}, mix={"arms": ["real", "resample"]}),
+        tmp_path / "bald",
+        until="mine",
+    )
+    members = steps.ensemble(run.round(1, "scores"))
+    rows = steps.under_attack(run.round(1, "scores"))
+    assert len(members) == 2 and not np.array_equal(*members) and len(rows) == members.shape[1]
+    hard = tables.read(run.round(1, "hard")).to_pylist()
+    score = dict(zip(rows["id"].to_pylist(), scorers.bald(scorers.Evidence(rows["label"].to_numpy(), members)), strict=True))
+    first = {h["label"]: score[h["example"]] for h in reversed(hard)}  # of each class the first taken
+    assert all(first[h["label"]] >= score[h["example"]] - 1e-12 for h in hard)
+
+    config = short(tiny, mine={"scorer": "forgetting"}, mix={"arms": ["real", "resample"]}, rounds=2)
+    run = go(config, tmp_path / "forgetting")
+    recipe = runs.read_json(run.round(2, "hard") / runs.RECIPE)
+    assert "scores-0" in recipe["inputs"] and tables.read(run.round(2, "hard")).num_rows
