@@ -147,6 +147,7 @@ def predict(
         raise UserError(f"--out {out} is there already; give another name, or --force to overwrite it")
     models = [folder for a, _, folder in external.models(config, run) if a == chosen]
     paths = predict.listed(names)
+    _may_overwrite(out, paths, run)
     classes = steps.classes_of(run.data)
     data = config.data.model_copy(update={"crop": crop or config.data.crop})
     out = out.absolute()
@@ -165,10 +166,22 @@ def predict(
     aside.print(f"arm {chosen}{why}: {seeds}, the mean of their probabilities", highlight=False, markup=False, soft_wrap=True)
     screen.print(f"{len(found.paths)} images: {out}", highlight=False, markup=False, soft_wrap=True)
     if found.problems:
-        path, problem = found.problems[0]
-        more = f", and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
-        text = f"left out: {len(found.problems)} files that cannot be read ({path}: {problem}{more})"
-        aside.print(text, highlight=False, markup=False, soft_wrap=True)
+        lines = [
+            f"left out: {len(found.problems)} files that cannot be read",
+            *(f"  {path}: {why}" for path, why in found.problems),
+        ]
+        for line in lines:
+            aside.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _may_overwrite(out: Path, paths: Sequence[Any], run: RunDir) -> None:
+    """UserError where --force would destroy one of the images, a file of the run, or what is no file at all."""
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out {out} is no file; give the name of a CSV file")
+    if any(out.exists() and Path(p).exists() and out.samefile(p) for p in paths):
+        raise UserError(f"--out {out} is one of the images; give another name")
+    if out.absolute().resolve().is_relative_to(run.root.resolve()):
+        raise UserError(f"--out {out} lies in the run's folder; give a place outside of it")
 
 
 def _arm(arm: str | None, config: Config, run: RunDir) -> str:

@@ -215,10 +215,11 @@ def closing(console: Console, run: RunDir) -> None:
         arms = [BEFORE, *arms]
     for arm in arms:
         table.add_column("real (before)" if arm == arms[0] else "guided (after)" if arm == "guided" else arm)
-    heading = ""
+    heading, times = "", summary.get("test_openings", 1)
+    opened = "test, opened once" if times < 2 else f"test, opened {times} times"
     for role, metric, name in ROWS:
         if role != heading:
-            table.add_row(Text("test, opened once" if role == "test" else "mine, optimistic", "italic"))
+            table.add_row(Text(opened if role == "test" else "mine, optimistic", "italic"))
             heading = role
         table.add_row(f"  {name}", *(_score(summary, arm, role, metric) for arm in arms))
     table.add_row("synthetic images", *(str(summary["used"].get(arm, 0)) for arm in arms))
@@ -226,10 +227,11 @@ def closing(console: Console, run: RunDir) -> None:
         table.add_row("images repeated", *(str(summary["added"].get(arm, 0) - summary["used"].get(arm, 0)) for arm in arms))
     console.print(table)
     rejected = ", ".join(f"{n} {reason}" for reason, n in summary["rejected"].items()) or "none"
-    console.print(f"generated {summary['generated']}, accepted {summary['accepted']}; rejected: {rejected}", highlight=False)
-    console.print(summary["verdict_sentence"], highlight=False, markup=False, soft_wrap=True)
-    for note in summary["notes"]:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"generated {summary['generated']}, accepted {summary['accepted']}; rejected: {rejected}", highlight=False, emoji=False
+    )
+    for line in [summary["verdict_sentence"], *(f"note: {note}" for note in summary["notes"])]:
+        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print(f"report: {_short(run.root / 'report.html')}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -64,6 +64,7 @@ class Plan:
             found |= {"shard": s.shard} if s.form == card.WEBDATASET else {}
         if self.models:
             found["models"] = {arm: [runs.fingerprint(f) for f in folders] for arm, folders in self.models}
+            found["openings"] = (runs.read_json(self.run.summary) or {}).get("test_openings", 1)  # the cards say how many
         return found
 
 
@@ -92,6 +93,8 @@ def plan(config: Config, run: RunDir, selection: Selection) -> Plan:
     models = [] if s.what == IMAGES else publish_models.folders(config, run, s.arm)
     if models and not run.summary.exists():
         raise UserError(f"{run.root} is not finished, so its models have no figures yet ({_next(config, run)})")
+    if untrained := [f for _, folders in models for f in folders if not runs.is_finished(f)]:
+        raise UserError(f"{run.root} has no classifier in {run.name_of(untrained[0])} ({_next(config, run)})")
     rounds = _rounds(config, run, s.round) if arms else []
     return Plan(run, config, s, classes_of(run.data), rounds, arms, models)
 

@@ -115,6 +115,7 @@ def _result(arm: str, summary: dict[str, Any]) -> str:
     ]
     head = ("arm", "against", "difference", "95% interval", "p, Holm", "word")
     controls = table(head, compared) if compared else ""
+    over = "the test lesions and the seeds" if summary["seeds"] > 1 else "the test lesions"
     return f"""## Result of the run
 
 {cell(summary["verdict_sentence"])}
@@ -122,7 +123,7 @@ def _result(arm: str, summary: dict[str, Any]) -> str:
 {controls}
 ## Figures of this arm on `test`
 
-Means over {summary["seeds"]} seed{"s" if summary["seeds"] > 1 else ""}; intervals by a bootstrap over lesions.
+Means over {summary["seeds"]} seed{"s" if summary["seeds"] > 1 else ""}; intervals over {over}.
 `test` was first opened {summary["test_opened"] or "at an unknown time"}{_openings(summary)}.
 
 {table(("metric", "value", "95% interval"), figures)}"""
@@ -150,8 +151,8 @@ def _subgroups(arm: str, summary: dict[str, Any]) -> str:
     head = ("attribute", "value", "images", "lesions", "balanced accuracy", "before")
     return f"""## Subgroups
 
-On `test`, with 95% intervals; before: the classifiers before the first round. Groups of fewer than 30 images are in brackets:
-they say little. Nothing here was tested.
+On `test`, with 95% intervals; before: the classifiers before the first round. Groups of fewer than 30 lesions are in
+brackets, without an interval: they say little. Nothing here was tested.
 
 {table(head, found)}"""
 

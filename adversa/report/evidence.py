@@ -120,7 +120,7 @@ KINDS = ("auroc", "pauc", "pauc_norm", "sensitivity", "specificity")
 def _is_of(metric: str, group: str, classes: list[str]) -> bool:
     kind, at, _ = metric.removesuffix(f"/{group}").partition("@")
     plain = kind in KINDS and (bool(at) or kind == "auroc")
-    return metric.endswith(f"/{group}") and plain and metric not in {f"{kind}/{c}" for c in classes}
+    return metric.endswith(f"/{group}") and plain
 
 
 def _place(metric: str) -> tuple[str, int]:

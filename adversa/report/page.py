@@ -68,6 +68,7 @@ def view(facts: Facts) -> dict[str, Any]:
         "notes": [words.sentence(note) for note in facts.summary["notes"]],
         "grouped": facts.section("data").get("grouped", True),
         "after": facts.after,
+        "folded": facts.summary["before"] != facts.summary["arms"].get("real"),
         "roles": ROLES_SHOWN,
         "overall": {role: evidence.overall(facts, role) for role in ROLES_SHOWN},
         "per_class": evidence.per_class(facts),

@@ -208,7 +208,7 @@ def test_a_run_without_synthetic_arms(make_run: Callable[..., Path]) -> None:
     (run / "summary.json").write_text(json.dumps(summary))
     text = Page(page.write(run).read_text()).text
     assert "There are no hard cases" in text and "There are no verdicts" in text
-    assert "Before is the arm real" in text and "After is the arm" not in text
+    assert "Before: the classifiers whose mistakes were mined" in text and "After is the arm" not in text
 
 
 def test_pictures_that_were_deleted_are_said_to_be_missing(make_run: Callable[..., Path]) -> None:
