@@ -333,7 +333,7 @@ class Curate(Section):
         description="trivial: the judge is surer of the asked label than it is of this share of held-out real images; null: off",
     )
     near_copy_quantile: float = Field(
-        0.995,
+        0.993,
         gt=0.5,
         le=1,
         description="closer to a real image than this share of different lesions are to each other: a near copy",

@@ -251,7 +251,7 @@ def test_real_lesions_are_flagged_at_the_stated_rate_and_copies_caught(ham_zip: 
         threshold = found.threshold([ids[i] for i in known], [lesions[i] for i in known], quantile)
         rate, expected = np.mean(similarity >= threshold), 1 - quantile
         assert abs(rate - expected) < 4 * np.sqrt(expected * quantile / len(fresh)), (rate, threshold)
-    threshold = found.threshold([ids[i] for i in known], [lesions[i] for i in known], 0.995)
+    threshold = found.threshold([ids[i] for i in known], [lesions[i] for i in known], 0.993)  # the default
     for kind in KINDS:
         similarity, _ = found.nearest(plant(images[known[:300]], kind))
         assert np.mean(similarity >= threshold) >= 0.985, kind  # 99% and a standard deviation of 300
