@@ -145,7 +145,7 @@ def train(
     words: TrainWords = None, run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None,
     engine: EngineName = "ray", verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Train the denoiser, the judge and the first classifiers (and what comes before), or the codec alone."""
+    """Train the denoiser, the judges and the first classifiers (and what comes before), or the codec alone."""
     what, config = _what("train", words, ("codec",))
     execute(what or "train", config, run_dir, set_ or [], rounds, seed, engine, verbose)
 

@@ -150,7 +150,7 @@ def _banded(name: str, value: str) -> str:
 
 def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
     """Seconds and device-seconds of what an arm needs beside the data: its classifiers of all rounds, the classifier that mines,
-    and where it paints its share of the images and verdicts, the denoiser and the judge."""
+    and where it paints its share of the images and verdicts, the denoiser, the judges and what the gate measures on real images."""
     last = last_round(config)
     found = {}
     for arm in config.mix.arms:

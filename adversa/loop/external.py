@@ -16,9 +16,9 @@ from adversa.loop import external_set, steps
 from adversa.loop.engine import Engine
 from adversa.loop.external_pictures import prepare
 from adversa.loop.external_set import External
-from adversa.loop.stages import home, last_round
+from adversa.loop.stages import last_round, models_of
 from adversa.runs import RunDir
-from adversa.types import BEFORE, UserError
+from adversa.types import UserError
 
 
 def models(config: cfg.Config, run: RunDir) -> list[tuple[str, int, Path]]:
@@ -26,11 +26,7 @@ def models(config: cfg.Config, run: RunDir) -> list[tuple[str, int, Path]]:
 
     UserError where one is not finished.
     """
-    last = last_round(config)
-    places = {arm: (home(config, arm, last), arm) for arm in config.mix.arms}
-    if places["real"][0]:
-        places = {BEFORE: (0, "real")} | places
-    found = [(a, s, run.arm(n, arm, s) / "classifier") for a, (n, arm) in places.items() for s in range(config.evaluate.seeds)]
+    found = [(arm, seed, folder) for arm, seed, _, folder in models_of(config, run, last_round(config))]
     if missing := [folder for _, _, folder in found if not runs.is_finished(folder)]:
         raise UserError(
             f"{run.root} is not finished ({run.name_of(missing[0])} is missing); finish it with: "

@@ -64,6 +64,11 @@ class Comparison:
         return f"{self.a} minus {self.b}"
 
     @property
+    def needed(self) -> str:
+        """Seeds for the effect, in words: one pair of classifiers does not tell what another would do."""
+        return "not told by one seed" if self.seeds == 1 else str(self.seeds_needed or "more than 100, on these lesions")
+
+    @property
     def on(self) -> str:
         return f"{METRICS.get(self.metric, self.metric)}, {self.role}{' (optimistic)' if self.role == 'mine' else ''}"
 

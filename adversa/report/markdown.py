@@ -119,7 +119,7 @@ def _comparisons(v: dict[str, Any]) -> list[str]:
     rows = []
     for c in v["comparisons"]:
         mcnemar = "; ".join(f"{m['won']} won, {m['lost']} lost, p {p_value(m['p'])}" for m in c.mcnemar)
-        needed = words.DASH if c.detectable is None else str(c.seeds_needed or "not on these lesions")
+        needed = words.DASH if c.detectable is None else c.needed
         interval = f"{signed(c.low)} to {signed(c.high)}"
         found = [signed(c.difference), interval, p_value(c.p_holm), text(c.word), fixed(c.detectable), needed, mcnemar]
         rows.append([text(f"{c.name}, {c.on}"), *found])

@@ -66,8 +66,10 @@ def sentence(c: Comparison) -> str:
         parts.append(f"{where} an effect of {fixed(c.detectable)} is found 4 times in 5; a smaller one may be there.")
         if c.seeds_needed:
             parts.append(f"An effect of {fixed(c.effect, 2)} would take {counted(c.seeds_needed, 'seed')}.")
+        elif c.seeds == 1:
+            parts.append("One seed does not tell how many it would take.")
         else:
-            parts.append(f"For an effect of {fixed(c.effect, 2)} no number of seeds is enough: it takes more lesions.")
+            parts.append(f"For an effect of {fixed(c.effect, 2)} a hundred seeds are not enough: it takes more lesions.")
     return " ".join(parts)
 
 

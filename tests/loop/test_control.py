@@ -2,7 +2,8 @@
 
 Real pictures of another draw of the same world, which no role of the run holds, go through the loop's folders as if they had been
 painted for the requests of the arm `guided`. Training images are scarce, so that more real ones must help. With right labels the
-run must say `better`, through the gate as it is; with labels shuffled across classes it must not, though a gate lets all through.
+run must say `better`, through the gate (all of it but the least agreement); with labels shuffled across classes it must not, though
+a gate lets all through.
 """
 
 from __future__ import annotations

@@ -220,3 +220,25 @@ def test_a_set_from_elsewhere_is_named(make_run: Callable[..., Path]) -> None:
     html = page.write(run).read_text()
     assert "<bdi>clinic</bdi>: Worse: by &lt;b&gt;much&lt;/b&gt;." in html and "no set from elsewhere" not in html
     assert "- clinic: Worse: by \\<b\\>much\\</b\\>." in (run / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "needed", "told", "sentence"),
+    [
+        (1, None, "not told by one seed", "One seed does not tell how many it would take."),
+        (3, None, "more than 100, on these lesions", "a hundred seeds are not enough"),
+        (3, 31, "31", "An effect of 0.02 would take 31 seeds."),
+    ],
+)
+def test_how_many_seeds_it_would_take_is_said_only_where_it_is_known(
+    make_run: Callable[..., Path], seeds: int, needed: int | None, told: str, sentence: str
+) -> None:
+    run = make_run()
+    summary = json.loads((run / "summary.json").read_text())
+    for c in summary["comparisons"]:
+        c |= {"seeds": seeds, "seeds_needed": needed, "word": "not shown", "detectable": 0.05, "effect": 0.02}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page.write(run)
+    for name in ("report.html", "report.md"):
+        text = (run / name).read_text()
+        assert told in text and sentence in text, name
