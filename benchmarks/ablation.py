@@ -93,14 +93,12 @@ def _at_most(pairs: Pairs, counts: Sequence[int]) -> list[int]:
     return [min(have[c], n) for c, n in enumerate(counts)]
 
 
-def train(
-    engine: Engine, run: RunDir, config: Config, name: str, added: Pairs, counts: list[int], at: Path | None, out: Path
-) -> None:
+def train(engine: Engine, run: RunDir, config: Config, name: str, v: Variation, out: Path) -> None:
     real, mined = rows_of(run, config)
     if not (out / "mix" / runs.MANIFEST).exists():
-        tables.write_part(out / "mix" / tables.part_name(0), arms.mix("guided", real, mined, added, counts))
-        runs.write_json(out / "mix" / runs.MANIFEST, {"fingerprint": name, "counts": counts})
-    folders = [run.data / "mine", *([at] if at else [run.round(n, "synthetic") for n in range(1, last_round(config) + 1)])]
+        tables.write_part(out / "mix" / tables.part_name(0), arms.mix(v.arm, real, mined, v.added, v.counts))
+        runs.write_json(out / "mix" / runs.MANIFEST, {"fingerprint": name, "counts": v.counts})
+    folders = [run.data / "mine", *([v.at] if v.at else [run.round(n, "synthetic") for n in range(1, last_round(config) + 1)])]
     seeds = range(config.evaluate.seeds)
     engine.fit([
         steps.classifier_job(

@@ -9,10 +9,15 @@ import pytest
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+KILLS = ("test_kill.py", "test_training.py")  # the longest files, which mostly wait
+
+
 def pytest_collection_modifyitems(items):
-    """With several test processes (pytest-xdist) whatever starts Ray stays in one: two Rays would fight for the cores."""
+    """With several test processes (pytest-xdist) whatever starts Ray stays in two of them: more Rays would fight for the cores."""
     for item in items:
-        if item.get_closest_marker("ray") or "distributed" in item.path.parts or item.path.name == "test_cli.py":
+        if item.path.name in KILLS and "distributed" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("ray-kills"))
+        elif item.get_closest_marker("ray") or "distributed" in item.path.parts or item.path.name == "test_cli.py":
             item.add_marker(pytest.mark.xdist_group("ray"))
 
 
