@@ -117,7 +117,7 @@ def mine(
     """Find the hard cases of the next unfinished round (and what comes before)."""
     from rich.console import Console
 
-    execute("mine", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+    execute("mine", config, run_dir, set_ or [], rounds, seed, engine, verbose, brief=explain)
     if explain:
         for line in _explained(root_of(config, run_dir)):
             Console().print(line, highlight=False, markup=False, soft_wrap=True)

@@ -60,7 +60,7 @@ def order(
     if order.finished(wanted):
         screen.print(f"{out} holds this order already; nothing to do", highlight=False, markup=False, soft_wrap=True)
         return
-    with runs.writing(out):
+    with runs.writing(out, "--out"):
         wanted.work.root.mkdir(parents=True, exist_ok=True)
     with runs.lock(wanted.work):
         runs.set_status(wanted.work, "running", "order", command="order")
@@ -98,8 +98,9 @@ def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) ->
 
     saved, _ = source(run, None)
     assert saved is not None
-    if out is not None and out.is_dir():
-        raise UserError(f"--out {out} is a folder; give the name of a PNG file")
+    with runs.writing(out or saved.root, "--out"):
+        if out is not None and out.is_dir():
+            raise UserError(f"--out {out} is a folder; give the name of a PNG file")
     with tempfile.TemporaryDirectory() as temporary:
         found = regenerate.regenerate(load(saved.config), saved, request_id, Path(temporary))
     r = found.request
@@ -114,7 +115,7 @@ def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) ->
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     if out is not None:
-        with runs.writing(out.parent):
+        with runs.writing(out.parent, "--out"):
             out.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(found.image).save(out, format="PNG")
 
@@ -157,7 +158,7 @@ def bench(
             "machine": runs.machine(),
             "generate": config.generate.model_dump(mode="json"),
         }
-        with runs.writing(record.parent):
+        with runs.writing(record.parent, "--json"):
             runs.write_json(record, told | {"results": [asdict(r) for r in rows]})
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +21,9 @@ from adversa.loop import stages
 from adversa.loop.engine import Done, Engine, Make, Part, Report
 from adversa.runs import RunDir
 from adversa.types import ARMS, BEFORE, UserError
+
+if TYPE_CHECKING:
+    from adversa.loop.external_set import External
 
 MakeEngine = Callable[[Config, RunDir], Any]
 CROPS = ("center", "pad", "squash")
@@ -81,14 +84,16 @@ def evaluate_on(
     data = external_set.section(config, on, overrides, crop)
     outside = external_set.listing(data, translation)
     asked = external.External(run, config, data, translation, _named(name, on), outside)
-    with runs.writing(asked.folder):
+    with runs.writing(asked.folder, "RUN"):
         asked.folder.mkdir(parents=True, exist_ok=True)
     work = RunDir(asked.folder)
-    with runs.lock(work), runs.writing(asked.folder):
+    with runs.lock(work), runs.writing(asked.folder, "RUN"):
         runs.set_status(work, "running", "external")  # who holds the lock
-        if not external.is_scored(asked):
-            with _shown(screen) as show, _engine(make_engine, config, run) as engine:
-                external.score(asked, _Told(engine, show), show.say)
+        try:
+            _score(asked, make_engine, screen)
+        except BaseException:
+            external.forget(asked)
+            raise
         found = external_report.told(asked)
         if found is None:
             screen.print("computing figures and intervals", highlight=False)
@@ -98,6 +103,14 @@ def evaluate_on(
         runs.set_status(work, "finished", "external")
     show_external(screen, found)
     screen.print(f"report: {asked.folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _score(asked: External, make_engine: MakeEngine, screen: Console) -> None:
+    from adversa.loop import external
+
+    if not external.is_scored(asked):
+        with _shown(screen) as show, _engine(make_engine, asked.config, asked.run) as engine:
+            external.score(asked, _Told(engine, show), show.say)
 
 
 def _named(name: str | None, on: Path) -> str:
@@ -111,6 +124,7 @@ def _named(name: str | None, on: Path) -> str:
 def show_external(screen: Console, found: dict[str, Any]) -> None:
     """A table of the arms, the comparisons' words, and the notes."""
     from adversa.loop import external_report
+    from adversa.loop.external_clusters import counted
 
     arms = [arm for arm in ARMS if arm in found["arms"]]
     if found["before"] != found["arms"]["real"]:
@@ -123,7 +137,8 @@ def show_external(screen: Console, found: dict[str, Any]) -> None:
         if metric.startswith(SHOWN):
             table.add_row(Text(title), *(external_report.value(found, arm, metric) for arm in arms))
     unit, n = found["clusters"]["by"], found["clusters"]["n"]
-    text = f"{found['run']} on {found['set']}: {found['images']['scored']} images" + (f", {n} {unit}s" if unit != "image" else "")
+    text = f"{found['run']} on {found['set']}: {counted(found['images']['scored'], 'image')}"
+    text += f", {counted(n, unit)}" if unit != "image" else ""
     screen.print(Text(text, "italic"))
     screen.print(table)
     for line in [found["verdict_sentence"], *(f"note: {note}" for note in found["notes"])]:
@@ -141,17 +156,18 @@ def predict(
     _one_of("--on-error", on_error, ON_ERROR)
     run, config = _opened(root)
     chosen = _arm(arm, config, run)
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give the name of a CSV file")
-    if out.exists() and not force:
-        raise UserError(f"--out {out} is there already; give another name, or --force to overwrite it")
+    with runs.writing(out, "--out"):
+        if out.is_dir():
+            raise UserError(f"--out {out} is a folder; give the name of a CSV file")
+        if out.exists() and not force:
+            raise UserError(f"--out {out} is there already; give another name, or --force to overwrite it")
     models = [folder for a, _, folder in external.models(config, run) if a == chosen]
     paths = predict.listed(names)
     _may_overwrite(out, paths, run)
     classes = steps.classes_of(run.data)
     data = config.data.model_copy(update={"crop": crop or config.data.crop})
     out = out.absolute()
-    with runs.writing(out):
+    with runs.writing(out.parent, "--out"):
         out.parent.mkdir(parents=True, exist_ok=True)
         # Beside the result, which can be written: the run may be on a disk that cannot. All nodes of a cluster must see it.
         with (

@@ -43,7 +43,9 @@ def execute(
     engine_name: str,
     verbose: bool,
     reopen: bool = False,
+    brief: bool = False,
 ) -> None:
+    """brief: one line at the end, though the run is finished: the caller has more to say."""
     from rich.console import Console
 
     from adversa import console, runs
@@ -86,7 +88,7 @@ def execute(
         runs.set_status(run, "finished" if finished else "stopped")
     if judged is not None:
         console.quality(screen, run, judged)
-    elif finished:
+    elif finished and not brief:
         console.closing(screen, run)
     else:
         text = f"{worked.title} is done in {run.root}" if worked is not None else f"{command}: nothing left to do in {run.root}"

@@ -419,7 +419,7 @@ class Cluster(Section):
 
     cpus: int | None = Field(None, ge=1, description="of the embedded Ray; null: all of this machine")
     object_store_mb: int = Field(512, ge=100)
-    training_threads: int | None = Field(None, ge=1, description="torch threads of a training worker; null: all CPUs")
+    training_threads: int | None = Field(None, ge=1, description="torch threads of a training worker; null: all CPUs it may use")
     samplers: int | None = Field(None, ge=1, description="sampler actors; null: as many as the GPUs, or the CPUs, have room for")
     gpus_per_sampler: float = Field(1.0, gt=0, description="where there are GPUs: 0.5 puts two sampler actors on each")
     training_workers: int = Field(1, ge=1, description="workers of a training; each batch is shared among them")

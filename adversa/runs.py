@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -141,6 +142,40 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
+FREE = ("groups", "model_args")  # mappings whose keys a user chooses: one may be absent for an ordinary reason
+
+
+def unknown(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The fields and whole sections, dotted, that `new` has and `old`'s version of adversa did not know.
+
+    Not what a mapping of FREE holds, nor a section that is a plain value (null) on the other side: settings do that.
+    """
+    found = []
+    for key in sorted(new):
+        if key not in old:
+            found.append(key)
+        elif isinstance(old[key], dict) and isinstance(new[key], dict) and key not in FREE:
+            found += [f"{key}.{name}" for name in unknown(old[key], new[key])]
+    return found
+
+
+def _versions_apart(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What one of two versions does not know, in words; empty where both recipes have the same fields."""
+    pairs = (("that one", unknown(old, new)), ("this one", unknown(new, old)))
+    return [f"{which} does not know {', '.join(fields)}" for which, fields in pairs if fields]
+
+
+def _advice(apart: list[str], made: Path) -> str:
+    """What to do about a recipe that differs. apart: of _versions_apart; made: a folder whose manifest may name who made it."""
+    if not apart:
+        return "use those values again, or another --run-dir"
+    known = read_json(made / MANIFEST) or {}
+    version, commit = known.get("versions", {}).get("adversa"), known.get("git")
+    named = ", ".join([f"adversa {version}"] * bool(version) + [f"commit {commit}"] * bool(commit))
+    that = f"that version ({named})" if named else "that version"
+    return f"another version of adversa made it: {', '.join(apart)}; finish it with {that}, or give another --run-dir"
+
+
 def open_run(root: Path, recipe: dict[str, Any], config_yaml: str, reopen: bool = False) -> RunDir:
     """Create the run folder, or check that it was made by the same recipe.
 
@@ -172,9 +207,8 @@ def open_run(root: Path, recipe: dict[str, Any], config_yaml: str, reopen: bool 
             replace_bytes(run.config, config_yaml.encode())
     elif changed:
         again = ", or --reopen-test: test is read a second time, and the report says so" if _only_reads(run, changed) else ""
-        raise UserError(
-            f"{root} was made by another recipe ({'; '.join(changed)}); use those values again, or another --run-dir{again}"
-        )
+        advice = _advice(_versions_apart(saved.get("recipe", {}), recipe), run.data)
+        raise UserError(f"{root} was made by another recipe ({'; '.join(changed)}); {advice}{again}")
     with _opening(root):
         if not run.config.exists():  # killed between the two files
             replace_bytes(run.config, config_yaml.encode())
@@ -236,24 +270,43 @@ def run_id(recipe: dict[str, Any]) -> str:
     return digest(json.dumps(recipe | {"data": data}, sort_keys=True), size=8)
 
 
+# {option}: what says where to write; {kept}: that the same command goes on where it was.
+FIXES = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again{kept}",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again{kept}",
+    errno.EIO: "the disk fails (input/output error); check it, then run the same command again{kept}",
+    errno.ESTALE: "the network file system has lost it; mount it again, then run the same command again{kept}",
+    errno.EBUSY: "something else holds it; wait for that to end and run the same command again, or give another {option}",
+    errno.EROFS: "the file system is read-only; give a {option} that can be written",
+    errno.EACCES: "permission denied; give a {option} that can be written",
+    errno.EPERM: "permission denied; give a {option} that can be written",
+    errno.ENOTDIR: "a file is in the way; give another {option}",
+    errno.EEXIST: "a file is in the way; give another {option}",
+    errno.EISDIR: "a folder is in the way; give another {option}",
+    errno.ELOOP: "symbolic links lead in a circle; give another {option}",
+    errno.ENAMETOOLONG: "the name is too long; give another {option}, a shorter one",
+    errno.EFBIG: "the file system takes no file so large; give another {option}",
+    errno.ENOENT: "the folder cannot be made, or is gone; see whether it was deleted or unmounted, or give another {option}",
+}
+
+
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn the faults of a file system that a user can mend into a UserError."""
-    fixes = {
-        errno.ENOSPC: "the disk is full; free some space and run the same command again, finished parts are kept",
-        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again, finished parts are kept",
-        errno.EROFS: "the file system is read-only; give a --run-dir that can be written",
-        errno.EACCES: "permission denied; give a --run-dir that can be written",
-        errno.EPERM: "permission denied; give a --run-dir that can be written",
-        errno.ENOTDIR: "a file is in the way; give another --run-dir",
-        errno.EEXIST: "a file is in the way; give another --run-dir",
-    }
+def writing(folder: Path, option: str = "--run-dir") -> Iterator[None]:
+    """Turn the faults of a file system that a user can mend into a UserError. option: what the user gave the folder by."""
     try:
         yield
     except OSError as e:
-        if e.errno not in fixes:
+        if e.errno not in FIXES or (e.errno == errno.ENOENT and not _is_gone(folder, e)):
             raise
-        raise UserError(f"cannot write to {e.filename or folder}: {fixes[e.errno]}") from None
+        kept = ", finished parts are kept" if option == "--run-dir" else ""
+        where = e.filename2 or e.filename or folder  # of two names (a rename) the second is where it was to go
+        raise UserError(f"cannot write to {where}: {FIXES[e.errno].format(option=option, kept=kept)}") from None
+
+
+def _is_gone(folder: Path, error: OSError) -> bool:
+    """Whether it is the folder that is missing: a file missing in one that is there, or elsewhere, is a fault of ours."""
+    named = Path(error.filename) if isinstance(error.filename, str) else folder
+    return not os.path.exists(folder) and (named == folder or folder in named.parents or named in folder.parents)
 
 
 @contextlib.contextmanager
@@ -315,8 +368,20 @@ def begin(folder: Path, recipe: Recipe) -> bool:
     elif (changed := differences(saved, asked)) and not _begun(folder):
         write_json(folder / RECIPE, asked)
     elif changed:
-        raise UserError(f"{folder} was made by another recipe ({'; '.join(changed)}); use those values again, or another --run-dir")
+        advice = _advice(_steps_apart(saved, asked), folder)
+        raise UserError(f"{folder} was made by another recipe ({'; '.join(changed)}); {advice}")
     return is_finished(folder)
+
+
+def _steps_apart(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """As _versions_apart, of a step's recipe: it has another number in another version, and what it reads has other names in other
+    settings. Some steps (codec, denoiser) have recipes of two shapes, which differ in a field that both have as well."""
+    a, b = (flatten(json.loads(json.dumps(r.get("config", {})))) for r in (saved, asked))
+    same = all(a[k] == b[k] for k in a.keys() & b.keys())
+    apart = _versions_apart(saved.get("config", {}), asked["config"]) if same else []
+    if saved.get("version") != asked["version"]:
+        apart.append(f"its step {asked['step']} has number {saved.get('version')}, here it has {asked['version']}")
+    return apart
 
 
 def _begun(folder: Path) -> bool:
@@ -461,6 +526,19 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "") if commit.returncode == 0 else None
+
+
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of a container: "QUOTA PERIOD" in microseconds, or "max PERIOD"
+
+
+def cpus() -> int:
+    """How many CPUs this process may use: affinity (taskset, batch systems) and a container's quota; the machine may have more."""
+    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_MAX.read_text().split()
+        return max(1, min(free, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or no quota
+        return max(1, free)
 
 
 @cache

@@ -21,7 +21,6 @@ KID (with --data) is that of `--images` samples against held-out images, for ddi
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -37,7 +36,7 @@ import torch
 from common import Result, parser, publish
 
 from adversa import config as cfg
-from adversa import tables
+from adversa import runs, tables
 from adversa.diffuse import edm, painter
 from adversa.diffuse.strategy import Sources
 from adversa.loop import bench, painting
@@ -134,7 +133,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, base: Path) -> list[Result]:
-    threads = os.cpu_count() or 1
+    threads = runs.cpus()
     torch.set_num_threads(threads)
     config = cfg.Generate(batch_size=BATCH)
     if args.quick:

@@ -37,6 +37,7 @@ import psutil
 from common import Result, parser, publish
 
 from adversa import config as cfg
+from adversa import runs
 from adversa.loop import cycle, steps
 from adversa.loop.engine import FitJob, LocalEngine
 from adversa.loop.feed import Batch
@@ -272,7 +273,7 @@ def main() -> None:
     if args.quick:
         args.rounds, args.steps = 1, 400
     config = cfg.load(args.config)
-    threads = config.cluster.training_threads or os.cpu_count() or 1
+    threads = config.cluster.training_threads or runs.cpus()
     if args.alone is not None:
         how, what, out = args.alone
         run = RunDir(args.run_dir.absolute())

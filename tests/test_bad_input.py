@@ -222,7 +222,7 @@ BAD = [
 def test_a_bad_picture_or_row(source, tmp_path, spoil, kind, parts, left):
     s = source(kind)
     spoil(s)
-    refused(s.prepare(tmp_path / "fail"), *parts, "mend it, or leave such pictures out with data.on_error=skip")
+    refused(s.prepare(tmp_path / "fail"), *parts, "mend it, or leave such pictures out with --set data.on_error=skip")
     assert not (tmp_path / "fail/data/manifest.json").exists()
     status = runs.read_json(tmp_path / "fail/status.json")
     assert status["state"] == "failed" and all(p in status["error"] for p in parts)
@@ -318,7 +318,7 @@ def test_a_class_whose_pictures_are_all_damaged_is_named(source, tmp_path):
 def test_one_picture_under_two_labels(source, tmp_path):
     s = source("folder")
     (s.root / "b/twin.jpg").write_bytes((s.root / "a/0.jpg").read_bytes())
-    refused(s.prepare(tmp_path / "fail"), "a/0.jpg (a)", "b/twin.jpg (b)", "data.on_error=skip")
+    refused(s.prepare(tmp_path / "fail"), "a/0.jpg (a)", "b/twin.jpg (b)", "leave both out with --set data.on_error=skip")
     assert s.prepare(tmp_path / "skip", **{"data.on_error": "skip"}).exit_code == 0
     assert len(leaks(tmp_path / "skip")["problems"]) == 2 and len(prepared(tmp_path / "skip")) == 15
 

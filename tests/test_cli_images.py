@@ -84,6 +84,8 @@ def test_mining_explains_itself(adversa, finished, tmp_path):
     moved = shutil.copytree(run.root, tmp_path / "run")
     result = adversa("mine", "--run-dir", moved, "--explain", "--engine", "local")
     assert result.exit_code == 0, (result.output, result.exception)
+    lines = result.output.splitlines()
+    assert lines[:2] == [f"mine: nothing left to do in {moved}", "round 1"] and "balanced accuracy" not in result.output
     assert "failure modes:" in result.output and "Fisher's exact test, corrected by Holm" in result.output
     saved = json.loads((moved / "round-001/hard/modes.json").read_text())
     assert all(mode["name"] in result.output for mode in saved["modes"]) and saved["modes"]

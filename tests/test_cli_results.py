@@ -82,6 +82,49 @@ def test_what_evaluate_on_refuses(adversa, run, tree, tmp_path):
     assert not (run.root / "external").exists()
 
 
+def test_what_evaluate_on_refuses_of_a_set(adversa, run, tree, tmp_path):
+    def on(path, *more):
+        return adversa("evaluate", run.root, "--on", path, *more, *LOCAL)
+
+    picture = next(tree.glob("*/*.png"))
+    refused(on(picture), f"--on {picture} is a picture; give a CSV, a folder", f"`adversa predict RUN {picture}`")
+    (tmp_path / "set.csv").write_text("path;label\na.png;nevus\n")
+    refused(on(tmp_path / "set.csv"), "looks separated by semicolons", "save it as comma-separated text")
+    (tmp_path / "map.yaml").write_text("")
+    refused(on(tree, "--labels-map", tmp_path / "map.yaml"), "map.yaml is empty", "`labels:`")
+    shutil.copytree(tree / "nevus", tmp_path / "one/nevus")
+    refused(on(tmp_path / "one"), "--on ", "every picture has the label nevus", "two classes or more")
+    (tmp_path / "map.yaml").write_text("labels: {nevus: null, melanoma: null, keratosis: null, vascular: null}")
+    refused(on(tree, "--labels-map", tmp_path / "map.yaml"), "only carcinoma is left to score", "change the --labels-map")
+    assert not (run.root / "external").exists()
+
+
+def test_a_failed_evaluation_leaves_no_folder_unless_something_was_made(adversa, run, tree, tmp_path):
+    broken = shutil.copytree(tree, tmp_path / "broken")
+    for path in broken.glob("*/*.png"):
+        path.write_bytes(b"no picture")
+    refused(
+        adversa("evaluate", run.root, "--on", broken, *LOCAL),
+        "not a picture",
+        "leave such pictures out with --set data.on_error=skip",
+    )
+    assert not (run.root / "external").exists()
+    kept = run.root / "external/broken/notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    assert adversa("evaluate", run.root, "--on", broken, *LOCAL).exit_code == 2 and kept.read_text() == "mine"
+
+
+def test_what_cannot_be_written_names_the_option(adversa, run, tree, tmp_path):
+    (tmp_path / "file").write_text("")
+    image = next(tree.glob("*/*.png"))
+    refused(
+        adversa("predict", run.root, image, "--out", tmp_path / "file/p.csv", *LOCAL), "a file is in the way; give another --out"
+    )
+    long = tmp_path / ("n" * 300) / "p.csv"
+    refused(adversa("predict", run.root, image, "--out", long, *LOCAL), "the name is too long; give another --out, a shorter one")
+
+
 def rows(path):
     with open(path, newline="") as f:
         return list(csv.DictReader(f))

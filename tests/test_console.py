@@ -200,6 +200,40 @@ def test_clock(seconds, said):
     assert console.clock(seconds) == said
 
 
+def summary(*arms):
+    """Of a run with these arms, each a little better than the one before."""
+    card = {"balanced_accuracy": 0.5, "accuracy": 0.6, "auroc_macro": 0.7, "specificity/a": 0.8}
+    told = {
+        arm: {"test": {m: v + i / 100 for m, v in card.items()}, "mine": {"balanced_accuracy": 0.25 + i / 100}}
+        for i, arm in enumerate(("before", *arms))
+    }
+    ends = {arm: {r: {m: [v - 0.04, v + 0.03] for m, v in c.items()} for r, c in roles.items()} for arm, roles in told.items()}
+    return {
+        "before": told.pop("before"), "intervals_before": ends.pop("before"), "arms": told, "intervals": ends,
+        "used": dict.fromkeys(arms, 7), "added": dict.fromkeys(arms, 384), "generated": 5, "accepted": 3, "rejected": {},
+        "verdict_sentence": "Not shown.", "notes": [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [44, 60, 80, 120])
+@pytest.mark.parametrize("arms", [("real", "guided"), ("real", "resample", "replay", "unguided", "guided")])
+def test_closing_is_a_row_an_arm_at_any_width(run, width, arms):
+    runs.write_json(run.summary, summary(*arms))
+    out = io.StringIO()
+    console.closing(Console(file=out, width=width, color_system=None), run)
+    shown = out.getvalue().splitlines()
+    tables = shown[: next(i for i, line in enumerate(shown) if line.startswith("generated"))]
+    assert all(len(line) <= width for line in tables)
+    values = [f"{0.5 + i / 100:.3f} ({0.46 + i / 100:.2f}-{0.53 + i / 100:.2f})" for i in range(len(arms) + 1)]
+    names = ["real (before)", *(a if a != "guided" else "guided (after)" for a in arms)]
+    for name, value in zip(names, values, strict=True):
+        rows = [line for line in tables if re.match(rf"{re.escape(name)}  ", line)]
+        assert len(rows) == (2 if width == 120 else 3 if width > 44 else 4)
+        if width >= 60:  # a value and its interval are on one line, and no line is broken within a cell
+            assert value in rows[0]
+    assert sum("384" in line or "377" in line for line in tables) == len(arms)
+
+
 def test_closing_tells_before_and_after_and_the_verdict(run):
     card = {"balanced_accuracy": 0.5, "accuracy": 0.6, "specificity/a": 0.7, "specificity/b": 0.8}
     runs.write_json(

@@ -111,6 +111,48 @@ def test_differences_do_not_see_what_json_does_not_keep():
     assert runs.differences({"a": {}}, {"a": {"b": 1}}) == ["a: {} -> absent", "a.b: absent -> 1"]
 
 
+def test_a_run_of_another_version_is_finished_with_that_version(run):
+    """Its fields cannot be given again: one of the two versions does not know them."""
+    runs.write_json(run.data / runs.MANIFEST, {"versions": {"adversa": "0.0.9"}, "git": "c0ffee"})
+    newer = RECIPE | {"data": RECIPE["data"] | {"crop": "pad"}, "curate": {"quantile": 0.98, "folds": 2}}
+    text = message(runs.open_run, run.root, newer, "")
+    assert "curate.folds: absent -> 2; curate.quantile: absent -> 0.98; data.crop: absent -> pad" in text
+    assert "that one does not know curate, data.crop; finish it with that version (adversa 0.0.9, commit c0ffee)" in text
+    assert "or give another --run-dir" in text and "use those values again" not in text
+    runs.write_json(run.recipe, {"recipe": newer})
+    assert "this one does not know curate, data.crop;" in message(runs.open_run, run.root, RECIPE, "")
+
+
+FREE = [
+    ({"evaluate": {"groups": {}}}, {"evaluate": {"groups": {"malignant": ["mel"]}}}),
+    ({"classifier": {"model_args": {"channels": [8]}}}, {"classifier": {"model_args": {"dims": [8]}}}),
+    ({"curate": {"judge": None}}, {"curate": {"judge": {"model": "x"}}}),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), FREE)
+def test_what_a_setting_adds_or_takes_away_is_of_no_other_version(run, old, new):
+    runs.write_json(run.recipe, {"recipe": RECIPE | old})
+    runs.write_json(run.denoiser / runs.MANIFEST, {})
+    assert "; use those values again, or another --run-dir" in message(runs.open_run, run.root, RECIPE | new, "")
+    assert runs.unknown(old, new) == runs.unknown(new, old) == []
+
+
+def test_a_step_of_another_version_too(tmp_path):
+    def asked(version=1, inputs=None, **config):
+        return runs.Recipe("codec", version, config, inputs or {})
+
+    runs.begin(tmp_path, asked(kind="tiny", path=None))
+    (tmp_path / "checkpoint.pt").touch()
+    assert "does not know views; finish it with that version, or" in message(
+        runs.begin, tmp_path, asked(kind="tiny", path=None, views=8)
+    )
+    assert "step codec has number 1, here it has 2" in message(runs.begin, tmp_path, asked(2, kind="tiny", path=None))
+    # The recipe of another kind has other fields, and weights are read where there are some: settings, both.
+    for other in (asked(kind="kl", steps=4), asked(inputs={"weights": "f00"}, kind="tiny", path=None)):
+        assert "use those values again" in message(runs.begin, tmp_path, other)
+
+
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     assert "is not empty and not a run" in message(runs.open_run, tmp_path, RECIPE, "")
@@ -143,7 +185,18 @@ def test_begin_checks_the_recipe_and_finish_is_the_last_word(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "fix"),
-    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only"), (errno.EACCES, "permission denied")],
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EIO, "disk fails"),
+        (errno.EBUSY, "something else holds it"),
+        (errno.EISDIR, "a folder is in the way"),
+        (errno.ELOOP, "lead in a circle"),
+        (errno.ENAMETOOLONG, "too long"),
+        (errno.ESTALE, "mount it again"),
+    ],
 )
 def test_writing_names_the_place_and_the_fix(tmp_path, code, fix):
     def fails(name):
@@ -155,8 +208,27 @@ def test_writing_names_the_place_and_the_fix(tmp_path, code, fix):
 
 
 def test_writing_lets_our_own_faults_through(tmp_path):
-    with pytest.raises(FileNotFoundError), runs.writing(tmp_path):
-        raise FileNotFoundError(errno.ENOENT, "no such file", "model")
+    for folder, name in ((tmp_path, "model"), (tmp_path, str(tmp_path / "model")), (tmp_path / "gone", "/elsewhere/model")):
+        with pytest.raises(FileNotFoundError), runs.writing(folder):
+            raise FileNotFoundError(errno.ENOENT, "no such file", name)
+
+
+def test_a_folder_that_went_away_is_told(tmp_path):
+    def fails():
+        with runs.writing(tmp_path / "gone"):
+            (tmp_path / "gone/part").write_text("")
+
+    assert f"cannot write to {tmp_path / 'gone/part'}: the folder cannot be made, or is gone" in message(fails)
+
+
+def test_the_fix_names_the_option_that_gave_the_folder(tmp_path):
+    def fails(code, option):
+        with runs.writing(tmp_path, option):
+            raise OSError(code, "", "of a temporary name", None, str(tmp_path / "there"))
+
+    assert message(fails, errno.EROFS, "--out").endswith("there: the file system is read-only; give a --out that can be written")
+    assert message(fails, errno.ENOSPC, "--out").endswith("run the same command again")
+    assert message(fails, errno.ENOSPC, "--run-dir").endswith("run the same command again, finished parts are kept")
 
 
 def test_places_where_no_run_can_be(tmp_path):
@@ -177,6 +249,18 @@ def test_a_run_that_has_become_read_only_is_told_before_anything_is_done(run, mo
 
     monkeypatch.setattr(runs.Path, "touch", read_only)
     assert "the file system is read-only; give a --run-dir that can be written" in message(runs.open_run, run.root, RECIPE, "")
+
+
+def test_the_cpus_are_those_that_may_be_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.os, "sched_getaffinity", lambda _: {3, 5, 6}, raising=False)
+    monkeypatch.setattr(runs, "CPU_MAX", tmp_path / "cpu.max")
+    assert runs.cpus() == 3
+    for quota, wanted in (("max 100000", 3), ("150000 100000", 2), ("10000 100000", 1), ("800000 100000", 3), ("", 3)):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert runs.cpus() == wanted
+    monkeypatch.delattr(runs.os, "sched_getaffinity")
+    (tmp_path / "cpu.max").unlink()
+    assert runs.cpus() == os.cpu_count()
 
 
 def test_a_torn_or_foreign_json_file_reads_as_none(tmp_path):

@@ -16,8 +16,9 @@ HAM_PAIRS = "duplicate_lesion_pairs.csv"
 HAM_ATTRIBUTES = ("age", "sex", "localization", "dx_type")
 
 
-def list_ham10000(path: Path, problems: Problems) -> tuple[list[Record], list[tuple[str, str, str]]]:
-    names, read, uri = _tree(path)
+def list_ham10000(path: Path, problems: Problems, option: str = "data.path") -> tuple[list[Record], list[tuple[str, str, str]]]:
+    """(records, groups known to be one lesion). option: what the user gave the path by, for messages."""
+    names, read, uri = _tree(path, option)
     images: dict[str, str] = {}  # stem -> name
     masks: dict[str, str] = {}
     for name in sorted(names):
@@ -29,7 +30,7 @@ def list_ham10000(path: Path, problems: Problems) -> tuple[list[Record], list[tu
             images.setdefault(stem, name)  # some distributions hold the same folder twice
     table = next((n for n in HAM_METADATA if n in names), None)
     if table is None:
-        raise UserError(f"data.path {path} holds no HAM10000_metadata.csv; put the metadata beside the folders of images")
+        raise UserError(f"{option} {path} holds no HAM10000_metadata.csv; put the metadata beside the folders of images")
     rows = read_csv(read(table), table, ("image_id", "lesion_id", "dx"), problems)
     records, listed = [], set()
     for row in rows:
@@ -55,7 +56,7 @@ def list_ham10000(path: Path, problems: Problems) -> tuple[list[Record], list[tu
     return records, merged
 
 
-def _tree(path: Path) -> tuple[set[str], Callable[[str], bytes], Callable[[str], str]]:
+def _tree(path: Path, option: str) -> tuple[set[str], Callable[[str], bytes], Callable[[str], str]]:
     """(relative names with /, read a name's bytes, a name's uri) of a folder or a .zip.
 
     A lone top folder in it is looked through.
@@ -64,12 +65,12 @@ def _tree(path: Path) -> tuple[set[str], Callable[[str], bytes], Callable[[str],
         names, prefix = _lone_folder(files.walk(path))
         return names, lambda n: files.read(f"file:{path / (prefix + n)}"), lambda n: f"file:{path / (prefix + n)}"
     if path.suffix.lower() != ".zip":
-        raise UserError(f"data.path {path} is neither a folder nor a .zip; give HAM10000's folder or archive")
+        raise UserError(f"{option} {path} is neither a folder nor a .zip; give HAM10000's folder or archive")
     try:
         with zipfile.ZipFile(path) as z:
             found = {i.filename for i in z.infolist() if not i.is_dir() and "__MACOSX" not in i.filename}
     except (zipfile.BadZipFile, OSError) as e:
-        raise UserError(f"data.path {path} cannot be read ({e}); download the archive again") from None
+        raise UserError(f"{option} {path} cannot be read ({e}); download the archive again") from None
     names, prefix = _lone_folder(found)
     return names, lambda n: files.read(f"zip:{path}!{prefix}{n}"), lambda n: f"zip:{path}!{prefix}{n}"
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from adversa.data import files
 from adversa.types import UserError
 
-MEND = "mend it, or leave such pictures out with data.on_error=skip"
+SKIP = "--set data.on_error=skip"
+MEND = f"mend it, or leave such pictures out with {SKIP}"
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of tables that are no CSV, though they may be named so
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,12 @@ class Problems(list[dict[str, str]]):
         self.append({"source": source, "problem": problem})
 
 
+def _separator(text: str) -> str | None:
+    """What separates the cells of the header where that is none of its commas; None of a CSV."""
+    header = next((line for line in io.StringIO(text) if line.strip()), "")
+    return None if "," in header else next((s for s in SEPARATORS if s in header.strip(" ")), None)
+
+
 def read_csv(data: bytes, name: str, needed: Iterable[str], problems: Problems) -> list[dict[str, str]]:
     """Rows as dicts of stripped text.
 
@@ -59,7 +67,9 @@ def read_csv(data: bytes, name: str, needed: Iterable[str], problems: Problems) 
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{name} is not UTF-8 (byte {e.start}); save it as UTF-8") from None
+        raise UserError(f"{name} is not UTF-8 (byte {e.start}); save it as comma-separated text in UTF-8") from None
+    if (found := _separator(text)) is not None:
+        raise UserError(f"{name} looks separated by {SEPARATORS[found]}, not by commas; save it as comma-separated text")
     try:
         lines = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if any(c.strip() for c in row)]
     except csv.Error as e:

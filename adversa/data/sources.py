@@ -19,8 +19,11 @@ from adversa.types import UserError
 __all__ = ["Listing", "Record", "list_records"]
 
 
-def list_records(config: Data) -> Listing:
-    """Every picture of the source that can be used, in an order that depends on the source alone."""
+def list_records(config: Data, option: str = "data.path", least: int = 2) -> Listing:
+    """Every picture of the source that can be used, in an order that depends on the source alone.
+
+    option: what the user gave the path by, for messages. least: classes there must be; none at all is a UserError always.
+    """
     problems = Problems(config.on_error == "fail")
     merged: list[tuple[str, str, str]] = []
     empty: list[str] = []
@@ -31,15 +34,21 @@ def list_records(config: Data) -> Listing:
             raise UserError(f"data.path is missing; data.source {config.source} needs one, say --set data.path=FOLDER")
         path = Path(config.path).expanduser().absolute()  # workers may have another working folder
         if not os.path.exists(path):  # unlike Path.exists, False for a name too long as well
-            raise UserError(f"data.path {path}: no such file or folder; check the spelling, or mount it")
+            raise UserError(f"{option} {path}: no such file or folder; check the spelling, or mount it")
         if config.source == "ham10000":
-            records, merged = list_ham10000(path, problems)
+            records, merged = list_ham10000(path, problems, option)
         elif config.source == "csv":
-            records = _csv(path, config, problems)
+            records = _csv(path, config, problems, option)
         else:
-            records, empty = _folder(path, config, problems)
+            records, empty = _folder(path, config, problems, option)
     records = _unique(records, problems)
     records, classes = _classes(records, config, empty, problems)
+    if not classes:
+        given = f"{option} {config.path}" if config.path else f"data.source {config.source}"
+        check = "check data.source and path" if option == "data.path" else "check what it holds"
+        raise UserError(f"{given} has no usable picture ({len(problems)} left out); {check}")
+    if len(classes) < least:
+        raise UserError(f"only one class, {files.printable(classes[0])!r}, has pictures; a classifier needs two or more")
     present = {r.group for r in records}
     merged = [m for m in merged if m[0] in present and m[1] in present]
     return Listing(records, classes, merged, list(problems))
@@ -60,10 +69,6 @@ def _classes(records: list[Record], config: Data, empty: list[str], problems: Pr
         if label not in found and (wanted is None or label in wanted):
             problems.add(label, "this class has no picture")
     classes = [c for c in wanted if c in found] if wanted is not None else sorted(found)
-    if not classes:
-        raise UserError(f"data.path {config.path} has no usable picture ({len(problems)} left out); check data.source and path")
-    if len(classes) == 1:
-        raise UserError(f"only one class, {files.printable(classes[0])!r}, has pictures; a classifier needs two or more")
     return records, classes
 
 
@@ -93,9 +98,9 @@ def _phantom(config: Data) -> list[Record]:
     return records
 
 
-def _csv(path: Path, config: Data, problems: Problems) -> list[Record]:
+def _csv(path: Path, config: Data, problems: Problems, option: str) -> list[Record]:
     if not path.is_file():
-        raise UserError(f"data.path {path} is not a file; data.source csv needs the path of the CSV itself")
+        raise UserError(f"{option} {path} is not a file; data.source csv needs the path of the CSV itself")
     names = config.columns
     used = {n for n in (names.path, names.label, names.group, names.patient, names.mask, names.id) if n}
     rows = read_csv(files.read(f"file:{path}"), str(path), sorted(used), problems)
@@ -145,10 +150,10 @@ def _inside(root: Path, name: str) -> tuple[Path | None, str]:
     return (target, "") if exists else (None, "no such file")
 
 
-def _folder(path: Path, config: Data, problems: Problems) -> tuple[list[Record], list[str]]:
+def _folder(path: Path, config: Data, problems: Problems, option: str) -> tuple[list[Record], list[str]]:
     """Records, and the classes that have none. A class is a sub-folder of `path`; pictures may lie deeper in it."""
     if not path.is_dir():
-        raise UserError(f"data.path {path} is not a folder; data.source folder needs one with a sub-folder for each class")
+        raise UserError(f"{option} {path} is not a folder; data.source folder needs one with a sub-folder for each class")
     try:
         pattern = re.compile(config.group_regex) if config.group_regex else None
     except re.error as e:
@@ -157,7 +162,7 @@ def _folder(path: Path, config: Data, problems: Problems) -> tuple[list[Record],
         raise UserError(f"data.group_regex {config.group_regex!r} captures nothing; put the group in parentheses")
     labels = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not labels:
-        raise UserError(f"data.path {path} has no sub-folder; put each class's pictures in a folder named after it")
+        raise UserError(f"{option} {path} has no sub-folder; put each class's pictures in a folder named after it")
     records: list[Record] = []
     for name in sorted(files.walk(path)):
         label, slash, rest = name.partition("/")

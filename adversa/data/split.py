@@ -43,7 +43,7 @@ def split(labels: Sequence[str], groups: Sequence[str], config: Split, classes: 
         if len(found) < len(ROLES):
             raise UserError(
                 f"class {label!r} has {len(found)} groups (lesions), fewer than the {len(ROLES)} roles; "
-                "add pictures of other lesions, or leave the class out with data.labels and data.on_error=skip"
+                "add pictures of other lesions, or leave the class out with data.labels and --set data.on_error=skip"
             )
         found.sort(key=lambda g: (digest(config.seed, g), g))
         counts = _deal(len(found), [getattr(config, r) for r in ROLES])

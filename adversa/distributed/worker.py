@@ -20,7 +20,7 @@ from ray.train import Checkpoint
 from adversa.distributed import stream
 from adversa.loop.engine import FitJob, do_job
 from adversa.loop.feed import Batch
-from adversa.runs import is_finished
+from adversa.runs import cpus, is_finished
 from adversa.types import UserError
 from adversa.weights import committed_step
 
@@ -54,7 +54,7 @@ class Loop:
         for i in todo[:1]:
             streams[i].start()
         jobs: list[FitJob] = ray.cloudpickle.loads(self.packed)
-        threads = self.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+        threads = self.threads or max(1, cpus() // context.get_local_world_size())
         _choose_device()
         marks["imported"] = time.time()
         for i, after in zip(todo, [*todo[1:], None], strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ def do_job(
     """Run one training and mark it complete: the same code on every engine, on the worker, so that a finished job stays so.
 
     Of several workers each runs it on its rows of the batches; the lead alone writes. `rows` counts whole batches.
-    threads: of torch; None: all CPUs of the machine the worker is on. Another number of threads or workers gives other last bits,
+    threads: of torch; None: all CPUs that the worker may use. Another number of threads or workers gives other last bits,
     so both are recorded (the workers in progress.json as well: a group may shrink). committed: called on every worker with the step
     after each committed training state.
     """
@@ -87,7 +86,7 @@ def do_job(
     if len(set(at := workers.everyones((str(job.out), started_at)))) > 1:
         raise UserError(f"the workers see different files (folder, step: {at}); put --run-dir where every node sees the same")
     progress = runs.Progress(job.out)
-    threads = threads or os.cpu_count() or 1
+    threads = threads or runs.cpus()
     optional = {} if job.select is None else {"select": select}
     with runs.writing(job.out):
         waited = Waited(batches)

@@ -16,7 +16,7 @@ from adversa.evaluate.bootstrap import compare, intervals
 from adversa.evaluate.inference import gain_per_hour, holm, mcnemar, word
 from adversa.evaluate.metrics import metrics
 from adversa.evaluate.operating import Measures, members, thresholds
-from adversa.evaluate.subgroups import by_attribute
+from adversa.evaluate.subgroups import by_attribute, compare_by_attribute
 from adversa.loop import steps
 from adversa.loop.stages import has_codec, home, judges, last_round
 from adversa.runs import RunDir
@@ -116,13 +116,10 @@ def subgroups(config: cfg.Config, folder: Path, arms: dict[str, Scored], classes
     """
     if not config.evaluate.subgroups:
         return {}
-    examples = tables.read(folder, ["id", "attributes"], tables.EXAMPLES).to_pylist()
-    known = {e["id"]: {k: _banded(k, v) for k, v in dict(e["attributes"] or ()).items()} for e in examples}
+    known = _attributes(folder)
     shown = {name: arms[name] for name in (BEFORE, candidate(config.mix.arms) or "real") if name in arms}
     found: dict[str, Any] = {}
-    for attribute in config.evaluate.subgroups:
-        if not any(known[i].get(attribute) for i in next(iter(arms.values())).ids):
-            continue
+    for attribute in _present(config, known, arms):
         found[attribute] = {
             name: [
                 {"value": g.value, "n": g.n, "lesions": g.lesions, "small": g.small, "value_of": g.metrics.get(HEADLINE),
@@ -135,6 +132,50 @@ def subgroups(config: cfg.Config, folder: Path, arms: dict[str, Scored], classes
             for name, of in shown.items()
         }  # fmt: skip
     return found
+
+
+def subgroup_comparisons(config: cfg.Config, folder: Path, arms: dict[str, Scored]) -> dict[str, Any]:
+    """The headline comparison (the arm in question against the first of AGAINST) within each value of the attributes asked for.
+
+    a, b, metric; tested: groups; attributes: attribute -> a row a value. Holm counts the groups of all attributes; a small group,
+    or one without a value, is not among them and has no difference. Empty where no arms are compared, or no attribute is known.
+    """
+    asked = candidate(config.mix.arms)
+    other = next((arm for arm in AGAINST if arm in config.mix.arms and arm != asked), None)
+    if asked is None or other is None or not config.evaluate.subgroups:
+        return {}
+    a, b, known = arms[asked], arms[other], _attributes(folder)
+    compared = [
+        compare_by_attribute(
+            a.logits, b.logits, a.labels, a.groups, [known[i] for i in a.ids], attribute, config.evaluate.bootstrap,
+            seed_of("compare", config.seed, attribute), HEADLINE,
+        )
+        for attribute in _present(config, known, arms)
+    ]  # fmt: skip
+    told = [c.comparison for groups in compared for c in groups if c.comparison is not None]
+    adjusted = iter(holm([c.p for c in told]))
+    found: dict[str, Any] = {}
+    for group in (g for groups in compared for g in groups):
+        row: dict[str, Any] = {"value": group.value, "n": group.n, "lesions": group.lesions, "small": group.small}
+        row |= dict.fromkeys(("difference", "low", "high", "p", "p_holm", "word"))
+        if (c := group.comparison) is not None:
+            p = float(next(adjusted))
+            said = word(c.low, c.high) if p < 0.05 else "not shown"
+            row |= {"difference": c.difference, "low": c.low, "high": c.high, "p": c.p, "p_holm": p, "word": said}
+        found.setdefault(group.attribute, []).append(row)
+    return {"a": asked, "b": other, "metric": HEADLINE, "tested": len(told), "attributes": found} if found else {}
+
+
+def _attributes(folder: Path) -> dict[str, dict[str, str]]:
+    """id -> attributes of the examples of a folder."""
+    examples = tables.read(folder, ["id", "attributes"], tables.EXAMPLES).to_pylist()
+    return {e["id"]: {k: _banded(k, v) for k, v in dict(e["attributes"] or ()).items()} for e in examples}
+
+
+def _present(config: cfg.Config, known: dict[str, dict[str, str]], arms: dict[str, Scored]) -> list[str]:
+    """The attributes asked for that an image scored has."""
+    ids = next(iter(arms.values())).ids
+    return [attribute for attribute in config.evaluate.subgroups if any(known[i].get(attribute) for i in ids)]
 
 
 def _banded(name: str, value: str) -> str:

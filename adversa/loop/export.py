@@ -130,7 +130,7 @@ def held(out: Path, asked: dict[str, Any]) -> Iterator[int]:
     UserErrors name the option that gave it.
     """
     try:
-        with runs.writing(out):
+        with runs.writing(out, "--out"):
             check_out(out, asked)
             out.mkdir(parents=True, exist_ok=True)
             with runs.lock(runs.RunDir(out)):

@@ -72,5 +72,15 @@ def score(asked: External, engine: Engine, say: Callable[[str], None] = lambda _
     steps.score(engine, chosen, asked.pictures, asked.pictures, False, asked.scores)
 
 
+def forget(asked: External) -> None:
+    """Take away the set's folder where nothing was made in it: recipes and progress alone. The caller holds its lock."""
+    kept = {"set.json", "status.json", ".lock", runs.RECIPE, runs.PROGRESS}
+    if any(p.is_file() and p.name not in kept for p in asked.folder.rglob("*")):
+        return
+    shutil.rmtree(asked.folder)
+    if not any(asked.folder.parent.iterdir()):
+        asked.folder.parent.rmdir()
+
+
 def is_scored(asked: External) -> bool:
     return check(asked) and runs.is_finished(asked.scores)

@@ -160,6 +160,11 @@ def _sections(path: Path) -> dict[str, dict[str, str | None]]:
             if not is_null and not value.value:
                 raise UserError(f"{path}: {name}: {printable(key)} is blank; name a class, or write null to leave it out")
             found[name][key] = None if is_null else value.value
+    if not any(found.values()):
+        raise UserError(
+            f"--labels-map {path} is empty; write lines `LABEL OF THE SET: CLASS` under `labels:`, or `CLASS: COARSER CLASS` under "
+            "`classes:`, or leave the option out"
+        )
     return found
 
 

@@ -19,7 +19,7 @@ from adversa import config as cfg
 from adversa import runs, tables
 from adversa.data import images, near, split
 from adversa.data.files import printable
-from adversa.data.records import Record
+from adversa.data.records import SKIP, Record
 from adversa.loop import external_set
 from adversa.loop.engine import Engine, Part, Work
 from adversa.loop.external_set import FOLDER, External
@@ -187,7 +187,7 @@ def _first_of_each(
             continue
         names = ", ".join(f"{printable(r['source'])} ({r['class']})" for r in found)
         if on_error == "fail":
-            raise UserError(f"the same picture has two labels: {names}; correct one, or leave both out by --set data.on_error=skip")
+            raise UserError(f"the same picture has two labels: {names}; correct one, or leave both out with {SKIP}")
         problems += [{"source": r["source"], "problem": f"same picture under two labels: {names}"} for r in found]
     return kept, copies, pairs
 

@@ -13,12 +13,13 @@ from adversa.evaluate.metrics import absent
 from adversa.evaluate.operating import thresholds
 from adversa.loop import evidence, external_set, steps, summary
 from adversa.loop.evidence import Scored
+from adversa.loop.external_clusters import Clusters, clusters, counted
 from adversa.loop.external_pictures import LEFT_OUT, WHY
 from adversa.loop.external_set import External
 from adversa.tables import replace_bytes
 from adversa.types import ARMS, BEFORE, digest
 
-VERSION = 1  # of what is in summary.json: another one is written anew
+VERSION = 2  # of what is in summary.json: another one is written anew
 FIGURES = (
     ("balanced_accuracy", "balanced accuracy"), ("accuracy", "accuracy"), ("worst_class", "worst class's sensitivity"),
     ("auroc_macro", "macro AUROC"), ("brier", "Brier score"), ("ece", "calibration error (ECE)"),
@@ -27,6 +28,7 @@ NAMED = {  # of groups
     "auroc": "AUROC", "pauc_norm": "partial AUC above {} (1 is perfect)", "sensitivity": "sensitivity at specificity {}",
     "specificity": "specificity reached for {}",
 }  # fmt: skip
+UNTOLD = ("low", "high", "p", "p_holm", "se", "detectable", "seeds_needed", "gain_per_device_hour")  # where no interval can be had
 PER_CLASS = ("sensitivity/", "specificity/")  # and not of a group at a threshold
 
 
@@ -77,12 +79,16 @@ def _summary(asked: External) -> dict[str, Any]:
     config = asked.config.model_copy(update={"evaluate": asked.config.evaluate.model_copy(update={"groups": groups})})
     arms = scored(asked, config)
     figures = {name: evidence.figures(of, t.names, config.evaluate, "external") for name, of in arms.items()}
+    spread = clusters(arms["real"].groups, arms["real"].labels, t.names, groups)
+    figures = {name: (values, {m: v for m, v in ends.items() if spread.tell(m)}) for name, (values, ends) in figures.items()}
     own = runs.read_json(run.summary) or {}
     spent = own.get("cost") or evidence.costs(config, run)
     compared = evidence.comparisons(config, arms, spent, "external")
     unit = asked.outside.unit
     for row in compared:
         row["note"] = row["note"].replace(external_set.LESION, unit)
+        if not spread.tell(evidence.HEADLINE):
+            row |= dict.fromkeys(UNTOLD) | {"word": "not shown", "note": ""}
     word, sentence = summary.verdict(compared, config, f"external ({asked.name})")
     missing = absent(arms["real"].labels, t.names)
     left = runs.read_json(asked.pictures / LEFT_OUT) or {}
@@ -114,7 +120,7 @@ def _summary(asked: External) -> dict[str, Any]:
         "verdict": word,
         "verdict_sentence": sentence,
         "subgroups": evidence.subgroups(config, asked.pictures, arms, t.names),
-        "notes": notes(asked, config, facts, left, missing, lost),
+        "notes": notes(asked, config, facts, left, missing, lost, spread),
         "versions": runs.versions(),
         "git": runs.git_commit(),
         "machine": runs.machine(),
@@ -132,18 +138,26 @@ def _own(own: dict[str, Any], config: cfg.Config, other: bool) -> dict[str, Any]
 
 
 def notes(
-    asked: External, config: cfg.Config, facts: dict[str, Any], left: dict[str, Any], missing: Sequence[str], lost: Sequence[str]
-) -> list[str]:
+    asked: External, config: cfg.Config, facts: dict[str, Any], left: dict[str, Any], missing: Sequence[str], lost: Sequence[str],
+    spread: Clusters,
+) -> list[str]:  # fmt: skip
     """What a reader must know before believing the figures."""
     unit, t, n = asked.outside.unit, asked.translation, facts["clusters"]
-    found = [f"clustered by {unit}: intervals and comparisons resample {n} {unit}s, of {facts['rows']} images"]
+    found = [f"clustered by {unit}: intervals and comparisons resample {counted(n, unit)}, of {counted(facts['rows'], 'image')}"]
     if unit == external_set.IMAGE:
         found = [
             "clustered by image: the set names neither patients nor lesions; where one lesion has several images, the intervals "
             f"are too narrow (look-alikes are taken for one image: {n} of {facts['rows']} are resampled)"
         ]
     if unit == external_set.PATIENT and facts["without_patient"]:
-        found.append(f"{facts['without_patient']} images name no patient: each of their lesions is taken for one")
+        several = facts["without_patient"] != 1
+        found.append(
+            f"{counted(facts['without_patient'], 'image')} name{'' if several else 's'} no patient: each "
+            f"{'of their lesions' if several else 'such lesion'} is taken for one"
+        )
+    if spread.few:
+        whose = f"{', '.join(spread.few)} {'is' if len(spread.few) == 1 else 'are'} of one {unit} alone"
+        found.append(f"{whose}: one {unit} says nothing of others, so what is made of it has no interval and is not compared")
     if missing:
         there = len(t.names) - len(missing)
         found.append(
@@ -163,9 +177,9 @@ def notes(
         found.append(f"left out by the labels map: {told}")
     if known := sum(facts["known"].values()):
         why = ", ".join(f"{facts['known'][reason]} {reason}" for reason in WHY if facts["known"][reason])
-        found.append(f"left out, for the run has seen them (train, mine or select): {known} images ({why})")
+        found.append(f"left out, for the run has seen them (train, mine or select): {counted(known, 'image')} ({why})")
     if facts["copies"]:
-        found.append(f"left out, copies within the set: {facts['copies']} images")
+        found.append(f"left out, copies within the set: {counted(facts['copies'], 'image')}")
     if facts["problems"]:
         found.append(f"left out, unreadable or at odds: {facts['problems']}; pictures/{LEFT_OUT} names each")
     if asked.outside.unused:
@@ -185,8 +199,8 @@ def markdown(found: dict[str, Any]) -> str:
     unit = found["clusters"]["by"]
     lines = [
         f"# {_cell(found['run'])} on {_cell(found['set'])}", "", f"**{_cell(found['verdict_sentence'])}**", "",
-        f"{found['images']['scored']} images of {found['clusters']['n']} {unit}s, {found['resolution']} px, "
-        f"crop {found['crop']}; {found['seeds']} classifier{'s' if found['seeds'] > 1 else ''} an arm. "
+        f"{counted(found['images']['scored'], 'image')} of {counted(found['clusters']['n'], unit)}, {found['resolution']} px, "
+        f"crop {found['crop']}; {counted(found['seeds'], 'classifier')} an arm. "
         f"Mean over them, with 95% intervals that resample {unit}s.", "",
     ]  # fmt: skip
     lines += [f"- {_cell(note)}" for note in found["notes"]]
@@ -221,7 +235,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def value(found: dict[str, Any], arm: str, metric: str) -> str:
-    """A figure of an arm with its interval, or a dash."""
+    """A figure of an arm with its interval, a dash in place of what is not known."""
     values, ranges = (
         (found["before"], found["intervals_before"]) if arm == BEFORE else (found["arms"][arm], found["intervals"][arm])
     )  # fmt: skip
@@ -229,15 +243,17 @@ def value(found: dict[str, Any], arm: str, metric: str) -> str:
 
 
 def _with(value: float, interval: Sequence[float] | None) -> str:
-    return f"{value:.3f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else "")
+    return f"{value:.3f} ({interval[0]:.2f}-{interval[1]:.2f})" if interval else f"{value:.3f} (-)"
 
 
 def _compared(compared: list[dict[str, Any]], unit: str) -> list[str]:
     head = ["", "difference", "95% interval", "p", "p (Holm)", f"McNemar, {unit}s won - lost", "detectable", "word"]
     body = [
         [
-            f"{c['a']} - {c['b']}", f"{c['difference']:+.3f}", f"{c['low']:+.3f} to {c['high']:+.3f}", f"{c['p']:.3g}",
-            f"{c['p_holm']:.3g}", ", ".join(f"{m['won']} - {m['lost']} (p {m['p']:.2g})" for m in c["mcnemar"]),
+            f"{c['a']} - {c['b']}", f"{c['difference']:+.3f}",
+            "-" if c["low"] is None else f"{c['low']:+.3f} to {c['high']:+.3f}",
+            *("-" if c[p] is None else f"{c[p]:.3g}" for p in ("p", "p_holm")),
+            ", ".join(f"{m['won']} - {m['lost']} (p {m['p']:.2g})" for m in c["mcnemar"]),
             "-" if c["detectable"] is None else f"{c['detectable']:.3f}", c["word"],
         ]
         for c in compared

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,13 @@ def section(config: cfg.Config, path: Path, overrides: Sequence[str], crop: str 
 
     config: the run's, with the overrides in it.
     """
+    wanted = "a CSV, a folder with a sub-folder for each class, or a .zip laid out as HAM10000"
     if not os.path.exists(path):
-        raise UserError(f"--on {path}: no such file or folder; give a CSV, a folder with a sub-folder for each class, or a .zip")
+        raise UserError(f"--on {path}: no such file or folder; give {wanted}")
+    if path.suffix.lower() in files.PICTURES and path.is_file():
+        raise UserError(
+            f"--on {path} is a picture; give {wanted}. For pictures without labels there is `adversa predict RUN {path}`"
+        )
     keys = {text.partition("=")[0] for text in overrides}
     source = _source(path)
     data = config.data
@@ -146,20 +151,30 @@ def _header(path: Path) -> list[str]:
 
 def listing(data: cfg.Data, translation: Translation) -> Outside:
     """The set's pictures under the classes they mean. UserError for labels that mean none, and where fewer than two are left."""
-    found = sources.list_records(data)
+    found = sources.list_records(data, "--on", least=1)
     labels = Counter(r.label for r in found.records)
     translation.check(labels.elements())
     meant = {label: translation.meaning(label) for label in labels}
     records = [replace(r, label=name) for r in found.records if (name := meant[r.label]) is not None]
     classes = {r.label for r in records}
     if len(classes) < 2:
-        left = f"only {next(iter(classes))}" if classes else "nothing"
-        raise UserError(f"--on {data.path}: {left} is left to score after the labels map; two classes or more are needed")
+        raise UserError(f"--on {data.path}: {_too_few(classes, labels, data.source, translation)}")
     omitted = {label: labels[label] for label in sorted(labels) if meant[label] is None}
     records, unit = _clustered(records, data)
     unused = sorted(set(translation.labels) - set(labels))
     pairs = [(cluster("", a, unit), cluster("", b, unit)) for a, b, _ in found.merged]  # of HAM10000, which names no patients
     return Outside(records, len(found.records), omitted, unused, unit, found.problems, pairs)
+
+
+def _too_few(classes: Collection[str], labels: Mapping[str, int], source: str, translation: Translation) -> str:
+    """Why fewer than two classes are left, and what to do: it is the set, or the labels map."""
+    names = ", ".join(files.printable(label) for label in labels)
+    if len(labels) == 1 and classes:
+        column = ", or name the column that tells them apart with --set data.columns.label=NAME" if source == "csv" else ""
+        return f"every picture has the label {names}, and figures need two classes or more; add pictures of another{column}"
+    left = f"only {next(iter(classes))} is" if classes else "nothing is"
+    given = "; change the --labels-map" if translation.labels or translation.classes else ""
+    return f"{left} left to score of its labels {names}, and figures need two classes or more{given}"
 
 
 def _clustered(records: list[Record], data: cfg.Data) -> tuple[list[Record], str]:

@@ -63,7 +63,8 @@ def check(order: Order) -> None:
         )
     if order.form not in export.FORMATS:
         raise UserError(f"--format {order.form}: there is no such format; give {' or '.join(export.FORMATS)}")
-    export.check_out(order.out)
+    with runs.writing(order.out, "--out"):
+        export.check_out(order.out)
     if order.run is not None:
         painting.check_denoiser(order.denoiser, order.run.data)
     attacked(order)

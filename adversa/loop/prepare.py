@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from adversa import config as cfg
 from adversa import runs, tables
 from adversa.data import files, images, near, sources, split
+from adversa.data.records import SKIP
 from adversa.loop.engine import Engine, Part, Work
 from adversa.loop.step import Facts, cost, run_step
 from adversa.types import ROLES, UserError, digest
@@ -179,9 +180,7 @@ def _drop_copies(
         if len({r["class"] for r in rows}) > 1:
             names = ", ".join(f"{r['source']} ({r['class']})" for r in rows)
             if config.on_error == "fail":
-                raise UserError(
-                    f"the same picture has two labels: {names}; correct one, or set data.on_error=skip to leave both out"
-                )
+                raise UserError(f"the same picture has two labels: {names}; correct one, or leave both out with {SKIP}")
             problems += [{"source": r["source"], "problem": f"same picture under two labels: {names}"} for r in rows]
             dropped.add(at)
             continue

@@ -49,6 +49,7 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
         "before": {role: told[role][BEFORE][0] for role in told},
         "intervals_before": {role: told[role][BEFORE][1] for role in told},
         "subgroups": evidence.subgroups(config, run.data / "test", on["test"], classes),
+        "subgroup_comparisons": evidence.subgroup_comparisons(config, run.data / "test", on["test"]),
         "cost": spent,
         "generated": len(verdicts),
         "accepted": len(kept),
@@ -81,9 +82,13 @@ def verdict(compared: list[dict[str, Any]], config: Config, on: str = "test") ->
         return "not shown", "The arm real alone was trained, so nothing is compared."
     words = [c["word"] for c in compared]
     word = "better" if all(w == "better" for w in words) else "worse" if "worse" in words else "not shown"
-    parts = [f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}] against {c['b']} ({c['word']})" for c in compared]
+    parts = [f"{c['difference']:+.3f} {_range(c)} against {c['b']} ({c['word']})" for c in compared]
     seeds = f"{config.evaluate.seeds} seed{'s' if config.evaluate.seeds > 1 else ''}"
     return word, f"{word.capitalize()}: {on} balanced accuracy of {compared[0]['a']}, {seeds}: {'; '.join(parts)}."
+
+
+def _range(c: dict[str, Any]) -> str:
+    return "[no interval]" if c["low"] is None else f"[{c['low']:+.3f}, {c['high']:+.3f}]"
 
 
 def notes(config: Config, run: RunDir) -> list[str]:

@@ -157,18 +157,18 @@ def memories(facts: Facts, round_number: int) -> dict[str, Memory]:
 
 
 def memory_sentence(arm: str, m: Memory, strategies: Sequence[str]) -> str:
-    """What the curve means, in one sentence. The error is that of a Mann-Whitney statistic of independent images."""
+    """What the curve means, in words, then its two numbers. The error is that of a Mann-Whitney statistic of independent images."""
     error = math.sqrt((m.synthetic + m.held_out + 1) / (12 * m.synthetic * m.held_out))
     if m.nearer > 0.5 + 1.96 * error:
-        word = "they lie nearer than real images do, so some may repeat what the denoiser was trained on"
+        word = "nearer to real images than held-out ones do, so some may repeat what the denoiser was trained on"
         if any(s != "sample" for s in strategies):
-            word = "they lie nearer than real images do, as images that are painted from a real one must"
+            word = "nearer to real images than held-out ones do, as images that are painted from a real one must"
     elif m.nearer < 0.5 - 1.96 * error:
-        word = "they lie farther away than real images do: no sign of copying"
+        word = "farther from real images than held-out ones do: there is no sign of copying"
     else:
-        word = "no nearer than real images do: no sign of copying"
+        word = "no nearer to real images than held-out ones do: there is no sign of copying"
     return (
-        f"A painted image of {arm} is nearer to its nearest real image than a held-out real one to its own with probability "
-        f"{m.nearer:.2f} (0.50 is expected), and {100 * m.beyond:.1f}% are nearer than 99% of the held-out ones (1% is expected): "
-        f"{word}."
+        f"The images painted for {arm} lie {word}. One of them is more like its nearest real image than a held-out real image is "
+        f"like its own with probability {m.nearer:.2f} (0.50 if they were real), and {100 * m.beyond:.1f}% of them are more like "
+        "theirs than 99% of the held-out images are (1% if they were real)."
     )

@@ -165,6 +165,36 @@ def subgroups(found: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, li
     return {attribute: rows for attribute, rows in shown.items() if rows}
 
 
+@dataclass(frozen=True)
+class Within:
+    """Arm a minus arm b within one value of an attribute; word is what is said of it."""
+
+    value: str
+    n: int
+    lesions: int
+    small: bool
+    difference: float | None
+    low: float | None
+    high: float | None
+    p_holm: float | None
+    word: str
+
+
+def within(found: dict[str, Any]) -> dict[str, list[Within]]:
+    """attribute -> a row a value; empty where the run did not compare them."""
+    return {
+        attribute: [
+            Within(
+                str(row["value"]), row["n"], row["lesions"], row["small"],
+                *(number(row[k]) for k in ("difference", "low", "high", "p_holm")),
+                row["word"] or ("too few to test" if row["small"] else "no value"),
+            )
+            for row in rows
+        ]
+        for attribute, rows in found.get("attributes", {}).items()
+    }  # fmt: skip
+
+
 def comparisons(found: list[dict[str, Any]]) -> list[Comparison]:
     return [
         Comparison(

@@ -109,6 +109,11 @@ class Gallery:
         return dict(sorted(found.items(), key=lambda r: (r[0] != gate.KEPT, r[0])))
 
     @property
+    def refused(self) -> int:
+        """Painted images shown that were not kept, whatever the reason."""
+        return sum(not p.keep for _, images in self._shown() for p in images)
+
+    @property
     def marks(self) -> dict[str, str]:
         """id of a filter -> the class name, in the page, of the images it leaves."""
         return {str(i): f"r{i}" for i in range(len(self.reasons))} | {"refused": "refused"}

@@ -47,8 +47,8 @@ def value(s: Score | None) -> str:
 
 def render(view: dict[str, Any]) -> str:
     """view: the names that the page's templates use."""
-    parts = (_head, _before_after, _arms, _comparisons, _groups, _confusion, _modes, _budget, _acceptance, _memorisation, _quality)
-    parts += (_calibration, _cost, _origin, _unshown)
+    parts = (_head, _before_after, _arms, _comparisons, _groups, _within, _confusion, _modes, _budget, _acceptance, _memorisation)
+    parts += (_quality, _calibration, _cost, _origin, _unshown)
     return "\n".join(line for part in parts for line in part(view)).rstrip("\n") + "\n"
 
 
@@ -138,6 +138,22 @@ def _groups(v: dict[str, Any]) -> list[str]:
         ]
         lines += [f"### Balanced accuracy on test by {text(attribute)}", ""]
         lines += table(["value", "images", "lesions", *map(text, arms)], body)
+    return lines
+
+
+def _within(v: dict[str, Any]) -> list[str]:
+    if not v["within"]:
+        return []
+    of = v["summary"]["subgroup_comparisons"]
+    lines = [f"### Subgroups, on test: {text(of['a'])} minus {text(of['b'])}", ""]
+    lines += [f"Balanced accuracy; p values are corrected for the {counted(of['tested'], 'group')} tested.", ""]
+    for attribute, rows in v["within"].items():
+        body = [
+            [text(r.value), count(r.n), count(r.lesions), signed(r.difference)]
+            + [words.DASH if r.low is None else f"{signed(r.low)} to {signed(r.high)}", p_value(r.p_holm), text(r.word)]
+            for r in rows
+        ]
+        lines += table([text(attribute), "images", "lesions", "difference", "95% interval", "p (Holm)", "word"], body)
     return lines
 
 

@@ -77,6 +77,7 @@ def view(facts: Facts) -> dict[str, Any]:
         "comparisons": compared,
         "reach": evidence.reach(compared),
         "subgroups": evidence.subgroups(facts.summary["subgroups"]),
+        "within": evidence.within(facts.summary["subgroup_comparisons"]),
         "elsewhere": evidence.elsewhere(facts),
         "by_round": by_round(facts, "mine", "balanced_accuracy") if len(rounds) > 1 else {},
         "confusions": predictions.confusions(facts, said),

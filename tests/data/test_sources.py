@@ -93,6 +93,18 @@ def test_csv_one_class_only(table):
     check(Data(source="csv", path=str(table([r for r in table.rows if ",a," in r]))), "only one class, 'a'")
 
 
+def test_messages_name_what_gave_the_path(table, tmp_path):
+    config = Data(source="csv", path=str(table([r for r in table.rows if ",a," in r])))
+    assert sources.list_records(config, "--on", least=1).classes == ["a"]
+    (tmp_path / "empty").mkdir()
+    for source, path, text in (
+        ("csv", tmp_path, "is not a file"), ("folder", tmp_path / "empty", "has no sub-folder"),
+        ("ham10000", tmp_path / "empty", "holds no HAM"), ("csv", tmp_path / "none", "no such file"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"^--on {path}:? {text}"):
+            sources.list_records(Data(source=source, path=str(path)), "--on")
+
+
 def test_csv_ids_patients_masks_and_no_groups(table):
     paint(table.root / "masks/0.png")
     columns = Columns(group=None, patient="who", mask="seg", id="key")
@@ -125,6 +137,9 @@ def test_csv_ids_patients_masks_and_no_groups(table):
         (b"path,label\npictures/0.png,a\n", "no column group"),
         (b"path,label,group,label\npictures/0.png,a,g,b\n", "two columns named label"),
         (b'path,label,group\n"pictures/0.png,a,g\n', "not a valid CSV"),
+        (b"path;label;group\npictures/0.png;a;1,5\n", "separated by semicolons, not by commas; save it as comma-separated"),
+        (b'\n"path";"label";"group"\n"pictures/0.png";"a";"g"\n', "separated by semicolons"),
+        (b"path\tlabel\tgroup\npictures/0.png\ta\tg\n", "separated by tabs"),
     ],
 )
 def test_csv_unusable(table, data, text):

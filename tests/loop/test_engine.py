@@ -50,6 +50,15 @@ class Cut(BaseException):
     pass
 
 
+def test_a_training_takes_the_cpus_that_it_may_use(tmp_path, monkeypatch):
+    """Two spinning threads on one core are many times slower than one."""
+    monkeypatch.setattr(runs, "cpus", lambda: 3)
+    job = job_of(tmp_path)
+    unfinished([job])
+    do_job(job, job.feed.batches(), None, None)
+    assert runs.manifest(tmp_path)["threads"] == 3
+
+
 def test_a_training_that_saw_all_its_images_is_marked_with_what_it_cost(tmp_path):
     job = job_of(tmp_path)
     assert unfinished([job]) == [job]

@@ -239,6 +239,9 @@ def test_labels_are_renamed_merged_and_left_out(ask, pictures):
         ("labels:\n  a: nevus\n  a: melanoma", "a is there twice"),
         ("labels: {a: ''}", "a is blank"),
         ("labels: {a: nevus", "is not valid YAML"),
+        ("", "is empty; write lines"),
+        ("# nothing yet\n", "is empty; write lines"),
+        ("labels:\nclasses: {}\n", "is empty; write lines"),
     ],
 )
 def test_a_wrong_labels_map_is_one_line(two_seeds, tmp_path, text, match):
@@ -278,6 +281,31 @@ def test_patients_are_what_is_resampled(ask, pictures):
     alone = intervals(logits[0], labels, [str(i) for i in range(len(labels))], *given)["accuracy"]
     assert high - low > 1.3 * (alone[1] - alone[0])
     assert any("neither patients nor lesions" in n for n in found["image"]["notes"])
+
+
+def test_one_patient_says_nothing_of_others(ask, pictures):
+    folder, rows = pictures
+    found = results(ask(written(folder, [r | {"patient": "p"} for r in rows], "one.csv")))
+    assert found["clusters"] == {"by": "patient", "n": 1} and not any(found["intervals"].values())
+    assert found["verdict"] == "not shown" and "[no interval] against replay (not shown)" in found["verdict_sentence"]
+    assert all(c["low"] is c["high"] is c["p"] is c["p_holm"] is c["detectable"] is None for c in found["comparisons"])
+    assert any("are of one patient alone: one patient says nothing of others" in n for n in found["notes"])
+    text = (ask(folder / "one.csv").folder / "report.md").read_text()
+    assert "70 images of 1 patient," in text and "1 patients" not in text and "-1.000" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| balanced accuracy |"))
+    assert row.count(" (-) ") == len(found["arms"]) + 1
+    assert "| - | - | - |" in next(line for line in text.splitlines() if line.startswith("| guided - replay |"))
+
+
+def test_a_class_of_one_patient_has_no_interval_and_others_have(ask, pictures):
+    folder, rows = pictures
+    told = [r | {"patient": "only" if r["label"] == "vascular" else r["patient"]} for r in rows]
+    found = results(ask(written(folder, told, "few.csv")))
+    ranges = found["intervals"]["guided"]
+    assert not {"balanced_accuracy", "worst_class", "auroc_macro", "sensitivity/vascular"} & ranges.keys()
+    assert {"accuracy", "brier", "ece", "sensitivity/nevus", "specificity/vascular", "auroc/malignant"} <= ranges.keys()
+    assert "sensitivity@0.80/melanoma" in ranges and found["comparisons"][0]["low"] is None
+    assert any(n.startswith("vascular is of one patient alone") for n in found["notes"])
 
 
 def test_lesions_where_no_patient_is_named(ask, pictures):

@@ -105,6 +105,12 @@ def build(root: Path, cases: int = 30, per_case: int = 10, rounds: int = 1, side
         "cost": {"real": {"seconds": 60.0, "device_seconds": 120.0}, "guided": {"seconds": 90.0, "device_seconds": 150.0}},
         "subgroups": {"sex": {arm: [subgroup("female", 40, value), subgroup(HOSTILE, 7, value)] for arm, value in
                               (("before", 0.6), ("guided", 0.7))}},
+        "subgroup_comparisons": {
+            "a": "guided", "b": "unguided", "metric": "balanced_accuracy", "tested": 1,
+            "attributes": {
+                "sex": [within("female", 40, 0.1, "better"), within(HOSTILE, 7, None, None), within("x", 31, None, None)]
+            },
+        },
         "matched": {"steps": 600, "images": 38400},
         "comparisons": [
             {"a": "guided", "b": "unguided", "metric": "balanced_accuracy", "role": "test", "difference": 0.035,
@@ -125,6 +131,12 @@ def subgroup(value: str, lesions: int, figure: float) -> dict[str, Any]:
     small = lesions < 30
     interval = None if small else [figure - 0.1, figure + 0.1]
     return {"value": value, "n": lesions + 2, "lesions": lesions, "small": small, "value_of": figure, "interval": interval}
+
+
+def within(value: str, lesions: int, difference: float | None, word: str | None) -> dict[str, Any]:
+    row = {"value": value, "n": lesions + 2, "lesions": lesions, "small": lesions < 30, "difference": difference, "word": word}
+    known = difference is not None
+    return row | {"low": 0.02 if known else None, "high": 0.18 if known else None, "p_holm": 0.012 if known else None}
 
 
 def verdict(request: str, arm: str, label: int, strategy: str, example: str | None, reason: str, nearest: str) -> Verdict:

@@ -96,11 +96,20 @@ def test_memorisation_in_words(facts: Facts) -> None:
     assert list(curation.memories(facts, 1)) == ["unguided"]  # null: not measured
     m = curation.memories(facts, 1)["unguided"]
     assert (m.nearer, m.held_out, len(m.curve)) == (0.52, 40, 21)
-    assert "no nearer than real images do: no sign of copying" in curation.memory_sentence("unguided", m, ["sample"])
+    assert "lie no nearer to real images than held-out ones do: there is no sign of copying." in curation.memory_sentence(
+        "unguided", m, ["sample"]
+    )
     near, far = (dataclasses.replace(m, nearer=x) for x in (0.9, 0.1))
     assert "may repeat what the denoiser was trained on" in curation.memory_sentence("unguided", near, ["sample"])
     assert "painted from a real one must" in curation.memory_sentence("guided", near, ["sample", "vary"])
-    assert "farther away" in curation.memory_sentence("unguided", far, ["sample"])
+    assert "lie farther from real images" in curation.memory_sentence("unguided", far, ["sample"])
+
+
+def test_groups_compared_say_what_was_not_tested(facts: Facts) -> None:
+    female, few, empty = evidence.within(facts.summary["subgroup_comparisons"])["sex"]
+    assert (female.difference, female.low, female.p_holm, female.word) == (0.1, 0.02, 0.012, "better")
+    assert few.small and few.difference is None and few.word == "too few to test" and empty.word == "no value"
+    assert evidence.within({}) == {}
 
 
 def test_the_budget_is_set_against_the_errors(facts: Facts) -> None:

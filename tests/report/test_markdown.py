@@ -34,7 +34,8 @@ def test_it_says_the_same(told: str) -> None:
         "| guided minus unguided, balanced accuracy, test | +0.035 | \u22120.012 to +0.081 | 0.210 | not shown | 0.066 | 31 |",
         "| sensitivity at specificity 0.90 | 0.700 (0.660 to 0.740) |", "+1.250", "| guided | 1 min 30 s | 2 min 30 s |",
         "Every classifier took 600 steps on 38,400 images.", "no sign of copying", "An effect of 0.02 would take 31 seeds",
-        "near_copy_quantile: 0.99", "Brier 0.400",
+        "near_copy_quantile: 0.99", "Brier 0.400", "### Subgroups, on test: guided minus unguided",
+        "| female | 42 | 40 | +0.100 | +0.020 to +0.180 | 0.012 | better |", "| 7 | \u2013 | \u2013 | \u2013 | too few to test |",
     ):  # fmt: skip
         assert words in told, words
 

@@ -142,6 +142,19 @@ def test_figures_have_three_decimals_and_intervals(parsed: Page) -> None:
     assert "unguided minus real accuracy, mine (optimistic) \u22120.050 \u22120.090 to \u22120.020 worse p 0.010" in parsed.text
 
 
+def test_the_headline_is_compared_within_groups(parsed: Page) -> None:
+    assert "Subgroups, on test: guided minus unguided" in parsed.text and "corrected for the 1 group tested" in parsed.text
+    assert "female 42 40 +0.100 +0.020 to +0.180 better p 0.012" in parsed.text
+    assert "9 7 \u2013 too few to test" in parsed.text and "x 33 31 \u2013 no value" in parsed.text
+
+
+def test_every_filter_of_verdicts_has_a_count(finished: Path, parsed: Page) -> None:
+    facts = read_facts(finished)
+    found = gallery.gallery(facts, 1)
+    assert found.refused == sum(found.reasons.values()) - found.reasons["kept"] > 0
+    assert f"not kept {found.refused} " in parsed.text
+
+
 def test_the_counts_are_those_of_the_verdicts(finished: Path, parsed: Page) -> None:
     facts = read_facts(finished)
     found = curation.accepted(facts)
