@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: processes of two threads each, on two cores, wait for each other at every layer.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -13,12 +17,14 @@ KILLS = ("test_kill.py", "test_training.py")  # the longest files, which mostly 
 
 
 def pytest_collection_modifyitems(items):
-    """With several test processes (pytest-xdist) whatever starts Ray stays in two of them: more Rays would fight for the cores."""
+    """With several test processes (pytest-xdist) whatever starts Ray stays in two of them: more would fight for the cores. These
+    chains are the longest, so they come first."""
     for item in items:
         if item.path.name in KILLS and "distributed" in item.path.parts:
             item.add_marker(pytest.mark.xdist_group("ray-kills"))
         elif item.get_closest_marker("ray") or "distributed" in item.path.parts or item.path.name == "test_cli.py":
             item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(scope="session")
