@@ -16,6 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 KILLS = ("test_kill.py", "test_training.py")  # the longest files, which mostly wait
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """With several test processes (pytest-xdist) whatever starts Ray stays in two of them: more would fight for the cores. These
     chains are the longest, so they come first."""
