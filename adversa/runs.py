@@ -142,6 +142,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
+SHAPELESS = ("order",)  # steps whose recipes have as many fields as were asked for
 FREE = ("groups", "model_args")  # mappings whose keys a user chooses: one may be absent for an ordinary reason
 
 
@@ -296,17 +297,20 @@ def writing(folder: Path, option: str = "--run-dir") -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in FIXES or (e.errno == errno.ENOENT and not _is_gone(folder, e)):
+        if e.errno not in FIXES or _is_ours(folder, e):
             raise
         kept = ", finished parts are kept" if option == "--run-dir" else ""
         where = e.filename2 or e.filename or folder  # of two names (a rename) the second is where it was to go
         raise UserError(f"cannot write to {where}: {FIXES[e.errno].format(option=option, kept=kept)}") from None
 
 
-def _is_gone(folder: Path, error: OSError) -> bool:
-    """Whether it is the folder that is missing: a file missing in one that is there, or elsewhere, is a fault of ours."""
+def _is_ours(folder: Path, error: OSError) -> bool:
+    """Whether it is a fault of ours: a file missing in a folder that is there, or something in the way elsewhere."""
     named = Path(error.filename) if isinstance(error.filename, str) else folder
-    return not os.path.exists(folder) and (named == folder or folder in named.parents or named in folder.parents)
+    near = named == folder or folder in named.parents or named in folder.parents
+    if error.errno == errno.ENOENT:
+        return os.path.exists(folder) or not near
+    return error.errno in (errno.EEXIST, errno.EISDIR) and not near
 
 
 @contextlib.contextmanager
@@ -377,7 +381,7 @@ def _steps_apart(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """As _versions_apart, of a step's recipe: it has another number in another version, and what it reads has other names in other
     settings. Some steps (codec, denoiser) have recipes of two shapes, which differ in a field that both have as well."""
     a, b = (flatten(json.loads(json.dumps(r.get("config", {})))) for r in (saved, asked))
-    same = all(a[k] == b[k] for k in a.keys() & b.keys())
+    same = all(a[k] == b[k] for k in a.keys() & b.keys()) and asked["step"] not in SHAPELESS
     apart = _versions_apart(saved.get("config", {}), asked["config"]) if same else []
     if saved.get("version") != asked["version"]:
         apart.append(f"its step {asked['step']} has number {saved.get('version')}, here it has {asked['version']}")

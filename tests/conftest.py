@@ -13,19 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-KILLS = ("test_kill.py", "test_training.py")  # the longest files, which mostly wait
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """With several test processes (pytest-xdist) whatever starts Ray stays in two of them: more would fight for the cores. These
-    chains are the longest, so they come first."""
-    for item in items:
-        if item.path.name in KILLS and "distributed" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("ray-kills"))
-        elif item.get_closest_marker("ray") or "distributed" in item.path.parts or item.path.name == "test_cli.py":
-            item.add_marker(pytest.mark.xdist_group("ray"))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """Files that start a Ray come first: they take longest and mostly wait. (`--dist loadfile` keeps a file in one process.)"""
+    ray = {item.path for item in items if item.get_closest_marker("ray") or "distributed" in item.path.parts}
+    items.sort(key=lambda item: item.path not in ray)
 
 
 @pytest.fixture(scope="session")

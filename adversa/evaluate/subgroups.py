@@ -13,6 +13,7 @@ from adversa.evaluate.operating import Measures
 from adversa.types import UserError
 
 SMALL = 30  # fewer lesions are shown, and never tested
+FEW = 5  # nor are groups with a class of fewer: a difference in one lesion would be the whole of that class's sensitivity
 UNKNOWN = "unknown"  # of an image without the attribute
 
 Attributes = Sequence[Mapping[str, str]] | Sequence[str]
@@ -22,7 +23,7 @@ Attributes = Sequence[Mapping[str, str]] | Sequence[str]
 class Subgroup:
     """The images with one value of an attribute. n: images. small: fewer than 30 lesions, so also where n < 30.
 
-    metrics: as of `metrics`, the mean over seeds. intervals: empty where small.
+    metrics: as of `metrics`, the mean over seeds. intervals: empty where small, and where a class is there in one lesion alone.
     """
 
     attribute: str
@@ -36,8 +37,9 @@ class Subgroup:
 
 @dataclass(frozen=True)
 class SubgroupComparison:
-    """Arm a against b within a subgroup; comparison, p_holm (over the subgroups tested) and word are None where it is small
-    or the metric has no value.
+    """Arm a against b within a subgroup. small: fewer than 30 lesions, or fewer than 5 of a class that occurs.
+
+    comparison, p_holm (over the subgroups tested) and word are None where it is small or the metric has no value.
     """
 
     attribute: str
@@ -68,7 +70,8 @@ def by_attribute(
         point, _ = draws(*given, 0, seed, classes, measures, thresholds, only)
         metrics = {name: float(x[:, 0].mean()) for name, x in point.items() if np.isfinite(x[:, 0]).all()}
         small = lesions < SMALL
-        ranges = {} if small else intervals(*given, classes, resamples, seed, measures, thresholds, only)
+        alone = fewest(labels[rows], groups[rows]) < 2
+        ranges = {} if small or alone else intervals(*given, classes, resamples, seed, measures, thresholds, only)
         found.append(Subgroup(attribute, value, len(rows), lesions, small, metrics, ranges))
     return found
 
@@ -81,18 +84,24 @@ def compare_by_attribute(
     labels, groups = np.asarray(labels), np.asarray(groups)
     parts = _parts(attributes, attribute, groups)
     names = classes or [str(k) for k in range(logits_a.shape[2])]
+    small = {value: n < SMALL or fewest(labels[rows], groups[rows]) < FEW for value, rows, n in parts}
     tested = {}
-    for value, rows, lesions in parts:
+    for value, rows, _ in parts:
         a, b, given = logits_a[:, rows], logits_b[:, rows], (labels[rows], groups[rows])
-        if lesions >= SMALL and np.isfinite(draws(a, *given, 0, seed, names, only=metric)[0][metric]).all():
+        if not small[value] and np.isfinite(draws(a, *given, 0, seed, names, only=metric)[0][metric]).all():
             tested[value] = compare(a, b, *given, resamples, seed, metric, names)
     adjusted = dict(zip(tested, holm([c.p for c in tested.values()]), strict=True))
     found = []
     for value, rows, lesions in parts:
         c, p = tested.get(value), adjusted.get(value)
         said = None if c is None else word(c.low, c.high) if p < 0.05 else "not shown"
-        found.append(SubgroupComparison(attribute, value, len(rows), lesions, lesions < SMALL, c, p, said))
+        found.append(SubgroupComparison(attribute, value, len(rows), lesions, small[value], c, p, said))
     return found
+
+
+def fewest(labels: np.ndarray, groups: np.ndarray) -> int:
+    """Lesions of the class that has fewest, among those that occur. labels [N] >= 0; groups [N]."""
+    return min(len(np.unique(groups[labels == k])) for k in np.unique(labels))
 
 
 def _parts(attributes: Attributes, attribute: str, groups: np.ndarray) -> list[tuple[str, np.ndarray, int]]:

@@ -6,6 +6,7 @@ then summary.json and report.md. Thresholds come from the run's `select`; the se
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,8 +78,8 @@ def forget(asked: External) -> None:
     kept = {"set.json", "status.json", ".lock", runs.RECIPE, runs.PROGRESS}
     if any(p.is_file() and p.name not in kept for p in asked.folder.rglob("*")):
         return
-    shutil.rmtree(asked.folder)
-    if not any(asked.folder.parent.iterdir()):
+    shutil.rmtree(asked.folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another set lies beside it; and what failed before is what the user must hear of
         asked.folder.parent.rmdir()
 
 

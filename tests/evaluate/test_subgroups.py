@@ -46,6 +46,20 @@ def test_a_small_subgroup_is_never_tested_whatever_it_shows() -> None:
     assert all(found[v].comparison is found[v].p_holm is found[v].word is None for v in ("face", "hand", "unknown"))
 
 
+@pytest.mark.parametrize("few", [1, 4, 5])
+def test_a_class_of_few_lesions_is_no_evidence(few: int) -> None:
+    labels = np.array([0] * 60 + [1] * few)
+    a, b = np.eye(2)[labels][None], np.eye(2)[np.zeros_like(labels)][None]  # only the few differ
+    (found,) = compare_by_attribute(a, b, labels, np.arange(60 + few), ["x"] * (60 + few), "site", 100, 0)
+    assert found.small == (few < 5) and (found.comparison is None) == (few < 5)
+
+
+def test_a_class_of_one_lesion_has_no_interval() -> None:
+    labels = np.array([0] * 60 + [1])
+    (found,) = by_attribute(np.eye(2)[labels], labels, np.arange(61), CLASSES, ["x"] * 61, "site", 100, 0)
+    assert found.intervals == {} and found.metrics["balanced_accuracy"] == 1 and not found.small
+
+
 def test_holm_counts_the_subgroups_tested() -> None:
     rng = np.random.default_rng(1)
     labels, values = rng.integers(0, 2, 120), ["a"] * 40 + ["b"] * 40 + ["c"] * 40
