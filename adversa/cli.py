@@ -99,11 +99,12 @@ def loop(
     reopen_test: Annotated[
         bool, typer.Option("--reopen-test", help="Allow test to be opened again where it was before; the report then says so.")
     ] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="On a cluster (RAY_ADDRESS): start, and do not follow.")] = False,
     run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None, engine: EngineName = "ray",
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run it again to resume."""
-    execute("loop", config, run_dir, set_ or [], rounds, seed, engine, verbose, reopen_test)
+    execute("loop", config, run_dir, set_ or [], rounds, seed, engine, verbose, reopen_test, detach)
 
 
 @app.command()
@@ -324,6 +325,33 @@ def status(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
     Console().print(console.view(*_saved(run, run_dir)))
 
 
+@app.command()
+@exits
+def pause(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
+    """Let a run rest: what is in flight is finished, then nothing is begun until `adversa resume`."""
+    from adversa import cli_control
+
+    _say(cli_control.pause(_saved(run, run_dir)[1]))
+
+
+@app.command()
+@exits
+def resume(run: SavedRun = None, run_dir: SavedRunDir = None, set_: Overrides = None) -> None:
+    """Go on with a paused run; --set changes mix.synthetic_ratio or mine.budget for rounds that have not begun."""
+    from adversa import cli_control
+
+    _say(cli_control.resume(_saved(run, run_dir)[1], set_ or []))
+
+
+@app.command()
+@exits
+def stop(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
+    """End a run as Ctrl-C does, from anywhere: everything finished is kept."""
+    from adversa import cli_control
+
+    _say(cli_control.stop(_saved(run, run_dir)[1]))
+
+
 @config_app.command()
 @exits
 def show(config: ConfigPath = None, set_: Overrides = None) -> None:
@@ -341,6 +369,12 @@ def check(config: ConfigPath = None, set_: Overrides = None) -> None:
 
     load(config, set_ or [])
     typer.echo(f"{config or 'the demo'}: valid")
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console().print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _saved(argument: Path | None, option: Path | None) -> tuple[Config, RunDir]:

@@ -6,7 +6,9 @@ import contextlib
 import shlex
 import signal
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +46,12 @@ def execute(
     verbose: bool,
     reopen: bool = False,
     brief: bool = False,
+    detach: bool = False,
 ) -> None:
     """brief: one line at the end, though the run is finished: the caller has more to say."""
     from rich.console import Console
 
-    from adversa import console, runs
+    from adversa import distributed
     from adversa.config import load
     from adversa.loop import cycle
     from adversa.loop.stages import has_codec
@@ -68,31 +71,118 @@ def execute(
         raise UserError(f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add unguided or guided")
     root = root_of(path, run_dir)
     screen = Console()
+    clustered = engine_name == "ray" and distributed.address() is not None
+    if detach and not clustered:
+        raise UserError("--detach: without a cluster the run ends with the command; set RAY_ADDRESS, or leave --detach out")
     run = cycle.open_run(config, root, reopen)
-    with runs.lock(run), _terminable():
-        runs.set_status(run, "running", "starting")
+    if clustered and (reopen or cycle.todo(config, run, None if command == "loop" else command)):
+        worked = _on_cluster(command, config, run, verbose, screen, reopen, detach)
+        if detach:
+            return
+    else:
+        worked = _here(command, config, run, engine_name, verbose, screen, reopen)
+    _close(command, config, run, worked, screen, brief)
+
+
+def _here(command: str, config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any, reopen: bool) -> str:
+    """Work on the run in this process: the title of the last stage it worked on, "" where there was none."""
+    from adversa import control, runs
+    from adversa.lease import LeaseLost
+
+    with _terminable(), control.held(run, command, _interrupt, lambda text: _say(screen, text)) as reins:
         try:
             worked = _cycle(command, config, run, engine_name, verbose, screen, reopen)
         except KeyboardInterrupt as stop:
+            reins.ending = True
+            if reins.lease.lost is not None:
+                raise reins.lease.lost from None
             runs.set_status(run, "stopped")
-            code = 143 if stop.args == ("SIGTERM",) else 130
-            screen.print(
-                f"stopped; everything finished is kept. Resume with: {_again()}", highlight=False, markup=False, soft_wrap=True
-            )
-            raise typer.Exit(code) from None
+            raise _stopped(screen, KeyboardInterrupt() if control.read(run).wish == control.STOP else stop) from None
+        except LeaseLost:
+            raise
         except Exception as e:
             _note_failure(run, e)
             raise
-        finished = run.summary.exists()
-        judged = _judged(config, run) if command == "quality" else None
-        runs.set_status(run, "finished" if finished else "stopped")
-    if judged is not None:
+        runs.set_status(run, "finished" if run.summary.exists() else "stopped")
+    return worked.title if worked is not None else ""
+
+
+def _on_cluster(command: str, config: Config, run: RunDir, verbose: bool, screen: Any, reopen: bool, detach: bool) -> str:
+    """Let a coordinator on the cluster work on the run, and follow it, or the one that does already. As `_here`."""
+    from adversa import console, control
+    from adversa.config import dump
+    from adversa.distributed import coordinator
+    from adversa.distributed.start import start
+    from adversa.loop.coordinator import Task
+    from adversa.report import page
+
+    task = Task(uuid.uuid4().hex, dump(config), str(run.root), command, str(Path.cwd()), reopen, verbose)
+    begun, root = False, shlex.quote(str(run.root))
+    with _terminable():
+        try:
+            start(config.cluster, verbose)
+            new = coordinator.begin(task, page.write, lambda text: _say(screen, text))
+            begun = True
+            if detach:
+                ways = f"the same command follows it, adversa status {root} shows it, adversa stop {root} ends it"
+                _say(screen, f"{run.root} is worked on; {ways}")
+                return ""
+            if not new:
+                _say(screen, f"{run.root} is worked on already; following it")
+            with console.Watch(screen, config, run):
+                status = coordinator.follow(run)
+        except KeyboardInterrupt as stop:
+            if not begun:
+                coordinator.cancel(task)
+                raise _stopped(screen, stop) from None
+            control.wish(run, control.STOP)
+            _say(screen, "stopping")
+            status = coordinator.follow(run)
+            if status["state"] == "stopped":
+                raise _stopped(screen, stop) from None
+    coordinator.leave(run)
+    return _outcome(status, screen)
+
+
+def _outcome(status: dict[str, Any], screen: Any) -> str:
+    """How a coordinator's work ended, as it would have ended here."""
+    from adversa.types import UserError
+
+    if status["state"] == "failed" and status.get("user"):
+        raise UserError(status["error"])
+    if status["state"] == "failed":
+        typer.echo(status.get("trace") or status["error"], err=True)
+        raise typer.Exit(1)
+    if status["state"] == "stopped" and "worked" not in status:
+        raise _stopped(screen, KeyboardInterrupt())
+    return str(status.get("worked", ""))
+
+
+def _close(command: str, config: Config, run: RunDir, worked: str, screen: Any, brief: bool) -> None:
+    from adversa import console, runs
+
+    if command == "quality":
+        with runs.lock(run):
+            judged = _judged(config, run)
         console.quality(screen, run, judged)
-    elif finished and not brief:
+    elif run.summary.exists() and not brief:
         console.closing(screen, run)
     else:
-        text = f"{worked.title} is done in {run.root}" if worked is not None else f"{command}: nothing left to do in {run.root}"
-        screen.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        _say(screen, f"{worked} is done in {run.root}" if worked else f"{command}: nothing left to do in {run.root}")
+
+
+def _say(screen: Any, text: str) -> None:
+    screen.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _stopped(screen: Any, stop: KeyboardInterrupt) -> typer.Exit:
+    _say(screen, f"stopped; everything finished is kept. Resume with: {_again()}")
+    return typer.Exit(143 if stop.args == ("SIGTERM",) else 130)
+
+
+def _interrupt() -> None:
+    """From another thread. Not SIGINT: a command that a shell has started in the background ignores that."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 def _cycle(command: str, config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any, reopen: bool) -> Any:

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from adversa import runs
+from adversa import control, lease, runs
 from adversa.config import Config
 from adversa.loop.stages import Stage, plan, trained
 from adversa.runs import RunDir
@@ -89,12 +89,37 @@ def shares(rows: dict[str, int], workers: int) -> list[str]:
 
 
 def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
-    """("running" | "finished" | "stopped" | "failed" | "killed" | "not started", status.json)."""
+    """("running" | "paused" | "finished" | "stopped" | "failed" | "killed" | "not started", status.json)."""
     status = runs.read_json(run.status) or {}
     state = status.get("state", "not started")
-    if state == "running" and not runs.is_locked(run):
+    if state in ("running", "paused") and not is_worked_on(run):
         state = "killed"
     return state, status
+
+
+_pulses: dict[Path, lease.Pulse] = {}
+
+
+def is_worked_on(run: RunDir) -> bool:
+    """Whether a process of this machine holds the run, or one of another machine gives signs of life.
+
+    For the latter the first call waits until it has seen one, some seconds at most.
+    """
+    if runs.is_locked(run):
+        return True
+    found, times = lease.place_of(run).read(), lease.TIMES
+    if found is None or found.machine == lease.machine():
+        _pulses.pop(run.root, None)
+        return False
+    if run.root not in _pulses:
+        _pulses[run.root] = lease.Pulse(lease.place_of(run))
+        until = time.monotonic() + 2 * times.beat + 1
+        while not _pulses[run.root].changes and time.monotonic() < until:
+            _pulses[run.root].look()
+            time.sleep(lease.LOOK_SECONDS)
+    pulse = _pulses[run.root]
+    pulse.look()
+    return pulse.changes > 0 and pulse.still() < times.expiry
 
 
 def stage_table(config: Config, run: RunDir, state: str) -> Table:
@@ -106,7 +131,7 @@ def stage_table(config: Config, run: RunDir, state: str) -> Table:
             table.add_row("[green]done[/]" if stage.is_finished else "[dim]to do[/]", stage.title, _seconds(stage), "")
             continue
         active = tasks(run, stage)
-        marks = {"running": "[yellow]now[/]", "failed": "[red]failed[/]", "killed": "[red]cut off[/]"}
+        marks = {"running": "[yellow]now[/]", "paused": "[cyan]paused[/]", "failed": "[red]failed[/]", "killed": "[red]cut off[/]"}
         mark = marks.get(state, "[cyan]cut off[/]" if active else "next")
         bar: RenderableType = ""
         if active:
@@ -140,9 +165,11 @@ def score_table(config: Config, run: RunDir) -> Table | None:
 
 def view(config: Config, run: RunDir) -> RenderableType:
     state, status = state_of(run)
-    colours = {"running": "yellow", "finished": "green", "failed": "red", "killed": "red"}
+    colours = {"running": "yellow", "paused": "cyan", "finished": "green", "failed": "red", "killed": "red"}
     wall = clock(runs.wall_seconds(run))
-    head = Text.assemble((str(run.root), "bold"), "  ", (state, colours.get(state, "cyan")), f"  {wall} so far")
+    again, lost = control.restarts(run)
+    restarted = f", {again} restart{'s' if again > 1 else ''} after {clock(lost)} without work" if again else ""
+    head = Text.assemble((str(run.root), "bold"), "  ", (state, colours.get(state, "cyan")), f"  {wall} so far{restarted}")
     items: list[RenderableType] = [head, stage_table(config, run, state)]
     if (scores := score_table(config, run)) is not None:
         items += ["", scores]
@@ -182,8 +209,9 @@ class Watch:
             if stage is not None:
                 active = tasks(self.run, stage)
                 name = active[-1].name if active else stage.title
+                name += " paused" if status.get("state") == "paused" else ""
                 if name != seen:
-                    self._say(f"{stage.title}" + (f": {name}" if active else ""))
+                    self._say(f"{stage.title}: {name}" if active else name)
                     seen, spoken = name, time.monotonic()
                 elif active and time.monotonic() - spoken > LOG_SECONDS:
                     self._say(active[-1].line())

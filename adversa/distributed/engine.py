@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import os
 import shutil
-import signal
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-
-from adversa.config import Cluster
-from adversa.loop.engine import Done, FitJob, Make, Name, Part, Report, Share, row_name, unfinished
-from adversa.types import UserError
-
-# Set before ray is imported: no usage report from a machine that may have no internet, no chatter.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that asked for no GPU sees none
-# Seconds between two looks of Ray Train's controller at its workers (2 by default): their end and their reports wait for one.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-
 import ray
 
-from adversa.distributed import pool, stream, training
+from adversa import distributed
+from adversa.config import Cluster
+from adversa.distributed import pool, start, stream, training
+from adversa.loop.engine import Done, FitJob, Make, Name, Part, Report, Share, row_name, unfinished
+from adversa.types import UserError
 
 # Share of a GPU that a task of map_batches with a model asks for: a classifier is small, its memory matters more than its speed.
 GPU_SHARE = 0.25
@@ -38,13 +27,16 @@ class RayEngine:
 
     name = "ray"
 
-    def __init__(self, cluster: Cluster, run: Path, image_bytes: int, verbose: bool = False) -> None:
-        """image_bytes: of one decoded image, to size the stream's blocks. UserError where no Ray can be had."""
+    def __init__(self, cluster: Cluster, run: Path, image_bytes: int, verbose: bool = False, inside: bool = False) -> None:
+        """image_bytes: of one decoded image, to size the stream's blocks; inside: in a worker of a cluster, which has a Ray and
+        keeps it. UserError where no Ray can be had.
+        """
         self.cluster, self.image_bytes = cluster, image_bytes
         self.storage = run / ".ray-train"
-        self.embedded = not os.environ.get("RAY_ADDRESS")
+        self.inside, self.embedded = inside, not inside and distributed.address() is None
         self.started: dict[str, float] = {}  # when the stages of the last launch's start-up were over; benchmarks/training.py
-        _start(cluster, verbose)
+        if not inside:
+            start.start(cluster, verbose)
         stream.quiet(verbose)
         resources = ray.cluster_resources()
         self.gpus, self.cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
@@ -116,6 +108,8 @@ class RayEngine:
 
     def close(self) -> None:
         """End Ray. Now and then an actor's process, told to end, locks up in its own destructors, and would stay behind."""
+        if self.inside:
+            return
         own = ray_processes() if self.embedded else []
         ray.shutdown()
         end(own, LINGER)
@@ -143,27 +137,3 @@ def end(processes: Sequence[psutil.Process], seconds: float) -> None:
 def _on_gpus(gpus: float, share: float) -> int:
     """Samplers on a machine's GPUs: a sampler's share lies on one GPU, or is some whole ones."""
     return int(gpus) * int(1 / share + 1e-6) if share < 1 else int(gpus / share)
-
-
-def _start(cluster: Cluster, verbose: bool) -> None:
-    level = logging.INFO if verbose else logging.ERROR
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(level)
-    shared = {"log_to_driver": verbose, "logging_level": level, "ignore_reinit_error": True}
-    address = os.environ.get("RAY_ADDRESS")
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        if address:
-            ray.init(address=address, **shared)
-        else:
-            store = cluster.object_store_mb << 20
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no node of an embedded Ray is taken away
-            # Nobody asks an embedded Ray for metrics or for its tasks' history: a third of what its processes take from a training.
-            for name in ("RAY_event_stats", "RAY_enable_metrics_collection", "RAY_task_events_report_interval_ms"):
-                os.environ.setdefault(name, "0")
-            ray.init(address="local", num_cpus=cluster.cpus, object_store_memory=store, include_dashboard=False, **shared)
-    except Exception as e:  # of any class: a node that is late at its start is a plain Exception
-        where = f"the Ray cluster RAY_ADDRESS={address}" if address else "Ray on this machine"
-        raise UserError(f"cannot start {where}: {' '.join(str(e).split())[:300]}; or try --engine local") from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # ray puts a handler of its own in its place, which prints stacks and dies

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from adversa import tables
+from adversa import control, tables
 from adversa.loop.leases import Leases, Order
 from adversa.loop.parts import Failed, Name, Part, Report, Share, missing, row_name
 from adversa.loop.sampler import Returned
@@ -104,7 +104,10 @@ class Crew:
         self.samples: deque[tuple[float, int, int]] = deque()
 
     def run(self, tell: Callable[[dict[str, Any]], None]) -> list[Share]:
-        """Until every part is committed. tell: is given `state()` after all news, and each WAIT_SECONDS without."""
+        """Until every part is committed. tell: is given `state()` after all news, and each WAIT_SECONDS without.
+
+        Where it raises control.Pause, the parts that workers have are brought home before that is passed on.
+        """
         try:
             while self.leases.left:
                 self._staff()
@@ -114,10 +117,20 @@ class Crew:
                     if call in self.calls:  # its worker may have been lost a moment ago
                         self._answered(call)
             tell(self.state())
+        except control.Pause:
+            self._bring_home()
+            raise
         finally:
             for member in self.members.values():
                 self.backend.stop(member.worker)
         return [Share(t.parts, t.rows, t.seconds, t.evaluations, t.failed) for _, t in sorted(self.tallies.items())]
+
+    def _bring_home(self) -> None:
+        """Wait for the leases that are out; no more are handed out."""
+        while any(member.leases for member in self.members.values()):
+            for call in self.backend.wait(list(self.calls), WAIT_SECONDS):
+                if call in self.calls:
+                    self._answered(call)
 
     # ---- how many workers -------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from adversa import runs, tracking
-from adversa.config import Config, dump
+from adversa import control, runs, tracking
+from adversa.config import Config, check, dump
 from adversa.loop import (
     curation,
     evidence,
@@ -31,6 +32,15 @@ from adversa.types import PAINTED, ROLES, seed_of
 def recipe_of(config: Config) -> dict[str, object]:
     """What makes a run this run: everything but how the work is spread, who is told, and how its denoiser is judged afterwards."""
     return config.model_dump(mode="json", exclude={"cluster", "tracking", "quality"})
+
+
+def changed(config: Config, settings: dict[str, Any]) -> Config:
+    """With some settings (dotted names) changed. UserError where a value is no good."""
+    tree = config.model_dump(mode="json")
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        tree[section][key] = value
+    return check(tree, control.CONTROL) if settings else config
 
 
 def open_run(config: Config, root: Path, reopen: bool = False) -> RunDir:
@@ -87,23 +97,44 @@ def run(
     with tracking.Follow(config.tracking, run.root), runs.Clock(run, since) as clock:
         for stage in todo(config, run, until):
             worked = stage
-            runs.set_status(run, "running", stage.title, folders=[run.name_of(f) for f in stage.folders], command=until)
+            _carry_out(cycle, stage, report, clock, until)
+    return worked
+
+
+def _carry_out(cycle: Cycle, stage: Stage, report: Callable[[Path], Path], clock: runs.Clock, until: str | None) -> None:
+    """Do a stage, over and over until no pause comes between: what is finished of it is skipped."""
+    told = {"folders": [cycle.dir.name_of(f) for f in stage.folders], "command": until}
+    while True:
+        try:
+            control.reins().look(force=True)
+            runs.set_status(cycle.dir, "running", stage.title, **told)
             if stage.command == "report":
                 clock.tick()
-                summary.write(config, run)
-                report(run.root)
+                summary.write(cycle.config, cycle.dir)
+                report(cycle.dir.root)
             else:
+                cycle.enter(stage.round)
                 getattr(cycle, stage.command)(stage.round)
-    return worked
+            return
+        except control.Pause:
+            runs.set_status(cycle.dir, "paused", stage.title, **told)
+            control.reins().rest()
 
 
 class Cycle:
     """One method a command; the round's number is its only argument."""
 
     def __init__(self, config: Config, run: RunDir, engine: Engine, reopen: bool = False) -> None:
-        self.config, self.dir, self.engine, self.reopen = config, run, engine, reopen
-        self.id = runs.run_id(recipe_of(config))
+        self.asked, self.config, self.dir, self.engine, self.reopen = config, config, run, engine, reopen
+        self.name = self.id = runs.run_id(recipe_of(config))
         self.seeds = range(config.evaluate.seeds)
+
+    def enter(self, number: int) -> None:
+        """From here on the settings, and the id, of a round: those of the run but for what was changed by hand (control.json)."""
+        if number:
+            control.enter_round(self.dir, number, runs.flatten(recipe_of(self.asked)))
+        self.config = changed(self.asked, control.recorded(self.dir).get(number, {}))
+        self.id = control.run_id(self.name, self.dir, number)
 
     def prepare(self, number: int) -> None:
         prepare.prepare(self.engine, self.config.data, self.dir.data)

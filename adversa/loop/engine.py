@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from adversa import runs
+from adversa import control, runs
 from adversa.loop.crew import work_off
 from adversa.loop.feed import Batch, Feed
 from adversa.loop.parts import Done, Make, Name, Part, Report, Share, do_part, missing, row_name
@@ -136,6 +136,7 @@ class Waited:
 def unfinished(jobs: Sequence[FitJob]) -> list[FitJob]:
     """The jobs to do; each one's recipe is checked and written first."""
     left = []
+    control.reins().look()
     for job in jobs:
         if runs.begin(job.out, job.recipe):
             drop_checkpoint(job.out)  # killed between the manifest and this
@@ -183,6 +184,7 @@ class LocalEngine:
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
         for job in unfinished(jobs):
+            control.reins().look()
             batches = job.feed.batches(job.resume(job.out))
             select = job.select.batches if job.select is not None else _no_select
             do_job(job, batches, select, self.training_threads)

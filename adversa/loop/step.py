@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adversa import runs
+from adversa import control, runs
 from adversa.loop.engine import Done
 
 Facts = dict[str, Any]
@@ -19,15 +19,31 @@ def run_step(folder: Path, recipe: runs.Recipe, body: Callable[[runs.Progress], 
     """
     with runs.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if runs.begin(folder, recipe):
+        if runs.is_finished(folder) and runs.begin(folder, recipe):
             return
-        progress = runs.Progress(folder)
+        reins = control.reins()
+        reins.look()
+        runs.begin(folder, recipe)
+        progress = Watched(folder, reins)
         facts = body(progress)
         seconds = progress.elapsed
         compute = seconds - facts.pop("waited", 0.0)
         if (lanes := facts.pop("lanes", 0)) and "device_seconds" in facts:
             facts["device_seconds"] += progress.before * lanes  # of attempts that were cut off nothing finer is known
+        reins.check()
         runs.finish(folder, recipe, **({"seconds": seconds, "compute_seconds": compute, "device_seconds": compute} | facts))
+
+
+class Watched(runs.Progress):
+    """Progress of a step that may be told to pause or to stop after each part."""
+
+    def __init__(self, folder: Path, reins: control.Free | control.Reins) -> None:
+        super().__init__(folder)
+        self.reins = reins
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        super().__call__(state)
+        self.reins.look()
 
 
 def cost(done: Sequence[Done], workers: int, wall: float) -> Facts:

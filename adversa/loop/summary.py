@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from adversa import runs, tables
+from adversa import control, runs, tables
 from adversa.config import Config, judge_of
 from adversa.loop import evidence, matched, opening, steps
 from adversa.loop.stages import has_codec, home, last_round, stages
@@ -60,10 +60,13 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
         "seconds": seconds,
         "device_seconds": round(sum(m["device_seconds"] for m in manifests.values()), 2),
         "overhead_seconds": round(max(0.0, runs.wall_seconds(run) - compute), 2),
+        "restarts": control.restarts(run)[0],
+        "restart_seconds": control.restarts(run)[1],
         "wall_seconds": round(runs.wall_seconds(run), 2),
         "comparisons": compared,
         "verdict": word,
         "verdict_sentence": sentence,
+        "settings": {str(n): values for n, values in control.recorded(run).items()},
         "notes": notes(config, run),
         "test_opened": opened[0]["opened"] if opened else None,
         "test_openings": len(opened),
@@ -111,6 +114,7 @@ def notes(config: Config, run: RunDir) -> list[str]:
         found.append(f"{config.evaluate.seeds} seeds an arm, averaged: the intervals hold the choice of test lesions and the seeds")
     if not config.data.grouped:
         found.append("data.grouped is off: lesions leak between roles and every figure is too good")
+    found += control.notes(run)
     if skipped := runs.manifest(run.data).get("problems", 0):
         found.append(f"{skipped} pictures or rows were left out; data/leaks.json names each")
     if config.mix.mines and not any(_added(config, run).values()):

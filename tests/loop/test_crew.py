@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from adversa import control
 from adversa.loop import crew
 from adversa.loop.crew import Crew, Lost
 from adversa.loop.leases import Leases
@@ -125,6 +126,33 @@ def test_every_part_is_done_once_and_the_shares_add_up():
     assert (sum(s.parts for s in shares), sum(s.rows for s in shares), sum(s.seconds for s in shares)) == (100, 400, 100.0)
     assert sum(s.evaluations for s in shares) == 1000 and len(shares) == 4
     assert world.now == pytest.approx(2 + 25)
+
+
+def test_a_pause_brings_home_what_is_out_and_hands_out_nothing_more():
+    world, told = World(seconds=lambda number, part: 10.0), []
+
+    def tell(state):
+        told.append(world.now)
+        if world.now > 5:
+            raise control.Pause
+
+    with pytest.raises(control.Pause):
+        go(world, parts_of(100), tell=tell)
+    out = sum(parts for _, parts in world.leases)
+    assert sorted(committed(world).values()) == [1] * out and out <= 8  # of four workers two leases each, of one part
+    assert len(world.stopped) == 4 and world.now >= 10
+
+
+def test_a_worker_that_dies_while_it_is_brought_home_keeps_nobody_waiting():
+    world = World(seconds=lambda number, part: 10.0, dies={0: 7.0})
+
+    def tell(state):
+        if world.now > 5:
+            raise control.Pause
+
+    with pytest.raises(control.Pause):
+        go(world, parts_of(100), tell=tell)
+    assert {worker for worker, _, at in world.log if at <= world.now} == {1, 2, 3}
 
 
 def test_nothing_to_do_starts_nobody():

@@ -1,0 +1,74 @@
+"""`adversa pause | resume | stop`: wishes written into a run's folder, and whether somebody heard them. No Ray, no torch."""
+
+from __future__ import annotations
+
+import shlex
+import time
+
+from adversa import console, control
+from adversa.config import Config, load
+from adversa.runs import RunDir, flatten
+from adversa.types import UserError
+
+HEARD_SECONDS = 60.0  # for a stop; a pause may wait for a training
+WAIT_SECONDS = 0.2
+
+
+def pause(run: RunDir) -> str:
+    _working(run, "pause")
+    control.wish(run, control.PAUSE)
+    return f"{run.root} pauses after the parts in flight (a training goes on to its end); go on with: adversa resume {_quoted(run)}"
+
+
+def resume(run: RunDir, overrides: list[str]) -> str:
+    """overrides: KEY=VALUE of control.CHANGEABLE, for rounds that have not begun."""
+    settings = _settings(run, overrides)
+    said = ""
+    if settings:
+        first = next((n for n in range(1, load(run.config).rounds + 1) if not run.round(n).exists()), None)
+        if first is None:
+            raise UserError(f"--set {overrides[0]}: every round of {run.root} has begun; give a new run another --run-dir")
+        control.wish(run, None, settings)
+        said = f"from round {first} on: {', '.join(f'{k} {v}' for k, v in settings.items())}; "
+        if console.state_of(run)[0] not in ("running", "paused"):
+            return f"{said}nobody works on {run.root} now, go on with: {_again(run)}"
+    _working(run, "resume")
+    control.wish(run, control.GO)
+    return f"{said}{run.root} goes on"
+
+
+def stop(run: RunDir) -> str:
+    _working(run, "stop")
+    control.wish(run, control.STOP)
+    until = time.monotonic() + HEARD_SECONDS
+    while console.state_of(run)[0] in ("running", "paused"):
+        if time.monotonic() > until:
+            return f"{run.root} has not stopped after {HEARD_SECONDS:.0f} s; it will as soon as it looks"
+        time.sleep(WAIT_SECONDS)
+    return f"{run.root} is stopped; everything finished is kept. Resume with: {_again(run)}"
+
+
+def _settings(run: RunDir, overrides: list[str]) -> dict[str, object]:
+    names = [o.partition("=")[0] for o in overrides]
+    if wrong := [n for n in names if n not in control.CHANGEABLE]:
+        raise UserError(
+            f"--set {wrong[0]}: only {' and '.join(control.CHANGEABLE)} may change in a run, for rounds that have not begun; "
+            "give another --run-dir"
+        )
+    checked: Config = load(run.config, overrides)
+    flat = flatten(checked.model_dump(mode="json"))
+    return {n: flat[n] for n in names}
+
+
+def _working(run: RunDir, what: str) -> None:
+    state = console.state_of(run)[0]
+    if state not in ("running", "paused"):
+        raise UserError(f"{run.root} is {state}: there is nothing to {what}; go on with: {_again(run)}")
+
+
+def _again(run: RunDir) -> str:
+    return shlex.join(["adversa", "loop", str(run.config), "--run-dir", str(run.root)])
+
+
+def _quoted(run: RunDir) -> str:
+    return shlex.quote(str(run.root))

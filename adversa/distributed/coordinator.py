@@ -1,0 +1,186 @@
+"""The coordinator of a run on a cluster: a named, detached actor around loop/coordinator.py, and how a command deals with it.
+
+It outlives the command that started it. When its process dies Ray starts it again with the same task, and it goes on from the run
+folder. Everything that is asked of it (pause, stop, settings) and everything it answers lies in that folder too.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from adversa import runs
+from adversa.config import Config
+from adversa.distributed import metrics
+from adversa.loop.coordinator import ENDED, Coordinator, Task
+from adversa.loop.engine import Engine
+from adversa.runs import RunDir
+from adversa.types import UserError, digest
+
+NAMESPACE = "adversa"
+RESTARTS = 100  # of a coordinator whose process dies; not counted are those whose node is taken away
+TRIES = 40  # to reach a coordinator; half a second between two
+LINGER_SECONDS = 20.0  # after the end, for whoever asks how it went
+LOOK_SECONDS = 0.5
+ASK_SECONDS = 5.0  # between two questions whether the actor is there
+
+
+class CoordinatorActor(Coordinator):
+    """Coordinator in a process of its own, on whose cluster it works."""
+
+    def __init__(self, task: Task, page: Callable[[Path], Path]) -> None:
+        if Path(task.home).is_dir():
+            os.chdir(task.home)  # relative paths in a configuration mean the user's folder
+        back = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        super().__init__(task, _engine(task), page, lambda: _end(task.root), back)
+        self.start()
+        metrics.follow(self.config, self.run)
+        threading.Thread(target=self._leave, daemon=True).start()
+
+    def settled(self, seconds: float) -> dict[str, Any]:
+        """`state`, as soon as the run is taken or refused; after so many seconds in any case."""
+        until = time.monotonic() + seconds
+        while not (self.taken.is_set() or self.over.is_set()) and time.monotonic() < until:
+            time.sleep(0.05)
+        return self.state()
+
+    def _leave(self) -> None:
+        self.over.wait()
+        time.sleep(LINGER_SECONDS)
+        _end(self.task.root)
+
+
+def _engine(task: Task) -> Callable[[Config, RunDir], Engine]:
+    def make(config: Config, run: RunDir) -> Engine:
+        from adversa.distributed.engine import RayEngine
+
+        return RayEngine(config.cluster, run.root, config.data.resolution**2 * 3, task.verbose, inside=True)
+
+    return make
+
+
+def name_of(root: str) -> str:
+    return f"coordinator-{digest(root, size=8)}"
+
+
+def _end(root: str) -> None:
+    """End this process, and do not start it again. With it end the actors and tasks that it owns."""
+    ray.kill(ray.get_actor(name_of(root), NAMESPACE), no_restart=True)
+
+
+# ---- the command's side ------------------------------------------------------------------------------------------------
+
+
+def begin(task: Task, page: Callable[[Path], Path], say: Callable[[str], None]) -> bool:
+    """Start a coordinator with this task, or find the one that works on the run: whether it is a new one.
+
+    UserError where somebody else works on the run, or a coordinator with another command. say: is told what is waited for.
+    """
+    head = next((n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]), None)
+    place = {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=True)} if head else {}
+    # Not repeated: a question to a dead actor is asked anew. Threads: one for each question, the work has its own.
+    kind = ray.remote(num_cpus=0, max_restarts=RESTARTS, max_task_retries=0, max_concurrency=16)(CoordinatorActor)
+    options = {"name": name_of(task.root), "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True} | place
+    for left in reversed(range(TRIES)):
+        actor = kind.options(**options).remote(task, page)
+        try:
+            found = _settled(actor, say)
+        except RayActorError as e:
+            if not left or "creation task" in str(e):
+                raise
+            time.sleep(LOOK_SECONDS)  # it was about to leave, or is being started again
+            continue
+        mine = found["id"] == task.id
+        if mine and found["refused"]:
+            _kill(actor)
+            raise UserError(found["refused"])
+        if not mine and found["over"]:
+            _kill(actor)
+            continue
+        if found["command"] != task.command:
+            raise UserError(
+                f"{task.root}: a coordinator is at work on it (adversa {found['command']}); wait for it, or stop it: adversa stop"
+            )
+        return mine
+    raise UserError(f"{task.root}: a coordinator that has ended does not leave; stop it with: adversa stop")
+
+
+def _settled(actor: Any, say: Callable[[str], None]) -> dict[str, Any]:
+    said = ""
+    while True:
+        found: dict[str, Any] = ray.get(actor.settled.remote(3.0))
+        if found["taken"] or found["over"]:
+            return found
+        if found["note"] not in ("", "starting", said):
+            said = found["note"]
+            say(said)
+
+
+def _kill(actor: Any) -> None:
+    ray.kill(actor, no_restart=True)
+    time.sleep(LOOK_SECONDS)
+
+
+def follow(run: RunDir) -> dict[str, Any]:
+    """Wait for the end of a run that a coordinator works on: its status.json. UserError where the coordinator is gone for good."""
+    asked, asking = time.monotonic(), None
+    while True:
+        status = runs.read_json(run.status) or {}
+        if status.get("state") in ENDED:
+            return status
+        if asking is None and time.monotonic() - asked > ASK_SECONDS:
+            asking = _ask(run)
+        elif asking is not None and ray.wait([asking], timeout=0)[0]:
+            _answered(run, asking)
+            asked, asking = time.monotonic(), None
+        time.sleep(LOOK_SECONDS)
+
+
+def _ask(run: RunDir) -> Any:
+    try:
+        return ray.get_actor(name_of(str(run.root)), NAMESPACE).state.remote()
+    except ValueError:
+        return _gone(run, "there is no such actor any more")
+
+
+def _answered(run: RunDir, asking: Any) -> None:
+    try:
+        found = ray.get(asking)
+    except ActorDiedError as e:
+        _gone(run, " ".join(str(e).split())[-200:])
+    except RayActorError:
+        return  # it is being started again
+    else:
+        if found["over"]:
+            _gone(run, found["refused"] or "it is over")
+
+
+def _gone(run: RunDir, why: str) -> None:
+    if (runs.read_json(run.status) or {}).get("state") not in ENDED:  # it may have ended just now
+        raise UserError(f"{run.root}: its coordinator is gone ({why}); the same command again goes on with the run")
+
+
+def cancel(task: Task) -> None:
+    """End the coordinator that this task may have started, whatever it is at."""
+    try:
+        actor = ray.get_actor(name_of(task.root), NAMESPACE)
+        if ray.get(actor.state.remote(), timeout=ASK_SECONDS)["id"] == task.id:
+            _kill(actor)
+    except (ValueError, RayActorError, GetTimeoutError):
+        return  # there is none, or it is on its way out
+
+
+def leave(run: RunDir) -> None:
+    """The run has ended and was read: its coordinator need not linger."""
+    try:
+        ray.kill(ray.get_actor(name_of(str(run.root)), NAMESPACE), no_restart=True)
+    except ValueError:
+        return  # it has gone

@@ -1,0 +1,144 @@
+"""A command's work on a run, for a process that nobody watches: it keeps no state but the run folder. No Ray: an actor wraps it.
+
+Whoever started it, or comes later, reads in status.json how it ended. Started again with the same task it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adversa import control, runs
+from adversa.config import Config, check
+from adversa.lease import TIMES, LeaseLost, Times
+from adversa.loop import cycle
+from adversa.loop.engine import Engine
+from adversa.runs import RunDir
+from adversa.types import UserError
+
+ENDED = ("finished", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a coordinator needs. id: of whoever started it; config: YAML; home: the user's folder, for relative paths."""
+
+    id: str
+    config: str
+    root: str
+    command: str
+    home: str
+    reopen: bool = False
+    verbose: bool = False
+
+
+class Coordinator:
+    """Works on a run in a thread of its own.
+
+    engine: made when there is something to do; page: writes the report; end: ends this process, where the work does not end
+    by itself (a training that is to stop). back: this is not the first start with this task.
+    """
+
+    def __init__(
+        self, task: Task, engine: Callable[[Config, RunDir], Engine], page: Callable[[Path], Path], end: Callable[[], None],
+        back: bool = False, times: Times = TIMES,
+    ) -> None:  # fmt: skip
+        self.task, self.engine, self.page, self.end, self.back, self.times = task, engine, page, end, back, times
+        self.config = check(yaml.safe_load(task.config), "the coordinator's configuration")
+        self.run = RunDir(Path(task.root))
+        self.note = "starting"
+        self.refused: str | None = None
+        self.taken, self.over = threading.Event(), threading.Event()
+        self.reins: control.Reins | None = None
+        self.thread = threading.Thread(target=self._work, daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def state(self) -> dict[str, Any]:
+        """refused: why the run could not be had (one line), else None; over: it has done what it can; note: what it waits for."""
+        return {
+            "id": self.task.id, "command": self.task.command, "taken": self.taken.is_set(), "over": self.over.is_set(),
+            "refused": self.refused, "note": self.note,
+        }  # fmt: skip
+
+    def stop(self) -> None:
+        """As `adversa stop`: a coordinator that dies before it has seen it sees it when it comes back."""
+        control.wish(self.run, control.STOP)
+
+    # ---- the thread -------------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            with control.held(self.run, "coordinator", self._interrupt, self._tell, not self.back, self.times) as reins:
+                self.reins, self.note = reins, ""
+                self.taken.set()
+                self._carry_out()
+        except UserError as e:  # somebody else has the run, or has it now: its folder is not ours to write to
+            self.refused = one_line(e)
+        except Exception as e:  # the folder itself fails
+            self.refused = f"{one_line(e)} ({type(e).__name__})"
+            traceback.print_exc()
+        finally:
+            self.over.set()
+
+    def _carry_out(self) -> None:
+        try:
+            self._note(*self._outcome())
+        except LeaseLost:
+            raise
+        except control.Stop:
+            runs.set_status(self.run, "stopped", command=self._until)
+        except UserError as e:
+            runs.set_status(self.run, "failed", command=self._until, error=one_line(e)[:2000], user=True)
+        except Exception as e:
+            trace = traceback.format_exc()
+            runs.set_status(self.run, "failed", command=self._until, error=one_line(e)[:2000], trace=trace[-20000:])
+
+    def _outcome(self) -> tuple[str, str]:
+        """(state, title of the last stage that was worked on)"""
+        control.reins().look(force=True)
+        if self._until is None:
+            cycle.review(self.config, self.run, self.task.reopen)  # what it sets aside is to be done again
+        worked = None
+        if cycle.todo(self.config, self.run, self._until):
+            engine = self.engine(self.config, self.run)
+            try:
+                worked = cycle.run(self.config, self.run, engine, self.page, self._until, reopen=self.task.reopen)
+            finally:
+                engine.close()
+        return "finished" if self.run.summary.exists() else "stopped", worked.title if worked is not None else ""
+
+    def _note(self, state: str, worked: str) -> None:
+        control.reins().check()
+        runs.set_status(self.run, state, command=self._until, worked=worked)
+
+    @property
+    def _until(self) -> str | None:
+        return None if self.task.command == "loop" else self.task.command
+
+    def _tell(self, text: str) -> None:
+        self.note = text
+
+    def _interrupt(self) -> None:
+        """From the thread that keeps the lease: the work does not look up. What it has on disk is what a kill would leave."""
+        assert self.reins is not None
+        try:
+            if self.reins.lease.lost is None:
+                runs.set_status(self.run, "stopped", command=self._until)
+                self.reins.lease.release()
+            else:
+                self.refused = str(self.reins.lease.lost)
+        finally:
+            self.over.set()
+            self.end()
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join("; ".join([str(error), *getattr(error, "__notes__", [])]).split())
