@@ -44,6 +44,7 @@ SavedRun = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="The run'
 SavedRunDir = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="The same, as the other commands take it.")]
 EngineName = Annotated[str, typer.Option("--engine", metavar="ray|local", help="Where the work runs.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray says.")]
+ClusterPath = Annotated[Path | None, typer.Option("--cluster", metavar="FILE", help="A cluster file: there instead of here.")]
 
 
 def exits(command: Callable[..., None]) -> Callable[..., None]:
@@ -101,10 +102,27 @@ def loop(
     ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="On a cluster (RAY_ADDRESS): start, and do not follow.")] = False,
     run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None, engine: EngineName = "ray",
-    verbose: Verbose = False,
+    verbose: Verbose = False, cluster: ClusterPath = None,
+    up: Annotated[bool, typer.Option("--up", help="--cluster: bring the cluster up first (ray up).")] = False,
+    down: Annotated[bool, typer.Option("--down", help="--cluster: take it down at the end (ray down).")] = False,
 ) -> None:  # fmt: skip
     """Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run it again to resume."""
-    execute("loop", config, run_dir, set_ or [], rounds, seed, engine, verbose, reopen_test, detach)
+    from adversa.types import UserError
+
+    if cluster is None:
+        if up or down:
+            raise UserError(f"{'--up' if up else '--down'} goes with --cluster FILE: which cluster")
+        execute("loop", config, run_dir, set_ or [], rounds, seed, engine, verbose, reopen_test, detach=detach)
+        return
+    if engine != "ray":
+        raise UserError(f"--engine {engine} beside --cluster {cluster}: a cluster works with Ray")
+    from rich.console import Console
+
+    from adversa import cli_cluster
+
+    options = {"rounds": rounds, "seed": seed, "reopen_test": reopen_test, "verbose": verbose}
+    with stoppable("a job that was submitted goes on. Follow it with"):
+        cli_cluster.loop(cluster, config, run_dir, set_ or [], options, up, down, Console())
 
 
 @app.command()
@@ -316,40 +334,94 @@ def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
 
 @app.command()
 @exits
-def status(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
-    """What a run is doing, or where it stopped; from its folder alone."""
+def status(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
+    """What a run is doing, or where it stopped; from its folder alone. With --cluster: what the cluster says of its job."""
     from rich.console import Console
 
-    from adversa import console
+    from adversa import cli_cluster, console
 
-    Console().print(console.view(*_saved(run, run_dir)))
+    if cluster is None:
+        Console().print(console.view(*_saved(run, run_dir)))
+        return
+    with stoppable("nothing is changed. Again"):
+        cli_cluster.status(run or run_dir, cluster, Console())
 
 
 @app.command()
 @exits
-def pause(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
+def watch(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
+    """Follow a run that works elsewhere (another process, or --cluster), until it ends. Ctrl-C leaves it alone."""
+    from rich.console import Console
+
+    from adversa import cli_cluster
+
+    with stoppable("the run goes on. Again"):
+        if cluster is None:
+            cli_cluster.watch_here(*_saved(run, run_dir), Console())
+        else:
+            cli_cluster.watch(run or run_dir, cluster, Console())
+
+
+@app.command("runs")
+@exits
+def runs_(
+    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="What holds run folders; default: runs.")] = None,
+    cluster: ClusterPath = None,
+) -> None:
+    """List runs: state, stage, when something was last heard of them."""
+    from rich.console import Console
+
+    from adversa import cli_cluster
+    from adversa.types import UserError
+
+    if cluster is None:
+        cli_cluster.listed_here(folder or Path("runs"), Console())
+        return
+    if folder is not None:
+        raise UserError(f"{folder} beside --cluster {cluster}: give one; a cluster lists all its runs")
+    with stoppable("nothing is changed. Again"):
+        cli_cluster.listed(cluster, Console())
+
+
+@app.command()
+@exits
+def pause(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
     """Let a run rest: what is in flight is finished, then nothing is begun until `adversa resume`."""
-    from adversa import cli_control
+    from adversa import cli_cluster, cli_control
 
-    _say(cli_control.pause(_saved(run, run_dir)[1]))
+    if cluster is None:
+        _say(cli_control.pause(_saved(run, run_dir)[1]))
+        return
+    with stoppable("the run was perhaps told to pause. Again"):
+        cli_cluster.there("pause", run or run_dir, cluster, [])
 
 
 @app.command()
 @exits
-def resume(run: SavedRun = None, run_dir: SavedRunDir = None, set_: Overrides = None) -> None:
+def resume(run: SavedRun = None, run_dir: SavedRunDir = None, set_: Overrides = None, cluster: ClusterPath = None) -> None:
     """Go on with a paused run; --set changes mix.synthetic_ratio or mine.budget for rounds that have not begun."""
-    from adversa import cli_control
+    from adversa import cli_cluster, cli_control
 
-    _say(cli_control.resume(_saved(run, run_dir)[1], set_ or []))
+    if cluster is None:
+        _say(cli_control.resume(_saved(run, run_dir)[1], set_ or []))
+        return
+    with stoppable("the run was perhaps told to go on. Again"):
+        cli_cluster.there("resume", run or run_dir, cluster, set_ or [])
 
 
 @app.command()
 @exits
-def stop(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
+def stop(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
     """End a run as Ctrl-C does, from anywhere: everything finished is kept."""
-    from adversa import cli_control
+    from rich.console import Console
 
-    _say(cli_control.stop(_saved(run, run_dir)[1]))
+    from adversa import cli_cluster, cli_control
+
+    if cluster is None:
+        _say(cli_control.stop(_saved(run, run_dir)[1]))
+        return
+    with stoppable("the job was perhaps told to stop. Again"):
+        cli_cluster.stop(run or run_dir, cluster, Console())
 
 
 @config_app.command()

@@ -32,6 +32,10 @@ def error(message: str) -> None:
 
 
 def root_of(path: Path | None, run_dir: Path | None) -> Path:
+    if str(run_dir).startswith(("s3:/", "gs:/")):  # else a folder of that name, on one machine, would take the run
+        from adversa.types import UserError
+
+        raise UserError(f"--run-dir {run_dir}: runs lie in folders; give one that every node mounts under the same name")
     return run_dir or Path("runs") / (path.stem if path is not None else "demo")
 
 

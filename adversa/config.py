@@ -633,7 +633,7 @@ def check(tree: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as e:
-        raise UserError(f"{where}: " + "; ".join(_explain(err) for err in e.errors())) from None
+        raise UserError(f"{where}: " + "; ".join(explain(err) for err in e.errors())) from None
 
 
 def dump(config: Config) -> str:
@@ -677,14 +677,15 @@ def _override(tree: dict[str, Any], text: str) -> None:
     tree[last] = parsed
 
 
-def _explain(err: dict[str, Any]) -> str:
+def explain(err: Any, model: type[BaseModel] = Config, listed: str = "`adversa config show` lists the keys") -> str:
+    """One of pydantic's faults in words; for an unknown key the nearest of the model's, or where they are listed."""
     key = ".".join(str(p) for p in err["loc"])
     if err["type"] == "extra_forbidden":
-        valid = keys()
+        valid = keys(model)
         near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or [
             k for k in valid if k.rsplit(".")[-1] == key.rsplit(".")[-1]
         ][:1]  # fmt: skip
-        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; `adversa config show` lists the keys")
+        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; {listed}")
     message = err["msg"].removeprefix("Value error, ")
     return (
         f"{key} = {err['input']!r}: {message}"
