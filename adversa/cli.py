@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from adversa import cli_runs
+from adversa.cli_options import (
+    ClusterPath,
+    ConfigPath,
+    EngineName,
+    Overrides,
+    Rounds,
+    RunPath,
+    SavedRun,
+    SavedRunDir,
+    Seed,
+    Verbose,
+    exits,
+    run_place,
+    saved_run,
+)
 from adversa.cli_run import engines, error, execute, root_of, stoppable
-
-if TYPE_CHECKING:
-    from adversa.config import Config
-    from adversa.runs import RunDir
 
 HELP = "Find a classifier's hard cases, paint more of them, retrain, and say honestly whether it helped."
 app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -23,8 +33,8 @@ config_app = typer.Typer(help="Show or check a configuration.", no_args_is_help=
 app.add_typer(config_app, name="config")
 bench_app = typer.Typer(help="Measure this machine or cluster.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(cli_runs.app)
 
-ConfigPath = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; none: the built-in demo.")]
 TrainWords = Annotated[
     list[str] | None,
     typer.Argument(metavar="[codec] [CONFIG]", help="codec: the autoencoder and its latents alone. A YAML file; none: the demo."),
@@ -36,31 +46,6 @@ EvaluateWords = Annotated[
         help="denoiser: judge its samples (KID, precision, recall). A YAML file; none: the demo. With --on: a run's folder.",
     ),
 ]
-RunPath = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="The run's folder; default: runs/NAME-OF-CONFIG.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, say data.resolution=64.")]
-Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds of mine, generate, retrain.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
-SavedRun = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="The run's folder; default: runs/demo.")]
-SavedRunDir = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="The same, as the other commands take it.")]
-EngineName = Annotated[str, typer.Option("--engine", metavar="ray|local", help="Where the work runs.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray says.")]
-ClusterPath = Annotated[Path | None, typer.Option("--cluster", metavar="FILE", help="A cluster file: there instead of here.")]
-
-
-def exits(command: Callable[..., None]) -> Callable[..., None]:
-    """Exit codes: 2 and one line for what the user can mend; anything else that escapes is our fault: a traceback and 1."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        from adversa.types import UserError
-
-        try:
-            command(*args, **kwargs)
-        except UserError as e:
-            error("; ".join([str(e), *getattr(e, "__notes__", [])]))
-            raise typer.Exit(2) from None
-
-    return wrapped
 
 
 def _what(command: str, words: list[str] | None, known: tuple[str, ...]) -> tuple[str | None, Path | None]:
@@ -208,7 +193,7 @@ def generate(
 @app.command()
 @exits
 def regenerate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_place, help="The run's folder.")],
     request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="Of the image; the report names it.")],
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Keep the new image: a PNG.")] = None,
 ) -> None:
@@ -223,7 +208,7 @@ def regenerate(
 @app.command()
 @exits
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_place, help="The run's folder.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where it goes: a new or empty folder.")],
     form: Annotated[str, typer.Option("--format", metavar="folder|parquet|webdataset", help="Of the images.")] = "folder",
     what: Annotated[str, typer.Option("--what", metavar="images|models|all", help="Kept images, or classifiers.")] = "all",
@@ -244,7 +229,9 @@ def export(
 @bench_app.command("generate")
 @exits
 def bench_generate(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder; none: the shipped denoiser.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", parser=run_place, help="A run's folder; none: the shipped denoiser.")
+    ] = None,
     denoiser: Annotated[Path | None, typer.Option("--denoiser", metavar="DIR", help="A denoiser's folder, not a run.")] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="A measurement, for each sampler.")] = 512,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of each measurement; the median counts.")] = 3,
@@ -293,7 +280,7 @@ def evaluate(
 @app.command()
 @exits
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_place, help="The run's folder.")],
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files, folders, globs.")],
     arm: Annotated[str | None, typer.Option("--arm", help="Whose classifiers; none: the arm the run is about.")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The CSV.")] = Path("predictions.csv"),
@@ -322,7 +309,7 @@ def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
     from adversa.runs import lock, writing
     from adversa.types import UserError
 
-    config, saved = _saved(run, run_dir)
+    config, saved = saved_run(run, run_dir)
     unfinished = next((s.title for s in stages(config, saved) if not s.is_finished and s.command != "report"), None)
     if unfinished:
         fix = shlex.join(["adversa", "loop", str(saved.config), "--run-dir", str(saved.root)])
@@ -330,98 +317,6 @@ def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
     with writing(saved.root), lock(saved):
         summary.write(config, saved)
         typer.echo(page.write(saved.root))
-
-
-@app.command()
-@exits
-def status(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
-    """What a run is doing, or where it stopped; from its folder alone. With --cluster: what the cluster says of its job."""
-    from rich.console import Console
-
-    from adversa import cli_cluster, console
-
-    if cluster is None:
-        Console().print(console.view(*_saved(run, run_dir)))
-        return
-    with stoppable("nothing is changed. Again"):
-        cli_cluster.status(run or run_dir, cluster, Console())
-
-
-@app.command()
-@exits
-def watch(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
-    """Follow a run that works elsewhere (another process, or --cluster), until it ends. Ctrl-C leaves it alone."""
-    from rich.console import Console
-
-    from adversa import cli_cluster
-
-    with stoppable("the run goes on. Again"):
-        if cluster is None:
-            cli_cluster.watch_here(*_saved(run, run_dir), Console())
-        else:
-            cli_cluster.watch(run or run_dir, cluster, Console())
-
-
-@app.command("runs")
-@exits
-def runs_(
-    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="What holds run folders; default: runs.")] = None,
-    cluster: ClusterPath = None,
-) -> None:
-    """List runs: state, stage, when something was last heard of them."""
-    from rich.console import Console
-
-    from adversa import cli_cluster
-    from adversa.types import UserError
-
-    if cluster is None:
-        cli_cluster.listed_here(folder or Path("runs"), Console())
-        return
-    if folder is not None:
-        raise UserError(f"{folder} beside --cluster {cluster}: give one; a cluster lists all its runs")
-    with stoppable("nothing is changed. Again"):
-        cli_cluster.listed(cluster, Console())
-
-
-@app.command()
-@exits
-def pause(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
-    """Let a run rest: what is in flight is finished, then nothing is begun until `adversa resume`."""
-    from adversa import cli_cluster, cli_control
-
-    if cluster is None:
-        _say(cli_control.pause(_saved(run, run_dir)[1]))
-        return
-    with stoppable("the run was perhaps told to pause. Again"):
-        cli_cluster.there("pause", run or run_dir, cluster, [])
-
-
-@app.command()
-@exits
-def resume(run: SavedRun = None, run_dir: SavedRunDir = None, set_: Overrides = None, cluster: ClusterPath = None) -> None:
-    """Go on with a paused run; --set changes mix.synthetic_ratio or mine.budget for rounds that have not begun."""
-    from adversa import cli_cluster, cli_control
-
-    if cluster is None:
-        _say(cli_control.resume(_saved(run, run_dir)[1], set_ or []))
-        return
-    with stoppable("the run was perhaps told to go on. Again"):
-        cli_cluster.there("resume", run or run_dir, cluster, set_ or [])
-
-
-@app.command()
-@exits
-def stop(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
-    """End a run as Ctrl-C does, from anywhere: everything finished is kept."""
-    from rich.console import Console
-
-    from adversa import cli_cluster, cli_control
-
-    if cluster is None:
-        _say(cli_control.stop(_saved(run, run_dir)[1]))
-        return
-    with stoppable("the job was perhaps told to stop. Again"):
-        cli_cluster.stop(run or run_dir, cluster, Console())
 
 
 @config_app.command()
@@ -441,25 +336,6 @@ def check(config: ConfigPath = None, set_: Overrides = None) -> None:
 
     load(config, set_ or [])
     typer.echo(f"{config or 'the demo'}: valid")
-
-
-def _say(text: str) -> None:
-    from rich.console import Console
-
-    Console().print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def _saved(argument: Path | None, option: Path | None) -> tuple[Config, RunDir]:
-    from adversa.config import load
-    from adversa.runs import RunDir
-    from adversa.types import UserError
-
-    if argument and option and argument != option:
-        raise UserError(f"two run folders, {argument} and --run-dir {option}; give one")
-    run = RunDir(argument or option or Path("runs/demo"))
-    if not run.config.is_file():
-        raise UserError(f"{run.root} is not a run (it has no config.yaml); give the folder of --run-dir")
-    return load(run.config), run
 
 
 def main() -> None:

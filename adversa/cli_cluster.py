@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shlex
 import tempfile
 import time
@@ -29,7 +28,6 @@ LOG_LINES = 10
 def place(path: Path | None, run_dir: Path | None, asks: Asks) -> str:
     """Where a run lies on the cluster. UserError for a place that would be another on every machine."""
     named = str(run_dir) if run_dir is not None else path.stem if path is not None else "demo"
-    named = re.sub(r"^(s3|gs):/(?!/)", r"\1://", named)  # as a Path, s3://bucket has lost a slash
     if cluster_file.is_absolute(named):
         return named
     if asks.run_storage is None:
@@ -101,21 +99,35 @@ def status(run_dir: Path | None, file: Path, screen: Console) -> None:
             _say(screen, latest.message[:500])
         for line in jobs.last_lines(client, latest.id, LOG_LINES):
             _say(screen, f"  {line}")
+        if latest.is_over and latest.status != "SUCCEEDED":  # its coordinator may work on
+            _asked(client, latest.run, "status", [], screen)
 
 
 def stop(run_dir: Path | None, file: Path, screen: Console) -> None:
-    """Stop the job on a run, as Ctrl-C would stop a run here. Nothing to do where none is at work."""
+    """Stop the job on a run, as Ctrl-C would stop a run here."""
     from adversa.distributed import jobs
 
     with _on(file, run_dir) as (client, found):
         latest = found[-1]
-        if latest.is_over:
-            _say(screen, f"{latest.run} is not at work: its last job is over ({_state(latest)})")
-            return
+        if latest.is_over:  # its coordinator may work on
+            raise typer.Exit(_asked(client, latest.run, "stop", [], screen))
         ended = jobs.stop(client, latest)
         if not ended.is_over:
             raise UserError(f"{latest.run} has not stopped yet; look again: {_command('status', latest.run, file)}")
         _say(screen, f"{latest.run} is {_state(ended)}; everything finished is kept. Resume with the command that started it")
+
+
+def there(command: str, run_dir: Path | None, file: Path, settings: list[str], screen: Console) -> None:
+    """Say on the cluster what is wanted of a run; raises typer.Exit with that command's exit code."""
+    with _on(file, run_dir) as (client, found):
+        raise typer.Exit(_asked(client, found[-1].run, command, settings, screen))
+
+
+def _asked(client: Client, run: str, command: str, settings: list[str], screen: Console) -> int:
+    """The exit code of a command that runs on the cluster beside the run's own job, its lines shown here."""
+    from adversa.distributed import jobs
+
+    return jobs.follow(client, jobs.ask(client, run, command, settings), lambda line: _say(screen, line)).code
 
 
 def listed(file: Path, screen: Console) -> None:

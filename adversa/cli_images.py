@@ -140,7 +140,8 @@ def bench(
         table.add_column(column, justify="right" if column == "value" else "left")
     rows = []
     # In the run's folder, where there is one: all nodes of a cluster see it.
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=saved and saved.root) as temporary, screen.status("measuring") as status:
+    beside = saved.root if saved is not None and isinstance(saved.root, Path) else None
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=beside) as temporary, screen.status("measuring") as status:
         at = RunDir(Path(temporary) / "run")
 
         def engine(n: int | None) -> Any:

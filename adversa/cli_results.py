@@ -19,6 +19,7 @@ from adversa import runs, tables
 from adversa.config import Config, load
 from adversa.loop import stages
 from adversa.loop.engine import Done, Engine, Make, Part, Report
+from adversa.places import place
 from adversa.runs import RunDir
 from adversa.types import ARMS, BEFORE, UserError
 
@@ -44,12 +45,12 @@ def run_of(
     if on is None:
         if given := [name for name, value in with_on.items() if value is not None]:
             raise UserError(f"{given[0]} goes with --on CSV_OR_FOLDER: what to score the run on")
-        if len(words) == 1 and (Path(words[0]) / "config.yaml").is_file():
+        if len(words) == 1 and (place(words[0]) / "config.yaml").is_file():
             raise UserError(f"{words[0]} is a run: go on with it by --run-dir {words[0]}, or say with --on SET what to score it on")
         return None
     if given := [name for name, value in without.items() if value is not None]:
         raise UserError(f"{given[0]} does not go with --on: a finished run is scored as it is")
-    roots = [*map(Path, words), *([run_dir] if run_dir else [])]
+    roots = [*map(place, words), *([run_dir] if run_dir else [])]
     if len(roots) != 1:
         raise UserError("--on scores one finished run; write adversa evaluate RUN --on CSV_OR_FOLDER")
     return roots[0]
@@ -196,7 +197,7 @@ def _may_overwrite(out: Path, paths: Sequence[Any], run: RunDir) -> None:
         raise UserError(f"--out {out} is no file; give the name of a CSV file")
     if any(out.exists() and Path(p).exists() and out.samefile(p) for p in paths):
         raise UserError(f"--out {out} is one of the images; give another name")
-    if out.absolute().resolve().is_relative_to(run.root.resolve()):
+    if isinstance(run.root, Path) and out.absolute().resolve().is_relative_to(run.root.resolve()):
         raise UserError(f"--out {out} lies in the run's folder; give a place outside of it")
 
 

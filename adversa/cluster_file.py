@@ -15,9 +15,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from adversa.config import Section, explain
+from adversa.places import Remote, place
 from adversa.types import UserError
 
-REMOTE = ("s3://", "gs://")  # storages without folders, that every node reaches by the same name
 KUBERAY = ("RayJob", "RayCluster", "RayService")
 SETTINGS = ("training_workers", "training_workers_min", "samplers", "gpus_per_sampler", "sampler_threads")
 
@@ -41,8 +41,11 @@ class Asks(Section):
     @field_validator("run_storage")
     @classmethod
     def _is_absolute(cls, value: str | None) -> str | None:
-        if value is not None and not is_absolute(value):
-            raise ValueError("must be the same on every node: an absolute path, s3://... or gs://...")
+        try:
+            if value is not None and not is_absolute(value):
+                raise ValueError("must be the same on every node: an absolute path, s3://... or gs://...")
+        except UserError as e:  # of an address that cannot be used, or carries credentials
+            raise ValueError(str(e)) from None
         return value
 
 
@@ -85,8 +88,10 @@ def overrides(asks: Asks) -> list[str]:
     return [f"cluster.{key}={value}" for key in SETTINGS if (value := getattr(asks, key)) is not None]
 
 
-def is_absolute(place: str) -> bool:
-    return place.startswith(("/", *REMOTE))
+def is_absolute(where: str) -> bool:
+    """Whether every node calls the same place so. UserError for an object store's address that cannot be used."""
+    found = place(where)
+    return isinstance(found, Remote) or found.is_absolute()
 
 
 def jobs_address(text: str) -> str:

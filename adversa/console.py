@@ -5,6 +5,7 @@ All of it is read from the run folder.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from rich.text import Text
 from adversa import control, lease, runs
 from adversa.config import Config
 from adversa.loop.stages import Stage, plan, trained
+from adversa.places import Place, StoreError
 from adversa.runs import RunDir
 from adversa.types import ARMS, BEFORE
 
@@ -97,7 +99,7 @@ def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
     return state, status
 
 
-_pulses: dict[Path, lease.Pulse] = {}
+_pulses: dict[Place, lease.Pulse] = {}
 
 
 def is_worked_on(run: RunDir) -> bool:
@@ -107,8 +109,8 @@ def is_worked_on(run: RunDir) -> bool:
     """
     if runs.is_locked(run):
         return True
-    found, times = lease.place_of(run).read(), lease.TIMES
-    if found is None or found.machine == lease.machine():
+    found, times = lease.place_of(run).read(), lease.times_of(run)
+    if found is None or found.machine == lease.machine(run):
         _pulses.pop(run.root, None)
         return False
     if run.root not in _pulses:
@@ -178,6 +180,11 @@ def view(config: Config, run: RunDir) -> RenderableType:
     return Group(*items)
 
 
+def _reachable() -> contextlib.AbstractContextManager[None]:
+    """A store that cannot be reached now is asked again at the next look; the step that is running says so itself."""
+    return contextlib.suppress(StoreError)
+
+
 class Watch:
     """Shows a run while it goes on, from a thread that only reads the folder."""
 
@@ -196,28 +203,40 @@ class Watch:
 
     def _live(self) -> None:
         with Live(view(self.config, self.run), console=self.console, refresh_per_second=4, transient=False) as live:
-            while not self.stopped.wait(0.5):
+            took = 0.0
+            while not self.stopped.wait(max(0.5, 3 * took)):  # of an object store, a look takes a second
+                began = time.monotonic()
+                with _reachable():
+                    live.update(view(self.config, self.run))
+                took = time.monotonic() - began
+            with _reachable():
                 live.update(view(self.config, self.run))
-            live.update(view(self.config, self.run))
 
     def _log(self) -> None:
         seen, spoken = "", 0.0
         while True:
-            last = self.stopped.wait(0.5)
-            status = runs.read_json(self.run.status) or {}
-            stage = next((s for s in _plan(self.config, self.run) if s.title == status.get("stage")), None)
-            if stage is not None:
-                active = tasks(self.run, stage)
-                name = active[-1].name if active else stage.title
-                name += " paused" if status.get("state") == "paused" else ""
-                if name != seen:
-                    self._say(f"{stage.title}: {name}" if active else name)
-                    seen, spoken = name, time.monotonic()
-                elif active and time.monotonic() - spoken > LOG_SECONDS:
-                    self._say(active[-1].line())
-                    spoken = time.monotonic()
+            last = self.stopped.wait(0.5 if isinstance(self.run.root, Path) else 2)
+            with _reachable():
+                seen, spoken = self._look(seen, spoken)
             if last:
                 return
+
+    def _look(self, seen: str, spoken: float) -> tuple[str, float]:
+        """Say what is new since `spoken`: (the name of what goes on, when something was said last)."""
+        status = runs.read_json(self.run.status) or {}
+        stage = next((s for s in _plan(self.config, self.run) if s.title == status.get("stage")), None)
+        if stage is None:
+            return seen, spoken
+        active = tasks(self.run, stage)
+        name = active[-1].name if active else stage.title
+        name += " paused" if status.get("state") == "paused" else ""
+        if name != seen:
+            self._say(f"{stage.title}: {name}" if active else name)
+        elif active and time.monotonic() - spoken > LOG_SECONDS:
+            self._say(active[-1].line())
+        else:
+            return seen, spoken
+        return name, time.monotonic()
 
     def _say(self, text: str) -> None:
         self.console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -291,7 +310,7 @@ def _fixed(value: float | None) -> str:
 
 
 def _short(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return path.relative_to(Path.cwd()) if isinstance(path, Path) and path.is_relative_to(Path.cwd()) else path
 
 
 def fitted(names: list[str], columns: list[Column], width: int) -> list[Table]:
@@ -352,6 +371,6 @@ def clock(seconds: float | None) -> str:
 
 
 def _seconds(stage: Stage) -> str:
-    found = [runs.read_json(Path(f) / runs.MANIFEST) for f in stage.folders if f.suffix == ""]
+    found = [runs.read_json(f / runs.MANIFEST) for f in stage.folders if f.suffix == ""]
     known = [m["seconds"] for m in found if m is not None]
     return clock(sum(known)) if known else ""

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from adversa import lease, runs
-from adversa.lease import TIMES, Lease, LeaseLost, Times
+from adversa import lease, places, runs
+from adversa.lease import Lease, LeaseLost, Times
 from adversa.runs import RunDir
 from adversa.types import UserError, digest
 
@@ -23,6 +24,7 @@ CONTROL, SETTINGS, RESTARTS = "control.json", "settings.json", "restarts.json"
 GO, PAUSE, STOP = "go", "pause", "stop"
 CHANGEABLE = ("mix.synthetic_ratio", "mine.budget")  # what a round is made of, and no round before it hangs on
 LOOK_SECONDS = 0.5
+STORE_LOOK_SECONDS = 2.0  # on an object store, where a look is two requests
 GRACE_SECONDS = 3.0  # for the work to look by itself, before it is interrupted
 
 
@@ -104,11 +106,11 @@ def restarts(run: RunDir) -> tuple[int, float]:
 def note_start(run: RunDir) -> None:
     """Count a restart, where whoever worked on the run last did not end. By the file system's clock alone."""
     before, clock = (runs.read_json(run.status) or {}).get("state"), run.root / "clock.json"
-    last = clock.stat().st_mtime if clock.exists() else None
+    last = places.modified(clock)
     runs.set_status(run, "running", "starting")
     if before in ("running", "paused") and last is not None:
         count, seconds = restarts(run)
-        seconds += max(0.0, run.status.stat().st_mtime - last)
+        seconds += max(0.0, (places.modified(run.status) or last) - last)
         runs.write_json(run.root / RESTARTS, {"restarts": count + 1, "seconds": round(seconds, 1)})
 
 
@@ -137,6 +139,7 @@ class Reins:
     def __init__(self, run: RunDir, held: Lease, interrupt: Callable[[], None]) -> None:
         self.run, self.lease, self.interrupt = run, held, interrupt
         self.looked = float("-inf")
+        self.between = LOOK_SECONDS if isinstance(run.root, Path) else STORE_LOOK_SECONDS
         self.ending = False  # the work knows
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
@@ -150,8 +153,8 @@ class Reins:
             raise
 
     def look(self, force: bool = False) -> None:
-        """LeaseLost, Stop or Pause. Cheap: the files are read twice a second at most."""
-        if not force and time.monotonic() - self.looked < LOOK_SECONDS:
+        """LeaseLost, Stop or Pause. Cheap: the files are read twice a second at most, on an object store every two seconds."""
+        if not force and time.monotonic() - self.looked < self.between:
             return
         self.looked = time.monotonic()
         self.check()
@@ -169,7 +172,7 @@ class Reins:
                 self.look(force=True)
                 return
             except Pause:
-                time.sleep(LOOK_SECONDS)
+                time.sleep(self.between)
 
     def _beat(self) -> None:
         beat, due = self.lease.times.beat, float("inf")
@@ -208,7 +211,7 @@ def reins() -> Free | Reins:
 @contextlib.contextmanager
 def held(
     run: RunDir, owner: str, interrupt: Callable[[], None], tell: Callable[[str], None] = lambda text: None, afresh: bool = True,
-    times: Times = TIMES,
+    times: Times | None = None,
 ) -> Iterator[Reins]:  # fmt: skip
     """Hold a run, by this machine's lock and by the lease. UserError where somebody else does.
 
@@ -221,7 +224,7 @@ def held(
         except UserError as e:
             found = place.read()
             raise lease.in_use(str(run.root), found) if found is not None else e from None
-        mine = Lease(place, str(run.root), owner, times)
+        mine = Lease(place, str(run.root), owner, lease.machine(run), times or lease.times_of(run))
         mine.take(alone_here=True, tell=tell)
         stack.callback(_release, mine)
         if afresh and read(run).wish != GO:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from adversa import places, runs
 from adversa.runs import RunDir, now, read_json, write_json
 from adversa.types import UserError
 
@@ -45,6 +46,7 @@ class Times:
 
 
 TIMES = Times()
+STORE_TIMES = Times(beat=4.0, expiry=40.0, settle=12.0)  # on an object store: requests cost, and take their time
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ class Place(Protocol):
 
 @dataclass(frozen=True)
 class File:
-    """A place on a file system that can make a hard link and replace a file in one go."""
+    """A place on a file system that replaces a file in one go, or on an object store. The first may know hard links."""
 
-    path: Path
+    path: places.Place
 
     def read(self) -> Record | None:
         found = read_json(self.path)
@@ -97,6 +99,8 @@ class File:
         write_json(self.path, asdict(record))
 
     def create(self, record: Record) -> bool | None:
+        if not isinstance(self.path, Path):
+            return None  # pyarrow cannot ask a store to put an object only where there is none
         ready = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
         write_json(ready, asdict(record))
         try:
@@ -117,12 +121,23 @@ def place_of(run: RunDir) -> Place:
     return File(run.root / LEASE)
 
 
-def machine() -> str:
-    """The same for all processes of this machine until its next start, and for no others'."""
+def times_of(run: RunDir) -> Times:
+    return TIMES if isinstance(run.root, Path) else STORE_TIMES
+
+
+def machine(run: RunDir) -> str:
+    """The same for all processes that see the run's lock (`runs.lock_file`), until the machine's next start, and for no others'."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        name = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return f"{socket.gethostname()}-{uuid.getnode():x}"
+        name = f"{socket.gethostname()}-{uuid.getnode():x}"
+    if isinstance(run.root, Path):
+        return name
+    try:
+        found = os.stat(runs.lock_file(run))  # two containers of one machine have a temporary folder each
+    except FileNotFoundError:
+        return ""  # nobody here has held the run
+    return f"{name}-{found.st_dev:x}-{found.st_ino:x}"
 
 
 def clock() -> float:
@@ -135,15 +150,15 @@ def in_use(what: str, by: Record) -> UserError:
 
 
 class Lease:
-    """One holder's side of it. what: the run, for messages; owner: a name for people, made unique."""
+    """One holder's side of it. what: the run, for messages; owner: a name for people, made unique; machine: as `machine` says."""
 
     def __init__(
-        self, place: Place, what: str, owner: str, times: Times = TIMES,
+        self, place: Place, what: str, owner: str, machine: str, times: Times = TIMES,
         clock: Callable[[], float] = clock, sleep: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
         self.place, self.what, self.times, self.clock, self.sleep = place, what, times, clock, sleep
         name = f"{owner}-{uuid.uuid4().hex[:8]}"
-        self.record = Record(name, socket.gethostname(), machine(), os.getpid(), now(), 0, 0.0, now())
+        self.record = Record(name, socket.gethostname(), machine, os.getpid(), now(), 0, 0.0, now())
         self.since = self.renewed = clock()
         self.held = False
         self.lost: LeaseLost | None = None

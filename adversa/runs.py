@@ -15,6 +15,7 @@ import platform
 import re
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from adversa.places import Place, Remote, StoreError
 from adversa.tables import replace_bytes
 from adversa.types import UserError, digest
 
@@ -33,77 +35,77 @@ RECIPE, MANIFEST, PROGRESS, OPENED = "recipe.json", "manifest.json", "progress.j
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of a run. `round-00N/<arm>` of the arm `real` is always round 0: it never changes."""
+    """Places of a run, of the kind of `root`. `round-00N/<arm>` of the arm `real` is always round 0: it never changes."""
 
-    root: Path
+    root: Place
 
     @property
-    def config(self) -> Path:
+    def config(self) -> Place:
         return self.root / "config.yaml"
 
     @property
-    def recipe(self) -> Path:
+    def recipe(self) -> Place:
         return self.root / "run.json"
 
     @property
-    def data(self) -> Path:
+    def data(self) -> Place:
         return self.root / "data"
 
     @property
-    def denoiser(self) -> Path:
+    def denoiser(self) -> Place:
         return self.root / "denoiser"
 
     @property
-    def codec(self) -> Path:
+    def codec(self) -> Place:
         return self.root / "codec"
 
-    def latents(self, role: str) -> Path:
+    def latents(self, role: str) -> Place:
         return self.root / "latents" / role
 
     @property
-    def judge(self) -> Path:
+    def judge(self) -> Place:
         return self.root / "judge"
 
     @property
-    def features(self) -> Path:
+    def features(self) -> Place:
         """What two classifiers make of the real images, a folder for each role: the gate measures distances in them."""
         return self.root / "features"
 
     @property
-    def limits(self) -> Path:
+    def limits(self) -> Place:
         """What a painted image must keep to, as measured on real images."""
         return self.root / "limits"
 
     @property
-    def test(self) -> Path:
+    def test(self) -> Place:
         return self.root / "test"
 
     @property
-    def openings(self) -> Path:
+    def openings(self) -> Place:
         """Every time `test` was opened: outside its folder, which may be deleted."""
         return self.root / "openings.json"
 
     @property
-    def select(self) -> Path:
+    def select(self) -> Place:
         """What the classifiers of `test` say of `select`: where thresholds are set."""
         return self.root / "select"
 
     @property
-    def summary(self) -> Path:
+    def summary(self) -> Place:
         return self.root / "summary.json"
 
     @property
-    def status(self) -> Path:
+    def status(self) -> Place:
         return self.root / "status.json"
 
-    def round(self, number: int, step: str = "") -> Path:
+    def round(self, number: int, step: str = "") -> Place:
         return self.root / f"round-{number:03d}" / step
 
-    def arm(self, number: int, arm: str, seed: int | None = None) -> Path:
+    def arm(self, number: int, arm: str, seed: int | None = None) -> Place:
         folder = self.round(number) / arm
         return folder if seed is None else folder / f"seed-{seed}"
 
-    def name_of(self, folder: Path) -> str:
+    def name_of(self, folder: Place) -> str:
         return folder.relative_to(self.root).as_posix()
 
 
@@ -111,7 +113,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Place) -> dict[str, Any] | None:
     """The JSON object of a file, or None where there is none (or it is being replaced on a file system without atomic rename)."""
     try:
         value = json.loads(path.read_text())
@@ -120,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
+def write_json(path: Place, value: dict[str, Any] | list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
@@ -166,7 +168,7 @@ def _versions_apart(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{which} does not know {', '.join(fields)}" for which, fields in pairs if fields]
 
 
-def _advice(apart: list[str], made: Path) -> str:
+def _advice(apart: list[str], made: Place) -> str:
     """What to do about a recipe that differs. apart: of _versions_apart; made: a folder whose manifest may name who made it."""
     if not apart:
         return "use those values again, or another --run-dir"
@@ -177,7 +179,7 @@ def _advice(apart: list[str], made: Path) -> str:
     return f"another version of adversa made it: {', '.join(apart)}; finish it with {that}, or give another --run-dir"
 
 
-def open_run(root: Path, recipe: dict[str, Any], config_yaml: str, reopen: bool = False) -> RunDir:
+def open_run(root: Place, recipe: dict[str, Any], config_yaml: str, reopen: bool = False) -> RunDir:
     """Create the run folder, or check that it was made by the same recipe.
 
     reopen: `test` may be opened again, so how it is read may differ where it was opened before (READING). UserError with the fields
@@ -256,11 +258,13 @@ def _only_reads(run: RunDir, changed: list[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _opening(root: Path) -> Iterator[None]:
+def _opening(root: Place) -> Iterator[None]:
     """Whatever a file system says against a new run folder is for the user to mend: here it can't be a fault of ours."""
     try:
         with writing(root):
             yield
+    except StoreError:
+        raise
     except OSError as e:
         raise UserError(f"cannot write to {e.filename or root}: {e.strerror or e}; give another --run-dir") from None
 
@@ -292,7 +296,7 @@ FIXES = {
 
 
 @contextlib.contextmanager
-def writing(folder: Path, option: str = "--run-dir") -> Iterator[None]:
+def writing(folder: Place, option: str = "--run-dir") -> Iterator[None]:
     """Turn the faults of a file system that a user can mend into a UserError. option: what the user gave the folder by."""
     try:
         yield
@@ -304,8 +308,10 @@ def writing(folder: Path, option: str = "--run-dir") -> Iterator[None]:
         raise UserError(f"cannot write to {where}: {FIXES[e.errno].format(option=option, kept=kept)}") from None
 
 
-def _is_ours(folder: Path, error: OSError) -> bool:
+def _is_ours(folder: Place, error: OSError) -> bool:
     """Whether it is a fault of ours: a file missing in a folder that is there, or something in the way elsewhere."""
+    if isinstance(folder, Remote):
+        return True  # what a store refuses is told by it
     named = Path(error.filename) if isinstance(error.filename, str) else folder
     near = named == folder or folder in named.parents or named in folder.parents
     if error.errno == errno.ENOENT:
@@ -313,10 +319,19 @@ def _is_ours(folder: Path, error: OSError) -> bool:
     return error.errno in (errno.EEXIST, errno.EISDIR) and not near
 
 
+def lock_file(run: RunDir) -> Path:
+    """What a process locks to hold the run: in its folder; of an object store, which knows no locks, in this user's temporary
+    folder, where it is seen by this machine alone (of several containers on one machine: by this one)."""
+    if isinstance(run.root, Path):
+        return run.root / ".lock"
+    return Path(tempfile.gettempdir()) / f"adversa-{os.getuid()}-{digest(str(run.root), size=8)}.lock"
+
+
 @contextlib.contextmanager
 def lock(run: RunDir) -> Iterator[None]:
-    """Hold the run for this process; the kernel lets go when the process dies, however it dies."""
-    with open(run.root / ".lock", "w") as f:
+    """Hold the run for this process; the kernel lets go when the process dies, however it dies. See lock_file; lease.py holds it
+    against all others."""
+    with open(lock_file(run), "w") as f:
         for tries_left in (4, 3, 2, 1, 0):  # `status` holds a shared lock for a moment
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,7 +349,7 @@ def lock(run: RunDir) -> Iterator[None]:
 def is_locked(run: RunDir) -> bool:
     """Whether a process of this machine holds the run. Reads only."""
     try:
-        with open(run.root / ".lock") as f:
+        with open(lock_file(run)) as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
@@ -363,7 +378,7 @@ class Recipe:
         return digest(json.dumps(self.to_json(), sort_keys=True))
 
 
-def begin(folder: Path, recipe: Recipe) -> bool:
+def begin(folder: Place, recipe: Recipe) -> bool:
     """True where the step is finished already. Writes the recipe; UserError with the fields where another one is there."""
     asked, saved = recipe.to_json(), read_json(folder / RECIPE)
     if saved is None:
@@ -388,16 +403,16 @@ def _steps_apart(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     return apart
 
 
-def _begun(folder: Path) -> bool:
+def _begun(folder: Place) -> bool:
     """Whether a step has anything to lose: a part, a model, training state, or its manifest."""
     return any(next(folder.rglob(p), None) for p in ("*.parquet", "*.safetensors", "*.pt", MANIFEST))
 
 
-def is_finished(folder: Path) -> bool:
+def is_finished(folder: Place) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def finish(folder: Path, recipe: Recipe, **facts: Any) -> dict[str, Any]:
+def finish(folder: Place, recipe: Recipe, **facts: Any) -> dict[str, Any]:
     """Mark a step complete: the manifest is the last thing written.
 
     facts: at least seconds, compute_seconds, device_seconds and rows.
@@ -409,24 +424,29 @@ def finish(folder: Path, recipe: Recipe, **facts: Any) -> dict[str, Any]:
     return manifest
 
 
-def manifest(folder: Path) -> dict[str, Any]:
+def manifest(folder: Place) -> dict[str, Any]:
     found = read_json(folder / MANIFEST)
     assert found is not None, f"{folder} is not finished"
     return found
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Place) -> str:
     return manifest(folder)["fingerprint"]
+
+
+REMOTE_SECONDS = 2.0  # a put takes tens of milliseconds, and costs
 
 
 class Progress:
     """Writes progress.json into a step's folder, at most twice a second: the one source of the live view and of `status`.
 
+    On an object store every REMOTE_SECONDS.
+
     `elapsed` carries on from an attempt that was cut off, so that the manifest's seconds are the step's whole cost.
     """
 
-    def __init__(self, folder: Path, interval: float = 0.5) -> None:
-        self.folder, self.interval = folder, interval
+    def __init__(self, folder: Place, interval: float = 0.5) -> None:
+        self.folder, self.interval = folder, max(interval, REMOTE_SECONDS) if isinstance(folder, Remote) else interval
         self.started = time.monotonic()
         self.before = float((read_json(folder / PROGRESS) or {}).get("elapsed", 0.0))
         self.first: tuple[float, float] | None = None  # when, and how much was done, at the first report of this attempt
@@ -463,6 +483,8 @@ def set_status(run: RunDir, state: str, stage: str = "", **more: Any) -> None:
 class Clock:
     """Adds this command's wall time to clock.json every other second, so that time lost to a kill is counted too.
 
+    On an object store every five seconds.
+
     since: time.monotonic() at the start of the command; its start-up counts.
     """
 
@@ -481,9 +503,11 @@ class Clock:
     def _beat(self) -> None:
         stopped = False
         while not stopped:
-            stopped = self.stopped.wait(2)
+            stopped = self.stopped.wait(5 if isinstance(self.path, Remote) else 2)
             try:
                 self.tick()
+            except StoreError:
+                continue  # a store that cannot be reached now may be in a moment
             except OSError:
                 return  # the disk is full or gone: the step that is running says so itself
 
@@ -502,7 +526,12 @@ def wall_seconds(run: RunDir) -> float:
 
 
 def sweep(run: RunDir) -> None:
-    """Remove what a killed process left half-written: hidden files that end in its process id. The caller holds the run's lock."""
+    """Remove what a killed process left half-written: hidden files that end in its process id. The caller holds the run's lock.
+
+    An object store has no such files.
+    """
+    if isinstance(run.root, Remote):
+        return
     for path in run.root.rglob(".*"):
         if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
             path.unlink(missing_ok=True)

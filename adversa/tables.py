@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from adversa.places import Place, Remote, asking, source
 
 # Small row groups, so that one image can be read without decoding thousands of neighbours.
 ROW_GROUP = 256
@@ -87,8 +90,16 @@ def to_table(rows: Iterable[object], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist([{f.name: getattr(r, f.name) for f in dataclasses.fields(r)} for r in rows], schema=schema)
 
 
-def write_part(path: Path, table: pa.Table) -> None:
-    """Commit one part: a temporary name (hidden from readers), flushed, then renamed. A failed write leaves nothing behind."""
+def write_part(path: Place, table: pa.Table) -> None:
+    """Commit one part: a temporary name (hidden from readers), flushed, then renamed; on an object store one put.
+
+    A failed write leaves nothing behind.
+    """
+    if isinstance(path, Remote):
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, row_group_size=ROW_GROUP, compression="zstd")
+        path.write_bytes(memoryview(buffer.getvalue()))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -101,8 +112,11 @@ def write_part(path: Path, table: pa.Table) -> None:
         raise
 
 
-def replace_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a whole file, or leave the old one: to a temporary name beside it, flushed, then renamed."""
+def replace_bytes(path: Place, data: bytes | memoryview) -> None:
+    """Write a whole file, or leave the old one: to a temporary name beside it, flushed, then renamed; or by one put."""
+    if isinstance(path, Remote):
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as f:
@@ -115,14 +129,45 @@ def replace_bytes(path: Path, data: bytes | memoryview) -> None:
         raise
 
 
-def parts(folder: Path) -> list[Path]:
-    """The committed parts of a folder, in the order of their names."""
+def parts(folder: Place) -> list[Place]:
+    """The committed parts of a folder, in the order of their names: places as `folder` is one."""
     return sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
 
 
-def read(folder: Path, columns: Sequence[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
+def read_part(path: Place, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:
+    """The rows of one part; filters: of pyarrow.parquet.read_table."""
+    with asking(path):
+        return pq.read_table(source(path), columns=list(columns) if columns else None, filters=filters)
+
+
+def count(path: Place) -> int:
+    """The rows of one part, from its end alone."""
+    with asking(path):
+        return pq.read_metadata(source(path)).num_rows
+
+
+def schema_of(path: Place) -> pa.Schema:
+    """The columns of one part."""
+    with asking(path):
+        return pq.read_schema(source(path))
+
+
+@contextlib.contextmanager
+def opened(path: Place) -> Iterator[pq.ParquetFile]:
+    """A part to read from group by group."""
+    with asking(path), pq.ParquetFile(source(path), pre_buffer=isinstance(path, Remote)) as file:
+        yield file
+
+
+def batches(path: Place, columns: Sequence[str] | None = None, size: int = ROW_GROUP) -> Iterator[pa.RecordBatch]:
+    """The rows of one part, `size` at a time."""
+    with opened(path) as file:
+        yield from file.iter_batches(size, columns=list(columns) if columns else None)
+
+
+def read(folder: Place, columns: Sequence[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
     """All rows of a folder, parts in order. An empty folder gives an empty table of `schema` (required then)."""
-    tables = [pq.read_table(p, columns=list(columns) if columns else None) for p in parts(folder)]
+    tables = [read_part(p, columns) for p in parts(folder)]
     if tables:
         return pa.concat_tables(tables)
     if schema is None:

@@ -42,7 +42,7 @@ class TensorBoard:
 
     def __init__(self, root: Path, state: dict[str, Any]) -> None:
         self.writer = _import("tensorboard", "torch.utils.tensorboard").SummaryWriter
-        self.folder = root / "tracking" / "tensorboard"
+        self.folder = _local(root, "tensorboard") / "tracking" / "tensorboard"
         self.writers: dict[str, Any] = {}
 
     def send(self, name: str, step: int, values: dict[str, float]) -> None:
@@ -65,6 +65,8 @@ class MLflow:
 
     def __init__(self, root: Path, state: dict[str, Any]) -> None:
         self.module, self.root, self.state = _import("mlflow"), root, state
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            _local(root, "mlflow (without MLFLOW_TRACKING_URI)")
         self.client: Any = None
         self.experiment = ""
 
@@ -79,9 +81,9 @@ class MLflow:
 
     def _client(self) -> Any:
         if self.client is None:
-            folder = self.root / "tracking" / "mlflow"
             uri = os.environ.get("MLFLOW_TRACKING_URI")
             if not uri:
+                folder = self.root / "tracking" / "mlflow"
                 folder.mkdir(parents=True, exist_ok=True)
                 uri = f"sqlite:///{folder.absolute()}/mlflow.db"
             self.client = self.module.MlflowClient(tracking_uri=uri)
@@ -105,6 +107,7 @@ class Wandb:
 
     def __init__(self, root: Path, state: dict[str, Any]) -> None:
         self.module, self.root = _import("wandb"), root
+        _local(root, "wandb")
         self.run: Any = None
         self.defined: set[str] = set()
 
@@ -131,6 +134,13 @@ class Wandb:
 
 
 SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": Wandb}
+
+
+def _local(root: Path, service: str) -> Path:
+    """UserError where the run lies on an object store, and this service writes files beside it, piece by piece."""
+    if not isinstance(root, Path):
+        raise UserError(f"tracking: {service} writes files in the run's folder, and {root} is an object store; leave it out")
+    return root
 
 
 def _import(package: str, module: str = "") -> Any:

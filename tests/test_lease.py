@@ -91,7 +91,7 @@ def place(request, tmp_path):
 
 
 def holder(world, place, name):
-    return Lease(place, "runs/x", name, TIMES, world.clock, world.sleep)
+    return Lease(place, "runs/x", name, "machine", TIMES, world.clock, world.sleep)
 
 
 def test_a_second_one_is_refused_at_the_first_heartbeat_it_sees(world, place):

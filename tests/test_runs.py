@@ -374,7 +374,7 @@ def test_the_temporary_names_that_are_written_are_those_that_are_swept(run, monk
         raise Killed
 
     monkeypatch.setattr(tables.os, "replace", dies)
-    monkeypatch.setattr(tables.Path, "unlink", lambda *a, **k: None)  # nor does a killed process tidy up
+    monkeypatch.setattr(runs.Path, "unlink", lambda *a, **k: None)  # nor does a killed process tidy up
     with pytest.raises(Killed):
         tables.write_part(run.data / "part-00000.parquet", pa.table({"a": [1]}))
     with pytest.raises(Killed):

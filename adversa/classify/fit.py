@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adversa import workers
+from adversa import places, workers
 from adversa.classify.augment import augment
 from adversa.classify.losses import Loss, make_loss
 from adversa.classify.mixing import mix
@@ -312,8 +312,7 @@ def _truncate_metrics(out: Path, step: int) -> None:
 
 def _append_metrics(out: Path, line: dict[str, float]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / METRICS, "a") as f:
-        f.write(json.dumps(line) + "\n")
+    places.append(out / METRICS, json.dumps(line) + "\n")
 
 
 @contextlib.contextmanager

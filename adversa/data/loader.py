@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from adversa import runs, tables
 from adversa.types import UserError
@@ -85,7 +84,7 @@ class ImageTable:
         """Images of the rows (counted within the group)."""
         if group not in self._slots:
             path, number = self._groups[group]
-            with pq.ParquetFile(path) as f:
+            with tables.opened(path) as f:
                 images = self._decode(f.read_row_group(number, columns=[self.column]).column(0))
             self._keep(group, np.ascontiguousarray(images))
             return images[rows]
@@ -123,7 +122,7 @@ class ImageTable:
 
 def _ids(path: Path) -> Iterator[np.ndarray]:
     """The ids of each row group, as bytes: a tenth of what a dict of strings takes."""
-    with pq.ParquetFile(path) as file:
+    with tables.opened(path) as file:
         key = "id" if "id" in file.schema_arrow.names else "request_id"
         for group in range(file.num_row_groups):
             yield np.array([i.encode() for i in file.read_row_group(group, columns=[key]).column(0).to_pylist()], dtype="S")

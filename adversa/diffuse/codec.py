@@ -23,6 +23,7 @@ from adversa import config as cfg
 from adversa import runs, weights
 from adversa.diffuse import pretrained
 from adversa.diffuse.edm import to_images, to_tensor
+from adversa.places import place
 from adversa.types import UserError
 
 KIND = "codec"
@@ -132,7 +133,7 @@ def load(folder: Path, device: torch.device | str = "cpu", space: dict[str, Any]
     """
     import diffusers
 
-    state, meta, fingerprint = weights.read_model(Path(folder))
+    state, meta, fingerprint = weights.read_model(place(folder))
     if meta.get("kind") != KIND or meta.get("class") not in CLASSES.values():
         raise UserError(f"{folder} holds a model of kind {meta.get('kind')!r}, not a codec; give the folder of a codec")
     if space is not None and space["fingerprint"] != fingerprint:

@@ -218,7 +218,7 @@ def _finish(
         found += [codec.psnr(a[None], b[None]) for a, b in zip(images, again, strict=True)]
         shown += [np.concatenate([a, b]) for a, b in zip(images, again, strict=True)][: SHOWN - len(shown)]
     if shown and workers.lead():
-        (out / "reconstructions.png").write_bytes(tables.encode_png(np.concatenate(shown, axis=1)))
+        tables.replace_bytes(out / "reconstructions.png", tables.encode_png(np.concatenate(shown, axis=1)))
     every = workers.gather(np.array(found))
     return {
         "steps": run["step"], "loss": run["history"][-1]["loss"], "psnr": float(every.mean()) if len(every) else None,

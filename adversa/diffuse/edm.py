@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adversa import config as cfg
 from adversa import weights
 from adversa.diffuse.network import build_network
+from adversa.places import place
 from adversa.types import UserError
 
 DenoiserFn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -95,7 +96,7 @@ def describe(config: cfg.Denoiser, classes: list[str], resolution: int, channels
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Denoiser, dict[str, Any], str]:
     """(denoiser in eval mode, without gradients; its config.json; fingerprint). UserError where the folder holds none."""
-    state, meta, fingerprint = weights.read_model(Path(folder))
+    state, meta, fingerprint = weights.read_model(place(folder))
     if meta.get("kind") != KIND:
         raise UserError(f"{folder} holds a model of kind {meta.get('kind')!r}, not a denoiser ({KIND}); give a denoiser's folder")
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the caller's generator alone

@@ -17,6 +17,7 @@ from adversa import weights
 from adversa.diffuse import codec, edm, external
 from adversa.diffuse.paint import Canvas, Painted, Steering
 from adversa.diffuse.strategy import Sources
+from adversa.places import place
 from adversa.types import GenerationRequest, UserError
 
 
@@ -74,9 +75,9 @@ class Painter:
 def load(denoiser: Path, device: torch.device | str = "cpu", codec_folder: Path | None = None) -> Painter:
     """The painter of a denoiser's folder. codec_folder: its codec's; None: the folder `codec` beside it, as a run keeps them."""
     device = torch.device(device)
-    model, meta, fingerprint = read(Path(denoiser), device)
+    model, meta, fingerprint = read(place(denoiser), device)
     space = meta.get("codec")
-    found = None if space is None else codec.load(codec_folder or Path(denoiser).parent / "codec", device, space)
+    found = None if space is None else codec.load(codec_folder or place(denoiser).parent / "codec", device, space)
     return Painter(model, found, meta, fingerprint, device)
 
 

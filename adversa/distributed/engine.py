@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import ray
 
-from adversa import distributed
+from adversa import distributed, places
 from adversa.config import Cluster
 from adversa.distributed import pool, start, stream, training
 from adversa.loop.engine import Done, FitJob, Make, Name, Part, Report, Share, row_name, unfinished
@@ -90,7 +89,7 @@ class RayEngine:
             self.started = training.fit(todo, self.storage, self.image_bytes, self.group())
             unfinished(todo)  # none is; a worker that died right after its manifest has left its checkpoint
         finally:
-            shutil.rmtree(self.storage, ignore_errors=True)
+            places.rmtree(self.storage, missing_ok=True)
 
     def group(self) -> training.Group:
         """The workers of a training. UserError where an embedded Ray, which cannot grow, has no room for them."""

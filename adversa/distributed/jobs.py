@@ -13,6 +13,7 @@ import platform
 import re
 import shlex
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,8 +234,21 @@ def submit(client: Client, run: str, entrypoint: str, config_yaml: str, folder: 
         return known[-1], False
     (folder / "config.yaml").write_text(config_yaml)
     job_id = f"{base_id(run)}-{_attempt(known, run)}"
-    environment = {
-        "working_dir": str(folder),
+    new = _hand_over(client, job_id, entrypoint, {"working_dir": str(folder)}, {RUN: run})  # else another was a moment faster
+    return job(client, job_id, run), new
+
+
+def ask(client: Client, run: str, stage: str, settings: list[str]) -> Job:
+    """Let a command that looks at a run, or says what is wanted of it, run beside the job that works on it, where its folder is."""
+    words = ["python", "-m", "adversa.cli", stage, run, *(word for setting in settings for word in ("--set", setting))]
+    job_id = f"adversa-{stage}-{uuid.uuid4().hex[:8]}"
+    _hand_over(client, job_id, shlex.join(words), {}, {})
+    return job(client, job_id, run)
+
+
+def _hand_over(client: Client, job_id: str, entrypoint: str, files: dict[str, str], notes: dict[str, str]) -> bool:
+    """Whether the job is new; the cluster may know that id already."""
+    environment = files | {
         "py_modules": [str(Path(__file__).resolve().parents[1])],
         "excludes": ["__pycache__"],
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), "RAY_USAGE_STATS_ENABLED": "0"},
@@ -242,11 +256,11 @@ def submit(client: Client, run: str, entrypoint: str, config_yaml: str, folder: 
     ends = time.monotonic() + YOUNG_SECONDS
     while True:
         try:
-            client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata={RUN: run})
-            return job(client, job_id, run), True
+            client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=notes)
+            return True
         except RuntimeError as e:
             if "already exists" in str(e):
-                return job(client, job_id, run), False  # another command was a moment faster
+                return False
             if "No available agent" not in str(e) or time.monotonic() > ends:
                 raise UserError(f"the cluster did not take the job: {_last_line(str(e))}") from None
         time.sleep(1)

@@ -21,6 +21,7 @@ from adversa.distributed.backend import ProcessGroup
 from adversa.distributed.errors import NoRetry, user_error
 from adversa.distributed.worker import Loop
 from adversa.loop.engine import FitJob
+from adversa.places import Place, Remote
 from adversa.runs import is_finished
 
 
@@ -57,7 +58,7 @@ def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: Group) -
             resources_per_worker=group.resources,
         ),
         run_config=RunConfig(
-            name=uuid.uuid4().hex, storage_path=str(storage.resolve()), callbacks=[NoRetry()],
+            name=uuid.uuid4().hex, **_stored(storage), callbacks=[NoRetry()],
             failure_config=FailureConfig(max_failures=group.attempts - 1), checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
         datasets=streams.placeholders(),
@@ -67,6 +68,14 @@ def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: Group) -
     result = _run(trainer)
     assert all(is_finished(job.out) for job in jobs), "a training came home without its model"
     return result.return_value
+
+
+def _stored(storage: Place) -> dict[str, Any]:
+    """Where Ray Train keeps its pointers. Of an object store Ray gets the filesystem: it would read the address its own way."""
+    if isinstance(storage, Remote):
+        filesystem, path = storage.store
+        return {"storage_path": path, "storage_filesystem": filesystem}
+    return {"storage_path": str(storage.resolve())}
 
 
 class _Trainer(TorchTrainer):

@@ -20,6 +20,7 @@ from ray.train import Checkpoint
 from adversa.distributed import stream
 from adversa.loop.engine import FitJob, do_job
 from adversa.loop.feed import Batch
+from adversa.places import place
 from adversa.runs import cpus, is_finished
 from adversa.types import UserError
 from adversa.weights import committed_step
@@ -77,7 +78,7 @@ class Loop:
             return
         with checkpoint.as_directory() as folder:
             pointer = json.loads((Path(folder) / POINTER).read_text())
-        out, step = Path(pointer["out"]), pointer["step"]
+        out, step = place(pointer["out"]), pointer["step"]
         if not is_finished(out) and (found := committed_step(out)) < step:
             raise UserError(
                 f"{out} held the training state of step {step} and has that of step {found} now: "

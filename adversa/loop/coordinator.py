@@ -16,9 +16,10 @@ import yaml
 
 from adversa import control, runs
 from adversa.config import Config, check
-from adversa.lease import TIMES, LeaseLost, Times
+from adversa.lease import LeaseLost, Times
 from adversa.loop import cycle
 from adversa.loop.engine import Engine
+from adversa.places import place
 from adversa.runs import RunDir
 from adversa.types import UserError
 
@@ -47,11 +48,11 @@ class Coordinator:
 
     def __init__(
         self, task: Task, engine: Callable[[Config, RunDir], Engine], page: Callable[[Path], Path], end: Callable[[], None],
-        back: bool = False, times: Times = TIMES,
+        back: bool = False, times: Times | None = None,
     ) -> None:  # fmt: skip
         self.task, self.engine, self.page, self.end, self.back, self.times = task, engine, page, end, back, times
         self.config = check(yaml.safe_load(task.config), "the coordinator's configuration")
-        self.run = RunDir(Path(task.root))
+        self.run = RunDir(place(task.root))
         self.note = "starting"
         self.refused: str | None = None
         self.taken, self.over = threading.Event(), threading.Event()

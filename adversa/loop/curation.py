@@ -6,6 +6,7 @@ classifier's features, no label; no limit is set on it, no judge sees it, and wh
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from adversa import config as cfg
 from adversa import runs, tables
@@ -25,6 +25,7 @@ from adversa.loop.judging import Judges, folders
 from adversa.loop.parts import Part, Work
 from adversa.loop.step import Facts, cost, inputs, run_step
 from adversa.loop.steps import classes_of, matrix, softmax
+from adversa.places import place
 from adversa.types import ROLES, UserError, Verdict
 
 CHOOSING = tuple(r for r in ROLES if r != "test")
@@ -44,7 +45,7 @@ def features(engine: Engine, data: Path, role: str, classifier: Path, judges: Se
 
     def body(progress: runs.Progress) -> Facts:
         paths = tables.parts(data / role)
-        parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
+        parts = [Part(i, tables.count(p), {"path": str(p)}) for i, p in enumerate(paths)]
         started = time.perf_counter()
         done = engine.map_batches(
             partial(make_features, classifier, () if role == "test" else tuple(judges)), parts, out, progress, model=True
@@ -61,7 +62,7 @@ def make_features(classifier: Path, judges: Sequence[Path]) -> Work:
     scorer, panel = make_scorer(classifier, embed=True), [make_scorer(folder, embed=True) for folder in judges]
 
     def work(part: Part, path: Path) -> int:
-        rows = pq.read_table(part.payload["path"], columns=["id", "image", *(("label", "group") if panel else ())])
+        rows = tables.read_part(place(part.payload["path"]), ["id", "image", *(("label", "group") if panel else ())])
         images = tables.decode_images(rows["image"])
         found = [{"id": i, "classifier": x} for i, x in zip(rows["id"].to_pylist(), scorer(images)[1].tolist(), strict=True)]
         if panel:
@@ -104,9 +105,9 @@ def limits(data: Path, features: Path, config: cfg.Curate, out: Path) -> None:
         in_features = NearFeatures(known, matrix(rows["classifier"]))
         found["near_copy_features"] = in_features.threshold(known, [lesion[i] for i in known], config.near_copy_quantile)
         found |= _realism(data, features, config) | {"most_agreement": _trivial(features, config)}
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / SCALE, "wb") as f:
-            np.savez(f, signal=index.scale.signal, noise=index.scale.noise)
+        buffer = io.BytesIO()
+        np.savez(buffer, signal=index.scale.signal, noise=index.scale.noise)
+        tables.replace_bytes(out / SCALE, buffer.getbuffer())
         runs.write_json(out / LIMITS, found)
         return {"rows": len(ids)} | {k: found[k] for k in ("near_copy", "near_copy_features", "realism", "realism_2")}
 
@@ -167,12 +168,8 @@ def real_ids(data: Path, roles: Sequence[str]) -> list[str]:
 def real_images(data: Path, roles: Sequence[str]) -> tuple[list[str], list[str], Iterator[np.ndarray]]:
     """(ids, groups, blocks of uint8 images [n, H, W, 3] in their order) of some roles; one block is in memory at a time."""
     paths = [path for role in roles for path in tables.parts(data / role)]
-    rows = pa.concat_tables(pq.read_table(path, columns=["id", "group"]) for path in paths)
-    blocks = (
-        tables.decode_images(batch.column("image"))
-        for path in paths
-        for batch in pq.ParquetFile(path).iter_batches(tables.ROW_GROUP, columns=["image"])
-    )
+    rows = pa.concat_tables(tables.read_part(path, ["id", "group"]) for path in paths)
+    blocks = (tables.decode_images(batch.column("image")) for path in paths for batch in tables.batches(path, ["image"]))
     return rows["id"].to_pylist(), rows["group"].to_pylist(), blocks
 
 
@@ -207,7 +204,7 @@ def inspect(
 
     def body(progress: runs.Progress) -> Facts:
         parts = [
-            Part(i, pq.read_metadata(p).num_rows, {"path": str(p), "requests": str(requests / p.name)})
+            Part(i, tables.count(p), {"path": str(p), "requests": str(requests / p.name)})
             for i, p in enumerate(tables.parts(synthetic))
         ]
         make = partial(make_inspected, data, features, limits, classifier, judge, config)
@@ -235,8 +232,8 @@ def make_inspected(data: Path, features: Path, limits: Path, classifier: Path, j
     spaces = [manifold(features, c) for c in ("classifier", "judge")] if allowed.realism else None
 
     def work(part: Part, path: Path) -> int:
-        rows = pq.read_table(part.payload["path"])
-        asked = pq.read_table(part.payload["requests"], columns=["request_id", "strategy", "example"]).to_pylist()
+        rows = tables.read_part(place(part.payload["path"]))
+        asked = tables.read_part(place(part.payload["requests"]), ["request_id", "strategy", "example"]).to_pylist()
         request = {r["request_id"]: r for r in asked}
         names, labels = rows["request_id"].to_pylist(), rows["label"].to_pylist()
         pictures = tables.decode_images(rows["image"])
@@ -261,7 +258,7 @@ def scale_of(limits: Path) -> Any:
     """curate.near_copy.Scale that a run's similarities are measured by."""
     from adversa.curate.near_copy import Scale
 
-    with np.load(limits / SCALE, allow_pickle=False) as saved:
+    with np.load(io.BytesIO((limits / SCALE).read_bytes()), allow_pickle=False) as saved:
         return Scale(saved["signal"], saved["noise"])
 
 
@@ -318,7 +315,7 @@ def make_twins(synthetic: Path, inspected: Path, limits: Path) -> Work:
 def pictures_of(synthetic: Path, ids: Sequence[str]) -> tuple[list[str], Iterator[np.ndarray]]:
     """(ids, blocks of uint8 images [n, H, W, 3]) of some painted images, in the order in which they lie."""
     wanted = pa.array(ids)
-    parts = [pq.read_table(p, columns=["request_id", "image"]) for p in tables.parts(synthetic)]
+    parts = [tables.read_part(p, ["request_id", "image"]) for p in tables.parts(synthetic)]
     rows = pa.concat_tables(t.filter(pc.is_in(t["request_id"], wanted)) for t in parts)
     blocks = (tables.decode_images(rows["image"][i : i + tables.ROW_GROUP]) for i in range(0, len(rows), tables.ROW_GROUP))
     return rows["request_id"].to_pylist(), blocks

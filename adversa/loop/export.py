@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from adversa import runs, tables
 from adversa.loop import card
@@ -71,7 +70,7 @@ def export(
                 if progress is not None:
                     progress({"done": i + 1, "total": len(paths)})
         painted = {p.name for p in paths}
-        tally.unpainted += sum(pq.read_metadata(p).num_rows for p in tables.parts(requests) if p.name not in painted)
+        tally.unpainted += sum(tables.count(p) for p in tables.parts(requests) if p.name not in painted)
         date = (runs.read_json(synthetic / runs.MANIFEST) or {}).get("finished") or runs.now()
         written += write.written + put_card(out, lambda: card.text(origin, tally, classes, folder_names(classes), date, form, ROWS))
     return Exported(tally.images, dict(tally.classes), tally.not_finite, tally.unpainted, written)
@@ -88,7 +87,7 @@ def put_card(out: Path, text: Callable[[], str]) -> int:
 def images_in(out: Path) -> int:
     """Images of an export that are there."""
     pictures = sum(1 for p in out.glob("*/*.png") if not p.parent.name.startswith("."))
-    return pictures + sum(pq.read_metadata(p).num_rows for p in tables.parts(out / "data") if (out / "data").is_dir())
+    return pictures + sum(tables.count(p) for p in tables.parts(out / "data") if (out / "data").is_dir())
 
 
 def _asked(synthetic: Path, requests: Path, classes: Sequence[str], form: str) -> tuple[list[Path], dict[str, Any]]:
@@ -98,8 +97,8 @@ def _asked(synthetic: Path, requests: Path, classes: Sequence[str], form: str) -
     paths = tables.parts(synthetic)
     if not paths:
         raise UserError(f"{synthetic} holds no painted images (part-*.parquet); give the folder that `generate` filled")
-    ids = [digest(*pq.read_table(p, columns=["request_id"])["request_id"].to_pylist()) for p in paths]
-    painters = {d for p in paths for d in pq.read_table(p, columns=["denoiser"])["denoiser"].to_pylist()}
+    ids = [digest(*tables.read_part(p, ["request_id"])["request_id"].to_pylist()) for p in paths]
+    painters = {d for p in paths for d in tables.read_part(p, ["denoiser"])["denoiser"].to_pylist()}
     absent = [p.name for p in paths if not (requests / p.name).exists()]
     if absent:
         raise UserError(
@@ -142,7 +141,7 @@ def held(out: Path, asked: dict[str, Any]) -> Iterator[int]:
 
 def rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> pa.Table:
     """The finite images of a part with their requests, as ROWS, in the part's order; the others are counted."""
-    painted, asked = pq.read_table(path), pq.read_table(requests)
+    painted, asked = tables.read_part(path), tables.read_part(requests)
     place = {r: i for i, r in enumerate(asked["request_id"].to_pylist())}
     ids = painted["request_id"].to_pylist()
     strangers = [i for i in ids if i not in place]

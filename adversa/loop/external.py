@@ -7,12 +7,11 @@ then summary.json and report.md. Thresholds come from the run's `select`; the se
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from adversa import config as cfg
-from adversa import runs
+from adversa import places, runs
 from adversa.loop import external_set, steps
 from adversa.loop.engine import Engine
 from adversa.loop.external_pictures import prepare
@@ -57,7 +56,7 @@ def check(asked: External) -> bool:
                 f"{folder} holds another evaluation ({'; '.join(changed)}); give this one its own --name, or delete that folder"
             )
     if saved is not None and saved["content"] != content:
-        shutil.rmtree(asked.pictures, ignore_errors=True)
+        places.rmtree(asked.pictures, missing_ok=True)
     runs.write_json(
         folder / "set.json",
         {"path": asked.data.path, "settings": settings, "looks": looks, "content": content, "images": len(records)},
@@ -78,7 +77,7 @@ def forget(asked: External) -> None:
     kept = {"set.json", "status.json", ".lock", runs.RECIPE, runs.PROGRESS}
     if any(p.is_file() and p.name not in kept for p in asked.folder.rglob("*")):
         return
-    shutil.rmtree(asked.folder, ignore_errors=True)
+    places.rmtree(asked.folder, missing_ok=True)
     with contextlib.suppress(OSError):  # another set lies beside it; and what failed before is what the user must hear of
         asked.folder.parent.rmdir()
 

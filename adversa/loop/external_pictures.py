@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from adversa import config as cfg
-from adversa import runs, tables
+from adversa import places, runs, tables
 from adversa.data import images, near, split
 from adversa.data.files import printable
 from adversa.data.records import SKIP, Record
@@ -24,6 +22,7 @@ from adversa.loop import external_set
 from adversa.loop.engine import Engine, Part, Work
 from adversa.loop.external_set import FOLDER, External
 from adversa.loop.step import Facts, cost, inputs, run_step
+from adversa.places import place
 from adversa.runs import RunDir
 from adversa.types import ROLES, UserError
 
@@ -47,7 +46,7 @@ def prepare(asked: External, engine: Engine, say: Callable[[str], None] = lambda
         not runs.is_finished(asked.pictures)
         and (runs.read_json(asked.pictures / runs.RECIPE) or recipe.to_json()) != recipe.to_json()
     ):
-        shutil.rmtree(asked.pictures)
+        places.rmtree(asked.pictures)
 
     def body(progress: runs.Progress) -> Facts:
         staging = asked.pictures / "decoded"
@@ -55,11 +54,11 @@ def prepare(asked: External, engine: Engine, say: Callable[[str], None] = lambda
         say("comparing the pictures with those the run has seen")
         looks = own_looks(asked.run, engine)
         counts = _write(asked, staging, looks)
-        shutil.rmtree(staging)
+        places.rmtree(staging)
         return facts | counts
 
     run_step(asked.pictures, recipe, body)
-    shutil.rmtree(asked.pictures / "decoded", ignore_errors=True)  # a cut-off attempt may have left it after the manifest
+    places.rmtree(asked.pictures / "decoded", missing_ok=True)  # a cut-off attempt may have left it after the manifest
 
 
 def _decode(asked: External, engine: Engine, staging: Path, progress: runs.Progress) -> Facts:
@@ -109,7 +108,7 @@ def own_looks(run: RunDir, engine: Engine) -> Path:
 
     def body(progress: runs.Progress) -> Facts:
         paths = [p for role in SEEN for p in tables.parts(run.data / role)]
-        parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
+        parts = [Part(i, tables.count(p), {"path": str(p)}) for i, p in enumerate(paths)]
         started = time.perf_counter()
         done = engine.map_batches(make_looks, parts, out, progress)
         return cost(done, engine.tasks(), time.perf_counter() - started) | {"rows": sum(p.rows for p in parts)}
@@ -121,7 +120,7 @@ def own_looks(run: RunDir, engine: Engine) -> Path:
 def make_looks() -> Work:
     def work(part: Part, path: Path) -> int:
         ids, thumbs = [], []
-        for batch in pq.ParquetFile(part.payload["path"]).iter_batches(tables.ROW_GROUP, columns=["id", "image"]):
+        for batch in tables.batches(place(part.payload["path"]), ["id", "image"]):
             ids += batch["id"].to_pylist()
             thumbs += [thumb(tables.decode_png(data)) for data in batch["image"].to_pylist()]
         tables.write_part(path, pa.table({"id": ids, "thumb": thumbs}, schema=LOOK))
@@ -136,7 +135,7 @@ def make_looks() -> Work:
 def _write(asked: External, staging: Path, looks: Path) -> Facts:
     """Write the pictures that count, and left-out.json: each of the others by name, with why."""
     columns = ["id", "source", "class", "lesion", "group", "thumb", "problem"]
-    rows = pa.concat_tables(pq.read_table(p, columns=columns) for p in tables.parts(staging)).to_pylist()
+    rows = pa.concat_tables(tables.read_part(p, columns) for p in tables.parts(staging)).to_pylist()
     problems = list(asked.outside.problems) + [{k: r[k] for k in ("source", "problem")} for r in rows if r["problem"]]
     kept, copies, copied = _first_of_each([r for r in rows if not r["problem"]], asked.data.on_error, problems)
     known, pairs = _known(kept, looks, staging, asked.config.data.near_duplicate_bits, asked.outside.unit)
@@ -204,7 +203,7 @@ def _known(
     ids = set(own["id"].to_pylist())
     known = {r["id"]: {"why": "same pixels"} for r in rows if r["id"] in ids}
     rest = [r for r in rows if r["id"] not in known]
-    alike = _alike(rest, own, staging / "thumbs", bits)
+    alike = _alike(rest, own, staging, bits)
     pairs = [(a, b) for a, b in alike if a not in ids and b not in ids]
     chained = split.merge_groups(["run"], [("run" if a in ids else a, "run" if b in ids else b) for a, b in alike])
     seen = chained["run"]
@@ -216,17 +215,20 @@ def _known(
     return known, [(group[a], group[b]) for a, b in pairs if a in group and b in group]
 
 
-def _alike(rows: list[dict[str, Any]], own: pa.Table, path: Path, bits: int) -> list[tuple[str, str]]:
-    """Pairs of ids that look alike, of the set, or of the set and the run. path: of a file for thumbnails."""
-    with open(path, "wb") as f:
-        f.writelines(r["thumb"] for r in rows)
-        for data in own["thumb"].to_pylist():
-            f.write(data)
-    thumbs, ids = near.Thumbs(path), [r["id"] for r in rows] + own["id"].to_pylist()
-    hashes = [near.perceptual_hash(thumbs[np.arange(i, min(i + 2048, len(ids)))]) for i in range(0, len(ids), 2048)]
+def _alike(rows: list[dict[str, Any]], own: pa.Table, folder: Path, bits: int) -> list[tuple[str, str]]:
+    """Pairs of ids that look alike, of the set, or of the set and the run. folder: for a file of thumbnails, where it is local."""
+    ids = [r["id"] for r in rows] + own["id"].to_pylist()
     groups = [r["id"] for r in rows] + ["run"] * len(own)  # the run's own pictures are not compared with each other
-    found = near.near_identical(ids, np.concatenate(hashes), thumbs, groups, bits)
-    path.unlink()
+    with places.scratch(folder) as scratch:
+        path = scratch / "thumbs"
+        with open(path, "wb") as f:
+            f.writelines(r["thumb"] for r in rows)
+            for data in own["thumb"].to_pylist():
+                f.write(data)
+        thumbs = near.Thumbs(path)
+        hashes = [near.perceptual_hash(thumbs[np.arange(i, min(i + 2048, len(ids)))]) for i in range(0, len(ids), 2048)]
+        found = near.near_identical(ids, np.concatenate(hashes), thumbs, groups, bits)
+        path.unlink()
     return [(a, b) for a, b, _, _ in found]
 
 
@@ -236,7 +238,7 @@ def _stream(asked: External, staging: Path, clusters: dict[str, str]) -> None:
         part.unlink()  # of a cut-off attempt
     written: set[str] = set()
     for index, path in enumerate(tables.parts(staging)):
-        rows = pq.read_table(path, columns=tables.EXAMPLES.names + ["problem"]).to_pylist()
+        rows = tables.read_part(path, [*tables.EXAMPLES.names, "problem"]).to_pylist()
         chosen = []
         for r in rows:
             if r.pop("problem") is None and r["id"] in clusters and r["id"] not in written:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from adversa import config as cfg
 from adversa import runs, tables, weights
 from adversa.loop.engine import Engine, FitJob, Part, Work
 from adversa.loop.feed import STATS, Feed
 from adversa.loop.step import Facts, cost, inputs, run_step
+from adversa.places import place
 from adversa.types import UserError, seed_of
 
 MEASURED = 64  # images of `select` that a given codec's PSNR is measured on
@@ -78,12 +78,12 @@ def fetch(data: Path, config: cfg.Codec, resolution: int, out: Path) -> None:
 def _some(examples: Path, number: int) -> np.ndarray:
     """At most `number` images of a role, evenly spread over it: data sets often list one class after the other."""
     paths = tables.parts(examples)
-    firsts = np.cumsum([0, *(pq.read_metadata(p).num_rows for p in paths)])
+    firsts = np.cumsum([0, *(tables.count(p) for p in paths)])
     chosen = np.unique(np.linspace(0, firsts[-1] - 1, number).astype(np.int64))
     found = []
     for path, first, end in zip(paths, firsts[:-1], firsts[1:], strict=True):
         if len(here := chosen[(chosen >= first) & (chosen < end)] - first):
-            found.append(tables.decode_images(pq.read_table(path, columns=["image"])["image"].take(here)))
+            found.append(tables.decode_images(tables.read_part(path, ["image"])["image"].take(here)))
     return np.concatenate(found)
 
 
@@ -97,7 +97,7 @@ def encode(engine: Engine, examples: Path, data: Path, codec: Path, views: int, 
 
     def body(progress: runs.Progress) -> Facts:
         paths = tables.parts(examples)
-        parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
+        parts = [Part(i, tables.count(p), {"path": str(p)}) for i, p in enumerate(paths)]
         started = time.perf_counter()
         done = engine.map_batches(partial(make_encode, codec, views), parts, out, progress, model=True)
         spent = cost(done, engine.tasks(model=True), time.perf_counter() - started)
@@ -116,7 +116,7 @@ def make_encode(codec_folder: Path, views: int) -> Work:
     loaded = codec.load(codec_folder, "cuda" if torch.cuda.is_available() else "cpu")
 
     def work(part: Part, path: Path) -> int:
-        rows = pq.read_table(part.payload["path"], columns=["id", "label", "image"])
+        rows = tables.read_part(place(part.payload["path"]), ["id", "label", "image"])
         images = tables.decode_images(rows["image"])
         latents = np.stack([loaded.encode(codec.symmetry(images, v)).numpy() for v in range(views)], axis=1)
         if not (np.abs(latents) < np.finfo(np.float16).max).all():
@@ -132,7 +132,7 @@ def measure(folder: Path) -> dict[str, Any]:
     """Mean and standard deviation of latents, channel by channel, over every row and view, one part in memory at a time."""
     count, total, square = 0, np.zeros(0), np.zeros(0)
     for path in tables.parts(folder):
-        z = tables.decode_latents(pq.read_table(path, columns=["latent"])["latent"])
+        z = tables.decode_latents(tables.read_part(path, ["latent"])["latent"])
         z = np.moveaxis(z, 2, 0).reshape(z.shape[2], -1).astype(np.float64)
         if not count:
             total = square = np.zeros(len(z))

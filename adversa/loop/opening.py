@@ -7,13 +7,12 @@ So a reading that was cut off goes on as the same opening, and one whose folder 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adversa import runs
+from adversa import places, runs
 from adversa.config import Config
 from adversa.loop.stages import last_round, models_of
 from adversa.runs import MANIFEST, OPENED, READING, RECIPE, RunDir
@@ -132,20 +131,23 @@ def _set_aside(run: RunDir, number: int) -> None:
     with runs.writing(run.root):
         runs.write_json(run.openings, ledger(run))  # an older run's only record of it is in the folder that goes
         if run.select.exists():
-            shutil.move(run.select, _free(run, "select", number))
+            places.move(run.select, _free(run, "select", number, MANIFEST), MANIFEST)
         keep = run.test if run.test.exists() else run.root / f"test-opening-{number}"
         keep.mkdir(exist_ok=True)
         for name in RESULTS:
             if (run.root / name).exists():
-                shutil.move(run.root / name, keep / name)
+                places.move(run.root / name, keep / name)
         if keep == run.test:
-            shutil.move(run.test, _free(run, "test", number))
+            places.move(run.test, _free(run, "test", number, OPENED), OPENED)
 
 
-def _free(run: RunDir, name: str, number: int) -> Path:
-    """The name of what is set aside, with `+` for each time that it is taken: by a reading that was never written down."""
+def _free(run: RunDir, name: str, number: int, last: str) -> Path:
+    """The name of what is set aside, with `+` for each time that it is taken: by a reading that was never written down.
+
+    On an object store a folder without `last`, the file that is moved last, is what a cut left: the moving goes on there.
+    """
     path = run.root / f"{name}-opening-{number}"
-    while path.exists():
+    while path.exists() and (isinstance(path, Path) or (path / last).exists()):
         path = path.with_name(path.name + "+")
     return path
 

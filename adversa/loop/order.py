@@ -15,6 +15,7 @@ from adversa import runs, tables
 from adversa.loop import export, painting, regenerate, steps
 from adversa.loop.engine import Engine
 from adversa.loop.step import Facts, inputs, run_step
+from adversa.places import place
 from adversa.runs import RunDir
 from adversa.types import GenerationRequest, UserError, digest, seed_of
 from adversa.weights import CONFIG
@@ -69,7 +70,7 @@ def check(order: Order) -> None:
         painting.check_denoiser(order.denoiser, order.run.data)
     attacked(order)
     if order.config.weak:
-        painting.fingerprint(Path(order.config.weak))
+        painting.fingerprint(place(order.config.weak))
 
 
 def attacked(order: Order) -> Path | None:
@@ -104,7 +105,7 @@ def _identity(order: Order) -> dict[str, object]:
     if (steers := attacked(order)) is not None:
         models["attacked"] = runs.fingerprint(steers)
     if order.config.weak:
-        models["weak"] = painting.fingerprint(Path(order.config.weak))
+        models["weak"] = painting.fingerprint(place(order.config.weak))
     if order.run is not None:
         models["data"] = runs.fingerprint(order.run.data)
     return {**asked, "format": order.form, "generate": generate, **models}

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from adversa import config as cfg
 from adversa import runs, tables
@@ -21,6 +19,7 @@ from adversa.loop.engine import Engine
 from adversa.loop.parts import Painted, Part, Work
 from adversa.loop.step import Facts, cost, inputs, run_step
 from adversa.loop.steps import softmax
+from adversa.places import place
 from adversa.types import FILLING, PAINTED, GenerationRequest, UserError, digest, request_id, seed_of
 from adversa.weights import CONFIG
 
@@ -97,7 +96,7 @@ def levels(
     section = config.model_dump(mode="json", exclude={"per_case", "hardness", "likeness"}) | {"run": run}
     names = inputs(hard=hard, denoiser=denoiser, data=data, **{f"judge-{k}": f for k, f in enumerate(judges)})
     if config.weak:
-        names |= {"weak": fingerprint(Path(config.weak))}
+        names |= {"weak": fingerprint(place(config.weak))}
     recipe = runs.Recipe("levels", 2, section, names)
 
     def body(progress: runs.Progress) -> Facts:
@@ -169,7 +168,7 @@ def generate(
     names = inputs(requests=requests) | {"denoiser": fingerprint(denoiser)} | (inputs(data=data) if data else {})
     names |= inputs(attacked=attacked) if attacked and steers else {}
     if config.weak:
-        names |= {"weak": fingerprint(Path(config.weak))}
+        names |= {"weak": fingerprint(place(config.weak))}
     recipe = runs.Recipe("generate", 2, config.model_dump(mode="json"), names)
 
     def body(progress: runs.Progress) -> Facts:
@@ -177,7 +176,7 @@ def generate(
             check_denoiser(denoiser, data)
             check_masks(requests, data)
         paths = tables.parts(requests)
-        parts = [Part(i, pq.read_metadata(p).num_rows, {"path": str(p)}) for i, p in enumerate(paths)]
+        parts = [Part(i, tables.count(p), {"path": str(p)}) for i, p in enumerate(paths)]
         started = time.perf_counter()
         make = partial(make_paint, denoiser, data / "mine" if data else None, attacked if steers else None, config)
         done = engine.map_parts(make, parts, out, progress, request_name)
@@ -189,7 +188,7 @@ def generate(
 
 
 def _totals(out: Path) -> Facts:
-    columns = [pq.read_table(p, columns=["evaluations", "skipped", "finite", "fault"]) for p in tables.parts(out)]
+    columns = [tables.read_part(p, ["evaluations", "skipped", "finite", "fault"]) for p in tables.parts(out)]
     rows = pa.concat_tables(columns) if columns else tables.SYNTHETIC.empty_table()
     return {
         "evaluations": pc.sum(rows["evaluations"]).as_py() or 0, "gradients_skipped": pc.sum(rows["skipped"]).as_py() or 0,
@@ -214,7 +213,7 @@ def check_denoiser(denoiser: Path, data: Path) -> None:
     codec = runs.read_json(denoiser.parent / "codec" / CONFIG) or {} if meta.get("codec") else {}
     side = meta["resolution"] * codec.get("factor", 1)
     first = next(iter(tables.parts(data / "mine")), None)
-    if first is None or not (rows := next(pq.ParquetFile(first).iter_batches(1, columns=["image"]))).num_rows:
+    if first is None or not (rows := next(tables.batches(first, ["image"], 1))).num_rows:
         return
     if (picture := tables.decode_png(rows["image"][0].as_py()).shape[0]) != side:
         raise UserError(f"{denoiser} paints {side} x {side} pixels, the run's pictures have {picture} x {picture}; {mend}")
@@ -240,7 +239,7 @@ def make_paint(denoiser: Path, examples: Path | None, attacked: Path | None, con
     pictures = Pictures(examples)
 
     def work(part: Part, path: Path) -> Painted:
-        requests = read_requests(Path(part.payload["path"]))
+        requests = read_requests(place(part.payload["path"]))
         given = sources([r for i, r in enumerate(requests) if i not in part.skip], pictures, config)
         faults = dict(part.skip)  # a reason may be empty: of rows that a trial leaves out
         faults |= {i: why for i, r in enumerate(requests) if i not in faults and (why := unpaintable(r, given)) is not None}
@@ -267,12 +266,12 @@ def unpaintable(request: GenerationRequest, given: Any) -> str | None:
 
 
 def read_requests(path: Path) -> list[GenerationRequest]:
-    return [GenerationRequest(**r) for r in pq.read_table(path).to_pylist()]
+    return [GenerationRequest(**r) for r in tables.read_part(path).to_pylist()]
 
 
 def request_name(part: Part, row: int) -> str:
     """Of a request that could not be painted, for messages."""
-    return f"request {read_requests(Path(part.payload['path']))[row].request_id}"
+    return f"request {read_requests(place(part.payload['path']))[row].request_id}"
 
 
 def _row(request: GenerationRequest, painted: Any, fault: str | None, loaded: Any) -> Row:
@@ -316,7 +315,7 @@ def _weak(loaded: Any, name: str) -> Any:
     """The denoiser of autoguidance. UserError where it is not one of the same classes and space."""
     from adversa.diffuse import painter
 
-    denoiser, meta, _ = painter.read(Path(name), loaded.device)
+    denoiser, meta, _ = painter.read(place(name), loaded.device)
     for key, default in (("classes", None), ("resolution", None), ("channels", 3), ("codec", None)):
         theirs, ours = meta.get(key, default), loaded.meta.get(key, default)
         if theirs != ours:
@@ -350,8 +349,8 @@ class Pictures:
 
     def _rows(self, ids: Sequence[str], columns: list[str]) -> pa.Table:
         assert self.folder is not None, "masks of no examples"
-        source = ds.dataset([str(p) for p in tables.parts(self.folder)])
-        return source.to_table(columns=columns, filter=pc.field("id").isin(list(ids)))
+        wanted = pc.field("id").isin(list(ids))
+        return pa.concat_tables(tables.read_part(p, columns, wanted) for p in tables.parts(self.folder))
 
     def __init__(self, folder: Path | None) -> None:
         from adversa.data.loader import ImageTable

@@ -6,14 +6,13 @@ work. A part that is there is not done again, so an engine may be killed at any 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adversa import runs, tables
+from adversa import places, runs, tables
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -83,7 +82,7 @@ def row_name(part: Part, row: int) -> str:
 
 def missing(parts: Sequence[Part], out: Path) -> list[Part]:
     """Parts that are not committed yet. One listing of the folder: a look at each file takes seconds for 100,000 of them."""
-    there = set(os.listdir(out)) if out.exists() else set()
+    there = places.names(out)
     return [p for p in parts if tables.part_name(p.index) not in there]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -12,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from adversa import config as cfg
-from adversa import runs, tables
+from adversa import places, runs, tables
 from adversa.data import files, images, near, sources, split
 from adversa.data.records import SKIP
 from adversa.loop.engine import Engine, Part, Work
@@ -33,13 +31,13 @@ def prepare(engine: Engine, config: cfg.Data, out: Path) -> None:
     """Fill data/<role>/part-*.parquet, classes.json, split.json and leaks.json. UserError for anything wrong with the source."""
     recipe = runs.Recipe("prepare", 1, config.model_dump(mode="json"), {})
     run_step(out, recipe, partial(_prepare, engine, config, out, recipe.fingerprint))
-    shutil.rmtree(out / "decoded", ignore_errors=True)  # a cut-off attempt may have left it after the manifest
+    places.rmtree(out / "decoded", missing_ok=True)  # a cut-off attempt may have left it after the manifest
 
 
 def _prepare(engine: Engine, config: cfg.Data, out: Path, asked: str, progress: runs.Progress) -> Facts:
     staging = out / "decoded"
     waited, classes, known, problems = _decode(engine, config, staging, asked, progress)
-    look = pa.concat_tables(pq.read_table(p, columns=LOOK) for p in tables.parts(staging))
+    look = pa.concat_tables(tables.read_part(p, LOOK) for p in tables.parts(staging))
     bad = look.filter(pa.compute.is_valid(look["problem"]))
     problems += bad.select(["source", "problem"]).to_pylist()
     roles, leaks = _roles(config, classes, known, staging, look, problems)
@@ -52,7 +50,7 @@ def _prepare(engine: Engine, config: cfg.Data, out: Path, asked: str, progress: 
     runs.write_json(out / "classes.json", {"classes": classes})
     runs.write_json(out / "split.json", {"split_hash": split_hash, "images": by_class, "groups": _groups(rows)})
     runs.write_json(out / "leaks.json", leaks)
-    shutil.rmtree(staging)
+    places.rmtree(staging)
     # The split's hash knows ids, groups and roles; what is trained on hangs on the pictures' shape and the labels too.
     fingerprint = digest(split_hash, asked, *classes, *(roles[i][2] for i, _, _ in rows))
     return waited | {"rows": len(rows), "fingerprint": fingerprint, "problems": len(problems)}
@@ -77,7 +75,7 @@ def _begin(staging: Path, listing: str) -> None:
     if runs.read_json(staging / "listing.json") != {"listing": listing}:
         for folder in (staging, *(staging.parent / role for role in ROLES)):
             if folder.exists():
-                shutil.rmtree(folder)
+                places.rmtree(folder)
         runs.write_json(staging / "listing.json", {"listing": listing})
 
 
@@ -117,8 +115,9 @@ def _roles(
     ids, groups, labels = rows["id"].to_pylist(), rows["group"].to_pylist(), _names(rows["class"])
     similar: list[Any] = []
     if config.grouped and config.near_duplicate_bits >= 0:
-        thumbs = near.Thumbs(_thumbs(staging), kept)
-        similar = near.near_identical(ids, rows["phash"].to_numpy(), thumbs, groups, config.near_duplicate_bits)
+        with places.scratch(staging) as scratch:
+            thumbs = near.Thumbs(_thumbs(staging, scratch), kept)
+            similar = near.near_identical(ids, rows["phash"].to_numpy(), thumbs, groups, config.near_duplicate_bits)
     place = {i: n for n, i in enumerate(ids)}
     pairs = [(a, b) for a, b, _ in known] + copied + [(groups[place[a]], groups[place[b]]) for a, b, _, _ in similar]
     merged = split.merge_groups(groups, pairs)
@@ -140,12 +139,12 @@ def _roles(
     return dict(zip(ids, zip(roles, final, labels, strict=True), strict=True)), leaks
 
 
-def _thumbs(staging: Path) -> Path:
-    """The thumbnails of all decoded pictures, 1 KB each (of zeros where there is none), in one file."""
-    path = staging / "thumbs"
+def _thumbs(staging: Path, scratch: Path) -> Path:
+    """The thumbnails of all decoded pictures, 1 KB each (of zeros where there is none), in one file in `scratch`."""
+    path = scratch / "thumbs"
     with open(path, "wb") as f:
         for part in tables.parts(staging):
-            for thumb in pq.read_table(part, columns=["thumb"])["thumb"].to_pylist():
+            for thumb in tables.read_part(part, ["thumb"])["thumb"].to_pylist():
                 f.write(thumb or bytes(near.THUMB**2))
     return path
 
@@ -194,7 +193,7 @@ def _drop_copies(
 def _write_roles(staging: Path, out: Path, part_rows: int, roles: dict[str, tuple[str, str, str]]) -> Counter[tuple[str, str]]:
     """Stream the decoded parts into role folders, a buffer of one part a role; each image once. Images by (role, class)."""
     for role in ROLES:
-        shutil.rmtree(out / role, ignore_errors=True)  # parts of a cut-off attempt
+        places.rmtree(out / role, missing_ok=True)  # parts of a cut-off attempt
     written: set[str] = set()
     counts: Counter[tuple[str, str]] = Counter()
     buffers: dict[str, list[dict[str, Any]]] = {r: [] for r in ROLES}
@@ -223,7 +222,7 @@ def _write_roles(staging: Path, out: Path, part_rows: int, roles: dict[str, tupl
 
 def _decoded(staging: Path) -> Iterator[dict[str, Any]]:
     for path in tables.parts(staging):
-        for batch in pq.ParquetFile(path).iter_batches(tables.ROW_GROUP, columns=[*tables.EXAMPLES.names, "class", "problem"]):
+        for batch in tables.batches(path, [*tables.EXAMPLES.names, "class", "problem"]):
             yield from batch.to_pylist()
 
 

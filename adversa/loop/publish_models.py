@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def _copy(folder: Path, meta: dict[str, Any], out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     temporary = hidden(out / MODEL)
     try:
-        shutil.copyfile(folder / MODEL, temporary)
+        temporary.write_bytes((folder / MODEL).read_bytes())
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         written = int(settle(temporary, out / MODEL))

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from adversa import config as cfg
 from adversa import runs, tables, tracking
@@ -18,6 +17,7 @@ from adversa.loop import arms, painting, steps
 from adversa.loop.engine import Engine, Part, Work
 from adversa.loop.stages import QualityFolders, needs_classifier, quality_folders
 from adversa.loop.step import Facts, cost, inputs, run_step
+from adversa.places import place
 from adversa.runs import RunDir
 from adversa.types import GenerationRequest, UserError, digest, seed_of
 
@@ -113,7 +113,7 @@ def features(engine: Engine, run: RunDir, config: cfg.Config, at: QualityFolders
         parts = []
         for i, (kind, path) in enumerate(kinds):
             ids = sorted(taken.get(path.name, [])) if kind == "train" else None
-            rows = pq.read_metadata(path).num_rows if ids is None else len(ids)
+            rows = tables.count(path) if ids is None else len(ids)
             parts.append(Part(i, rows, {"path": str(path), "kind": kind, "ids": ids}))
         started = time.perf_counter()
         make = partial(make_features, found, config.data.resolution)
@@ -172,7 +172,7 @@ def floor(data: Path, counts: Sequence[int]) -> dict[str, list[str]]:
 
 
 def _ids(path: Path) -> list[tuple[str, int]]:
-    table = pq.read_table(path, columns=["id", "label"])
+    table = tables.read_part(path, ["id", "label"])
     return list(zip(table["id"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 
@@ -188,7 +188,7 @@ def make_features(found: Any, resolution: int) -> Work:
             return 0
         key = "request_id" if kind == "sample" else "id"
         columns = [key, "label", "image"] + (["finite"] if kind == "sample" else [])
-        rows = pq.read_table(part.payload["path"], columns=columns, filters=None if ids is None else [(key, "in", ids)])
+        rows = tables.read_part(place(part.payload["path"]), columns, None if ids is None else [(key, "in", ids)])
         values = compute(tables.decode_images(rows["image"]))
         finite = rows["finite"] if kind == "sample" else [True] * len(rows)
         table = {"id": rows[key], "kind": [kind] * len(rows), "label": rows["label"], "finite": finite, "feature": list(values)}
@@ -221,7 +221,7 @@ def compare(run: RunDir, config: cfg.Config, at: QualityFolders) -> None:
             "subset_size": min(q.subset_size, *(len(x) for x, _ in sets.values())),
             "grid": run.name_of(at.result / "samples.png"),
         }  # fmt: skip
-        (at.result / "samples.png").write_bytes(tables.encode_png(grid(at.samples, len(steps.classes_of(run.data)))))
+        tables.replace_bytes(at.result / "samples.png", tables.encode_png(grid(at.samples, len(steps.classes_of(run.data)))))
         runs.write_json(at.result / RESULT, result)
         return {"rows": len(rows), "kid": figures["samples"]["kid"]}
 
@@ -256,7 +256,7 @@ def grid(samples: Path, classes: int) -> np.ndarray:
     """The first COLUMNS samples of each class, a row a class (black where there are fewer): uint8 [classes * R, COLUMNS * R, 3]."""
     rows: list[list[np.ndarray]] = [[] for _ in range(classes)]
     for path in tables.parts(samples):
-        table = pq.read_table(path, columns=["label", "image"])
+        table = tables.read_part(path, ["label", "image"])
         for label, image in zip(table["label"].to_pylist(), table["image"].to_pylist(), strict=True):
             if len(rows[label]) < COLUMNS:
                 rows[label].append(tables.decode_png(image))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from adversa import config as cfg
 from adversa import runs, tables
 from adversa.loop import painting
 from adversa.loop.parts import Part
 from adversa.loop.stages import home
+from adversa.places import place
 from adversa.runs import RunDir
 from adversa.types import GenerationRequest, UserError
 
@@ -51,7 +51,7 @@ def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path
 
     number, part, row = find(config, run, request_id)
     request = painting.read_requests(part)[row]
-    stored = pq.read_table(run.round(number, "synthetic") / part.name).to_pylist()[row]
+    stored = tables.read_part(run.round(number, "synthetic") / part.name).to_pylist()[row]
     if stored.get("fault"):  # runs of earlier versions have no such column
         raise UserError(f"request {request_id} was not painted ({stored['fault']}); there is no image to compare with")
     attacked = attacked_in(config, run, number) if painting.steering_needs_classifier(config.generate) else None
@@ -59,11 +59,11 @@ def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path
     torch.set_num_threads(config.cluster.sampler_threads)
     work = painting.make_paint(run.denoiser, run.data / "mine", attacked, config.generate)
     alone = temporary / "requests.parquet"
-    tables.write_part(alone, pq.read_table(part).slice(row, 1))
+    tables.write_part(alone, tables.read_part(part).slice(row, 1))
     started = time.perf_counter()
     work(Part(0, 1, {"path": str(alone)}), temporary / tables.part_name(0))
     seconds = time.perf_counter() - started
-    painted = pq.read_table(temporary / tables.part_name(0)).to_pylist()[0]
+    painted = tables.read_part(temporary / tables.part_name(0)).to_pylist()[0]
     if (now := painted["denoiser"]) != stored["denoiser"]:
         raise UserError(f"request {request_id} was painted by the denoiser {stored['denoiser']}, {run.denoiser} holds {now} now")
     image = tables.decode_png(painted["image"])
@@ -75,7 +75,7 @@ def _check_steering(synthetic: Path, attacked: Path | None, generate: cfg.Genera
     then = (runs.read_json(synthetic / runs.RECIPE) or {}).get("inputs", {})
     now = {"attacked": runs.fingerprint(attacked)} if attacked else {}
     if generate.weak:
-        now["weak"] = painting.fingerprint(Path(generate.weak))
+        now["weak"] = painting.fingerprint(place(generate.weak))
     for name, found in now.items():
         if name in then and then[name] != found:
             raise UserError(f"{synthetic} was painted by another `{name}` model ({then[name]}) than there is now ({found})")
@@ -85,7 +85,7 @@ def find(config: cfg.Config, run: RunDir, request_id: str) -> tuple[int, Path, i
     """(round, part of its requests, row in it). UserError where there is none, or it is not painted yet."""
     for number in range(1, config.rounds + 1):
         for part in tables.parts(run.round(number, "requests")):
-            ids = pq.read_table(part, columns=["request_id"])["request_id"]
+            ids = tables.read_part(part, ["request_id"])["request_id"]
             row = pc.index(ids, request_id).as_py()
             if row < 0:
                 continue

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from adversa import config as cfg
 from adversa import runs, tables
@@ -20,6 +19,7 @@ from adversa.loop import arms, latents
 from adversa.loop.engine import Engine, FitJob, Part, Work
 from adversa.loop.feed import Feed, balanced
 from adversa.loop.step import Facts, cost, inputs, run_step
+from adversa.places import place
 from adversa.types import BEFORE, PAINTED, Scorecard, UserError, seed_of
 from adversa.weights import MODEL
 
@@ -212,7 +212,7 @@ def _score(
     engine: Engine, models: Sequence[tuple[str, int, Path]], examples: Path, embed: bool, out: Path, progress: runs.Progress
 ) -> Facts:
     paths = tables.parts(examples)
-    rows = [pq.read_metadata(p).num_rows * len(models) for p in paths]
+    rows = [tables.count(p) * len(models) for p in paths]
     parts = [Part(i, n, {"path": str(p)}) for i, (p, n) in enumerate(zip(paths, rows, strict=True))]
     started = time.perf_counter()
     done = engine.map_batches(partial(make_score, tuple(models), embed), parts, out, progress, model=True)
@@ -225,7 +225,7 @@ def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:
     scorers = [(arm, seed, make_scorer(folder, embed=embed)) for arm, seed, folder in models]
 
     def work(part: Part, path: Path) -> int:
-        examples = pq.read_table(part.payload["path"], columns=["id", "label", "group", "image"])
+        examples = tables.read_part(place(part.payload["path"]), ["id", "label", "group", "image"])
         images = tables.decode_images(examples["image"])
         scored = []
         for arm, seed, scorer in scorers:

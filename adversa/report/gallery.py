@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from adversa import tables
@@ -243,15 +242,15 @@ def _pictures(folder: Path, key: str, ids: Collection[str], largest: int = LARGE
     """Pictures of the rows whose `key` is in ids. Of a part, only the groups of rows that hold one are read beyond that column."""
     found: dict[str, Picture] = {}
     for part in tables.parts(folder) if ids else ():
-        file = pq.ParquetFile(part)
-        keys = file.read(columns=[key])[key].to_pylist()
-        start = 0
-        for group in range(file.num_row_groups):
-            end = start + file.metadata.row_group(group).num_rows
-            if wanted := [i for i in range(start, end) if keys[i] in ids]:
-                images = file.read_row_group(group, columns=["image"])["image"].take([i - start for i in wanted]).to_pylist()
-                found |= {keys[i]: picture(image, largest) for i, image in zip(wanted, images, strict=True)}
-            start = end
+        with tables.opened(part) as file:
+            keys = file.read(columns=[key])[key].to_pylist()
+            start = 0
+            for group in range(file.num_row_groups):
+                end = start + file.metadata.row_group(group).num_rows
+                if wanted := [i for i in range(start, end) if keys[i] in ids]:
+                    images = file.read_row_group(group, columns=["image"])["image"].take([i - start for i in wanted]).to_pylist()
+                    found |= {keys[i]: picture(image, largest) for i, image in zip(wanted, images, strict=True)}
+                start = end
     return found
 
 

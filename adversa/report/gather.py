@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from adversa import tables
@@ -105,7 +104,7 @@ def columns(folder: Path, names: Sequence[str], schema: pa.Schema) -> pa.Table:
     """Some columns of a folder; null where a part, of an older version, lacks one."""
     found = [schema.empty_table().select(list(names))]
     for part in tables.parts(folder):
-        here = pq.read_table(part, columns=[n for n in names if n in pq.read_schema(part).names])
+        here = tables.read_part(part, [n for n in names if n in tables.schema_of(part).names])
         whole = {n: here[n] if n in here.column_names else pa.nulls(len(here), schema.field(n).type) for n in names}
         found.append(pa.table(whole, schema=pa.schema([schema.field(n) for n in names])))
     return pa.concat_tables(found)

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from adversa.places import place
 from adversa.report import curation, evidence, markdown, plots, predictions, words
 from adversa.report import gallery as pictures
 from adversa.report.gather import Facts, by_round, read_facts
@@ -27,7 +28,7 @@ def write(run_dir: Path) -> Path:
 
     UserError where the run is not finished, or cannot be written.
     """
-    facts = read_facts(Path(run_dir))
+    facts = read_facts(place(run_dir))
     known = view(facts)
     html = environment().get_template("page.html.j2").render(known)
     path = facts.run.root / "report.html"

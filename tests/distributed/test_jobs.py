@@ -178,13 +178,19 @@ def test_submit_detach_find_again_stop_resume(head, config):
 
     second = head.adversa(*begin)  # the same command does not start a second job
     reads(second, "already at work: following adversa-ham-")
+    code, said = head.run("pause", NAME)
+    assert code == 0 and "pauses after the parts in flight" in said
+    code, said = head.run("resume", NAME, "--set", "mine.budget=6")
+    assert code == 0 and "from round 1 on: mine.budget 6" in said and "goes on" in said
+    code, said = head.run("resume", NAME, "--set", "seed=6")
+    assert code == 2 and "error: --set seed: only mix.synthetic_ratio" in said
     code, said = head.run("stop", NAME)
     assert code == 0 and "is stopped; everything finished is kept" in said
     code, said = ended(second)
     assert code == 143 and "was stopped" in said
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"  # it had the time to leave its folder in order
-    code, said = head.run("stop", NAME)
-    assert code == 0 and "is not at work: its last job is over (stopped)" in said
+    code, said = head.run("stop", NAME)  # the run's own folder is asked, on the cluster
+    assert code == 2 and "is stopped: there is nothing to stop; go on with: adversa loop " in said
 
     code, said = head.run(*begin, *SHORT)
     assert code == 0 and re.search(r"submitted \S+-2, run ", said) and "report: " in said, said

@@ -1,0 +1,83 @@
+"""What several commands take, and how they end. No torch, no ray."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adversa.cli_run import error
+
+if TYPE_CHECKING:
+    from adversa.config import Config
+    from adversa.runs import RunDir
+
+
+def run_place(text: str) -> Any:
+    """A run's folder, or its address on an object store: pathlib would take the slashes of s3:// for one."""
+    if "://" not in text:
+        return Path(text)
+    from adversa.places import place
+    from adversa.types import UserError
+
+    try:
+        return place(text)
+    except UserError as e:
+        raise typer.BadParameter(str(e)) from None
+
+
+ConfigPath = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; none: the built-in demo.")]
+RunPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir", metavar="DIR", parser=run_place, help="The run's folder, or s3://BUCKET/FOLDER; default: runs/NAME-OF-CONFIG."
+    ),
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, say data.resolution=64.")]
+Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds of mine, generate, retrain.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
+SavedRun = Annotated[Path | None, typer.Argument(metavar="[RUN]", parser=run_place, help="The run's folder; default: runs/demo.")]
+SavedRunDir = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", parser=run_place, help="The same, as the other commands take it.")
+]
+EngineName = Annotated[str, typer.Option("--engine", metavar="ray|local", help="Where the work runs.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray says.")]
+ClusterPath = Annotated[Path | None, typer.Option("--cluster", metavar="FILE", help="A cluster file: there instead of here.")]
+
+
+def exits(command: Callable[..., None]) -> Callable[..., None]:
+    """Exit codes: 2 and one line for what the user can mend; anything else that escapes is our fault: a traceback and 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from adversa.types import UserError
+
+        try:
+            command(*args, **kwargs)
+        except UserError as e:
+            error("; ".join([str(e), *getattr(e, "__notes__", [])]))
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def say(text: str) -> None:
+    from rich.console import Console
+
+    Console().print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def saved_run(argument: Path | None, option: Path | None) -> tuple[Config, RunDir]:
+    from adversa.config import load
+    from adversa.runs import RunDir
+    from adversa.types import UserError
+
+    if argument and option and argument != option:
+        raise UserError(f"two run folders, {argument} and --run-dir {option}; give one")
+    run = RunDir(argument or option or Path("runs/demo"))
+    if not run.config.is_file():
+        raise UserError(f"{run.root} is not a run (it has no config.yaml); give the folder of --run-dir")
+    return load(run.config), run
