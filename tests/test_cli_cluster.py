@@ -68,7 +68,6 @@ def test_watching_what_nobody_works_on_shows_it_and_says_so_by_its_exit_code(adv
         (["loop", "--up"], "--up goes with --cluster FILE"),
         (["loop", "--run-dir", "s3://bucket/ham"], "runs lie in folders; give one that every node mounts"),
         (["loop", "--down"], "--down goes with --cluster FILE"),
-        (["stop", "runs/one"], "stop wants --cluster FILE"),
         (["loop", "--cluster", "nothing.yaml"], "no cluster file at nothing.yaml"),
         (["runs", "here", "--cluster", "nothing.yaml"], "here beside --cluster nothing.yaml"),
         (["watch", "runs/nothing"], "runs/nothing is not a run"),

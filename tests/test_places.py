@@ -114,9 +114,9 @@ def test_an_address_that_cannot_be_used_or_carries_credentials_is_refused_withou
 
 
 def test_the_command_line_keeps_both_slashes_and_shows_no_credentials(adversa, monkeypatch):
-    from adversa import cli
+    from adversa.cli_options import run_place
 
-    assert cli._run_place("s3://bucket/x") == place("s3://bucket/x") and cli._run_place("runs/x") == Path("runs/x")
+    assert run_place("s3://bucket/x") == place("s3://bucket/x") and run_place("runs/x") == Path("runs/x")
     for command in (["status"], ["report"], ["predict"], ["loop", "--run-dir"]):
         done = adversa(*command, f"s3://{s3.KEY}:{s3.SECRET}@bucket/x")
         assert (

@@ -189,12 +189,14 @@ def test_a_token_that_is_nowhere(serve, tmp_path):
 def test_where_a_run_lies(tmp_path):
     from pathlib import Path
 
+    from adversa.places import place
+
     shared, none = Asks(run_storage="/shared/"), Asks()
     assert cli_cluster.place(Path("configs/ham.yaml"), None, shared) == "/shared/ham"
     assert cli_cluster.place(None, None, shared) == "/shared/demo"
     assert cli_cluster.place(None, Path("mine/one"), shared) == "/shared/mine/one"
     assert cli_cluster.place(None, Path("/runs/one"), none) == cli_cluster.place(None, Path("/runs/one"), shared) == "/runs/one"
-    assert cli_cluster.place(None, Path("s3://bucket/ham"), none) == "s3://bucket/ham"
+    assert cli_cluster.place(None, place("s3://bucket/ham"), none) == "s3://bucket/ham"
     assert cli_cluster.place(None, Path("x"), Asks(run_storage="gs://bucket")) == "gs://bucket/x"
     with pytest.raises(UserError, match="--run-dir mine is relative, and the cluster file names no run_storage"):
         cli_cluster.place(None, Path("mine"), none)

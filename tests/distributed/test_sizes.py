@@ -122,7 +122,7 @@ def started(monkeypatch):
     from adversa.distributed import engine
 
     def start(resources, **cluster):
-        monkeypatch.setattr(engine, "_start", lambda *_: None)
+        monkeypatch.setattr(engine.start, "start", lambda *_: None)
         monkeypatch.setattr(engine.stream, "quiet", lambda *_: None)
         monkeypatch.setattr(engine.ray, "cluster_resources", lambda: resources)
         return engine.RayEngine(Cluster(**cluster), engine.Path("run"), 3072)
