@@ -30,7 +30,8 @@ HARD_CASES = pa.schema(
 )
 REQUESTS = pa.schema(
     {"request_id": _text, "round": _int, "arm": _text, "strategy": _text, "label": _int, "example": _text,
-     "sigma_start": _real, "guidance": _real, "seed": _int, "partner": _text, "hardness": _real, "likeness": _real}
+     "sigma_start": _real, "guidance": _real, "seed": _int, "partner": _text, "hardness": _real, "likeness": _real,
+     "classifier": _text, "classifier_round": _int}
 )  # fmt: skip
 LEVELS = pa.schema({"example": _text, "sigma_start": _real, "agreement": _real})
 # evaluations: rows of the denoiser it took; skipped: steering gradients that were not finite; fault: why it was not painted.

@@ -80,7 +80,8 @@ class GenerationRequest:
     sigma_start is the EDM noise level (in units of data scaled to [-1, 1]) at which sampling starts; guidance is the
     classifier-free scale w in  x_uncond + w (x_cond - x_uncond): 1 means no guidance. partner: the second hard case of `blend`.
     hardness, likeness: how strongly it is steered towards what the classifier under attack finds hard, and towards its hard
-    case; 0 means not at all.
+    case; 0 means not at all. classifier: fingerprint of the one that found the hard case and steers, trained in the round
+    classifier_round: the guidance is as many rounds stale as lie between. "" and 0 where no classifier had a say.
     """
 
     request_id: str
@@ -95,6 +96,8 @@ class GenerationRequest:
     partner: str | None = None
     hardness: float = 0.0
     likeness: float = 0.0
+    classifier: str = ""
+    classifier_round: int = 0
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,12 @@ STAGES = {
     "prepare": ("data/decoded/part-*.parquet", "data/manifest.json"),
     "train": ("denoiser/checkpoint.json", "denoiser/model.safetensors"),
     "generate": ("round-001/synthetic/part-*.parquet", "round-001/synthetic/manifest.json"),
-    "curate": ("round-001/verdicts/part-*.parquet", "round-001/verdicts/manifest.json"),
+    "curate": ("round-001/inspected/part-*.parquet", "round-001/verdicts/manifest.json"),
     "retrain": ("round-001/guided/seed-0/classifier/checkpoint.json", "round-001/guided/seed-0/classifier/model.safetensors"),
 }
-VICTIMS = ("worker", "node", "coordinator", "head")
+VICTIMS = ("worker", "node", "coordinator", "head")  # and "controller": Ray Train's own, in train and retrain
 WORKER = re.compile(r"ray::(RayTrainWorker|Actor|Map|ReadParquet|Write|.*Map)")  # at work on images, in one stage or another
+CONTROLLER = re.compile("ray::TrainController")
 NEW_NODE_SECONDS = 10.0
 STAGE_SECONDS = 1800.0
 GOES_ON_SECONDS = 300.0
@@ -72,7 +73,12 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self.folder = tempfile.TemporaryDirectory(prefix="adv", ignore_cleanup_errors=True)  # short: sockets lie in it
-        head = {"gcs_server_port": free_port(), "temp_dir": self.folder.name, "include_dashboard": False, "object_store_memory": 200 << 20}
+        head = {
+            "gcs_server_port": free_port(),
+            "temp_dir": self.folder.name,
+            "include_dashboard": False,
+            "object_store_memory": 200 << 20,
+        }
         self.cluster = Cluster(True, head_node_args={"num_cpus": 1, **head})
         self.workers = [self.add(), self.add()]
 
@@ -88,10 +94,10 @@ class Nodes:
         pids = [n.all_processes["raylet"][0].process.pid for n in every if "raylet" in n.all_processes]
         return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
 
-    def working(self) -> list[psutil.Process]:
+    def working(self, pattern: re.Pattern[str] = WORKER) -> list[psutil.Process]:
         """Ray's workers that are at work on images now."""
         below = [p for raylet in self.raylets() for p in raylet.children(recursive=True)]
-        return [p for p in below if WORKER.match(title(p))]
+        return [p for p in below if pattern.match(title(p))]
 
     def kill_node(self) -> str:
         """The raylet of the worker node that has most to do; its workers die with it."""
@@ -102,10 +108,11 @@ class Nodes:
         self.gone = busiest
         return f"raylet {raylet}"
 
-    def renew(self) -> None:
+    def renew(self) -> Any:
         """Clear away what is left of the dead node, and let another join."""
         self.cluster.remove_node(self.gone, allow_graceful=False)
         self.workers.append(self.add())
+        return self.workers[-1]
 
     def kill_head(self) -> str:
         """All of the head's processes. The worker nodes find out by themselves."""
@@ -168,13 +175,19 @@ class Scene:
         self.kills.append(kill)
         if any(self.run.glob(STAGES[stage][1])):
             raise RuntimeError(f"the kill in {stage} came too late; take more steps, or more images")
-        self.mend()
-        until = died + GOES_ON_SECONDS
-        while self.signs() <= max(signs, died + 0.2):
-            if time.time() > until or self.command.poll() is not None:
+        if self.victim == "head":
+            self.begin_anew()
+        moved, whole = None, self.victim != "node"
+        while moved is None or not whole:
+            if time.time() > died + GOES_ON_SECONDS or (self.command.poll() is not None and moved is None):
                 raise RuntimeError(f"nothing went on after the kill in {stage}: {self.log}")
+            if moved is None and (found := self.signs()) > max(signs, died + 0.2):
+                moved = found - died
+            if not whole and time.time() > died + NEW_NODE_SECONDS:
+                self.join(stage)
+                whole = True
             time.sleep(0.1)
-        kill.moved = self.signs() - died
+        kill.moved = moved
         self.say(f"{self.victim} in {stage}: {what} killed; work went on after {kill.moved:.1f} s; {kill.kept} files must stay")
 
     def wait_for(self, stage: str) -> None:
@@ -186,9 +199,9 @@ class Scene:
             time.sleep(0.02)
 
     def kill(self) -> str:
-        if self.victim == "worker":
-            until = time.monotonic() + 5
-            while not (found := self.nodes.working()) and time.monotonic() < until:
+        if self.victim in ("worker", "controller"):
+            until, pattern = time.monotonic() + 5, WORKER if self.victim == "worker" else CONTROLLER
+            while not (found := self.nodes.working(pattern)) and time.monotonic() < until:
                 time.sleep(0.01)
             if not found:
                 raise RuntimeError("no worker is at work")
@@ -201,23 +214,28 @@ class Scene:
             return f"process {pid}"
         return self.nodes.kill_node() if self.victim == "node" else self.nodes.kill_head()
 
-    def mend(self) -> None:
-        """What a user or the cloud does then."""
-        if self.victim == "node":
-            time.sleep(NEW_NODE_SECONDS)
-            self.nodes.renew()
-        if self.victim == "head":
-            try:
-                self.command.wait(120)
-                said = self.log.read_text().strip().splitlines()[-1]
-                self.say(f"  the command ended with {self.command.returncode}: {said[:300]}")
-            except subprocess.TimeoutExpired:
-                self.say("  the command did not notice for 120 s; killed")
-                self.command.kill()
-                self.command.wait()
-            self.nodes.close()
-            self.nodes = Nodes()
-            self.command = self.start()
+    def join(self, stage: str) -> None:
+        """What a cloud does when it has taken a machine away. In generation the new one is watched until it has work."""
+        node, joined = self.nodes.renew(), time.monotonic()
+        while stage == "generate" and not any(self.run.glob(STAGES[stage][1])):
+            if any(p.pid in below(node) for p in self.nodes.working()):
+                self.say(f"  the new node has a sampler {time.monotonic() - joined:.1f} s after it joined")
+                return
+            time.sleep(0.05)
+
+    def begin_anew(self) -> None:
+        """What a user does whose head has died."""
+        try:
+            self.command.wait(120)
+            said = self.log.read_text().strip().splitlines()[-1]
+            self.say(f"  the command ended with {self.command.returncode}: {said[:300]}")
+        except subprocess.TimeoutExpired:
+            self.say("  the command did not notice for 120 s; killed")
+            self.command.kill()
+            self.command.wait()
+        self.nodes.close()
+        self.nodes = Nodes()
+        self.command = self.start()
 
     def signs(self) -> float:
         """When the run's folder last changed by work."""

@@ -32,7 +32,7 @@ POINTS = {
 }  # fmt: skip
 
 # Steps that workers fill part by part: what is committed stays, finished or not. The others write all they have in one go.
-BY_PARTS = ("scores", "synthetic", "verdicts", "evaluate", "test")
+BY_PARTS = ("scores", "synthetic", "inspected", "verdicts", "evaluate", "test")
 
 
 def kill_at(command: list[str], run: Path, there: str, missing: str, timeout: float = 1200) -> float:

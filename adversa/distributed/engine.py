@@ -18,6 +18,7 @@ from adversa.types import UserError
 
 # Share of a GPU that a task of map_batches with a model asks for: a classifier is small, its memory matters more than its speed.
 GPU_SHARE = 0.25
+AGAIN = "run the same command again, finished parts are kept"
 LINGER = 5.0  # seconds that Ray's processes have to end when it is shut down
 
 
@@ -59,7 +60,7 @@ class RayEngine:
         if not self.embedded:
             return self.cluster.samplers or self._room()
         if not any(n["Alive"] for n in ray.nodes()):  # actors would wait for it for ever
-            raise UserError("Ray on this machine has died; run the same command again, finished parts are kept")
+            raise UserError(f"Ray on this machine has died; {AGAIN}")
         return self.samplers()
 
     def _room(self) -> int:
@@ -82,14 +83,20 @@ class RayEngine:
         )
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
-        todo = unfinished(jobs)
-        if not todo:
-            return
-        try:
-            self.started = training.fit(todo, self.storage, self.image_bytes, self.group())
-            unfinished(todo)  # none is; a worker that died right after its manifest has left its checkpoint
-        finally:
-            places.rmtree(self.storage, missing_ok=True)
+        """As the Engine says. A launch whose controller dies is made anew, with what is left; Ray Train sees to the workers' deaths."""
+        lost = ""
+        for _ in range(self.cluster.training_attempts):
+            if not (todo := unfinished(jobs)):  # what died right after its manifest has left its checkpoint
+                return
+            try:
+                self.started = training.fit(todo, self.storage, self.image_bytes, self.group())
+                unfinished(todo)
+                return
+            except training.ControllerLost as e:
+                lost = str(e)
+            finally:
+                places.rmtree(self.storage, missing_ok=True)
+        raise UserError(f"Ray Train was lost {self.cluster.training_attempts} times ({lost}); {AGAIN}")
 
     def group(self) -> training.Group:
         """The workers of a training. UserError where an embedded Ray, which cannot grow, has no room for them."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import ActorUnschedulableError, NodeDiedError, RayActorError
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -42,7 +43,7 @@ class Group:
 def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: Group) -> dict[str, float]:
     """Train unfinished jobs in order on a group of workers. UserError of a job comes back as itself, and is not tried again.
 
-    Returns when the stages of the launch's start-up were over (worker.Loop).
+    Returns when the stages of the launch's start-up were over (worker.Loop). ControllerLost where Ray Train itself was killed.
     """
     streams = stream.Streams(
         {f"train-{i}": (job.feed, job.out) for i, job in enumerate(jobs)},
@@ -78,6 +79,10 @@ def _stored(storage: Place) -> dict[str, Any]:
     return {"storage_path": str(storage.resolve())}
 
 
+class ControllerLost(Exception):
+    """The process that looks after a launch's workers has died, or the node it was to run on. What is committed is kept."""
+
+
 class _Trainer(TorchTrainer):
     """TorchTrainer without the process that frees a dead controller's placement group: an embedded Ray ends with the command."""
 
@@ -104,5 +109,7 @@ def _run(trainer: TorchTrainer) -> Result:
     while thread.is_alive():
         thread.join(0.2)
     if failure:
+        if isinstance(failure[0], RayActorError | ActorUnschedulableError | NodeDiedError):
+            raise ControllerLost(" ".join(str(failure[0]).split())[:300])
         raise user_error(failure[0]) or failure[0]
     return result[0]

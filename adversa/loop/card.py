@@ -17,7 +17,8 @@ from adversa import runs, tables
 FOLDER, PARQUET, WEBDATASET = "folder", "parquet", "webdataset"
 FILES = {FOLDER: ["metadata.csv", "**/*.png"], PARQUET: "data/*.parquet", WEBDATASET: "images-*.tar"}
 BUILDERS = {FOLDER: "imagefolder", PARQUET: "parquet", WEBDATASET: "webdataset"}
-HIDDEN = ("request_id", "round", "arm", "label", "example", "partner", "seed")  # of each image its own, or told apart from the rest
+# Of each image its own, or told apart from the rest.
+HIDDEN = ("request_id", "round", "arm", "label", "example", "partner", "seed", "classifier", "classifier_round")
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,8 @@ class Cycle:
             levels = d.round(number, "levels")
             judges = judging.folders(d.judge, c.curate.folds)
             painting.levels(self.engine, hard, d.data, d.denoiser, judges, c.generate, self.id, levels)
-        painting.plan(hard, levels, self.id, number, c.mix.arms, c.generate, requests)
+        by = self._attacked(number), regenerate.trained_in(c, number)
+        painting.plan(hard, levels, self.id, number, c.mix.arms, c.generate, requests, by)
         painting.generate(
             self.engine, requests, d.data, d.denoiser, self._attacked(number), c.generate, d.round(number, "synthetic")
         )

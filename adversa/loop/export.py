@@ -158,7 +158,9 @@ def rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> pa
     assert all(re.fullmatch(r"[\w-]+\.png", n) for n in names), "a request id that is no file name"
     assert table["label"].equals(painted["label"]), f"labels of {path} are not those of {requests}"
     assert all(0 <= k < len(classes) for k in table["label"].to_pylist()), f"{path} has labels that have no class"
-    columns = {name: table[name] for name in tables.REQUESTS.names} | {f.name: painted[f.name] for f in _OWN}
+    known = set(table.schema.names)  # requests of an earlier version have fewer columns
+    columns = {f.name: table[f.name] if f.name in known else pa.nulls(len(table), f.type) for f in tables.REQUESTS}
+    columns |= {f.name: painted[f.name] for f in _OWN}
     columns["image"] = pa.StructArray.from_arrays(
         [painted["image"].combine_chunks(), pa.array(names, pa.string())], fields=list(ROWS.field("image").type)
     )

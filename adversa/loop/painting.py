@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,18 @@ Row = dict[str, Any]
 # ---- planning ----------------------------------------------------------------------------------------------------------
 
 
-def plan(hard: Path, levels: Path | None, run: str, number: int, arm_names: Sequence[str], config: cfg.Generate, out: Path) -> None:
+def plan(
+    hard: Path, levels: Path | None, run: str, number: int, arm_names: Sequence[str], config: cfg.Generate, out: Path,
+    attacked: tuple[Path, int],
+) -> None:  # fmt: skip
     """Requests for each synthetic arm, part_size a part. The unguided arm asks for as many images of each class as the guided.
 
-    levels: of adaptive noise, a noise level for each hard case.
+    levels: of adaptive noise, a noise level for each hard case; attacked: the classifier that found the hard cases, and the round
+    in which it was trained.
     """
     names = inputs(hard=hard) | (inputs(levels=levels) if levels else {})
-    recipe = runs.Recipe("plan", 2, config.model_dump(mode="json") | {"run": run, "round": number, "arms": list(arm_names)}, names)
+    by = {"classifier": runs.fingerprint(attacked[0]), "classifier_round": attacked[1]}
+    recipe = runs.Recipe("plan", 3, config.model_dump(mode="json") | {"run": run, "round": number, "arms": list(arm_names)}, names)
 
     def body(progress: runs.Progress) -> Facts:
         cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
@@ -43,7 +48,7 @@ def plan(hard: Path, levels: Path | None, run: str, number: int, arm_names: Sequ
         for arm in [a for a in arm_names if a in PAINTED]:
             found = partners(cases) if arm == "guided" and config.strategy == "blend" else {}
             asked = [
-                request(run, number, arm, case, k, config, starts.get(case["example"]), found.get(case["example"]))
+                replace(request(run, number, arm, case, k, config, starts.get(case["example"]), found.get(case["example"])), **by)
                 for case in cases for k in range(config.per_case)
             ]  # fmt: skip
             alone += sum(config.strategy == "blend" and r.strategy == "vary" for r in asked)

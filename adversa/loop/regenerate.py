@@ -97,5 +97,15 @@ def find(config: cfg.Config, run: RunDir, request_id: str) -> tuple[int, Path, i
 
 def attacked_in(config: cfg.Config, run: RunDir, number: int) -> Path:
     """The classifier under attack in a round: the one before it."""
+    arm, trained = _attacked(config, number)
+    return run.arm(trained, arm, 0) / "classifier"
+
+
+def trained_in(config: cfg.Config, number: int) -> int:
+    """The round in which that classifier was trained."""
+    return _attacked(config, number)[1]
+
+
+def _attacked(config: cfg.Config, number: int) -> tuple[str, int]:
     arm = "guided" if number > 1 and "guided" in config.mix.arms else "real"
-    return run.arm(home(config, arm, number - 1), arm, 0) / "classifier"
+    return arm, home(config, arm, number - 1)

@@ -26,7 +26,8 @@ HEAD = """
 import sys
 from ray.cluster_utils import Cluster
 cluster = Cluster(True, head_node_args={
-    "num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False, "gcs_server_port": int(sys.argv[1]), "temp_dir": sys.argv[2],
+    "num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False,
+    "gcs_server_port": int(sys.argv[1]), "temp_dir": sys.argv[2],
 })
 print(cluster.address, flush=True)
 sys.stdin.read()

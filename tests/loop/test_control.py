@@ -74,7 +74,8 @@ def feed(config, run, shuffled=False):
     shuffled: each request gets the picture of another.
     """
     name = runs.run_id(cycle.recipe_of(config))
-    painting.plan(run.round(1, "hard"), None, name, 1, config.mix.arms, config.generate, run.round(1, "requests"))
+    by = run.arm(0, "real", 0) / "classifier", 0
+    painting.plan(run.round(1, "hard"), None, name, 1, config.mix.arms, config.generate, run.round(1, "requests"), by)
     requests = tables.read(run.round(1, "requests")).to_pylist()
     labels = np.array([r["label"] for r in requests])
     truth = np.random.default_rng(0).permutation(labels) if shuffled else labels

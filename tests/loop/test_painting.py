@@ -33,8 +33,21 @@ def hard(tmp_path):
 
 def planned(hard, config, levels=None, arms=("real", "unguided", "guided")):
     out = hard.parent / "requests"
-    painting.plan(hard, levels, "run", 1, arms, config, out)
+    painting.plan(hard, levels, "run", 1, arms, config, out, (hard, 0))
     return tables.read(out).to_pylist(), runs.manifest(out)
+
+
+def _by(run):
+    return run.arm(0, "real", 0) / "classifier", 0
+
+
+def test_each_request_says_which_classifier_asked_for_it(hard):
+    """How stale the guidance of an image is: its round less the round of that classifier's training."""
+    rows, _ = planned(hard, cfg.Generate())
+    assert {(r["classifier"], r["classifier_round"]) for r in rows} == {(runs.fingerprint(hard), 0)}
+    folded, kept = (cfg.check({"mix": {"fold_mined": f, "arms": ["real", "unguided"]}}, "") for f in ("all", "none"))
+    assert [regenerate.trained_in(folded, n) for n in (1, 2, 3)] == [0, 1, 2]
+    assert [regenerate.trained_in(kept, n) for n in (1, 2, 3)] == [0, 0, 0]
 
 
 def test_parts_have_their_size_and_arms_their_matched_labels(hard):
@@ -59,7 +72,7 @@ def test_strategies_start_where_they_should(hard, strategy, start):
     rows, _ = planned(hard, cfg.Generate(strategy=strategy))
     assert {(r["strategy"], r["sigma_start"]) for r in rows if r["arm"] == "guided"} == {(strategy, start)}
     other = hard.parent / "other"
-    painting.plan(hard, None, "run", 1, ["guided"], cfg.Generate(strategy=strategy, fill_sigma=9.0), other)
+    painting.plan(hard, None, "run", 1, ["guided"], cfg.Generate(strategy=strategy, fill_sigma=9.0), other, (hard, 0))
     assert {r["sigma_start"] for r in tables.read(other).to_pylist()} == {2.0 if strategy == "vary" else 9.0}
 
 
@@ -146,7 +159,7 @@ def test_a_mask_that_cannot_be_used_is_refused_before_anything_is_painted(finish
                 r["mask"] = tables.encode_png(np.zeros((32, 32), np.uint8))
         tables.write_part(path, tables.pa.Table.from_pylist(rows, schema=tables.pq.read_schema(path)))
     generate = config.generate.model_copy(update={"strategy": "inpaint", "part_size": 4})
-    painting.plan(run.round(1, "hard"), None, "run", 1, ["real", "guided"], generate, tmp_path / "requests")
+    painting.plan(run.round(1, "hard"), None, "run", 1, ["real", "guided"], generate, tmp_path / "requests", _by(run))
     with pytest.raises(UserError, match=f"mask of {case}: empty"):
         painting.generate(LocalEngine(1, 1), tmp_path / "requests", data, run.denoiser, None, generate, tmp_path / "out")
     assert not tables.parts(tmp_path / "out")
@@ -160,7 +173,7 @@ def test_a_denoiser_that_is_not_finite_ends_the_step_at_its_first_part(finished,
     state = load_file(broken / "model.safetensors")
     save_file({k: v * float("nan") for k, v in state.items()}, broken / "model.safetensors")
     generate, asked = config.generate.model_copy(update={"part_size": 4}), tmp_path / "requests"
-    painting.plan(run.round(1, "hard"), None, "run", 1, ["real", "unguided"], generate, asked)
+    painting.plan(run.round(1, "hard"), None, "run", 1, ["real", "unguided"], generate, asked, _by(run))
     assert len(tables.parts(asked)) > 1
     with pytest.raises(UserError, match=r"none of the 4 images of a part is finite: the denoiser .* generate.amp=false") as told:
         painting.generate(LocalEngine(1, 1), asked, run.data, broken, None, generate, tmp_path / "out")
