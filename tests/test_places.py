@@ -9,13 +9,14 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from adversa import runs, tables, weights
+from adversa import control, lease, runs, tables, weights
 from adversa.config import dump
 from adversa.loop import cycle, parts
 from adversa.loop.engine import LocalEngine
@@ -400,6 +401,36 @@ def test_a_run_on_ray_and_s3_is_that_of_the_local_engine(finished, store, proxy,
     same(RunDir(store), undisturbed)
     no_secret_in(store)
     assert not (store / ".ray-train").exists()
+
+
+def test_a_second_command_on_a_run_in_a_store_is_refused_from_wherever_it_comes(store, monkeypatch, tmp_path):
+    """From this machine by its lock, from another by the heartbeat; whoever died is followed, and nothing is left in the end."""
+    run, quick = runs.open_run(store, {}, ""), lease.Times(beat=0.3, expiry=3.0, settle=0.8)
+
+    def hold(name):
+        return control.held(run, name, lambda: None, times=quick)
+
+    def elsewhere(folder):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / folder))
+
+    with hold("first") as reins:
+        assert runs.is_locked(run)
+        with pytest.raises(UserError, match="is being worked on by first-"), hold("second"):
+            pass
+        elsewhere("far")
+        assert not runs.is_locked(run)
+        with pytest.raises(UserError, match="is being worked on by first-"), hold("third"):
+            pass
+        reins.check()
+        reins.over.set()  # it dies: no more heartbeats
+        reins.thread.join()
+        said = []
+        with control.held(run, "fourth", lambda: None, said.append, times=quick):
+            assert len(said) == 1 and "watching its heartbeat for 3 s" in said[0]
+            with pytest.raises(lease.LeaseLost, match="fourth-.* has taken it over"):
+                reins.check()
+    assert lease.place_of(run).read() is None
 
 
 def test_a_recipe_of_a_run_knows_nothing_of_where_it_lies(tiny):

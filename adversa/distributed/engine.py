@@ -83,7 +83,7 @@ class RayEngine:
         )
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
-        """As the Engine says. A launch whose controller dies is made anew, with what is left; Ray Train sees to the workers' deaths."""
+        """As the Engine says. A launch whose controller dies is made anew, with what is left; Ray Train replaces its workers."""
         lost = ""
         for _ in range(self.cluster.training_attempts):
             if not (todo := unfinished(jobs)):  # what died right after its manifest has left its checkpoint

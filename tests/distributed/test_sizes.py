@@ -135,3 +135,26 @@ def test_a_sampler_that_asks_for_more_threads_than_cpus_is_refused(started):
         started({"CPU": 2.0}, sampler_threads=4)
     assert started({"CPU": 4.0}, sampler_threads=4).samplers() == 1
     assert started({"CPU": 2.0, "GPU": 1.0}, sampler_threads=4).samplers() == 1
+
+
+@pytest.mark.parametrize(("deaths", "launches"), [(0, 1), (2, 3), (3, 3)])
+def test_a_launch_whose_controller_dies_is_made_anew_with_what_is_left(started, monkeypatch, deaths, launches):
+    from adversa.distributed import engine as module
+
+    engine, left, asked = started({"CPU": 2.0}, training_attempts=3), ["a", "b", "c"], []
+
+    def fit(todo, *_):
+        asked.append(list(todo))
+        if len(asked) <= deaths:
+            left.pop(0)  # finished before the death
+            raise module.training.ControllerLost("its node died")
+        left.clear()
+        return {}
+
+    monkeypatch.setattr(module, "unfinished", lambda jobs: list(left))
+    monkeypatch.setattr(module.training, "fit", fit)
+    engine.fit(left) if deaths < 3 else left.append("d")
+    if deaths == 3:
+        with pytest.raises(UserError, match=r"Ray Train was lost 3 times \(its node died\); run the same command again"):
+            engine.fit(left)
+    assert len(asked) == launches and asked[0][0] == "a" and (deaths == 0 or asked[1][0] == "b")
