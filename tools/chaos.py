@@ -73,12 +73,9 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self.folder = tempfile.TemporaryDirectory(prefix="adv", ignore_cleanup_errors=True)  # short: sockets lie in it
-        head = {
-            "gcs_server_port": free_port(),
-            "temp_dir": self.folder.name,
-            "include_dashboard": False,
-            "object_store_memory": 200 << 20,
-        }
+        # Ray Train asks the dashboard whether a training's controller has died, and frees what that held.
+        dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
+        head = {"gcs_server_port": free_port(), "temp_dir": self.folder.name, "object_store_memory": 200 << 20} | dashboard
         self.cluster = Cluster(True, head_node_args={"num_cpus": 1, **head})
         self.workers = [self.add(), self.add()]
 

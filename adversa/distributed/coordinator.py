@@ -16,6 +16,8 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 from adversa import runs
 from adversa.config import Config
@@ -30,6 +32,7 @@ RESTARTS = 100  # of a coordinator whose process dies; not counted are those who
 TRIES = 40  # to reach a coordinator; half a second between two
 LINGER_SECONDS = 20.0  # after the end, for whoever asks how it went
 LOOK_SECONDS = 0.5
+STATE_SECONDS = 10
 ASK_SECONDS = 5.0  # between two questions whether the actor is there
 
 
@@ -105,6 +108,8 @@ def begin(task: Task, page: Callable[[Path], Path], say: Callable[[str], None]) 
         if not mine and found["over"]:
             _kill(actor)
             continue
+        if mine and not _has_dashboard():
+            say("this cluster has no dashboard: what a killed training held stays taken until this command has ended")
         if found["command"] != task.command:
             raise UserError(
                 f"{task.root}: a coordinator is at work on it (adversa {found['command']}); wait for it, or stop it: adversa stop"
@@ -122,6 +127,15 @@ def _settled(actor: Any, say: Callable[[str], None]) -> dict[str, Any]:
         if found["note"] not in ("", "starting", said):
             said = found["note"]
             say(said)
+
+
+def _has_dashboard() -> bool:
+    """Ray Train asks it whether a training's controller has died, and frees the CPUs and GPUs that the training held."""
+    try:
+        list_nodes(limit=1, timeout=STATE_SECONDS)
+        return True
+    except RayStateApiException:
+        return False
 
 
 def _kill(actor: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 
 from adversa import console, control, lease, runs
 from adversa.config import dump
+from adversa.loop.stages import COMMANDS
+from adversa.loop.vitals import NAMES
 from adversa.runs import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +30,9 @@ HEAD = """
 import sys
 from ray.cluster_utils import Cluster
 cluster = Cluster(True, head_node_args={
-    "num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False,
-    "gcs_server_port": int(sys.argv[1]), "temp_dir": sys.argv[2],
+    "num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": True, "dashboard_host": "127.0.0.1",
+    "dashboard_port": int(sys.argv[4]),  # which Ray Train asks whether a controller has died
+    "gcs_server_port": int(sys.argv[1]), "temp_dir": sys.argv[2], "metrics_export_port": int(sys.argv[3]),
 })
 print(cluster.address, flush=True)
 sys.stdin.read()
@@ -55,13 +60,14 @@ def cluster(tmp_path_factory):
 
     before = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "RAY_AUTH_MODE": "disabled"}
     with tempfile.TemporaryDirectory(prefix="adv", ignore_cleanup_errors=True) as folder:  # short: sockets lie in it
-        command = [sys.executable, "-c", HEAD, str(free_port()), folder]
+        metrics = str(free_port())
+        command = [sys.executable, "-c", HEAD, str(free_port()), folder, metrics, str(free_port())]
         head = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | before)
         try:
             address = ""
             while ":" not in address or " " in address.strip():
                 assert (address := head.stdout.readline()), "the head did not start"
-            yield before | {"RAY_ADDRESS": address.strip()}
+            yield before | {"RAY_ADDRESS": address.strip(), "METRICS": metrics}
         finally:
             children = psutil.Process(head.pid).children(recursive=True)
             head.stdin.close()
@@ -111,22 +117,32 @@ def worker_of(run):
     return lease.place_of(run).read().pid
 
 
+def served(cluster):
+    """What Prometheus would read on the head."""
+    return requests.get(f"http://127.0.0.1:{cluster['METRICS']}/metrics", timeout=10).text
+
+
 def said(process, seconds=300):
     return process.communicate(timeout=seconds)[0]
 
 
-def test_the_run_goes_on_without_its_command_and_the_same_command_follows_it(go, finished):
+def test_the_run_goes_on_without_its_command_and_the_same_command_follows_it(go, finished, cluster):
     start, run = go
     first = start()
     wait_for(has(run, "denoiser/progress.json"))
     assert worker_of(run) != first.pid
+    wait_for(lambda: all(f"ray_{name}{{" in served(cluster) for name in NAMES))
+    stage = re.search(r'ray_adversa_stage\{.*run="run".*\} (\S+)', served(cluster))
+    assert float(stage[1]) == COMMANDS.index("train") + 1
     other = subprocess.run(
         [*first.args, "--engine", "local"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, timeout=120
     )
     assert other.returncode == 2 and "is being worked on by coordinator-" in other.stderr and other.stderr.count("\n") == 1
-    first.send_signal(signal.SIGSTOP)  # a laptop that goes to sleep, and is then switched off
-    time.sleep(1)
-    first.kill()
+    first.send_signal(signal.SIGSTOP)  # a laptop that goes to sleep
+    stopped, before = time.monotonic(), len(list(run.root.rglob("manifest.json")))
+    wait_for(lambda: len(list(run.root.rglob("manifest.json"))) > before)  # and the run goes on
+    time.sleep(max(0.0, 5 - (time.monotonic() - stopped)))
+    first.kill()  # and is then switched off
     again = start()
     text = said(again)
     assert again.returncode == 0, text
