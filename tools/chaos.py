@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +46,7 @@ STAGES = {
 VICTIMS = ("worker", "node", "coordinator", "head")  # and "controller": Ray Train's own, in train and retrain
 WORKER = re.compile(r"ray::(RayTrainWorker|Actor|Map|ReadParquet|Write|.*Map)")  # at work on images, in one stage or another
 CONTROLLER = re.compile("ray::TrainController")
+DYING_SECONDS = {"node": 2.0}  # after which nothing is left of the victim: workers notice that their raylet is gone
 NEW_NODE_SECONDS = 10.0
 STAGE_SECONDS = 1800.0
 GOES_ON_SECONDS = 300.0
@@ -78,6 +80,7 @@ class Nodes:
         head = {"gcs_server_port": free_port(), "temp_dir": self.folder.name, "object_store_memory": 200 << 20} | dashboard
         self.cluster = Cluster(True, head_node_args={"num_cpus": 1, **head})
         self.workers = [self.add(), self.add()]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray's own would drain the nodes, and let us go on
 
     @property
     def address(self) -> str:
@@ -178,7 +181,7 @@ class Scene:
         while moved is None or not whole:
             if time.time() > died + GOES_ON_SECONDS or (self.command.poll() is not None and moved is None):
                 raise RuntimeError(f"nothing went on after the kill in {stage}: {self.log}")
-            if moved is None and (found := self.signs()) > max(signs, died + 0.2):
+            if moved is None and (found := self.signs()) > max(signs, died + DYING_SECONDS.get(self.victim, 0.2)):
                 moved = found - died
             if not whole and time.time() > died + NEW_NODE_SECONDS:
                 self.join(stage)
