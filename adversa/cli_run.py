@@ -116,8 +116,8 @@ def _on_cluster(command: str, config: Config, run: RunDir, verbose: bool, screen
     from adversa import console, control
     from adversa.config import dump
     from adversa.distributed import coordinator
-    from adversa.distributed.start import start
-    from adversa.loop.coordinator import Task
+    from adversa.distributed.start import start, stop
+    from adversa.loop.coordinator import Task, follow
     from adversa.report import page
 
     task = Task(uuid.uuid4().hex, dump(config), str(run.root), command, str(Path.cwd()), reopen, verbose)
@@ -127,6 +127,8 @@ def _on_cluster(command: str, config: Config, run: RunDir, verbose: bool, screen
             start(config.cluster, verbose)
             new = coordinator.begin(task, page.write, lambda text: _say(screen, text))
             begun = True
+            if not verbose:  # which shows what Ray says, as long as this process belongs to it
+                stop()
             if detach:
                 ways = f"the same command follows it, adversa status {root} shows it, adversa stop {root} ends it"
                 _say(screen, f"{run.root} is worked on; {ways}")
@@ -134,17 +136,16 @@ def _on_cluster(command: str, config: Config, run: RunDir, verbose: bool, screen
             if not new:
                 _say(screen, f"{run.root} is worked on already; following it")
             with console.Watch(screen, config, run):
-                status = coordinator.follow(run)
-        except KeyboardInterrupt as stop:
+                status = follow(run)
+        except KeyboardInterrupt as end:
             if not begun:
                 coordinator.cancel(task)
-                raise _stopped(screen, stop) from None
+                raise _stopped(screen, end) from None
             control.wish(run, control.STOP)
             _say(screen, "stopping")
-            status = coordinator.follow(run)
+            status = follow(run)
             if status["state"] == "stopped":
-                raise _stopped(screen, stop) from None
-    coordinator.leave(run)
+                raise _stopped(screen, end) from None
     return _outcome(status, screen)
 
 

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
-from adversa import runs
 from adversa.config import Config
 from adversa.distributed import metrics
-from adversa.loop.coordinator import ENDED, Coordinator, Task
+from adversa.loop.coordinator import Coordinator, Task
 from adversa.loop.engine import Engine
 from adversa.runs import RunDir
 from adversa.types import UserError, digest
@@ -33,7 +32,7 @@ TRIES = 40  # to reach a coordinator; half a second between two
 LINGER_SECONDS = 20.0  # after the end, for whoever asks how it went
 LOOK_SECONDS = 0.5
 STATE_SECONDS = 10
-ASK_SECONDS = 5.0  # between two questions whether the actor is there
+ASK_SECONDS = 5.0
 
 
 class CoordinatorActor(Coordinator):
@@ -143,45 +142,6 @@ def _kill(actor: Any) -> None:
     time.sleep(LOOK_SECONDS)
 
 
-def follow(run: RunDir) -> dict[str, Any]:
-    """Wait for the end of a run that a coordinator works on: its status.json. UserError where the coordinator is gone for good."""
-    asked, asking = time.monotonic(), None
-    while True:
-        status = runs.read_json(run.status) or {}
-        if status.get("state") in ENDED:
-            return status
-        if asking is None and time.monotonic() - asked > ASK_SECONDS:
-            asking = _ask(run)
-        elif asking is not None and ray.wait([asking], timeout=0)[0]:
-            _answered(run, asking)
-            asked, asking = time.monotonic(), None
-        time.sleep(LOOK_SECONDS)
-
-
-def _ask(run: RunDir) -> Any:
-    try:
-        return ray.get_actor(name_of(str(run.root)), NAMESPACE).state.remote()
-    except ValueError:
-        return _gone(run, "there is no such actor any more")
-
-
-def _answered(run: RunDir, asking: Any) -> None:
-    try:
-        found = ray.get(asking)
-    except ActorDiedError as e:
-        _gone(run, " ".join(str(e).split())[-200:])
-    except RayActorError:
-        return  # it is being started again
-    else:
-        if found["over"]:
-            _gone(run, found["refused"] or "it is over")
-
-
-def _gone(run: RunDir, why: str) -> None:
-    if (runs.read_json(run.status) or {}).get("state") not in ENDED:  # it may have ended just now
-        raise UserError(f"{run.root}: its coordinator is gone ({why}); the same command again goes on with the run")
-
-
 def cancel(task: Task) -> None:
     """End the coordinator that this task may have started, whatever it is at."""
     try:
@@ -190,11 +150,3 @@ def cancel(task: Task) -> None:
             _kill(actor)
     except (ValueError, RayActorError, GetTimeoutError):
         return  # there is none, or it is on its way out
-
-
-def leave(run: RunDir) -> None:
-    """The run has ended and was read: its coordinator need not linger."""
-    try:
-        ray.kill(ray.get_actor(name_of(str(run.root)), NAMESPACE), no_restart=True)
-    except ValueError:
-        return  # it has gone

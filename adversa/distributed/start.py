@@ -37,3 +37,8 @@ def start(cluster: Cluster, verbose: bool) -> None:
         raise UserError(f"cannot start {where}: {' '.join(str(e).split())[:300]}; or try --engine local") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # ray puts a handler of its own in its place, which prints stacks and dies
+
+
+def stop() -> None:
+    """Leave the cluster. What detached actors do there goes on."""
+    ray.shutdown()

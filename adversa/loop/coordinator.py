@@ -5,7 +5,9 @@ Whoever started it, or comes later, reads in status.json how it ended. Started a
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import yaml
 
 from adversa import control, runs
 from adversa.config import Config, check
-from adversa.lease import LeaseLost, Times
+from adversa.lease import LeaseLost, Pulse, Times, place_of
 from adversa.loop import cycle
 from adversa.loop.engine import Engine
 from adversa.places import place
@@ -24,6 +26,9 @@ from adversa.runs import RunDir
 from adversa.types import UserError
 
 ENDED = ("finished", "stopped", "failed")
+LOOK_SECONDS = 0.5
+# Without a heartbeat. A coordinator that comes back starts slowly, and has waited for the lease of the dead one.
+LOST_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,27 @@ class Coordinator:
         finally:
             self.over.set()
             self.end()
+
+
+def follow(run: RunDir, patience: float = LOST_SECONDS) -> dict[str, Any]:
+    """Wait for the end of a run that a coordinator works on: its status.json.
+
+    Reads the folder alone: neither a head that dies nor a machine that sleeps takes the follower with it. UserError where there was
+    no sign of life for so many seconds.
+    """
+    pulse = Pulse(place_of(run))
+    while True:
+        with contextlib.suppress(OSError):  # a storage that cannot be reached gives no sign of life either
+            status = runs.read_json(run.status) or {}
+            if status.get("state") in ENDED:
+                return status
+            pulse.look()
+        if pulse.still() > patience:
+            raise UserError(
+                f"{run.root}: its coordinator has given no sign of life for {patience:.0f} s; see whether the cluster is up, then "
+                "run the same command again: it goes on with the run"
+            )
+        time.sleep(LOOK_SECONDS)
 
 
 def one_line(error: BaseException) -> str:

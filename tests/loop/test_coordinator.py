@@ -12,7 +12,7 @@ from adversa import control, runs, tables
 from adversa.config import dump
 from adversa.lease import Times
 from adversa.loop import cycle, painting
-from adversa.loop.coordinator import Coordinator, Task
+from adversa.loop.coordinator import Coordinator, Task, follow
 from adversa.loop.engine import LocalEngine
 from adversa.types import UserError
 
@@ -177,3 +177,14 @@ def test_pauses_in_the_middle_and_settings_leave_a_run_as_it_would_be(finished, 
     assert summary["settings"] == {"2": {"mine.budget": 6}} and summary["restarts"] == 0
     assert any("round 2 was made with mine.budget 6" in note for note in summary["notes"])
     assert runs.read_json(run.recipe)["recipe"] == json.loads(json.dumps(name))
+
+
+def test_following_ends_with_the_run_or_with_our_patience(run):
+    folder = run[1]
+    runs.set_status(folder, "running", "train")
+    with control.held(folder, "far", never, times=TIMES):
+        threading.Timer(1.5, runs.set_status, (folder, "stopped")).start()
+        assert follow(folder, 1.0)["state"] == "stopped"
+        runs.set_status(folder, "running", "train")
+    with pytest.raises(UserError, match="has given no sign of life for 1 s; see whether the cluster is up"):
+        follow(folder, 1.0)
