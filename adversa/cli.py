@@ -112,6 +112,31 @@ def loop(
 
 @app.command()
 @exits
+def plan(
+    config: ConfigPath = None, run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None,
+    cluster: ClusterPath = None,
+    record: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there too.")] = None,
+) -> None:  # fmt: skip
+    """Before a run: where its workers and samplers lie, memory, time and device-hours of each stage, from a short measurement."""
+    from rich.console import Console
+
+    from adversa import cli_plan
+
+    options = {"rounds": rounds, "seed": seed}
+    with stoppable("nothing was begun. Again"):
+        if cluster is not None:
+            cli_plan.there(cluster, config, run_dir, set_ or [], options, record, Console())
+            return
+        from adversa.config import load
+        from adversa.loop.measure import SECONDS
+        from adversa.runs import RunDir
+
+        root = root_of(config, run_dir)
+        cli_plan.plan(load(config, set_ or [], **options), RunDir(root), record, Console(), SECONDS)
+
+
+@app.command()
+@exits
 def mine(
     config: ConfigPath = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what the hard cases have in common.")] = False,

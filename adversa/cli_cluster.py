@@ -8,12 +8,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
 from adversa import cluster_file
-from adversa.cluster_file import Asks
+from adversa.cluster_file import Asks, ClusterFile
 from adversa.types import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +39,29 @@ def place(path: Path | None, run_dir: Path | None, asks: Asks) -> str:
     return f"{asks.run_storage.rstrip('/')}/{named}"
 
 
+class Asked(NamedTuple):
+    """A run on a cluster, checked here: where it lies there, what goes along."""
+
+    cluster: ClusterFile
+    run: str
+    settings: list[str]
+    text: str
+
+
+def ready(file: Path, path: Path | None, run_dir: Path | None, settings: list[str], options: dict[str, Any]) -> Asked:
+    """UserError for every fault that can be seen from here."""
+    from adversa.config import load, packaged
+
+    cluster = cluster_file.read(file)
+    run, made = place(path, run_dir, cluster.asks), [*cluster_file.overrides(cluster.asks), *settings]
+    config = load(path, made, rounds=options.get("rounds"), seed=options.get("seed"))
+    if config.data.path is not None and not cluster_file.is_absolute(config.data.path):
+        raise UserError(
+            f"data.path {config.data.path}: a job on a cluster starts in a folder of its own; give a path that every node sees"
+        )
+    return Asked(cluster, run, made, (path or packaged("demo.yaml")).read_text())
+
+
 def loop(
     file: Path, path: Path | None, run_dir: Path | None, settings: list[str], options: dict[str, Any], up: bool, down: bool,
     screen: Console,
@@ -47,24 +70,16 @@ def loop(
 
     options: of the command, by name; None or False leaves one out.
     """
-    from adversa.config import load, packaged
     from adversa.distributed import jobs, launcher
 
-    cluster = cluster_file.read(file)
-    run, made = place(path, run_dir, cluster.asks), [*cluster_file.overrides(cluster.asks), *settings]
-    config = load(path, made, rounds=options.get("rounds"), seed=options.get("seed"))  # its faults are told here, not there
-    if config.data.path is not None and not cluster_file.is_absolute(config.data.path):
-        raise UserError(
-            f"data.path {config.data.path}: a job on a cluster starts in a folder of its own; give a path that every node sees"
-        )
-    entrypoint = jobs.command("loop", run, made, _words(options))
+    cluster, run, made, text = ready(file, path, run_dir, settings, options)
+    entrypoint = jobs.command("loop", run, made, words(options))
     if up:
         launcher.up(cluster)
     with launcher.session(cluster) as client:
         if up:
             launcher.wait_for_nodes(client, cluster, lambda line: _say(screen, line))
         with tempfile.TemporaryDirectory(prefix="adversa-") as folder:
-            text = (path or packaged("demo.yaml")).read_text()
             job, new = jobs.submit(client, run, entrypoint, text, Path(folder))
         _say(screen, f"{'submitted' if new else 'already at work: following'} {job.id}, run {run}")
         ended = _follow(client, job, file, screen)
@@ -73,7 +88,7 @@ def loop(
     raise typer.Exit(ended.code)
 
 
-def _words(options: dict[str, Any]) -> list[str]:
+def words(options: dict[str, Any]) -> list[str]:
     found = []
     for name, value in options.items():
         if value is not None and value is not False:

@@ -57,7 +57,7 @@ def execute(
 
     from adversa import distributed
     from adversa.config import load
-    from adversa.loop import cycle
+    from adversa.loop import cycle, planning
     from adversa.loop.stages import has_codec
     from adversa.types import UserError
 
@@ -79,6 +79,8 @@ def execute(
     if detach and not clustered:
         raise UserError("--detach: without a cluster the run ends with the command; set RAY_ADDRESS, or leave --detach out")
     run = cycle.open_run(config, root, reopen)
+    if cycle.todo(config, run, None if command == "loop" else command):
+        planning.check(config, run, [] if clustered else _machine())
     if clustered and (reopen or cycle.todo(config, run, None if command == "loop" else command)):
         worked = _on_cluster(command, config, run, verbose, screen, reopen, detach)
         if detach:
@@ -86,6 +88,14 @@ def execute(
     else:
         worked = _here(command, config, run, engine_name, verbose, screen, reopen)
     _close(command, config, run, worked, screen, brief)
+
+
+def _machine() -> list[Any]:
+    """This one, for its GPUs' memory; none where it has no GPU."""
+    from adversa.loop.sizes import Node, gpus_here
+
+    found = gpus_here()
+    return [Node("this machine", 0, len(found), gpu_type=found[0][0], gpu_memory=min(m for _, m in found))] if found else []
 
 
 def _here(command: str, config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any, reopen: bool) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import ray
 
 from adversa import distributed, places
 from adversa.config import Cluster
-from adversa.distributed import pool, start, stream, training
+from adversa.distributed import nodes, pool, start, stream, training
+from adversa.loop import sizes
 from adversa.loop.engine import Done, FitJob, Make, Name, Part, Report, Share, row_name, unfinished
 from adversa.types import UserError
 
-# Share of a GPU that a task of map_batches with a model asks for: a classifier is small, its memory matters more than its speed.
-GPU_SHARE = 0.25
 AGAIN = "run the same command again, finished parts are kept"
 LINGER = 5.0  # seconds that Ray's processes have to end when it is shut down
 
@@ -40,16 +38,10 @@ class RayEngine:
         stream.quiet(verbose)
         resources = ray.cluster_resources()
         self.gpus, self.cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-
-        if not self.gpus and cluster.sampler_threads > self.cpus:
-            raise UserError(f"cluster.sampler_threads {cluster.sampler_threads}: there are {self.cpus} CPUs; take at most so many")
-        if self.embedded and 0 < self.gpus < cluster.gpus_per_sampler:
-            raise UserError(
-                f"cluster.gpus_per_sampler {cluster.gpus_per_sampler:g}: there are {self.gpus} GPUs; take at most so many"
-            )
+        sizes.refuse(sizes.faults(self._machines(), cluster, grows=not self.embedded))
 
     def tasks(self, model: bool = False) -> int:
-        return int(self.gpus / GPU_SHARE) if model and self.gpus else self.cpus
+        return sizes.tasks(self.cpus, self.gpus, model)
 
     def samplers(self) -> int:
         room = self._room()
@@ -64,20 +56,20 @@ class RayEngine:
         return self.samplers()
 
     def _room(self) -> int:
-        """How many samplers fit, machine by machine: on GPUs each takes a CPU too."""
-        machines = [{"CPU": self.cpus, "GPU": self.gpus}] if self.embedded else [n["Resources"] for n in ray.nodes() if n["Alive"]]
-        if not self.gpus:
-            return sum(int(m.get("CPU", 0) / self.cluster.sampler_threads) for m in machines)
-        share = self.cluster.gpus_per_sampler
-        return sum(int(min(_on_gpus(m.get("GPU", 0), share), m.get("CPU", 0))) for m in machines)
+        """How many samplers fit, machine by machine."""
+        return sum(sizes.samplers_on(m.cpus, m.gpus, self.cluster, self.gpus > 0) for m in self._machines())
+
+    def _machines(self) -> list[sizes.Node]:
+        """Those that are there now; an embedded Ray has the one."""
+        return [sizes.Node("this machine", self.cpus, self.gpus)] if self.embedded else nodes.there()
 
     def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False) -> list[Done]:
-        options = {"num_gpus": GPU_SHARE} if model and self.gpus else {}
+        options = {"num_gpus": sizes.GPU_SHARE} if model and self.gpus else {}
         return stream.map_batches(make, parts, out, report, options)
 
     def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name) -> list[Share]:
         c = self.cluster
-        options = {"num_gpus": c.gpus_per_sampler, "num_cpus": 1} if self.gpus else {"num_cpus": c.sampler_threads}
+        options = sizes.sampler_asks(c, self.gpus > 0)
         return pool.map_parts(
             make, parts, out, report, self._samplers_wanted, c.attempts, options, c.sampler_threads, c.pin_samplers, name
         )
@@ -101,14 +93,9 @@ class RayEngine:
     def group(self) -> training.Group:
         """The workers of a training. UserError where an embedded Ray, which cannot grow, has no room for them."""
         c = self.cluster
-        room, what = (self.gpus, "GPUs") if self.gpus else (self.cpus, "CPUs")
-        if self.embedded and c.training_workers > room:
-            raise UserError(f"cluster.training_workers {c.training_workers}: there are {room} {what}; take at most so many")
-        # Workers that take the last CPU would leave none for the streams that feed them; and a group must ask for something. A
-        # power of two, because Ray's elastic policy counts by floor division: 0.99 // 0.33 is 2.
-        free = (self.cpus - 1) / c.training_workers
-        share = min(1.0, 2.0 ** math.floor(math.log2(free))) if free else 0
-        resources = ({"CPU": share} if share else {"memory": 1}) | ({"GPU": 1} if self.gpus else {})
+        if self.embedded and (fault := sizes.worker_fault(self.cpus, self.gpus, c)):
+            raise UserError(fault)
+        resources = sizes.worker_asks(self.cpus, self.gpus, c.training_workers)
         workers = (c.training_workers_min or c.training_workers, c.training_workers)
         return training.Group(workers, resources, c.training_attempts, c.training_threads, self.embedded)
 
@@ -138,8 +125,3 @@ def end(processes: Sequence[psutil.Process], seconds: float) -> None:
     for process in psutil.wait_procs(processes, timeout=seconds)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
             process.kill()
-
-
-def _on_gpus(gpus: float, share: float) -> int:
-    """Samplers on a machine's GPUs: a sampler's share lies on one GPU, or is some whole ones."""
-    return int(gpus) * int(1 / share + 1e-6) if share < 1 else int(gpus / share)

@@ -246,6 +246,14 @@ def ask(client: Client, run: str, stage: str, settings: list[str]) -> Job:
     return job(client, job_id, run)
 
 
+def aside(client: Client, run: str, stage: str, entrypoint: str, config_yaml: str, folder: Path) -> Job:
+    """Let a command that needs a configuration, and no run, run beside what else the cluster does. folder: as of `submit`."""
+    (folder / "config.yaml").write_text(config_yaml)
+    job_id = f"adversa-{stage}-{uuid.uuid4().hex[:8]}"
+    _hand_over(client, job_id, entrypoint, {"working_dir": str(folder)}, {})
+    return job(client, job_id, run)
+
+
 def _hand_over(client: Client, job_id: str, entrypoint: str, files: dict[str, str], notes: dict[str, str]) -> bool:
     """Whether the job is new; the cluster may know that id already."""
     environment = files | {
