@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adversa.runs import RunDir
 
 FIGURES = "adversa-plan-figures "  # begins the line of a job's log that holds them
+BUSY = 0.7  # share of a core below which a measurement was held up by other work
 
 
 def plan(config: Config, run: RunDir, record: Path | None, screen: Console, seconds: float) -> None:
@@ -186,6 +187,11 @@ def notes(at: Placement, costs: Sequence[Cost], measured: Mapping[Any, Measured]
     ]
     if scaled:
         found.append(f"Scaled from smaller batches, a whole one took too long: {', '.join(scaled)}.")
+    if (share := min((m.share for m in measured.values() if m.device == "cpu"), default=1.0)) < BUSY:
+        found.append(
+            f"There was other work on the machine: the measurement had {share:.0%} of a core, and all times are too long for an "
+            "idle one. Measure again when it is."
+        )
     if at.waiting[0] or at.waiting[1]:
         found.append(
             f"No room yet for {at.waiting[0]} training workers and {at.waiting[1]} samplers: they wait until machines join."

@@ -44,7 +44,8 @@ class Timing:
 class Measured:
     """What one machine was found to do. memory: bytes of a training or a sampler at its work; missing where it was not counted.
 
-    device: cpu, or the GPU's name; start: seconds that a process takes to import what it works with; seconds: of it all.
+    device: cpu, or the GPU's name; start: seconds that a process takes to import what it works with; seconds: of it all; share: how
+    much of a core the measurement had, on average (on a machine with other work, less than the one it wants).
     """
 
     timings: dict[str, Timing]
@@ -53,6 +54,7 @@ class Measured:
     gpu_memory: int | None
     start: float
     seconds: float
+    share: float = 1.0
 
 
 class Enough(Exception):
@@ -111,7 +113,7 @@ def repeated(work: Callable[[], object], seconds: float, units: float = 1, most:
 
 def measure(config: cfg.Config, cpus: int, seconds: float = SECONDS) -> Measured:
     """On the GPU of this process where it has one. cpus: of the machine, for the threads of a training worker."""
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     import torch
 
     from adversa.classify import fit as _  # noqa: F401  (timm)
@@ -138,7 +140,8 @@ def measure(config: cfg.Config, cpus: int, seconds: float = SECONDS) -> Measured
         torch.set_num_threads(before)
     properties = torch.cuda.get_device_properties(0) if gpu else None
     device, total = (properties.name, int(properties.total_memory)) if properties is not None else ("cpu", None)
-    return Measured(timings, memory, device, total, start, time.perf_counter() - began)
+    took = time.perf_counter() - began
+    return Measured(timings, memory, device, total, start, took, (time.process_time() - worked) / took)
 
 
 TRAINED = {"classifier", "judge", "denoiser", "codec"}
