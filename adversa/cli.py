@@ -22,6 +22,7 @@ from adversa.cli_options import (
     Seed,
     Verbose,
     exits,
+    reads_run,
     run_place,
     saved_run,
 )
@@ -101,13 +102,12 @@ def loop(
         return
     if engine != "ray":
         raise UserError(f"--engine {engine} beside --cluster {cluster}: a cluster works with Ray")
-    from rich.console import Console
-
     from adversa import cli_cluster
+    from adversa.screen import Screen
 
     options = {"rounds": rounds, "seed": seed, "reopen_test": reopen_test, "verbose": verbose}
     with stoppable("a job that was submitted goes on. Follow it with"):
-        cli_cluster.loop(cluster, config, run_dir, set_ or [], options, up, down, Console())
+        cli_cluster.loop(cluster, config, run_dir, set_ or [], options, up, down, Screen())
 
 
 @app.command()
@@ -144,12 +144,12 @@ def mine(
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Find the hard cases of the next unfinished round (and what comes before)."""
-    from rich.console import Console
+    from adversa.screen import Screen
 
     execute("mine", config, run_dir, set_ or [], rounds, seed, engine, verbose, brief=explain)
     if explain:
-        for line in _explained(root_of(config, run_dir)):
-            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+        for line in reads_run(_explained)(root_of(config, run_dir)):
+            Screen().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _explained(root: Path) -> list[str]:
@@ -194,9 +194,8 @@ def generate(
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Paint images for the hard cases (and what comes before); or, with --labels, so many images of each class."""
-    from rich.console import Console
-
     from adversa import cli_images
+    from adversa.screen import Screen
     from adversa.types import UserError
 
     if labels is None and config is not None and (config / "config.yaml").is_file():
@@ -210,28 +209,29 @@ def generate(
         execute("generate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
         return
     with stoppable():
-        cli_images.order(
-            config or run_dir, denoiser, labels, strategy, out, form, seed or 0, set_ or [], engines(engine, verbose), Console()
+        reads_run(cli_images.order)(
+            config or run_dir, denoiser, labels, strategy, out, form, seed or 0, set_ or [], engines(engine, verbose), Screen()
         )
 
 
 @app.command()
 @exits
+@reads_run
 def regenerate(
     run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_place, help="The run's folder.")],
     request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="Of the image; the report names it.")],
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Keep the new image: a PNG.")] = None,
 ) -> None:
     """Paint one image of a run again, and say whether it is identical."""
-    from rich.console import Console
-
     from adversa import cli_images
+    from adversa.screen import Screen
 
-    cli_images.regenerate(run, request_id, out, Console())
+    cli_images.regenerate(run, request_id, out, Screen())
 
 
 @app.command()
 @exits
+@reads_run
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_place, help="The run's folder.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where it goes: a new or empty folder.")],
@@ -243,16 +243,16 @@ def export(
     shard_mb: Annotated[float, typer.Option("--shard-mb", help="webdataset: size of a tar file, at most.")] = 256,
 ) -> None:
     """Hand on what a run made: the images that passed the gate, each arm's classifiers, with cards for the Hugging Face hub."""
-    from rich.console import Console
-
     from adversa import cli_export
+    from adversa.screen import Screen
 
     with stoppable("what is written is kept. Go on with"):
-        cli_export.export(run, out, form, what, arm, number, rejected, shard_mb, Console())
+        cli_export.export(run, out, form, what, arm, number, rejected, shard_mb, Screen())
 
 
 @bench_app.command("generate")
 @exits
+@reads_run
 def bench_generate(
     run: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", parser=run_place, help="A run's folder; none: the shipped denoiser.")
@@ -265,12 +265,11 @@ def bench_generate(
     set_: Overrides = None, engine: EngineName = "ray", verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """How fast images are painted here: rates, costs of guidance, share of the device's peak, scaling, memory."""
-    from rich.console import Console
-
     from adversa import cli_images
+    from adversa.screen import Screen
 
     with stoppable("no figure is kept. Again"):
-        cli_images.bench(run, denoiser, images, rounds, samplers, record, set_ or [], engines(engine, verbose), Console())
+        cli_images.bench(run, denoiser, images, rounds, samplers, record, set_ or [], engines(engine, verbose), Screen())
 
 
 @app.command()
@@ -289,14 +288,13 @@ def evaluate(
     """Retrain every arm and score it on the mine role (and what comes before); or judge the denoiser's samples; or, with --on,
     score a finished run on a set from elsewhere.
     """
-    from rich.console import Console
-
     from adversa import cli_results
+    from adversa.screen import Screen
 
     given = {"--labels-map": labels_map, "--crop": crop, "--name": name}
     if (root := cli_results.run_of(words, on, run_dir, given, {"--rounds": rounds, "--seed": seed})) is not None:
         with stoppable():
-            cli_results.evaluate_on(root, on, labels_map, crop, name, set_ or [], engines(engine, verbose), Console())
+            reads_run(cli_results.evaluate_on)(root, on, labels_map, crop, name, set_ or [], engines(engine, verbose), Screen())
         return
     what, config = _what("evaluate", words, ("denoiser",))
     execute("quality" if what else "evaluate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
@@ -304,6 +302,7 @@ def evaluate(
 
 @app.command()
 @exits
+@reads_run
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_place, help="The run's folder.")],
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files, folders, globs.")],
@@ -315,17 +314,17 @@ def predict(
     engine: EngineName = "local", verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Write each class's probability for images to a CSV: the mean over an arm's classifiers."""
-    from rich.console import Console
-
     from adversa import cli_results
+    from adversa.screen import Screen
 
     with stoppable("nothing is written. Again"):
-        screens = Console(), Console(stderr=True)
+        screens = Screen(), Screen(stderr=True)
         cli_results.predict(run, images, arm, out, crop, on_error, force, engines(engine, verbose), *screens)
 
 
 @app.command()
 @exits
+@reads_run
 def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
     """Write summary.json, report.html and report.md of a finished run again."""
     from adversa.loop import summary

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,6 +16,8 @@ from adversa.cli_run import error
 if TYPE_CHECKING:
     from adversa.config import Config
     from adversa.runs import RunDir
+
+T = TypeVar("T")
 
 
 def run_place(text: str) -> Any:
@@ -64,10 +68,44 @@ def exits(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def say(text: str) -> None:
-    from rich.console import Console
+# What comes of values that are of another kind, or missing, or too deep.
+FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    FileNotFoundError, IsADirectoryError, NotADirectoryError,
+)  # fmt: skip
 
-    Console().print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+def reads_run(command: Callable[..., T]) -> Callable[..., T]:
+    """For commands that only look into a run's folder, which may come from anywhere and say anything: where it does not say what
+    adversa writes there, that is told in one line, with the place in the code. ADVERSA_TRACEBACK=1 shows the rest.
+    """
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> T:
+        from adversa.types import UserError
+
+        try:
+            return command(*args, **kwargs)
+        except (UserError, typer.Exit, typer.Abort):
+            raise
+        except FAULTS as e:
+            if os.environ.get("ADVERSA_TRACEBACK"):
+                raise
+            at = traceback.extract_tb(e.__traceback__)[-1]
+            what = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            raise UserError(
+                "the folder does not hold what this version of adversa writes there "
+                f"({what}; {Path(at.filename).name}:{at.lineno}); if adversa made it and nothing else changed it, that is a fault "
+                "of adversa: ADVERSA_TRACEBACK=1 shows the rest"
+            ) from None
+
+    return wrapped
+
+
+def say(text: str) -> None:
+    from adversa.screen import Screen
+
+    Screen().print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def saved_run(argument: Path | None, option: Path | None) -> tuple[Config, RunDir]:

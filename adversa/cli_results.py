@@ -85,6 +85,7 @@ def evaluate_on(
     data = external_set.section(config, on, overrides, crop)
     outside = external_set.listing(data, translation)
     asked = external.External(run, config, data, translation, _named(name, on), outside)
+    runs.check_links(run.root, "external")
     with runs.writing(asked.folder, "RUN"):
         asked.folder.mkdir(parents=True, exist_ok=True)
     work = RunDir(asked.folder)

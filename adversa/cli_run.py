@@ -25,10 +25,11 @@ STARTED = time.monotonic()
 
 def error(message: str) -> None:
     """One line on stderr, word for word: no markup, no emoji codes, no wrapping."""
-    from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
+    from adversa.screen import Screen
+
+    Screen(stderr=True).print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
 
 
 def root_of(path: Path | None, run_dir: Path | None) -> Path:
@@ -53,12 +54,11 @@ def execute(
     detach: bool = False,
 ) -> None:
     """brief: one line at the end, though the run is finished: the caller has more to say."""
-    from rich.console import Console
-
     from adversa import distributed
     from adversa.config import load
     from adversa.loop import cycle, planning
     from adversa.loop.stages import has_codec
+    from adversa.screen import Screen
     from adversa.types import UserError
 
     if engine_name not in ("ray", "local"):
@@ -74,7 +74,7 @@ def execute(
     if command == "quality" and not config.mix.paints:
         raise UserError(f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add unguided or guided")
     root = root_of(path, run_dir)
-    screen = Console()
+    screen = Screen()
     clustered = engine_name == "ray" and distributed.address() is not None
     if detach and not clustered:
         raise UserError("--detach: without a cluster the run ends with the command; set RAY_ADDRESS, or leave --detach out")
@@ -161,12 +161,13 @@ def _on_cluster(command: str, config: Config, run: RunDir, verbose: bool, screen
 
 def _outcome(status: dict[str, Any], screen: Any) -> str:
     """How a coordinator's work ended, as it would have ended here."""
+    from adversa.texts import printable
     from adversa.types import UserError
 
     if status["state"] == "failed" and status.get("user"):
         raise UserError(status["error"])
     if status["state"] == "failed":
-        typer.echo(status.get("trace") or status["error"], err=True)
+        typer.echo(printable(str(status.get("trace") or status["error"])), err=True)
         raise typer.Exit(1)
     if status["state"] == "stopped" and "worked" not in status:
         raise _stopped(screen, KeyboardInterrupt())

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from adversa.config import Section, explain
 from adversa.places import Remote, place
+from adversa.texts import load_yaml
 from adversa.types import UserError
 
 KUBERAY = ("RayJob", "RayCluster", "RayService")
@@ -118,11 +119,9 @@ def _tree(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError as e:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(e).split())}") from None
-    except RecursionError:
-        raise UserError(f"{where} is nested too deeply") from None
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

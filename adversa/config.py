@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from adversa.texts import load_yaml, shortened
 from adversa.types import PAINTED, UserError
 
 WeightPath = Annotated[str | None, AfterValidator(lambda v: os.path.expanduser(v) if v else v)]
@@ -612,7 +613,7 @@ def load(path: Path | None, overrides: list[str] | tuple[str, ...] = (), **top: 
     """Read a YAML file (None: the packaged demo), apply `key.sub=value` overrides, check everything. UserError on any fault."""
     path = packaged("demo.yaml") if path is None else path
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = load_yaml(path.read_text())
     except FileNotFoundError:
         raise UserError(f"no configuration at {path}; give a YAML file, or none for the demo") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -663,7 +664,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     if not equals or not name:
         raise UserError(f"--set {text}: write key.sub=value, for example data.resolution=64")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = load_yaml(value)
     except yaml.YAMLError:
         raise UserError(f"--set {text}: the value is not valid YAML; quote it") from None
     *sections, last = name.split(".")
@@ -688,7 +689,7 @@ def explain(err: Any, model: type[BaseModel] = Config, listed: str = "`adversa c
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; {listed}")
     message = err["msg"].removeprefix("Value error, ")
     return (
-        f"{key} = {err['input']!r}: {message}"
+        f"{key} = {shortened(repr(err['input']))}: {message}"
         if key and not isinstance(err["input"], dict)
         else f"{key + ': ' if key else ''}{message}"
     )

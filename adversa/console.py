@@ -273,7 +273,10 @@ def closing(console: Console, run: RunDir) -> None:
             console.print(table)
     rejected = ", ".join(f"{n} {reason}" for reason, n in summary["rejected"].items()) or "none"
     console.print(
-        f"generated {summary['generated']}, accepted {summary['accepted']}; rejected: {rejected}", highlight=False, emoji=False
+        f"generated {summary['generated']}, accepted {summary['accepted']}; rejected: {rejected}",
+        highlight=False,
+        markup=False,
+        emoji=False,
     )
     for line in [summary["verdict_sentence"], *(f"note: {note}" for note in summary["notes"])]:
         console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -301,8 +304,10 @@ def quality(console: Console, run: RunDir, result: dict[str, Any]) -> None:
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     if result["not_finite"]:
-        console.print(f"{result['not_finite']} samples are not finite: they count, as black pictures", highlight=False)
-    console.print(f"samples: {_short(run.root / result['grid'])}", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"{result['not_finite']} samples are not finite: they count, as black pictures", highlight=False, markup=False
+        )
+    console.print(f"samples: {_short(run.inside(result['grid']))}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _fixed(value: float | None) -> str:

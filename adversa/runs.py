@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adversa.places import Place, Remote, StoreError
@@ -105,6 +105,13 @@ class RunDir:
         folder = self.round(number) / arm
         return folder if seed is None else folder / f"seed-{seed}"
 
+    def inside(self, name: str) -> Place:
+        """A place of the run by its relative name, as a file of the run says it. UserError for one that would lie elsewhere."""
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{self.root} names a file outside of itself ({name}); not read")
+        return self.root / name
+
     def name_of(self, folder: Place) -> str:
         return folder.relative_to(self.root).as_posix()
 
@@ -117,7 +124,13 @@ def read_json(path: Place) -> dict[str, Any] | None:
     """The JSON object of a file, or None where there is none (or it is being replaced on a file system without atomic rename)."""
     try:
         value = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (
+        FileNotFoundError,
+        IsADirectoryError,
+        NotADirectoryError,
+        ValueError,
+        RecursionError,
+    ):  # ValueError: of no JSON, no UTF-8
         return None
     return value if isinstance(value, dict) else None
 
@@ -188,6 +201,8 @@ def open_run(root: Place, recipe: dict[str, Any], config_yaml: str, reopen: bool
     run = RunDir(root)
     with _opening(root):
         saved = read_json(run.recipe)
+        if saved is not None:
+            check_links(root)
     if saved is None:
         if root.is_dir() and any(p for p in root.iterdir() if not p.name.startswith(".")):
             raise UserError(f"{root} is not empty and not a run; give an empty or new folder with --run-dir")
@@ -319,6 +334,28 @@ def _is_ours(folder: Place, error: OSError) -> bool:
     return error.errno in (errno.EEXIST, errno.EISDIR) and not near
 
 
+def check_links(root: Place, below: str = "") -> None:
+    """UserError where a link in a run (below one of its folders) leads out of it: what is written there would be written elsewhere.
+
+    Who owns the run may put all of it elsewhere and link that.
+    """
+    if not isinstance(root, Path):
+        return
+    real = root.resolve()
+    waiting = [root / below] if (root / below).is_dir() else []
+    if below and waiting and not waiting[0].resolve().is_relative_to(real):
+        raise UserError(f"{waiting[0]} is a link that leads out of the run; put the folder itself there")
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(real):
+                    raise UserError(
+                        f"{entry.path} is a link that leads out of the run; put the file itself there, or link the whole run"
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
+
+
 def lock_file(run: RunDir) -> Path:
     """What a process locks to hold the run: in its folder; of an object store, which knows no locks, in this user's temporary
     folder, where it is seen by this machine alone (of several containers on one machine: by this one)."""
@@ -331,7 +368,7 @@ def lock_file(run: RunDir) -> Path:
 def lock(run: RunDir) -> Iterator[None]:
     """Hold the run for this process; the kernel lets go when the process dies, however it dies. See lock_file; lease.py holds it
     against all others."""
-    with open(lock_file(run), "w") as f:
+    with open(lock_file(run), "a", opener=_opener) as f:
         for tries_left in (4, 3, 2, 1, 0):  # `status` holds a shared lock for a moment
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -344,6 +381,11 @@ def lock(run: RunDir) -> Iterator[None]:
                     ) from None
                 time.sleep(0.05)
         yield
+
+
+def _opener(path: str, flags: int) -> int:
+    """Not through a link: in a temporary folder, or a folder from a stranger, it may lead to a file of this user's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 
 def is_locked(run: RunDir) -> bool:

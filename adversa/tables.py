@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from adversa.places import Place, Remote, asking, source
+from adversa.types import UserError
+
+MOST_PIXELS = 1 << 26  # of a picture in a table: far more than any that adversa writes (sheets of samples are the largest)
 
 # Small row groups, so that one image can be read without decoding thousands of neighbours.
 ROW_GROUP = 256
@@ -102,7 +106,7 @@ def write_part(path: Place, table: pa.Table) -> None:
         path.write_bytes(memoryview(buffer.getvalue()))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _beside(path)
     try:
         pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
         with open(temporary, "rb+") as f:
@@ -118,7 +122,7 @@ def replace_bytes(path: Place, data: bytes | memoryview) -> None:
     if isinstance(path, Remote):
         path.write_bytes(data)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _beside(path)
     try:
         with open(temporary, "wb") as f:
             f.write(data)
@@ -130,6 +134,14 @@ def replace_bytes(path: Place, data: bytes | memoryview) -> None:
         raise
 
 
+def _beside(path: Path) -> Path:
+    """Where a file is made before it takes its place. Nothing lies there: a link of that name, in a stranger's folder, would be
+    written through."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    return temporary
+
+
 def parts(folder: Place) -> list[Place]:
     """The committed parts of a folder, in the order of their names: places as `folder` is one."""
     return sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
@@ -137,27 +149,66 @@ def parts(folder: Place) -> list[Place]:
 
 def read_part(path: Place, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:
     """The rows of one part; filters: of pyarrow.parquet.read_table."""
-    with asking(path):
-        return pq.read_table(source(path), columns=list(columns) if columns else None, filters=filters)
+    with _reading(path), asking(path):
+        table = pq.read_table(source(path), columns=list(columns) if columns else None, filters=filters)
+        _check_types(table.schema, path)
+        return table
 
 
 def count(path: Place) -> int:
     """The rows of one part, from its end alone."""
-    with asking(path):
+    with _reading(path), asking(path):
         return pq.read_metadata(source(path)).num_rows
 
 
 def schema_of(path: Place) -> pa.Schema:
     """The columns of one part."""
-    with asking(path):
+    with _reading(path), asking(path):
         return pq.read_schema(source(path))
 
 
 @contextlib.contextmanager
 def opened(path: Place) -> Iterator[pq.ParquetFile]:
     """A part to read from group by group."""
-    with asking(path), pq.ParquetFile(source(path), pre_buffer=isinstance(path, Remote)) as file:
+    with _reading(path), asking(path), pq.ParquetFile(source(path), pre_buffer=isinstance(path, Remote)) as file:
+        _check_types(file.schema_arrow, path)
         yield file
+
+
+@contextlib.contextmanager
+def _reading(path: Place) -> Iterator[None]:
+    """UserError for a part that is no Parquet, or is torn; a file that is missing stays what it is."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as e:
+        if isinstance(e, UserError) or getattr(e, "errno", None) is not None:
+            raise
+        raise UserError(
+            f"{path} is damaged, or no Parquet file ({' '.join(str(e).split())[:200]}); delete it, or make it anew"
+        ) from None
+
+
+PLAIN = frozenset({"arrow.fixed_shape_tensor"})  # the extension types that adversa writes
+
+
+def _check_types(schema: pa.Schema, path: Place) -> None:
+    """UserError for a column of a type that a library adds to Arrow: Ray's `arrow_pickled_object` unpickles each value it shows."""
+    for field in schema:
+        if strange := [t for t in _types(field.type) if isinstance(t, pa.BaseExtensionType) and t.extension_name not in PLAIN]:
+            raise UserError(
+                f"{path}: column {field.name!r} is of type {strange[0].extension_name}, which adversa never writes; not read"
+            )
+
+
+def _types(kind: pa.DataType) -> Iterator[pa.DataType]:
+    yield kind
+    if isinstance(kind, pa.BaseExtensionType):
+        yield from _types(kind.storage_type)
+    elif pa.types.is_dictionary(kind):
+        yield from _types(kind.value_type)
+    else:
+        for i in range(kind.num_fields):
+            yield from _types(kind.field(i).type)
 
 
 def batches(path: Place, columns: Sequence[str] | None = None, size: int = ROW_GROUP) -> Iterator[pa.RecordBatch]:
@@ -185,8 +236,16 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """The inverse of `encode_png`."""
-    return np.asarray(Image.open(io.BytesIO(data)))
+    """The inverse of `encode_png`. UserError for what is no PNG (of other formats one starts a program), or would fill memory."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        if image.width * image.height > MOST_PIXELS:
+            raise UserError(f"a picture of {image.width} x {image.height} pixels in a run's table: adversa writes none so large")
+        return np.asarray(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"a picture in a run's table is no PNG that can be read ({' '.join(str(e).split())[:100]})") from None
 
 
 def decode_images(column: pa.ChunkedArray | Sequence[bytes]) -> np.ndarray:

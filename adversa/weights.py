@@ -44,8 +44,11 @@ def read_model(folder: Place) -> tuple[dict[str, Any], dict[str, Any], str]:
     except OSError as e:
         raise UserError(f"{folder} holds no model ({e.strerror}: {e.filename}); give a folder with {MODEL} and {CONFIG}") from None
     try:
-        return load(data), json.loads(text), hashlib.sha256(data + text).hexdigest()[:32]
-    except (SafetensorError, json.JSONDecodeError) as e:
+        config = json.loads(text)
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} is no object")
+        return load(data), config, hashlib.sha256(data + text).hexdigest()[:32]
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise UserError(f"{folder} holds a damaged model ({e}); delete the folder and run the command again") from None
 
 
@@ -61,21 +64,31 @@ def save_checkpoint(folder: Place, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Place) -> dict[str, Any] | None:
-    """The last committed training state, on the CPU, or None."""
+    """The last committed training state, on the CPU, or None. UserError where the file is none that adversa wrote."""
     path = folder / CHECKPOINT
     if not path.exists():
         return None
     import torch
 
     source = path if isinstance(path, Path) else io.BytesIO(path.read_bytes())
-    return torch.load(source, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as e:  # whatever torch's readers raise of a torn file, or of one that would run code
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
+        raise UserError(f"{path} is no training state ({why}); delete it: the training then begins anew") from None
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise UserError(f"{path} is no training state of adversa; delete it: the training then begins anew")
+    return state
 
 
 def committed_step(folder: Place) -> int:
-    """Steps in the last committed training state, 0 without one. Killed between its two files, it is an earlier one's."""
+    """Steps in the last committed training state, 0 without one. Killed between its two files, it is an earlier one's: too few
+    steps do no harm, so that 0 stands for a number that cannot be read as well."""
+    if not (folder / CHECKPOINT).exists():
+        return 0
     try:
-        return int(json.loads((folder / COMMITTED).read_text())["step"]) if (folder / CHECKPOINT).exists() else 0
-    except FileNotFoundError:
+        return int(json.loads((folder / COMMITTED).read_text())["step"])
+    except (FileNotFoundError, KeyError, RecursionError, TypeError, ValueError):
         return 0
 
 

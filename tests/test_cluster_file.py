@@ -150,6 +150,15 @@ def test_no_file_opens_a_port_to_the_world(name):
         assert ipaddress.ip_address(address).is_private
 
 
+@pytest.mark.parametrize("name", [*LAUNCHER, "kuberay"])
+def test_no_file_hands_a_port_of_a_container_to_its_host_or_opens_rays_client_server(name):
+    text = "\n".join(line.partition("#")[0] for line in (SHIPPED / f"{name}.yaml").read_text().splitlines())
+    for opened in ("hostPort", "hostNetwork", "externalIPs", "--publish", "--network", "ray-client-server-port", "10001"):
+        assert opened not in text, f"{name}: {opened}"
+    assert not re.search(r"(?<![\w-])-[pP] ", text) and "EXPOSE" not in (SHIPPED / "Dockerfile").read_text()
+    assert set(re.findall(r"dashboard-host[=: ]+(\S+)", text)) <= {"127.0.0.1"}
+
+
 def test_the_image_is_not_root_and_copies_nothing_but_the_source():
     lines = [line.split() for line in (SHIPPED / "Dockerfile").read_text().splitlines() if line and not line.startswith("#")]
     users = [words[1] for words in lines if words[0] == "USER"]

@@ -140,10 +140,10 @@ def load(folder: Path, device: torch.device | str = "cpu", space: dict[str, Any]
         raise UserError(
             f"{folder} is codec {fingerprint[:8]}, the denoiser belongs to {space['fingerprint'][:8]}; give them as they were made"
         )
-    model = getattr(diffusers, meta["class"])(**meta["arguments"])
     try:
+        model = getattr(diffusers, meta["class"])(**meta["arguments"])
         model.load_state_dict(state)
-    except RuntimeError as e:
+    except (KeyError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"{folder}: the weights do not fit their own config.json ({' '.join(str(e).split())[:200]})") from None
     device, scaling = torch.device(device), space or meta["native"]
     shift, scale = (torch.tensor(scaling[k], dtype=torch.float32) for k in ("shift", "scale"))

@@ -13,6 +13,7 @@ from torch import nn
 from adversa import hub
 from adversa.types import UserError
 
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers calls a model's weights
 
 
@@ -29,6 +30,10 @@ def load(where: str, key: str, allowed: Sequence[str], local: bool) -> nn.Module
     try:
         with hub.quiet():
             name = _class_name(where, local)
+            if (
+                local and (Path(where) / INDEX).exists()
+            ):  # its parts could be of any format, lie anywhere, and are in no fingerprint
+                raise UserError(f"{key} {where} is in several parts ({INDEX}); save it again as one {WEIGHTS}")
             if name not in allowed:
                 raise UserError(f"{key} {where} is of class {name}; it must be {' or '.join(allowed)}")
             model, info = getattr(diffusers, name).from_pretrained(
@@ -60,6 +65,8 @@ def _class_name(where: str, local: bool) -> str:
     config = AutoencoderKL.load_config(where, local_files_only=local)
     if not isinstance(config, dict):
         raise ValueError(f"its config.json holds a {type(config).__name__}, not an object")
+    if config.get("quantization_config") is not None:
+        raise ValueError("it is quantized: other formats than safetensors, read by other libraries")
     return str(config.get("_class_name"))
 
 

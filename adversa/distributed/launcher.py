@@ -24,7 +24,8 @@ from adversa.cluster_file import ClusterFile
 from adversa.distributed import jobs
 from adversa.types import UserError
 
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]  # the `ray` of this environment, whatever PATH says
+# The `ray` of this environment, whatever PATH says, and whatever modules lie in the folder one is in (-P).
+RAY = [sys.executable, "-P", "-m", "ray.scripts.scripts"]
 PORT = 8265  # of the dashboard on the head, where cluster files leave it
 HEAD_SECONDS = 120.0  # a cloud's API may take its time
 TUNNEL_SECONDS = 90.0

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 
 import ray
+from ray._private import ray_constants
+from ray.job_config import JobConfig
 
 from adversa import distributed
 from adversa.config import Cluster
 from adversa.types import UserError
+
+
+class _Job(JobConfig):
+    """Ray puts the folder that the command was started in before all others in its workers' search for modules: in a folder from a
+    stranger a file `numpy.py` would be run there. Only where this process itself looks for modules do they."""
+
+    def _serialize(self) -> bytes:
+        known = {os.path.abspath(p) for p in sys.path}
+        self._py_driver_sys_path = [p for p in self._py_driver_sys_path if os.path.abspath(p) in known]
+        return bytes(super()._serialize())
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts in here listens on this machine's loopback alone: whoever reaches its ports can run any code. On Linux Ray
+    would take the machine's own address, for nodes that may join; this switch is what keeps it from that on Windows and macOS.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def start(cluster: Cluster, verbose: bool) -> None:
@@ -19,7 +47,7 @@ def start(cluster: Cluster, verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
-    shared = {"log_to_driver": verbose, "logging_level": level, "ignore_reinit_error": True}
+    shared = {"log_to_driver": verbose, "logging_level": level, "ignore_reinit_error": True, "job_config": _Job()}
     named = distributed.address()
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -31,7 +59,8 @@ def start(cluster: Cluster, verbose: bool) -> None:
             # Nobody asks an embedded Ray for metrics or for its tasks' history: a third of what its processes take from a training.
             for name in ("RAY_event_stats", "RAY_enable_metrics_collection", "RAY_task_events_report_interval_ms"):
                 os.environ.setdefault(name, "0")
-            ray.init(address="local", num_cpus=cluster.cpus, object_store_memory=store, include_dashboard=False, **shared)
+            with _on_loopback():
+                ray.init(address="local", num_cpus=cluster.cpus, object_store_memory=store, include_dashboard=False, **shared)
     except Exception as e:  # of any class: a node that is late at its start is a plain Exception
         where = f"the Ray cluster RAY_ADDRESS={named}" if named else "Ray on this machine"
         raise UserError(f"cannot start {where}: {' '.join(str(e).split())[:300]}; or try --engine local") from None

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from adversa import control, runs
 from adversa.config import Config, check
 from adversa.lease import LeaseLost, Pulse, Times, place_of
@@ -23,6 +21,7 @@ from adversa.loop import cycle
 from adversa.loop.engine import Engine
 from adversa.places import place
 from adversa.runs import RunDir
+from adversa.texts import load_yaml
 from adversa.types import UserError
 
 ENDED = ("finished", "stopped", "failed")
@@ -56,7 +55,7 @@ class Coordinator:
         back: bool = False, times: Times | None = None,
     ) -> None:  # fmt: skip
         self.task, self.engine, self.page, self.end, self.back, self.times = task, engine, page, end, back, times
-        self.config = check(yaml.safe_load(task.config), "the coordinator's configuration")
+        self.config = check(load_yaml(task.config), "the coordinator's configuration")
         self.run = RunDir(place(task.root))
         self.note = "starting"
         self.refused: str | None = None

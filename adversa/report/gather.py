@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import yaml
 
 from adversa import tables
 from adversa.runs import RunDir, read_json
+from adversa.texts import load_yaml
 from adversa.types import ARMS, BEFORE, ROLES, UserError
 
 REQUIRED = {"arms", "classes", "intervals", "notes", "split_hash", "verdict"}
@@ -89,7 +89,7 @@ def read_facts(run_dir: Path) -> Facts:
     return Facts(
         run=run,
         config_text=config_text,
-        config=yaml.safe_load(config_text) or {},
+        config=load_yaml(config_text) or {},
         summary=summary,
         classes=classes,
         arms=sorted(summary["arms"], key=lambda a: (known.get(a, len(known)), a)),

@@ -93,7 +93,7 @@ def view(facts: Facts) -> dict[str, Any]:
         },
         "quality": facts.quality,
         "measures": MEASURES,
-        "grid": pictures.sheet(facts.run.root / facts.quality["grid"]) if facts.quality else None,
+        "grid": pictures.sheet(facts.run.inside(facts.quality["grid"])) if facts.quality else None,
         "calibrations": {arm: (c, plots.reliability(c.bins)) for arm, c in calibrations.items()},
         "calibration_sentences": predictions.calibration_sentences(calibrations),
         "axes": plots,

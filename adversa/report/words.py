@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from markupsafe import Markup
 
-TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+from adversa import texts
+
 MINUS, DASH = "\u2212", "\u2013"
 
 
 def printable(value: Any) -> Any:
-    """Control and surrogate characters (HTML forbids them) and those that turn the writing direction become U+FFFD."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "".join("\ufffd" if _unfit(c) else c for c in value)
-
-
-def _unfit(c: str) -> bool:
-    return c in TURNING or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t")
+    """As texts.printable; what is no text, or is HTML of ours, stays as it is."""
+    return texts.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
