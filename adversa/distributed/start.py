@@ -70,4 +70,6 @@ def start(cluster: Cluster, verbose: bool) -> None:
 
 def stop() -> None:
     """Leave the cluster. What detached actors do there goes on."""
+    on_terminate = signal.getsignal(signal.SIGTERM)
     ray.shutdown()
+    signal.signal(signal.SIGTERM, on_terminate)  # Ray's own code below Python has put the system's default in its place

@@ -22,7 +22,7 @@ OPTIONAL: dict[str, Any] = {
     "run": "", "seed": "", "seeds": None, "rounds": "", "generated": 0, "accepted": 0, "comparisons": [], "verdict_sentence": "",
     "versions": {}, "seconds": {}, "subgroups": {}, "cost": {}, "overhead_seconds": None, "wall_seconds": None,
     "device_seconds": None, "test_opened": None, "test_openings": 1, "git": None, "machine": {},
-    "matched": {}, "subgroup_comparisons": {},
+    "matched": {}, "subgroup_comparisons": {}, "restarts": 0, "restart_seconds": 0.0,
 }  # fmt: skip
 METRICS = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auroc_macro": "AUROC, mean of classes"}
 

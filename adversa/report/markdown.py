@@ -252,7 +252,9 @@ def _calibration(v: dict[str, Any]) -> list[str]:
 
 def _cost(v: dict[str, Any]) -> list[str]:
     s, steps = v["summary"], v["steps"]
-    lines = ["## Seconds and cost", "", f"{duration(s['wall_seconds'] or sum(t for _, t in steps))} in all."]
+    again = f" Work was taken up again {s['restarts']} time{'s' * (s['restarts'] > 1)} after a death; "
+    again = f"{again}{duration(s['restart_seconds'])} passed in between." if s["restarts"] else ""
+    lines = ["## Seconds and cost", "", f"{duration(s['wall_seconds'] or sum(t for _, t in steps))} in all.{again}"]
     if s["device_seconds"] is not None:
         lines.append(f"{duration(s['device_seconds'])} of devices, a core or a GPU each.")
     lines.append("")

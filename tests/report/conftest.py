@@ -95,7 +95,7 @@ def build(root: Path, cases: int = 30, per_case: int = 10, rounds: int = 1, side
             for a in ("real", "unguided", "guided")
         },
         "notes": ["the images are procedural phantoms", "one seed an arm: mind the interval."],
-        "wall_seconds": 310.0,
+        "wall_seconds": 310.0, "restarts": 2, "restart_seconds": 45.0,
         "generated": 2 * cases * per_case, "accepted": cases * per_case, "rejected": {"near copy": 5},
         "seconds": {"data": 31.25, "denoiser": 172.4, "judge": 40.0, "round-001/guided/seed-0/classifier": 61.5},
         "overhead_seconds": 12.5, "verdict": "not shown", "test_opened": "2026-01-02T03:04:05+00:00",

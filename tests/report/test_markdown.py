@@ -26,7 +26,7 @@ def test_it_has_the_sections_of_the_page(told: str, finished: Path) -> None:
     assert all(f">{title}</h2>" in html for title in re.findall(r"^## (.*)$", told, re.M))
 
 
-def test_it_says_the_same(told: str) -> None:
+def test_it_says_the_same(told: str, finished: Path) -> None:
     for words in (
         "**not shown**", "| split | 9c1d55ab20 |",
         "| balanced accuracy | 0.600 (0.560 to 0.640) | 0.645 (0.605 to 0.685) | +0.045 |",
@@ -38,6 +38,8 @@ def test_it_says_the_same(told: str) -> None:
         "| female | 42 | 40 | +0.100 | +0.020 to +0.180 | 0.012 | better |", "| 7 | \u2013 | \u2013 | \u2013 | too few to test |",
     ):  # fmt: skip
         assert words in told, words
+    again = "Work was taken up again 2 times after a death; 45.0 s passed in between."
+    assert again in told and again in (finished / "report.html").read_text()
 
 
 def test_tables_have_as_many_cells_as_columns(told: str) -> None:
