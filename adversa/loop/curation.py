@@ -33,6 +33,9 @@ HELD_OUT = ("mine", "select")  # of the roles that may choose, those that the de
 LIMITS, SCALE, MEMORISATION = "limits.json", "scale.npz", "memorisation.json"
 HELD = 1000  # held-out images of the memorisation curve
 QUERIES = 512  # pictures whose twins are looked for, a part
+TOLD = ("request_id", "arm", "label", "strategy", "source", "similarity")  # what the second pass asks of the first
+SETTLED = ("keep", "reason", "twin", "twin_similarity", "place", "twin_limit", "quota")  # what it may write anew
+VERDICT_ROWS = 1 << 16
 
 
 # ---- what is measured on real images, once a run -----------------------------------------------------------------------
@@ -203,9 +206,11 @@ def inspect(
     recipe = runs.Recipe("inspect", 2, config.model_dump(mode="json", exclude={"judge", "quota", "twins"}), names)
 
     def body(progress: runs.Progress) -> Facts:
+        paths = tables.parts(synthetic)
+        counts = tables.each(tables.count, paths)
         parts = [
-            Part(i, tables.count(p), {"path": str(p), "requests": str(requests / p.name)})
-            for i, p in enumerate(tables.parts(synthetic))
+            Part(i, n, {"path": str(p), "requests": str(requests / p.name)})
+            for i, (p, n) in enumerate(zip(paths, counts, strict=True))
         ]
         make = partial(make_inspected, data, features, limits, classifier, judge, config)
         started = time.perf_counter()
@@ -313,12 +318,18 @@ def make_twins(synthetic: Path, inspected: Path, limits: Path) -> Work:
 
 
 def pictures_of(synthetic: Path, ids: Sequence[str]) -> tuple[list[str], Iterator[np.ndarray]]:
-    """(ids, blocks of uint8 images [n, H, W, 3]) of some painted images, in the order in which they lie."""
-    wanted = pa.array(ids)
-    parts = [tables.read_part(p, ["request_id", "image"]) for p in tables.parts(synthetic)]
-    rows = pa.concat_tables(t.filter(pc.is_in(t["request_id"], wanted)) for t in parts)
-    blocks = (tables.decode_images(rows["image"][i : i + tables.ROW_GROUP]) for i in range(0, len(rows), tables.ROW_GROUP))
-    return rows["request_id"].to_pylist(), blocks
+    """(ids, blocks of uint8 images [n, H, W, 3], one read at a time) of some painted images, in the order in which they lie."""
+    wanted, paths = frozenset(ids), tables.parts(synthetic)  # pyarrow's is_in would hash all of them anew for each part
+    held = tables.each(lambda p: tables.read_part(p, ["request_id"])["request_id"].to_pylist(), paths)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for path in paths:
+            for batch in tables.batches(path, ["request_id", "image"]):
+                keep = pa.array([i in wanted for i in batch.column("request_id").to_pylist()], pa.bool_())
+                if len(images := batch.column("image").filter(keep)):
+                    yield tables.decode_images(images)
+
+    return [i for names in held for i in names if i in wanted], blocks()
 
 
 def settle(inspected: Path, twins: Path, limits: Path, config: cfg.Curate, out: Path) -> None:
@@ -329,15 +340,33 @@ def settle(inspected: Path, twins: Path, limits: Path, config: cfg.Curate, out: 
     recipe = runs.Recipe("settle", 1, {"twins": config.twins, "quota": config.quota}, names)
 
     def body(progress: runs.Progress) -> Facts:
-        found = [Verdict(**row) for row in tables.read(inspected, schema=tables.VERDICTS).to_pylist()]
-        rows = tables.read(twins, schema=tables.TWINS).to_pylist() if config.twins else []
-        pairs = [(p["a"], p["b"], p["similarity"]) for p in rows if p["b"] is not None]
-        settled = gate.settle(found, [p["a"] for p in rows if p["b"] is None], pairs, limits_of(limits, config))
-        tables.write_part(out / tables.part_name(0), tables.to_table(settled, tables.VERDICTS))
+        found = [Verdict(**row) for p in tables.parts(inspected) for row in tables.read_part(p, [*TOLD, *SETTLED]).to_pylist()]
+        rows = tables.read(twins, schema=tables.TWINS) if config.twins else tables.TWINS.empty_table()
+        alone, paired = rows.filter(pc.field("b").is_null()), rows.filter(pc.field("b").is_valid())
+        pairs = zip(*(paired[name].to_pylist() for name in ("a", "b", "similarity")), strict=True)
+        settled = gate.settle(found, alone["a"].to_pylist(), pairs, limits_of(limits, config))
+        _write_verdicts(inspected, settled, out)
         runs.write_json(out / MEMORISATION, memorised(settled, (runs.read_json(limits / LIMITS) or {})["held_out"]))
         return {"rows": len(settled), "kept": sum(v.keep for v in settled)}
 
     run_step(out, recipe, body)
+
+
+def _write_verdicts(inspected: Path, settled: Sequence[Verdict], out: Path) -> None:
+    """The verdicts of the first pass with what was settled put in, VERDICT_ROWS or a few more a part."""
+    read, held, at, index = tables.parts(inspected), [], 0, 0
+    if not read:
+        tables.write_part(out / tables.part_name(0), tables.VERDICTS.empty_table())
+    for path in read:
+        held.append(tables.read_part(path))
+        count = sum(map(len, held))
+        if count < VERDICT_ROWS and path != read[-1]:
+            continue
+        rows = pa.concat_tables(held)
+        new = {name: [getattr(v, name) for v in settled[at : at + count]] for name in SETTLED}
+        columns = [new.get(name, rows[name]) for name in tables.VERDICTS.names]
+        tables.write_part(out / tables.part_name(index), pa.table(columns, schema=tables.VERDICTS))
+        held, at, index = [], at + count, index + 1
 
 
 def memorised(found: Sequence[Verdict], held_out: Sequence[float]) -> dict[str, Any]:

@@ -140,12 +140,12 @@ def plan(order: Order, out: Path) -> None:
     def body(progress: runs.Progress) -> Facts:
         examples = _examples(order) if order.strategy != "sample" or config.likeness else {}
         whose = digest(_identity(order) | {"labels": None, "format": None}, size=10)  # more images of a class: the same, and more
-        asked = [_request(order, whose, label, i, examples.get(label, [])) for label, n in order.labels.items() for i in range(n)]
-        for index, first in enumerate(range(0, len(asked), config.part_size)):
-            tables.write_part(
-                out / tables.part_name(index), tables.to_table(asked[first : first + config.part_size], tables.REQUESTS)
-            )
-        return {"rows": len(asked)}
+        asked = (_request(order, whose, label, i, examples.get(label, [])) for label, n in order.labels.items() for i in range(n))
+        index = 0
+        while chunk := list(itertools.islice(asked, config.part_size)):  # one part is in memory at a time
+            tables.write_part(out / tables.part_name(index), tables.to_table(chunk, tables.REQUESTS))
+            index += 1
+        return {"rows": sum(order.labels.values())}
 
     run_step(out, recipe, body)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,14 @@ def plan(
         index = rows = alone = 0
         for arm in [a for a in arm_names if a in PAINTED]:
             found = partners(cases) if arm == "guided" and config.strategy == "blend" else {}
-            asked = [
+            asked = (
                 replace(request(run, number, arm, case, k, config, starts.get(case["example"]), found.get(case["example"])), **by)
                 for case in cases for k in range(config.per_case)
-            ]  # fmt: skip
-            alone += sum(config.strategy == "blend" and r.strategy == "vary" for r in asked)
-            for i in range(0, len(asked), config.part_size):
-                chunk = asked[i : i + config.part_size]
+            )  # fmt: skip
+            while chunk := list(itertools.islice(asked, config.part_size)):  # one part is in memory at a time
                 tables.write_part(out / tables.part_name(index), tables.to_table(chunk, tables.REQUESTS))
                 index, rows = index + 1, rows + len(chunk)
+                alone += sum(config.strategy == "blend" and r.strategy == "vary" for r in chunk)
         return {"rows": rows, "without_partner": alone}
 
     run_step(out, recipe, body)
@@ -181,7 +181,8 @@ def generate(
             check_denoiser(denoiser, data)
             check_masks(requests, data)
         paths = tables.parts(requests)
-        parts = [Part(i, tables.count(p), {"path": str(p)}) for i, p in enumerate(paths)]
+        counts = tables.each(tables.count, paths)
+        parts = [Part(i, n, {"path": str(p)}) for i, (p, n) in enumerate(zip(paths, counts, strict=True))]
         started = time.perf_counter()
         make = partial(make_paint, denoiser, data / "mine" if data else None, attacked if steers else None, config)
         done = engine.map_parts(make, parts, out, progress, request_name)
@@ -193,8 +194,7 @@ def generate(
 
 
 def _totals(out: Path) -> Facts:
-    columns = [tables.read_part(p, ["evaluations", "skipped", "finite", "fault"]) for p in tables.parts(out)]
-    rows = pa.concat_tables(columns) if columns else tables.SYNTHETIC.empty_table()
+    rows = tables.read(out, ["evaluations", "skipped", "finite", "fault"], tables.SYNTHETIC)
     return {
         "evaluations": pc.sum(rows["evaluations"]).as_py() or 0, "gradients_skipped": pc.sum(rows["skipped"]).as_py() or 0,
         "not_finite": len(rows) - (pc.sum(rows["finite"]).as_py() or 0), "faults": len(rows) - rows["fault"].null_count,
@@ -362,6 +362,14 @@ class Pictures:
 
         self.folder, self.table = folder, ImageTable([folder] if folder else [])
 
+    @cached_property
+    def _given(self) -> dict[str, bytes]:
+        """The data set's own masks, of a kilobyte each: read once, not with every part of the requests."""
+        assert self.folder is not None, "masks of no examples"
+        rows = pa.concat_tables(tables.read_part(p, ["id", "mask"]) for p in tables.parts(self.folder))
+        rows = rows.filter(pc.field("mask").is_valid())
+        return dict(zip(rows["id"].to_pylist(), rows["mask"].to_pylist(), strict=True))
+
     def images(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
         """uint8 [R, R, 3] of each."""
         return dict(zip(ids, self.table.fetch(ids), strict=True)) if ids else {}
@@ -371,10 +379,9 @@ class Pictures:
         all but the lesion so grown. margin, feather: shares of the side. The data set's own masks, or masks that were found."""
         from adversa.data import masks
 
-        images, rows = self.images(ids), self._rows(ids, ["id", "mask"])
-        given = dict(zip(rows["id"].to_pylist(), rows["mask"].to_pylist(), strict=True))
+        images = self.images(ids)
         pixels = np.stack([images[i] for i in ids])
-        lesion, _ = masks.of_rows([given[i] for i in ids], pixels, list(ids))
+        lesion, _ = masks.of_rows([self._given.get(i) for i in ids], pixels, list(ids))
         side = pixels.shape[1]
         grown = masks.grow(lesion, margin * side)
         inside, outside = masks.feather(grown, feather * side), masks.feather(~grown, feather * side)

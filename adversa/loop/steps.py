@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from adversa import config as cfg
 from adversa import runs, tables
@@ -54,9 +55,9 @@ def mix(data: Path, hard: Sequence[Path], verdicts: Sequence[Path], arm: str, co
         cases = sorted({p for h in hard for p in pairs(tables.read(h, schema=tables.HARD_CASES), "example")})
         kept: dict[str, list[tuple[str, int]]] = {a: [] for a in config.arms if a in PAINTED}
         for folder in verdicts:
-            for v in tables.read(folder, schema=tables.VERDICTS).to_pylist():
-                if v["keep"] and v["arm"] in kept:
-                    kept[v["arm"]].append((v["request_id"], v["label"]))
+            rows = tables.read(folder, ["request_id", "arm", "label", "keep"], tables.VERDICTS)
+            for a, these in kept.items():
+                these += pairs(rows.filter(pc.and_(rows["keep"], pc.equal(rows["arm"], a))), "request_id")
         labels = {a: [label for _, label in rows] for a, rows in kept.items()}
         classes, ratio = len(classes_of(data)), config.synthetic_ratio
         if kept:

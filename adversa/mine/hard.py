@@ -52,7 +52,7 @@ def farthest_first(points: np.ndarray, count: int) -> list[int]:
     while len(taken) < min(count, len(points)):
         taken.append(int(distance.argmax()) if taken else 0)
         distance = np.minimum(distance, ((points - points[taken[-1]]) ** 2).sum(axis=1))
-        distance[taken] = -1  # below every distance: a twin of a taken row comes last, a taken row never
+        distance[taken[-1]] = -1  # below every distance: a twin of a taken row comes last, a taken row never
     return taken
 
 
