@@ -55,7 +55,9 @@ Took = dict[str, float]
 
 
 def plan(run: RunDir, samplers: int) -> Took:
-    painting.plan(run.round(1, "hard"), None, "scale", 1, ARMS, GENERATE, run.round(1, "requests"))
+    painting.plan(
+        run.round(1, "hard"), None, "scale", 1, ARMS, GENERATE, run.round(1, "requests"), (run.arm(0, "real", 0) / "classifier", 0)
+    )
     files = [p.stat().st_size for p in tables.parts(run.round(1, "requests"))] if isinstance(run.root, Path) else []
     return {"files": len(files), "bytes": sum(files)}
 

@@ -58,7 +58,10 @@ def test_a_plan_holds_one_part_at_a_time(tmp_path, calls, monkeypatch):
 
     before = []
     monkeypatch.setattr(tables, "write_part", written)
-    painting.plan(tmp_path / "hard", None, "run", 1, ("unguided", "guided"), cfg.Generate(per_case=5, part_size=64), tmp_path / "r")
+    by = tmp_path / "hard", 0
+    painting.plan(
+        tmp_path / "hard", None, "run", 1, ("unguided", "guided"), cfg.Generate(per_case=5, part_size=64), tmp_path / "r", by
+    )
     assert len(asked) == 400 and held == [64, 64, 64, 8] * 2
 
 
@@ -84,7 +87,16 @@ def test_twice_the_images_are_twice_the_looks_at_parts_and_no_more_listings(tmp_
         run = RunDir(tmp_path / str(cases))
         hard(run.round(1, "hard"), cases)
         config = cfg.Generate(per_case=4, part_size=16)
-        painting.plan(run.round(1, "hard"), None, "run", 1, ("unguided", "guided"), config, run.round(1, "requests"))
+        painting.plan(
+            run.round(1, "hard"),
+            None,
+            "run",
+            1,
+            ("unguided", "guided"),
+            config,
+            run.round(1, "requests"),
+            (run.round(1, "hard"), 0),
+        )
         before = [len(x) for x in (reads, counts, listings)]
         painting.generate(Paint(), run.round(1, "requests"), None, tmp_path / "denoiser", None, config, run.round(1, "synthetic"))
         found.append([len(x) - n for x, n in zip((reads, counts, listings), before, strict=True)])
