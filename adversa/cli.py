@@ -86,7 +86,7 @@ def loop(
     reopen_test: Annotated[
         bool, typer.Option("--reopen-test", help="Allow test to be opened again where it was before; the report then says so.")
     ] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="On a cluster (RAY_ADDRESS): start, and do not follow.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="On a cluster: start, and do not follow.")] = False,
     run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None, engine: EngineName = "ray",
     verbose: Verbose = False, cluster: ClusterPath = None,
     up: Annotated[bool, typer.Option("--up", help="--cluster: bring the cluster up first (ray up).")] = False,
@@ -105,9 +105,11 @@ def loop(
     from adversa import cli_cluster
     from adversa.screen import Screen
 
+    if detach and down:
+        raise UserError("--detach beside --down: nobody would be there at the end to take the cluster down; give one")
     options = {"rounds": rounds, "seed": seed, "reopen_test": reopen_test, "verbose": verbose}
     with stoppable("a job that was submitted goes on. Follow it with"):
-        cli_cluster.loop(cluster, config, run_dir, set_ or [], options, up, down, Screen())
+        cli_cluster.loop(cluster, config, run_dir, set_ or [], options, up, down, detach, Screen())
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import tempfile
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from adversa.runs import RunDir
 
 LOG_LINES = 10
+PROGRESS = re.compile(r"\d\d:\d\d:\d\d ")  # begins a line that says how far a run is
 
 
 def place(path: Path | None, run_dir: Path | None, asks: Asks) -> str:
@@ -64,25 +66,34 @@ def ready(file: Path, path: Path | None, run_dir: Path | None, settings: list[st
 
 def loop(
     file: Path, path: Path | None, run_dir: Path | None, settings: list[str], options: dict[str, Any], up: bool, down: bool,
-    screen: Console,
+    detach: bool, screen: Console,
 ) -> None:  # fmt: skip
     """Hand a run to a cluster and follow it; raises typer.Exit with the job's exit code.
 
-    options: of the command, by name; None or False leaves one out.
+    options: of the command, by name; None or False leaves one out. detach: do not follow it.
     """
     from adversa.distributed import jobs, launcher
 
     cluster, run, made, text = ready(file, path, run_dir, settings, options)
     entrypoint = jobs.command("loop", run, made, words(options))
-    if up:
-        launcher.up(cluster)
-    with launcher.session(cluster) as client:
+    job = None
+    try:
         if up:
-            launcher.wait_for_nodes(client, cluster, lambda line: _say(screen, line))
-        with tempfile.TemporaryDirectory(prefix="adversa-") as folder:
-            job, new = jobs.submit(client, run, entrypoint, text, Path(folder))
-        _say(screen, f"{'submitted' if new else 'already at work: following'} {job.id}, run {run}")
-        ended = _follow(client, job, file, screen)
+            launcher.up(cluster)
+        with launcher.session(cluster) as client:
+            if up:
+                launcher.wait_for_nodes(client, cluster, lambda line: _say(screen, line))
+            with tempfile.TemporaryDirectory(prefix="adversa-") as folder:
+                job, new = jobs.submit(client, run, entrypoint, text, Path(folder))
+            _say(screen, f"{'submitted' if new else 'already at work: following'} {job.id}, run {run}")
+            if detach:
+                _say(screen, f"Come back: {_command('watch', job.run, file)}")
+                return
+            ended = _follow(client, job, file, screen)
+    except UserError:
+        if up and down and job is None:  # nothing works there; machines that cost money are not left behind
+            launcher.down(cluster)
+        raise
     if down:
         launcher.down(cluster)
     raise typer.Exit(ended.code)
@@ -99,7 +110,10 @@ def words(options: dict[str, Any]) -> list[str]:
 def watch(run_dir: Path | None, file: Path, screen: Console) -> None:
     """Follow the latest job on a run; raises typer.Exit with its exit code."""
     with _on(file, run_dir) as (client, found):
-        ended = _follow(client, found[-1], file, screen)
+        latest = found[-1]
+        if latest.is_over and latest.detached:
+            raise typer.Exit(_asked(client, latest.run, "watch", [], screen))
+        ended = _follow(client, latest, file, screen)
     raise typer.Exit(ended.code)
 
 
@@ -114,7 +128,7 @@ def status(run_dir: Path | None, file: Path, screen: Console) -> None:
             _say(screen, latest.message[:500])
         for line in jobs.last_lines(client, latest.id, LOG_LINES):
             _say(screen, f"  {line}")
-        if latest.is_over and latest.status != "SUCCEEDED":  # its coordinator may work on
+        if latest.is_over and (latest.status != "SUCCEEDED" or latest.detached):  # its coordinator may work on
             _asked(client, latest.run, "status", [], screen)
 
 
@@ -181,7 +195,8 @@ def _follow(client: Client, job: Job, file: Path, screen: Console) -> Job:
     from adversa.distributed import jobs
 
     try:
-        ended = jobs.follow(client, job, lambda line: _say(screen, line))
+        with _View(job.run, screen) as view:
+            ended = jobs.follow(client, job, view.show)
     except KeyboardInterrupt as detached:
         _say(screen, f"detached; {job.run} goes on. Come back: {_command('watch', job.run, file)}")
         _say(screen, f"Stop it: {_command('stop', job.run, file)}")
@@ -193,11 +208,54 @@ def _follow(client: Client, job: Job, file: Path, screen: Console) -> Job:
     return ended
 
 
+class _View:
+    """What a job says; or, as soon as its run can be read from here (an object store) and on a terminal, the live view of the run,
+    and of what the job says its end alone: closing lines, or why it failed.
+    """
+
+    def __init__(self, run: str, screen: Console) -> None:
+        self.run, self.screen = run, screen
+        self.lines: list[str] = []
+        self.watch: Any = None
+
+    def __enter__(self) -> _View:
+        return self
+
+    def show(self, line: str) -> None:
+        if self.watch is None and self.screen.is_terminal:
+            self._open()
+        if self.watch is None:
+            _say(self.screen, line)
+        elif not PROGRESS.match(line):
+            self.lines.append(line)
+
+    def _open(self) -> None:
+        from adversa import console
+        from adversa.config import load
+        from adversa.places import Remote
+        from adversa.places import place as of
+        from adversa.runs import RunDir
+
+        run = RunDir(of(self.run))
+        with contextlib.suppress(UserError):  # not to be read from here, or not yet
+            if isinstance(run.root, Remote) and run.config.is_file():
+                self.watch = console.Watch(self.screen, load(run.config), run)
+                self.watch.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        if self.watch is not None:
+            self.watch.__exit__()
+            for line in self.lines:
+                _say(self.screen, line)
+
+
 def _command(name: str, run: str, file: Path) -> str:
     return shlex.join(["adversa", name, run, "--cluster", str(file)])
 
 
 def _state(job: Job) -> str:
+    if job.detached and job.status == "SUCCEEDED":
+        return "detached"  # only the run's folder knows
     words = {"PENDING": "starting", "RUNNING": "running", "STOPPED": "stopped", "SUCCEEDED": "finished", "FAILED": "failed"}
     return words.get(job.status, job.status) + (f" (exit code {job.exit_code})" if job.exit_code else "")
 

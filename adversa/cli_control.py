@@ -43,8 +43,12 @@ def stop(run: RunDir) -> str:
     until = time.monotonic() + HEARD_SECONDS
     while console.state_of(run)[0] in ("running", "paused"):
         if time.monotonic() > until:
-            return f"{run.root} has not stopped after {HEARD_SECONDS:.0f} s; it will as soon as it looks"
+            raise UserError(
+                f"{run.root} has not stopped after {HEARD_SECONDS:.0f} s; it will when it looks: adversa status {_quoted(run)}"
+            )
         time.sleep(WAIT_SECONDS)
+    if console.state_of(run)[0] == "finished":
+        return f"{run.root} has finished meanwhile"
     return f"{run.root} is stopped; everything finished is kept. Resume with: {_again(run)}"
 
 
@@ -63,7 +67,8 @@ def _settings(run: RunDir, overrides: list[str]) -> dict[str, object]:
 def _working(run: RunDir, what: str) -> None:
     state = console.state_of(run)[0]
     if state not in ("running", "paused"):
-        raise UserError(f"{run.root} is {state}: there is nothing to {what}; go on with: {_again(run)}")
+        further = "" if state == "finished" else f"; go on with: {_again(run)}"
+        raise UserError(f"{run.root} is {state}: there is nothing to {what}{further}")
 
 
 def _again(run: RunDir) -> str:

@@ -28,15 +28,12 @@ def error(message: str) -> None:
     from rich.text import Text
 
     from adversa.screen import Screen
+    from adversa.texts import unsigned
 
-    Screen(stderr=True).print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
+    Screen(stderr=True).print(Text.assemble(("error:", "bold red"), " ", unsigned(" ".join(message.split()))), soft_wrap=True)
 
 
 def root_of(path: Path | None, run_dir: Path | None) -> Path:
-    if str(run_dir).startswith(("s3:/", "gs:/")):  # else a folder of that name, on one machine, would take the run
-        from adversa.types import UserError
-
-        raise UserError(f"--run-dir {run_dir}: runs lie in folders; give one that every node mounts under the same name")
     return run_dir or Path("runs") / (path.stem if path is not None else "demo")
 
 
@@ -103,21 +100,24 @@ def _here(command: str, config: Config, run: RunDir, engine_name: str, verbose: 
     from adversa import control, runs
     from adversa.lease import LeaseLost
 
-    with _terminable(), control.held(run, command, _interrupt, lambda text: _say(screen, text)) as reins:
-        try:
-            worked = _cycle(command, config, run, engine_name, verbose, screen, reopen)
-        except KeyboardInterrupt as stop:
-            reins.ending = True
-            if reins.lease.lost is not None:
-                raise reins.lease.lost from None
-            runs.set_status(run, "stopped")
-            raise _stopped(screen, KeyboardInterrupt() if control.read(run).wish == control.STOP else stop) from None
-        except LeaseLost:
-            raise
-        except Exception as e:
-            _note_failure(run, e)
-            raise
-        runs.set_status(run, "finished" if run.summary.exists() else "stopped")
+    try:
+        with _terminable(), control.held(run, command, _interrupt, lambda text: _say(screen, text)) as reins:
+            try:
+                worked = _cycle(command, config, run, engine_name, verbose, screen, reopen)
+            except KeyboardInterrupt as stop:
+                reins.ending = True
+                if reins.lease.lost is not None:
+                    raise reins.lease.lost from None
+                runs.set_status(run, "stopped")
+                raise _stopped(screen, KeyboardInterrupt() if control.read(run).wish == control.STOP else stop) from None
+            except LeaseLost:
+                raise
+            except Exception as e:
+                _note_failure(run, e)
+                raise
+            runs.set_status(run, "finished" if run.summary.exists() else "stopped")
+    except KeyboardInterrupt as stop:  # before it was ours
+        raise _stopped(screen, stop) from None
     return worked.title if worked is not None else ""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adversa.cli_options import ClusterPath, Overrides, SavedRun, SavedRunDir, exits, reads_run, saved_run, say
+from adversa.cli_options import ClusterPath, Overrides, SavedRun, SavedRunDir, exits, reads_run, run_place, saved_run, say
 from adversa.cli_run import stoppable
 
 app = typer.Typer()
@@ -47,7 +47,9 @@ def watch(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPat
 @exits
 @reads_run
 def runs_(
-    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="What holds run folders; default: runs.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", parser=run_place, help="What holds run folders; default: runs.")
+    ] = None,
     cluster: ClusterPath = None,
 ) -> None:
     """List runs: state, stage, when something was last heard of them."""

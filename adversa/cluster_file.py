@@ -52,7 +52,9 @@ class Asks(Section):
 
 @dataclass(frozen=True)
 class ClusterFile:
-    """workers: nodes beside the head that the launcher starts at once. provider of a manifest: "kuberay"."""
+    """workers: nodes beside the head that the launcher starts at once. provider of a manifest: "kuberay". mounts: what `ray up`
+    takes along from this machine.
+    """
 
     path: Path
     kind: Literal["ray", "kuberay"]
@@ -60,6 +62,7 @@ class ClusterFile:
     provider: str
     asks: Asks
     workers: int = 0
+    mounts: tuple[str, ...] = ()
 
 
 def read(path: Path) -> ClusterFile:
@@ -81,7 +84,8 @@ def read(path: Path) -> ClusterFile:
             f"{path} has no {missing}: it is neither a file for `ray up` nor a KubeRay manifest; start from one in cluster/"
         )
     asked = _mapping(tree.get("metadata"), f"{path}: metadata").get("adversa")
-    return ClusterFile(path, "ray", tree["cluster_name"], kind, _asks(asked, f"{path}: metadata.adversa"), _workers(tree))
+    asks, mounts = _asks(asked, f"{path}: metadata.adversa"), _mapping(tree.get("file_mounts"), f"{path}: file_mounts")
+    return ClusterFile(path, "ray", tree["cluster_name"], kind, asks, _workers(tree), tuple(map(str, mounts.values())))
 
 
 def overrides(asks: Asks) -> list[str]:
@@ -100,8 +104,11 @@ def jobs_address(text: str) -> str:
     try:
         parts = urlsplit(text)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        secret = parts.username is not None or parts.password is not None
     except ValueError:  # of the port: not a number, or too large
-        valid = False
+        valid = secret = False
+    if secret:
+        raise ValueError("must not carry credentials; a cluster's token goes into RAY_AUTH_TOKEN or ~/.ray/auth_token")
     if not valid:
         raise ValueError("must be the jobs server's URL, for example http://127.0.0.1:8265")
     return text.rstrip("/")

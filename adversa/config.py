@@ -13,8 +13,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from adversa.texts import load_yaml, shortened
+from adversa.texts import load_yaml, shortened, unsigned
 from adversa.types import PAINTED, UserError
+
+
+def _local(value: str | None) -> str | None:
+    if value is not None and "://" in value:
+        raise ValueError("must be a path: images are read from file systems, not from object stores")
+    return value
+
 
 WeightPath = Annotated[str | None, AfterValidator(lambda v: os.path.expanduser(v) if v else v)]
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
@@ -65,7 +72,7 @@ class Split(Section):
 
 class Data(Section):
     source: Literal["phantom", "ham10000", "csv", "folder"] = "phantom"
-    path: str | None = Field(None, description="folder, .zip or .csv; not used by phantom")
+    path: Annotated[str | None, AfterValidator(_local)] = Field(None, description="folder, .zip or .csv; not used by phantom")
     resolution: int = Field(32, ge=16, le=1024, multiple_of=8, description="side of the square images, in pixels")
     crop: Literal["center", "pad", "squash"] = Field(
         "center", description="how a picture becomes square: central square, black bars, or changed proportions"
@@ -688,7 +695,7 @@ def explain(err: Any, model: type[BaseModel] = Config, listed: str = "`adversa c
         ][:1]  # fmt: skip
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; {listed}")
     message = err["msg"].removeprefix("Value error, ")
-    return (
+    return unsigned(
         f"{key} = {shortened(repr(err['input']))}: {message}"
         if key and not isinstance(err["input"], dict)
         else f"{key + ': ' if key else ''}{message}"

@@ -22,7 +22,7 @@ from rich.text import Text
 from adversa import control, lease, runs
 from adversa.config import Config
 from adversa.loop.stages import Stage, plan, trained
-from adversa.places import Place, StoreError
+from adversa.places import StoreError
 from adversa.runs import RunDir
 from adversa.types import ARMS, BEFORE
 
@@ -94,34 +94,9 @@ def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
     """("running" | "paused" | "finished" | "stopped" | "failed" | "killed" | "not started", status.json)."""
     status = runs.read_json(run.status) or {}
     state = status.get("state", "not started")
-    if state in ("running", "paused") and not is_worked_on(run):
+    if state in ("running", "paused") and not lease.is_worked_on(run):
         state = "killed"
     return state, status
-
-
-_pulses: dict[Place, lease.Pulse] = {}
-
-
-def is_worked_on(run: RunDir) -> bool:
-    """Whether a process of this machine holds the run, or one of another machine gives signs of life.
-
-    For the latter the first call waits until it has seen one, some seconds at most.
-    """
-    if runs.is_locked(run):
-        return True
-    found, times = lease.place_of(run).read(), lease.times_of(run)
-    if found is None or found.machine == lease.machine(run):
-        _pulses.pop(run.root, None)
-        return False
-    if run.root not in _pulses:
-        _pulses[run.root] = lease.Pulse(lease.place_of(run))
-        until = time.monotonic() + 2 * times.beat + 1
-        while not _pulses[run.root].changes and time.monotonic() < until:
-            _pulses[run.root].look()
-            time.sleep(lease.LOOK_SECONDS)
-    pulse = _pulses[run.root]
-    pulse.look()
-    return pulse.changes > 0 and pulse.still() < times.expiry
 
 
 def stage_table(config: Config, run: RunDir, state: str) -> Table:

@@ -217,17 +217,17 @@ def held(
 
     afresh: whoever starts work wants it to go on, whatever was wished before; not so a coordinator that comes back.
     """
-    place = lease.place_of(run)
+    place, before = lease.place_of(run), runs.read_json(run.root / CONTROL)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(runs.lock(run))
         except UserError as e:
             found = place.read()
-            raise lease.in_use(str(run.root), found) if found is not None else e from None
+            raise lease.InUse(str(run.root), found) if found is not None else e from None
         mine = Lease(place, str(run.root), owner, lease.machine(run), times or lease.times_of(run))
         mine.take(alone_here=True, tell=tell)
         stack.callback(_release, mine)
-        if afresh and read(run).wish != GO:
+        if afresh and read(run).wish != GO and runs.read_json(run.root / CONTROL) == before:  # not what was wished while it waited
             wish(run, GO)
         note_start(run)
         found_reins = stack.enter_context(Reins(run, mine, interrupt))

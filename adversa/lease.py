@@ -131,10 +131,8 @@ def machine(run: RunDir) -> str:
         name = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         name = f"{socket.gethostname()}-{uuid.getnode():x}"
-    if isinstance(run.root, Path):
-        return name
     try:
-        found = os.stat(runs.lock_file(run))  # two containers of one machine have a temporary folder each
+        found = os.stat(runs.lock_file(run))  # two containers of one machine may have a mount, or a temporary folder, each
     except FileNotFoundError:
         return ""  # nobody here has held the run
     return f"{name}-{found.st_dev:x}-{found.st_ino:x}"
@@ -145,8 +143,37 @@ def clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-def in_use(what: str, by: Record) -> UserError:
-    return UserError(f"{what} is being worked on by {by.line()}; `adversa stop` ends that, or use another --run-dir")
+class InUse(UserError):
+    """Somebody else works on the run. by: its lease."""
+
+    def __init__(self, what: str, by: Record) -> None:
+        super().__init__(f"{what} is being worked on by {by.line()}; `adversa stop` ends that, or use another --run-dir")
+        self.by = by
+
+
+_pulses: dict[places.Place, Pulse] = {}
+
+
+def is_worked_on(run: RunDir) -> bool:
+    """Whether a process of this machine holds the run, or one of another machine gives signs of life.
+
+    For the latter the first call waits until it has seen one, some seconds at most.
+    """
+    if runs.is_locked(run):
+        return True
+    found, times = place_of(run).read(), times_of(run)
+    if found is None or found.machine == machine(run):
+        _pulses.pop(run.root, None)
+        return False
+    if run.root not in _pulses:
+        _pulses[run.root] = Pulse(place_of(run))
+        until = time.monotonic() + 2 * times.beat + 1
+        while not _pulses[run.root].changes and time.monotonic() < until:
+            _pulses[run.root].look()
+            time.sleep(LOOK_SECONDS)
+    pulse = _pulses[run.root]
+    pulse.look()
+    return pulse.changes > 0 and pulse.still() < times.expiry
 
 
 class Lease:
@@ -203,18 +230,18 @@ class Lease:
             if again is None:
                 return False
             if _mark(again) != _mark(found):
-                raise in_use(self.what, again)
+                raise InUse(self.what, again)
         return True
 
     def _claim(self, seen: Record | None) -> None:
         again = self.place.read()
         if again is not None and _mark(again) != _mark(seen):
-            raise in_use(self.what, again)
+            raise InUse(self.what, again)
         self.place.write(self._next())
         self.sleep(self.times.settle)
         after = self.place.read()
         if after is None or after.owner != self.record.owner:
-            raise in_use(self.what, after) if after is not None else UserError(f"{self.what}: its {LEASE} was removed; try again")
+            raise InUse(self.what, after) if after is not None else UserError(f"{self.what}: its {LEASE} was removed; try again")
 
     def _hold(self) -> None:
         self.held, self.renewed = True, self.clock()
@@ -234,6 +261,8 @@ class Lease:
                 found = self.place.read()
                 if found is not None and found.owner != self.record.owner:
                     self._lose(found)
+                if found is None and started - self.renewed >= self.times.expiry:  # another may have come, and gone, meanwhile
+                    self._lose(None, f"it stood still for {started - self.renewed:.0f} s, and its {LEASE} is gone")
                 if found is None and self.place.create(self._next()) is False:
                     self._lose(self.place.read())
                 self.place.write(self._next())

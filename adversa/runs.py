@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -123,16 +123,21 @@ def now() -> str:
 def read_json(path: Place) -> dict[str, Any] | None:
     """The JSON object of a file, or None where there is none (or it is being replaced on a file system without atomic rename)."""
     try:
-        value = json.loads(path.read_text())
-    except (
-        FileNotFoundError,
-        IsADirectoryError,
-        NotADirectoryError,
-        ValueError,
-        RecursionError,
-    ):  # ValueError: of no JSON, no UTF-8
+        value = json.loads(_fresh(path))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, RecursionError):  # ValueError: no JSON, no UTF-8
         return None
     return value if isinstance(value, dict) else None
+
+
+def _fresh(path: Place) -> str:
+    """Of a network file system: a file that another machine replaces while it is read is a stale handle, once or twice."""
+    for _ in range(3):
+        try:
+            return path.read_text()
+        except OSError as e:
+            if e.errno != errno.ESTALE:
+                raise
+    return path.read_text()
 
 
 def write_json(path: Place, value: dict[str, Any] | list[Any]) -> None:
@@ -192,9 +197,12 @@ def _advice(apart: list[str], made: Place) -> str:
     return f"another version of adversa made it: {', '.join(apart)}; finish it with {that}, or give another --run-dir"
 
 
-def open_run(root: Place, recipe: dict[str, Any], config_yaml: str, reopen: bool = False) -> RunDir:
+def open_run(
+    root: Place, recipe: dict[str, Any], config_yaml: str, reopen: bool = False, busy: Callable[[RunDir], bool] | None = None
+) -> RunDir:
     """Create the run folder, or check that it was made by the same recipe.
 
+    busy: whether somebody works on the run (default: on this machine): then nothing is changed in it.
     reopen: `test` may be opened again, so how it is read may differ where it was opened before (READING). UserError with the fields
     that differ, or why the folder can't be written.
     """
@@ -212,14 +220,15 @@ def open_run(root: Place, recipe: dict[str, Any], config_yaml: str, reopen: bool
             replace_bytes(run.config, config_yaml.encode())
         return run
     changed = differences(saved.get("recipe", {}), recipe)
-    if changed and _may_change(run, changed) and not is_locked(run):
+    idle = bool(changed) and not (busy or is_locked)(run)
+    if changed and _may_change(run, changed) and idle:
         with _opening(root):
             for stale in root.rglob(RECIPE):
                 if not is_finished(stale.parent) and (stale.parent == run.data or not _begun(stale.parent)):
                     stale.unlink()
             write_json(run.recipe, {"recipe": recipe, "created": now()})
             replace_bytes(run.config, config_yaml.encode())
-    elif changed and reopen and _only_reads(run, changed) and not is_locked(run):
+    elif changed and reopen and _only_reads(run, changed) and idle:
         with _opening(root):
             write_json(run.recipe, saved | {"recipe": recipe})
             replace_bytes(run.config, config_yaml.encode())
@@ -356,6 +365,9 @@ def check_links(root: Place, below: str = "") -> None:
                     waiting.append(Path(entry.path))
 
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
 def lock_file(run: RunDir) -> Path:
     """What a process locks to hold the run: in its folder; of an object store, which knows no locks, in this user's temporary
     folder, where it is seen by this machine alone (of several containers on one machine: by this one)."""
@@ -380,6 +392,13 @@ def lock(run: RunDir) -> Iterator[None]:
                         f"{run.root} is in use by process {pid}; wait for it, or stop it, or use another --run-dir"
                     ) from None
                 time.sleep(0.05)
+            except OSError as e:
+                if e.errno not in NO_LOCKS:
+                    raise
+                raise UserError(
+                    f"{run.root}: its file system knows no locks ({e.strerror}); mount it with them (Lustre: -o flock), or give "
+                    "another --run-dir"
+                ) from None
         yield
 
 
@@ -397,6 +416,10 @@ def is_locked(run: RunDir) -> bool:
     except BlockingIOError:
         return True
     except FileNotFoundError:
+        return False
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
         return False
 
 

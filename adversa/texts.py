@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Any
 
@@ -10,6 +11,11 @@ import yaml
 TURNING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 MOST_NODES = 100_000  # values of a YAML text, each alias counted as all it stands for
 SHOWN = 200  # characters of a value that is wrong, in the line that says so
+
+
+def unsigned(text: str) -> str:
+    """Without what stands before the @ of an address: it may be a password. (Of abfs:// it is a name; a Path has lost a slash.)"""
+    return re.sub(r"\b(?!abfss?:)(\w+:/{1,2})[^/@\s]+@", r"\1***@", text)
 
 
 def printable(text: str) -> str:

@@ -66,7 +66,8 @@ def test_watching_what_nobody_works_on_shows_it_and_says_so_by_its_exit_code(adv
     "words, said",
     [
         (["loop", "--up"], "--up goes with --cluster FILE"),
-        (["loop", "--run-dir", "s3://bucket/ham"], "runs lie in folders; give one that every node mounts"),
+        (["runs", "s3://KEY:SECRET@bucket/x"], "s3://bucket/x: an address must not carry credentials"),
+        (["loop", "s3://KEY:SECRET@bucket/x"], "s3:/***@bucket/x"),
         (["loop", "--down"], "--down goes with --cluster FILE"),
         (["loop", "--cluster", "nothing.yaml"], "no cluster file at nothing.yaml"),
         (["runs", "here", "--cluster", "nothing.yaml"], "here beside --cluster nothing.yaml"),

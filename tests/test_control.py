@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -184,3 +185,15 @@ def test_ids_of_rounds_differ_from_a_changed_round_on(run):
     control.enter_round(run, 2, OWN)
     assert control.run_id("name", run, 1) == "name"
     assert control.run_id("name", run, 2) == control.run_id("name", run, 3) != "name"
+
+
+def test_what_is_wished_while_one_waits_for_the_lease_is_heard(run, quick):
+    """Only what was wished before it came is of the past."""
+    control.wish(run, control.STOP)
+    with hold(run) as reins:
+        reins.look(force=True)
+    place = lease.place_of(run)
+    runs.write_json(place.path, {**asdict(reins.lease.record), "machine": "far"})  # left by one that died elsewhere
+    threading.Timer(0.4, control.wish, (run, control.STOP)).start()
+    with hold(run) as reins, pytest.raises(Stop):
+        reins.look(force=True)

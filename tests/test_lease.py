@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from adversa import lease
+from adversa import lease, runs
 from adversa.lease import File, Lease, LeaseLost, Pulse, Record, Times
 from adversa.types import UserError
 
@@ -316,3 +316,23 @@ def test_a_process_that_is_stopped_and_wakes_up_after_a_takeover_steps_back(tmp_
 def test_a_record_has_all_that_people_ask_for():
     record = Record("loop-1", "gpu-3", "boot", 4711, "2026-01-01", 3, 12.4, "2026-01-01")
     assert record.line() == "loop-1 on gpu-3 (process 4711) for 12 s"
+
+
+def test_one_that_slept_while_another_came_and_went_stays_out(world, place):
+    a, b = holder(world, place, "a"), holder(world, place, "b")
+    a.take()
+    b.take()
+    b.release()
+    with pytest.raises(LeaseLost, match=r"it stood still for \d+ s, and its lease.json is gone"):
+        a.check()
+    assert place.read() is None
+
+
+def test_a_lock_file_of_another_mount_is_another_machine(tmp_path, monkeypatch):
+    run = runs.open_run(tmp_path / "run", {}, "")
+    assert lease.machine(run) == ""  # nobody here has held it
+    with runs.lock(run):
+        here = lease.machine(run)
+    (tmp_path / "other").write_text("")
+    monkeypatch.setattr(runs, "lock_file", lambda run: tmp_path / "other")
+    assert here and lease.machine(run) not in ("", here)

@@ -433,5 +433,45 @@ def test_a_second_command_on_a_run_in_a_store_is_refused_from_wherever_it_comes(
     assert lease.place_of(run).read() is None
 
 
+def test_another_recipe_changes_nothing_while_another_machine_works_on_the_run(store, monkeypatch, tmp_path):
+    monkeypatch.setattr(lease, "STORE_TIMES", lease.Times(beat=0.3, expiry=3.0, settle=0.8))
+    run = runs.open_run(store, {"seed": 1}, "seed: 1")
+    with control.held(run, "first", lambda: None):
+        (tmp_path / "far").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "far"))
+        with pytest.raises(UserError, match="seed: 1 -> 2"):
+            runs.open_run(store, {"seed": 2}, "seed: 2", busy=lease.is_worked_on)
+        assert (store / "config.yaml").read_text() == "seed: 1"
+    runs.open_run(store, {"seed": 2}, "seed: 2", busy=lease.is_worked_on)
+    assert (store / "config.yaml").read_text() == "seed: 2"
+
+
+def test_a_command_works_on_a_run_in_a_store(store, tiny, tmp_path, adversa):
+    (tmp_path / "tiny.yaml").write_text(dump(tiny(data={"phantom": {"images": 60}})))
+    done = adversa("prepare", tmp_path / "tiny.yaml", "--run-dir", store, "--engine", "local")
+    assert done.exit_code == 0 and f"prepare is done in {store}" in done.output, done.output
+    assert runs.is_finished(store / "data") and adversa("status", store).exit_code == 0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_following_a_job_shows_the_live_view_of_a_run_that_can_be_read(store, tiny, tmp_path, terminal):
+    import io
+
+    from adversa.cli_cluster import _View
+    from adversa.screen import Screen
+
+    screen = Screen(file=io.StringIO(), force_terminal=terminal, width=100)
+    for at in (str(store), str(tmp_path / "elsewhere")):
+        with _View(at, screen) as view:
+            view.show("10:00:00 before there is a run")
+            if at == str(store):
+                cycle.open_run(tiny(), store)
+            view.show("10:00:01 prepare: data")
+            view.show("report: there")
+    said = screen.file.getvalue()
+    assert said.count("before there is a run") == 2 and said.count("report: there") == 2
+    assert said.count("10:00:01 prepare: data") == (1 if terminal else 2) and ("to do" in said) == terminal
+
+
 def test_a_recipe_of_a_run_knows_nothing_of_where_it_lies(tiny):
     assert "s3://" not in json.dumps(cycle.recipe_of(tiny())) and dataclasses.is_dataclass(Remote)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -389,3 +390,24 @@ def test_status_is_whole_json_with_the_process(run):
     runs.set_status(run, "running", "prepare", folders=["data"])
     status = json.loads(run.status.read_text())
     assert (status["state"], status["stage"], status["pid"], status["folders"]) == ("running", "prepare", os.getpid(), ["data"])
+
+
+def test_a_file_system_without_locks_is_told_and_a_stale_handle_is_read_again(run, monkeypatch):
+    stale = [OSError(errno.ESTALE, "stale"), OSError(errno.ESTALE, "stale")]
+    read = type(run.recipe).read_text
+
+    def reading(path, *args, **more):
+        if stale:
+            raise stale.pop()
+        return read(path, *args, **more)
+
+    monkeypatch.setattr(type(run.recipe), "read_text", reading)
+    assert runs.read_json(run.recipe)["recipe"] == RECIPE and not stale
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert not runs.is_locked(run)
+    with pytest.raises(UserError, match=r"knows no locks \(No locks available\); mount it with them"), runs.lock(run):
+        pass

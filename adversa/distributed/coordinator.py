@@ -144,6 +144,8 @@ def _kill(actor: Any) -> None:
 
 def cancel(task: Task) -> None:
     """End the coordinator that this task may have started, whatever it is at."""
+    if not ray.is_initialized():  # it was not reached; asking for an actor would begin to
+        return
     try:
         actor = ray.get_actor(name_of(task.root), NAMESPACE)
         if ray.get(actor.state.remote(), timeout=ASK_SECONDS)["id"] == task.id:

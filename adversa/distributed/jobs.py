@@ -7,6 +7,7 @@ the cluster, so it may go to sleep or away without harm to the job.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import platform
@@ -34,6 +35,8 @@ PATIENCE = 300.0  # seconds without an answer after which following gives up: a 
 YOUNG_SECONDS = 120.0  # that a head which has just started may lack the agent which takes jobs
 STOP_SECONDS = 30  # that a job which is told to stop has to leave its folder in order; then Ray kills it
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+# Commands that work on a run.
+WORKING = {"loop", "prepare", "train", "mine", "generate", "curate", "evaluate"}
 STOPPED = 143  # exit code of a job that was stopped, as of a command that SIGTERM stops
 
 
@@ -67,6 +70,7 @@ class Job:
     exit_code: int | None
     began: float | None
     ended: float | None
+    detached: bool = False  # its command did not wait: the run's coordinator goes on after it
 
     @property
     def is_over(self) -> bool:
@@ -199,7 +203,8 @@ def run_of(details: Any) -> str | None:
         words = shlex.split(details.entrypoint)
     except ValueError:
         return None
-    if not any(word.rsplit("/", 1)[-1] in ("adversa", "adversa.cli") for word in words):
+    commands = [after for word, after in itertools.pairwise(words) if word.rsplit("/", 1)[-1] in ("adversa", "adversa.cli")]
+    if not set(commands[:1]) & WORKING:  # others look at a run, or make a plan of one
         return None
     for word, after in zip(words, [*words[1:], ""], strict=True):
         if word == "--run-dir" or word.startswith("--run-dir="):
@@ -214,7 +219,8 @@ def job(client: Client, job_id: str, run: str) -> Job:
 def _job(details: JobDetails, run: str) -> Job:
     message = " ".join((details.message or "").split())
     began, ended = (None if t is None else t / 1000 for t in (details.start_time, details.end_time))
-    return Job(details.submission_id, run, details.status.value, message, details.driver_exit_code, began, ended)
+    detached = "--detach" in (details.entrypoint or "")
+    return Job(details.submission_id, run, details.status.value, message, details.driver_exit_code, began, ended, detached)
 
 
 def of_run(client: Client, run: str) -> list[Job]:

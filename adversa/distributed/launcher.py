@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO
 
 import requests
@@ -118,7 +119,12 @@ def _wait_open(process: subprocess.Popen[bytes], port: int, said: IO[str], clust
 
 
 def up(cluster: ClusterFile) -> None:
-    """`ray up`, with its own output. UserError where it fails."""
+    """`ray up`, with its own output. UserError where it fails, or would after it has started the head."""
+    if missing := [m for m in cluster.mounts if not Path(m).expanduser().exists()]:
+        fix = (
+            "make it: ray get-auth-token --generate" if missing[0].endswith("auth_token") else "run this where it is, or correct it"
+        )
+        raise UserError(f"{cluster.path}: file_mounts names {missing[0]}, which is not on this machine; {fix}")
     _run(cluster, "up", "--yes")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from ray.job_config import JobConfig
 from adversa import distributed
 from adversa.config import Cluster
 from adversa.types import UserError
+
+KNOCK_SECONDS = 10.0
 
 
 class _Job(JobConfig):
@@ -50,6 +53,8 @@ def start(cluster: Cluster, verbose: bool) -> None:
     shared = {"log_to_driver": verbose, "logging_level": level, "ignore_reinit_error": True, "job_config": _Job()}
     named = distributed.address()
     on_terminate = signal.getsignal(signal.SIGTERM)
+    if named and not ray.is_initialized():
+        _knock(named)
     try:
         if named:
             ray.init(address=named, **shared)
@@ -66,6 +71,20 @@ def start(cluster: Cluster, verbose: bool) -> None:
         raise UserError(f"cannot start {where}: {' '.join(str(e).split())[:300]}; or try --engine local") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # ray puts a handler of its own in its place, which prints stacks and dies
+
+
+def _knock(named: str) -> None:
+    """UserError where nothing listens at HOST:PORT: Ray itself would try for a quarter of an hour. Other forms are left to it."""
+    host, _, port = named.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as e:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={named} ({e}); see whether its head is up (`ray status`), correct the address, "
+            "or unset it to work on this machine"
+        ) from None
 
 
 def stop() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from adversa import control, runs
 from adversa.config import Config, check
-from adversa.lease import LeaseLost, Pulse, Times, place_of
+from adversa.lease import InUse, LeaseLost, Pulse, Times, place_of
 from adversa.loop import cycle
 from adversa.loop.engine import Engine
 from adversa.places import place
@@ -28,6 +28,7 @@ ENDED = ("finished", "stopped", "failed")
 LOOK_SECONDS = 0.5
 # Without a heartbeat. A coordinator that comes back starts slowly, and has waited for the lease of the dead one.
 LOST_SECONDS = 120.0
+PREDECESSOR_SECONDS = 600.0  # that a coordinator which comes back waits for the end of the one before
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,20 @@ class Coordinator:
     # ---- the thread -------------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        first, until = "", time.monotonic() + PREDECESSOR_SECONDS
         try:
-            with control.held(self.run, "coordinator", self._interrupt, self._tell, not self.back, self.times) as reins:
-                self.reins, self.note = reins, ""
-                self.taken.set()
-                self._carry_out()
+            while not self.taken.is_set():
+                try:
+                    with control.held(self.run, "coordinator", self._interrupt, self._tell, not self.back, self.times) as reins:
+                        self.reins, self.note = reins, ""
+                        self.taken.set()
+                        self._carry_out()
+                except InUse as e:
+                    first = first or e.by.owner
+                    if not self.back or e.by.owner != first or time.monotonic() > until:
+                        raise
+                    self.note = one_line(e)  # the one before still beats: its node lost the head, and not the storage
+                    time.sleep(LOOK_SECONDS)
         except UserError as e:  # somebody else has the run, or has it now: its folder is not ours to write to
             self.refused = one_line(e)
         except Exception as e:  # the folder itself fails
@@ -108,7 +118,11 @@ class Coordinator:
 
     def _outcome(self) -> tuple[str, str]:
         """(state, title of the last stage that was worked on)"""
-        control.reins().look(force=True)
+        try:
+            control.reins().look(force=True)
+        except control.Pause:  # of one that comes back
+            runs.set_status(self.run, "paused", command=self._until)
+            control.reins().rest()
         if self._until is None:
             cycle.review(self.config, self.run, self.task.reopen)  # what it sets aside is to be done again
         worked = None
@@ -160,8 +174,8 @@ def follow(run: RunDir, patience: float = LOST_SECONDS) -> dict[str, Any]:
             pulse.look()
         if pulse.still() > patience:
             raise UserError(
-                f"{run.root}: its coordinator has given no sign of life for {patience:.0f} s; see whether the cluster is up, then "
-                "run the same command again: it goes on with the run"
+                f"{run.root}: its coordinator has given no sign of life for {patience:.0f} s; see whether the cluster is up and "
+                "its storage not full, then run the same command again: it goes on with the run"
             )
         time.sleep(LOOK_SECONDS)
 

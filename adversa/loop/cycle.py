@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adversa import control, runs, tracking
+from adversa import control, lease, runs, tracking
 from adversa.config import Config, check, dump
 from adversa.loop import (
     curation,
@@ -48,7 +48,7 @@ def open_run(config: Config, root: Path, reopen: bool = False) -> RunDir:
 
     reopen: as of `review`.
     """
-    return runs.open_run(root.absolute(), recipe_of(config), dump(config), reopen)
+    return runs.open_run(root.absolute(), recipe_of(config), dump(config), reopen, lease.is_worked_on)
 
 
 def review(config: Config, run: RunDir, reopen: bool) -> None:

@@ -241,6 +241,8 @@ def test_ids_name_the_run_and_nothing_else():
         ("/opt/bin/adversa loop --run-dir='/shared/a b'", "/shared/a b"),
         ("python -m adversa.cli train --run-dir /x --seed 1", "/x"),
         ("adversa loop c.yaml", None),
+        ("adversa plan c.yaml --run-dir /x", None),
+        ("python -m adversa.cli pause /x --run-dir /x", None),
         ("adversa loop --run-dir", None),
         ("python train.py --run-dir /x", None),
         ("adversa loop 'unclosed --run-dir /x", None),
@@ -248,6 +250,16 @@ def test_ids_name_the_run_and_nothing_else():
 )
 def test_jobs_that_others_submitted_are_known_by_their_command(entrypoint, run):
     assert jobs.run_of(SimpleNamespace(metadata=None, entrypoint=entrypoint)) == run
+
+
+def test_a_job_whose_command_did_not_wait_is_known():
+    details = SimpleNamespace(
+        submission_id="j", status=SimpleNamespace(value="SUCCEEDED"), message="", driver_exit_code=0, start_time=1, end_time=2,
+        entrypoint="adversa loop --detach --run-dir /x",
+    )  # fmt: skip
+    assert jobs._job(details, "/x").detached and cli_cluster._state(jobs._job(details, "/x")) == "detached"
+    details.entrypoint = "adversa loop --run-dir /x"
+    assert cli_cluster._state(jobs._job(details, "/x")) == "finished"
 
 
 # ---- submitting and following -----------------------------------------------------------------------------------------------

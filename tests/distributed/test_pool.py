@@ -254,5 +254,51 @@ def test_new_nodes_get_actors_and_a_node_that_goes_takes_only_its_own(tmp_path):
     assert tables.read(out, ["index"])["index"].to_pylist() == list(range(1500))
 
 
+def by_gpus(out: Path) -> None:
+    """Half a made-up GPU a sampler: a machine of two GPUs takes four, one of four GPUs and one CPU takes one, the head none."""
+    import ray
+    from ray.cluster_utils import Cluster as Nodes
+
+    from adversa.config import Cluster
+    from adversa.distributed.engine import RayEngine
+    from adversa.loop import sizes
+
+    small = {"object_store_memory": 100 << 20, "include_dashboard": False}
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, **small})
+    nodes.add_node(num_cpus=4, num_gpus=2, **small)
+    nodes.add_node(num_cpus=1, num_gpus=4, **small)
+    os.environ["RAY_ADDRESS"] = nodes.address
+    engine = RayEngine(Cluster(gpus_per_sampler=0.5), out.parent, 12)
+    try:
+        assert engine.samplers() == 5
+        engine.map_parts(partial(make_telling, out.parent, 5), [Part(i, 1) for i in range(100)], out, lambda state: None)
+        told = [path.read_text().split() for path in out.parent.glob("place-*")]
+        machines = {n["NodeID"]: n["Resources"].get("GPU", 0) for n in ray.nodes()}
+        here = sorted((int(machines[node]), gpu) for node, gpu in told)
+        assert [gpus for gpus, _ in here] == [2, 2, 2, 2, 4], here
+        assert [gpu for gpus, gpu in here if gpus == 2] == ["0", "0", "1", "1"], here
+        asked = [sizes.Node("", n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in ray.nodes()]
+        assert sum(sizes.samplers_on(n.cpus, n.gpus, engine.cluster, True) for n in asked) == 5  # what `adversa plan` says
+    finally:
+        engine.close()
+        nodes.shutdown()
+
+
+def make_telling(folder: Path, samplers: int):
+    """Says on which node and GPU it is; begins when all have."""
+    import ray
+
+    (folder / f"place-{os.getpid()}").write_text(f"{ray.get_runtime_context().get_node_id()} {os.environ['CUDA_VISIBLE_DEVICES']}")
+    while len(list(folder.glob("place-*"))) < samplers:
+        time.sleep(0.1)
+    return write
+
+
+def test_samplers_are_placed_by_gpus_machine_by_machine(tmp_path):
+    done = subprocess.run([sys.executable, __file__, str(tmp_path / "out"), "gpus"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tables.read(tmp_path / "out", ["index"])["index"].to_pylist() == list(range(100))
+
+
 if __name__ == "__main__":
-    come_and_go(Path(sys.argv[1]))
+    (by_gpus if sys.argv[2:] == ["gpus"] else come_and_go)(Path(sys.argv[1]))

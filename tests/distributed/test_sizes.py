@@ -158,3 +158,17 @@ def test_a_launch_whose_controller_dies_is_made_anew_with_what_is_left(started, 
         with pytest.raises(UserError, match=r"Ray Train was lost 3 times \(its node died\); run the same command again"):
             engine.fit(left)
     assert len(asked) == launches and asked[0][0] == "a" and (deaths == 0 or asked[1][0] == "b")
+
+
+def test_a_head_that_is_down_is_told_at_once(monkeypatch):
+    import socket
+
+    from adversa.distributed import start
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{s.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", nobody)
+    monkeypatch.setattr(start.ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=rf"no Ray cluster answers at RAY_ADDRESS={nobody} \(.*refused.*\); see whether"):
+        start.start(Cluster(), False)

@@ -188,3 +188,28 @@ def test_following_ends_with_the_run_or_with_our_patience(run):
         runs.set_status(folder, "running", "train")
     with pytest.raises(UserError, match="has given no sign of life for 1 s; see whether the cluster is up"):
         follow(folder, 1.0)
+
+
+def test_one_that_comes_back_to_a_paused_run_rests_until_it_is_resumed(run, work):
+    config, folder = run
+    work(lambda config, run: None)
+    control.wish(folder, control.PAUSE)
+    found = coordinate(*run, Idle, back=True)
+    until = time.monotonic() + 20
+    while (runs.read_json(folder.status) or {}).get("state") != "paused":
+        assert time.monotonic() < until and not found.over.is_set()
+        time.sleep(0.05)
+    control.wish(folder, control.GO)
+    assert ended(found)["state"] == "stopped"  # no report yet
+
+
+def test_one_that_comes_back_waits_for_the_end_of_the_one_before(run, work):
+    """Its node has lost the head and not the storage. A new one is refused at once."""
+    config, folder = run
+    work(lambda config, run: None)
+    with control.held(folder, "coordinator", never, times=TIMES):
+        found = coordinate(*run, Idle, back=True)
+        new = coordinate(*run, Idle)
+        assert new.over.wait(5) and "is being worked on by coordinator-" in new.refused
+        assert not found.over.wait(1) and "is being worked on by coordinator-" in found.note
+    assert ended(found)["state"] == "stopped" and found.refused is None
