@@ -176,7 +176,8 @@ def test_pause_resume_stop_and_errors(go):
     words = [sys.executable, "-m", "adversa.cli"]
 
     def adversa(command, *more):
-        done = subprocess.run([*words, command, str(run.root), *more], capture_output=True, text=True, timeout=200)
+        wide = os.environ | {"COLUMNS": "200"}
+        done = subprocess.run([*words, command, str(run.root), *more], capture_output=True, text=True, timeout=200, env=wide)
         return done.returncode, done.stdout + done.stderr
 
     wait_for(has(run, "data/progress.json"))

@@ -98,7 +98,9 @@ class Head:
     def adversa(self, *words: object) -> subprocess.Popen[str]:
         command = [sys.executable, "-u", "-m", "adversa.cli", *map(str, words), "--cluster", str(self.cluster)]
         out = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env=self.shell, stdout=out, stderr=subprocess.STDOUT, text=True)
+        # Ctrl-C as in a terminal: a shell starts what is in the background deaf to it, these tests too.
+        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        return subprocess.Popen(command, cwd=self.folder, env=self.shell, stdout=out, stderr=subprocess.STDOUT, text=True, **heard)
 
     def run(self, *words: object) -> tuple[int, str]:
         process = self.adversa(*words)
@@ -168,7 +170,7 @@ def test_submit_detach_find_again_stop_resume(head, config):
 
     first.send_signal(signal.SIGINT)  # the laptop's lid
     code, said = ended(first)
-    assert code == 130 and "goes on. Come back: adversa watch" in said and "Stop it: adversa stop" in said
+    assert code == 130 and "goes on. Come back: adversa watch" in said and "Stop it: adversa stop" in said, said
     data = (run / "data" / "manifest.json").read_text()
 
     code, said = head.run("status", NAME)
@@ -219,6 +221,16 @@ def test_faults_on_this_side_are_one_line_and_submit_nothing(head, config):
     ):
         code, said = head.run(*words)
         assert code == 2 and line in said and said.count("\n") == 1, said
+
+
+def test_a_plan_is_made_where_the_run_would_work(head, config):
+    code, said = head.run("plan", config, "--run-dir", "planned", *SHORT, "--json", head.folder / "plan.json")
+    assert code == 0 and "Where it runs" in said and "How long" in said, said
+    figures = json.loads((head.folder / "plan.json").read_text())
+    assert [s["stage"] for s in figures["stages"]][:2] == ["prepare", "train"]
+    assert not (head.folder / "runs" / "planned").exists()
+    code, said = head.run("plan", config, "--set", "cluster.sampler_threads=64")
+    assert code == 2 and "error: cluster.sampler_threads 64: there are 2 CPUs" in said, said
 
 
 def test_rays_own_tool_submits_it_too(head, config):
