@@ -90,7 +90,9 @@ def begin(task: Task, page: Callable[[Path], Path], say: Callable[[str], None]) 
     place = {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=True)} if head else {}
     # Not repeated: a question to a dead actor is asked anew. Threads: one for each question, the work has its own.
     kind = ray.remote(num_cpus=0, max_restarts=RESTARTS, max_task_retries=0, max_concurrency=16)(CoordinatorActor)
-    options = {"name": name_of(task.root), "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True} | place
+    # What frees a dead training's CPUs and GPUs asks a dashboard, and where a machine has several Rays it would ask the wrong one.
+    told = {"runtime_env": {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}}
+    options = {"name": name_of(task.root), "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True} | place | told
     for left in reversed(range(TRIES)):
         actor = kind.options(**options).remote(task, page)
         try:
