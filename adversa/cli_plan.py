@@ -177,14 +177,17 @@ def _hours(seconds: float) -> str:
 
 def notes(at: Placement, costs: Sequence[Cost], measured: Mapping[Any, Measured], images: int) -> list[str]:
     """What must be known to read the tables."""
-    from adversa.loop.planning import DOUBT
+    from adversa.loop.planning import DOUBT, doubt
 
     seconds = max(m.seconds for m in measured.values())
     scaled = sorted({kind for m in measured.values() for kind, t in m.timings.items() if t.scaled})
     found = [
-        f"From {seconds:.0f} s of measurement; {images} images. The range is what measured steps differ by, times {DOUBT:g} for "
-        "what so short a look cannot see; its lower end has no painted image, for mining may find any number up to the bound."
+        f"From {seconds:.0f} s of measurement; {images} images. The range is what measured steps differ by, from 1/{DOUBT:g} to "
+        f"{doubt(measured):g} of it for what so short a look cannot see; its lower end has no painted image, for mining may find "
+        "any number up to the bound."
     ]
+    if doubt(measured) > DOUBT:
+        found.append("Without a GPU, Ray's processes share the cores with the work: expect the upper half of the range.")
     if scaled:
         found.append(f"Scaled from smaller batches, a whole one took too long: {', '.join(scaled)}.")
     if (share := min((m.share for m in measured.values() if m.device == "cpu"), default=1.0)) < BUSY:

@@ -25,6 +25,9 @@ from adversa.types import PAINTED, ROLES
 PNG_BYTES = 2.0  # of a pixel in a run's images: 1.75 painted phantoms, 1.85 real ones with their masks
 # Of the estimate, beside what the steps of a measurement differ: work that is not timed, other work on the machine, a longer time.
 DOUBT = 1.35
+# Without a GPU, upwards: Ray's processes, the decoding of images and evaluations share the cores with the steps. The demo's stages
+# took 1.3 to 2.2 times their measured steps, 1.9 in the middle (two cores; benchmarks/LOG.md, 2026-11-22).
+CPU_DOUBT = 2.2
 CONTEXT = 600 << 20  # bytes that a process takes of a GPU before its first tensor
 KEYS = {"paint": "generate", "judge": "curate.judge"}  # sections of the configuration, where they are named otherwise
 COPIES = 5  # of a network's float32 weights in a training: itself, its gradient, two of AdamW, the average
@@ -223,7 +226,7 @@ STARTS = {
 def costs(config: Config, run: RunDir, role: Mapping[str, int], at: Placement, measured: Mapping[object, Measured]) -> list[Cost]:
     """Of every stage. measured: by kind of node."""
     found = []
-    start = max(m.start for m in measured.values())
+    start, above = max(m.start for m in measured.values()), doubt(measured)
     for stage in stages(config, run):
         works, done = tuple(work_of(stage, config, run, role)), stage.is_finished
         wall = device = Range(0, 0, 0)
@@ -232,7 +235,8 @@ def costs(config: Config, run: RunDir, role: Mapping[str, int], at: Placement, m
             device += seconds
             wall += Range(*(s / lanes for s in (seconds.low, seconds.mid, seconds.high)))
         if not done and works:  # new processes import before they work
-            wall += _doubted(Range(*(STARTS.get(stage.command, 0) * start,) * 3))
+            wall += Range(*(STARTS.get(stage.command, 0) * start,) * 3)
+        wall, device = (Range(r.low / DOUBT, r.mid, r.high * above) for r in (wall, device))
         found.append(Cost(stage, works, wall, device, done))
     return found
 
@@ -259,11 +263,12 @@ def _of(work: Work, at: Placement, measured: Mapping[object, Measured]) -> tuple
 def _times(work: Work, timing: Timing, count: int = 1) -> Range:
     """A training's step takes `count` devices its time. Of what is only bounded there may be none."""
     amount = work.amount * count
-    return _doubted(Range(0 if work.bound else amount * timing.fast, amount * timing.seconds, amount * timing.slow))
+    return Range(0 if work.bound else amount * timing.fast, amount * timing.seconds, amount * timing.slow)
 
 
-def _doubted(r: Range) -> Range:
-    return Range(r.low / DOUBT, r.mid, r.high * DOUBT)
+def doubt(measured: Mapping[object, Measured]) -> float:
+    """By what the slowest measured steps are multiplied for the upper end of an estimate."""
+    return CPU_DOUBT if any(m.device == "cpu" for m in measured.values()) else DOUBT
 
 
 def total(found: Sequence[Cost]) -> tuple[Range, Range]:

@@ -134,6 +134,16 @@ def test_time_is_work_over_lanes_and_a_trainings_devices_are_its_workers(tiny, t
     assert wall.mid == pytest.approx(sum(c.seconds.mid for c in found.values())) and wall.low < wall.mid < wall.high
 
 
+def test_the_range_reaches_further_up_where_the_work_shares_cores_with_ray(tiny, tmp_path):
+    config, run, node = tiny(), RunDir(tmp_path / "run"), Node("n", 4)
+    at = planning.placement([node], config)
+    for device, above in (("cpu", 2.2), ("H100", 1.35)):
+        known = {node.kind: replace(measured(0.5), device=device, start=0.0)}
+        found = {c.stage.command: c.seconds for c in planning.costs(config, run, planning.roles(config, 300), at, known)}
+        assert found["train"].high == pytest.approx(found["train"].mid * 2 * above)  # the slowest step took twice the median
+        assert found["train"].low == pytest.approx(found["train"].mid / 2 / 1.35)
+
+
 def test_a_training_waits_for_the_slowest_and_samplers_add_up(tiny, tmp_path):
     config, run = tiny(cluster={"training_workers": 6}), RunDir(tmp_path / "run")
     fast, slow = Node("fast", 4), Node("slow", 3)
