@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +77,7 @@ FAULTS = (
 
 def reads_run(command: Callable[..., T]) -> Callable[..., T]:
     """For commands that only look into a run's folder, which may come from anywhere and say anything: where it does not say what
-    adversa writes there, that is told in one line, with the place in the code. ADVERSA_TRACEBACK=1 shows the rest.
+    adversa writes there, that is told in one line, with the place in the code; the traceback goes into a temporary file.
     """
 
     @functools.wraps(command)
@@ -89,14 +89,14 @@ def reads_run(command: Callable[..., T]) -> Callable[..., T]:
         except (UserError, typer.Exit, typer.Abort):
             raise
         except FAULTS as e:
-            if os.environ.get("ADVERSA_TRACEBACK"):
-                raise
+            with tempfile.NamedTemporaryFile("w", prefix="adversa-traceback-", suffix=".txt", delete=False) as kept:
+                kept.write("".join(traceback.format_exception(e)))
             at = traceback.extract_tb(e.__traceback__)[-1]
             what = " ".join(f"{type(e).__name__}: {e}".split())[:200]
             raise UserError(
                 "the folder does not hold what this version of adversa writes there "
                 f"({what}; {Path(at.filename).name}:{at.lineno}); if adversa made it and nothing else changed it, that is a fault "
-                "of adversa: ADVERSA_TRACEBACK=1 shows the rest"
+                f"of adversa, and {kept.name} has the traceback"
             ) from None
 
     return wrapped

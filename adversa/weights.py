@@ -73,6 +73,8 @@ def load_checkpoint(folder: Place) -> dict[str, Any] | None:
     source = path if isinstance(path, Path) else io.BytesIO(path.read_bytes())
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
+    except (MemoryError, OSError):  # of the machine, not of the file: what is there may be days of work
+        raise
     except Exception as e:  # whatever torch's readers raise of a torn file, or of one that would run code
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
         raise UserError(f"{path} is no training state ({why}); delete it: the training then begins anew") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -409,3 +411,33 @@ def test_the_folder_a_command_is_started_in_lends_no_modules(run, mark, unharmed
     assert done.returncode == 0 and "version" in done.stdout, done.stderr
     assert sys.executable in launcher.RAY
     unharmed()
+
+
+@pytest.mark.parametrize("fault", [MemoryError("all taken"), OSError(errno.EIO, "Input/output error")])
+def test_a_fault_of_the_machine_is_not_said_to_be_the_training_states(tmp_path, monkeypatch, fault):
+    """Whoever is told to delete it loses days."""
+    import torch
+
+    weights.save_checkpoint(tmp_path, {"step": 3})
+
+    def fail(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(fault)):
+        weights.load_checkpoint(tmp_path)
+
+
+def test_the_traceback_of_a_fault_that_is_told_in_one_line_is_kept(tmp_path, monkeypatch):
+    from adversa.cli_options import reads_run
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    @reads_run
+    def command():
+        raise KeyError("nearest")
+
+    with pytest.raises(UserError, match=r"KeyError: 'nearest'; test_hostile.py:\d+.*has the traceback") as told:
+        command()
+    kept = next(tmp_path.glob("adversa-traceback-*.txt"))
+    assert str(kept) in str(told.value) and "raise KeyError" in kept.read_text()

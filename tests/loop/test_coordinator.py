@@ -125,10 +125,10 @@ def test_one_that_loses_the_run_writes_nothing_more(run, work, monkeypatch):
 
 def test_work_that_does_not_look_ends_with_its_process_and_is_stopped(run, work, monkeypatch):
     monkeypatch.setattr(control, "GRACE_SECONDS", 0.3)
-    told, go_on = threading.Event(), threading.Event()
-    work(lambda config, run: go_on.wait(20))
+    told, begun, go_on = threading.Event(), threading.Event(), threading.Event()
+    work(lambda config, run: begun.set() or go_on.wait(20))
     found = coordinate(*run, Idle, told.set)
-    assert found.taken.wait(10)
+    assert begun.wait(10)  # or it would be stopped before it works, and end by itself
     found.stop()
     assert told.wait(10)
     assert runs.read_json(run[1].status)["state"] == "stopped" and not (run[1].root / "lease.json").exists()
