@@ -114,6 +114,32 @@ def loop(
 
 @app.command()
 @exits
+def sweep(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; none: one on built-in pictures.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the number of trials and an estimate of device-hours; begin nothing.")
+    ] = False,
+    run_dir: RunPath = None, set_: Overrides = None, seed: Seed = None, engine: EngineName = "ray", verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """How much synthetic data? A grid of real images x ratio x arm x seed, with dose-response curves. Run it again to resume."""
+    from adversa import cli_sweep
+    from adversa.screen import Screen
+
+    if not dry_run:
+        cli_sweep.sweep(config, run_dir, set_ or [], seed, engine, verbose, Screen())
+        return
+    from rich.console import Console
+
+    from adversa.loop.measure import SECONDS
+    from adversa.runs import RunDir
+
+    with stoppable("nothing was begun. Again"):
+        asked, root = cli_sweep.settings(config, run_dir, set_ or [], seed)
+        cli_sweep.dry_run(asked, RunDir(root), Console(), SECONDS)
+
+
+@app.command()
+@exits
 def plan(
     config: ConfigPath = None, run_dir: RunPath = None, set_: Overrides = None, rounds: Rounds = None, seed: Seed = None,
     cluster: ClusterPath = None,

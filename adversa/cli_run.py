@@ -97,28 +97,40 @@ def _machine() -> list[Any]:
 
 def _here(command: str, config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any, reopen: bool) -> str:
     """Work on the run in this process: the title of the last stage it worked on, "" where there was none."""
+    worked = hold(
+        command, run, screen, lambda: _cycle(command, config, run, engine_name, verbose, screen, reopen),
+        lambda: "finished" if run.summary.exists() else "stopped",
+    )  # fmt: skip
+    return worked.title if worked is not None else ""
+
+
+def hold(command: str, run: RunDir, screen: Any, work: Callable[[], Any], ended: Callable[[], str], **told: Any) -> Any:
+    """What `work()` returns, done while this process holds the run; status.json says how it ended. typer.Exit where it was stopped.
+
+    ended: the state of a run whose work came to its end; told: what else status.json is to say.
+    """
     from adversa import control, runs
     from adversa.lease import LeaseLost
 
     try:
         with _terminable(), control.held(run, command, _interrupt, lambda text: _say(screen, text)) as reins:
             try:
-                worked = _cycle(command, config, run, engine_name, verbose, screen, reopen)
+                found = work()
             except KeyboardInterrupt as stop:
                 reins.ending = True
                 if reins.lease.lost is not None:
                     raise reins.lease.lost from None
-                runs.set_status(run, "stopped")
+                runs.set_status(run, "stopped", **told)
                 raise _stopped(screen, KeyboardInterrupt() if control.read(run).wish == control.STOP else stop) from None
             except LeaseLost:
                 raise
             except Exception as e:
-                _note_failure(run, e)
+                _note_failure(run, e, **told)
                 raise
-            runs.set_status(run, "finished" if run.summary.exists() else "stopped")
+            runs.set_status(run, ended(), **told)
     except KeyboardInterrupt as stop:  # before it was ours
         raise _stopped(screen, stop) from None
-    return worked.title if worked is not None else ""
+    return found
 
 
 def _on_cluster(command: str, config: Config, run: RunDir, verbose: bool, screen: Any, reopen: bool, detach: bool) -> str:
@@ -212,7 +224,7 @@ def _cycle(command: str, config: Config, run: RunDir, engine_name: str, verbose:
     if not cycle.todo(config, run, until):
         return None
     with console.Watch(screen, config, run):
-        engine = _engine(engine_name, config, run, verbose)
+        engine = engine_of(engine_name, config, run, verbose)
         try:
             return cycle.run(config, run, engine, page.write, until, since=STARTED, reopen=reopen)
         finally:
@@ -235,10 +247,10 @@ def engines(name: str, verbose: bool) -> Callable[[Config, RunDir], Engine]:
 
     if name not in ("ray", "local"):
         raise UserError(f"--engine {name}: use ray or local")
-    return lambda config, run: _engine(name, config, run, verbose)
+    return lambda config, run: engine_of(name, config, run, verbose)
 
 
-def _engine(name: str, config: Config, run: RunDir, verbose: bool) -> Engine:
+def engine_of(name: str, config: Config, run: RunDir, verbose: bool) -> Engine:
     if name == "local":
         from adversa.loop.engine import LocalEngine
 
@@ -248,13 +260,13 @@ def _engine(name: str, config: Config, run: RunDir, verbose: bool) -> Engine:
     return RayEngine(config.cluster, run.root, config.data.resolution**2 * 3, verbose)
 
 
-def _note_failure(run: RunDir, error: Exception) -> None:
+def _note_failure(run: RunDir, error: Exception, **told: Any) -> None:
     """Leave the reason where `status` finds it; a full disk must not hide the first error behind a second."""
     from adversa import runs
     from adversa.types import UserError
 
     try:
-        runs.set_status(run, "failed", error=" ".join(str(error).split())[:2000])
+        runs.set_status(run, "failed", error=" ".join(str(error).split())[:2000], **told)
     except (UserError, OSError) as e:
         error.add_note(f"status.json could not be written either ({e})")
 

@@ -6,6 +6,7 @@ A default lives here and nowhere else. An unknown key stops the run and names th
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,31 @@ def _local(value: str | None) -> str | None:
 WeightPath = Annotated[str | None, AfterValidator(lambda v: os.path.expanduser(v) if v else v)]
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
 Trackers = Annotated[list[Tracker], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+AUTO = "auto"
+
+
+def _ratio(value: Any) -> float | str:
+    """One fault in words, where pydantic would tell what each side of the union has against a value."""
+    try:
+        number = None if isinstance(value, bool | bytes) else float(value)  # YAML reads 1e-3 as text
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if value == AUTO:
+        return AUTO
+    if number is None or not math.isfinite(number) or number < 0:
+        raise ValueError("must be a finite number of at least 0, or auto")
+    return number
+
+
+def _ratios(values: list[float]) -> list[float]:
+    if len(set(values)) != len(values):
+        raise ValueError("names a ratio twice")
+    if 0 not in values or len(values) < 2:
+        raise ValueError("must hold 0, which asks whether images help at all, and at least one other ratio")
+    return sorted(abs(v) for v in values)  # -0 is 0
+
+
+Ratios = Annotated[list[Annotated[float, Field(ge=0)]], AfterValidator(_ratios)]
 
 
 class Section(BaseModel):
@@ -366,7 +392,17 @@ class Mix(Section):
     arms: list[Literal["real", "resample", "replay", "unguided", "guided"]] = Field(
         ["real", "replay", "unguided", "guided"], min_length=1, description="what classifiers are trained on, and compared"
     )
-    synthetic_ratio: float = Field(0.5, ge=0, description="at most so many synthetic images (or repeats) a real training image")
+    synthetic_ratio: Annotated[float | Literal["auto"], BeforeValidator(_ratio)] = Field(
+        0.5,
+        description="at most so many synthetic images (or repeats) a real training image; auto: chosen on select in every round",
+    )
+    ratios: Ratios = Field([0.0, 0.5, 1.0, 2.5, 5.0], description="auto: the ratios that are tried")
+    patience: int | None = Field(
+        2,
+        ge=1,
+        description="auto: a class gets no more images after so many rounds in a row in which they did not help it; null: never "
+        "stops",
+    )
     fold_mined: Literal["all", "none"] = Field("all", description="the mined real images enter training in every arm, or in none")
 
     @property
@@ -378,6 +414,11 @@ class Mix(Section):
     def mines(self) -> bool:
         """Whether there is a round: more than the classifiers of the arm `real`."""
         return any(arm != "real" for arm in self.arms)
+
+    def recipe(self) -> dict[str, Any]:
+        """For a run's recipe: without what only auto reads where the ratio is a number, as before there was auto."""
+        unread = set() if self.synthetic_ratio == AUTO else {"ratios", "patience"}
+        return self.model_dump(mode="json", exclude=unread)
 
 
 class Evaluate(Section):
@@ -418,6 +459,68 @@ class Quality(Section):
         return self
 
 
+class Search(Section):
+    """`adversa sweep` as an ordinary search of Ray Tune: one cell, one arm, trials drawn from a space."""
+
+    space: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        description="dotted key of classifier or generate, or ratio: {choice: [..]}, {loguniform: [a, b]}, ...: ray.tune's names",
+    )
+    samples: int = Field(20, ge=1, description="trials")
+    searcher: str = Field("random", description="a searcher of Ray Tune by name; most need a package of their own")
+    searcher_args: dict[str, Any] = {}
+    scheduler: str = Field("fifo", description="a scheduler of Ray Tune by name: fifo, asha, median_stopping_rule, ...")
+    scheduler_args: dict[str, Any] = {}
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str | int | float) and not isinstance(value, bool) else value
+
+
+Count = Annotated[int, Field(ge=1, strict=True)] | Literal["all"]
+Ratio = Annotated[float, Field(ge=0)]
+
+
+class Sweep(Section):
+    """`adversa sweep`: how much synthetic data helps, by the number of real images, the ratio and the arm."""
+
+    real: Annotated[list[Count], BeforeValidator(_one_or_many), Field(min_length=1)] = Field(
+        [1, 8, 16, 32, 64, 128, "all"], description="real images of train a class; each smaller set is part of the larger ones"
+    )
+    scarce: Literal["fail", "all"] = Field("fail", description="a class with fewer images than asked: stop, or take all it has")
+    ratios: Annotated[list[Ratio], BeforeValidator(_one_or_many), Field(min_length=1)] = Field(
+        [0, 1, 2.5, 5, 10, 20, 50], description="synthetic images (or repeats) a real one, in each class; 0 is the arm real"
+    )
+    arms: Annotated[list[Literal["replay", "unguided", "guided"]], BeforeValidator(_one_or_many), Field(min_length=1)] = [
+        "replay", "unguided", "guided",
+    ]  # fmt: skip
+    strategies: Annotated[
+        list[Literal["sample", "vary", "inpaint", "outpaint", "inout", "blend"]] | None, BeforeValidator(_one_or_many)
+    ] = Field(None, description="of the guided arm, each an arm of its own; null: generate.strategy")
+    denoiser_sees: Annotated[list[Literal["subset", "all"]], BeforeValidator(_one_or_many), Field(min_length=1)] = Field(
+        ["subset"],
+        description="real images a cell's denoiser is trained on: the cell's own, all of train (Sagers et al. 2023), or both",
+    )
+    seeds: int = Field(3, ge=1, le=100, description="classifiers a point of the grid, paired by seed")
+    subset_seed: int = Field(0, ge=0, description="which real images a cell has")
+    overdraw: float = Field(1.5, ge=1, le=100, description="images painted for each one wanted: the gate turns some down")
+    metric: Literal["balanced_accuracy", "accuracy", "auroc_macro", "worst_class"] = "balanced_accuracy"
+    bootstrap: int = Field(2000, ge=200, description="resamples of seeds and lesions for bands and intervals")
+    max_trials: int = Field(1000, ge=1, description="a larger grid is refused")
+    keep_models: bool = Field(False, description="keep every trial's classifier; false: its predictions alone")
+    search: Search | None = Field(None, description="null: the grid")
+
+    @model_validator(mode="after")
+    def _grid(self) -> Sweep:
+        for name in ("real", "ratios", "arms", "strategies", "denoiser_sees"):
+            values = getattr(self, name)
+            if values is not None and len(set(values)) != len(values):
+                raise ValueError(f"{name} {values} names a value twice")
+        if self.strategies is not None and "guided" not in self.arms:
+            raise ValueError(f"strategies {self.strategies} are of the arm guided, which is not in arms {self.arms}; add it")
+        return self
+
+
 class Cluster(Section):
     """How work is spread. No part of a run's recipe: it may change between attempts.
 
@@ -434,6 +537,8 @@ class Cluster(Section):
     training_workers_min: int | None = Field(None, ge=1, description="go on with as few when workers are lost; null: wait for all")
     training_attempts: int = Field(3, ge=1, description="starts of a training whose workers die before the run fails")
     sampler_threads: int = Field(1, ge=1, description="torch threads of a sampler on CPUs")
+    trials: int | None = Field(None, ge=1, description="trials of a sweep at a time; null: as many as the GPUs, or CPUs, allow")
+    gpus_per_trial: float = Field(1.0, gt=0, le=1, description="where there are GPUs: 0.5 puts two trials on each")
     pin_samplers: bool = Field(False, description="keep each sampler on cores of its own (Linux); where nothing else runs there")
     attempts: int = Field(3, ge=1, description="tries a part of generation before each of its requests is tried by itself")
 
@@ -460,6 +565,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     quality: Quality = Quality()
     tracking: Trackers = Field([], description="metrics of every training, sent there as well; one name, or a list of them")
+    sweep: Sweep = Sweep()
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
@@ -482,6 +588,7 @@ class Config(Section):
             raise ValueError(f"mix.arms {self.mix.arms} names an arm twice")
         if "real" not in self.mix.arms:
             raise ValueError("mix.arms must contain real: it is what the other arms are compared with")
+        self._check_ratio()
         if self.mine.scorer == "bald" and self.evaluate.seeds < 2:
             raise ValueError(f"mine.scorer bald measures how seeds disagree; set evaluate.seeds {self.evaluate.seeds} to 2 or more")
         if "replay" in self.mix.arms and self.mix.fold_mined == "none":
@@ -497,6 +604,19 @@ class Config(Section):
                 "take null, or one arm"
             )
         return self
+
+    def _check_ratio(self) -> None:
+        ratio, others = self.mix.synthetic_ratio, [arm for arm in self.mix.arms if arm != "real"]
+        if ratio == AUTO and not others:
+            raise ValueError(
+                "mix.synthetic_ratio auto chooses how many images are added, and mix.arms [real] adds none; give a number, or add "
+                "an arm such as guided"
+            )
+        if ratio == 0 and others:
+            raise ValueError(
+                f"mix.synthetic_ratio 0 leaves the arms {', '.join(others)} without images; give a ratio above 0, auto, or "
+                "mix.arms=[real]"
+            )
 
     def _check_classifier(self, name: str, section: Classifier) -> None:
         """Here and not in the section: what a trained model was given is read again with `weights` null (classify.model.load)."""

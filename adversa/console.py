@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from adversa import control, lease, runs
+from adversa import console_sweep, control, lease, runs
 from adversa.config import Config
 from adversa.loop.stages import Stage, plan, trained
 from adversa.places import StoreError
@@ -28,6 +28,7 @@ from adversa.types import ARMS, BEFORE
 
 LOG_SECONDS = 15.0
 SHARES_SHOWN = 8
+RUNNING_SHOWN = 3
 MEASURES = ("precision", "recall", "density", "coverage")
 
 
@@ -56,7 +57,7 @@ class Task:
 def tasks(run: RunDir, stage: Stage) -> list[Task]:
     """The steps of a stage that have begun and are not finished."""
     found = []
-    for folder in stage.folders:
+    for folder in stage.folders if stage.progress is None else (stage.progress,):
         state = runs.read_json(folder / runs.PROGRESS) if folder.suffix == "" and not runs.is_finished(folder) else None
         if state is not None and "done" in state:
             rate = state.get("images_per_second", state["rate"])  # of the pool: lately, not since its workers began to start
@@ -73,7 +74,9 @@ def details(state: dict[str, Any]) -> tuple[str, ...]:
     if "shares" in state:
         found += shares(state["shares"], state["workers"])
     if state.get("failed"):
-        found.append(f"{state['failed']} failed, the last {state['last_failed']}")
+        found.append(f"{state['failed']} failed" + (f", the last {state['last_failed']}" if "last_failed" in state else ""))
+    if names := state.get("running"):
+        found.append("now " + ", ".join(names[:RUNNING_SHOWN]) + (", ..." if len(names) > RUNNING_SHOWN else ""))
     return (*found, *([state["note"]] if state.get("note") else []))
 
 
@@ -148,7 +151,8 @@ def view(config: Config, run: RunDir) -> RenderableType:
     restarted = f", {again} restart{'s' if again > 1 else ''} after {clock(lost)} without work" if again else ""
     head = Text.assemble((str(run.root), "bold"), "  ", (state, colours.get(state, "cyan")), f"  {wall} so far{restarted}")
     items: list[RenderableType] = [head, stage_table(config, run, state)]
-    if (scores := score_table(config, run)) is not None:
+    scores = console_sweep.table(config, run) if status.get("command") == "sweep" else score_table(config, run)
+    if scores is not None:
         items += ["", scores]
     if status.get("error") and state == "failed":
         items += ["", Text(status["error"], "red")]

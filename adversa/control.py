@@ -82,6 +82,16 @@ def recorded(run: RunDir) -> dict[int, dict[str, Any]]:
     return {int(n): values for n, values in (runs.read_json(run.root / SETTINGS) or {}).items()}
 
 
+def setting(run: RunDir, name: str, own: Any, rounds: int) -> list[Any]:
+    """A setting of CHANGEABLE in the rounds 1 .. `rounds`: as recorded of those that have begun, of others as it is wished now.
+
+    own: the run's own value.
+    """
+    every, wished = recorded(run), read(run).settings.get(name, own)
+    values = {n: every.get(n, {}).get(name, own) for n in range(1, rounds + 1)}
+    return [value if value == wished or run.round(n).exists() else wished for n, value in values.items()]
+
+
 def run_id(name: str, run: RunDir, number: int) -> str:
     """What a round's request ids are made of: the run's id, and the settings that were changed for this round or one before."""
     changed = {n: sorted(values.items()) for n, values in recorded(run).items() if n <= number}

@@ -219,6 +219,9 @@ def open_run(
             write_json(run.recipe, {"recipe": recipe, "created": now()})
             replace_bytes(run.config, config_yaml.encode())
         return run
+    if ("sweep" in saved.get("recipe", {})) != ("sweep" in recipe):
+        kinds = ("a sweep", "a run of the loop") if "sweep" in saved.get("recipe", {}) else ("a run of the loop", "a sweep")
+        raise UserError(f"{root} holds {kinds[0]}, this command is for {kinds[1]}; give another --run-dir")
     changed = differences(saved.get("recipe", {}), recipe)
     idle = bool(changed) and not (busy or is_locked)(run)
     if changed and _may_change(run, changed) and idle:
@@ -380,7 +383,7 @@ def lock_file(run: RunDir) -> Path:
 def lock(run: RunDir) -> Iterator[None]:
     """Hold the run for this process; the kernel lets go when the process dies, however it dies. See lock_file; lease.py holds it
     against all others."""
-    with open(lock_file(run), "a", opener=_opener) as f:
+    with open(lock_file(run), "a", opener=no_link) as f:
         for tries_left in (4, 3, 2, 1, 0):  # `status` holds a shared lock for a moment
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -402,7 +405,7 @@ def lock(run: RunDir) -> Iterator[None]:
         yield
 
 
-def _opener(path: str, flags: int) -> int:
+def no_link(path: str, flags: int) -> int:
     """Not through a link: in a temporary folder, or a folder from a stranger, it may lead to a file of this user's."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 

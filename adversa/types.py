@@ -118,10 +118,10 @@ class Verdict:
     """Whether a painted image may enter training, and why not, with every number and its limit (curate.gate).
 
     A number is NaN where it is not known, a limit None where the check is off. contrast: standard deviation of brightness, grey
-    levels; clipped: share of values that are 0 or 255; agreement: the judge's p[label], to lie in [least, most]; realism and
-    realism_2: distance to the manifold of real images in two feature spaces (curate.realism); similarity: to the `nearest` real
-    image in pixels, similarity_2: to nearest_2 in features; twin: the synthetic image of the same arm that it repeats; place:
-    which of its source's images it is, from 1, in the order of ids.
+    levels; clipped: share of values that are 0 or 255; agreement: the judge's p[label], to lie in [least, most] (least None: there
+    was no judge); realism and realism_2: distance to the manifold of real images in two feature spaces (curate.realism);
+    similarity: to the `nearest` real image in pixels, similarity_2: to nearest_2 in features; twin: the synthetic image of the same
+    arm that it repeats; place: which of its source's images it is, from 1, in the order of ids.
     """
 
     request_id: str
@@ -136,7 +136,7 @@ class Verdict:
     clipped: float = math.nan
     clipped_limit: float | None = None
     agreement: float = math.nan
-    agreement_least: float = math.nan
+    agreement_least: float | None = math.nan
     agreement_most: float = math.nan
     realism: float = math.nan
     realism_limit: float | None = None

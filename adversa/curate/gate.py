@@ -30,7 +30,8 @@ EVERY_REASON = (
 class Limits:
     """What an image must keep to. None turns a check off (its number is still written where it is known).
 
-    agreement: the judge's p[label] must lie in [least, most]. What lies above is trivial: surer than real images are.
+    agreement: the judge's p[label] must lie in [least, most] (least None: there is no judge). What lies above is trivial: surer
+    than real images are.
     realism, realism_2: largest ratio to the manifold in each feature space, one number a class [K] (`realism.limits`).
     near_copy, near_copy_features, twin: similarity from which on (`NearCopy.threshold`, `NearFeatures.threshold`).
     contrast: least standard deviation of brightness, grey levels; clipped: largest share of values that are 0 or 255.
@@ -38,7 +39,7 @@ class Limits:
     """
 
     near_copy: float | None
-    least_agreement: float = 0.2
+    least_agreement: float | None = 0.2
     most_agreement: float = 1.0
     contrast: float | None = 2.0
     clipped: float | None = 0.5
@@ -84,8 +85,8 @@ class Painted:
 CHECKS: tuple[tuple[str, Callable[[Verdict], bool]], ...] = (
     (FLAT, lambda f: f.contrast_limit is None or f.contrast >= f.contrast_limit),
     (CLIPPED, lambda f: f.clipped_limit is None or f.clipped <= f.clipped_limit),
-    (DISAGREES, lambda f: f.agreement >= f.agreement_least),
-    (TRIVIAL, lambda f: f.agreement <= f.agreement_most),
+    (DISAGREES, lambda f: f.agreement_least is None or f.agreement >= f.agreement_least),
+    (TRIVIAL, lambda f: f.agreement_least is None or f.agreement <= f.agreement_most),
     (UNREAL, lambda f: f.realism_limit is None or f.realism <= f.realism_limit),
     (UNREAL_2, lambda f: f.realism_2_limit is None or f.realism_2 <= f.realism_2_limit),
     (NEAR_COPY, lambda f: f.similarity_limit is None or f.similarity < f.similarity_limit),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -11,9 +12,11 @@ import ray
 
 from adversa import distributed, places
 from adversa.config import Cluster
-from adversa.distributed import nodes, pool, start, stream, training
+from adversa.distributed import nodes, pool, search, start, stream, training
 from adversa.loop import sizes
 from adversa.loop.engine import Done, FitJob, Make, Name, Part, Report, Share, row_name, unfinished
+from adversa.loop.search import Trial
+from adversa.runs import is_finished
 from adversa.types import UserError
 
 AGAIN = "run the same command again, finished parts are kept"
@@ -21,7 +24,7 @@ LINGER = 5.0  # seconds that Ray's processes have to end when it is shut down
 
 
 class RayEngine:
-    """The Engine on Ray: Data for map_batches, actors for map_parts, Train for fit."""
+    """The Engine on Ray: Data for map_batches, actors for map_parts, Train for fit, Tune for search."""
 
     name = "ray"
 
@@ -89,6 +92,24 @@ class RayEngine:
             finally:
                 places.rmtree(self.storage, missing_ok=True)
         raise UserError(f"Ray Train was lost {self.cluster.training_attempts} times ({lost}); {AGAIN}")
+
+    def search(self, trials: Sequence[Trial], report: Report) -> None:
+        """As the Engine says; a trial whose worker dies is begun again where its folders end."""
+        if not any(not is_finished(t.out) for t in trials):
+            return
+        with self.tuning() as (on, storage):
+            search.search(trials, on, storage, report)
+        search.idle()
+
+    @contextlib.contextmanager
+    def tuning(self) -> Iterator[tuple[search.Lanes, places.Place]]:
+        """The lanes of a search by Ray Tune, and a place for what Tune keeps, which goes with it."""
+        inside = partial(RayEngine, self.cluster, self.storage.parent, self.image_bytes, inside=True)
+        storage = self.storage.with_name(".ray-tune")
+        try:
+            yield search.lanes(self.cluster, self.cpus, self.gpus, inside), storage
+        finally:
+            places.rmtree(storage, missing_ok=True)
 
     def group(self) -> training.Group:
         """The workers of a training. UserError where an embedded Ray, which cannot grow, has no room for them."""

@@ -33,22 +33,35 @@ def shares(weights: Sequence[float], total: int, caps: Sequence[int]) -> list[in
     return given.tolist()
 
 
-def matched_counts(kept: Mapping[str, Sequence[int]], classes: int, real: int, ratio: float) -> list[int]:
+def matched_counts(
+    kept: Mapping[str, Sequence[int]], classes: int, real: int, ratio: float, most: Mapping[int, int] | None = None
+) -> list[int]:
     """Synthetic images per class that every synthetic arm gets: the least any arm has, within ratio x real in all.
 
-    kept: arm -> labels of its accepted images.
+    kept: arm -> labels of its accepted images. most: of some classes, no more than so many.
     """
     have = [np.bincount(np.asarray(labels, dtype=np.int64), minlength=classes) for labels in kept.values()]
     if not have:
         return [0] * classes
-    least = np.min(have, axis=0)
-    return shares(least.tolist(), int(ratio * real), least.tolist())
+    least = _at_most(np.min(have, axis=0), most)
+    return shares(least, budget(ratio, real), least)
 
 
-def repeats(mined: Sequence[int], classes: int, per_case: int, real: int, ratio: float) -> list[int]:
+def budget(ratio: float, real: int) -> int:
+    """Images that a ratio asks for; any number of them, and no more than an integer holds."""
+    return int(min(ratio * real, 2.0**62))
+
+
+def repeats(
+    mined: Sequence[int], classes: int, per_case: int, real: int, ratio: float, most: Mapping[int, int] | None = None
+) -> list[int]:
     """What the controls repeat where no arm paints: per_case of each mined image, within ratio x real in all. mined: labels."""
-    wanted = (per_case * np.bincount(np.asarray(mined, dtype=np.int64), minlength=classes)).tolist()
-    return shares(wanted, int(ratio * real), wanted)
+    wanted = _at_most(per_case * np.bincount(np.asarray(mined, dtype=np.int64), minlength=classes), most)
+    return shares(wanted, budget(ratio, real), wanted)
+
+
+def _at_most(counts: np.ndarray, most: Mapping[int, int] | None) -> list[int]:
+    return [min(n, (most or {}).get(c, n)) for c, n in enumerate(counts.tolist())]
 
 
 def mix(arm: str, real: Pairs, mined: Pairs, synthetic: Pairs, counts: Sequence[int]) -> pa.Table:

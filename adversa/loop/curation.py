@@ -188,7 +188,8 @@ def limits_of(folder: Path, config: cfg.Curate) -> Any:
     off = config.realism_quantile is None
     spaces = {k: None if off else tuple(found[k]) for k in ("realism", "realism_2")}
     return Limits(
-        near_copy=found["near_copy"], near_copy_features=found["near_copy_features"], least_agreement=config.min_agreement,
+        near_copy=found["near_copy"], near_copy_features=found["near_copy_features"],
+        least_agreement=config.min_agreement if config.folds else None,
         most_agreement=found["most_agreement"] if config.trivial_quantile is not None else 1.0, contrast=config.min_contrast,
         clipped=config.max_clipped,
         twin=found["near_copy"] if config.twins else None, quota=config.quota, **spaces,
@@ -226,7 +227,7 @@ def make_inspected(data: Path, features: Path, limits: Path, classifier: Path, j
     from adversa.curate.near_copy import NearCopy, NearFeatures
 
     allowed = limits_of(limits, config)
-    scorer, judges = make_scorer(classifier, embed=True), Judges(judge, config.folds, data)
+    scorer, judges = make_scorer(classifier, embed=True), Judges(judge, config.folds, data) if config.folds else None
     ids, _, images = real_images(data, ROLES)
     copies = NearCopy(ids, images, like=scale_of(limits))
     everyone = read_features(features, ROLES)
@@ -244,7 +245,7 @@ def make_inspected(data: Path, features: Path, limits: Path, classifier: Path, j
         pictures = tables.decode_images(rows["image"])
         similarity, nearest = copies.nearest(pictures)
         first = scorer(pictures)[1]
-        probs, second = judges(pictures, labels, in_train.nearest(first)[1])
+        probs, second = judges(pictures, labels, in_train.nearest(first)[1]) if judges else (None, None)
         similarity_2, nearest_2 = in_features.nearest(first)
         ratios = [space.ratio(x) for space, x in zip(spaces, (first, second), strict=True)] if spaces else [None, None]
         painted = gate.Painted(

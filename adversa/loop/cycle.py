@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adversa import control, lease, runs, tracking
-from adversa.config import Config, check, dump
+from adversa.config import AUTO, Config, check, dump
 from adversa.loop import (
     curation,
     evidence,
@@ -19,6 +19,7 @@ from adversa.loop import (
     painting,
     prepare,
     quality_step,
+    ratio,
     regenerate,
     steps,
     summary,
@@ -26,12 +27,12 @@ from adversa.loop import (
 from adversa.loop.engine import Engine
 from adversa.loop.stages import Stage, has_codec, last_round, models_of, needs_classifier, plan, retrained, trained
 from adversa.runs import RunDir
-from adversa.types import PAINTED, ROLES, seed_of
+from adversa.types import ROLES
 
 
 def recipe_of(config: Config) -> dict[str, object]:
-    """What makes a run this run: everything but how the work is spread, who is told, and how its denoiser is judged afterwards."""
-    return config.model_dump(mode="json", exclude={"cluster", "tracking", "quality"})
+    """What makes a run this run: all but how work is spread, who is told, how its denoiser is judged afterwards, and sweeps."""
+    return config.model_dump(mode="json", exclude={"cluster", "tracking", "quality", "sweep"}) | {"mix": config.mix.recipe()}
 
 
 def changed(config: Config, settings: dict[str, Any]) -> Config:
@@ -103,8 +104,9 @@ def run(
 
 def _carry_out(cycle: Cycle, stage: Stage, report: Callable[[Path], Path], clock: runs.Clock, until: str | None) -> None:
     """Do a stage, over and over until no pause comes between: what is finished of it is skipped."""
-    told = {"folders": [cycle.dir.name_of(f) for f in stage.folders], "command": until}
     while True:
+        now = next(s for s in plan(cycle.asked, cycle.dir, until) if s.title == stage.title)  # a setting may have changed since
+        told = {"folders": [cycle.dir.name_of(f) for f in now.folders], "command": until}
         try:
             control.reins().look(force=True)
             runs.set_status(cycle.dir, "running", stage.title, **told)
@@ -191,12 +193,13 @@ class Cycle:
     def generate(self, number: int) -> None:
         c, d = self.config, self.dir
         hard, requests, levels = d.round(number, "hard"), d.round(number, "requests"), None
+        without = ratio.capped(c, d, number)
         if c.generate.adaptive:
             levels = d.round(number, "levels")
             judges = judging.folders(d.judge, c.curate.folds)
-            painting.levels(self.engine, hard, d.data, d.denoiser, judges, c.generate, self.id, levels)
+            painting.levels(self.engine, hard, d.data, d.denoiser, judges, c.generate, self.id, levels, without)
         by = self._attacked(number), regenerate.trained_in(c, number)
-        painting.plan(hard, levels, self.id, number, c.mix.arms, c.generate, requests, by)
+        painting.plan(hard, levels, self.id, number, c.mix.arms, c.generate, requests, by, without)
         painting.generate(
             self.engine, requests, d.data, d.denoiser, self._attacked(number), c.generate, d.round(number, "synthetic")
         )
@@ -217,13 +220,17 @@ class Cycle:
         curation.settle(inspected, twins, d.limits, c.curate, d.round(number, "verdicts"))
 
     def evaluate(self, number: int) -> None:
-        """Mix, retrain every synthetic arm in one launch, and score `mine` (optimistic: its images guided the generation)."""
+        """Mix, retrain every synthetic arm in one launch, and score `mine` (optimistic: its images guided the generation).
+
+        Before that the ratio is chosen, where that is asked for.
+        """
         c, d = self.config, self.dir
-        rounds = range(1, number + 1)
+        if number and c.mix.synthetic_ratio == AUTO:
+            ratio.search(self.engine, c, d, number)
+            ratio.choose(c, d, number)
         for arm in retrained(c) if number else []:
-            verdicts = [d.round(n, "verdicts") for n in rounds] if c.mix.paints else []
-            hard = [d.round(n, "hard") for n in rounds]
-            steps.mix(d.data, hard, verdicts, arm, c.mix, c.generate.per_case, d.arm(number, arm) / "mix")
+            section, most = ratio.settled(c, d, number)
+            steps.round_mix(c, d, number, arm, section, most, d.arm(number, arm) / "mix")
         self.engine.fit([self._classifier(number, f.parts[-3], int(f.parts[-2][5:])) for f in trained(c, d, number)])
         matched.check(c, d, number)
         steps.evaluate(self.engine, d, models_of(c, d, number), "mine", c.evaluate, d.round(number, "evaluate"))
@@ -254,12 +261,8 @@ class Cycle:
 
     def _classifier(self, number: int, arm: str, seed: int) -> steps.FitJob:
         c, d = self.config, self.dir
-        rounds = range(1, number + 1) if arm in PAINTED else ()
-        mined = [d.data / "mine"] if number and c.mix.fold_mined == "all" else []
-        return steps.classifier_job(
-            d.data, d.arm(number, arm) / "mix", [*mined, *(d.round(n, "synthetic") for n in rounds)], c.classifier,
-            seed_of("classifier", c.seed, seed), c.data.resolution, d.arm(number, arm, seed) / "classifier",
-        )  # fmt: skip
+        out = d.arm(number, arm, seed) / "classifier"
+        return steps.round_classifier(c, d, number, arm, seed, d.arm(number, arm) / "mix", out)
 
     def _first_mix(self) -> None:
         c, d = self.config, self.dir

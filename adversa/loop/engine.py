@@ -15,6 +15,7 @@ from adversa.loop.feed import Batch, Feed
 from adversa.loop.parts import Done, Make, Name, Part, Report, Share, do_part, missing, row_name
 from adversa.loop.parts import Work as Work
 from adversa.loop.sampler import Inline
+from adversa.loop.search import Board, Trial, in_turn
 from adversa.types import UserError
 from adversa.weights import drop_checkpoint, read_model
 
@@ -55,6 +56,10 @@ class Engine(Protocol):
         """Train each job that is not finished, in order (Ray Train fed by Ray Data)."""
         ...
 
+    def search(self, trials: Sequence[Trial], report: Report) -> None:
+        """Do every trial that is not finished, as many at a time as there are lanes (Ray Tune). UserError where some failed."""
+        ...
+
     def tasks(self, model: bool = False) -> int:
         """How many parts `map_batches` does at the same time."""
         ...
@@ -72,13 +77,14 @@ def do_job(
     select: Callable[[], Iterable[Batch]],
     threads: int | None,
     committed: Callable[[int], None] = lambda _: None,
+    listen: Report = lambda _: None,
 ) -> None:
     """Run one training and mark it complete: the same code on every engine, on the worker, so that a finished job stays so.
 
     Of several workers each runs it on its rows of the batches; the lead alone writes. `rows` counts whole batches.
     threads: of torch; None: all CPUs that the worker may use. Another number of threads or workers gives other last bits,
     so both are recorded (the workers in progress.json as well: a group may shrink). committed: called on every worker with the step
-    after each committed training state.
+    after each committed training state. listen: told what progress.json is told.
     """
     from adversa import workers  # torch
 
@@ -91,7 +97,7 @@ def do_job(
     with runs.writing(job.out):
         waited = Waited(batches)
         count = workers.world()
-        report = partial(_tell, progress, count) if workers.lead() else _tell_nobody
+        report = partial(_tell, progress, listen, count) if workers.lead() else _tell_nobody
         metrics = job.fit(waited, out=job.out, report=report, threads=threads, committed=committed, **optional)
         rows = started_at * job.feed.batch_size + waited.images
         assert rows == metrics["steps"] * job.feed.batch_size, f"{job.out} saw {rows} images in {metrics['steps']} steps"
@@ -107,8 +113,9 @@ def do_job(
         workers.barrier()
 
 
-def _tell(progress: Report, workers: int, state: dict[str, Any]) -> None:
+def _tell(progress: Report, listen: Report, workers: int, state: dict[str, Any]) -> None:
     progress({**state, "workers": workers})
+    listen(state)
 
 
 def _tell_nobody(state: dict[str, Any]) -> None:
@@ -150,8 +157,13 @@ class LocalEngine:
 
     name = "local"
 
-    def __init__(self, sampler_threads: int = 1, training_threads: int | None = None) -> None:
-        self.sampler_threads, self.training_threads = sampler_threads, training_threads
+    def __init__(self, sampler_threads: int = 1, training_threads: int | None = None, listen: Report = lambda _: None) -> None:
+        """listen: hears the progress of every training."""
+        self.sampler_threads, self.training_threads, self.listen = sampler_threads, training_threads, listen
+
+    def silent(self) -> LocalEngine:
+        """The same, and nobody listens."""
+        return LocalEngine(self.sampler_threads, self.training_threads)
 
     def tasks(self, model: bool = False) -> int:
         return 1
@@ -187,7 +199,13 @@ class LocalEngine:
             control.reins().look()
             batches = job.feed.batches(job.resume(job.out))
             select = job.select.batches if job.select is not None else _no_select
-            do_job(job, batches, select, self.training_threads)
+            do_job(job, batches, select, self.training_threads, listen=self.listen)
+
+    def search(self, trials: Sequence[Trial], report: Report) -> None:
+        board = Board(trials)
+        for _ in in_turn(board, self, report):
+            control.reins().look()
+        board.settle()
 
     def close(self) -> None:
         """Nothing is held between calls."""

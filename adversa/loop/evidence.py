@@ -17,8 +17,8 @@ from adversa.evaluate.inference import gain_per_hour, holm, mcnemar, word
 from adversa.evaluate.metrics import metrics
 from adversa.evaluate.operating import Measures, members, thresholds
 from adversa.evaluate.subgroups import by_attribute, compare_by_attribute
-from adversa.loop import steps
-from adversa.loop.stages import has_codec, home, judges, last_round
+from adversa.loop import ratio, steps
+from adversa.loop.stages import has_codec, home, judges, last_round, ratio_folders, swept
 from adversa.runs import RunDir
 from adversa.types import ARMS, BEFORE, PAINTED, ROLES, seed_of
 
@@ -191,7 +191,8 @@ def _banded(name: str, value: str) -> str:
 
 def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
     """Seconds and device-seconds of what an arm needs beside the data: its classifiers of all rounds, the classifier that mines,
-    and where it paints its share of the images and verdicts, the denoiser, the judges and what the gate measures on real images."""
+    and where it paints its share of the images and verdicts, the denoiser, the judges and what the gate measures on real images;
+    where it is the one whose ratio was swept, the sweeps."""
     last = last_round(config)
     found = {}
     for arm in config.mix.arms:
@@ -200,6 +201,8 @@ def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
         if arm != "real" or home(config, arm, 1):  # its training set holds what was mined
             folders[run.arm(0, "real", 0) / "classifier"] = 1.0
             folders |= {run.round(n, name): 1.0 for n in range(1, last + 1) for name in ("scores", "hard")}
+        if swept(config, run) and arm == ratio.arm_of(config):
+            folders |= {ratio_folders(run, n)[0]: 1.0 for n in swept(config, run)}
         if arm in PAINTED:
             if has_codec(config):
                 latents = [] if config.denoiser.external else [run.latents(role) for role in ("train", "select")]

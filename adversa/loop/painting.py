@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,19 +31,20 @@ Row = dict[str, Any]
 
 def plan(
     hard: Path, levels: Path | None, run: str, number: int, arm_names: Sequence[str], config: cfg.Generate, out: Path,
-    attacked: tuple[Path, int],
+    attacked: tuple[Path, int], without: Collection[int] = (),
 ) -> None:  # fmt: skip
     """Requests for each synthetic arm, part_size a part. The unguided arm asks for as many images of each class as the guided.
 
     levels: of adaptive noise, a noise level for each hard case; attacked: the classifier that found the hard cases, and the round
-    in which it was trained.
+    in which it was trained. without: classes (labels) that get no more images; the requests of the others are as they would be.
     """
     names = inputs(hard=hard) | (inputs(levels=levels) if levels else {})
     by = {"classifier": runs.fingerprint(attacked[0]), "classifier_round": attacked[1]}
-    recipe = runs.Recipe("plan", 3, config.model_dump(mode="json") | {"run": run, "round": number, "arms": list(arm_names)}, names)
+    section = config.model_dump(mode="json") | {"run": run, "round": number, "arms": list(arm_names)}
+    recipe = runs.Recipe("plan", 3, section | ({"without": sorted(without)} if without else {}), names)
 
     def body(progress: runs.Progress) -> Facts:
-        cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
+        cases = _cases(hard, without)
         starts = {r["example"]: r["sigma_start"] for r in tables.read(levels, schema=tables.LEVELS).to_pylist()} if levels else {}
         index = rows = alone = 0
         for arm in [a for a in arm_names if a in PAINTED]:
@@ -59,6 +60,11 @@ def plan(
         return {"rows": rows, "without_partner": alone}
 
     run_step(out, recipe, body)
+
+
+def _cases(hard: Path, without: Collection[int]) -> list[Row]:
+    """The hard cases in their order, but those of some classes."""
+    return [c for c in tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist() if c["label"] not in without]
 
 
 def partners(cases: Sequence[Row]) -> dict[str, str]:
@@ -94,18 +100,20 @@ def request(
 
 
 def levels(
-    engine: Engine, hard: Path, data: Path, denoiser: Path, judges: Sequence[Path], config: cfg.Generate, run: str, out: Path
-) -> None:
+    engine: Engine, hard: Path, data: Path, denoiser: Path, judges: Sequence[Path], config: cfg.Generate, run: str, out: Path,
+    without: Collection[int] = (),
+) -> None:  # fmt: skip
     """For each hard case the largest of config.levels at which the judges, averaged, still see the label in what is painted from it
-    (tables.LEVELS); the least where it sees it at none."""
+    (tables.LEVELS); the least where it sees it at none. without: as of `plan`."""
     section = config.model_dump(mode="json", exclude={"per_case", "hardness", "likeness"}) | {"run": run}
+    section |= {"without": sorted(without)} if without else {}
     names = inputs(hard=hard, denoiser=denoiser, data=data, **{f"judge-{k}": f for k, f in enumerate(judges)})
     if config.weak:
         names |= {"weak": fingerprint(place(config.weak))}
     recipe = runs.Recipe("levels", 2, section, names)
 
     def body(progress: runs.Progress) -> Facts:
-        cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
+        cases = _cases(hard, without)
         chunks = [cases[i : i + config.part_size] for i in range(0, len(cases), config.part_size)]
         parts = [Part(i, len(c), {"cases": [(r["example"], r["label"]) for r in c], "run": run}) for i, c in enumerate(chunks)]
         started = time.perf_counter()

@@ -17,7 +17,7 @@ from adversa.config import Config, judge_of
 from adversa.loop import sizes
 from adversa.loop.measure import Measured, Timing
 from adversa.loop.sizes import Node
-from adversa.loop.stages import Stage, last_round, models_of, stages, trained
+from adversa.loop.stages import Stage, last_round, models_of, stages, swept, trained
 from adversa.places import Place
 from adversa.runs import RunDir
 from adversa.types import PAINTED, ROLES
@@ -35,7 +35,8 @@ COPIES = 5  # of a network's float32 weights in a training: itself, its gradient
 
 @dataclass(frozen=True)
 class Work:
-    """So much of one kind (measure.SHARES; units: steps, images, evaluations), done by `lanes`: workers, samplers, tasks or one.
+    """So much of one kind (measure.SHARES; units: steps, images, evaluations), done by `lanes`: workers, samplers, tasks, trials or
+    one.
 
     bound: at most so much. shown: how a person counts it, where that is not by the amount.
     """
@@ -51,7 +52,8 @@ class Work:
 class Placement:
     """Numbers for each node: training workers, samplers; and tasks at a time with and without a model, in all.
 
-    waiting: training workers and samplers that were asked for and find no room yet.
+    waiting: training workers and samplers that were asked for and find no room yet. trials: trainings of a search at a time, each
+    as fast as one of `workers`.
     """
 
     nodes: tuple[Node, ...]
@@ -60,6 +62,7 @@ class Placement:
     tasks: int
     model_tasks: int
     waiting: tuple[int, int]
+    trials: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,18 @@ def placement(nodes: Sequence[Node], config: Config) -> Placement:
         samplers.append(min(n, left))
         left -= samplers[-1]
     tasks, model = (max(1, sizes.tasks(cpus_in_all, gpus_in_all, m)) for m in (False, True))
-    return Placement(tuple(nodes), tuple(workers), tuple(samplers), tasks, model, (c.training_workers - sum(workers), left))
+    waiting = c.training_workers - sum(workers), left
+    trials = _trials(config, cpus_in_all, gpus_in_all)
+    return Placement(tuple(nodes), tuple(workers), tuple(samplers), tasks, model, waiting, trials)
+
+
+def _trials(config: Config, cpus: float, gpus: float) -> int:
+    """Two trials on one GPU take about as long as one after the other; so do trials of one thread each, beside each other, and one
+    training after the other on all CPUs, which is what is measured unless cluster.training_threads says otherwise."""
+    c = config.cluster
+    if not gpus and c.training_workers == 1 and c.training_threads is None:
+        return 1
+    return max(1, min(sizes.trials_at_once(c, cpus, gpus), int(gpus) or int(cpus)))
 
 
 # ---- how much -----------------------------------------------------------------------------------------------------------
@@ -153,7 +167,7 @@ def work_of(stage: Stage, config: Config, run: RunDir, role: Mapping[str, int]) 
         "train": lambda: _train(c, run, role),
         "generate": lambda: _generate(c, role),
         "curate": lambda: _curate(c, role, n),
-        "evaluate": lambda: _classifiers(c, len(trained(c, run, n)) if n else 0, role),
+        "evaluate": lambda: [*_ratios(c, run, n, role), *(_classifiers(c, len(trained(c, run, n)), role) if n else [])],
     }.get(stage.command, list)()
     return [*found, Work("score", scored, "tasks")] if scored else found
 
@@ -165,6 +179,20 @@ def _classifiers(config: Config, count: int, role: Mapping[str, int]) -> list[Wo
     shown = f"{count} classifier{'s' if count > 1 else ''} x {c.steps} steps"
     looks = count * c.evaluations * role["select"]  # `select` is scored by the workers themselves
     return [Work("classifier", count * c.steps, "workers", shown=shown), Work("score", looks, "workers")]
+
+
+def _ratios(config: Config, run: RunDir, number: int, role: Mapping[str, int]) -> list[Work]:
+    """The trials of a round whose ratio is chosen: that of ratio 0 is always done, of the others those that the accepted images
+    tell apart. Each looks at select as a training does, and once more when it is scored."""
+    if number not in swept(config, run):
+        return []
+    c, seeds, found = config.classifier, config.evaluate.seeds, []
+    for ratios, bound in ((1, False), (len(config.mix.ratios) - 1, True)):
+        count = ratios * seeds
+        shown = "" if bound else f"{len(config.mix.ratios)} ratios x {seeds} seed{'s' * (seeds > 1)} x {c.steps} steps"
+        found.append(Work("classifier", count * c.steps, "trials", bound, shown))
+        found.append(Work("score", count * (c.evaluations + 1) * role["select"], "trials", bound))
+    return found
 
 
 def _train(config: Config, run: RunDir, role: Mapping[str, int]) -> list[Work]:
@@ -235,7 +263,8 @@ def costs(config: Config, run: RunDir, role: Mapping[str, int], at: Placement, m
             device += seconds
             wall += Range(*(s / lanes for s in (seconds.low, seconds.mid, seconds.high)))
         if not done and works:  # new processes import before they work
-            wall += Range(*(STARTS.get(stage.command, 0) * start,) * 3)
+            searches = any(w.lanes == "trials" for w in works)
+            wall += Range(*((STARTS.get(stage.command, 0) + searches) * start,) * 3)
         wall, device = (Range(r.low / DOUBT, r.mid, r.high * above) for r in (wall, device))
         found.append(Cost(stage, works, wall, device, done))
     return found
@@ -243,21 +272,22 @@ def costs(config: Config, run: RunDir, role: Mapping[str, int], at: Placement, m
 
 def _of(work: Work, at: Placement, measured: Mapping[object, Measured]) -> tuple[Range, float]:
     """(device-seconds of some work, by how many lanes it is shared). The workers of a training wait for the slowest."""
-    used = {"workers": at.workers, "samplers": at.samplers}.get(work.lanes) or tuple(int(n.cpus) for n in at.nodes)
+    lanes = {"workers": at.workers, "trials": at.workers, "samplers": at.samplers}
+    used = lanes.get(work.lanes) or tuple(int(n.cpus) for n in at.nodes)
     weights = [
         (count, measured[n.kind].timings[work.kind])
         for n, count in zip(at.nodes, used, strict=True)
         if count and n.kind in measured
     ]
     weights = weights or [(1, m.timings[work.kind]) for m in measured.values()]
-    if work.lanes in ("workers", "one"):
-        count = sum(at.workers) if work.lanes == "workers" else 1
+    if work.lanes in ("workers", "trials", "one"):
+        count = 1 if work.lanes == "one" else max(1, sum(at.workers))
         slowest = max((t for _, t in weights), key=lambda t: t.seconds)
-        return _times(work, slowest, max(1, count)), max(1, count)
-    lanes = {"samplers": sum(at.samplers), "tasks": at.tasks if work.kind == "read" else at.model_tasks}[work.lanes]
+        return _times(work, slowest, count), count * (at.trials if work.lanes == "trials" else 1)
+    count = {"samplers": sum(at.samplers), "tasks": at.tasks if work.kind == "read" else at.model_tasks}[work.lanes]
     together = sum(n for n, _ in weights)
     mean = Timing(*(together / sum(n / getattr(t, k) for n, t in weights) for k in ("seconds", "fast", "slow")), 0)
-    return _times(work, mean), max(1, lanes)
+    return _times(work, mean), max(1, count)
 
 
 def _times(work: Work, timing: Timing, count: int = 1) -> Range:

@@ -56,6 +56,25 @@ def sampler_asks(cluster: Cluster, gpus: bool) -> dict[str, float]:
     return {"num_gpus": cluster.gpus_per_sampler, "num_cpus": 1} if gpus else {"num_cpus": cluster.sampler_threads}
 
 
+def trial_asks(cluster: Cluster, cpus: float, gpus: float) -> dict[str, float]:
+    """Of a trial of a search. One of several workers asks for nothing itself: its workers do."""
+    if cluster.training_workers > 1:
+        return {"cpu": 0}
+    if gpus:
+        return {"gpu": cluster.gpus_per_trial, "cpu": max(1.0, cpus * cluster.gpus_per_trial // gpus)}
+    return {"cpu": float(cluster.training_threads or 1)}
+
+
+def trials_at_once(cluster: Cluster, cpus: float, gpus: float) -> int:
+    """How many trials of a search run at the same time on a cluster of so much."""
+    if cluster.training_workers > 1:
+        room = int(gpus or cpus) // cluster.training_workers
+    else:
+        asks = trial_asks(cluster, cpus, gpus)
+        room = int(min(cpus / asks["cpu"], gpus / asks["gpu"] if "gpu" in asks else cpus))
+    return max(1, min(cluster.trials or room, room))
+
+
 def samplers_on(cpus: float, gpus: float, cluster: Cluster, on_gpus: bool) -> int:
     """How many samplers a machine has room for. on_gpus: whether the cluster has GPUs; each sampler then takes a CPU too."""
     if not on_gpus:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from adversa.config import Config
+from adversa import control
+from adversa.config import AUTO, Config
+from adversa.loop import grid
 from adversa.runs import RunDir, is_finished
 from adversa.types import BEFORE, ROLES, digest
 
@@ -14,11 +16,15 @@ COMMANDS = ("prepare", "codec", "train", "mine", "generate", "curate", "evaluate
 
 @dataclass(frozen=True)
 class Stage:
-    """`command` fills `folders` (finished when each has its manifest; files when they exist); round 0 is before the first round."""
+    """`command` fills `folders` (finished when each has its manifest; files when they exist); round 0 is before the first round.
+
+    progress: the folder whose progress.json tells of all of them, where there are too many to look into each.
+    """
 
     command: str
     round: int
     folders: tuple[Path, ...]
+    progress: Path | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -93,10 +99,27 @@ def retrained(config: Config) -> list[str]:
     return [a for a in config.mix.arms if home(config, a, 1) == 1]
 
 
+def swept(config: Config, run: RunDir) -> list[int]:
+    """The rounds whose ratio is chosen by a sweep: all where mix.synthetic_ratio is auto, but for what was set by hand."""
+    ratios = control.setting(run, "mix.synthetic_ratio", config.mix.synthetic_ratio, last_round(config))
+    return [n for n, ratio in enumerate(ratios, 1) if ratio == AUTO]
+
+
+def ratio_folders(run: RunDir, number: int) -> tuple[Path, Path]:
+    """Of a round's sweep: the step that trains and scores the trials (each in a folder beside it), and the choice among them."""
+    return run.round(number, "ratio") / "search", run.round(number, "ratio") / "choice"
+
+
 def plan(config: Config, run: RunDir, command: str | None) -> list[Stage]:
     """The stages that a command may work on, in order: `quality` has its own end, all others have those of the whole run."""
     if command == "order":  # of a folder that `order.paint` works in
         return [Stage("order", 0, (run.root / "requests", run.root / "synthetic"))]
+    if command == "sweep" and config.sweep.search is not None:
+        return [Stage("prepare", 0, (run.data,)), Stage("sweep", 0, (run.root / grid.SEARCHED,), run.root / "trials")]
+    if command == "sweep":
+        results = tuple(grid.result_dir(run, p) for p in grid.points(config))
+        made = tuple(run.root / name for name in grid.RESULTS)
+        return [Stage("prepare", 0, (run.data,)), Stage("sweep", 0, results, run.root / "trials"), Stage("report", 0, made)]
     if command != "quality":
         return stages(config, run)
     before = [s for s in stages(config, run) if s.command in ("prepare", "codec")]
@@ -119,6 +142,7 @@ def stages(config: Config, run: RunDir) -> list[Stage]:
         latents = () if config.denoiser.external else (run.latents("train"), run.latents("select"))
         found.append(Stage("codec", 0, (run.arm(0, "real") / "mix", run.codec, *latents)))
     found.append(Stage("train", 0, (run.arm(0, "real") / "mix", *first)))
+    chosen = swept(config, run)
     for n in range(1, last_round(config) + 1):
         levels = (run.round(n, "levels"),) if config.generate.adaptive else ()
         mixes = tuple(run.arm(n, a) / "mix" for a in retrained(config))
@@ -128,7 +152,8 @@ def stages(config: Config, run: RunDir) -> list[Stage]:
             measured = (*(run.features / role for role in ROLES), run.limits)
             twins = (run.round(n, "twins"),) if config.curate.twins else ()
             found.append(Stage("curate", n, (*measured, run.round(n, "inspected"), *twins, run.round(n, "verdicts"))))
-        found.append(Stage("evaluate", n, (*mixes, *trained(config, run, n), run.round(n, "evaluate"))))
+        ratio = ratio_folders(run, n) if n in chosen else ()
+        found.append(Stage("evaluate", n, (*ratio, *mixes, *trained(config, run, n), run.round(n, "evaluate"))))
     if not config.mix.mines:
         found.append(Stage("evaluate", 0, (run.round(0, "evaluate"),)))
     opened = (run.select, run.test) if config.evaluate.groups else (run.test,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -41,14 +41,23 @@ def split_hash(data: Path) -> str:
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 
-def mix(data: Path, hard: Sequence[Path], verdicts: Sequence[Path], arm: str, config: cfg.Mix, per_case: int, out: Path) -> None:
+def mix(
+    data: Path, hard: Sequence[Path], verdicts: Sequence[Path], arm: str, config: cfg.Mix, per_case: int, out: Path,
+    most: Mapping[int, int] | None = None,
+) -> None:  # fmt: skip
     """Ids and weights of an arm's training set (arms.mix).
 
     hard, verdicts: of every round so far; none before the first. per_case: what the controls repeat where no arm paints.
+    config: with a number for the ratio (ratio.settled); auto only before the first round, where there is nothing to add. most: of
+    some classes, no more than so many are added.
     """
     names = inputs(data=data) | {f"verdicts-{i}": runs.fingerprint(v) for i, v in enumerate(verdicts)}
     names |= {f"hard-{i}": runs.fingerprint(h) for i, h in enumerate(hard)}
-    recipe = runs.Recipe("mix", 2, {"arm": arm, "per_case": per_case} | config.model_dump(mode="json"), names)
+    section = {"arm": arm, "per_case": per_case} | config.model_dump(mode="json", exclude={"ratios", "patience"})
+    section |= {"most": {str(c): n for c, n in sorted(most.items())}} if most else {}
+    recipe = runs.Recipe("mix", 2, section, names)
+    ratio = 0.0 if isinstance(config.synthetic_ratio, str) else config.synthetic_ratio
+    assert config.synthetic_ratio == ratio or not (hard or verdicts), "the ratio is not chosen yet"
 
     def body(progress: runs.Progress) -> Facts:
         real = pairs(tables.read(data / "train", ["id", "label"], tables.EXAMPLES), "id")
@@ -59,11 +68,11 @@ def mix(data: Path, hard: Sequence[Path], verdicts: Sequence[Path], arm: str, co
             for a, these in kept.items():
                 these += pairs(rows.filter(pc.and_(rows["keep"], pc.equal(rows["arm"], a))), "request_id")
         labels = {a: [label for _, label in rows] for a, rows in kept.items()}
-        classes, ratio = len(classes_of(data)), config.synthetic_ratio
+        classes = len(classes_of(data))
         if kept:
-            counts = arms.matched_counts(labels, classes, len(real), ratio)
+            counts = arms.matched_counts(labels, classes, len(real), ratio, most)
         else:
-            counts = arms.repeats([label for _, label in cases], classes, per_case, len(real), ratio)
+            counts = arms.repeats([label for _, label in cases], classes, per_case, len(real), ratio, most)
         mined = cases if config.fold_mined == "all" else []
         table = arms.mix(arm, real, mined, kept.get(arm, []), counts)
         tables.write_part(out / tables.part_name(0), table)
@@ -72,6 +81,13 @@ def mix(data: Path, hard: Sequence[Path], verdicts: Sequence[Path], arm: str, co
         return {"rows": len(table), "mined": len(mined), "synthetic": synthetic, "added": sum(added), "added_by_class": added}
 
     run_step(out, recipe, body)
+
+
+def round_mix(c: cfg.Config, run: runs.RunDir, number: int, arm: str, section: cfg.Mix, most: Mapping[int, int], out: Path) -> None:
+    """`mix` of an arm in a round, of all that was mined and kept so far. section: c.mix with the round's ratio, or another."""
+    rounds = range(1, number + 1)
+    verdicts = [run.round(n, "verdicts") for n in rounds] if section.paints else []
+    mix(run.data, [run.round(n, "hard") for n in rounds], verdicts, arm, section, c.generate.per_case, out, most)
 
 
 def pairs(rows: pa.Table, name: str) -> list[tuple[str, int]]:
@@ -99,6 +115,16 @@ def classifier_job(
     counts, priors = class_shares(mix_folder, config.balance, classes)
     job = partial(fit.fit, config=config, num_classes=classes, resolution=resolution, seed=seed, counts=counts, priors=priors)
     return FitJob(out, recipe, job, fit.resume_step, feed, select)
+
+
+def round_classifier(c: cfg.Config, run: runs.RunDir, number: int, arm: str, seed: int, mix_folder: Path, out: Path) -> FitJob:
+    """A training of an arm in a round, from one of the run's seeds, on the arm's mix or another of that round."""
+    rounds = range(1, number + 1) if arm in PAINTED else ()
+    mined = [run.data / "mine"] if number and c.mix.fold_mined == "all" else []
+    return classifier_job(
+        run.data, mix_folder, [*mined, *(run.round(n, "synthetic") for n in rounds)], c.classifier,
+        seed_of("classifier", c.seed, seed), c.data.resolution, out,
+    )  # fmt: skip
 
 
 def class_shares(mix_folder: Path, balance: float, classes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

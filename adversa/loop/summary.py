@@ -8,7 +8,7 @@ from typing import Any
 
 from adversa import control, runs, tables
 from adversa.config import Config, judge_of
-from adversa.loop import evidence, matched, opening, steps
+from adversa.loop import evidence, matched, opening, ratio, steps
 from adversa.loop.stages import has_codec, home, last_round, stages
 from adversa.runs import RunDir
 from adversa.types import BEFORE, Verdict
@@ -67,6 +67,7 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
         "verdict": word,
         "verdict_sentence": sentence,
         "settings": {str(n): values for n, values in control.recorded(run).items()},
+        "ratio": ratio.facts(config, run),
         "notes": notes(config, run),
         "test_opened": opened[0]["opened"] if opened else None,
         "test_openings": len(opened),
@@ -114,7 +115,7 @@ def notes(config: Config, run: RunDir) -> list[str]:
         found.append(f"{config.evaluate.seeds} seeds an arm, averaged: the intervals hold the choice of test lesions and the seeds")
     if not config.data.grouped:
         found.append("data.grouped is off: lesions leak between roles and every figure is too good")
-    found += control.notes(run)
+    found += [*control.notes(run), *ratio.notes(config, run)]
     if skipped := runs.manifest(run.data).get("problems", 0):
         found.append(f"{skipped} pictures or rows were left out; data/leaks.json names each")
     if config.mix.mines and not any(_added(config, run).values()):

@@ -1,0 +1,213 @@
+"""Ray Tune around a list of trials: as many at a time as there are lanes, each lane an actor that is used again and again.
+
+Tune asks `Source` what to run next, and that looks at the folders: what is finished is never suggested, what waits for another is
+not suggested yet. So Tune keeps no state that matters, and a search that was killed is simply begun anew (docs/decisions/0014).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from adversa import control
+from adversa.config import Cluster
+from adversa.distributed.errors import user_error
+from adversa.distributed.training import _stored
+from adversa.loop import sizes
+from adversa.loop.engine import Engine, LocalEngine
+from adversa.loop.search import Board, Tell, Trial, fault
+from adversa.places import Place
+from adversa.types import UserError
+
+LOOK_SECONDS = 0.5
+FAULT, OVER = "fault", "over"  # of a trial's result: what the user can mend, and that it came to its end
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """What a trial asks for, how many run at most (None: as many as there is room for), starts of one that dies, its engine, torch
+    threads of it."""
+
+    asks: dict[str, float]
+    most: int | None
+    attempts: int
+    engine: Callable[[], Engine]
+    threads: int
+
+
+def lanes(cluster: Cluster, cpus: float, gpus: float, inside: Callable[[], Engine]) -> Lanes:
+    """A lane is a CPU with one torch thread, or a GPU (or its share); a trial of several workers launches Ray Train from its lane.
+
+    inside: makes the engine of such a trial, in a Ray that is there.
+    """
+    asks, most = sizes.trial_asks(cluster, cpus, gpus), cluster.trials
+    threads = cluster.training_threads or (max(1, int(cpus // gpus)) if gpus else 1)
+    if cluster.training_workers > 1:
+        most = most or max(1, int(gpus or cpus) // cluster.training_workers)
+        return Lanes(asks, most, cluster.training_attempts, inside, threads)
+    return Lanes(asks, most, cluster.training_attempts, _Local(threads), threads)
+
+
+@dataclass(frozen=True)
+class _Local:
+    threads: int
+
+    def __call__(self) -> Engine:
+        return LocalEngine(self.threads, self.threads)
+
+
+class Source(Searcher):
+    """What Tune runs next: the first trial that is ready. Its configuration is the trial's place in the list."""
+
+    def __init__(self, board: Board, most: int | None) -> None:
+        super().__init__(metric=OVER, mode="max")
+        self.board, self.most = board, most
+        self.given: dict[str, int] = {}  # Tune's id of a trial -> its place
+        self.draining = False  # nothing new is begun: somebody wants a pause, or the search is to end
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.draining or self.board.stuck():
+            return Searcher.FINISHED
+        if self.most is not None and len(self.board.running) >= self.most:
+            return None
+        if (i := self.board.next()) is None:
+            return None
+        self.board.running.add(i)
+        self.given[trial_id] = i
+        return {"trial": i}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        i = self.given.pop(trial_id)
+        self.board.running.discard(i)
+        if error:
+            self.board.failed[i] = "its worker died every time it was begun; the machine may lack memory (see --verbose)"
+        elif result and result.get(FAULT):
+            self.board.failed[i] = str(result[FAULT])
+
+    def save(self, checkpoint_path: str) -> None:
+        """The folders hold all there is to keep."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """As `save`."""
+
+
+class Begun(tune.Callback):
+    """Tune has the next trial ready before there is a lane for it: notes which have begun."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if (i := self.source.given.get(trial.trial_id)) is not None:
+            self.source.board.begun.add(i)
+
+
+class Runner:
+    """The trainable: works on the trial that Tune names. What a user can mend comes home as a result and is not tried again."""
+
+    def __init__(self, trials: Sequence[Trial], engine: Callable[[], Engine], home: Path) -> None:
+        self.trials, self.engine, self.home = list(trials), engine, home
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        if self.home.is_dir():
+            os.chdir(self.home)
+        try:
+            self.trials[config["trial"]].work(self.engine(), _tell_nobody)
+        except UserError as e:
+            return {OVER: 1, FAULT: fault(e)}
+        return {OVER: 1}
+
+
+def _tell_nobody(state: dict[str, Any]) -> None:
+    """Progress lies in the trial's folders; Tune needs none where no scheduler chooses."""
+
+
+def search(trials: Sequence[Trial], on: Lanes, storage: Place, report: Tell) -> None:
+    """Do every trial that is not finished. UserError where some failed; control's Pause once what was in flight is finished."""
+    board = Board(trials)
+    if not board.left():
+        report(board.state())
+        return
+    source, runner = Source(board, on.most), Runner(trials, on.engine, Path.cwd())
+    tuner = tune.Tuner(
+        tune.with_resources(_function(runner), on.asks),
+        tune_config=tune.TuneConfig(search_alg=source, num_samples=len(trials), reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=uuid.uuid4().hex, verbose=0, callbacks=[Begun(source)],
+            failure_config=tune.FailureConfig(max_failures=on.attempts - 1), **_stored(storage),
+        ),
+    )  # fmt: skip
+    pauses: list[control.Pause] = []
+    results = watched(tuner, lambda: _look(source, report, pauses))
+    if pauses and board.left():
+        raise pauses[0]
+    for error in results.errors:
+        if (found := user_error(error)) is not None:
+            raise found
+    board.running.clear()
+    board.settle()
+    if left := board.left():  # Tune ended early
+        raise _lost(results, len(left))
+
+
+def _lost(results: tune.ResultGrid, left: int) -> BaseException:
+    return next(iter(results.errors), None) or RuntimeError(f"Ray Tune came home with {left} trials not done")
+
+
+def _function(runner: Runner) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Tune looks at the signature of a plain function."""
+
+    def trial(config: dict[str, Any]) -> dict[str, Any]:
+        return runner(config)
+
+    return trial
+
+
+def _look(source: Source, report: Tell, pauses: list[control.Pause]) -> None:
+    """Tell how far it is, and hear what people wish: for a pause nothing new is begun, and what is in flight ends."""
+    report(source.board.state())
+    if pauses:
+        return
+    try:
+        control.reins().look()
+    except control.Pause as wish:
+        pauses.append(wish)
+        source.draining = True
+
+
+def watched(tuner: tune.Tuner, look: Callable[[], None]) -> tune.ResultGrid:
+    """`tuner.fit()` in a thread of its own; this one looks about, twice a second. UserError of a trial comes back as itself."""
+    failure: list[BaseException] = []
+    result: list[tune.ResultGrid] = []
+
+    def call() -> None:
+        try:
+            result.append(tuner.fit())
+        except BaseException as e:  # handed to the main thread, whatever it is
+            failure.append(e)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK_SECONDS)
+        look()
+    if failure:
+        raise user_error(failure[0]) or failure[0]
+    return result[0]
+
+
+def idle(seconds: float = 30.0) -> None:
+    """Wait until what a search held is free again: the next stage asks for all of it."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and ray.available_resources().get("CPU", 0) < ray.cluster_resources().get("CPU", 0):
+        time.sleep(0.1)

@@ -1,0 +1,115 @@
+"""Trials: pieces of work that ask for one lane each and know what must be there before they begin. An engine searches a list.
+
+A trial is finished when its folder has a manifest, so a search that was killed and is asked again does the rest. No order is kept
+but that of the list and of `needs`: whatever is ready may run beside whatever else is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adversa import runs
+from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from adversa.loop.engine import Engine
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`work(engine, tell)` fills `out`, with the engine of the lane it runs on (one torch thread, or one GPU).
+
+    needs: step folders that must be finished first. tell takes a training's progress while it goes on. name: for people.
+    """
+
+    name: str
+    out: Path
+    work: Callable[[Engine, Tell], Any]
+    needs: tuple[Path, ...] = ()
+
+
+@dataclass
+class Board:
+    """Which trials of a list are finished, running, given up, or ready: all there is to know of a search, from the folders.
+
+    Asked again and again, it looks at a folder no more once that is finished.
+    """
+
+    trials: Sequence[Trial]
+    running: set[int] = field(default_factory=set)  # given away, begun or not
+    begun: set[int] = field(default_factory=set)
+    failed: dict[int, str] = field(default_factory=dict)  # and why, in one line
+    done: set[Path] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        names = [t.name for t in self.trials]
+        assert len(set(names)) == len(names), "two trials of one name"
+        ahead = {t.out for t in self.trials}
+        for trial in self.trials:
+            missing = [n for n in trial.needs if n not in ahead and not self.is_there(n)]
+            assert not missing, f"{trial.name} needs {missing}, which no trial makes"
+
+    def is_there(self, folder: Path) -> bool:
+        if folder not in self.done and runs.is_finished(folder):
+            self.done.add(folder)
+        return folder in self.done
+
+    def left(self) -> list[int]:
+        """Neither finished, nor running, nor given up."""
+        busy = self.running | self.failed.keys()
+        return [i for i, t in enumerate(self.trials) if i not in busy and not self.is_there(t.out)]
+
+    def next(self) -> int | None:
+        """The first that is ready; None where all that are left wait for others (or none is left)."""
+        return next((i for i in self.left() if all(self.is_there(n) for n in self.trials[i].needs)), None)
+
+    def stuck(self) -> bool:
+        """Whether nothing runs and nothing can: the rest, if any, waits for what has failed."""
+        return not self.running and self.next() is None
+
+    def finished(self) -> int:
+        return sum(self.is_there(t.out) for t in self.trials)
+
+    def state(self) -> dict[str, Any]:
+        """For a step's progress."""
+        names = [self.trials[i].name for i in sorted(self.running & self.begun)]
+        return {"done": self.finished(), "total": len(self.trials), "unit": "trial", "running": names, "failed": len(self.failed)}
+
+    def settle(self) -> None:
+        """UserError where trials failed."""
+        if not self.failed:
+            return
+        first = min(self.failed)
+        waiting = len(self.left())
+        also = f"; {waiting} more wait for what these were to make" if waiting else ""
+        raise UserError(
+            f"{len(self.failed)} of {len(self.trials)} trials failed{also}; the first, {self.trials[first].name}: "
+            f"{self.failed[first]}; what the others made is kept, and the same command tries again"
+        )
+
+
+def fault(error: UserError) -> str:
+    """A trial's UserError in one line."""
+    return " ".join("; ".join([str(error), *getattr(error, "__notes__", [])]).split())
+
+
+def in_turn(board: Board, engine: Engine, report: Tell) -> Iterator[None]:
+    """Work on the trials one after the other in this process; yields before each and at the end."""
+    while (i := board.next()) is not None:
+        board.running.add(i)
+        board.begun.add(i)
+        report(board.state())
+        yield
+        try:
+            board.trials[i].work(engine, lambda _: None)
+        except UserError as e:
+            board.failed[i] = fault(e)
+        finally:
+            board.running.discard(i)
+    report(board.state())
+    yield

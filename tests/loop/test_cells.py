@@ -1,0 +1,94 @@
+"""The cells of a sweep: nested real images, and what is asked of the denoiser for their hard cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from adversa import runs, tables
+from adversa.config import Generate
+from adversa.loop import cells, steps
+from adversa.loop.grid import Cell, Variant
+from adversa.runs import RunDir
+
+
+def rows(lesions=20, images=3, classes=2):
+    return [
+        {"id": f"{c}-{g}-{i}", "label": c, "group": f"{c}-{g}"} for c in range(classes) for g in range(lesions) for i in range(images)
+    ]
+
+
+def ids(found):
+    return {r["id"] for r in found}
+
+
+def test_smaller_sets_are_part_of_larger_ones_whatever_the_order_of_rows():
+    given = rows()
+    mixed = [given[i] for i in np.random.default_rng(0).permutation(len(given))]
+    before: set[str] = set()
+    for count in (1, 5, 20, 41, 60, None):
+        found = cells.nested(given, count, 0)
+        assert ids(found) == ids(cells.nested(mixed, count, 0)) and before <= ids(found)
+        each = np.bincount([r["label"] for r in found]).tolist()
+        assert each == [60, 60] if count is None else each == [count, count]
+        before = ids(found)
+
+
+def test_as_many_lesions_as_there_are_images_and_another_seed_has_others():
+    found = cells.nested(rows(), 20, 0)
+    assert len({r["group"] for r in found}) == 40  # one image each
+    assert ids(found) != ids(cells.nested(rows(), 20, 1))
+
+
+def test_a_class_with_fewer_gives_what_it_has():
+    given = [r for r in rows() if r["label"] == 0 or r["group"] == "1-0"]
+    assert np.bincount([r["label"] for r in cells.nested(given, 10, 0)]).tolist() == [10, 3]
+
+
+def test_a_cell_has_its_own_train_and_mine_and_the_runs_select_and_test(finished, tmp_path):
+    data = finished[1].data
+    d = RunDir(tmp_path / "cell")
+    cells.subset(data, Cell(3), 0, d.data)
+    made = runs.manifest(d.data)
+    assert made["real"] == [3] * 5 and made["lesions"] == [3] * 5 and max(made["mine"]) <= 3
+    for role in ("train", "mine"):
+        whole = {r["id"]: r for r in tables.read(data / role, ["id", "label", "image"]).to_pylist()}
+        kept = tables.read(d.data / role, ["id", "label", "image"]).to_pylist()
+        assert kept and all(whole[r["id"]] == r for r in kept)
+    for role in ("select", "test"):
+        assert tables.read(d.data / role).equals(tables.read(data / role))
+    assert steps.classes_of(d.data) == steps.classes_of(data) and steps.split_hash(d.data) == steps.split_hash(data)
+    split = runs.read_json(d.data / "split.json")
+    assert list(split["images"]["train"].values()) == [3] * 5
+    assert split["images"]["select"] == runs.read_json(data / "split.json")["images"]["select"]
+    assert runs.fingerprint(d.data) != runs.fingerprint(data)
+
+
+CASES = [{"example": f"e{i}", "label": label, "rank": i} for i, label in enumerate([0, 1, 0, 2])]
+
+
+def test_images_of_a_class_are_shared_among_its_hard_cases():
+    found = list(cells.replicates(CASES, [5, 2, 0, 4], Variant("guided", "vary", "subset"), "run", Generate(), "clf"))
+    labels = [r.label for r in found]
+    assert [labels.count(c) for c in range(4)] == [5, 2, 0, 0]  # of class 2 none is wanted, of class 3 there is no hard case
+    assert [r.example for r in found if r.label == 0] == ["e0", "e2", "e0", "e2", "e0"]
+    assert len({r.request_id for r in found}) == len(found) == len({r.seed for r in found})
+    assert {r.classifier for r in found} == {"clf"} and {r.strategy for r in found} == {"vary"}
+    more = list(cells.replicates(CASES, [9, 9, 9, 9], Variant("guided", "vary", "subset"), "run", Generate(), "clf"))
+    assert {r.request_id for r in found} < {r.request_id for r in more}  # the same, and more
+
+
+def test_the_unguided_arm_asks_for_as_many_and_takes_nothing_of_the_cases():
+    found = list(cells.replicates(CASES, [3, 3, 3, 3], Variant("unguided", "", "subset"), "run", Generate(), "clf"))
+    assert [sum(r.label == c for r in found) for c in range(4)] == [3, 3, 3, 0]
+    assert {r.example for r in found} == {None} and {r.strategy for r in found} == {"sample"}
+
+
+@pytest.mark.parametrize(("scorer", "used"), [("bald", "loss"), ("forgetting", "loss"), ("margin", "margin")])
+def test_every_class_is_mined_alike(finished, tmp_path, scorer, used):
+    config, run = finished
+    d = RunDir(tmp_path / "cell")
+    cells.subset(run.data, Cell(3), 0, d.data)
+    config = config.model_copy(update={"mine": config.mine.model_copy(update={"scorer": scorer})})
+    own = cells.config_of(config, d)
+    assert (own.mine.near_margin, own.mine.ratio_cap, own.mine.scorer, own.curate.folds) == (1.0, 1.0, used, 0)
