@@ -101,6 +101,35 @@ def finished(tiny, tmp_path_factory):
     return config, run
 
 
+SWEEP = {"real": [2, 4], "ratios": [0, 1, 2], "arms": ["replay", "unguided", "guided"], "seeds": 1, "bootstrap": 200}
+
+
+@pytest.fixture(scope="session")
+def tiny_sweep(tiny):
+    """Builds the configuration of a sweep of seconds: tiny_sweep(real=[2]); cluster: of that section."""
+
+    def build(cluster=None, **changes):
+        return tiny(
+            data={"phantom": {"images": 240}}, generate={"part_size": 16}, classifier={"steps": 12, "checkpoint_steps": 6},
+            sweep=SWEEP | changes, cluster=cluster or {},
+        )  # fmt: skip
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def swept(tiny_sweep, tmp_path_factory):
+    """(config, run) of a tiny sweep on the local engine, 14 trials, without its report. Read only."""
+    from adversa.loop import sweep
+    from adversa.loop.engine import LocalEngine
+
+    config = tiny_sweep()
+    run = sweep.open_run(config, tmp_path_factory.mktemp("swept") / "run")
+    page = sweep.run(config, run, LocalEngine(1, 1), lambda config, run: run.root / "sweep.html")
+    assert page == run.root / "sweep.html"
+    return config, run
+
+
 @pytest.fixture(scope="session")
 def ray_engine(tmp_path_factory):
     """One RayEngine for all tests marked ray."""

@@ -359,7 +359,7 @@ def _mendable(trial: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[di
 
 
 def rows(run: RunDir) -> list[dict[str, Any]]:
-    """Every trial of a search there is: asks (its configuration), state (finished, or stopped by the scheduler), what came of it."""
+    """Every trial of a search there is: asks (its configuration), state (finished, or stopped by the scheduler), results."""
     found = []
     folder = run.root / "search"
     for out in sorted(folder.iterdir(), key=str) if folder.exists() else ():

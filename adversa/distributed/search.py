@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from adversa.places import Place
 from adversa.types import UserError
 
 LOOK_SECONDS = 0.5
-FAULT, OVER = "fault", "over"  # of a trial's result: what the user can mend, and that it came to its end
+# Of a trial's result: what the user can mend, the traceback of a fault of ours, and that it came to its end.
+FAULT, BUG, OVER = "fault", "bug", "over"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Source(Searcher):
         super().__init__(metric=OVER, mode="max")
         self.board, self.most = board, most
         self.given: dict[str, int] = {}  # Tune's id of a trial -> its place
+        self.bug = ""
         self.draining = False  # nothing new is begun: somebody wants a pause, or the search is to end
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -93,6 +96,8 @@ class Source(Searcher):
             self.board.failed[i] = "its worker died every time it was begun; the machine may lack memory (see --verbose)"
         elif result and result.get(FAULT):
             self.board.failed[i] = str(result[FAULT])
+        elif result and result.get(BUG):
+            self.bug, self.draining = self.bug or f"{self.board.trials[i].name}:\n{result[BUG]}", True
 
     def save(self, checkpoint_path: str) -> None:
         """The folders hold all there is to keep."""
@@ -113,7 +118,7 @@ class Begun(tune.Callback):
 
 
 class Runner:
-    """The trainable: works on the trial that Tune names. What a user can mend comes home as a result and is not tried again."""
+    """The trainable: works on the trial that Tune names. An exception comes home as a result: only dead processes are replaced."""
 
     def __init__(self, trials: Sequence[Trial], engine: Callable[[], Engine], home: Path) -> None:
         self.trials, self.engine, self.home = list(trials), engine, home
@@ -125,6 +130,8 @@ class Runner:
             self.trials[config["trial"]].work(self.engine(), _tell_nobody)
         except UserError as e:
             return {OVER: 1, FAULT: fault(e)}
+        except Exception:
+            return {OVER: 1, BUG: traceback.format_exc()}
         return {OVER: 1}
 
 
@@ -151,9 +158,8 @@ def search(trials: Sequence[Trial], on: Lanes, storage: Place, report: Tell) -> 
     results = watched(tuner, lambda: _look(source, report, pauses))
     if pauses and board.left():
         raise pauses[0]
-    for error in results.errors:
-        if (found := user_error(error)) is not None:
-            raise found
+    if source.bug:
+        raise RuntimeError(f"a trial failed, {source.bug}")
     board.running.clear()
     board.settle()
     if left := board.left():  # Tune ended early

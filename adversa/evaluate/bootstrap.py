@@ -18,7 +18,7 @@ from adversa.evaluate.scores import checked
 from adversa.evaluate.weighted import values
 from adversa.types import UserError
 
-__all__ = ["Comparison", "compare", "draws", "holm", "intervals", "resample", "word"]
+__all__ = ["Comparison", "compare", "difference", "draws", "holm", "interval", "intervals", "resample", "word"]
 
 LEVEL = 100 * (1 - ALPHA)
 _NORMAL = 1.959963984540054  # of the percentiles' own width: half-widths are stretched from it
@@ -65,7 +65,7 @@ def intervals(
     Empty where there is one lesion only: nothing is known about others. only: that metric alone.
     """
     drawn, lesions = draws(logits, labels, groups, resamples, seed, classes, measures, thresholds, only)
-    found = {name: _interval(name, x, lesions, measures or Measures()) for name, x in drawn.items() if lesions > 1}
+    found = {name: interval(name, x, lesions, measures) for name, x in drawn.items()}
     return {name: ends for name, ends in found.items() if ends is not None}
 
 
@@ -88,18 +88,26 @@ def compare(
         _each(logits, labels, index, weights, classes, measures, limits, metric)[metric]
         for logits, limits in ((logits_a, thresholds_a), (logits_b, thresholds_b))
     )
+    found = difference(a, b, lesions)
+    if found is None:
+        raise UserError(f"{metric} has no value on these {len(labels)} images; compare another metric, or add images")
+    return found
+
+
+def difference(a: np.ndarray, b: np.ndarray, lesions: int) -> Comparison | None:
+    """As `compare`, from what `draws` gave of each arm: a, b [S, 1 + R], of the same resamples. None where there is no value."""
     each = a - b
     each = np.where(np.abs(each) < _ROUNDING, 0.0, each)
     drawn = each[:, 1:][:, np.isfinite(each[:, 1:]).all(0)]
     if not np.isfinite(each[:, 0]).all() or not drawn.shape[1]:
-        raise UserError(f"{metric} has no value on these {len(labels)} images; compare another metric, or add images")
+        return None
     s = spread(each[:, 0], drawn, lesions)
-    difference = float(each[:, 0].mean())
+    mean = float(each[:, 0].mean())
     seen = lesions > 1
     half = s.half() if seen else float("inf")
     return Comparison(
-        difference, difference - half if seen else -1.0, difference + half if seen else 1.0, s.p(difference), s.se,
-        s.detectable(), len(each), lesions, tuple(float(x) for x in each[:, 0]), _note(s), s,
+        mean, mean - half if seen else -1.0, mean + half if seen else 1.0, s.p(mean), s.se, s.detectable(), len(each), lesions,
+        tuple(float(x) for x in each[:, 0]), _note(s), s,
     )  # fmt: skip
 
 
@@ -137,8 +145,11 @@ def resample(groups: Sequence[str], resamples: int, seed: int) -> tuple[np.ndarr
     return index, weights.astype(np.float64)
 
 
-def _interval(name: str, x: np.ndarray, lesions: int, measures: Measures) -> tuple[float, float] | None:
-    """x [S, 1 + R] -> (low, high); None where the value or every resample is undefined."""
+def interval(name: str, x: np.ndarray, lesions: int, measures: Measures | None = None) -> tuple[float, float] | None:
+    """x [S, 1 + R], of `draws` -> (low, high) as in `intervals`; None where the value or every resample is undefined, or of one
+    lesion."""
+    if lesions < 2:
+        return None
     drawn = x[:, 1:][:, np.isfinite(x[:, 1:]).all(0)]
     if not np.isfinite(x[:, 0]).all() or not drawn.shape[1]:
         return None
@@ -147,7 +158,7 @@ def _interval(name: str, x: np.ndarray, lesions: int, measures: Measures) -> tup
     tail = (100 - LEVEL) / 2
     ends = np.percentile(mean, [tail, 100 - tail]) - mean.mean()
     ends = ends * (half / usual) if usual > _ROUNDING else np.array([-half, half])
-    low, high = np.clip(value + ends, 0, _most(name, measures))
+    low, high = np.clip(value + ends, 0, _most(name, measures or Measures()))
     return float(min(low, value)), float(max(high, value))
 
 

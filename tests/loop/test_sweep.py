@@ -15,24 +15,9 @@ from adversa.types import UserError
 
 pytestmark = pytest.mark.slow
 
-SWEEP = {"real": [2, 4], "ratios": [0, 1, 2], "arms": ["replay", "unguided", "guided"], "seeds": 1, "bootstrap": 200}
-SMALL = {
-    "data": {"phantom": {"images": 240}}, "sweep": SWEEP, "generate": {"part_size": 16},
-    "classifier": {"steps": 12, "checkpoint_steps": 6},
-}  # fmt: skip
-
 
 def page(config, run):
     return run.root / "sweep.html"
-
-
-@pytest.fixture(scope="session")
-def swept(tiny, tmp_path_factory):
-    """(config, run) of a tiny sweep. Read only."""
-    config = tiny(**SMALL)
-    run = sweep.open_run(config, tmp_path_factory.mktemp("swept") / "run")
-    assert sweep.run(config, run, LocalEngine(1, 1), page) == run.root / "sweep.html"
-    return config, run
 
 
 def mix_of(run, point):
@@ -110,8 +95,8 @@ class Cut(BaseException):
     pass
 
 
-def test_a_sweep_that_is_cut_off_again_and_again_has_the_same_table_and_no_trial_twice(swept, tiny, tmp_path, monkeypatch):
-    config = tiny(**SMALL)
+def test_a_sweep_that_is_cut_off_again_and_again_has_the_same_table_and_no_trial_twice(swept, tiny_sweep, tmp_path, monkeypatch):
+    config = tiny_sweep()
     run = sweep.open_run(config, tmp_path / "run")
     begun, finished, made = Counter(), Counter(), painting._row
     fit, left = sweep.fit_and_score, [3, 5, 9]
@@ -149,11 +134,11 @@ def test_a_sweep_that_is_cut_off_again_and_again_has_the_same_table_and_no_trial
     assert rows[0].equals(rows[1])
 
 
-def test_a_grid_may_grow_and_keeps_its_trials(swept, tiny, tmp_path):
+def test_a_grid_may_grow_and_keeps_its_trials(swept, tiny_sweep, tmp_path):
     root = tmp_path / "run"
     shutil.copytree(swept[1].root, root)
     before = {p: p.stat().st_mtime_ns for p in (root / "trials").rglob("manifest.json")}
-    config = tiny(**(SMALL | {"sweep": SWEEP | {"ratios": [0, 0.5, 1, 2], "seeds": 1, "real": [4]}}))
+    config = tiny_sweep(ratios=[0, 0.5, 1, 2], real=[4])
     run = sweep.open_run(config, root)
     assert not sweep.is_finished(config, run) and runs.RunDir(root).config.read_text().count("0.5")
     sweep.run(config, run, LocalEngine(1, 1), page)
@@ -161,32 +146,30 @@ def test_a_grid_may_grow_and_keeps_its_trials(swept, tiny, tmp_path):
     assert sweep.is_finished(config, run) and len(sweep.table(config, run)) == 1 + 3 * 3
 
 
-@pytest.mark.parametrize(
-    "sweeps", [SWEEP | {"ratios": [0, 1, 3]}, SWEEP | {"arms": ["replay", "guided"]}, SWEEP | {"subset_seed": 1}], ids=str
-)
-def test_what_would_change_the_images_or_the_match_needs_another_folder(swept, tiny, sweeps):
+@pytest.mark.parametrize("changes", [{"ratios": [0, 1, 3]}, {"arms": ["replay", "guided"]}, {"subset_seed": 1}], ids=str)
+def test_what_would_change_the_images_or_the_match_needs_another_folder(swept, tiny_sweep, changes):
     with pytest.raises(UserError, match="was made by another recipe"):
-        sweep.open_run(tiny(**(SMALL | {"sweep": sweeps})), swept[1].root)
+        sweep.open_run(tiny_sweep(**changes), swept[1].root)
 
 
-def test_a_sweep_and_a_run_do_not_share_a_folder(swept, tiny, tmp_path):
+def test_a_sweep_and_a_run_do_not_share_a_folder(swept, tiny, tiny_sweep, tmp_path):
     with pytest.raises(UserError, match="holds a sweep, this command is for a run of the loop; give another --run-dir"):
         cycle.open_run(swept[0], swept[1].root)
     cycle.open_run(tiny(), tmp_path / "run")
     with pytest.raises(UserError, match="holds a run of the loop, this command is for a sweep; give another --run-dir"):
-        sweep.open_run(tiny(**SMALL), tmp_path / "run")
+        sweep.open_run(tiny_sweep(), tmp_path / "run")
 
 
-def test_a_count_that_a_class_does_not_have_is_refused_before_anything_is_trained(tiny, tmp_path):
-    config = tiny(**(SMALL | {"sweep": SWEEP | {"real": [2, 40]}}))
+def test_a_count_that_a_class_does_not_have_is_refused_before_anything_is_trained(tiny_sweep, tmp_path):
+    config = tiny_sweep(real=[2, 40])
     run = sweep.open_run(config, tmp_path / "run")
     with pytest.raises(UserError, match="sweep.real 40: train has fewer images of some classes"):
         sweep.run(config, run, LocalEngine(1, 1), page)
     assert not (run.root / "cells").exists() and not (run.root / "trials").exists()
 
 
-def test_a_pause_rests_between_trials(tiny, tmp_path, monkeypatch):
-    config = tiny(**(SMALL | {"sweep": SWEEP | {"real": [2], "ratios": [0, 1], "arms": ["replay"]}}))
+def test_a_pause_rests_between_trials(tiny_sweep, tmp_path, monkeypatch):
+    config = tiny_sweep(real=[2], ratios=[0, 1], arms=["replay"])
     run = sweep.open_run(config, tmp_path / "run")
     rested = []
 

@@ -1,0 +1,162 @@
+"""Trials on Ray Tune: lanes, order, faults, workers that die; the same table as the local engine's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from functools import partial
+
+import pytest
+
+from adversa import control, runs
+from adversa.config import Cluster
+from adversa.loop import sizes, sweep
+from adversa.loop.engine import LocalEngine
+from adversa.loop.search import Trial
+from adversa.loop.step import run_step
+from adversa.types import UserError
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def work(out, seconds, engine, tell):
+    began = time.time()
+
+    def body(progress):
+        time.sleep(seconds)
+        return {"rows": 1, "pid": os.getpid(), "began": began, "ended": time.time(), "threads": engine.training_threads}
+
+    run_step(out, runs.Recipe("test", 1, {}, {}), body)
+
+
+def trials(root, count, seconds, *needs):
+    return [Trial(f"{root.name}{i}", root / str(i), partial(work, root / str(i), seconds), needs) for i in range(count)]
+
+
+def made(trial):
+    return runs.manifest(trial.out)
+
+
+def meet(out, other, engine, tell):
+    """Ends when the other trial has begun too."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (out.parent / f"{out.name}-begun").touch()
+    until = time.time() + 120
+    while not (other.parent / f"{other.name}-begun").exists():
+        assert time.time() < until, "never two at a time"
+        time.sleep(0.1)
+    work(out, 0.1, engine, tell)
+
+
+def test_two_lanes_are_used_again_and_again_and_what_waits_comes_later(ray_engine, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    first = [Trial("a", a, partial(meet, a, b)), Trial("b", b, partial(meet, b, a))]
+    rest = trials(tmp_path / "c", 5, 1.0, a, b)
+    told = []
+    ray_engine.search([*rest, *first], told.append)
+    ended = max(made(t)["ended"] for t in first)
+    assert all(made(t)["began"] >= ended and made(t)["threads"] == 1 for t in rest)
+    lanes = {made(t)["pid"] for t in first}
+    assert len(lanes) == 2 and {made(t)["pid"] for t in rest} <= lanes
+    assert told[-1]["done"] == 7 and max(len(t["running"]) for t in told) == 2
+    before = [t.out.stat().st_mtime_ns for t in rest]
+    ray_engine.search([*rest, *first], told.append)
+    assert before == [t.out.stat().st_mtime_ns for t in rest]
+
+
+def failing(engine, tell):
+    raise UserError("classifier.lr 9: too large; take less")
+
+
+def test_what_a_user_can_mend_is_one_line_and_the_others_are_done(ray_engine, tmp_path):
+    good = trials(tmp_path / "a", 2, 0.1)
+    bad = Trial("bad", tmp_path / "bad", failing)
+    waiting = trials(tmp_path / "w", 1, 0.1, bad.out)
+    with pytest.raises(
+        UserError, match=r"1 of 4 trials failed; 1 more wait .* the first, bad: classifier.lr 9: too large"
+    ) as found:
+        ray_engine.search([bad, *good, *waiting], lambda _: None)
+    assert "\n" not in str(found.value) and all(runs.is_finished(t.out) for t in good)
+
+
+def faulty(engine, tell):
+    raise RuntimeError("a fault of ours")
+
+
+def test_a_fault_of_ours_comes_home_as_one(ray_engine, tmp_path):
+    with pytest.raises(Exception, match="a fault of ours") as found:
+        ray_engine.search([Trial("bad", tmp_path / "bad", faulty)], lambda _: None)
+    assert not isinstance(found.value, UserError)
+
+
+def dying(out, engine, tell):
+    out.mkdir(parents=True, exist_ok=True)
+    if len(list(out.parent.glob("died-*"))) < 1:
+        (out.parent / f"died-{os.getpid()}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    work(out, 0.1, engine, tell)
+
+
+def test_a_lane_whose_process_is_killed_does_its_trial_again(ray_engine, tmp_path):
+    others = trials(tmp_path / "a", 2, 0.1)
+    ray_engine.search([Trial("dies", tmp_path / "x" / "out", partial(dying, tmp_path / "x" / "out")), *others], lambda _: None)
+    assert len(list((tmp_path / "x").glob("died-*"))) == 1 and runs.is_finished(tmp_path / "x" / "out")
+
+
+def test_a_pause_lets_what_is_in_flight_end(ray_engine, tmp_path, monkeypatch):
+    wished = []
+
+    class Reins(control.Free):
+        def look(self, force=False):
+            if any(runs.is_finished(t.out) for t in asked):
+                wished.append(1)
+                raise control.Pause
+
+    asked = trials(tmp_path / "a", 6, 2.0)
+    monkeypatch.setattr(control, "reins", Reins)
+    with pytest.raises(control.Pause):
+        ray_engine.search(asked, lambda _: None)
+    done = [t for t in asked if runs.is_finished(t.out)]
+    assert wished and 1 <= len(done) < 6 and all(runs.is_finished(t.out) or not t.out.exists() for t in asked)
+    monkeypatch.undo()
+    ray_engine.search(asked, lambda _: None)
+    assert all(runs.is_finished(t.out) for t in asked)
+
+
+def test_lanes_of_cpus_and_of_gpus():
+    assert sizes.trial_asks(Cluster(), 8, 0) == {"cpu": 1.0} and sizes.trials_at_once(Cluster(), 8, 0) == 8
+    assert sizes.trials_at_once(Cluster(training_threads=4), 8, 0) == 2
+    assert sizes.trial_asks(Cluster(), 16, 4) == {"gpu": 1.0, "cpu": 4.0} and sizes.trials_at_once(Cluster(), 16, 4) == 4
+    assert sizes.trials_at_once(Cluster(gpus_per_trial=0.5), 16, 4) == 8 and sizes.trials_at_once(Cluster(trials=3), 8, 0) == 3
+    assert (
+        sizes.trial_asks(Cluster(training_workers=2), 8, 0) == {"cpu": 0}
+        and sizes.trials_at_once(Cluster(training_workers=2), 8, 0) == 4
+    )
+
+
+def page(config, run):
+    return run.root / "sweep.html"
+
+
+def test_ray_and_local_have_the_same_table(ray_engine, swept, tiny_sweep, tmp_path):
+    config = tiny_sweep()
+    run = sweep.open_run(config, tmp_path / "run")
+    sweep.run(config, run, ray_engine, page)
+    rows = [sweep.table(*x).drop_columns(["device_seconds", "wall_seconds"]) for x in ((config, run), swept)]
+    assert rows[0].equals(rows[1])
+
+
+def test_a_trial_of_several_workers_launches_ray_train_from_its_lane(ray_engine, tiny_sweep, tmp_path, monkeypatch):
+    many = Cluster(cpus=2, object_store_mb=200, training_threads=1, training_workers=2)
+    monkeypatch.setattr(ray_engine, "cluster", many)
+    config = tiny_sweep(real=[2], ratios=[0, 1], arms=["replay"], cluster=many.model_dump())
+    run = sweep.open_run(config, tmp_path / "run")
+    sweep.run(config, run, ray_engine, page)
+    alone = sweep.open_run(config, tmp_path / "alone")
+    sweep.run(config, alone, LocalEngine(1, 1), page)
+    found, other = (sweep.table(config, r).to_pylist() for r in (run, alone))
+    assert len(found) == len(other) == 2 and all(r["images"] == o["images"] for r, o in zip(found, other, strict=True))
+    for point in sweep.grid.points(config):
+        recipe = runs.read_json(sweep.grid.trial_dir(run, point) / "select" / runs.RECIPE)
+        assert recipe["inputs"]  # scored by the models that two workers trained
