@@ -354,14 +354,20 @@ def predict(
 @exits
 @reads_run
 def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
-    """Write summary.json, report.html and report.md of a finished run again."""
+    """Write summary.json, report.html and report.md of a finished run again; of a sweep what there is of its figures so far."""
     from adversa.loop import summary
     from adversa.loop.stages import stages
     from adversa.report import page
-    from adversa.runs import lock, writing
+    from adversa.runs import is_sweep, lock, writing
     from adversa.types import UserError
 
     config, saved = saved_run(run, run_dir)
+    if is_sweep(saved):
+        from adversa.report import sweep as sweeps
+
+        with writing(saved.root), lock(saved):
+            typer.echo(sweeps.write(config, saved))
+        return
     unfinished = next((s.title for s in stages(config, saved) if not s.is_finished and s.command != "report"), None)
     if unfinished:
         fix = shlex.join(["adversa", "loop", str(saved.config), "--run-dir", str(saved.root)])

@@ -7,7 +7,7 @@ import time
 
 from adversa import console, control
 from adversa.config import Config, load
-from adversa.runs import RunDir, flatten
+from adversa.runs import RunDir, flatten, is_sweep
 from adversa.types import UserError
 
 HEARD_SECONDS = 60.0  # for a stop; a pause may wait for a training
@@ -53,6 +53,8 @@ def stop(run: RunDir) -> str:
 
 
 def _settings(run: RunDir, overrides: list[str]) -> dict[str, object]:
+    if overrides and is_sweep(run):
+        raise UserError(f"--set {overrides[0]}: a sweep has no rounds to change settings for; leave it out")
     names = [o.partition("=")[0] for o in overrides]
     if wrong := [n for n in names if n not in control.CHANGEABLE]:
         raise UserError(
@@ -72,7 +74,8 @@ def _working(run: RunDir, what: str) -> None:
 
 
 def _again(run: RunDir) -> str:
-    return shlex.join(["adversa", "loop", str(run.config), "--run-dir", str(run.root)])
+    command = "sweep" if is_sweep(run) else "loop"
+    return shlex.join(["adversa", command, str(run.config), "--run-dir", str(run.root)])
 
 
 def _quoted(run: RunDir) -> str:

@@ -104,7 +104,7 @@ def _here(command: str, config: Config, run: RunDir, engine_name: str, verbose: 
     return worked.title if worked is not None else ""
 
 
-def hold(command: str, run: RunDir, screen: Any, work: Callable[[], Any], ended: Callable[[], str], **told: Any) -> Any:
+def hold(command: str, run: RunDir, screen: Any, work: Callable[[], Any], ended: Callable[[], str], /, **told: Any) -> Any:
     """What `work()` returns, done while this process holds the run; status.json says how it ended. typer.Exit where it was stopped.
 
     ended: the state of a run whose work came to its end; told: what else status.json is to say.

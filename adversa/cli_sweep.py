@@ -38,8 +38,9 @@ def sweep(
     run = sweeps.open_run(config, root)
     if config.sweep.search is not None and _searched(config, run):
         page = run.root / grid.SEARCHED
-    elif config.sweep.search is None and sweeps.is_finished(config, run):  # its figures may be asked for anew: another metric, more resamples
+    elif config.sweep.search is None and sweeps.is_finished(config, run):  # its figures may be asked for anew: another metric
         with runs.lock(run):
+            sweeps.settle(config, run)
             page = report.write(config, run)
         screen.print(f"sweep: no trial left to do in {run.root}", highlight=False, markup=False, soft_wrap=True)
     else:
@@ -100,16 +101,17 @@ def _work(config: Config, run: RunDir, engine_name: str, verbose: bool, screen: 
 
 def dry_run(config: Config, run: RunDir, screen: Console, seconds: float) -> None:
     """Print the number of trials and an estimate of time and device-hours, from a short measurement. Writes nothing."""
-    from adversa.cli_plan import _clock, _hours, _range, _table
-    from adversa.distributed import nodes
+    from adversa import distributed
+    from adversa.cli_plan import _clock, _hours, _measured, _nodes, _range, _table
     from adversa.loop import measure, sizes, sweep_plan
 
-    amounts = sweep_plan.amounts(config, run)
-    here = nodes.here(config.cluster)
-    sizes.refuse(sizes.faults([here], config.cluster, grows=False))
-    lanes = sizes.trials_at_once(config.cluster, here.cpus, here.gpus)
-    with screen.status("measuring"):
-        found = measure.measure(sweep_plan.measurable(config), 1, seconds)
+    amounts, there = sweep_plan.amounts(config, run), distributed.address() is not None
+    nodes = _nodes(config)
+    sizes.refuse(sizes.faults(nodes, config.cluster, grows=there))
+    lanes, asked = sizes.trials_at_once(config.cluster, nodes), sweep_plan.measurable(config)
+    with screen.status("measuring"):  # a lane has one thread; of several kinds of machines the slowest counts
+        every = list(_measured(asked, nodes, seconds)[0].values()) if there else [measure.measure(asked, 1, seconds)]
+    found = max(every, key=lambda m: m.timings["classifier"].seconds)
     costs = sweep_plan.costs(amounts, found)
     table = _table("How much", ["what", "how many", "amount", "device-hours", "range"], right=1)
     for cost in costs:
@@ -132,6 +134,7 @@ def _notes(amounts: Any, lanes: int, found: Any, middle: str, span: str) -> Sequ
     lines = [
         f"{amounts.trials} trials in {amounts.cells} cells, {lanes} at a time (one {what} each): about {middle} ({span}), from "
         f"{found.seconds:.0f} s of measurement.",
-        f"Painted images are {amounts.overdraw:g} times those wanted; {amounts.images} in all.",
     ]
+    if amounts.images:
+        lines.append(f"Painted images are {amounts.overdraw:g} times those wanted; {amounts.images} in all.")
     return [*lines, *amounts.notes]

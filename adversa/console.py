@@ -75,6 +75,8 @@ def details(state: dict[str, Any]) -> tuple[str, ...]:
         found += shares(state["shares"], state["workers"])
     if state.get("failed"):
         found.append(f"{state['failed']} failed" + (f", the last {state['last_failed']}" if "last_failed" in state else ""))
+    if state.get("stopped"):
+        found.append(f"{state['stopped']} stopped early")
     if names := state.get("running"):
         found.append("now " + ", ".join(names[:RUNNING_SHOWN]) + (", ..." if len(names) > RUNNING_SHOWN else ""))
     return (*found, *([state["note"]] if state.get("note") else []))

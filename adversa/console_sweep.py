@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from adversa.config import Config
 from adversa.loop import grid
 from adversa.runs import RunDir
 
+FRESH = 10.0  # seconds after which nobody is at work on what progress.json names
 WORDS = {"balanced_accuracy": "balanced accuracy", "auroc_macro": "macro AUROC", "worst_class": "worst class's sensitivity"}
 _known: dict[Path, dict[str, Any]] = {}  # manifests of finished trials: they do not change
 
@@ -32,7 +34,7 @@ def table(config: Config, run: RunDir) -> Table:
     if config.sweep.search is not None:
         return searched(config, run)
     metric, progress = config.sweep.metric, runs.read_json(run.root / "trials" / runs.PROGRESS) or {}
-    running = progress.get("running", [])
+    running = progress.get("running", []) if time.time() - progress.get("updated", 0) < FRESH else []
     names = list(dict.fromkeys(v.name for c in grid.cells(config.sweep) for v in [grid.Variant("real"), *grid.variants(config, c)]))
     shown = Table(
         title=f"best {WORDS.get(metric, metric)} on select so far (ratio)", title_justify="left", box=None, pad_edge=False
@@ -60,13 +62,21 @@ def searched(config: Config, run: RunDir, most: int = 10) -> Table:
     shown = Table(title=f"{WORDS.get(metric, metric)} on select", title_justify="left", box=None, pad_edge=False)
     for column in ("trial", "state", "score"):
         shown.add_column(column, justify="right" if column == "score" else "left", overflow="fold")
-    found = (runs.read_json(run.root / grid.SEARCHED) or {}).get("trials", [])
+    found = (runs.read_json(run.root / grid.SEARCHED) or {}).get("trials") or _so_far(run, metric)
     asks = config.sweep.search.space if config.sweep.search is not None else {}
     for row in found[:most]:
         told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["asks"].items() if k in asks)
         score = row["metrics"][metric] if row["state"] == "finished" else row["score"]
         shown.add_row(Text(told), row["state"], f"{score:.3f}")
     return shown
+
+
+def _so_far(run: RunDir, metric: str) -> list[dict[str, Any]]:
+    """The finished trials of a search that goes on, the best first."""
+    folder = run.root / "search"
+    made = [_made(p.parent) for p in folder.rglob(runs.MANIFEST) if p.parent.name == "result"] if folder.exists() else []
+    rows = [{"asks": m["trial"]["asks"], "state": "finished", "metrics": m["metrics"]} for m in made if m is not None]
+    return sorted(rows, key=lambda r: -r["metrics"][metric])
 
 
 def _best(scores: Mapping[float, list[float]]) -> str:

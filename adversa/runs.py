@@ -219,8 +219,8 @@ def open_run(
             write_json(run.recipe, {"recipe": recipe, "created": now()})
             replace_bytes(run.config, config_yaml.encode())
         return run
-    if ("sweep" in saved.get("recipe", {})) != ("sweep" in recipe):
-        kinds = ("a sweep", "a run of the loop") if "sweep" in saved.get("recipe", {}) else ("a run of the loop", "a sweep")
+    if _of_sweep(saved.get("recipe", {})) != _of_sweep(recipe):
+        kinds = ("a run of the loop", "a sweep") if _of_sweep(recipe) else ("a sweep", "a run of the loop")
         raise UserError(f"{root} holds {kinds[0]}, this command is for {kinds[1]}; give another --run-dir")
     changed = differences(saved.get("recipe", {}), recipe)
     idle = bool(changed) and not (busy or is_locked)(run)
@@ -294,6 +294,16 @@ def _opening(root: Place) -> Iterator[None]:
         raise
     except OSError as e:
         raise UserError(f"cannot write to {e.filename or root}: {e.strerror or e}; give another --run-dir") from None
+
+
+def is_sweep(run: RunDir) -> bool:
+    """Whether the folder holds a sweep, and no run of the loop."""
+    return _of_sweep((read_json(run.recipe) or {}).get("recipe", {}))
+
+
+def _of_sweep(recipe: dict[str, Any]) -> bool:
+    """Whether it is a sweep's: that has no `mix` (sweep.recipe_of)."""
+    return "sweep" in recipe and "mix" not in recipe
 
 
 def run_id(recipe: dict[str, Any]) -> str:

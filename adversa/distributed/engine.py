@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import psutil
 import ray
 
-from adversa import distributed, places
+from adversa import control, distributed, places
 from adversa.config import Cluster
 from adversa.distributed import nodes, pool, search, start, stream, training
 from adversa.loop import sizes
 from adversa.loop.engine import Done, FitJob, Make, Name, Part, Report, Share, row_name, unfinished
-from adversa.loop.search import Trial
+from adversa.loop.search import Board, Trial, in_turn
 from adversa.runs import is_finished
 from adversa.types import UserError
 
@@ -94,20 +93,30 @@ class RayEngine:
         raise UserError(f"Ray Train was lost {self.cluster.training_attempts} times ({lost}); {AGAIN}")
 
     def search(self, trials: Sequence[Trial], report: Report) -> None:
-        """As the Engine says; a trial whose worker dies is begun again where its folders end."""
+        """As the Engine says; a trial whose worker dies is begun again where its folders end.
+
+        Trials of several workers come one after the other, each with a launch of Ray Train of its own: such a group is as large as
+        the cluster, or nearly, and Ray Data's tasks find no room within a trial of Tune.
+        """
         if not any(not is_finished(t.out) for t in trials):
+            return
+        if self.cluster.training_workers > 1:
+            board = Board(trials)
+            for _ in in_turn(board, self, report):
+                control.reins().look()
+            board.settle()
             return
         with self.tuning() as (on, storage):
             search.search(trials, on, storage, report)
-        search.idle()
+        if self.embedded:
+            search.idle()
 
     @contextlib.contextmanager
     def tuning(self) -> Iterator[tuple[search.Lanes, places.Place]]:
         """The lanes of a search by Ray Tune, and a place for what Tune keeps, which goes with it."""
-        inside = partial(RayEngine, self.cluster, self.storage.parent, self.image_bytes, inside=True)
         storage = self.storage.with_name(".ray-tune")
         try:
-            yield search.lanes(self.cluster, self.cpus, self.gpus, inside), storage
+            yield search.lanes(self.cluster, self.gpus), storage
         finally:
             places.rmtree(storage, missing_ok=True)
 

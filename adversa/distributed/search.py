@@ -47,17 +47,10 @@ class Lanes:
     threads: int
 
 
-def lanes(cluster: Cluster, cpus: float, gpus: float, inside: Callable[[], Engine]) -> Lanes:
-    """A lane is a CPU with one torch thread, or a GPU (or its share); a trial of several workers launches Ray Train from its lane.
-
-    inside: makes the engine of such a trial, in a Ray that is there.
-    """
-    asks, most = sizes.trial_asks(cluster, cpus, gpus), cluster.trials
-    threads = cluster.training_threads or (max(1, int(cpus // gpus)) if gpus else 1)
-    if cluster.training_workers > 1:
-        most = most or max(1, int(gpus or cpus) // cluster.training_workers)
-        return Lanes(asks, most, cluster.training_attempts, inside, threads)
-    return Lanes(asks, most, cluster.training_attempts, _Local(threads), threads)
+def lanes(cluster: Cluster, gpus: float) -> Lanes:
+    """A lane is a CPU with one torch thread, or a GPU (or its share) and a CPU."""
+    threads = cluster.training_threads or 1
+    return Lanes(sizes.trial_asks(cluster, gpus), cluster.trials, cluster.training_attempts, _Local(threads), threads)
 
 
 @dataclass(frozen=True)

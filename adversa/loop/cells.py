@@ -27,6 +27,7 @@ from adversa.runs import RunDir
 from adversa.types import ROLES, GenerationRequest, digest, seed_of
 
 ROUND = 1  # of a cell there is one
+PLAIN = cfg.Mix(arms=["real", "unguided", "guided"])  # nothing of it hangs on the run's own section
 
 
 # ---- its real images ---------------------------------------------------------------------------------------------------
@@ -105,9 +106,9 @@ def _same(role: Place, out: Place) -> None:
             tables.replace_bytes(out / part.name, part.read_bytes())
 
 
-def first_mix(config: cfg.Config, d: RunDir) -> None:
+def first_mix(d: RunDir) -> None:
     """What the classifier that finds the hard cases and the denoiser are trained on: the cell's images of train."""
-    steps.mix(d.data, [], [], "real", config.mix, config.generate.per_case, d.arm(0, "real") / "mix")
+    steps.mix(d.data, [], [], "real", PLAIN, 1, d.arm(0, "real") / "mix")
 
 
 # ---- what is trained on them -------------------------------------------------------------------------------------------
@@ -117,8 +118,7 @@ def config_of(config: cfg.Config, d: RunDir) -> cfg.Config:
     """The settings of a cell: the run's, with every class mined alike, the hardest first, and the gate its lesions allow."""
     lesions = runs.manifest(d.data)["lesions"]
     mine = config.mine.model_copy(update={"near_margin": 1.0, "ratio_cap": 1.0, "scorer": _scorer(config.mine.scorer)})
-    plain = cfg.Mix(arms=["real", "unguided", "guided"])
-    return config.model_copy(update={"mine": mine, "curate": grid.gate_of(config.curate, lesions), "mix": plain, "rounds": 1})
+    return config.model_copy(update={"mine": mine, "curate": grid.gate_of(config.curate, lesions), "mix": PLAIN, "rounds": 1})
 
 
 def _scorer(name: str) -> str:
@@ -127,19 +127,26 @@ def _scorer(name: str) -> str:
 
 
 def attack(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> None:
-    """The classifier that finds the hard cases, the judges, the hard cases, and what the gate measures on real images."""
+    """The classifier that finds the hard cases and those; where anything is painted the judges, too, and what the gate measures."""
     c = config_of(config, d)
     classifier = attacker(d)
     job = steps.classifier_job(
         d.data, d.arm(0, "real") / "mix", [], c.classifier, seed_of("classifier", c.seed, 0), c.data.resolution, classifier
     )
-    engine.fit([job, *judging.jobs(d.data, c, d.judge)])
+    engine.fit([job, *(judging.jobs(d.data, c, d.judge) if grid.paints(c.sweep) else [])])
     steps.score(engine, [("real", 0, classifier)], d.data / "mine", d.data, True, d.round(ROUND, "scores"))
     steps.mine(d.round(ROUND, "scores"), d.data, c.mine, d.round(ROUND, "hard"))
+    if not grid.paints(c.sweep):
+        return
     judges = judging.folders(d.judge, c.curate.folds)
     for role in ROLES:
         curation.features(engine, d.data, role, classifier, judges, d.features / role)
     curation.limits(d.data, d.features, c.curate, d.limits)
+
+
+def attacked(config: cfg.Config, d: RunDir) -> Path:
+    """The step folder that `attack` finishes last."""
+    return d.limits if grid.paints(config.sweep) else d.round(ROUND, "hard")
 
 
 def attacker(d: RunDir) -> Path:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adversa.config import Config, Curate, Sweep
+from adversa.config import check as check_config
 from adversa.runs import RunDir
 from adversa.types import PAINTED, UserError
 
@@ -62,7 +63,12 @@ class Point:
 
     @property
     def name(self) -> str:
-        return f"{self.cell.name}/{self.variant.name}/r{self.ratio:g}/s{self.seed}"
+        return f"{self.cell.name}/{self.variant.name}/r{name_of(self.ratio)}/s{self.seed}"
+
+
+def name_of(ratio: float) -> str:
+    """0, 0.5, 1: shortest, and another for every ratio."""
+    return repr(float(ratio)).removesuffix(".0")
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------------------
@@ -81,7 +87,12 @@ def sources(sweep: Sweep) -> list[Cell]:
 
 
 def _wants_all(sweep: Sweep) -> bool:
-    return ALL in sweep.denoiser_sees and any(arm in PAINTED for arm in sweep.arms) and max(sweep.ratios) > 0
+    return ALL in sweep.denoiser_sees and paints(sweep)
+
+
+def paints(sweep: Sweep) -> bool:
+    """Whether any arm has painted images."""
+    return any(arm in PAINTED for arm in sweep.arms)
 
 
 def variants(config: Config, cell: Cell) -> list[Variant]:
@@ -109,7 +120,7 @@ def points(config: Config) -> list[Point]:
 
 def check(config: Config) -> None:
     """UserError for a grid that makes no sense, before anything runs."""
-    s, names = config.sweep, [a for a in config.sweep.arms if a in PAINTED]
+    s = config.sweep
     if max(s.ratios) == 0:  # also of a search: images are painted for the largest
         raise UserError(f"sweep.ratios {s.ratios} leaves the arms {', '.join(s.arms)} without images; add a ratio above 0")
     if s.search is not None and s.search.samples > s.max_trials:
@@ -121,12 +132,18 @@ def check(config: Config) -> None:
             f"sweep.max_trials {s.max_trials}: this grid has {count} trials ({len(s.real)} counts of real images, {len(s.ratios)} "
             f"ratios, {len(s.arms)} arms, {s.seeds} seeds); leave some out, or allow more"
         )
-    if names and config.generate.adaptive:
+    if paints(s) and config.generate.adaptive:
         raise UserError("generate.adaptive true: a sweep's small cells have no judges to choose noise levels; set it to false")
     if config.classifier.patience is not None:
         raise UserError(
             f"classifier.patience {config.classifier.patience} would stop trials, which are compared, at different steps; take null"
         )
+    if paints(s) and config.denoiser.external and len(s.denoiser_sees) > 1:
+        raise UserError(
+            f"sweep.denoiser_sees {s.denoiser_sees}: denoiser.external is one and the same for every cell; take one of the two"
+        )
+    if paints(s):  # what a run that paints must keep to
+        check_config(config.model_dump(mode="json") | {"mix": {"arms": ["real", "unguided", "guided"]}}, "the sweep")
     if config.cluster.training_workers_min not in (None, config.cluster.training_workers):
         raise UserError("cluster.training_workers_min: trials of fewer workers have other last bits; take null in a sweep")
 
@@ -162,7 +179,7 @@ def pool_dir(run: RunDir, cell: Cell, variant: Variant) -> Path:
 
 
 def trial_dir(run: RunDir, point: Point) -> Path:
-    return run.root / "trials" / point.cell.name / point.variant.name / f"r{point.ratio:g}" / f"s{point.seed}"
+    return run.root / "trials" / point.cell.name / point.variant.name / f"r{name_of(point.ratio)}" / f"s{point.seed}"
 
 
 def result_dir(run: RunDir, point: Point) -> Path:

@@ -56,22 +56,18 @@ def sampler_asks(cluster: Cluster, gpus: bool) -> dict[str, float]:
     return {"num_gpus": cluster.gpus_per_sampler, "num_cpus": 1} if gpus else {"num_cpus": cluster.sampler_threads}
 
 
-def trial_asks(cluster: Cluster, cpus: float, gpus: float) -> dict[str, float]:
-    """Of a trial of a search. One of several workers asks for nothing itself: its workers do."""
-    if cluster.training_workers > 1:
-        return {"cpu": 0}
-    if gpus:
-        return {"gpu": cluster.gpus_per_trial, "cpu": max(1.0, cpus * cluster.gpus_per_trial // gpus)}
-    return {"cpu": float(cluster.training_threads or 1)}
+def trial_asks(cluster: Cluster, gpus: float) -> dict[str, float]:
+    """Of a trial of a search, as Ray Tune takes it."""
+    return {"gpu": cluster.gpus_per_trial, "cpu": 1.0} if gpus else {"cpu": float(cluster.training_threads or 1)}
 
 
-def trials_at_once(cluster: Cluster, cpus: float, gpus: float) -> int:
-    """How many trials of a search run at the same time on a cluster of so much."""
+def trials_at_once(cluster: Cluster, nodes: Sequence[Node]) -> int:
+    """How many trials of a search run at the same time; of several workers each, one."""
     if cluster.training_workers > 1:
-        room = int(gpus or cpus) // cluster.training_workers
-    else:
-        asks = trial_asks(cluster, cpus, gpus)
-        room = int(min(cpus / asks["cpu"], gpus / asks["gpu"] if "gpu" in asks else cpus))
+        return 1
+    gpus = on_gpus(nodes)
+    asks = trial_asks(cluster, gpus)
+    room = sum(int(min(n.cpus / asks["cpu"], _whole(n.gpus, asks["gpu"]) if gpus else n.cpus)) for n in nodes)
     return max(1, min(cluster.trials or room, room))
 
 

@@ -6,6 +6,7 @@ near-copy gate). Within a cell, arms are matched class by class, in every ratio;
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from adversa import control, places, runs, tables, tracking
+from adversa import control, lease, places, runs, tables, tracking
 from adversa.config import Config, dump
-from adversa.loop import arms, cells, grid, prepare, steps
+from adversa.loop import arms, cells, grid, latents, prepare, steps
 from adversa.loop.engine import Engine
 from adversa.loop.grid import Cell, Point, Variant
 from adversa.loop.search import Trial
@@ -30,6 +31,7 @@ from adversa.types import digest, seed_of
 # What may change in a sweep's folder. Not the arms: all of a cell take as many images as the poorest of them has.
 FREE = ("real", "seeds", "ratios", "max_trials", "bootstrap", "metric", "keep_models", "search")
 COMMAND = "sweep"
+METRICS = "metrics.jsonl"  # of a training, by classify.fit
 Pairs = list[tuple[str, int]]
 
 
@@ -45,10 +47,7 @@ def recipe_of(config: Config) -> dict[str, object]:
 def open_run(config: Config, root: Path) -> RunDir:
     """Create or check the sweep's folder. UserError where it holds something else, or the grid makes no sense."""
     grid.check(config)
-    run = runs.open_run(root.absolute(), recipe_of(config), dump(config))
-    if run.config.read_text() != dump(config):  # another grid of the same cells
-        tables.replace_bytes(run.config, dump(config).encode())
-    return run
+    return runs.open_run(root.absolute(), recipe_of(config), dump(config), busy=lease.is_worked_on)
 
 
 def is_finished(config: Config, run: RunDir) -> bool:
@@ -58,8 +57,8 @@ def is_finished(config: Config, run: RunDir) -> bool:
 def run(config: Config, run: RunDir, engine: Engine, write: Callable[[Config, RunDir], Path], since: float | None = None) -> Path:
     """Do what is left of a sweep; returns what `write` does (the report's place). The caller holds the run's lock."""
     runs.sweep(run)
-    steps.check_weights(config)
-    with tracking.Follow([], run.root), runs.Clock(run, since) as clock:
+    settle(config, run)
+    with tracking.Follow(config.tracking, run.root), runs.Clock(run, since) as clock:
         told = {"command": COMMAND}
         while True:
             try:
@@ -78,25 +77,41 @@ def run(config: Config, run: RunDir, engine: Engine, write: Callable[[Config, Ru
         return write(config, run)
 
 
+def settle(config: Config, run: RunDir) -> None:
+    """Before any work, by the holder of the run's lock: config.yaml says which grid is worked on now; UserError for weights and
+    autoencoders that are not there."""
+    if run.config.read_text() != dump(config):
+        tables.replace_bytes(run.config, dump(config).encode())
+    steps.check_weights(config)
+    if _has_codec(config):
+        latents.check_codec(config.codec, config.data.resolution)
+
+
+def _has_codec(config: Config) -> bool:
+    return grid.paints(config.sweep) and config.codec.kind != "pixels"
+
+
 def trials(config: Config, run: RunDir) -> list[Trial]:
     """All work after `prepare`, the longest first. Makes each cell's images and first mix. UserError where a class has too few."""
     s = config.sweep
     split = runs.read_json(run.data / "split.json") or {}
     grid.check_counts(config, split["images"]["train"], exact=True)
     trained, painted, points = [], [], []
-    paints = any(v.paints for c in grid.cells(s) for v in grid.variants(config, c))
+    paints = grid.paints(s)
     for cell in grid.sources(s):
         d = grid.cell_dir(run, cell)
         cells.subset(run.data, cell, s.subset_seed, d.data)
-        cells.first_mix(config, d)
+        cells.first_mix(d)
+        if _has_codec(config) and not config.codec.is_fitted:
+            latents.fetch(d.data, config.codec, config.data.resolution, d.codec)
         if paints and ("subset" in s.denoiser_sees or cell.count is None):
             trained.append(Trial(f"{cell.name}/denoiser", d.denoiser, partial(cells.denoise, config, d)))
         if cell in grid.cells(s):
-            trained.append(Trial(f"{cell.name}/hard cases", d.limits, partial(cells.attack, config, d)))
+            trained.append(Trial(f"{cell.name}/hard cases", cells.attacked(config, d), partial(cells.attack, config, d)))
     for cell in grid.cells(s):
         painted += _pools(config, run, cell)
     for p in grid.points(config):
-        needs = [grid.cell_dir(run, p.cell).limits, *(cells.verdicts_of(x) for x in pools(config, run, p.cell))]
+        needs = [cells.attacked(config, grid.cell_dir(run, p.cell)), *(cells.verdicts_of(x) for x in pools(config, run, p.cell))]
         points.append(Trial(p.name, grid.result_dir(run, p), partial(trial, config, run, p), tuple(needs)))
     steps.check_models(config, steps.classes_of(run.data), paints, grid.cell_dir(run, grid.sources(s)[0]).codec)
     return [*trained, *painted, *points]
@@ -108,9 +123,10 @@ def pools(config: Config, run: RunDir, cell: Cell) -> list[Path]:
 
 
 def whose(config: Config, cell: Cell, variant: Variant) -> str:
-    """What request ids are made of, beside the hard case, the strategy and a number: the sweep, the cell, the denoiser."""
+    """What request ids are made of, beside the hard case and a number: the sweep, the cell, the arm (one strategy falls back
+    on another)."""
     asks = recipe_of(config) | {"sweep": {"subset_seed": config.sweep.subset_seed}}
-    return digest(runs.run_id(asks), cell.name, variant.sees, size=8)
+    return digest(runs.run_id(asks), cell.name, variant.sees, variant.strategy, size=8)
 
 
 def _pools(config: Config, run: RunDir, cell: Cell) -> list[Trial]:
@@ -185,13 +201,19 @@ def fit_and_score(
         return {
             "rows": len(p.labels), "metrics": metrics(p.logits, p.labels, steps.classes_of(d.data)), "trial": told, **facts,
             "steps": made["metrics"]["steps"], "images": made["rows"], "device_seconds": made["device_seconds"],
-            "wall_seconds": time.monotonic() - began,
+            "wall_seconds": time.monotonic() - began, "evaluations": evaluations(out / "classifier"),
         }  # fmt: skip
 
     run_step(result, recipe, body)
     if not config.sweep.keep_models:
         places.rmtree(out / "classifier", missing_ok=True)
     return dict(runs.manifest(result)["metrics"])
+
+
+def evaluations(classifier: Path) -> list[tuple[int, float]]:
+    """(step, balanced accuracy on select) at each evaluation of a training."""
+    lines = [json.loads(line) for line in (classifier / METRICS).read_text().splitlines()]
+    return [(x["step"], x["select_balanced_accuracy"]) for x in lines]
 
 
 def mix(source: Source, arm: str, ratio: float, out: Path) -> None:

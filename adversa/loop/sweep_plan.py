@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adversa import runs
@@ -54,34 +54,80 @@ class Cost:
 
 
 def amounts(config: Config, run: RunDir) -> Amounts:
-    """Counted by the sweep's own rules; before `prepare`, images of each class by the shares of data.split."""
+    """Counted by the sweep's own rules, less what the folder has finished; before `prepare`, images of each class by the shares of
+    data.split."""
     c, s = config, config.sweep
     every, notes = _images(config, run)
-    cells, points = grid.cells(s), grid.points(config)
+    cells = grid.cells(s)
     real = {cell: _real(every["train"], cell) for cell in grid.sources(s)}
-    pools = [(cell, v) for cell in cells for v in grid.variants(config, cell) if v.paints]
-    asked = {cell: sum(grid.wanted(real[cell], max(s.ratios), s.overdraw)) for cell in cells}
-    painted = sum(asked[cell] for cell, _ in pools)
-    rows = sum(asked[cell] * planning.evaluations(c, v.arm) for cell, v in pools)
-    judged = sum(min((n for n in real[cell] if n), default=0) >= grid.JUDGED for cell in cells)
-    select, looks = sum(every["select"]), c.classifier.evaluations + 1
-    indexed = sum(sum(real[cell]) + sum(_real(every["mine"], cell)) + sum(every["select"]) + sum(every["test"]) for cell in cells)
-    judge, folds = judge_of(c), c.curate.folds
-    denoisers = len({Cell(None) if v.sees == grid.ALL else cell for cell, v in pools}) if not c.denoiser.external else 0
-    found = [
-        Line("trials", len(points), f"{c.classifier.steps} steps", _trained("classifier", len(points), c.classifier.steps)
-             + (("score", float(len(points) * looks * select)),), TRIAL_SECONDS),
-        Line("hard cases", len(cells), f"{c.classifier.steps} steps", _trained("classifier", len(cells), c.classifier.steps)
-             + (("score", float(len(cells) * looks * select + indexed)), ("index", float(2 * indexed)))),
+    trials, done = _trials(config, run)
+    if done:
+        notes.append(f"{done} trials are finished already, and not counted.")
+    if s.search is not None and any(k.startswith("generate.") or k == "strategies" for k in s.search.space):
+        notes.append("Painted for one setting of generate: a search that varies it paints anew for each.")
+    pools = [
+        (cell, v) for cell in cells for v in grid.variants(config, cell)
+        if v.paints and not runs.is_finished(grid.pool_dir(run, cell, v) / "verdicts")
     ]  # fmt: skip
-    if pools:
-        found += [
-            Line("judges", judged * folds, f"{judge.steps} steps", _trained("judge", judged * folds, judge.steps)),
-            Line("denoisers", denoisers, f"{c.denoiser.steps} steps", _trained("denoiser", denoisers, c.denoiser.steps)),
-            Line("painted images", len(pools), f"{painted} images", (("paint", float(rows)),)),
-            Line("verdicts", len(pools), f"{painted} images", (("compare", float(painted * (1 + c.curate.twins))),)),
-        ]  # fmt: skip
-    return Amounts(len(points), len(cells), painted, s.overdraw, tuple(x for x in found if x.count), tuple(notes))
+    asked = {cell: sum(grid.wanted(real[cell], max(s.ratios), s.overdraw)) for cell in cells}
+    images = sum(asked[cell] for cell, _ in pools)
+    found = [
+        *_attacks(c, [cell for cell in cells if not runs.is_finished(grid.cell_dir(run, cell).round(1, "hard"))], real, every),
+        *_denoisers(c, run, cells, every, real),
+        Line("painted images", len(pools), f"{images} images",
+             (("paint", float(sum(asked[cell] * planning.evaluations(c, v.arm) for cell, v in pools))),)),
+        Line("verdicts", len(pools), f"{images} images", (("compare", float(images * (1 + c.curate.twins))),)),
+        Line("trials", trials, f"{c.classifier.steps} steps", (*_trained("classifier", trials, c.classifier.steps),
+             ("score", float(trials * (c.classifier.evaluations + 1) * sum(every["select"])))), TRIAL_SECONDS),
+    ]  # fmt: skip
+    return Amounts(trials, len(cells), images, s.overdraw, tuple(x for x in found if x.count), tuple(notes))
+
+
+def _trials(config: Config, run: RunDir) -> tuple[int, int]:
+    """(to do, done)"""
+    if config.sweep.search is not None:
+        return config.sweep.search.samples, 0
+    points = grid.points(config)
+    done = sum(runs.is_finished(grid.result_dir(run, p)) for p in points)
+    return len(points) - done, done
+
+
+def _attacks(c: Config, cells: Sequence[Cell], real: Mapping[Cell, list[int]], every: Mapping[str, list[int]]) -> list[Line]:
+    """The classifiers that find hard cases, the judges, and what the gate measures where anything is painted."""
+    n, looks = len(cells), c.classifier.evaluations + 1
+    seen = n * looks * sum(every["select"])
+    of_gate: tuple[tuple[str, float], ...] = ()
+    judges = 0
+    if grid.paints(c.sweep):
+        indexed = sum(
+            sum(real[cell]) + sum(_real(every["mine"], cell)) + sum(every["select"]) + sum(every["test"]) for cell in cells
+        )
+        seen, of_gate = seen + indexed, (("index", 2.0 * indexed),)
+        judges = c.curate.folds * sum(min((x for x in real[cell] if x), default=0) >= grid.JUDGED for cell in cells)
+    judge = judge_of(c)
+    return [
+        Line("hard cases", n, f"{c.classifier.steps} steps",
+             (*_trained("classifier", n, c.classifier.steps), ("score", float(seen)), *of_gate)),
+        Line("judges", judges, f"{judge.steps} steps", _trained("judge", judges, judge.steps)),
+    ]  # fmt: skip
+
+
+def _denoisers(
+    c: Config, run: RunDir, cells: Sequence[Cell], every: Mapping[str, list[int]], real: Mapping[Cell, list[int]]
+) -> list[Line]:
+    """With the autoencoders and latents of latent diffusion."""
+    s = c.sweep
+    if not grid.paints(s) or c.denoiser.external:
+        return []
+    whose = {Cell(None) if v.sees == grid.ALL else cell for cell in cells for v in grid.variants(c, cell) if v.paints}
+    left = [cell for cell in whose if not runs.is_finished(grid.cell_dir(run, cell).denoiser)]
+    n, found = len(left), []
+    if c.codec.kind != "pixels":
+        views = c.codec.views if c.denoiser.flips else 1
+        rows = sum(sum(real[cell]) * views + sum(every["select"]) for cell in left)
+        fitted = _trained("codec", n, c.codec.steps) if c.codec.is_fitted else ()
+        found.append(Line("autoencoders", n, f"{rows} latents", (*fitted, ("encode", float(rows)))))
+    return [*found, Line("denoisers", n, f"{c.denoiser.steps} steps", _trained("denoiser", n, c.denoiser.steps))]
 
 
 def _trained(kind: str, count: int, steps: int) -> tuple[tuple[str, float], ...]:
@@ -106,8 +152,7 @@ def _real(train: Sequence[int], cell: Cell) -> list[int]:
 
 def measurable(config: Config) -> Config:
     """A configuration whose kinds of work are those of the sweep."""
-    paints = any(v.paints for cell in grid.cells(config.sweep) for v in grid.variants(config, cell))
-    return config.model_copy(update={"mix": Mix(arms=["real", "unguided", "guided"] if paints else ["real"])})
+    return config.model_copy(update={"mix": Mix(arms=["real", "unguided", "guided"] if grid.paints(config.sweep) else ["real"])})
 
 
 def costs(found: Amounts, measured: Measured) -> list[Cost]:

@@ -54,15 +54,20 @@ def verdict(known: dict[str, Any], name: str) -> dict[str, Any]:
     rows = [c for c in known["contrasts"] if c["question"] == rival and c["a"] == name]
     better, worse = ([r for r in rows if r["word"] == w] for w in ("better", "worse"))
     word = "mixed" if better and worse else "better" if better else "worse" if worse else "not shown"
-    parts = [_compared(rows, better, worse, rival), _knees([c for c in known["curves"] if c["variant"] == name])]
+    parts = [
+        _compared(rows, better, worse, rival, not known["what"]["trials"]["missing"]),
+        _knees([c for c in known["curves"] if c["variant"] == name]),
+    ]
     parts.append(_worth([w for w in known["worth"] if w["variant"] == name]))
     return {"variant": name, "against": rival, "word": word, "sentence": f"{name}: {'; '.join(parts)}."}
 
 
-def _compared(rows: list[dict[str, Any]], better: list[dict[str, Any]], worse: list[dict[str, Any]], rival: str) -> str:
+def _compared(
+    rows: list[dict[str, Any]], better: list[dict[str, Any]], worse: list[dict[str, Any]], rival: str, complete: bool
+) -> str:
     rival = "nothing added" if rival == "real" else rival
     if not rows:
-        return f"not compared with {rival} yet"
+        return f"not compared with {rival}: nothing could be added" if complete else f"not compared with {rival} yet"
     of = f"{len(rows)} point{'s' if len(rows) > 1 else ''}"
     found = []
     for word, some, ends in (("better", better, max), ("worse", worse, min)):
@@ -125,7 +130,23 @@ def notes(config: Config, known: dict[str, Any]) -> list[str]:
     ]
     if not config.data.grouped:
         found.append("data.grouped is off: lesions leak between roles and every figure is too good")
+    found += _of_models(config) if grid.paints(s) else []
     return found + _of_cells(what) + _of_pools(what) + _unreached(known) + _of_curves(known) + _zero_best(known)
+
+
+def _of_models(config: Config) -> list[str]:
+    """What reaches a cell from outside of its images."""
+    found = []
+    given = {"denoiser.external": config.denoiser.external, "denoiser.weights": config.denoiser.weights,
+             "codec.path": config.codec.path, "generate.weak": config.generate.weak}  # fmt: skip
+    if named := [name for name, value in given.items() if value]:
+        found.append(f"{', '.join(named)}: what these were trained on, every cell profits from, beside its own images")
+    if any(n == grid.ALL or n >= grid.JUDGED for n in config.sweep.real):
+        found.append(
+            "where judges have a say, the limits of the gate (what is trivial, unlike real images, a near copy) are measured on "
+            "held-out real images, those of select among them"
+        )
+    return found
 
 
 def _of_cells(what: dict[str, Any]) -> list[str]:

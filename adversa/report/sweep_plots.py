@@ -188,6 +188,8 @@ def draw_panel(ax: Axes, panel: Panel, metric: str) -> None:
 
 def _score_axis(ax: Axes, ends: tuple[float, float]) -> None:
     """No tick below 0, where there may be room for knees."""
+    if ends[0] == ends[1]:  # every score the same
+        ends = ends[0] - 0.01, ends[1] + 0.01
     ax.set_ylim(*ends)
     ax.set_yticks([t for t in ax.get_yticks() if max(0.0, ends[0]) <= t <= ends[1]])
     ax.set_ylim(*ends)

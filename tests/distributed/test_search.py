@@ -11,7 +11,7 @@ import pytest
 
 from adversa import control, runs
 from adversa.config import Cluster
-from adversa.loop import sizes, sweep
+from adversa.loop import cycle, sizes, sweep
 from adversa.loop.engine import LocalEngine
 from adversa.loop.search import Trial
 from adversa.loop.step import run_step
@@ -125,14 +125,12 @@ def test_a_pause_lets_what_is_in_flight_end(ray_engine, tmp_path, monkeypatch):
 
 
 def test_lanes_of_cpus_and_of_gpus():
-    assert sizes.trial_asks(Cluster(), 8, 0) == {"cpu": 1.0} and sizes.trials_at_once(Cluster(), 8, 0) == 8
-    assert sizes.trials_at_once(Cluster(training_threads=4), 8, 0) == 2
-    assert sizes.trial_asks(Cluster(), 16, 4) == {"gpu": 1.0, "cpu": 4.0} and sizes.trials_at_once(Cluster(), 16, 4) == 4
-    assert sizes.trials_at_once(Cluster(gpus_per_trial=0.5), 16, 4) == 8 and sizes.trials_at_once(Cluster(trials=3), 8, 0) == 3
-    assert (
-        sizes.trial_asks(Cluster(training_workers=2), 8, 0) == {"cpu": 0}
-        and sizes.trials_at_once(Cluster(training_workers=2), 8, 0) == 4
-    )
+    eight, four = [sizes.Node("a", 8)], [sizes.Node("head", 64), *(sizes.Node(f"w{i}", 4, 1) for i in range(4))]
+    assert sizes.trial_asks(Cluster(), 0) == {"cpu": 1.0} and sizes.trials_at_once(Cluster(), eight) == 8
+    assert sizes.trials_at_once(Cluster(training_threads=4), eight) == 2 and sizes.trials_at_once(Cluster(trials=3), eight) == 3
+    assert sizes.trial_asks(Cluster(), 4) == {"gpu": 1.0, "cpu": 1.0} and sizes.trials_at_once(Cluster(), four) == 4
+    assert sizes.trials_at_once(Cluster(gpus_per_trial=0.5), four) == 8
+    assert sizes.trials_at_once(Cluster(training_workers=2), eight) == 1
 
 
 def page(config, run):
@@ -147,16 +145,24 @@ def test_ray_and_local_have_the_same_table(ray_engine, swept, tiny_sweep, tmp_pa
     assert rows[0].equals(rows[1])
 
 
-def test_a_trial_of_several_workers_launches_ray_train_from_its_lane(ray_engine, tiny_sweep, tmp_path, monkeypatch):
+def test_trials_of_several_workers_are_launches_of_ray_train(ray_engine, tiny_sweep, tmp_path, monkeypatch):
     many = Cluster(cpus=2, object_store_mb=200, training_threads=1, training_workers=2)
     monkeypatch.setattr(ray_engine, "cluster", many)
-    config = tiny_sweep(real=[2], ratios=[0, 1], arms=["replay"], cluster=many.model_dump())
+    config = tiny_sweep(real=[2], ratios=[0, 1], arms=["replay"], keep_models=True, cluster=many.model_dump())
     run = sweep.open_run(config, tmp_path / "run")
     sweep.run(config, run, ray_engine, page)
-    alone = sweep.open_run(config, tmp_path / "alone")
-    sweep.run(config, alone, LocalEngine(1, 1), page)
-    found, other = (sweep.table(config, r).to_pylist() for r in (run, alone))
-    assert len(found) == len(other) == 2 and all(r["images"] == o["images"] for r, o in zip(found, other, strict=True))
+    assert len(sweep.table(config, run)) == 2
     for point in sweep.grid.points(config):
-        recipe = runs.read_json(sweep.grid.trial_dir(run, point) / "select" / runs.RECIPE)
-        assert recipe["inputs"]  # scored by the models that two workers trained
+        made = runs.manifest(sweep.grid.trial_dir(run, point) / "classifier")
+        assert made["workers"] == 2 and made["rows"] == 12 * 32
+
+
+def test_the_loop_chooses_the_same_ratio_on_ray(ray_engine, tiny, tmp_path):
+    config = tiny(mix={"arms": ["real", "replay"], "synthetic_ratio": "auto", "ratios": [0, 0.1, 0.2]}, cluster={"cpus": 2})
+    chosen = []
+    for name, engine in (("ray", ray_engine), ("local", LocalEngine(1, 1))):
+        run = cycle.open_run(config, tmp_path / name)
+        cycle.run(config, run, engine, page, until="evaluate")
+        assert runs.is_finished(run.round(1, "ratio") / "choice") and runs.is_finished(run.round(1, "evaluate"))
+        chosen.append(runs.read_json(run.round(1, "ratio") / "choice" / "choice.json"))
+    assert chosen[0] == chosen[1] and chosen[0]["ratio"] in (0, 0.1, 0.2)

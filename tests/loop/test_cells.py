@@ -13,9 +13,8 @@ from adversa.runs import RunDir
 
 
 def rows(lesions=20, images=3, classes=2):
-    return [
-        {"id": f"{c}-{g}-{i}", "label": c, "group": f"{c}-{g}"} for c in range(classes) for g in range(lesions) for i in range(images)
-    ]
+    names = [(c, f"{c}-{g}", i) for c in range(classes) for g in range(lesions) for i in range(images)]
+    return [{"id": f"{group}-{i}", "label": c, "group": group} for c, group, i in names]
 
 
 def ids(found):
