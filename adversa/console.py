@@ -29,6 +29,7 @@ from adversa.types import ARMS, BEFORE
 LOG_SECONDS = 15.0
 SHARES_SHOWN = 8
 RUNNING_SHOWN = 3
+SLOW = 0.05  # a second; below it a rate is told by the minute
 MEASURES = ("precision", "recall", "density", "coverage")
 
 
@@ -50,7 +51,8 @@ class Task:
 
     def line(self) -> str:
         text = f"{self.name}: {self.done:.0f} of {self.total:.0f} {self.unit}s"
-        text += f", {self.rate:.1f} {self.unit}s/s, {clock(self.eta)} left" if self.eta is not None else ""
+        pace = f"{self.rate:.1f} {self.unit}s/s" if self.rate >= SLOW else f"{60 * self.rate:.1f} {self.unit}s/min"
+        text += f", {pace}, {clock(self.eta)} left" if self.eta is not None else ""
         return "; ".join([text, *self.details])
 
 

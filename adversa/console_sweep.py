@@ -40,7 +40,9 @@ def table(config: Config, run: RunDir) -> Table:
         title=f"best {WORDS.get(metric, metric)} on select so far (ratio)", title_justify="left", box=None, pad_edge=False
     )
     for column in ("real a class", "done", "running", "left", *names):
-        shown.add_column(column, justify="left" if column == "real a class" else "right")
+        shown.add_column(
+            column.replace("-", "-\n"), justify="left" if column == "real a class" else "right", vertical="bottom", overflow="fold"
+        )
     for cell in grid.cells(config.sweep):
         points = [p for p in grid.points(config) if p.cell == cell]
         scores: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))

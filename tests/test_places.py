@@ -18,10 +18,11 @@ import pytest
 
 from adversa import control, lease, runs, tables, weights
 from adversa.config import dump
-from adversa.loop import cycle, parts
+from adversa.loop import cycle, parts, sweep
 from adversa.loop.engine import LocalEngine
 from adversa.places import Remote, StoreError, append, move, names, place, rmtree, scratch
 from adversa.report import page
+from adversa.report import sweep as sweep_page
 from adversa.runs import RunDir
 from adversa.types import UserError
 
@@ -403,6 +404,18 @@ def test_a_run_on_ray_and_s3_is_that_of_the_local_engine(finished, store, proxy,
     same(RunDir(store), undisturbed)
     no_secret_in(store)
     assert not (store / ".ray-train").exists()
+
+
+def test_a_sweep_on_s3_is_that_of_a_folder(tiny_sweep, store, tmp_path):
+    config = tiny_sweep(real=[2], ratios=[0, 1], arms=["guided"])
+    found = []
+    for root in (store, tmp_path / "run"):
+        run = sweep.open_run(config, root)
+        sweep.run(config, run, LocalEngine(1, 1), sweep_page.write)
+        assert {"sweep.html", "sweep.json", "sweep.parquet"} <= names(run.root) and "dose.svg" in names(run.root / "figures")
+        found.append(sweep.table(config, run).drop_columns(["device_seconds", "wall_seconds"]))
+    assert len(found[0]) == 2 and found[0].equals(found[1])
+    no_secret_in(store)
 
 
 def test_a_second_command_on_a_run_in_a_store_is_refused_from_wherever_it_comes(store, monkeypatch, tmp_path):

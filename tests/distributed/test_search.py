@@ -165,4 +165,4 @@ def test_the_loop_chooses_the_same_ratio_on_ray(ray_engine, tiny, tmp_path):
         cycle.run(config, run, engine, page, until="evaluate")
         assert runs.is_finished(run.round(1, "ratio") / "choice") and runs.is_finished(run.round(1, "evaluate"))
         chosen.append(runs.read_json(run.round(1, "ratio") / "choice" / "choice.json"))
-    assert chosen[0] == chosen[1] and chosen[0]["ratio"] in (0, 0.1, 0.2)
+    assert chosen[0] == chosen[1] and chosen[0]["chosen"] in (0, 0.1, 0.2)
