@@ -47,6 +47,8 @@ class Task:
 
     @property
     def eta(self) -> float | None:
+        if self.unit == "trial" and self.done < self.total / 8:  # the first are the longest: whole denoisers
+            return None
         return (self.total - self.done) / self.rate if self.rate > 0 else None
 
     def line(self) -> str:

@@ -92,7 +92,7 @@ def measure(quick: bool) -> list[Result]:
             short, _, first = searched(engine, every[:few])
             long, compute, _ = searched(engine, every[few:])
             d = grid.cell_dir(run, grid.cells(config.sweep)[0])
-            cells.first_mix(config, d)
+            cells.first_mix(d)
             beyond = launched(engine, config, d, Path(folder), launches)
         finally:
             engine.close()

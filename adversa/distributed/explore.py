@@ -402,6 +402,7 @@ def run(config: Config, run: RunDir, engine: RayEngine, since: float | None = No
                 runs.set_status(run, "running", sweep.COMMAND, **told)
                 with engine.tuning() as (lanes, storage):
                     found = explore(config, run, lanes, storage, runs.Progress(run.root / "trials"))
+                (run.root / "trials" / runs.PROGRESS).unlink(missing_ok=True)
                 break
             except control.Pause:
                 runs.set_status(run, "paused", sweep.COMMAND, **told)

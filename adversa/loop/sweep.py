@@ -68,6 +68,7 @@ def run(config: Config, run: RunDir, engine: Engine, write: Callable[[Config, Ru
                 found = trials(config, run)
                 runs.set_status(run, "running", COMMAND, **told)
                 engine.search(found, runs.Progress(run.root / "trials"))
+                (run.root / "trials" / runs.PROGRESS).unlink(missing_ok=True)
                 break
             except control.Pause:
                 runs.set_status(run, "paused", COMMAND, **told)

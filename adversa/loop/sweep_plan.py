@@ -16,8 +16,8 @@ from adversa.loop.planning import CPU_DOUBT, DOUBT, Range
 from adversa.runs import RunDir
 from adversa.types import ROLES
 
-# Beside its steps: making ready, building the model, writing, scoring once more (benchmarks/sweep.py, two cores).
-TRIAL_SECONDS = 1.0
+# Beside its steps and scoring: making ready, building the model, writing (benchmarks/sweep.py, two cores).
+TRIAL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
