@@ -44,13 +44,16 @@ class Client(JobSubmissionClient):
     """Ray's client, at the address it is given, with time limits.
 
     Ray lets the environment (RAY_API_SERVER_ADDRESS, RAY_ADDRESS) override the address. A cluster file says which cluster is meant.
+    In a process that has had an embedded Ray, Ray's client would tell every server that Ray's token: this one sends ours alone.
     """
 
     def __init__(self, address: str, headers: dict[str, str]) -> None:
+        self._given = dict(headers)
         with _without("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
             super().__init__(address, headers=headers)
 
     def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
+        self._headers = dict(self._given)
         return super()._do_request(method, endpoint, timeout=TIMEOUTS, **kwargs)
 
     def get(self, endpoint: str, **params: str) -> Any:
