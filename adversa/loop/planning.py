@@ -102,17 +102,17 @@ def placement(nodes: Sequence[Node], config: Config) -> Placement:
         left -= samplers[-1]
     tasks, model = (max(1, sizes.tasks(cpus_in_all, gpus_in_all, m)) for m in (False, True))
     waiting = c.training_workers - sum(workers), left
-    trials = _trials(config, cpus_in_all, gpus_in_all)
+    trials = _trials(config, nodes)
     return Placement(tuple(nodes), tuple(workers), tuple(samplers), tasks, model, waiting, trials)
 
 
-def _trials(config: Config, cpus: float, gpus: float) -> int:
+def _trials(config: Config, nodes: Sequence[Node]) -> int:
     """Two trials on one GPU take about as long as one after the other; so do trials of one thread each, beside each other, and one
     training after the other on all CPUs, which is what is measured unless cluster.training_threads says otherwise."""
-    c = config.cluster
+    c, gpus = config.cluster, sum(n.gpus for n in nodes)
     if not gpus and c.training_workers == 1 and c.training_threads is None:
         return 1
-    return max(1, min(sizes.trials_at_once(c, cpus, gpus), int(gpus) or int(cpus)))
+    return max(1, min(sizes.trials_at_once(c, nodes), int(gpus) or int(sum(n.cpus for n in nodes))))
 
 
 # ---- how much -----------------------------------------------------------------------------------------------------------
