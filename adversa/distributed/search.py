@@ -25,7 +25,7 @@ from adversa.config import Cluster
 from adversa.distributed.errors import user_error
 from adversa.distributed.training import _stored
 from adversa.loop import sizes
-from adversa.loop.engine import Engine, LocalEngine
+from adversa.loop.engine import LocalEngine
 from adversa.loop.search import Board, Tell, Trial, fault
 from adversa.places import Place
 from adversa.types import UserError
@@ -37,28 +37,18 @@ FAULT, BUG, OVER = "fault", "bug", "over"
 
 @dataclass(frozen=True)
 class Lanes:
-    """What a trial asks for, how many run at most (None: as many as there is room for), starts of one that dies, its engine, torch
-    threads of it."""
+    """What a trial asks for, how many run at most (None: as there is room), starts of one that dies, its torch threads."""
 
     asks: dict[str, float]
     most: int | None
     attempts: int
-    engine: Callable[[], Engine]
     threads: int
 
 
 def lanes(cluster: Cluster, gpus: float) -> Lanes:
     """A lane is a CPU with one torch thread, or a GPU (or its share) and a CPU."""
     threads = cluster.training_threads or 1
-    return Lanes(sizes.trial_asks(cluster, gpus), cluster.trials, cluster.training_attempts, _Local(threads), threads)
-
-
-@dataclass(frozen=True)
-class _Local:
-    threads: int
-
-    def __call__(self) -> Engine:
-        return LocalEngine(self.threads, self.threads)
+    return Lanes(sizes.trial_asks(cluster, gpus), cluster.trials, cluster.training_attempts, threads)
 
 
 class Source(Searcher):
@@ -113,14 +103,14 @@ class Begun(tune.Callback):
 class Runner:
     """The trainable: works on the trial that Tune names. An exception comes home as a result: only dead processes are replaced."""
 
-    def __init__(self, trials: Sequence[Trial], engine: Callable[[], Engine], home: Path) -> None:
-        self.trials, self.engine, self.home = list(trials), engine, home
+    def __init__(self, trials: Sequence[Trial], threads: int, home: Path) -> None:
+        self.trials, self.threads, self.home = list(trials), threads, home
 
     def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
         if self.home.is_dir():
             os.chdir(self.home)
         try:
-            self.trials[config["trial"]].work(self.engine(), _tell_nobody)
+            self.trials[config["trial"]].work(LocalEngine(self.threads, self.threads), _tell_nobody)
         except UserError as e:
             return {OVER: 1, FAULT: fault(e)}
         except Exception:
@@ -138,7 +128,7 @@ def search(trials: Sequence[Trial], on: Lanes, storage: Place, report: Tell) -> 
     if not board.left():
         report(board.state())
         return
-    source, runner = Source(board, on.most), Runner(trials, on.engine, Path.cwd())
+    source, runner = Source(board, on.most), Runner(trials, on.threads, Path.cwd())
     tuner = tune.Tuner(
         tune.with_resources(_function(runner), on.asks),
         tune_config=tune.TuneConfig(search_alg=source, num_samples=len(trials), reuse_actors=True),
