@@ -1,4 +1,4 @@
-"""The nouns that steps hand to each other. Plain frozen dataclasses; `tables.py` says how each lies on disk."""
+"""The nouns that steps hand to each other. Plain frozen dataclasses; `storage.tables` says how each lies on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ ROLES = ("train", "mine", "select", "test")
 ARMS = ("real", "resample", "replay", "unguided", "guided")
 BEFORE = "before"  # the classifiers of arm `real` before the first round, where folded images change that arm
 PAINTED = ("unguided", "guided")  # the arms that have synthetic images
-FILLING = ("inpaint", "outpaint", "inout")  # the strategies that paint one part of a picture and keep the other
+FILLING = (
+    "inpaint",
+    "outpaint",
+    "inout",
+)  # the strategies that paint one part of a picture and keep the other
 STRATEGIES = ("sample", "vary", "inpaint", "outpaint", "inout", "blend")
 
 

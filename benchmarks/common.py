@@ -13,7 +13,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from adversa import runs
+from adversa.run import environment
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,12 @@ def pss(pid: int) -> int:
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--quick", action="store_true", help="the same measurements on less work, under a minute")
+    found = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument(
+        "--quick", action="store_true", help="the same measurements on less work, under a minute"
+    )
     found.add_argument("--json", type=Path, help="write the results to this file too")
     return found
 
@@ -82,7 +86,11 @@ def publish(results: list[Result], path: Path | None) -> None:
         )
     Console().print(table)
     if path is not None:
-        record = {"commit": runs.git_commit(), "machine": runs.machine(), "results": [asdict(r) for r in results]}
+        record = {
+            "commit": environment.git_commit(),
+            "machine": environment.machine(),
+            "results": [asdict(r) for r in results],
+        }
         path.write_text(json.dumps(record, indent=2) + "\n")
     if any(r.holds is False for r in results):
         sys.exit(1)

@@ -13,20 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-from adversa import runs, tables
 from adversa.config import Cluster, Config, check
 from adversa.distributed.engine import RayEngine
-from adversa.loop import curation, judging, steps
-from adversa.loop.engine import LocalEngine
+from adversa.engine.local import LocalEngine
+from adversa.pipeline import curate, train, verifier
+from adversa.run import folder as run_folder
+from adversa.run import step_folder
+from adversa.storage import files, tables
 from adversa.types import ROLES, GenerationRequest, SyntheticImage
 
 
 def stand_ins(data: Path, images: int, part: int, out: Path) -> None:
     """`images` requests and images, `part` a part, half of them of either arm."""
-    ids, _, blocks = curation.real_images(data, ROLES)
+    ids, _, blocks = curate.real_images(data, ROLES)
     real = np.concatenate(list(blocks))
     rng = np.random.default_rng(0)
-    classes = len(steps.classes_of(data))
+    classes = len(run_folder.classes_of(data))
     for index, start in enumerate(range(0, images, part)):
         n = min(part, images - start)
         a, b = (real[rng.integers(0, len(real), n)] for _ in range(2))
@@ -36,21 +38,34 @@ def stand_ins(data: Path, images: int, part: int, out: Path) -> None:
         labels = rng.integers(0, classes, n).tolist()
         source = [ids[int(k)] for k in rng.integers(0, len(ids), n)]
         requests = [
-            GenerationRequest(k, 1, m, "vary", c, s, 1.0, 1.0, 0) for k, m, c, s in zip(names, arms, labels, source, strict=True)
+            GenerationRequest(k, 1, m, "vary", c, s, 1.0, 1.0, 0)
+            for k, m, c, s in zip(names, arms, labels, source, strict=True)
         ]
         painted = [
-            SyntheticImage(k, m, c, tables.encode_png(x), True, "") for k, m, c, x in zip(names, arms, labels, mixed, strict=True)
+            SyntheticImage(k, m, c, tables.encode_png(x), True, "")
+            for k, m, c, x in zip(names, arms, labels, mixed, strict=True)
         ]
-        tables.write_part(out / "requests" / tables.part_name(index), tables.to_table(requests, tables.REQUESTS))
-        tables.write_part(out / "synthetic" / tables.part_name(index), tables.to_table(painted, tables.SYNTHETIC))
+        tables.write_part(
+            out / "requests" / tables.part_name(index), tables.to_table(requests, tables.REQUESTS)
+        )
+        tables.write_part(
+            out / "synthetic" / tables.part_name(index), tables.to_table(painted, tables.SYNTHETIC)
+        )
     for name in ("requests", "synthetic"):
-        runs.write_json(out / name / runs.MANIFEST, {"fingerprint": name})
+        files.write_json(out / name / step_folder.MANIFEST, {"fingerprint": name})
 
 
 def settings(resolution: int) -> Config:
     """Every image passes the first pass, so that twins are looked for among all."""
     gate = {"min_agreement": 0.0, "trivial_quantile": None, "realism_quantile": 1.0}
-    return check({"data": {"resolution": resolution}, "classifier": {"steps": 2, "evaluations": 1}, "curate": gate}, "benchmark")
+    return check(
+        {
+            "data": {"resolution": resolution},
+            "classifier": {"steps": 2, "evaluations": 1},
+            "curate": gate,
+        },
+        "benchmark",
+    )
 
 
 def main() -> None:
@@ -66,31 +81,54 @@ def main() -> None:
     config = settings(first.shape[0])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        steps.mix(data, [], [], "real", config.mix, 1, out / "mix")
-        jobs = [steps.classifier_job(data, out / "mix", [], config.classifier, 0, config.data.resolution, out / "classifier")]
-        LocalEngine().fit([*jobs, *judging.jobs(data, config, out / "judge")])
+        train.mix(data, [], [], "real", config.mix, 1, out / "mix")
+        jobs = [
+            train.classifier_job(
+                data,
+                out / "mix",
+                [],
+                config.classifier,
+                0,
+                config.data.resolution,
+                out / "classifier",
+            )
+        ]
+        LocalEngine().fit([*jobs, *verifier.jobs(data, config, out / "judge")])
         stand_ins(data, args.images, args.part, out)
         engine = RayEngine(Cluster(cpus=args.cpus), out / "ray", first.nbytes)
-        judges = judging.folders(out / "judge", config.curate.folds)
+        judges = verifier.folders(out / "judge", config.curate.folds)
         for role in ROLES:
-            curation.features(engine, data, role, out / "classifier", judges, out / "features" / role)
-        curation.limits(data, out / "features", config.curate, out / "limits")
-        curation.inspect(
-            engine, out / "requests", out / "synthetic", data, out / "features", out / "limits", out / "classifier", out / "judge",
-            config.curate, out / "inspected",
-        )  # fmt: skip
-        curation.twins(engine, out / "synthetic", out / "inspected", out / "limits", out / "twins")
-        curation.settle(out / "inspected", out / "twins", out / "limits", config.curate, out / "verdicts")
+            curate.features(engine, data, role, out / "classifier", judges, out / "features" / role)
+        curate.limits(data, out / "features", config.curate, out / "limits")
+        curate.inspect(
+            engine,
+            out / "requests",
+            out / "synthetic",
+            data,
+            out / "features",
+            out / "limits",
+            out / "classifier",
+            out / "judge",
+            config.curate,
+            out / "inspected",
+        )
+        curate.twins(engine, out / "synthetic", out / "inspected", out / "limits", out / "twins")
+        curate.settle(
+            out / "inspected", out / "twins", out / "limits", config.curate, out / "verdicts"
+        )
         engine.close()
         names = [*(f"features/{r}" for r in ROLES), "limits", "inspected", "twins", "verdicts"]
-        manifests = {name: runs.manifest(out / name) for name in names}
+        manifests = {name: step_folder.manifest(out / name) for name in names}
     real = sum(manifests[f"features/{r}"]["rows"] for r in ROLES)
     found = {
-        "real": real, "synthetic": args.images, "side": config.data.resolution, "cpus": args.cpus,
+        "real": real,
+        "synthetic": args.images,
+        "side": config.data.resolution,
+        "cpus": args.cpus,
         "seconds": {k: round(m["seconds"], 1) for k, m in manifests.items()},
         "all": round(sum(m["seconds"] for m in manifests.values()), 1),
         "waiting_for_twins": manifests["twins"]["rows"],
-    }  # fmt: skip
+    }
     print(json.dumps(found, indent=1))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -29,26 +29,41 @@ import yaml
 from common import Result, parser, publish
 
 from adversa import config as cfg
-from adversa import runs, tables
 from adversa.classify.features import Space, make_features, pretrained
 from adversa.diffuse import edm, fit
 from adversa.diffuse.objective import validation_losses
 from adversa.diffuse.paint import paint
 from adversa.diffuse.strategy import Sources
+from adversa.engine.batches import Feed
+from adversa.engine.local import LocalEngine
 from adversa.evaluate.quality import kid, prdc
-from adversa.loop import arms, prepare, steps
-from adversa.loop.engine import LocalEngine
-from adversa.loop.feed import Feed
-from adversa.loop.quality_step import HELD_OUT, held_out, request
+from adversa.pipeline import arms, prepare
+from adversa.pipeline import train as pipeline_train
+from adversa.pipeline.sample_quality import HELD_OUT, held_out, request
+from adversa.run import environment
+from adversa.run import folder as run_folder
+from adversa.storage import files, tables
 from adversa.types import digest, seed_of
 
 # The first three cost about the same: 4.6, 5.4 and 5.4 ms of one core for an image of 32 px in training (batches of 64, bf16).
 PRESETS: dict[str, dict[str, Any]] = {
     "unet": {"architecture": "unet", "channels": [64, 128, 128], "patch": 2, "lr": 2e-3},
-    "unet-patch4": {"architecture": "unet", "channels": [128, 192], "layers": 2, "patch": 4, "lr": 2e-3},
+    "unet-patch4": {
+        "architecture": "unet",
+        "channels": [128, 192],
+        "layers": 2,
+        "patch": 4,
+        "lr": 2e-3,
+    },
     "transformer": {"width": 256, "depth": 5, "patch": 4, "lr": 1e-3},
     "unet-small": {"architecture": "unet", "channels": [64, 80, 80], "patch": 2, "lr": 2e-3},
-    "unet-attention": {"architecture": "unet", "channels": [64, 128, 128], "attention": True, "patch": 2, "lr": 2e-3},
+    "unet-attention": {
+        "architecture": "unet",
+        "channels": [64, 128, 128],
+        "attention": True,
+        "patch": 2,
+        "lr": 2e-3,
+    },
     "unet-large": {"architecture": "unet", "channels": [96, 192, 192], "patch": 2, "lr": 1.5e-3},
     "transformer-wide": {"width": 384, "depth": 4, "patch": 4, "lr": 1e-3},
 }
@@ -78,13 +93,26 @@ class Clock:
 def arguments() -> argparse.Namespace:
     found = parser(__doc__)
     found.add_argument("--data", type=Path, help="a prepared run folder")
-    found.add_argument("--out", type=Path, default=Path("benchmarks/out/denoiser"), help="models, grids, rows.jsonl")
+    found.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/out/denoiser"),
+        help="models, grids, rows.jsonl",
+    )
     found.add_argument("--minutes", type=float, default=6.0, help="of training, each")
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--architectures", nargs="+", choices=list(PRESETS), default=list(COMPARED))
-    found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the denoiser section, for all of them")
+    found.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the denoiser section, for all of them",
+    )
     found.add_argument("--label", default="", help="added to the names, where settings differ")
-    found.add_argument("--features", help="a trained classifier's folder, or a timm model with --weights")
+    found.add_argument(
+        "--features", help="a trained classifier's folder, or a timm model with --weights"
+    )
     found.add_argument("--weights", help="imagenet or a safetensors file")
     found.add_argument("--images", type=int, default=2000, help="samples for KID")
     found.add_argument("--seed", type=int, default=0)
@@ -105,7 +133,9 @@ def main() -> None:
         args.set += ["batch_size=8"]
         data = cfg.Data(phantom=cfg.Phantom(images=160), part_rows=64)
         prepare.prepare(LocalEngine(), data, Path(temporary) / "data")
-        untrained = Space("an untrained test_resnet", config=cfg.Classifier(model="test_resnet", model_args={}))
+        untrained = Space(
+            "an untrained test_resnet", config=cfg.Classifier(model="test_resnet", model_args={})
+        )
         compare(args, Path(temporary) / "data", untrained)
 
 
@@ -124,7 +154,9 @@ def compare(args: argparse.Namespace, data: Path, space: Space) -> None:
     if FLOOR not in done(ledger):
         append(ledger, {"name": FLOOR, "features": space.name, **real.measure(real.train_images)})
     for preset in args.architectures:
-        name = "-".join([preset, f"{args.minutes:g}min", f"{args.threads}t", *filter(None, [args.label])])
+        name = "-".join(
+            [preset, f"{args.minutes:g}min", f"{args.threads}t", *filter(None, [args.label])]
+        )
         if name not in done(ledger):
             append(ledger, {"name": name} | row(args, preset, name, data, real))
     publish(list(results(done(ledger))), args.json)
@@ -163,12 +195,14 @@ class Real:
     """The held-out real images, their features, and how far a set of images is from them."""
 
     def __init__(self, args: argparse.Namespace, data: Path, space: Space) -> None:
-        self.classes, self.data, self.images = steps.classes_of(data), data, args.images
+        self.classes, self.data, self.images = run_folder.classes_of(data), data, args.images
         pictures = [self.read(role) for role in HELD_OUT]
         self.held, self.labels = (np.concatenate(parts) for parts in zip(*pictures, strict=True))
         self.resolution = self.held.shape[1]
         self.features = self.cached(args.out, space)
-        self.counts = arms.shares(held_out(data).tolist(), args.images, [args.images] * len(self.classes))
+        self.counts = arms.shares(
+            held_out(data).tolist(), args.images, [args.images] * len(self.classes)
+        )
 
     def read(self, role: str) -> tuple[np.ndarray, np.ndarray]:
         table = tables.read(self.data / role, ["image", "label"], tables.EXAMPLES)
@@ -176,7 +210,7 @@ class Real:
 
     def cached(self, out: Path, space: Space) -> Callable[[np.ndarray], np.ndarray]:
         compute = make_features(space, self.resolution)
-        found = out / f"real-{digest(space, steps.split_hash(self.data), size=6)}.npy"
+        found = out / f"real-{digest(space, run_folder.split_hash(self.data), size=6)}.npy"
         if not found.exists():
             np.save(found, compute(self.held))
         self.reference = np.load(found)
@@ -191,7 +225,9 @@ class Real:
     def measure(self, images: np.ndarray) -> dict[str, Any]:
         values, q = self.features(images), cfg.Quality()
         mean, std = kid(values, self.reference, q.subsets, q.subset_size, seed_of("kid"))
-        return {"kid": mean, "kid_std": std, "compared": len(values)} | prdc(self.reference, values, q.neighbours)
+        return {"kid": mean, "kid_std": std, "compared": len(values)} | prdc(
+            self.reference, values, q.neighbours
+        )
 
 
 def row(args: argparse.Namespace, preset: str, name: str, data: Path, real: Real) -> dict[str, Any]:
@@ -204,17 +240,31 @@ def row(args: argparse.Namespace, preset: str, name: str, data: Path, real: Real
     trained = train(args, config, out, data, real, print_progress(name))
     wall, cpu = time.perf_counter() - started, (time.process_time() - cpu) / args.threads
     denoiser, meta, _ = edm.load(out)
-    some = np.random.default_rng(0).permutation(len(real.held))[:MOST_VALIDATED]  # the held-out images come class by class
+    some = np.random.default_rng(0).permutation(len(real.held))[
+        :MOST_VALIDATED
+    ]  # the held-out images come class by class
     x, label = edm.to_tensor(real.held[some]), torch.from_numpy(real.labels[some])
     losses = validation_losses(denoiser, x, label, config, args.seed)
     pictures, sampling = sample(denoiser, meta, real)
     return {
-        "minutes": args.minutes, "threads": args.threads, "steps": config.steps, "images": config.steps * config.batch_size,
-        "parameters": trained["parameters"], "ms_an_image": 1e3 * seconds / config.batch_size, "sampling_ms": sampling,
-        "seconds": wall, "cpu_seconds_a_thread": cpu, "since_step": begun, "training_loss": trained["loss"],
-        "validation_loss": float(losses.mean()), "validation_losses": losses.tolist(), **real.measure(pictures),
-        "denoiser": config.model_dump(mode="json"), "machine": runs.machine(), "commit": runs.git_commit(),
-    }  # fmt: skip
+        "minutes": args.minutes,
+        "threads": args.threads,
+        "steps": config.steps,
+        "images": config.steps * config.batch_size,
+        "parameters": trained["parameters"],
+        "ms_an_image": 1e3 * seconds / config.batch_size,
+        "sampling_ms": sampling,
+        "seconds": wall,
+        "cpu_seconds_a_thread": cpu,
+        "since_step": begun,
+        "training_loss": trained["loss"],
+        "validation_loss": float(losses.mean()),
+        "validation_losses": losses.tolist(),
+        **real.measure(pictures),
+        "denoiser": config.model_dump(mode="json"),
+        "machine": environment.machine(),
+        "commit": environment.git_commit(),
+    }
 
 
 def plan(args: argparse.Namespace, preset: str, out: Path, data: Path, real: Real) -> float:
@@ -222,26 +272,46 @@ def plan(args: argparse.Namespace, preset: str, out: Path, data: Path, real: Rea
     noted = out / "step.json"
     if not noted.exists():
         with tempfile.TemporaryDirectory() as temporary:
-            clock = train(args, section(args, preset, steps=WARM_UP), Path(temporary), data, real)["clock"]
+            clock = train(args, section(args, preset, steps=WARM_UP), Path(temporary), data, real)[
+                "clock"
+            ]
         out.mkdir(parents=True, exist_ok=True)
-        runs.write_json(noted, {"seconds": statistics.median(clock.seconds[WARM_UP // 3 :]) / args.threads})
+        files.write_json(
+            noted, {"seconds": statistics.median(clock.seconds[WARM_UP // 3 :]) / args.threads}
+        )
     return float(json.loads(noted.read_text())["seconds"])
 
 
 def train(
-    args: argparse.Namespace, config: cfg.Denoiser, out: Path, data: Path, real: Real,
+    args: argparse.Namespace,
+    config: cfg.Denoiser,
+    out: Path,
+    data: Path,
+    real: Real,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     mix = out / "mix"
-    steps.mix(data, [], [], "real", cfg.Mix(arms=["real"]), 1, mix)
+    pipeline_train.mix(data, [], [], "real", cfg.Mix(arms=["real"]), 1, mix)
     feed = Feed(
-        (data / "train",), config.batch_size, mix=mix, steps=config.steps, balance=config.balance, seed=seed_of("feed", args.seed)
+        (data / "train",),
+        config.batch_size,
+        mix=mix,
+        steps=config.steps,
+        balance=config.balance,
+        seed=seed_of("feed", args.seed),
     )
     clock = Clock(feed.batches(fit.resume_step(out)))
     trained = fit.fit(
-        clock, config=config, num_classes=len(real.classes), resolution=real.resolution, classes=real.classes, out=out,
-        seed=args.seed, report=report, threads=args.threads,
-    )  # fmt: skip
+        clock,
+        config=config,
+        num_classes=len(real.classes),
+        resolution=real.resolution,
+        classes=real.classes,
+        out=out,
+        seed=args.seed,
+        report=report,
+        threads=args.threads,
+    )
     return trained | {"clock": clock}
 
 
@@ -249,7 +319,11 @@ def sample(denoiser: edm.Denoiser, meta: dict[str, Any], real: Real) -> tuple[np
     """(uint8 [N, R, R, 3], CPU milliseconds of an image and evaluation of the network over the threads). The noise of a sample
     is that of its class and number, so that all denoisers are compared on the same draws."""
     generate, guidance = cfg.Generate(solver="dpmpp_2m"), cfg.Quality().guidance
-    asked = [request(k, i, guidance, generate.sigma_max) for k, n in enumerate(real.counts) for i in range(n)]
+    asked = [
+        request(k, i, guidance, generate.sigma_max)
+        for k, n in enumerate(real.counts)
+        for i in range(n)
+    ]
     started = time.process_time()
     painted = paint(denoiser, asked, Sources(), generate, meta)
     spent = (time.process_time() - started) / torch.get_num_threads()

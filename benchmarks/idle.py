@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from common import Result, parser, publish
 
-from adversa.loop.parts import Painted, Part
+from adversa.engine.tasks import Painted, Part
 
 NODES = 3
 SMALL = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
@@ -125,7 +125,9 @@ def measure(parts: list[Part], folder: Path) -> tuple[list[Times], float]:
         raise failure[0]
     every = [read(p) for p in log.iterdir()]
     newest = max(every, key=lambda t: t.ready)
-    assert len(every) == NODES + 1 and newest.parts, "the node that joined got no work: take more parts"
+    assert len(every) == NODES + 1 and newest.parts, (
+        "the node that joined got no work: take more parts"
+    )
     return every, newest.parts[0][0] - came
 
 

@@ -26,7 +26,11 @@ SIZES, QUICK, STEPS, BATCH, BAR = (10_000, 100_000), (400, 800), 1000, 64, 1.2
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--images", type=int, nargs=2, metavar=("FEW", "MANY"))
-    arguments.add_argument("--stream", type=Path, help="of a prepared run, stream --steps batches and end; for this program itself")
+    arguments.add_argument(
+        "--stream",
+        type=Path,
+        help="of a prepared run, stream --steps batches and end; for this program itself",
+    )
     arguments.add_argument("--steps", type=int, default=STEPS)
     args = arguments.parse_args()
     if args.stream is not None:
@@ -37,30 +41,66 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         found = [measure(Path(temporary) / str(n), n, steps) for n in sizes]
     few, many = found
-    results = [Result(f"{name}, {n} images", of[key], unit) for key, (name, unit) in NAMES.items()
-               for n, of in zip(sizes, found, strict=True)]  # fmt: skip
+    results = [
+        Result(f"{name}, {n} images", of[key], unit)
+        for key, (name, unit) in NAMES.items()
+        for n, of in zip(sizes, found, strict=True)
+    ]
     for key in ("prepare", "stream"):
         growth = many[key] / few[key]
         bar = "" if args.quick else f"at most {BAR:g}"
-        results.append(Result(f"memory of {key}, growth", growth, "x", bar, None if args.quick else growth <= BAR))
-        name, an_image = {"prepare": "prepare", "stream": "streaming"}[key], 2**30 / (sizes[1] - sizes[0])
-        results.append(Result(f"growth of {name}", (many[key] - few[key]) * an_image, "bytes an image"))
-        results.append(Result(f"growth of {name} that {BAR:g} x would hide", (BAR - 1) * few[key] * an_image, "bytes an image"))
+        results.append(
+            Result(
+                f"memory of {key}, growth", growth, "x", bar, None if args.quick else growth <= BAR
+            )
+        )
+        name, an_image = (
+            {"prepare": "prepare", "stream": "streaming"}[key],
+            2**30 / (sizes[1] - sizes[0]),
+        )
+        results.append(
+            Result(f"growth of {name}", (many[key] - few[key]) * an_image, "bytes an image")
+        )
+        results.append(
+            Result(
+                f"growth of {name} that {BAR:g} x would hide",
+                (BAR - 1) * few[key] * an_image,
+                "bytes an image",
+            )
+        )
     publish(results, args.json)
 
 
 NAMES = {
-    "prepare": ("memory of prepare", "GiB"), "stream": ("memory of streaming", "GiB"), "seconds": ("prepare", "s"),
+    "prepare": ("memory of prepare", "GiB"),
+    "stream": ("memory of streaming", "GiB"),
+    "seconds": ("prepare", "s"),
     "stream_seconds": ("streaming, with the start of Ray", "s"),
-}  # fmt: skip
+}
 
 
 def measure(run: Path, images: int, steps: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "adversa.cli", "prepare", "--run-dir", str(run), "--set", "data.resolution=32"]
+    command = [
+        sys.executable,
+        "-m",
+        "adversa.cli",
+        "prepare",
+        "--run-dir",
+        str(run),
+        "--set",
+        "data.resolution=32",
+    ]
     command += ["--set", f"data.phantom.images={images}", "--set", f"classifier.batch_size={BATCH}"]
     prepared, seconds = watched(command)
-    streamed, stream_seconds = watched([sys.executable, __file__, "--stream", str(run), "--steps", str(steps)])
-    return {"prepare": prepared / 2**30, "stream": streamed / 2**30, "seconds": seconds, "stream_seconds": stream_seconds}
+    streamed, stream_seconds = watched(
+        [sys.executable, __file__, "--stream", str(run), "--steps", str(steps)]
+    )
+    return {
+        "prepare": prepared / 2**30,
+        "stream": streamed / 2**30,
+        "seconds": seconds,
+        "stream_seconds": stream_seconds,
+    }
 
 
 def watched(command: list[str]) -> tuple[int, float]:
@@ -77,19 +117,24 @@ def stream(root: Path, steps: int) -> None:
     """What a training of the prepared run reads, through Ray Train and Ray Data, by a training that does nothing with it."""
     from adversa.config import Mix, load
     from adversa.distributed.engine import RayEngine
-    from adversa.loop import steps as loop_steps
-    from adversa.loop.engine import FitJob
-    from adversa.loop.feed import Feed
-    from adversa.runs import Recipe, RunDir
+    from adversa.engine.batches import Feed
+    from adversa.engine.interface import FitJob
+    from adversa.pipeline import train
+    from adversa.run.folder import RunDir
+    from adversa.run.step_folder import Recipe
 
     run = RunDir(root.absolute())
     config = load(run.config)
     mix, out = run.root / "mix", run.root / "stream"
-    loop_steps.mix(run.data, [], [], "real", Mix(), 1, mix)
-    feed = Feed(folders=(run.data / "train",), batch_size=BATCH, mix=mix, steps=steps, balance=0.5, seed=0)
+    train.mix(run.data, [], [], "real", Mix(), 1, mix)
+    feed = Feed(
+        folders=(run.data / "train",), batch_size=BATCH, mix=mix, steps=steps, balance=0.5, seed=0
+    )
     engine = RayEngine(config.cluster, run.root, config.data.resolution**2 * 3)
     try:
-        engine.fit([FitJob(out, Recipe("stream", 1, {"steps": steps}, {}), look, lambda _: 0, feed)])
+        engine.fit(
+            [FitJob(out, Recipe("stream", 1, {"steps": steps}, {}), look, lambda _: 0, feed)]
+        )
     finally:
         engine.close()
 
@@ -98,7 +143,7 @@ def look(batches: Any, *, out: Path, **_: Any) -> dict[str, Any]:
     """A training's outside: reads every pixel of every batch, leaves a model of one number."""
     import torch
 
-    from adversa.weights import save_model
+    from adversa.storage.weights import save_model
 
     sums = [int(batch["image"].sum()) for batch in batches]
     save_model(out, {"total": torch.tensor([sum(sums)])}, {"kind": "nothing"})

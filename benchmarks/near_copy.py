@@ -14,11 +14,11 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from adversa import tables
 from adversa.config import Phantom
 from adversa.curate.near_copy import NearCopy
 from adversa.curate.planted import KINDS, plant
 from adversa.data.phantom import picture
+from adversa.storage import tables
 from adversa.types import ROLES, digest
 
 Real = tuple[list[str], list[str], np.ndarray]
@@ -27,12 +27,20 @@ Real = tuple[list[str], list[str], np.ndarray]
 def prepared(run: Path) -> Real:
     rows = [tables.read(run / "data" / role, ["id", "group", "image"]) for role in ROLES]
     images = np.concatenate([tables.decode_images(r["image"]) for r in rows])
-    return [i for r in rows for i in r["id"].to_pylist()], [g for r in rows for g in r["group"].to_pylist()], images
+    return (
+        [i for r in rows for i in r["id"].to_pylist()],
+        [g for r in rows for g in r["group"].to_pylist()],
+        images,
+    )
 
 
 def phantom(count: int, side: int) -> Real:
     found = [picture(i, Phantom(images=max(count, 50)), side) for i in range(count)]
-    return [f"p{i:06d}" for i in range(count)], [f[3] for f in found], np.stack([f[0] for f in found])
+    return (
+        [f"p{i:06d}" for i in range(count)],
+        [f[3] for f in found],
+        np.stack([f[0] for f in found]),
+    )
 
 
 def rates(real: Real, copies: int, quantile: float) -> dict[str, object]:
@@ -49,14 +57,27 @@ def rates(real: Real, copies: int, quantile: float) -> dict[str, object]:
         similarity, nearest = index.nearest(plant(images[source], kind))
         caught[kind] = float(np.mean(similarity >= threshold))
         named[kind] = float(np.mean([a == ids[b] for a, b in zip(nearest, source, strict=True)]))
-        print(kind, caught[kind], named[kind], np.quantile(similarity, [0.005, 0.01, 0.05]).round(3).tolist(), flush=True)
+        print(
+            kind,
+            caught[kind],
+            named[kind],
+            np.quantile(similarity, [0.005, 0.01, 0.05]).round(3).tolist(),
+            flush=True,
+        )
     other = np.flatnonzero(held)[: 4 * copies]
     similarity, _ = index.nearest(images[other])
     flagged = float(np.mean(similarity >= threshold))
     for q in (0.99, 0.995, 0.998):
         print("held out", q, np.quantile(similarity, q).round(3), flush=True)
-    return {"indexed": len(known), "copies": copies, "threshold": threshold, "caught": caught, "source_named": named,
-            "held_out": len(other), "flagged": flagged}  # fmt: skip
+    return {
+        "indexed": len(known),
+        "copies": copies,
+        "threshold": threshold,
+        "caught": caught,
+        "source_named": named,
+        "held_out": len(other),
+        "flagged": flagged,
+    }
 
 
 def timing(real: Real, queries: int) -> dict[str, float]:
@@ -76,8 +97,13 @@ def timing(real: Real, queries: int) -> dict[str, float]:
     marks.append((time.process_time(), time.perf_counter()))
     index.nearest(mixed)
     marks.append((time.process_time(), time.perf_counter()))
-    for name, old, new in zip(("index", "threshold", "nearest"), marks[:-1], marks[1:], strict=True):
-        out |= {f"{name}_cpu_seconds": round(new[0] - old[0], 2), f"{name}_seconds": round(new[1] - old[1], 2)}
+    for name, old, new in zip(
+        ("index", "threshold", "nearest"), marks[:-1], marks[1:], strict=True
+    ):
+        out |= {
+            f"{name}_cpu_seconds": round(new[0] - old[0], 2),
+            f"{name}_seconds": round(new[1] - old[1], 2),
+        }
     return out
 
 

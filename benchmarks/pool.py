@@ -28,8 +28,8 @@ from typing import Any
 import psutil
 from common import Result, parser, publish
 
-from adversa.loop.parts import Painted, Part
-from adversa.tables import part_name
+from adversa.engine.tasks import Painted, Part
+from adversa.storage.tables import part_name
 
 SLEEP = 0.01  # seconds a part
 FLAT = 16 << 20  # bytes the driver may grow by
@@ -51,7 +51,9 @@ def main() -> None:
     args = arguments.parse_args()
     actors = args.actors or (8 if args.quick else 64)
     requests = args.requests or (4_000 if args.quick else 100_000)
-    parts = [Part(i, min(args.rows, requests - i * args.rows)) for i in range(-(-requests // args.rows))]
+    parts = [
+        Part(i, min(args.rows, requests - i * args.rows)) for i in range(-(-requests // args.rows))
+    ]
     ideal = len(parts) * SLEEP / actors
     with tempfile.TemporaryDirectory() as folder:
         plain = without_pool(actors, len(parts), Path(folder) / "plain")
@@ -64,10 +66,22 @@ def main() -> None:
             Result("actors up after", found.up, "s"),
             Result("ideal", ideal, "s"),
             Result("hand out to the end", found.seconds, "s"),
-            Result("share of ideal", share, "", "at least 0.9" if full else "", share >= 0.9 if full else None),
+            Result(
+                "share of ideal",
+                share,
+                "",
+                "at least 0.9" if full else "",
+                share >= 0.9 if full else None,
+            ),
             Result("share of ideal, no pool", ideal / plain, ""),
             Result("driver's CPU", 1e3 * found.cpu / len(parts), "ms a part"),
-            Result("driver memory grows by", found.grown / 2**20, "MiB", "at most 16", found.grown <= FLAT),
+            Result(
+                "driver memory grows by",
+                found.grown / 2**20,
+                "MiB",
+                "at most 16",
+                found.grown <= FLAT,
+            ),
         ],
         args.json,
     )
@@ -76,7 +90,9 @@ def main() -> None:
 def make_sleeper(meeting: Path, actors: int) -> Any:
     """Ready at the same moment in every actor: a second after the last has come."""
     (meeting / str(os.getpid())).touch()
-    while len(os.listdir(meeting)) < actors:  # not often: it keeps those from starting that are still to come
+    while (
+        len(os.listdir(meeting)) < actors
+    ):  # not often: it keeps those from starting that are still to come
         time.sleep(0.5)
     time.sleep(max(0.0, begin(meeting) - time.time()))
 
@@ -100,11 +116,22 @@ def with_pool(actors: int, parts: list[Part], folder: Path) -> Measured:
     meeting, out = folder / "meeting", folder / "out"
     meeting.mkdir()
     out.mkdir()
-    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # so many processes start slowly on a few cores
+    os.environ.setdefault(
+        "RAY_worker_register_timeout_seconds", "600"
+    )  # so many processes start slowly on a few cores
     engine = RayEngine(Cluster(cpus=actors, object_store_mb=100), folder, 1)
     watch, started = Watch(sum(p.rows for p in parts)), time.time()
     try:
-        pool.map_parts(partial(make_sleeper, meeting, actors), parts, out, watch, lambda: actors, 3, {"num_cpus": 1}, None)
+        pool.map_parts(
+            partial(make_sleeper, meeting, actors),
+            parts,
+            out,
+            watch,
+            lambda: actors,
+            3,
+            {"num_cpus": 1},
+            None,
+        )
         ended, cpu = time.time(), time.process_time()
     finally:
         watch.stop()
@@ -134,7 +161,9 @@ class Watch:
         while not self.stopped.wait(0.25):
             if self.done >= self.total / 10:
                 info = process.memory_info()
-                used = info.rss - getattr(info, "shared", 0)  # libraries count as shared or not as other processes come and go
+                used = info.rss - getattr(
+                    info, "shared", 0
+                )  # libraries count as shared or not as other processes come and go
                 self.base, self.peak = self.base or used, max(self.peak, used)
 
     def stop(self) -> None:
@@ -151,7 +180,10 @@ def without_pool(processes: int, parts: int, out: Path) -> float:
     out.mkdir()
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(processes + 1)
-    workers = [context.Process(target=loop, args=(ready, range(i, parts, processes), out)) for i in range(processes)]
+    workers = [
+        context.Process(target=loop, args=(ready, range(i, parts, processes), out))
+        for i in range(processes)
+    ]
     for worker in workers:
         worker.start()
     ready.wait()

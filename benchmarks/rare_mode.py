@@ -33,9 +33,11 @@ from adversa.data import phantom
 from adversa.diffuse import edm, fit, painter
 from adversa.diffuse.painter import Painter
 from adversa.diffuse.strategy import Sources
-from adversa.loop import prepare, steps
-from adversa.loop.engine import LocalEngine
-from adversa.loop.feed import Feed
+from adversa.engine.batches import Feed
+from adversa.engine.local import LocalEngine
+from adversa.pipeline import prepare
+from adversa.pipeline import train as pipeline_train
+from adversa.run import folder as run_folder
 from adversa.types import GenerationRequest, seed_of
 
 SIDE = 32
@@ -57,7 +59,9 @@ def draw(seed: int, count: int, rare: float) -> Phantoms:
     config = cfg.Phantom(seed=seed, images=count, tail=0.9, rare=rare)
     found = [phantom.picture(i, config, SIDE) for i in range(count)]
     modes = np.array([f[4]["mode"] for f in found])
-    return Phantoms(np.stack([f[0] for f in found]), np.array([f[2] for f in found]), modes == phantom.RARE_MODE)
+    return Phantoms(
+        np.stack([f[0] for f in found]), np.array([f[2] for f in found]), modes == phantom.RARE_MODE
+    )
 
 
 def density(images: np.ndarray) -> np.ndarray:
@@ -68,7 +72,11 @@ def density(images: np.ndarray) -> np.ndarray:
     depth = np.log(np.median(light[:, radius > RINGS[-1]], 1)[:, None, None] / light)
     rings = [depth[:, (radius >= a) & (radius < b)] for a, b in zip(RINGS, RINGS[1:], strict=False)]
     flat = depth.reshape(len(images), -1, 3)
-    columns = [r.mean(1) for r in rings] + [r.std(1) for r in rings] + [np.quantile(flat, q, axis=1) for q in (0.5, 0.8, 0.95)]
+    columns = (
+        [r.mean(1) for r in rings]
+        + [r.std(1) for r in rings]
+        + [np.quantile(flat, q, axis=1) for q in (0.5, 0.8, 0.95)]
+    )
     return np.concatenate(columns, 1)
 
 
@@ -83,7 +91,10 @@ class Outsiders:
         self.names, self.scorer = judge(folder, count, epochs)
         of = new.label == phantom.RARE_CLASS
         said = self.modes.predict(density(new.images[of]))
-        self.sensitivity, self.false_alarms = float(said[new.rare[of]].mean()), float(said[~new.rare[of]].mean())
+        self.sensitivity, self.false_alarms = (
+            float(said[new.rare[of]].mean()),
+            float(said[~new.rare[of]].mean()),
+        )
         self.accuracy = float((self.labels(new.images) == new.label).mean())
 
     def labels(self, images: np.ndarray) -> np.ndarray:
@@ -91,61 +102,102 @@ class Outsiders:
 
     def ask(self, images: np.ndarray) -> tuple[float, float]:
         """(share of the rare mode, share of melanomas) among uint8 [N, R, R, 3]."""
-        return float(self.modes.predict(density(images)).mean()), float((self.labels(images) == phantom.RARE_CLASS).mean())
+        return float(self.modes.predict(density(images)).mean()), float(
+            (self.labels(images) == phantom.RARE_CLASS).mean()
+        )
 
 
 def judge(folder: Path, count: int, epochs: int) -> tuple[list[str], Any]:
     """(classes, scorer) of a network as the demo's."""
-    data = cfg.Data(resolution=SIDE, phantom=cfg.Phantom(images=count, rare=0.5, tail=0.9, seed=7001))
+    data = cfg.Data(
+        resolution=SIDE, phantom=cfg.Phantom(images=count, rare=0.5, tail=0.9, seed=7001)
+    )
     prepare.prepare(LocalEngine(), data, folder / "data")
-    steps.mix(folder / "data", [], [], "real", cfg.Mix(arms=["real"]), 1, folder / "mix")
-    config, out = cfg.load(None).classifier.model_copy(update={"steps": epochs}), folder / "classifier"
-    job = steps.classifier_job(folder / "data", folder / "mix", [], config, 7001, SIDE, out)
+    pipeline_train.mix(folder / "data", [], [], "real", cfg.Mix(arms=["real"]), 1, folder / "mix")
+    config, out = (
+        cfg.load(None).classifier.model_copy(update={"steps": epochs}),
+        folder / "classifier",
+    )
+    job = pipeline_train.classifier_job(
+        folder / "data", folder / "mix", [], config, 7001, SIDE, out
+    )
     LocalEngine(1, torch.get_num_threads()).fit([job])
-    return steps.classes_of(folder / "data"), make_scorer(out)
+    return run_folder.classes_of(folder / "data"), make_scorer(out)
 
 
 def train(folder: Path, count: int, epochs: int) -> Path:
     """A denoiser of phantoms with one amelanotic melanoma in twenty."""
-    data = cfg.Data(resolution=SIDE, phantom=cfg.Phantom(images=count, rare=0.05, tail=0.9, seed=11))
+    data = cfg.Data(
+        resolution=SIDE, phantom=cfg.Phantom(images=count, rare=0.05, tail=0.9, seed=11)
+    )
     prepare.prepare(LocalEngine(), data, folder / "data")
     mixed, out = folder / "mix", folder / "denoiser"
-    steps.mix(folder / "data", [], [], "real", cfg.Mix(arms=["real"]), 1, mixed)
+    pipeline_train.mix(folder / "data", [], [], "real", cfg.Mix(arms=["real"]), 1, mixed)
     config = cfg.load(None).denoiser.model_copy(update={"steps": epochs, "checkpoint_steps": 200})
     names = (folder / "data" / "train",)
-    feed = Feed(names, config.batch_size, mix=mixed, steps=config.steps, balance=config.balance, seed=seed_of("feed", 0))
-    classes = steps.classes_of(folder / "data")
+    feed = Feed(
+        names,
+        config.batch_size,
+        mix=mixed,
+        steps=config.steps,
+        balance=config.balance,
+        seed=seed_of("feed", 0),
+    )
+    classes = run_folder.classes_of(folder / "data")
     fit.fit(
-        feed.batches(fit.resume_step(out)), config=config, num_classes=len(classes), resolution=SIDE, classes=classes, out=out,
-        seed=0, report=lambda _: None, threads=torch.get_num_threads(),
-    )  # fmt: skip
+        feed.batches(fit.resume_step(out)),
+        config=config,
+        num_classes=len(classes),
+        resolution=SIDE,
+        classes=classes,
+        out=out,
+        seed=0,
+        report=lambda _: None,
+        threads=torch.get_num_threads(),
+    )
     return out
 
 
-def asked(loaded: Painter, cases: np.ndarray, level: float | None, config: cfg.Generate, count: int) -> np.ndarray:
+def asked(
+    loaded: Painter, cases: np.ndarray, level: float | None, config: cfg.Generate, count: int
+) -> np.ndarray:
     """uint8 [count, R, R, 3]: melanomas varied from cases at a noise level, or sampled (None)."""
     label = list(loaded.meta["classes"]).index(phantom.RARE_CLASS)
     names = [str(i % len(cases)) if level else None for i in range(count)]
     found = [
         GenerationRequest(
-            f"{i}", 1, "guided" if level else "unguided", "vary" if level else "sample", label, name, level or config.sigma_max,
-            config.guidance, seed_of("rare mode", level or 0, i),
+            f"{i}",
+            1,
+            "guided" if level else "unguided",
+            "vary" if level else "sample",
+            label,
+            name,
+            level or config.sigma_max,
+            config.guidance,
+            seed_of("rare mode", level or 0, i),
         )
         for i, name in enumerate(names)
-    ]  # fmt: skip
+    ]
     sources = Sources({str(i): case for i, case in enumerate(cases)} if level else {})
     return np.stack([p.image for p in loaded.paint(found, sources, config)])
 
 
-def measure(loaded: Painter, outsiders: Outsiders, config: cfg.Generate, count: int) -> dict[float | None, tuple[float, float]]:
+def measure(
+    loaded: Painter, outsiders: Outsiders, config: cfg.Generate, count: int
+) -> dict[float | None, tuple[float, float]]:
     """Noise level (None: sampled, 0: the hard cases themselves) to (share of the mode, share of melanomas)."""
     new = draw(7003, max(400, 10 * count // 4), 0.5)
     cases = new.images[new.rare & (new.label == phantom.RARE_CLASS)][:count]
-    found = {level: outsiders.ask(asked(loaded, cases, level, config, count)) for level in (None, *LEVELS)}
+    found = {
+        level: outsiders.ask(asked(loaded, cases, level, config, count))
+        for level in (None, *LEVELS)
+    }
     return found | {0.0: outsiders.ask(cases)}
 
 
-def results(found: dict[float | None, tuple[float, float]], outsiders: Outsiders, level: float, count: int) -> list[Result]:
+def results(
+    found: dict[float | None, tuple[float, float]], outsiders: Outsiders, level: float, count: int
+) -> list[Result]:
     rows = [
         Result("mode check: sensitivity on new phantoms", outsiders.sensitivity, ""),
         Result("mode check: false alarms", outsiders.false_alarms, ""),
@@ -153,11 +205,31 @@ def results(found: dict[float | None, tuple[float, float]], outsiders: Outsiders
     ]
     for at, (mode, label) in found.items():
         name = "sampled" if at is None else f"varied at {at:g}" if at else "real hard cases"
-        rows += [Result(f"{name}: of the mode", mode, f"of {count}"), Result(f"{name}: seen as melanoma", label, f"of {count}")]
-    ratio, agreement = found[level][0] / max(found[None][0], 1 / count), found[level][1] / max(found[None][1], 1 / count)
-    rows.append(Result("mode, varied / sampled", ratio, "x", f"at least {BARS['ratio']:g}", ratio >= BARS["ratio"]))
+        rows += [
+            Result(f"{name}: of the mode", mode, f"of {count}"),
+            Result(f"{name}: seen as melanoma", label, f"of {count}"),
+        ]
+    ratio, agreement = (
+        found[level][0] / max(found[None][0], 1 / count),
+        found[level][1] / max(found[None][1], 1 / count),
+    )
     rows.append(
-        Result("label, varied / sampled", agreement, "x", f"at least {BARS['agreement']:g}", agreement >= BARS["agreement"])
+        Result(
+            "mode, varied / sampled",
+            ratio,
+            "x",
+            f"at least {BARS['ratio']:g}",
+            ratio >= BARS["ratio"],
+        )
+    )
+    rows.append(
+        Result(
+            "label, varied / sampled",
+            agreement,
+            "x",
+            f"at least {BARS['agreement']:g}",
+            agreement >= BARS["agreement"],
+        )
     )
     return rows
 
@@ -167,7 +239,9 @@ def arguments() -> argparse.Namespace:
     found.add_argument("--denoiser", type=Path)
     found.add_argument("--images", type=int, default=384, help="painted at each noise level")
     found.add_argument("--steps", type=int, default=1500, help="of training")
-    found.add_argument("--keep", type=Path, help="the folder of what is trained; none: it is deleted at the end")
+    found.add_argument(
+        "--keep", type=Path, help="the folder of what is trained; none: it is deleted at the end"
+    )
     found.add_argument("--guidance", type=float, default=cfg.Generate().guidance)
     return found.parse_args()
 
@@ -179,9 +253,16 @@ def main() -> None:
         args.denoiser, args.images, config = edm.SHIPPED, 48, config.model_copy(update={"steps": 6})
     with tempfile.TemporaryDirectory() as temporary:
         base = args.keep or Path(temporary)
-        outsiders = Outsiders(600 if args.quick else 3000, base / "judge", 40 if args.quick else 600)
+        outsiders = Outsiders(
+            600 if args.quick else 3000, base / "judge", 40 if args.quick else 600
+        )
         folder = args.denoiser or train(base / "phantoms", 6000, args.steps)
-        found = results(measure(painter.load(folder), outsiders, config, args.images), outsiders, config.sigma_start, args.images)
+        found = results(
+            measure(painter.load(folder), outsiders, config, args.images),
+            outsiders,
+            config.sigma_start,
+            args.images,
+        )
     publish([Result(r.name, r.value, r.unit) for r in found] if args.quick else found, args.json)
 
 

@@ -33,10 +33,15 @@ def scheduler(kind: str, steps: int) -> Any:
 
     made: Any
     if kind == "ddim":
-        made = DDIMScheduler(num_train_timesteps=1000, clip_sample=False, timestep_spacing="trailing")
+        made = DDIMScheduler(
+            num_train_timesteps=1000, clip_sample=False, timestep_spacing="trailing"
+        )
     else:
         made = DPMSolverMultistepScheduler(
-            num_train_timesteps=1000, algorithm_type="dpmsolver++", use_karras_sigmas=True, final_sigmas_type="zero"
+            num_train_timesteps=1000,
+            algorithm_type="dpmsolver++",
+            use_karras_sigmas=True,
+            final_sigmas_type="zero",
         )
     made.set_timesteps(steps)
     return made
@@ -44,9 +49,15 @@ def scheduler(kind: str, steps: int) -> Any:
 
 @torch.no_grad()
 def loop(
-    model: Epsilon, kind: str, labels: np.ndarray, seeds: list[int], steps: int, guidance: float, amp: bool,
+    model: Epsilon,
+    kind: str,
+    labels: np.ndarray,
+    seeds: list[int],
+    steps: int,
+    guidance: float,
+    amp: bool,
     start: tuple[np.ndarray, float] | None = None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """One batch as a diffusers pipeline does it: conditional and null class in one doubled pass at every step.
 
     labels int64 [B]; one seed an image; start: (images uint8 [B, R, R, 3], sigma) of image-to-image, from the first noise level at
@@ -54,9 +65,16 @@ def loop(
     """
     plan, label = scheduler(kind, steps), torch.from_numpy(labels)
     null = torch.full_like(label, model.denoiser.num_classes)
-    noise = torch.stack([torch.randn(3, model.side, model.side, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    noise = torch.stack(
+        [
+            torch.randn(3, model.side, model.side, generator=torch.Generator().manual_seed(s))
+            for s in seeds
+        ]
+    )
     abar = plan.alphas_cumprod
-    levels = plan.sigmas[:-1] if kind != "ddim" else ((1 - abar) / abar).sqrt()[plan.timesteps.long()]
+    levels = (
+        plan.sigmas[:-1] if kind != "ddim" else ((1 - abar) / abar).sqrt()[plan.timesteps.long()]
+    )
     first = 0
     if start is None:
         x = noise * plan.init_noise_sigma
@@ -71,7 +89,9 @@ def loop(
             if guidance == 1:
                 epsilon = model(x, float(sigma), label)
             else:
-                conditional, unconditional = model(torch.cat([x, x]), float(sigma), torch.cat([label, null])).chunk(2)
+                conditional, unconditional = model(
+                    torch.cat([x, x]), float(sigma), torch.cat([label, null])
+                ).chunk(2)
                 epsilon = unconditional + guidance * (conditional - unconditional)
         x = plan.step(epsilon, t, x).prev_sample
     return to_images(x)

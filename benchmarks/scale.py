@@ -36,9 +36,12 @@ from common import Result, parser, publish
 from simulated import ARMS, GENERATE, PER_CASE, SIDE, Simulated, judge, pair, prepare
 
 from adversa import config as cfg
-from adversa import places, runs, tables
-from adversa.loop import curation, painting, steps
-from adversa.runs import RunDir
+from adversa.pipeline import curate, train
+from adversa.pipeline import generate as pipeline_generate
+from adversa.run import step_folder
+from adversa.run.folder import RunDir
+from adversa.storage import path as storage_path
+from adversa.storage import tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import s3
@@ -55,29 +58,58 @@ Took = dict[str, float]
 
 
 def plan(run: RunDir, samplers: int) -> Took:
-    painting.plan(
-        run.round(1, "hard"), None, "scale", 1, ARMS, GENERATE, run.round(1, "requests"), (run.arm(0, "real", 0) / "classifier", 0)
+    pipeline_generate.plan(
+        run.round(1, "hard"),
+        None,
+        "scale",
+        1,
+        ARMS,
+        GENERATE,
+        run.round(1, "requests"),
+        (run.arm(0, "real", 0) / "classifier", 0),
     )
-    files = [p.stat().st_size for p in tables.parts(run.round(1, "requests"))] if isinstance(run.root, Path) else []
+    files = (
+        [p.stat().st_size for p in tables.parts(run.round(1, "requests"))]
+        if isinstance(run.root, Path)
+        else []
+    )
     return {"files": len(files), "bytes": sum(files)}
 
 
 def generate(run: RunDir, samplers: int) -> Took:
     engine, began = Simulated(samplers, PACE), time.process_time()
-    painting.generate(engine, run.round(1, "requests"), run.data, run.denoiser, None, GENERATE, run.round(1, "synthetic"))
+    pipeline_generate.generate(
+        engine,
+        run.round(1, "requests"),
+        run.data,
+        run.denoiser,
+        None,
+        GENERATE,
+        run.round(1, "synthetic"),
+    )
     fleet = engine.fleet
     assert fleet is not None, "there was nothing to paint"
     return {
-        "commit": fleet.working_cpu, "coordinating": time.process_time() - began - fleet.working_cpu, "crew": engine.crew_cpu,
+        "commit": fleet.working_cpu,
+        "coordinating": time.process_time() - began - fleet.working_cpu,
+        "crew": engine.crew_cpu,
         "idle": 1 - fleet.busy / (fleet.clock * samplers),
-    }  # fmt: skip
+    }
 
 
 def resume(run: RunDir, samplers: int) -> Took:
     """Killed between the last part and the manifest: the coordinator finds out that nothing is left to do."""
     folder = run.round(1, "synthetic")
-    (folder / runs.MANIFEST).unlink()
-    painting.generate(Simulated(samplers, PACE), run.round(1, "requests"), run.data, run.denoiser, None, GENERATE, folder)
+    (folder / step_folder.MANIFEST).unlink()
+    pipeline_generate.generate(
+        Simulated(samplers, PACE),
+        run.round(1, "requests"),
+        run.data,
+        run.denoiser,
+        None,
+        GENERATE,
+        folder,
+    )
     return {}
 
 
@@ -86,38 +118,57 @@ def listing(run: RunDir, samplers: int) -> Took:
 
 
 def inspect(run: RunDir, samplers: int) -> Took:
-    requests, synthetic, inspected = (run.round(1, x) for x in ("requests", "synthetic", "inspected"))
-    engine = Simulated(samplers, PACE, {curation.make_inspected: judge})
+    requests, synthetic, inspected = (
+        run.round(1, x) for x in ("requests", "synthetic", "inspected")
+    )
+    engine = Simulated(samplers, PACE, {curate.make_inspected: judge})
     classifier = run.arm(0, "real", 0) / "classifier"
-    curation.inspect(
-        engine, requests, synthetic, run.data, run.features, run.limits, classifier, run.judge, cfg.Curate(), inspected
-    )  # fmt: skip
+    curate.inspect(
+        engine,
+        requests,
+        synthetic,
+        run.data,
+        run.features,
+        run.limits,
+        classifier,
+        run.judge,
+        cfg.Curate(),
+        inspected,
+    )
     return {}
 
 
 def twins(run: RunDir, samplers: int) -> Took:
     """Handing out and committing; the search itself is `search`."""
     inspected = run.round(1, "inspected")
-    engine = Simulated(samplers, PACE, {curation.make_twins: pair(inspected)})
-    curation.twins(engine, run.round(1, "synthetic"), inspected, run.limits, run.round(1, "twins"))
+    engine = Simulated(samplers, PACE, {curate.make_twins: pair(inspected)})
+    curate.twins(engine, run.round(1, "synthetic"), inspected, run.limits, run.round(1, "twins"))
     return {}
 
 
 def gather(run: RunDir, samplers: int) -> Took:
     """What each worker of the twin search reads before it begins: one arm's pictures."""
-    _, blocks = curation.pictures_of(run.round(1, "synthetic"), curation.waiting(run.round(1, "inspected"))["guided"])
+    _, blocks = curate.pictures_of(
+        run.round(1, "synthetic"), curate.waiting(run.round(1, "inspected"))["guided"]
+    )
     return {"pictures": sum(map(len, blocks))}
 
 
 def settle(run: RunDir, samplers: int) -> Took:
-    curation.settle(run.round(1, "inspected"), run.round(1, "twins"), run.limits, cfg.Curate(), run.round(1, "verdicts"))
-    return {"kept": runs.manifest(run.round(1, "verdicts"))["kept"]}
+    curate.settle(
+        run.round(1, "inspected"),
+        run.round(1, "twins"),
+        run.limits,
+        cfg.Curate(),
+        run.round(1, "verdicts"),
+    )
+    return {"kept": step_folder.manifest(run.round(1, "verdicts"))["kept"]}
 
 
 def mix(run: RunDir, samplers: int) -> Took:
     ratio = cfg.Mix(synthetic_ratio=1e6)
     hard, verdicts = [run.round(1, "hard")], [run.round(1, "verdicts")]
-    steps.mix(run.data, hard, verdicts, "guided", ratio, PER_CASE, run.arm(1, "guided") / "mix")
+    train.mix(run.data, hard, verdicts, "guided", ratio, PER_CASE, run.arm(1, "guided") / "mix")
     return {}
 
 
@@ -133,15 +184,21 @@ def resident(name: str) -> int:
 
 def child(name: str, root: str, samplers: int) -> None:
     """Do a phase and print what it took."""
-    with tempfile.TemporaryDirectory() as folder:  # so that what is loaded at a first use is not counted
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # so that what is loaded at a first use is not counted
         prepare(RunDir(Path(folder)), 20)
         plan(RunDir(Path(folder)), 1)
         if name in ("generate", "resume"):
             generate(RunDir(Path(folder)), 1)
     Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is counted from here
     base, cpu, began = resident("VmRSS"), time.process_time(), time.perf_counter()
-    extra = PHASES[name](RunDir(places.place(root)), samplers)
-    took = {"cpu": time.process_time() - cpu, "seconds": time.perf_counter() - began, "memory": resident("VmHWM") - base}
+    extra = PHASES[name](RunDir(storage_path.place(root)), samplers)
+    took = {
+        "cpu": time.process_time() - cpu,
+        "seconds": time.perf_counter() - began,
+        "memory": resident("VmHWM") - base,
+    }
     print(json.dumps(took | extra))
 
 
@@ -149,7 +206,12 @@ def phase(name: str, root: object, samplers: int = SAMPLERS) -> Took:
     command = [sys.executable, __file__, "--phase", name, str(root), "--samplers", str(samplers)]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     took = json.loads(ended.stdout.splitlines()[-1])
-    print(f"{name}, {samplers} samplers, {root}:", *(f"{k} {v:.4g}" for k, v in took.items()), file=sys.stderr, flush=True)
+    print(
+        f"{name}, {samplers} samplers, {root}:",
+        *(f"{k} {v:.4g}" for k, v in took.items()),
+        file=sys.stderr,
+        flush=True,
+    )
     return took
 
 
@@ -178,10 +240,14 @@ def local(sizes: list[int], base: Path) -> dict[str, list[float]]:
         found.setdefault("hand out: seconds", []).append(took["generate"]["crew"])
         found.setdefault("commits: seconds", []).append(took["generate"]["commit"])
         for name in ("plan", "generate", "resume", "inspect", "twins", "gather", "settle", "mix"):
-            found.setdefault(f"{name}: memory", []).append(max(took[name]["memory"], 8 << 20) / 2**20)
+            found.setdefault(f"{name}: memory", []).append(
+                max(took[name]["memory"], 8 << 20) / 2**20
+            )
         found.setdefault("request files", []).append(parts)
         found.setdefault("request bytes", []).append(took["plan"]["bytes"])
-        found.setdefault("files of the round", []).append(sum(1 for p in run.round(1).rglob("*") if p.is_file()))
+        found.setdefault("files of the round", []).append(
+            sum(1 for p in run.round(1).rglob("*") if p.is_file())
+        )
         began = time.process_time()
         listed = [tables.parts(run.round(1, "synthetic")) for _ in range(20)]
         assert len(listed[0]) == parts
@@ -193,9 +259,11 @@ def samplers(cases: int, counts: list[int], base: Path) -> list[Result]:
     """The hand-out with fewer samplers than 64, of the largest size."""
     run, found = RunDir(base / f"run-{cases}"), []
     for count in counts:
-        places.rmtree(run.round(1, "synthetic"))
+        storage_path.rmtree(run.round(1, "synthetic"))
         took = phase("generate", run.root, count)
-        found.append(Result(f"handed out, {count} samplers", images_of(cases) / took["crew"], "requests/s"))
+        found.append(
+            Result(f"handed out, {count} samplers", images_of(cases) / took["crew"], "requests/s")
+        )
         found.append(Result(f"idle, {count} samplers", 100 * took["idle"], "%"))
     return found
 
@@ -205,7 +273,7 @@ def on_s3(sizes: list[int]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     with store() as (proxy, address):
         for cases in sizes:
-            run = RunDir(places.place(address(f"run-{cases}")))
+            run = RunDir(storage_path.place(address(f"run-{cases}")))
             prepare(run, cases)
             for name in ("plan", "generate", "resume"):
                 proxy.seen.clear()
@@ -219,7 +287,10 @@ def store() -> Iterator[tuple[s3.Proxy, Callable[[str], str]]]:
     """A server, a proxy before it, and the address of a folder there."""
     os.environ.update(s3.ENVIRONMENT)
     with s3.server() as upstream, contextlib.closing(s3.Proxy(upstream)) as proxy:
-        yield proxy, lambda name: f"s3://{s3.BUCKET}/{name}?endpoint_override={proxy.at}&scheme=http"
+        yield (
+            proxy,
+            lambda name: f"s3://{s3.BUCKET}/{name}?endpoint_override={proxy.at}&scheme=http",
+        )
 
 
 def listed(counts: tuple[int, ...]) -> tuple[list[Result], float]:
@@ -239,7 +310,11 @@ def listed(counts: tuple[int, ...]) -> tuple[list[Result], float]:
             took = phase("listing", address("run").replace(s3.BUCKET, bucket))
             assert took["files"] == count
             requests.append(len(proxy.seen))
-            found.append(Result(f"S3 listing, {count} files", took["seconds"], f"s ({requests[-1]} requests)"))
+            found.append(
+                Result(
+                    f"S3 listing, {count} files", took["seconds"], f"s ({requests[-1]} requests)"
+                )
+            )
     return found, exponent(list(map(float, counts)), requests)
 
 
@@ -252,22 +327,40 @@ def search(counts: tuple[int, ...], queries: int) -> list[Result]:
     faiss.omp_set_num_threads(1)
     rng, found, each, memory = np.random.default_rng(0), [], [], []
     for count in counts:
-        images = rng.integers(0, 256, (count, 8, 8, 3), np.uint8).repeat(SIDE // 8, 1).repeat(SIDE // 8, 2)
+        images = (
+            rng.integers(0, 256, (count, 8, 8, 3), np.uint8)
+            .repeat(SIDE // 8, 1)
+            .repeat(SIDE // 8, 2)
+        )
         base, began = resident("VmRSS"), time.process_time()
         index = NearCopy([f"{i:08d}" for i in range(count)], images)
         built, began = time.process_time() - began, time.process_time()
         index.pairs(0.9, slice(0, queries))
         each.append((time.process_time() - began) / queries)
         memory.append(resident("VmRSS") - base)
-        found.append(Result(f"twin search, {count} in the arm", 1e3 * each[-1], f"ms a picture (index {built:.1f} s)"))
+        found.append(
+            Result(
+                f"twin search, {count} in the arm",
+                1e3 * each[-1],
+                f"ms a picture (index {built:.1f} s)",
+            )
+        )
         del index
     slope, fixed = np.polyfit(counts, each, 1)
     found.append(Result("twin search: fixed", 1e3 * fixed, "ms a picture"))
-    found.append(Result("twin search: grows by", 1e6 * slope, "us a picture and picture of the arm"))
+    found.append(
+        Result("twin search: grows by", 1e6 * slope, "us a picture and picture of the arm")
+    )
     found.append(Result("twin index", memory[-1] / counts[-1] / 1e3, "kB a picture"))
     for images in (images_of(CASES), LARGEST):
         arm = images / len(ARMS)
-        found.append(Result(f"twin search of {images} images", images * (fixed + slope * arm) / 3600, "core-hours"))
+        found.append(
+            Result(
+                f"twin search of {images} images",
+                images * (fixed + slope * arm) / 3600,
+                "core-hours",
+            )
+        )
     return found
 
 
@@ -281,7 +374,10 @@ def mining(budgets: tuple[int, ...]) -> list[Result]:
         farthest_first(points, budget)
         took.append(time.process_time() - began)
     slope, last = exponent(list(budgets), took), took[-1] / budgets[-1] ** 2
-    ends = [Result(f"mining {n} hard cases", 7 * last * (n / 7) ** 2 / 3600, "core-hours (7 classes)") for n in (CASES, 250_000)]
+    ends = [
+        Result(f"mining {n} hard cases", 7 * last * (n / 7) ** 2 / 3600, "core-hours (7 classes)")
+        for n in (CASES, 250_000)
+    ]
     return [Result("mining: exponent in the budget", slope, ""), *ends]
 
 
@@ -307,7 +403,9 @@ def main() -> None:
     args = arguments.parse_args()
     if args.phase:
         return child(*args.phase, args.samplers)
-    sizes = [45, 90, 180] if args.quick else [CASES // 16, CASES // 8, CASES // 4, CASES // 2, CASES]
+    sizes = (
+        [45, 90, 180] if args.quick else [CASES // 16, CASES // 8, CASES // 4, CASES // 2, CASES]
+    )
     images = [float(images_of(n)) for n in sizes]
     with tempfile.TemporaryDirectory() as base:
         here = local(sizes, Path(base))
@@ -315,15 +413,35 @@ def main() -> None:
     stored = sizes if args.quick else sizes[:3]
     there = on_s3(stored)
     pages, growth = listed(LISTED[:2] if args.quick else LISTED)
-    found = [Result("images", images[-1], ""), *rows(images, here, args.quick), *rows(images[: len(stored)], there, args.quick)]
+    found = [
+        Result("images", images[-1], ""),
+        *rows(images, here, args.quick),
+        *rows(images[: len(stored)], there, args.quick),
+    ]
     found.append(Result("planned", images[-1] / here["plan: seconds"][-1], "requests/s"))
-    found.append(Result(f"handed out, {SAMPLERS} samplers", images[-1] / here["hand out: seconds"][-1], "requests/s"))
-    found += [*fewer, Result("a commit", 1e3 * here["commits: seconds"][-1] / here["request files"][-1], "ms"), *pages]
-    found.append(Result("S3 listing's requests: exponent", growth, "", f"at most {BAR:g}", growth <= BAR))
+    found.append(
+        Result(
+            f"handed out, {SAMPLERS} samplers",
+            images[-1] / here["hand out: seconds"][-1],
+            "requests/s",
+        )
+    )
+    found += [
+        *fewer,
+        Result("a commit", 1e3 * here["commits: seconds"][-1] / here["request files"][-1], "ms"),
+        *pages,
+    ]
+    found.append(
+        Result("S3 listing's requests: exponent", growth, "", f"at most {BAR:g}", growth <= BAR)
+    )
     resumed = there["S3 requests: resume"][-1] / images[len(stored) - 1]
     for n in (images_of(CASES), LARGEST):
         found.append(
-            Result(f"resume on S3, {n} images", resumed * n * RTT / 60 / tables.AT_ONCE, f"min at {1e3 * RTT:g} ms a request")
+            Result(
+                f"resume on S3, {n} images",
+                resumed * n * RTT / 60 / tables.AT_ONCE,
+                f"min at {1e3 * RTT:g} ms a request",
+            )
         )
     found += search((500, 1000), 64) if args.quick else search((500, 2000, 8000), 256)
     publish(found + mining((100, 200) if args.quick else (200, 400, 800)), args.json)

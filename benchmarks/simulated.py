@@ -12,17 +12,34 @@ import numpy as np
 import pyarrow as pa
 
 from adversa import config as cfg
-from adversa import places, runs, tables
-from adversa.loop import curation, painting
-from adversa.loop.crew import work_off
-from adversa.loop.leases import Order
-from adversa.loop.parts import Done, Make, Name, Painted, Part, Report, Share, do_part, missing, row_name
-from adversa.loop.sampler import Returned, Sampler
-from adversa.runs import Recipe, RunDir
+from adversa.engine.task_queue import Order
+from adversa.engine.tasks import (
+    Done,
+    Make,
+    Name,
+    Painted,
+    Part,
+    Report,
+    Share,
+    do_part,
+    missing,
+    row_name,
+)
+from adversa.engine.worker import Returned, Sampler
+from adversa.engine.worker_pool import work_off
+from adversa.pipeline import curate, generate
+from adversa.run import step_folder
+from adversa.run.folder import RunDir
+from adversa.run.step_folder import Recipe
+from adversa.storage import files, tables
+from adversa.storage import path as storage_path
 from adversa.types import ROLES, HardCase, Verdict, digest
 
 CLASSES, SIDE = 7, 32
-PER_CASE, ARMS = 20, ("unguided", "guided")  # each hard case is varied so often, and as many images of its class are sampled
+PER_CASE, ARMS = (
+    20,
+    ("unguided", "guided"),
+)  # each hard case is varied so often, and as many images of its class are sampled
 GENERATE = cfg.Generate(per_case=PER_CASE)
 PICTURE = tables.encode_png(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8))
 FACTS = {"seconds": 0.0, "compute_seconds": 0.0, "device_seconds": 0.0, "rows": 0}
@@ -31,67 +48,122 @@ FACTS = {"seconds": 0.0, "compute_seconds": 0.0, "device_seconds": 0.0, "rows": 
 # ---- a run without models ----------------------------------------------------------------------------------------------
 
 
-def finished(folder: places.Place) -> None:
+def finished(folder: storage_path.Place) -> None:
     """Mark a folder as a finished step: what reads it asks for no more."""
     recipe = Recipe("given", 1, {}, {})
-    runs.begin(folder, recipe)
-    runs.finish(folder, recipe, **FACTS)
+    step_folder.begin(folder, recipe)
+    step_folder.finish(folder, recipe, **FACTS)
 
 
 def prepare(run: RunDir, cases: int) -> None:
     """Hard cases, and everything that a round reads beside them, as small as it may be."""
-    rows = [HardCase(digest("case", i), i % CLASSES, (i + 1) % CLASSES, 1.0, -0.5, "misclassified", i) for i in range(cases)]
-    tables.write_part(run.round(1, "hard") / tables.part_name(0), tables.to_table(rows, tables.HARD_CASES))
+    rows = [
+        HardCase(digest("case", i), i % CLASSES, (i + 1) % CLASSES, 1.0, -0.5, "misclassified", i)
+        for i in range(cases)
+    ]
+    tables.write_part(
+        run.round(1, "hard") / tables.part_name(0), tables.to_table(rows, tables.HARD_CASES)
+    )
     names = [f"class {c}" for c in range(CLASSES)]
-    runs.write_json(run.data / "classes.json", {"classes": names})
+    files.write_json(run.data / "classes.json", {"classes": names})
     for role in ("mine", "train"):
         own = [{"id": digest(role, i), "label": i % CLASSES, "image": PICTURE} for i in range(100)]
-        tables.write_part(run.data / role / tables.part_name(0), pa.Table.from_pylist(own, schema=tables.EXAMPLES))
-    runs.write_json(run.denoiser / painting.CONFIG, {"classes": names, "resolution": SIDE})
-    limits = {"near_copy": 0.9, "near_copy_features": 0.9, "most_agreement": 1.0, "held_out": [0.1] * 1000}
-    runs.write_json(run.limits / curation.LIMITS, limits | {"realism": [1.0] * CLASSES, "realism_2": [1.0] * CLASSES})
-    judges = curation.folders(run.judge, cfg.Curate().folds)
+        tables.write_part(
+            run.data / role / tables.part_name(0), pa.Table.from_pylist(own, schema=tables.EXAMPLES)
+        )
+    files.write_json(run.denoiser / generate.CONFIG, {"classes": names, "resolution": SIDE})
+    limits = {
+        "near_copy": 0.9,
+        "near_copy_features": 0.9,
+        "most_agreement": 1.0,
+        "held_out": [0.1] * 1000,
+    }
+    files.write_json(
+        run.limits / curate.LIMITS,
+        limits | {"realism": [1.0] * CLASSES, "realism_2": [1.0] * CLASSES},
+    )
+    judges = curate.folders(run.judge, cfg.Curate().folds)
     features = [run.features / role for role in ROLES]
-    for folder in (run.round(1, "hard"), run.data, run.denoiser, run.limits, run.arm(0, "real", 0) / "classifier"):
+    for folder in (
+        run.round(1, "hard"),
+        run.data,
+        run.denoiser,
+        run.limits,
+        run.arm(0, "real", 0) / "classifier",
+    ):
         finished(folder)
     for folder in (*judges, *features):
         finished(folder)
 
 
-def paint(part: Part, path: places.Place) -> Painted:
+def paint(part: Part, path: storage_path.Place) -> Painted:
     """A sampler's part: its requests read, a row for each committed."""
-    requests = painting.read_requests(places.place(part.payload["path"]))
+    requests = generate.read_requests(storage_path.place(part.payload["path"]))
     rows = [
-        {"request_id": r.request_id, "arm": r.arm, "label": r.label, "image": PICTURE, "finite": True, "denoiser": "simulated",
-         "evaluations": GENERATE.steps, "skipped": 0}
+        {
+            "request_id": r.request_id,
+            "arm": r.arm,
+            "label": r.label,
+            "image": PICTURE,
+            "finite": True,
+            "denoiser": "simulated",
+            "evaluations": GENERATE.steps,
+            "skipped": 0,
+        }
         for r in requests
-    ]  # fmt: skip
+    ]
     tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
     return Painted(len(rows), len(rows) * GENERATE.steps)
 
 
-def judge(part: Part, path: places.Place) -> int:
+def judge(part: Part, path: storage_path.Place) -> int:
     """A verdict for each image: every tenth is not let through."""
-    rows = tables.read_part(places.place(part.payload["path"]), ["request_id", "arm", "label"]).to_pylist()
-    asked = tables.read_part(places.place(part.payload["requests"]), ["strategy", "example"]).to_pylist()
+    rows = tables.read_part(
+        storage_path.place(part.payload["path"]), ["request_id", "arm", "label"]
+    ).to_pylist()
+    asked = tables.read_part(
+        storage_path.place(part.payload["requests"]), ["strategy", "example"]
+    ).to_pylist()
     told = [
-        Verdict(r["request_id"], r["arm"], r["label"], q["strategy"], q["example"], False,
-                "judge disagrees" if int(r["request_id"][:4], 16) % 10 == 0 else "not settled",
-                **dict.fromkeys(["contrast", "clipped", "agreement", "realism", "realism_2", "similarity", "similarity_2"], 0.5),
-                nearest=r["request_id"], nearest_2=r["request_id"])
+        Verdict(
+            r["request_id"],
+            r["arm"],
+            r["label"],
+            q["strategy"],
+            q["example"],
+            False,
+            "judge disagrees" if int(r["request_id"][:4], 16) % 10 == 0 else "not settled",
+            **dict.fromkeys(
+                [
+                    "contrast",
+                    "clipped",
+                    "agreement",
+                    "realism",
+                    "realism_2",
+                    "similarity",
+                    "similarity_2",
+                ],
+                0.5,
+            ),
+            nearest=r["request_id"],
+            nearest_2=r["request_id"],
+        )
         for r, q in zip(rows, asked, strict=True)
-    ]  # fmt: skip
+    ]
     tables.write_part(path, tables.to_table(told, tables.VERDICTS))
     return len(rows)
 
 
-def pair(inspected: places.Place) -> Callable[[Part, places.Place], int]:
+def pair(inspected: storage_path.Place) -> Callable[[Part, storage_path.Place], int]:
     """Every tenth image has a twin: the one before it."""
-    waiting = curation.waiting(inspected)
+    waiting = curate.waiting(inspected)
 
-    def work(part: Part, path: places.Place) -> int:
+    def work(part: Part, path: storage_path.Place) -> int:
         ids = waiting[part.payload["arm"]][part.payload["start"] : part.payload["stop"]]
-        rows = [{"a": i} for i in ids] + [{"a": a, "b": b, "similarity": 0.95} for a, b in zip(ids[::10], ids[1::10], strict=False)]
+        rows = [{"a": i} for i in ids] + [
+            {"a": a, "b": b, "similarity": 0.95}
+            for a, b in zip(ids[::10], ids[1::10], strict=False)
+        ]
         tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.TWINS))
         return part.rows
 
@@ -103,12 +175,12 @@ def pair(inspected: places.Place) -> Callable[[Part, places.Place], int]:
 
 @dataclass
 class Fleet:
-    """The Backend (loop/crew.py) of samplers that commit at once and are done when they would be; one process, one thread.
+    """The Backend (engine/worker_pool.py) of samplers that commit at once and are done when they would be; one process, one thread.
 
     clock: simulated seconds; working: real seconds of the samplers' own work, of which CPU is `working_cpu`.
     """
 
-    out: places.Place
+    out: storage_path.Place
     pace: float
     clock: float = 0.0
     working: float = 0.0
@@ -142,8 +214,10 @@ class Fleet:
         done = worker.do(orders)
         real = time.perf_counter() - began
         self.working, self.working_cpu, self.started = (
-            self.working + real, self.working_cpu + time.process_time() - cpu, self.started + real,
-        )  # fmt: skip
+            self.working + real,
+            self.working_cpu + time.process_time() - cpu,
+            self.started + real,
+        )
         seconds = real + self.pace * sum(o.part.rows for o in orders)
         end = self.free[id(worker)] = max(self.clock, self.free.get(id(worker), 0.0)) + seconds
         self.busy += seconds
@@ -170,7 +244,9 @@ class Simulated:
 
     name = "simulated"
 
-    def __init__(self, samplers: int, pace: float, works: dict[Any, Callable[[Part, Any], int]] | None = None) -> None:
+    def __init__(
+        self, samplers: int, pace: float, works: dict[Any, Callable[[Part, Any], int]] | None = None
+    ) -> None:
         """works: in place of what these functions make."""
         self.count, self.pace, self.works, self.crew_cpu = samplers, pace, works or {}, 0.0
         self.fleet: Fleet | None = None
@@ -181,12 +257,16 @@ class Simulated:
     def samplers(self) -> int:
         return self.count
 
-    def map_parts(self, make: Make, parts: Sequence[Part], out: Any, report: Report, name: Name = row_name) -> list[Share]:
+    def map_parts(
+        self, make: Make, parts: Sequence[Part], out: Any, report: Report, name: Name = row_name
+    ) -> list[Share]:
         self.fleet, began = Fleet(out, self.pace), time.process_time()
         shares = work_off(self.fleet, parts, out, report, self.samplers, 3, name)
         self.crew_cpu = time.process_time() - began - self.fleet.working_cpu
         return shares
 
-    def map_batches(self, make: Any, parts: Sequence[Part], out: Any, report: Report, model: bool = False) -> list[Done]:
+    def map_batches(
+        self, make: Any, parts: Sequence[Part], out: Any, report: Report, model: bool = False
+    ) -> list[Done]:
         work = self.works[make.func]
         return [do_part(work, part, out) for part in missing(parts, out)]

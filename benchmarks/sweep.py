@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 from common import Result, parser, publish
 
-from adversa import runs
 from adversa.config import Config, check
 from adversa.distributed.engine import RayEngine
-from adversa.loop import cells, grid, prepare, steps, sweep
-from adversa.loop.search import Trial
-from adversa.runs import RunDir
+from adversa.engine.interface import Trial
+from adversa.pipeline import prepare, train
+from adversa.run import step_folder
+from adversa.run.folder import RunDir
+from adversa.sweep import grid, regimes
+from adversa.sweep import run as sweep_run
 
 BAR = 8.0  # seconds of a trial beyond compute, once warm
 LANES = 2
@@ -33,7 +35,11 @@ LANES = 2
 def config_of(training_steps: int, seeds: int) -> Config:
     return check(
         {
-            "data": {"source": "phantom", "resolution": 32, "phantom": {"images": 1200, "seed": 3, "tail": 0.8}},
+            "data": {
+                "source": "phantom",
+                "resolution": 32,
+                "phantom": {"images": 1200, "seed": 3, "tail": 0.8},
+            },
             "classifier": {"steps": training_steps, "evaluations": 3, "checkpoint_steps": 1000},
             "sweep": {"real": [16], "ratios": [0, 1], "arms": ["replay"], "seeds": seeds},
             "cluster": {"cpus": LANES, "training_threads": 1},
@@ -45,7 +51,7 @@ def config_of(training_steps: int, seeds: int) -> Config:
 def trials(config: Config, run: RunDir, engine: RayEngine) -> list[Trial]:
     """Of the sweep, its cell made already."""
     prepare.prepare(engine, config.data, run.data)
-    found = sweep.trials(config, run)
+    found = sweep_run.trials(config, run)
     points = {p.name for p in grid.points(config)}
     engine.search([t for t in found if t.name not in points], lambda _: None)
     return [t for t in found if t.name in points]
@@ -61,8 +67,8 @@ def searched(engine: RayEngine, some: list[Trial]) -> tuple[float, float, float]
 
     engine.search(some, look)
     wall = time.perf_counter() - began
-    compute = [runs.manifest(t.out.parent / "classifier")["compute_seconds"] for t in some]
-    scored = [runs.manifest(t.out.parent / "select")["device_seconds"] for t in some]
+    compute = [step_folder.manifest(t.out.parent / "classifier")["compute_seconds"] for t in some]
+    scored = [step_folder.manifest(t.out.parent / "select")["device_seconds"] for t in some]
     return wall, float(np.mean(compute) + np.mean(scored)), first[0]
 
 
@@ -72,19 +78,23 @@ def launched(engine: RayEngine, config: Config, d: RunDir, root: Path, count: in
     for i in range(count):
         out = root / f"launch-{i}"
         mix = d.arm(0, "real") / "mix"
-        job = steps.classifier_job(d.data, mix, [], config.classifier, i, config.data.resolution, out)
+        job = train.classifier_job(
+            d.data, mix, [], config.classifier, i, config.data.resolution, out
+        )
         began = time.perf_counter()
         engine.fit([job])
-        found.append(time.perf_counter() - began - runs.manifest(out)["compute_seconds"])
+        found.append(time.perf_counter() - began - step_folder.manifest(out)["compute_seconds"])
     return found
 
 
 def measure(quick: bool) -> list[Result]:
     few, length, launches = (6, 60, 2) if quick else (12, 200, 3)
     config = config_of(length, 3 * few // 2)  # two trials a seed
-    config = config.model_copy(update={"sweep": config.sweep.model_copy(update={"keep_models": True})})
+    config = config.model_copy(
+        update={"sweep": config.sweep.model_copy(update={"keep_models": True})}
+    )
     with tempfile.TemporaryDirectory(prefix="adversa-") as folder:
-        run = sweep.open_run(config, Path(folder) / "run")
+        run = sweep_run.open_run(config, Path(folder) / "run")
         engine = RayEngine(config.cluster, run.root, config.data.resolution**2 * 3)
         try:
             every = trials(config, run, engine)
@@ -92,14 +102,16 @@ def measure(quick: bool) -> list[Result]:
             short, _, first = searched(engine, every[:few])
             long, compute, _ = searched(engine, every[few:])
             d = grid.cell_dir(run, grid.cells(config.sweep)[0])
-            cells.first_mix(d)
+            regimes.first_mix(d)
             beyond = launched(engine, config, d, Path(folder), launches)
         finally:
             engine.close()
     each = (long - short) * LANES / few
     overhead = each - compute
     return [
-        Result("a trial in a warm lane, beyond compute", overhead, "s", f"<= {BAR:g}", overhead <= BAR),
+        Result(
+            "a trial in a warm lane, beyond compute", overhead, "s", f"<= {BAR:g}", overhead <= BAR
+        ),
         Result("a trial's compute", compute, "s"),
         Result("a search's first trial, from the call", first, "s"),
         Result("a launch of Ray Train, beyond compute", float(np.median(beyond[1:])), "s"),

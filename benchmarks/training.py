@@ -37,11 +37,13 @@ import psutil
 from common import Result, parser, publish
 
 from adversa import config as cfg
-from adversa import runs
-from adversa.loop import cycle, steps
-from adversa.loop.engine import FitJob, LocalEngine
-from adversa.loop.feed import Batch
-from adversa.runs import RunDir
+from adversa.engine.batches import Batch
+from adversa.engine.interface import FitJob
+from adversa.engine.local import LocalEngine
+from adversa.pipeline import loop, train
+from adversa.run import environment
+from adversa.run import folder as run_folder
+from adversa.run.folder import RunDir
 
 WINDOW = 4.0  # seconds of a turn
 Window = tuple[str, float, float]  # who ran, from, to
@@ -92,12 +94,24 @@ def alone(how: str, what: str, job: FitJob, config: cfg.Config, classes: int, th
     stored = list(job.feed.batches())
     job.out.mkdir(parents=True)
     if how == "core":
-        job.fit(itertools.cycle(stored), out=job.out, report=lambda _: None, threads=threads, committed=lambda _: None,
-                **({} if what == "denoiser" else {"select": lambda: []}))  # fmt: skip
+        job.fit(
+            itertools.cycle(stored),
+            out=job.out,
+            report=lambda _: None,
+            threads=threads,
+            committed=lambda _: None,
+            **({} if what == "denoiser" else {"select": lambda: []}),
+        )
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step = (_classifier_step if what == "classifier" else _denoiser_step)(config, classes, device)
-    tensors = [{"image": torch.as_tensor(b["image"]).to(device), "label": torch.as_tensor(b["label"]).to(device)} for b in stored]
+    tensors = [
+        {
+            "image": torch.as_tensor(b["image"]).to(device),
+            "label": torch.as_tensor(b["label"]).to(device),
+        }
+        for b in stored
+    ]
     with open(times_of(job.out), "w") as notes:
         for batch in watched(itertools.cycle(tensors), notes):
             step(batch["image"], batch["label"])
@@ -162,7 +176,10 @@ class Processes:
         while not self.stopped.wait(0.2):
             for p in psutil.Process().children(recursive=True):
                 try:
-                    self.seen[p.pid] = (p.cmdline()[0].removeprefix("ray::").split(".")[0], p.create_time())
+                    self.seen[p.pid] = (
+                        p.cmdline()[0].removeprefix("ray::").split(".")[0],
+                        p.create_time(),
+                    )
                 except (psutil.NoSuchProcess, IndexError):
                     continue  # it ended while we looked
 
@@ -204,9 +221,15 @@ class Turns:
                     self._signal("ray", signal.SIGCONT)
 
     def _signal(self, who: str, which: signal.Signals) -> None:
-        pids = [self.others[who].pid] if who != "ray" else [
-            p.pid for p in psutil.Process().children(recursive=True) if p.pid not in {o.pid for o in self.others.values()}
-        ]  # fmt: skip
+        pids = (
+            [self.others[who].pid]
+            if who != "ray"
+            else [
+                p.pid
+                for p in psutil.Process().children(recursive=True)
+                if p.pid not in {o.pid for o in self.others.values()}
+            ]
+        )
         for pid in pids:
             try:
                 os.kill(pid, which)
@@ -218,14 +241,18 @@ class Turns:
         self.thread.join()
 
 
-def rates(windows: list[Window], times: dict[str, list[tuple[float, float]]], batch: int) -> dict[str, list[float]]:
+def rates(
+    windows: list[Window], times: dict[str, list[tuple[float, float]]], batch: int
+) -> dict[str, list[float]]:
     """Images a second of each whole turn, by who."""
     found: dict[str, list[float]] = {who: [] for who in times}
     turns = len(windows) // len(times)
     for i in range(turns):
         turn = {}
         for who, began, ended in windows[i * len(times) : (i + 1) * len(times)]:
-            asked = [a for a, _ in times[who] if began <= a <= ended][1:]  # the first was asked for by a step that was cut in two
+            asked = [a for a, _ in times[who] if began <= a <= ended][
+                1:
+            ]  # the first was asked for by a step that was cut in two
             if len(asked) >= 3:
                 turn[who] = (len(asked) - 1) * batch / (asked[-1] - asked[0])
         if len(turn) == len(times):
@@ -234,7 +261,9 @@ def rates(windows: list[Window], times: dict[str, list[tuple[float, float]]], ba
     return found
 
 
-def launch(engine: Any, job: FitJob, others: dict[str, subprocess.Popen[bytes]]) -> tuple[dict[str, float], Turns]:
+def launch(
+    engine: Any, job: FitJob, others: dict[str, subprocess.Popen[bytes]]
+) -> tuple[dict[str, float], Turns]:
     """Train on Ray, in turns with the others; seconds from the call to each stage of its start-up."""
     watch, called = Processes(), time.time()
     turns = Turns(job.out, others)
@@ -244,43 +273,65 @@ def launch(engine: Any, job: FitJob, others: dict[str, subprocess.Popen[bytes]])
         turns.stop()  # whatever happened, Ray is not left stopped
     created, marks = watch.stop(), engine.started
     stages = {
-        "training worker's process": created.get("RayTrainWorker", float("nan")), "its function called": marks["began"],
-        "modules imported": marks["imported"], "first batch there": marks["first batch"],
+        "training worker's process": created.get("RayTrainWorker", float("nan")),
+        "its function called": marks["began"],
+        "modules imported": marks["imported"],
+        "first batch there": marks["first batch"],
         "first step done": read_times(job.out)[1][0],
-    }  # fmt: skip
+    }
     return {name: at - called for name, at in stages.items()}, turns
 
 
 def job_of(what: str, config: cfg.Config, run: RunDir, out: Path, steps_: int) -> FitJob:
     mix, side = run.arm(0, "real") / "mix", config.data.resolution
     if what == "classifier":
-        section = config.classifier.model_copy(update={"evaluations": 1, "steps": steps_, "patience": None})
-        job = steps.classifier_job(run.data, mix, [], section, 0, side, out)
+        section = config.classifier.model_copy(
+            update={"evaluations": 1, "steps": steps_, "patience": None}
+        )
+        job = train.classifier_job(run.data, mix, [], section, 0, side, out)
     else:
         section_ = config.denoiser.model_copy(update={"steps": steps_, "sample_steps": 0})
-        job = dataclasses.replace(steps.denoiser_job(run.data, mix, section_, 0, side, out), select=None)  # no evaluations
+        job = dataclasses.replace(
+            train.denoiser_job(run.data, mix, section_, 0, side, out), select=None
+        )  # no evaluations
     return dataclasses.replace(job, fit=Timed(job.fit))
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("config", nargs="?", type=Path, help="a configuration; default: the demo")
-    arguments.add_argument("--run-dir", type=Path, help="a run whose data is prepared; default: prepared in a temporary folder")
+    arguments.add_argument(
+        "config", nargs="?", type=Path, help="a configuration; default: the demo"
+    )
+    arguments.add_argument(
+        "--run-dir",
+        type=Path,
+        help="a run whose data is prepared; default: prepared in a temporary folder",
+    )
     arguments.add_argument("--rounds", type=int, default=2, help="launches of each")
-    arguments.add_argument("--steps", type=int, default=1000, help="of the classifier on Ray; a quarter as many of the denoiser")
-    arguments.add_argument("--alone", nargs=3, metavar=("HOW", "WHAT", "OUT"), help="for this program itself: train without Ray")
+    arguments.add_argument(
+        "--steps",
+        type=int,
+        default=1000,
+        help="of the classifier on Ray; a quarter as many of the denoiser",
+    )
+    arguments.add_argument(
+        "--alone",
+        nargs=3,
+        metavar=("HOW", "WHAT", "OUT"),
+        help="for this program itself: train without Ray",
+    )
     args = arguments.parse_args()
     if args.quick:
         args.rounds, args.steps = 1, 400
     config = cfg.load(args.config)
-    threads = config.cluster.training_threads or runs.cpus()
+    threads = config.cluster.training_threads or environment.cpus()
     if args.alone is not None:
         how, what, out = args.alone
         run = RunDir(args.run_dir.absolute())
         job = job_of(what, config, run, Path(out), 200)
         if how == "core":
             job = dataclasses.replace(job_of(what, config, run, Path(out), ENDLESS), feed=job.feed)
-        alone(how, what, job, config, len(steps.classes_of(run.data)), threads)
+        alone(how, what, job, config, len(run_folder.classes_of(run.data)), threads)
         return
     with tempfile.TemporaryDirectory() as temporary:
         publish(measure(args, config, Path(temporary)), args.json)
@@ -289,13 +340,15 @@ def main() -> None:
 def measure(args: Any, config: cfg.Config, base: Path) -> list[Result]:
     run = RunDir((args.run_dir or base / "run").absolute())
     if args.run_dir is None:
-        cycle.open_run(config, run.root)
-        cycle.run(config, run, LocalEngine(1, 1), None, until="prepare")
-        steps.mix(run.data, [], [], "real", config.mix, 1, run.arm(0, "real") / "mix")
+        loop.open_run(config, run.root)
+        loop.run(config, run, LocalEngine(1, 1), None, until="prepare")
+        train.mix(run.data, [], [], "real", config.mix, 1, run.arm(0, "real") / "mix")
     from adversa.distributed.engine import RayEngine
 
     sizes = {"classifier": config.classifier.batch_size, "denoiser": config.denoiser.batch_size}
-    found: dict[str, dict[str, list[float]]] = {what: {"ray": [], "bare": [], "core": []} for what in sizes}
+    found: dict[str, dict[str, list[float]]] = {
+        what: {"ray": [], "bare": [], "core": []} for what in sizes
+    }
     waits: dict[str, list[float]] = {what: [] for what in sizes}
     launches = []
     started = time.time()
@@ -306,7 +359,9 @@ def measure(args: Any, config: cfg.Config, base: Path) -> list[Result]:
             outs = {how: base / f"{what}-{how}-{i}" for how in found[what]}
             others = {how: start_alone(args, run, how, what, outs[how]) for how in ("bare", "core")}
             try:
-                job = job_of(what, config, run, outs["ray"], args.steps // (1 if what == "classifier" else 4))
+                job = job_of(
+                    what, config, run, outs["ray"], args.steps // (1 if what == "classifier" else 4)
+                )
                 stages, turns = launch(engine, job, others)
             finally:
                 for process in others.values():
@@ -324,7 +379,13 @@ def measure(args: Any, config: cfg.Config, base: Path) -> list[Result]:
 
 def start_alone(args: Any, run: RunDir, how: str, what: str, out: Path) -> subprocess.Popen[bytes]:
     """Running, and stopped for now."""
-    command = [sys.executable, __file__, *([str(args.config)] if args.config else []), "--run-dir", str(run.root)]
+    command = [
+        sys.executable,
+        __file__,
+        *([str(args.config)] if args.config else []),
+        "--run-dir",
+        str(run.root),
+    ]
     process = subprocess.Popen([*command, "--alone", how, what, str(out)])
     while len(read_times(out)) < 5:
         if process.poll() is not None:
@@ -337,23 +398,39 @@ def start_alone(args: Any, run: RunDir, how: str, what: str, out: Path) -> subpr
 def waiting(times: list[tuple[float, float]], windows: list[Window]) -> float:
     """Share of its windows that `ray` waits for data; the first window is that of the launch's own first batches."""
     own = [(a, b) for who, a, b in windows if who == "ray"][1:]
-    waited = sum(came - asked for asked, came in times if any(a <= asked and came <= b for a, b in own))
+    waited = sum(
+        came - asked for asked, came in times if any(a <= asked and came <= b for a, b in own)
+    )
     return waited / sum(b - a for a, b in own)
 
 
 def table(
-    found: dict[str, dict[str, list[float]]], waits: dict[str, list[float]], launches: list[dict[str, float]], ready: float
+    found: dict[str, dict[str, list[float]]],
+    waits: dict[str, list[float]],
+    launches: list[dict[str, float]],
+    ready: float,
 ) -> list[Result]:
     rows = []
     for what, by in found.items():
         rows.append(Result(f"{what}, turns", len(by["ray"]), ""))
-        rows += [Result(f"{what}, {how}", statistics.median(by[how]), "images/s") for how in ("bare", "core", "ray")]
-        for one, other, bar in (("ray", "bare", 0.9), ("ray", "core", None), ("core", "bare", None)):
+        rows += [
+            Result(f"{what}, {how}", statistics.median(by[how]), "images/s")
+            for how in ("bare", "core", "ray")
+        ]
+        for one, other, bar in (
+            ("ray", "bare", 0.9),
+            ("ray", "core", None),
+            ("core", "bare", None),
+        ):
             ratio = statistics.median(a / b for a, b in zip(by[one], by[other], strict=True))
             said, holds = (f"at least {bar}", ratio >= bar) if bar else ("", None)
             rows.append(Result(f"{what}, {one} / {other}", ratio, "", said, holds))
         share = statistics.median(waits[what])
-        rows.append(Result(f"{what}, share of the time waiting for data", share, "", "under 0.05", share < 0.05))
+        rows.append(
+            Result(
+                f"{what}, share of the time waiting for data", share, "", "under 0.05", share < 0.05
+            )
+        )
     rows.append(Result("Ray started", ready, "s"))
     for name in launches[0]:
         rows.append(Result(f"first launch: {name}", launches[0][name], "s after the call"))

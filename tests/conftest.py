@@ -15,7 +15,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_collection_modifyitems(items):
     """Files that start a Ray come first: they take longest and mostly wait. (`--dist loadfile` keeps a file in one process.)"""
-    ray = {item.path for item in items if item.get_closest_marker("ray") or "distributed" in item.path.parts}
+    ray = {
+        item.path
+        for item in items
+        if item.get_closest_marker("ray") or "distributed" in item.path.parts
+    }
     items.sort(key=lambda item: item.path not in ray)
 
 
@@ -41,7 +45,7 @@ def adversa(monkeypatch):
     """Runs a command in this process."""
     from typer.testing import CliRunner
 
-    from adversa.cli import app
+    from adversa.cli.app import app
 
     monkeypatch.setenv("COLUMNS", "160")
 
@@ -54,24 +58,36 @@ def adversa(monkeypatch):
 TINY = {
     "data": {"source": "phantom", "resolution": 32, "part_rows": 64, "phantom": {"images": 300}},
     "classifier": {
-        "model_args": {"channels": [16, 32, 32, 64]}, "steps": 24, "batch_size": 32, "evaluations": 2, "checkpoint_steps": 8,
+        "model_args": {"channels": [16, 32, 32, 64]},
+        "steps": 24,
+        "batch_size": 32,
+        "evaluations": 2,
+        "checkpoint_steps": 8,
     },
     "denoiser": {
-        "architecture": "unet", "patch": 2, "channels": [32, 32], "weights": None, "steps": 12,
-        "batch_size": 16, "checkpoint_steps": 4,
+        "architecture": "unet",
+        "patch": 2,
+        "channels": [32, 32],
+        "weights": None,
+        "steps": 12,
+        "batch_size": 16,
+        "checkpoint_steps": 4,
     },
     "mine": {"budget": 12},
     "generate": {"per_case": 2, "steps": 4, "batch_size": 8, "part_size": 8},
     "curate": {
         "min_agreement": 0.1,
         "judge": {
-            "model": "convnext_atto", "model_args": {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 16]}, "steps": 8,
-            "batch_size": 32, "evaluations": 1,
+            "model": "convnext_atto",
+            "model_args": {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 16]},
+            "steps": 8,
+            "batch_size": 32,
+            "evaluations": 1,
         },
     },
     "evaluate": {"bootstrap": 200},
     "cluster": {"training_threads": 1, "object_store_mb": 200},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")
@@ -91,17 +107,23 @@ def tiny():
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory):
     """(config, run) of a tiny run that went through undisturbed on the local engine. Read only."""
-    from adversa.loop import cycle
-    from adversa.loop.engine import LocalEngine
+    from adversa.engine.local import LocalEngine
+    from adversa.pipeline import loop
     from adversa.report import page
 
     config = tiny()
-    run = cycle.open_run(config, tmp_path_factory.mktemp("finished") / "run")
-    cycle.run(config, run, LocalEngine(1, 1), page.write)
+    run = loop.open_run(config, tmp_path_factory.mktemp("finished") / "run")
+    loop.run(config, run, LocalEngine(1, 1), page.write)
     return config, run
 
 
-SWEEP = {"real": [2, 4], "ratios": [0, 1, 2], "arms": ["replay", "unguided", "guided"], "seeds": 1, "bootstrap": 200}
+SWEEP = {
+    "real": [2, 4],
+    "ratios": [0, 1, 2],
+    "arms": ["replay", "unguided", "guided"],
+    "seeds": 1,
+    "bootstrap": 200,
+}
 
 
 @pytest.fixture(scope="session")
@@ -110,9 +132,12 @@ def tiny_sweep(tiny):
 
     def build(cluster=None, **changes):
         return tiny(
-            data={"phantom": {"images": 240}}, generate={"part_size": 16}, classifier={"steps": 12, "checkpoint_steps": 6},
-            sweep=SWEEP | changes, cluster=cluster or {},
-        )  # fmt: skip
+            data={"phantom": {"images": 240}},
+            generate={"part_size": 16},
+            classifier={"steps": 12, "checkpoint_steps": 6},
+            sweep=SWEEP | changes,
+            cluster=cluster or {},
+        )
 
     return build
 
@@ -120,12 +145,14 @@ def tiny_sweep(tiny):
 @pytest.fixture(scope="session")
 def swept(tiny_sweep, tmp_path_factory):
     """(config, run) of a tiny sweep on the local engine, 14 trials, without its report. Read only."""
-    from adversa.loop import sweep
-    from adversa.loop.engine import LocalEngine
+    from adversa.engine.local import LocalEngine
+    from adversa.sweep import run as sweep_run
 
     config = tiny_sweep()
-    run = sweep.open_run(config, tmp_path_factory.mktemp("swept") / "run")
-    page = sweep.run(config, run, LocalEngine(1, 1), lambda config, run: run.root / "sweep.html")
+    run = sweep_run.open_run(config, tmp_path_factory.mktemp("swept") / "run")
+    page = sweep_run.run(
+        config, run, LocalEngine(1, 1), lambda config, run: run.root / "sweep.html"
+    )
     assert page == run.root / "sweep.html"
     return config, run
 
@@ -136,6 +163,10 @@ def ray_engine(tmp_path_factory):
     from adversa.config import Cluster
     from adversa.distributed.engine import RayEngine
 
-    engine = RayEngine(Cluster(cpus=2, object_store_mb=200, training_threads=1), tmp_path_factory.mktemp("ray"), 32 * 32 * 3)
+    engine = RayEngine(
+        Cluster(cpus=2, object_store_mb=200, training_threads=1),
+        tmp_path_factory.mktemp("ray"),
+        32 * 32 * 3,
+    )
     yield engine
     engine.close()

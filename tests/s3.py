@@ -13,8 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SECRET, KEY = "wJalrXUtnFEMI-not-a-real-secret", "AKIAIOSFODNN7EXAMPLE"
 ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-}  # fmt: skip
+    "AWS_ACCESS_KEY_ID": KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 BUCKET = "adversa-test"
 CODES = {403: "AccessDenied", 503: "SlowDown"}
 # (method, path with query, how often it came before) -> None: passed on; a status to answer with; "cut"; seconds to wait
@@ -86,7 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(
                 fault,
                 [],
-                b"" if self.command == "HEAD" else f"<Error><Code>{CODES.get(fault, 'InternalError')}</Code></Error>".encode(),
+                b""
+                if self.command == "HEAD"
+                else f"<Error><Code>{CODES.get(fault, 'InternalError')}</Code></Error>".encode(),
             )
         else:
             time.sleep(fault if isinstance(fault, float) else 0)
@@ -108,7 +113,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _headers(self, body: bytes) -> dict[str, str]:
         drop = ("expect", "transfer-encoding", "connection", "content-length", "trailer")
-        return {k: v for k, v in self.headers.items() if k.lower() not in drop} | {"Content-Length": str(len(body))}
+        return {k: v for k, v in self.headers.items() if k.lower() not in drop} | {
+            "Content-Length": str(len(body))
+        }
 
     def _pass_on(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(self.owner.upstream, timeout=300)
@@ -122,14 +129,21 @@ class _Handler(BaseHTTPRequestHandler):
         host, _, port = self.owner.upstream.partition(":")
         head = "".join(f"{k}: {v}\r\n" for k, v in self._headers(body).items())
         with socket.create_connection((host, int(port)), timeout=60) as upstream:
-            upstream.sendall(f"{self.command} {self.path} HTTP/1.1\r\n{head}\r\n".encode() + body[: len(body) // 2])
+            upstream.sendall(
+                f"{self.command} {self.path} HTTP/1.1\r\n{head}\r\n".encode()
+                + body[: len(body) // 2]
+            )
         self.close_connection = True
         with contextlib.suppress(OSError):  # the client may be gone
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         self.send_response_only(status)
-        length = [v for k, v in headers if k.lower() == "content-length"] if self.command == "HEAD" else []
+        length = (
+            [v for k, v in headers if k.lower() == "content-length"]
+            if self.command == "HEAD"
+            else []
+        )
         for name, value in headers:
             if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                 self.send_header(name, value)

@@ -17,12 +17,18 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from adversa import runs, tables
-from adversa.cli import app
-from adversa.runs import RunDir
+from adversa.cli.app import app
+from adversa.run import step_folder
+from adversa.run.folder import RunDir
+from adversa.storage import files, tables
 from adversa.types import ROLES
 
-SMALL = {"denoiser.weights": "null", "data.resolution": 16, "data.part_rows": 5, "data.max_pixels": 900}
+SMALL = {
+    "denoiser.weights": "null",
+    "data.resolution": 16,
+    "data.part_rows": 5,
+    "data.max_pixels": 900,
+}
 HEADER = ["id", "path", "label", "lesion"]
 
 
@@ -57,7 +63,9 @@ class Source:
 
     kind: str
     root: Path
-    rows: list[list[str]] = field(default_factory=list)  # csv: HEADER; ham10000: lesion_id, image_id, dx
+    rows: list[list[str]] = field(
+        default_factory=list
+    )  # csv: HEADER; ham10000: lesion_id, image_id, dx
     settings: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -84,7 +92,14 @@ class Source:
             lines = [",".join(r) for r in [["lesion_id", "image_id", "dx"], *self.rows]]
             (self.root / "HAM10000_metadata.csv").write_text("\n".join(lines) + "\n")
         sets = SMALL | {"data.source": self.kind, "data.path": self.path} | self.settings | changes
-        return run("prepare", "--engine", "local", "--run-dir", out, *[a for k, v in sets.items() for a in ("--set", f"{k}={v}")])
+        return run(
+            "prepare",
+            "--engine",
+            "local",
+            "--run-dir",
+            out,
+            *[a for k, v in sets.items() for a in ("--set", f"{k}={v}")],
+        )
 
 
 @pytest.fixture
@@ -130,10 +145,17 @@ def great_bomb(s):
     """2.5 gigapixels stated by a header of a few bytes, against the default limit."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
     (s.root / "a/bomb.png").write_bytes(data)
     s.settings["data.max_pixels"] = 100_000_000
 
@@ -201,7 +223,12 @@ BAD = [
     (zero_bytes, "folder", ["a/0.jpg", "empty (0 bytes)"], 15),
     (not_a_picture, "folder", ["a/0.jpg", "not a picture"], 15),
     (bomb, "folder", ["a/bomb.png", "40 x 40 pixels, more than data.max_pixels 900"], 16),
-    (great_bomb, "folder", ["a/bomb.png", "50000 x 50000 pixels, more than data.max_pixels 100000000"], 16),
+    (
+        great_bomb,
+        "folder",
+        ["a/bomb.png", "50000 x 50000 pixels, more than data.max_pixels 100000000"],
+        16,
+    ),
     (empty_class, "folder", ["empty", "no picture"], 16),
     (unknown_label, "csv", ["pictures/3.jpg", "'zebra'", "a, b"], 15),
     (path_up, "csv", ["../secret.png", "leads out of"], 16),
@@ -222,16 +249,20 @@ BAD = [
 def test_a_bad_picture_or_row(source, tmp_path, spoil, kind, parts, left):
     s = source(kind)
     spoil(s)
-    refused(s.prepare(tmp_path / "fail"), *parts, "mend it, or leave such pictures out with --set data.on_error=skip")
+    refused(
+        s.prepare(tmp_path / "fail"),
+        *parts,
+        "mend it, or leave such pictures out with --set data.on_error=skip",
+    )
     assert not (tmp_path / "fail/data/manifest.json").exists()
-    status = runs.read_json(tmp_path / "fail/status.json")
+    status = files.read_json(tmp_path / "fail/status.json")
     assert status["state"] == "failed" and all(p in status["error"] for p in parts)
 
     result = s.prepare(tmp_path / "skip", **{"data.on_error": "skip"})
     assert result.exit_code == 0, (result.output, result.exception)
     problems = leaks(tmp_path / "skip")["problems"]
     assert len(problems) == 1 and set(problems[0]) == {"source", "problem"}
-    assert runs.manifest(tmp_path / "skip/data")["problems"] == 1
+    assert step_folder.manifest(tmp_path / "skip/data")["problems"] == 1
     assert len(prepared(tmp_path / "skip")) == left
 
 
@@ -282,7 +313,11 @@ WHOLE = [
     (missing_folder, "folder", ["no such file or folder", "check the spelling"]),
     (one_class, "folder", ["only one class, 'a'", "needs two or more"]),
     (one_label, "csv", ["only one class, 'a'", "needs two or more"]),
-    (few_groups, "csv", ["class 'b' has 3 groups", "fewer than the 4 roles", "add pictures of other lesions"]),
+    (
+        few_groups,
+        "csv",
+        ["class 'b' has 3 groups", "fewer than the 4 roles", "add pictures of other lesions"],
+    ),
     (no_column, "csv", ["no column diagnosis", "set data.columns"]),
 ]
 
@@ -297,7 +332,15 @@ def test_a_bad_source(source, tmp_path, spoil, kind, parts, on_error):
 
 
 def test_a_path_too_long_for_the_file_system(tmp_path):
-    args = ["prepare", "--engine", "local", "--run-dir", tmp_path / "run", "--set", "data.source=folder"]
+    args = [
+        "prepare",
+        "--engine",
+        "local",
+        "--run-dir",
+        tmp_path / "run",
+        "--set",
+        "data.source=folder",
+    ]
     sets = ["--set", "denoiser.weights=null", "--set", f"data.path={'n' * 300}"]
     refused(run(*args, *sets), "no such file or folder")
 
@@ -305,7 +348,12 @@ def test_a_path_too_long_for_the_file_system(tmp_path):
 def test_nothing_but_damaged_pictures(source, tmp_path):
     s = source("folder")
     all_damaged(s)
-    refused(s.prepare(tmp_path / "run", **{"data.on_error": "skip"}), "none of the 16 pictures", "a/0.jpg", "and 15 more")
+    refused(
+        s.prepare(tmp_path / "run", **{"data.on_error": "skip"}),
+        "none of the 16 pictures",
+        "a/0.jpg",
+        "and 15 more",
+    )
 
 
 def test_a_class_whose_pictures_are_all_damaged_is_named(source, tmp_path):
@@ -318,7 +366,12 @@ def test_a_class_whose_pictures_are_all_damaged_is_named(source, tmp_path):
 def test_one_picture_under_two_labels(source, tmp_path):
     s = source("folder")
     (s.root / "b/twin.jpg").write_bytes((s.root / "a/0.jpg").read_bytes())
-    refused(s.prepare(tmp_path / "fail"), "a/0.jpg (a)", "b/twin.jpg (b)", "leave both out with --set data.on_error=skip")
+    refused(
+        s.prepare(tmp_path / "fail"),
+        "a/0.jpg (a)",
+        "b/twin.jpg (b)",
+        "leave both out with --set data.on_error=skip",
+    )
     assert s.prepare(tmp_path / "skip", **{"data.on_error": "skip"}).exit_code == 0
     assert len(leaks(tmp_path / "skip")["problems"]) == 2 and len(prepared(tmp_path / "skip")) == 15
 
@@ -424,13 +477,22 @@ def test_a_disk_that_fills_up_while_a_part_is_written(source, tmp_path, monkeypa
     with monkeypatch.context() as m:
         rest = Full(m, after=1000)
         assert s.prepare(tmp_path / "run").exit_code == 0
-        assert rest.written == undisturbed.written - min(after, 4)  # decoded parts are not decoded again
-    hashes = [json.loads((tmp_path / n / "data/split.json").read_text())["split_hash"] for n in ("run", "undisturbed")]
-    assert hashes[0] == hashes[1] and prepared(tmp_path / "run") == prepared(tmp_path / "undisturbed")
+        assert rest.written == undisturbed.written - min(
+            after, 4
+        )  # decoded parts are not decoded again
+    hashes = [
+        json.loads((tmp_path / n / "data/split.json").read_text())["split_hash"]
+        for n in ("run", "undisturbed")
+    ]
+    assert hashes[0] == hashes[1] and prepared(tmp_path / "run") == prepared(
+        tmp_path / "undisturbed"
+    )
     assert not (tmp_path / "run/data/decoded").exists()
 
 
-def test_a_disk_so_full_that_not_even_the_status_fits_is_one_line_too(source, tmp_path, monkeypatch):
+def test_a_disk_so_full_that_not_even_the_status_fits_is_one_line_too(
+    source, tmp_path, monkeypatch
+):
     s = source("folder")
     real, calls = os.fsync, []
 
@@ -441,7 +503,9 @@ def test_a_disk_so_full_that_not_even_the_status_fits_is_one_line_too(source, tm
         real(fd)
 
     monkeypatch.setattr(os, "fsync", full)
-    refused(s.prepare(tmp_path / "run"), "the disk is full", "status.json could not be written either")
+    refused(
+        s.prepare(tmp_path / "run"), "the disk is full", "status.json could not be written either"
+    )
     monkeypatch.undo()
     assert s.prepare(tmp_path / "run").exit_code == 0
 
@@ -453,7 +517,11 @@ def test_a_run_folder_that_cannot_be_made(source, tmp_path):
     if os.path.isdir("/proc/self"):
         places += [Path("/proc/adversa/run")]
     for place in places:
-        refused(s.prepare(place), f"cannot write to {place if place.parts[1] != 'proc' else '/proc'}", "another --run-dir")
+        refused(
+            s.prepare(place),
+            f"cannot write to {place if place.parts[1] != 'proc' else '/proc'}",
+            "another --run-dir",
+        )
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
@@ -466,19 +534,32 @@ def test_a_run_folder_that_has_become_read_only(source, tmp_path, monkeypatch, c
 
     with monkeypatch.context() as m:
         m.setattr(Path, "touch", forbidden)
-        refused(s.prepare(tmp_path / "run"), str(tmp_path / "run"), "give a --run-dir that can be written")
+        refused(
+            s.prepare(tmp_path / "run"),
+            str(tmp_path / "run"),
+            "give a --run-dir that can be written",
+        )
     assert len(prepared(tmp_path / "run")) == 16
 
 
 # ---- training that diverges ------------------------------------------------------------------------------------------------------
 
 TRAIN = {
-    "data.phantom.images": 120, "data.resolution": 32, "classifier.steps": 8, "classifier.batch_size": 16,
-    "classifier.evaluations": 1, "classifier.model_args": "{channels: [8, 8, 8, 8]}", "denoiser.architecture": "unet",
-    "denoiser.patch": 2, "denoiser.channels": "[8, 8]",
-    "denoiser.weights": "null", "denoiser.steps": 6, "denoiser.batch_size": 8, "denoiser.checkpoint_steps": 2,
+    "data.phantom.images": 120,
+    "data.resolution": 32,
+    "classifier.steps": 8,
+    "classifier.batch_size": 16,
+    "classifier.evaluations": 1,
+    "classifier.model_args": "{channels: [8, 8, 8, 8]}",
+    "denoiser.architecture": "unet",
+    "denoiser.patch": 2,
+    "denoiser.channels": "[8, 8]",
+    "denoiser.weights": "null",
+    "denoiser.steps": 6,
+    "denoiser.batch_size": 8,
+    "denoiser.checkpoint_steps": 2,
     "cluster.training_threads": 1,
-}  # fmt: skip
+}
 
 
 def train(root, **changes):
@@ -513,4 +594,6 @@ def test_a_denoiser_that_diverges_is_stopped_and_goes_on_from_its_checkpoint(tmp
     assert train(tmp_path / "run").exit_code == 0
     assert (run_dir.data / "manifest.json").stat().st_mtime_ns == before
     assert counts["calls"] == 6 + 2  # steps 5 and 6 of 6: the checkpoint holds 4
-    assert runs.is_finished(run_dir.denoiser) and runs.is_finished(run_dir.arm(0, "real", 0) / "classifier")
+    assert step_folder.is_finished(run_dir.denoiser) and step_folder.is_finished(
+        run_dir.arm(0, "real", 0) / "classifier"
+    )

@@ -19,9 +19,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from adversa import runs, tables, weights
-from adversa.runs import RunDir
-from adversa.texts import load_yaml, printable
+from adversa.common.sanitize import load_yaml, printable
+from adversa.run import folder as run_folder
+from adversa.run import step_folder
+from adversa.run.folder import RunDir
+from adversa.storage import tables, weights
 from adversa.types import UserError
 
 LOCAL = ("--engine", "local")
@@ -65,7 +67,9 @@ def unharmed(home, run, mark):
 
     def check(*made):
         assert not mark.exists()
-        assert (home / "precious/letter.txt").read_text() == "dear" and (home / "diary.txt").read_text() == "today"
+        assert (home / "precious/letter.txt").read_text() == "dear" and (
+            home / "diary.txt"
+        ).read_text() == "today"
         assert [p.name for p in (home / "precious").iterdir()] == ["letter.txt"]
         assert {p.name for p in home.iterdir()} - {"precious", "diary.txt", "run", *made} == set()
 
@@ -74,9 +78,15 @@ def unharmed(home, run, mark):
 
 def tame(result, *codes):
     """One of the exit codes (0 or 2), a line where it is 2, no traceback, and nothing that a terminal obeys."""
-    assert result.exit_code in (codes or (0, 2)), (result.exit_code, result.output, result.exception)
+    assert result.exit_code in (codes or (0, 2)), (
+        result.exit_code,
+        result.output,
+        result.exception,
+    )
     assert "Traceback" not in result.output
-    assert result.exit_code != 2 or (result.stderr.startswith("error: ") and result.stderr.count("\n") == 1), result.stderr
+    assert result.exit_code != 2 or (
+        result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    ), result.stderr
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", result.output), repr(result.output)
     return result
 
@@ -109,7 +119,9 @@ def test_names_are_text_wherever_they_are_shown(adversa, run, home, mark, unharm
     hostile = ESCAPES + SCRIPT + SHELL.format(mark=mark) + "../../precious/[link=file:///]x[/y]"
     names(run, hostile)
     status = json.loads(run.status.read_text())
-    run.status.write_text(json.dumps(status | {"state": "failed", "error": hostile, "stage": hostile}))
+    run.status.write_text(
+        json.dumps(status | {"state": "failed", "error": hostile, "stage": hostile})
+    )
     shot, sets = picture(run, home), home / "set"
     (sets / "x").mkdir(parents=True)
     for command in ("status", "watch", "report"):
@@ -118,8 +130,15 @@ def test_names_are_text_wherever_they_are_shown(adversa, run, home, mark, unharm
     tame(adversa("predict", run.root, shot, "--out", home / "p.csv", *LOCAL), 0)
     tame(adversa("evaluate", run.root, "--on", sets, *LOCAL), 2)
     tame(adversa("mine", "--explain", "--run-dir", run.root, *LOCAL), 0)
-    tame(adversa("regenerate", run.root, first_request(run)), 2)  # the denoiser's config.json has another fingerprint now
-    tame(adversa("generate", run.root, "--labels", f"{hostile}=1", "--out", home / "painted", *LOCAL), 0)
+    tame(
+        adversa("regenerate", run.root, first_request(run)), 2
+    )  # the denoiser's config.json has another fingerprint now
+    tame(
+        adversa(
+            "generate", run.root, "--labels", f"{hostile}=1", "--out", home / "painted", *LOCAL
+        ),
+        0,
+    )
     tame(adversa("export", run.root, "--out", home / "out"), 0)
     folders = {p.name for out in ("out", "painted") for p in (home / out).rglob("*") if p.is_dir()}
     assert not any(set(name) & set("<>$`|&;\x1b\x07/") for name in folders)
@@ -131,13 +150,15 @@ def test_names_are_text_wherever_they_are_shown(adversa, run, home, mark, unharm
 def test_escapes_in_what_a_live_view_shows(run):
     import io
 
-    from adversa.screen import Screen
+    from adversa.cli.console import Screen
 
     out = io.StringIO()
     screen = Screen(file=out, force_terminal=True, width=60, color_system="standard")
     screen.print(f"[red]{ESCAPES}name", highlight=False)
     said = out.getvalue()
-    assert said.count("\x1b") == 2 and "\x1b[31m" in said and "name" in said  # its own colour, and the end of it
+    assert (
+        said.count("\x1b") == 2 and "\x1b[31m" in said and "name" in said
+    )  # its own colour, and the end of it
     assert not set(said) & set("\x07\x9b\r\u202e")
 
 
@@ -149,7 +170,9 @@ def commands(run, home):
     shot, sets = picture(run, home), home / "set/nevus"
     sets.mkdir(parents=True, exist_ok=True)
     shutil.copy(shot, sets / "a.png")
-    request = first_request(run) if (run.round(1, "requests") / tables.part_name(0)).exists() else "0"
+    request = (
+        first_request(run) if (run.round(1, "requests") / tables.part_name(0)).exists() else "0"
+    )
     return {
         "status": ["status", run.root],
         "watch": ["watch", run.root],
@@ -158,11 +181,30 @@ def commands(run, home):
         "predict": ["predict", run.root, shot, "--out", home / "p.csv", "--force", *LOCAL],
         "export": ["export", run.root, "--out", home / "out"],
         "regenerate": ["regenerate", run.root, request],
-        "generate": ["generate", run.root, "--labels", "nevus=1", "--out", home / "painted", *LOCAL],
+        "generate": [
+            "generate",
+            run.root,
+            "--labels",
+            "nevus=1",
+            "--out",
+            home / "painted",
+            *LOCAL,
+        ],
         "explain": ["mine", "--explain", "--run-dir", run.root, *LOCAL],
         "evaluate": ["evaluate", run.root, "--on", home / "set", *LOCAL],
         "loop": ["loop", run.config, "--run-dir", run.root, *LOCAL],
-        "bench": ["bench", "generate", run.root, "--images", 1, "--rounds", 1, "--samplers", 1, *LOCAL],
+        "bench": [
+            "bench",
+            "generate",
+            run.root,
+            "--images",
+            1,
+            "--rounds",
+            1,
+            "--samplers",
+            1,
+            *LOCAL,
+        ],
     }
 
 
@@ -172,7 +214,13 @@ MADE = ("picture.png", "set", "p.csv", "out", "painted")
 def pickled_model(run, mark):
     """A pickle where weights lie, and beside them, under every name that a library may look for."""
     for folder in {p.parent for p in run.root.rglob(weights.MODEL)}:
-        for name in (weights.MODEL, "pytorch_model.bin", "diffusion_pytorch_model.bin", "model.pt", "model.pkl"):
+        for name in (
+            weights.MODEL,
+            "pytorch_model.bin",
+            "diffusion_pytorch_model.bin",
+            "model.pt",
+            "model.pkl",
+        ):
             (folder / name).write_bytes(pickle.dumps(Touch(mark)))
 
 
@@ -180,7 +228,7 @@ def pickled_checkpoint(run, mark):
     """The run's denoiser is to be trained on, from a state that is a pickle."""
     import torch
 
-    (run.denoiser / runs.MANIFEST).unlink()
+    (run.denoiser / step_folder.MANIFEST).unlink()
     (run.denoiser / weights.MODEL).unlink()
     torch.save(Touch(mark), run.denoiser / weights.CHECKPOINT)
     (run.denoiser / weights.COMMITTED).write_text('{"step": 4}')
@@ -192,7 +240,10 @@ def yaml_object(run, mark):
 
 def pickled_column(run, mark):
     """Columns that Ray's extension of Arrow, where it is loaded, would unpickle."""
-    kind = {b"ARROW:extension:name": b"ray.data.arrow_pickled_object", b"ARROW:extension:metadata": b""}
+    kind = {
+        b"ARROW:extension:name": b"ray.data.arrow_pickled_object",
+        b"ARROW:extension:metadata": b"",
+    }
     for path in run.root.rglob("*.parquet"):
         table = pq.read_table(path)
         fields = [pa.field(n, pa.large_binary(), metadata=kind) for n in table.schema.names]
@@ -202,17 +253,33 @@ def pickled_column(run, mark):
 
 def postscript(run, mark):
     """Pictures of a format for which Pillow starts another program; and one that says it is huge."""
-    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(%pipe%touch " + str(mark).encode() + b") (w) file\n"
+    eps = (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(%pipe%touch "
+        + str(mark).encode()
+        + b") (w) file\n"
+    )
     for path in run.root.rglob("*.parquet"):
         table = pq.read_table(path)
         if "image" in table.schema.names:
             at = table.schema.names.index("image")
-            pq.write_table(table.set_column(at, table.schema.field(at), pa.array([eps] * len(table), pa.binary())), path)
+            pq.write_table(
+                table.set_column(
+                    at, table.schema.field(at), pa.array([eps] * len(table), pa.binary())
+                ),
+                path,
+            )
 
 
 def odd_json(run, mark):
     """Every JSON file of the run says something else."""
-    odd = ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\xff", "[NaN]", '{"state": {"running": 1}, "updated": []}', "{}"]
+    odd = [
+        "[" * 100_000,
+        '{"a": ' + "9" * 5000 + "}",
+        "\xff",
+        "[NaN]",
+        '{"state": {"running": 1}, "updated": []}',
+        "{}",
+    ]
     for i, path in enumerate(sorted(run.root.rglob("*.json"))):
         path.write_bytes(odd[i % len(odd)].encode("latin-1"))
 
@@ -222,7 +289,9 @@ SPARED = {"postscript": {"bench"}, "pickled_checkpoint": {"bench", "evaluate", "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spoil", [pickled_model, pickled_checkpoint, yaml_object, pickled_column, postscript, odd_json])
+@pytest.mark.parametrize(
+    "spoil", [pickled_model, pickled_checkpoint, yaml_object, pickled_column, postscript, odd_json]
+)
 def test_no_command_runs_what_lies_in_a_run(adversa, run, home, mark, unharmed, spoil):
     import ray.data  # noqa: F401  (its extensions of Arrow are there, as in a command with --engine ray)
 
@@ -262,11 +331,23 @@ def test_a_training_state_that_is_a_pickle_is_not_loaded(tmp_path, mark):
 def test_a_column_of_pickles_is_refused_by_every_way_to_read(tmp_path, mark):
     import ray.data  # noqa: F401
 
-    kind = {b"ARROW:extension:name": b"ray.data.arrow_pickled_object", b"ARROW:extension:metadata": b""}
+    kind = {
+        b"ARROW:extension:name": b"ray.data.arrow_pickled_object",
+        b"ARROW:extension:metadata": b"",
+    }
     field = pa.field("id", pa.large_binary(), metadata=kind)
     path = tmp_path / tables.part_name(0)
-    pq.write_table(pa.table([pa.array([pickle.dumps(Touch(mark))], pa.large_binary())], schema=pa.schema([field])), path)
-    for read in (tables.read_part, lambda p: tables.read(p.parent), lambda p: list(tables.batches(p))):
+    pq.write_table(
+        pa.table(
+            [pa.array([pickle.dumps(Touch(mark))], pa.large_binary())], schema=pa.schema([field])
+        ),
+        path,
+    )
+    for read in (
+        tables.read_part,
+        lambda p: tables.read(p.parent),
+        lambda p: list(tables.batches(p)),
+    ):
         with pytest.raises(UserError, match="column 'id' is of type ray.data.arrow_pickled_object"):
             read(path)
     assert not mark.exists()
@@ -277,7 +358,12 @@ def test_a_diffusers_folder_gives_safetensors_alone(tmp_path, mark):
     from adversa.diffuse.pretrained import INDEX, WEIGHTS, load
 
     diffusers = pytest.importorskip("diffusers")
-    small = {"block_out_channels": (32,), "layers_per_block": 1, "latent_channels": 2, "down_block_types": ("DownEncoderBlock2D",)}
+    small = {
+        "block_out_channels": (32,),
+        "layers_per_block": 1,
+        "latent_channels": 2,
+        "down_block_types": ("DownEncoderBlock2D",),
+    }
     model = diffusers.AutoencoderKL(**small, up_block_types=("UpDecoderBlock2D",))
     model.save_pretrained(tmp_path)
     assert load(str(tmp_path), "codec.path", ["AutoencoderKL"], local=True) is not None
@@ -290,13 +376,18 @@ def test_a_diffusers_folder_gives_safetensors_alone(tmp_path, mark):
     with pytest.raises(UserError, match="cannot be read"):
         load(str(tmp_path), "codec.path", ["AutoencoderKL"], local=True)
     settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "gguf"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(settings | {"quantization_config": {"quant_method": "gguf"}})
+    )
     with pytest.raises(UserError, match="quantized"):
         load(str(tmp_path), "codec.path", ["AutoencoderKL"], local=True)
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("model", ["hf-hub:evil/model", "hf_hub:evil/model", "local-dir:{here}", "{here}", "resnet10t.{here}"])
+@pytest.mark.parametrize(
+    "model",
+    ["hf-hub:evil/model", "hf_hub:evil/model", "local-dir:{here}", "{here}", "resnet10t.{here}"],
+)
 def test_a_model_is_a_name_that_timm_knows(tmp_path, mark, model):
     from adversa.classify.model import build
     from adversa.config import Classifier
@@ -307,7 +398,13 @@ def test_a_model_is_a_name_that_timm_knows(tmp_path, mark, model):
         build(Classifier(model=model.replace("{here}", str(tmp_path)), model_args={}), 3, 32)
     for key in ("pretrained", "pretrained_cfg", "checkpoint_path"):
         with pytest.raises(UserError, match="weights are given as classifier.weights"):
-            build(Classifier(model="resnet10t", model_args={key: str(tmp_path / "pytorch_model.bin")}), 3, 32)
+            build(
+                Classifier(
+                    model="resnet10t", model_args={key: str(tmp_path / "pytorch_model.bin")}
+                ),
+                3,
+                32,
+            )
     assert not mark.exists()
 
 
@@ -342,11 +439,11 @@ def test_a_link_leads_no_writer_out_of_a_run(adversa, run, home, unharmed, name)
 
 def test_a_link_within_the_run_is_no_fault(run):
     (run.root / "alias").symlink_to(run.root / "data")
-    runs.check_links(run.root)
+    run_folder.check_links(run.root)
     elsewhere = run.root.with_name("moved")
     run.root.rename(elsewhere)
     run.root.symlink_to(elsewhere)  # who owns a run may keep it on another disk
-    runs.check_links(run.root)
+    run_folder.check_links(run.root)
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../diary.txt", "round-001/../../diary.txt"])
@@ -363,7 +460,9 @@ def test_a_run_names_no_file_outside_of_itself(adversa, run, home, unharmed, nam
 # ---- YAML ---------------------------------------------------------------------------------------------------------------
 
 PAIRS = zip("abcdefg", "bcdefgh", strict=True)
-LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in PAIRS)
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in PAIRS
+)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +490,11 @@ def test_yaml_is_plain_and_small(tmp_path, text, said):
 
 def test_yaml_reads_what_it_should():
     text = "a: &x {b: 1}\nc: {<<: *x, d: [1, 2.5, null, yes]}\n"
-    assert load_yaml(text) == yaml.safe_load(text) == {"a": {"b": 1}, "c": {"b": 1, "d": [1, 2.5, None, True]}}
+    assert (
+        load_yaml(text)
+        == yaml.safe_load(text)
+        == {"a": {"b": 1}, "c": {"b": 1, "d": [1, 2.5, None, True]}}
+    )
     assert load_yaml("") is None
     assert printable("plain, \u00e4\u00f6\u00fc\n\t") == "plain, \u00e4\u00f6\u00fc\n\t"
 
@@ -407,13 +510,17 @@ def test_the_folder_a_command_is_started_in_lends_no_modules(run, mark, unharmed
     for name in ("ray/__init__.py", "torch.py", "numpy.py"):
         (run.root / name).write_text(f"open({str(mark)!r}, 'w')")
     env = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run([*launcher.RAY, "--version"], cwd=run.root, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [*launcher.RAY, "--version"], cwd=run.root, capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0 and "version" in done.stdout, done.stderr
     assert sys.executable in launcher.RAY
     unharmed()
 
 
-@pytest.mark.parametrize("fault", [MemoryError("all taken"), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize(
+    "fault", [MemoryError("all taken"), OSError(errno.EIO, "Input/output error")]
+)
 def test_a_fault_of_the_machine_is_not_said_to_be_the_training_states(tmp_path, monkeypatch, fault):
     """Whoever is told to delete it loses days."""
     import torch
@@ -429,7 +536,7 @@ def test_a_fault_of_the_machine_is_not_said_to_be_the_training_states(tmp_path, 
 
 
 def test_the_traceback_of_a_fault_that_is_told_in_one_line_is_kept(tmp_path, monkeypatch):
-    from adversa.cli_options import reads_run
+    from adversa.cli.options import reads_run
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
@@ -437,7 +544,9 @@ def test_the_traceback_of_a_fault_that_is_told_in_one_line_is_kept(tmp_path, mon
     def command():
         raise KeyError("nearest")
 
-    with pytest.raises(UserError, match=r"KeyError: 'nearest'; test_hostile.py:\d+.*has the traceback") as told:
+    with pytest.raises(
+        UserError, match=r"KeyError: 'nearest'; test_hostile.py:\d+.*has the traceback"
+    ) as told:
         command()
     kept = next(tmp_path.glob("adversa-traceback-*.txt"))
     assert str(kept) in str(told.value) and "raise KeyError" in kept.read_text()

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pytest
 
 from adversa import config as cfg
-from adversa import runs, tables
 from adversa.curate import gate
-from adversa.loop import curation, painting
-from adversa.loop.leases import Leases
-from adversa.loop.parts import Part
-from adversa.places import place
-from adversa.runs import RunDir
+from adversa.engine.task_queue import Leases
+from adversa.engine.tasks import Part
+from adversa.pipeline import curate, generate
+from adversa.run import step_folder
+from adversa.run.folder import RunDir
+from adversa.storage import files, tables
+from adversa.storage.path import place
 from adversa.types import HardCase, Verdict
 
 
@@ -37,19 +38,21 @@ def calls(monkeypatch):
 
 
 def finished(folder):
-    runs.begin(folder, runs.Recipe("given", 1, {}, {}))
-    runs.write_json(folder / runs.MANIFEST, {"fingerprint": folder.name})
+    step_folder.begin(folder, step_folder.Recipe("given", 1, {}, {}))
+    files.write_json(folder / step_folder.MANIFEST, {"fingerprint": folder.name})
 
 
 def hard(folder, cases):
-    rows = [HardCase(f"case {i}", i % 2, 1 - i % 2, 1.0, -0.5, "misclassified", i) for i in range(cases)]
+    rows = [
+        HardCase(f"case {i}", i % 2, 1 - i % 2, 1.0, -0.5, "misclassified", i) for i in range(cases)
+    ]
     tables.write_part(folder / tables.part_name(0), tables.to_table(rows, tables.HARD_CASES))
     finished(folder)
 
 
 def test_a_plan_holds_one_part_at_a_time(tmp_path, calls, monkeypatch):
     hard(tmp_path / "hard", 40)
-    asked, write, held = calls(painting, "request"), tables.write_part, []
+    asked, write, held = calls(generate, "request"), tables.write_part, []
 
     def written(path, table):
         held.append(len(asked) - sum(map(len, before)))
@@ -59,8 +62,15 @@ def test_a_plan_holds_one_part_at_a_time(tmp_path, calls, monkeypatch):
     before = []
     monkeypatch.setattr(tables, "write_part", written)
     by = tmp_path / "hard", 0
-    painting.plan(
-        tmp_path / "hard", None, "run", 1, ("unguided", "guided"), cfg.Generate(per_case=5, part_size=64), tmp_path / "r", by
+    generate.plan(
+        tmp_path / "hard",
+        None,
+        "run",
+        1,
+        ("unguided", "guided"),
+        cfg.Generate(per_case=5, part_size=64),
+        tmp_path / "r",
+        by,
     )
     assert len(asked) == 400 and held == [64, 64, 64, 8] * 2
 
@@ -70,9 +80,14 @@ class Paint:
 
     def map_parts(self, make, parts, out, report, name):
         for part in parts:
-            ids = tables.read_part(painting.place(part.payload["path"]), ["request_id"])["request_id"].to_pylist()
+            ids = tables.read_part(generate.place(part.payload["path"]), ["request_id"])[
+                "request_id"
+            ].to_pylist()
             rows = [{"request_id": i, "finite": True, "evaluations": 1, "skipped": 0} for i in ids]
-            tables.write_part(out / tables.part_name(part.index), pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
+            tables.write_part(
+                out / tables.part_name(part.index),
+                pa.Table.from_pylist(rows, schema=tables.SYNTHETIC),
+            )
         return []
 
     def samplers(self):
@@ -81,13 +96,17 @@ class Paint:
 
 def test_twice_the_images_are_twice_the_looks_at_parts_and_no_more_listings(tmp_path, calls):
     finished(tmp_path / "denoiser")
-    reads, counts, listings = calls(tables, "read_part"), calls(tables, "count"), calls(tables, "parts")
+    reads, counts, listings = (
+        calls(tables, "read_part"),
+        calls(tables, "count"),
+        calls(tables, "parts"),
+    )
     found = []
     for cases in (40, 80, 160):
         run = RunDir(tmp_path / str(cases))
         hard(run.round(1, "hard"), cases)
         config = cfg.Generate(per_case=4, part_size=16)
-        painting.plan(
+        generate.plan(
             run.round(1, "hard"),
             None,
             "run",
@@ -98,10 +117,20 @@ def test_twice_the_images_are_twice_the_looks_at_parts_and_no_more_listings(tmp_
             (run.round(1, "hard"), 0),
         )
         before = [len(x) for x in (reads, counts, listings)]
-        painting.generate(Paint(), run.round(1, "requests"), None, tmp_path / "denoiser", None, config, run.round(1, "synthetic"))
+        generate.generate(
+            Paint(),
+            run.round(1, "requests"),
+            None,
+            tmp_path / "denoiser",
+            None,
+            config,
+            run.round(1, "synthetic"),
+        )
         found.append([len(x) - n for x, n in zip((reads, counts, listings), before, strict=True)])
     parts = [20, 40, 80]
-    assert [f[0] for f in found] == [2 * n for n in parts]  # the sampler's own, and the sums of the manifest
+    assert [f[0] for f in found] == [
+        2 * n for n in parts
+    ]  # the sampler's own, and the sums of the manifest
     assert [f[1] for f in found] == parts
     assert len({f[2] for f in found}) == 1
 
@@ -120,10 +149,12 @@ def test_the_twin_search_goes_through_its_ids_once_and_holds_one_block(tmp_path,
     picture = tables.encode_png(np.zeros((8, 8, 3), np.uint8))
     for part in range(12):
         rows = [{"request_id": f"{part:02d}-{i}", "image": picture} for i in range(4)]
-        tables.write_part(tmp_path / tables.part_name(part), pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
+        tables.write_part(
+            tmp_path / tables.part_name(part), pa.Table.from_pylist(rows, schema=tables.SYNTHETIC)
+        )
     decoded = calls(tables, "decode_images")
     wanted = Ids(f"{part:02d}-{i}" for part in range(12) for i in (0, 2) if part != 5)
-    names, blocks = curation.pictures_of(tmp_path, wanted)
+    names, blocks = curate.pictures_of(tmp_path, wanted)
     assert len(decoded) == 0 and names == list.copy(wanted)
     assert len(next(blocks)) == 2 and len(decoded) == 1
     assert sum(len(block) for block in blocks) == 20 and len(decoded) == 11 and wanted.passes == 1
@@ -154,9 +185,14 @@ def test_masks_are_read_once_and_not_for_every_part(tmp_path, calls):
     mask = np.zeros((32, 32), np.uint8)
     mask[10:20, 10:20] = 255
     for part in range(3):
-        rows = [{"id": f"{part}-{i}", "image": picture, "mask": tables.encode_png(mask)} for i in range(4)]
-        tables.write_part(tmp_path / tables.part_name(part), pa.Table.from_pylist(rows, schema=tables.EXAMPLES))
-    pictures, reads = painting.Pictures(tmp_path), calls(tables, "read_part")
+        rows = [
+            {"id": f"{part}-{i}", "image": picture, "mask": tables.encode_png(mask)}
+            for i in range(4)
+        ]
+        tables.write_part(
+            tmp_path / tables.part_name(part), pa.Table.from_pylist(rows, schema=tables.EXAMPLES)
+        )
+    pictures, reads = generate.Pictures(tmp_path), calls(tables, "read_part")
     for part in range(3):
         inside, _ = pictures.masks([f"{part}-{i}" for i in range(4)], 0.0, 0.0)
         assert all(found[15, 15] == 1 and found[0, 0] == 0 for found in inside.values())
@@ -174,7 +210,9 @@ def test_parts_are_in_the_order_of_their_numbers_beyond_100_000(tmp_path):
     """The part of the images has the number of the part of the requests."""
     for index in (99_999, 100_000, 9, 1_000_000, 10_000):
         (tmp_path / tables.part_name(index)).touch()
-    assert [p.name for p in tables.parts(tmp_path)] == [tables.part_name(i) for i in (9, 10_000, 99_999, 100_000, 1_000_000)]
+    assert [p.name for p in tables.parts(tmp_path)] == [
+        tables.part_name(i) for i in (9, 10_000, 99_999, 100_000, 1_000_000)
+    ]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 7, 12, 100])
@@ -182,28 +220,48 @@ def test_verdicts_are_settled_alike_in_parts_of_any_size(tmp_path, monkeypatch, 
     """All that the first pass wrote is still there; a part has at least so many rows, but for the last."""
     reasons = [gate.PENDING, gate.FLAT, gate.PENDING]
     told = [
-        Verdict(f"{i:02d}", "guided", i % 3, "vary", f"case {i % 4}", False, reasons[i % 3], contrast=float(i), similarity=0.1)
+        Verdict(
+            f"{i:02d}",
+            "guided",
+            i % 3,
+            "vary",
+            f"case {i % 4}",
+            False,
+            reasons[i % 3],
+            contrast=float(i),
+            similarity=0.1,
+        )
         for i in range(12)
     ]
     inspected, twins, limits = tmp_path / "inspected", tmp_path / "twins", tmp_path / "limits"
     for index in range(4):
-        tables.write_part(inspected / tables.part_name(index), tables.to_table(told[3 * index : 3 * index + 3], tables.VERDICTS))
+        tables.write_part(
+            inspected / tables.part_name(index),
+            tables.to_table(told[3 * index : 3 * index + 3], tables.VERDICTS),
+        )
     pairs = [{"a": v.request_id} for v in told] + [{"a": "00", "b": "03", "similarity": 0.95}]
     tables.write_part(twins / tables.part_name(0), pa.Table.from_pylist(pairs, schema=tables.TWINS))
-    runs.write_json(
-        limits / curation.LIMITS,
-        {"near_copy": 0.9, "near_copy_features": 0.9, "most_agreement": 1.0, "held_out": [0.1]} | dict.fromkeys(
-            ("realism", "realism_2"), [1.0] * 3
-        ),
-    )  # fmt: skip
+    files.write_json(
+        limits / curate.LIMITS,
+        {"near_copy": 0.9, "near_copy_features": 0.9, "most_agreement": 1.0, "held_out": [0.1]}
+        | dict.fromkeys(("realism", "realism_2"), [1.0] * 3),
+    )
     for folder in (inspected, twins, limits):
         finished(folder)
-    monkeypatch.setattr(curation, "VERDICT_ROWS", rows)
+    monkeypatch.setattr(curate, "VERDICT_ROWS", rows)
     config = cfg.Curate(quota=2)
-    curation.settle(inspected, twins, limits, config, tmp_path / "verdicts")
-    expected = gate.settle(told, [v.request_id for v in told], [("00", "03", 0.95)], curation.limits_of(limits, config))
+    curate.settle(inspected, twins, limits, config, tmp_path / "verdicts")
+    expected = gate.settle(
+        told, [v.request_id for v in told], [("00", "03", 0.95)], curate.limits_of(limits, config)
+    )
     found = tables.read(tmp_path / "verdicts").to_pylist()
-    assert repr(found) == repr(tables.to_table(expected, tables.VERDICTS).to_pylist())  # NaN is not equal to itself
+    assert repr(found) == repr(
+        tables.to_table(expected, tables.VERDICTS).to_pylist()
+    )  # NaN is not equal to itself
     assert [v["reason"] for v in found[:4]] == ["kept", "flat", "kept", "near twin"]
     sizes = [tables.count(p) for p in tables.parts(tmp_path / "verdicts")]
-    assert sum(sizes) == 12 and all(n >= rows for n in sizes[:-1]) and len(sizes) == -(-12 // (3 * -(-rows // 3)))
+    assert (
+        sum(sizes) == 12
+        and all(n >= rows for n in sizes[:-1])
+        and len(sizes) == -(-12 // (3 * -(-rows // 3)))
+    )

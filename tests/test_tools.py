@@ -48,7 +48,10 @@ def test_what_is_committed_is_watched_before_its_step_is_finished(tool, tmp_path
         "round-001/synthetic/.part-00001.parquet.77",
     )
     assert tool.finished_files(tmp_path).keys() == watched
-    watched |= {tmp_path / "data/train/part-00000.parquet", tmp_path / "data/test/part-00000.parquet"}
+    watched |= {
+        tmp_path / "data/train/part-00000.parquet",
+        tmp_path / "data/test/part-00000.parquet",
+    }
     watched |= touch(tmp_path, "data/manifest.json")
     assert tool.finished_files(tmp_path).keys() == watched
 
@@ -66,9 +69,22 @@ def test_a_kill_in_the_middle_and_kills_that_are_none(tool, tmp_path):
     def command(code):
         return [sys.executable, "-c", SLEEPS + code, str(tmp_path)]
 
-    assert tool.kill_at(command("(root / 'begun').touch(); time.sleep(60); (root / 'done').touch()"), tmp_path, "begun", "done") > 0
+    assert (
+        tool.kill_at(
+            command("(root / 'begun').touch(); time.sleep(60); (root / 'done').touch()"),
+            tmp_path,
+            "begun",
+            "done",
+        )
+        > 0
+    )
     assert not (tmp_path / "done").exists()
     with pytest.raises(RuntimeError, match="ended with 3 before never"):
         tool.kill_at(command("sys.exit(3)"), tmp_path, "never", "done")
     with pytest.raises(RuntimeError, match="too late: done is there already"):
-        tool.kill_at(command("(root / 'done').touch(); (root / 'late').touch(); time.sleep(60)"), tmp_path, "late", "done")
+        tool.kill_at(
+            command("(root / 'done').touch(); (root / 'late').touch(); time.sleep(60)"),
+            tmp_path,
+            "late",
+            "done",
+        )

@@ -41,19 +41,35 @@ STAGES = {
     "train": ("denoiser/checkpoint.json", "denoiser/model.safetensors"),
     "generate": ("round-001/synthetic/part-*.parquet", "round-001/synthetic/manifest.json"),
     "curate": ("round-001/inspected/part-*.parquet", "round-001/verdicts/manifest.json"),
-    "retrain": ("round-001/guided/seed-0/classifier/checkpoint.json", "round-001/guided/seed-0/classifier/model.safetensors"),
+    "retrain": (
+        "round-001/guided/seed-0/classifier/checkpoint.json",
+        "round-001/guided/seed-0/classifier/model.safetensors",
+    ),
 }
-VICTIMS = ("worker", "node", "coordinator", "head")  # and "controller": Ray Train's own, in train and retrain
-WORKER = re.compile(r"ray::(RayTrainWorker|Actor|Map|ReadParquet|Write|.*Map)")  # at work on images, in one stage or another
+VICTIMS = (
+    "worker",
+    "node",
+    "coordinator",
+    "head",
+)  # and "controller": Ray Train's own, in train and retrain
+WORKER = re.compile(
+    r"ray::(RayTrainWorker|Actor|Map|ReadParquet|Write|.*Map)"
+)  # at work on images, in one stage or another
 CONTROLLER = re.compile("ray::TrainController")
-DYING_SECONDS = {"node": 2.0}  # after which nothing is left of the victim: workers notice that their raylet is gone
+DYING_SECONDS = {
+    "node": 2.0
+}  # after which nothing is left of the victim: workers notice that their raylet is gone
 NEW_NODE_SECONDS = 10.0
 STAGE_SECONDS = 1800.0
 GOES_ON_SECONDS = 300.0
 ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "160",
+    "PYTHONPATH": str(ROOT),
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "160",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # after which a raylet whose head has died gives up
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -74,13 +90,25 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.folder = tempfile.TemporaryDirectory(prefix="adv", ignore_cleanup_errors=True)  # short: sockets lie in it
+        self.folder = tempfile.TemporaryDirectory(
+            prefix="adv", ignore_cleanup_errors=True
+        )  # short: sockets lie in it
         # Ray Train asks the dashboard whether a training's controller has died, and frees what that held.
-        dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
-        head = {"gcs_server_port": free_port(), "temp_dir": self.folder.name, "object_store_memory": 200 << 20} | dashboard
+        dashboard = {
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": free_port(),
+        }
+        head = {
+            "gcs_server_port": free_port(),
+            "temp_dir": self.folder.name,
+            "object_store_memory": 200 << 20,
+        } | dashboard
         self.cluster = Cluster(True, head_node_args={"num_cpus": 1, **head})
         self.workers = [self.add(), self.add()]
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray's own would drain the nodes, and let us go on
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(143)
+        )  # Ray's own would drain the nodes, and let us go on
 
     @property
     def address(self) -> str:
@@ -91,7 +119,9 @@ class Nodes:
 
     def raylets(self) -> list[psutil.Process]:
         every = [n for n in [self.cluster.head_node, *self.workers] if n is not None]
-        pids = [n.all_processes["raylet"][0].process.pid for n in every if "raylet" in n.all_processes]
+        pids = [
+            n.all_processes["raylet"][0].process.pid for n in every if "raylet" in n.all_processes
+        ]
         return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
 
     def working(self, pattern: re.Pattern[str] = WORKER) -> list[psutil.Process]:
@@ -122,7 +152,9 @@ class Nodes:
         return "gcs_server, raylet and what else ran there"
 
     def close(self) -> None:
-        family = [p for raylet in self.raylets() for p in [raylet, *raylet.children(recursive=True)]]
+        family = [
+            p for raylet in self.raylets() for p in [raylet, *raylet.children(recursive=True)]
+        ]
         for node in [*self.workers, self.cluster.head_node]:
             if node is not None:
                 node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
@@ -133,7 +165,11 @@ class Nodes:
 
 def below(node: Any) -> set[int]:
     pid = node.all_processes["raylet"][0].process.pid
-    return {p.pid for p in psutil.Process(pid).children(recursive=True)} if psutil.pid_exists(pid) else set()
+    return (
+        {p.pid for p in psutil.Process(pid).children(recursive=True)}
+        if psutil.pid_exists(pid)
+        else set()
+    )
 
 
 def title(process: psutil.Process) -> str:
@@ -161,9 +197,19 @@ class Scene:
         self.command = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
-        words = [sys.executable, "-m", "adversa.cli", "loop", str(self.config), "--run-dir", str(self.run)]
+        words = [
+            sys.executable,
+            "-m",
+            "adversa.cli",
+            "loop",
+            str(self.config),
+            "--run-dir",
+            str(self.run),
+        ]
         with open(self.log, "ab") as log:
-            return subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | {"RAY_ADDRESS": self.nodes.address})
+            return subprocess.Popen(
+                words, stdout=log, stderr=log, env=os.environ | {"RAY_ADDRESS": self.nodes.address}
+            )
 
     def kill_in(self, stage: str) -> None:
         self.wait_for(stage)
@@ -174,14 +220,21 @@ class Scene:
         kill = Kill(self.victim, stage, what, len(before))
         self.kills.append(kill)
         if any(self.run.glob(STAGES[stage][1])):
-            raise RuntimeError(f"the kill in {stage} came too late; take more steps, or more images")
+            raise RuntimeError(
+                f"the kill in {stage} came too late; take more steps, or more images"
+            )
         if self.victim == "head":
             self.begin_anew()
         moved, whole = None, self.victim != "node"
         after = max(signs, died + DYING_SECONDS.get(self.victim, 0.2))
-        waits = self.victim in ("coordinator", "head")  # what others still write for a moment is no work of a new one
+        waits = self.victim in (
+            "coordinator",
+            "head",
+        )  # what others still write for a moment is no work of a new one
         while moved is None or not whole:
-            if time.time() > died + GOES_ON_SECONDS or (self.command.poll() is not None and moved is None):
+            if time.time() > died + GOES_ON_SECONDS or (
+                self.command.poll() is not None and moved is None
+            ):
                 raise RuntimeError(f"nothing went on after the kill in {stage}: {self.log}")
             if waits and self.owner() != owner:
                 after, waits = time.time(), False
@@ -192,13 +245,19 @@ class Scene:
                 whole = True
             time.sleep(0.1)
         kill.moved = moved
-        self.say(f"{self.victim} in {stage}: {what} killed; work went on after {kill.moved:.1f} s; {kill.kept} files must stay")
+        self.say(
+            f"{self.victim} in {stage}: {what} killed; work went on after {kill.moved:.1f} s; {kill.kept} files must stay"
+        )
 
     def wait_for(self, stage: str) -> None:
         there, missing = STAGES[stage]
         until = time.monotonic() + STAGE_SECONDS
         while not any(self.run.glob(there)):
-            if self.command.poll() is not None or any(self.run.glob(missing)) or time.monotonic() > until:
+            if (
+                self.command.poll() is not None
+                or any(self.run.glob(missing))
+                or time.monotonic() > until
+            ):
                 raise RuntimeError(f"{stage} did not come, or is over: {self.log}")
             time.sleep(0.02)
 
@@ -223,7 +282,9 @@ class Scene:
         node, joined = self.nodes.renew(), time.monotonic()
         while stage == "generate" and not any(self.run.glob(STAGES[stage][1])):
             if any(p.pid in below(node) for p in self.nodes.working()):
-                self.say(f"  the new node has a sampler {time.monotonic() - joined:.1f} s after it joined")
+                self.say(
+                    f"  the new node has a sampler {time.monotonic() - joined:.1f} s after it joined"
+                )
                 return
             time.sleep(0.05)
 
@@ -251,7 +312,13 @@ class Scene:
     def signs(self) -> float:
         """When the run's folder last changed by work."""
         found = 0.0
-        for pattern in ("progress.json", "part-*.parquet", "checkpoint.pt", "manifest.json", "model.safetensors"):
+        for pattern in (
+            "progress.json",
+            "part-*.parquet",
+            "checkpoint.pt",
+            "manifest.json",
+            "model.safetensors",
+        ):
             for path in self.run.rglob(pattern):
                 try:
                     found = max(found, path.stat().st_mtime)
@@ -291,7 +358,12 @@ def undisturbed(config: Path, out: Path, say: Callable[[str], None]) -> tuple[Pa
 
 
 def disturbed(
-    config: Path, out: Path, victim: str, stages: list[str], reference: Path, say: Callable[[str], None]
+    config: Path,
+    out: Path,
+    victim: str,
+    stages: list[str],
+    reference: Path,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     started = time.monotonic()
     scene = Scene(config, out / victim, victim, say)
@@ -301,23 +373,39 @@ def disturbed(
         code = scene.finish()
     finally:
         scene.close()
-    ours, theirs = (results(r) for r in (scene.run, reference)) if code == 0 else ({}, {"everything": None})
+    ours, theirs = (
+        (results(r) for r in (scene.run, reference)) if code == 0 else ({}, {"everything": None})
+    )
     different = [key for key in theirs if ours.get(key) != theirs[key]]
-    found = {"victim": victim, "code": code, "seconds": time.monotonic() - started, "different": different}
-    say(f"{victim}: exit code {code}, {found['seconds']:.0f} s, different: {', '.join(different) or 'nothing'}")
+    found = {
+        "victim": victim,
+        "code": code,
+        "seconds": time.monotonic() - started,
+        "different": different,
+    }
+    say(
+        f"{victim}: exit code {code}, {found['seconds']:.0f} s, different: {', '.join(different) or 'nothing'}"
+    )
     return found | {"kills": [asdict(k) for k in scene.kills]}
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    lines = ["| killed | in | work went on after | finished files at the kill | done again |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| killed | in | work went on after | finished files at the kill | done again |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for kill in (k for run in found for k in run["kills"]):
         again = ", ".join(kill["again"][:2]) or "none"
-        lines.append(f"| {kill['victim']} | {kill['stage']} | {kill['moved']:.1f} s | {kill['kept']} | {again} |")
+        lines.append(
+            f"| {kill['victim']} | {kill['stage']} | {kill['moved']:.1f} s | {kill['kept']} | {again} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--victims", default=",".join(VICTIMS))
@@ -328,7 +416,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     config = args.out / "config.yaml"
     tree = yaml.safe_load((args.config or ROOT / "configs/demo.yaml").read_text())
-    tree["cluster"] = {"training_threads": 1, "sampler_threads": 1, "object_store_mb": 200} | tree.get("cluster", {})
+    tree["cluster"] = {
+        "training_threads": 1,
+        "sampler_threads": 1,
+        "object_store_mb": 200,
+    } | tree.get("cluster", {})
     config.write_text(yaml.safe_dump(tree))
     started = time.monotonic()
 
@@ -336,10 +428,19 @@ def main() -> None:
         print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)
 
     reference, seconds = undisturbed(config, args.out, say)
-    found = [disturbed(config, args.out, v, args.stages.split(","), reference, say) for v in args.victims.split(",")]
-    (args.out / "chaos.json").write_text(json.dumps({"undisturbed": seconds, "runs": found}, indent=1))
+    found = [
+        disturbed(config, args.out, v, args.stages.split(","), reference, say)
+        for v in args.victims.split(",")
+    ]
+    (args.out / "chaos.json").write_text(
+        json.dumps({"undisturbed": seconds, "runs": found}, indent=1)
+    )
     print(table(found))
-    if faults := [r["victim"] for r in found if r["code"] or r["different"] or any(k["again"] for k in r["kills"])]:
+    if faults := [
+        r["victim"]
+        for r in found
+        if r["code"] or r["different"] or any(k["again"] for k in r["kills"])
+    ]:
         sys.exit(f"not as undisturbed: {', '.join(faults)}")
 
 

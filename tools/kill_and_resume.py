@@ -16,26 +16,33 @@ from pathlib import Path
 
 import psutil
 
-from adversa import tables
+from adversa.storage import tables
 
 # name: (what must be there at the kill, what must not): in the middle of a part of the work, never at its edge.
 POINTS = {
     "prepare: some images decoded": ("data/decoded/part-*.parquet", "data/manifest.json"),
     "train: first classifier begun": (
-        "round-000/real/seed-0/classifier/progress.json", "round-000/real/seed-0/classifier/model.safetensors",
+        "round-000/real/seed-0/classifier/progress.json",
+        "round-000/real/seed-0/classifier/model.safetensors",
     ),
     "train: denoiser at a checkpoint": ("denoiser/checkpoint.pt", "denoiser/model.safetensors"),
-    "generate: some images painted": ("round-001/synthetic/part-*.parquet", "round-001/synthetic/manifest.json"),
-    "retrain: an arm begun": (
-        "round-001/guided/seed-0/classifier/progress.json", "round-001/guided/seed-0/classifier/model.safetensors",
+    "generate: some images painted": (
+        "round-001/synthetic/part-*.parquet",
+        "round-001/synthetic/manifest.json",
     ),
-}  # fmt: skip
+    "retrain: an arm begun": (
+        "round-001/guided/seed-0/classifier/progress.json",
+        "round-001/guided/seed-0/classifier/model.safetensors",
+    ),
+}
 
 # Steps that workers fill part by part: what is committed stays, finished or not. The others write all they have in one go.
 BY_PARTS = ("scores", "synthetic", "inspected", "verdicts", "evaluate", "test")
 
 
-def kill_at(command: list[str], run: Path, there: str, missing: str, timeout: float = 1200) -> float:
+def kill_at(
+    command: list[str], run: Path, there: str, missing: str, timeout: float = 1200
+) -> float:
     """Start the command, kill its tree as soon as `there` matches a file; seconds it lived.
 
     RuntimeError if the command ended before, or if `missing` is there after all: then the kill came too late.
@@ -44,7 +51,9 @@ def kill_at(command: list[str], run: Path, there: str, missing: str, timeout: fl
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not any(run.glob(there)):
         if process.poll() is not None:
-            raise RuntimeError(f"the command ended with {process.returncode} before {there} appeared")
+            raise RuntimeError(
+                f"the command ended with {process.returncode} before {there} appeared"
+            )
         if time.monotonic() - started > timeout:
             kill_tree(process.pid)
             raise RuntimeError(f"no {there} within {timeout:.0f} s")
@@ -52,7 +61,9 @@ def kill_at(command: list[str], run: Path, there: str, missing: str, timeout: fl
     kill_tree(process.pid)
     process.wait()
     if any(run.glob(missing)):
-        raise RuntimeError(f"the kill came too late: {missing} is there already; take more steps, or checkpoints closer together")
+        raise RuntimeError(
+            f"the kill came too late: {missing} is there already; take more steps, or checkpoints closer together"
+        )
     return time.monotonic() - started
 
 
@@ -71,7 +82,11 @@ def finished_files(run: Path) -> dict[Path, int]:
 
     Staging (data/decoded) and the training state may go; the parts of data/<role> count once `data` has its manifest.
     """
-    files = [*run.rglob("part-*.parquet"), *run.rglob("model.safetensors"), *run.rglob("manifest.json")]
+    files = [
+        *run.rglob("part-*.parquet"),
+        *run.rglob("model.safetensors"),
+        *run.rglob("manifest.json"),
+    ]
     return {p: p.stat().st_mtime_ns for p in files if _is_committed(p, run)}
 
 
@@ -79,7 +94,9 @@ def _is_committed(path: Path, run: Path) -> bool:
     step = path.parent
     if run / "data" in path.parents:
         return step.name != "decoded" and (run / "data/manifest.json").exists()
-    return (step / "manifest.json").exists() or (path.suffix == ".parquet" and step.name in BY_PARTS)
+    return (step / "manifest.json").exists() or (
+        path.suffix == ".parquet" and step.name in BY_PARTS
+    )
 
 
 def results(run: Path) -> dict[str, object]:
@@ -88,7 +105,9 @@ def results(run: Path) -> dict[str, object]:
     synthetic = tables.read(run / "round-001/synthetic", ["request_id", "image"]).to_pylist()
     return {
         "split hash": json.loads((run / "summary.json").read_text())["split_hash"],
-        "request ids": sorted(tables.read(run / "round-001/requests", ["request_id"])["request_id"].to_pylist()),
+        "request ids": sorted(
+            tables.read(run / "round-001/requests", ["request_id"])["request_id"].to_pylist()
+        ),
         "images": {r["request_id"]: r["image"] for r in synthetic},
         "accepted": sorted(v["request_id"] for v in verdicts if v["keep"]),
         "metrics": json.loads((run / "summary.json").read_text())["arms"],
@@ -96,7 +115,9 @@ def results(run: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run-dir", dest="run", type=Path, required=True)
     parser.add_argument("--undisturbed", type=Path, required=True)
     parser.add_argument("command", nargs=argparse.REMAINDER)
@@ -107,7 +128,9 @@ def main() -> None:
     for name, (there, missing) in POINTS.items():
         lived = kill_at(command, args.run, there, missing)
         before = finished_files(args.run)
-        print(f"killed after {lived:5.1f} s at {name}; {len(before)} files that must stay", flush=True)
+        print(
+            f"killed after {lived:5.1f} s at {name}; {len(before)} files that must stay", flush=True
+        )
         kept[name] = before
     started = time.monotonic()
     code = subprocess.call(command, stdout=subprocess.DEVNULL)

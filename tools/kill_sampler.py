@@ -30,11 +30,12 @@ from typing import Any
 import psutil
 
 from adversa import config as cfg
-from adversa import tables
 from adversa.diffuse.edm import SHIPPED
-from adversa.loop import order, painting
-from adversa.loop.parts import Make, Name, Part, Report, Share, Work
-from adversa.runs import RECIPE
+from adversa.engine.tasks import Make, Name, Part, Report, Share, Work
+from adversa.generation import job
+from adversa.pipeline import generate
+from adversa.run.step_folder import RECIPE
+from adversa.storage import tables
 
 ACTOR = "ray::Actor"  # Ray names an actor's process by its class, and by the method it is in: ray::Actor.do
 OUTLIVE = 30.0  # seconds that the processes of a dead driver have to end
@@ -65,7 +66,9 @@ class Noting:
     def samplers(self) -> int:
         return self.engine.samplers()
 
-    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name) -> list[Share]:
+    def map_parts(
+        self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name
+    ) -> list[Share]:
         return self.engine.map_parts(partial(noting, make, self.log, out), parts, out, report, name)
 
     def ready(self) -> set[int]:
@@ -84,15 +87,18 @@ def settings(args: argparse.Namespace) -> cfg.Generate:
 
 def plan(args: argparse.Namespace, base: Path) -> None:
     """The requests, classes in equal shares; the folder `requests`."""
-    classes = len(order.classes_of(SHIPPED))
+    classes = len(job.classes_of(SHIPPED))
     labels = {k: len(range(k, args.images, classes)) for k in range(classes)}
-    order.plan(order.Order(SHIPPED, labels, "sample", args.seed, settings(args), base, "folder"), base / "requests")
+    job.plan(
+        job.Order(SHIPPED, labels, "sample", args.seed, settings(args), base, "folder"),
+        base / "requests",
+    )
 
 
 def paint(args: argparse.Namespace, engine: Any, base: Path, out: str) -> float:
     """Into base/out; seconds it took."""
     started = time.monotonic()
-    painting.generate(engine, base / "requests", None, SHIPPED, None, settings(args), base / out)
+    generate.generate(engine, base / "requests", None, SHIPPED, None, settings(args), base / out)
     return time.monotonic() - started
 
 
@@ -100,7 +106,9 @@ def paint(args: argparse.Namespace, engine: Any, base: Path, out: str) -> float:
 def ray_engine(args: argparse.Namespace, base: Path) -> Any:
     from adversa.distributed.engine import RayEngine
 
-    engine = RayEngine(cfg.Cluster(cpus=args.actors, samplers=args.actors, object_store_mb=100), base, 32 * 32 * 3)
+    engine = RayEngine(
+        cfg.Cluster(cpus=args.actors, samplers=args.actors, object_store_mb=100), base, 32 * 32 * 3
+    )
     try:
         yield engine
     finally:
@@ -109,34 +117,64 @@ def ray_engine(args: argparse.Namespace, base: Path) -> Any:
 
 def compared(base: Path, out: str) -> tuple[str, list[str]]:
     """What is to be said of a folder of images, and what is wrong with it, beside the undisturbed one and the requests."""
-    ours, theirs = tables.read(base / out, schema=tables.SYNTHETIC), tables.read(base / "undisturbed", schema=tables.SYNTHETIC)
+    ours, theirs = (
+        tables.read(base / out, schema=tables.SYNTHETIC),
+        tables.read(base / "undisturbed", schema=tables.SYNTHETIC),
+    )
     asked = tables.read(base / "requests", ["request_id"])["request_id"].to_pylist()
     there = Counter(ours["request_id"].to_pylist())
     once = sum(there[i] == 1 for i in asked)
-    mine, images = (dict(zip(t["request_id"].to_pylist(), t["image"].to_pylist(), strict=True)) for t in (ours, theirs))
+    mine, images = (
+        dict(zip(t["request_id"].to_pylist(), t["image"].to_pylist(), strict=True))
+        for t in (ours, theirs)
+    )
     same = sum(i in mine and mine[i] == images.get(i) for i in asked)
-    wrong = [f"{len(asked) - once} images missing or there twice"] if once < len(asked) or len(ours) != len(asked) else []
+    wrong = (
+        [f"{len(asked) - once} images missing or there twice"]
+        if once < len(asked) or len(ours) != len(asked)
+        else []
+    )
     wrong += [f"{len(asked) - same} images differ"] if same < len(asked) else []
     wrong += ["the tables differ"] if not wrong and not ours.equals(theirs) else []
-    return f"{len(asked)} images asked for, {once} there once each, {same} identical to undisturbed", wrong
+    return (
+        f"{len(asked)} images asked for, {once} there once each, {same} identical to undisturbed",
+        wrong,
+    )
 
 
 # ---- actors ------------------------------------------------------------------------------------------------------------
 
 
-def kill_often(every: float, anyone: bool, draw: random.Random, noted: Noting, stop: threading.Event, killed: list[str]) -> None:
+def kill_often(
+    every: float,
+    anyone: bool,
+    draw: random.Random,
+    noted: Noting,
+    stop: threading.Event,
+    killed: list[str],
+) -> None:
     """A random sampler each `every` s, or as soon after as one is there; notes what it was at. anyone: also who is not ready."""
     from adversa.distributed.engine import ray_processes
 
     while not stop.wait(every):
         while not stop.is_set():
-            with contextlib.suppress(psutil.NoSuchProcess):  # it ended as we looked: another is taken
+            with contextlib.suppress(
+                psutil.NoSuchProcess
+            ):  # it ended as we looked: another is taken
                 names = {p: "".join(p.cmdline()[:1]) for p in ray_processes()}
-                actors = {p: name for p, name in names.items() if name.startswith(ACTOR) and (anyone or p.pid in noted.ready())}
+                actors = {
+                    p: name
+                    for p, name in names.items()
+                    if name.startswith(ACTOR) and (anyone or p.pid in noted.ready())
+                }
                 if actors:
                     victim = draw.choice(sorted(actors, key=lambda p: p.pid))
                     victim.send_signal(signal.SIGKILL)
-                    killed.append("painting" if actors[victim].startswith(f"{ACTOR}.do") else "starting or waiting")
+                    killed.append(
+                        "painting"
+                        if actors[victim].startswith(f"{ACTOR}.do")
+                        else "starting or waiting"
+                    )
                     break
             stop.wait(0.05)
 
@@ -146,7 +184,11 @@ def actors_die(args: argparse.Namespace, base: Path) -> list[str]:
     draw, stop, killed = random.Random(args.seed), threading.Event(), []
     with ray_engine(args, base) as engine:
         noted = Noting(engine, base / "killed.log")
-        killer = threading.Thread(target=kill_often, args=(args.every, not args.ready, draw, noted, stop, killed), daemon=True)
+        killer = threading.Thread(
+            target=kill_often,
+            args=(args.every, not args.ready, draw, noted, stop, killed),
+            daemon=True,
+        )
         killer.start()
         try:
             seconds = paint(args, noted, base, "killed")
@@ -156,13 +198,22 @@ def actors_die(args: argparse.Namespace, base: Path) -> list[str]:
         undisturbed = paint(args, engine, base, "undisturbed")
     said, wrong = compared(base, "killed")
     begun = noted.begun()
-    parts, again = len(tables.parts(base / "killed")), sum(n - 1 for (_, kind), n in begun.items() if kind == "missing")
-    late, trials = (sum(n for (_, kind), n in begun.items() if kind == what) for what in ("complete", "trial"))
+    parts, again = (
+        len(tables.parts(base / "killed")),
+        sum(n - 1 for (_, kind), n in begun.items() if kind == "missing"),
+    )
+    late, trials = (
+        sum(n for (_, kind), n in begun.items() if kind == what) for what in ("complete", "trial")
+    )
     victims = ", ".join(f"{n} {what}" for what, n in Counter(killed).items())
     print(f"{len(killed)} kills of {args.actors} actors ({victims}): {said}")
-    print(f"{seconds:.1f} s with kills, {undisturbed:.1f} s without; {parts} parts, {again} begun again, {trials} trials of rows")
+    print(
+        f"{seconds:.1f} s with kills, {undisturbed:.1f} s without; {parts} parts, {again} begun again, {trials} trials of rows"
+    )
     wrong += [f"{late} complete parts were painted again"] if late else []
-    return wrong + ([] if killed else ["nothing was killed: ask for more images, or kill more often"])
+    return wrong + (
+        [] if killed else ["nothing was killed: ask for more images, or kill more often"]
+    )
 
 
 # ---- the driver --------------------------------------------------------------------------------------------------------
@@ -170,7 +221,10 @@ def actors_die(args: argparse.Namespace, base: Path) -> list[str]:
 
 def start(args: argparse.Namespace, base: Path, out: str, log: str) -> subprocess.Popen[bytes]:
     """A driver of its own process, which paints the planned requests."""
-    same = [f"--{key}={getattr(args, key.replace('-', '_'))}" for key in ("images", "steps", "part-size", "actors", "seed")]
+    same = [
+        f"--{key}={getattr(args, key.replace('-', '_'))}"
+        for key in ("images", "steps", "part-size", "actors", "seed")
+    ]
     return subprocess.Popen([sys.executable, __file__, *same, "--child", str(base), out, log])
 
 
@@ -179,9 +233,13 @@ def finished(process: subprocess.Popen[bytes]) -> None:
         sys.exit(f"a driver that nobody killed ended with {process.returncode}")
 
 
-def kill_at(process: subprocess.Popen[bytes], out: Path, parts: int, delay: float) -> list[psutil.Process] | None:
+def kill_at(
+    process: subprocess.Popen[bytes], out: Path, parts: int, delay: float
+) -> list[psutil.Process] | None:
     """-9 to a driver `delay` s after so many parts are complete, and to it alone; what it had started. None: it had ended."""
-    while process.poll() is None and not ((out / RECIPE).exists() and len(tables.parts(out)) >= parts):
+    while process.poll() is None and not (
+        (out / RECIPE).exists() and len(tables.parts(out)) >= parts
+    ):
         time.sleep(0.01)
     time.sleep(delay)
     if process.poll() is not None:
@@ -199,9 +257,14 @@ def drivers_die(args: argparse.Namespace, base: Path) -> list[str]:
     started = time.monotonic()
     finished(start(args, base, "undisturbed", "undisturbed.log"))
     seconds = time.monotonic() - started
-    print(f"undisturbed: {parts} parts in {seconds:.1f} s, start-up of the driver and Ray included", flush=True)
+    print(
+        f"undisturbed: {parts} parts in {seconds:.1f} s, start-up of the driver and Ray included",
+        flush=True,
+    )
     kills = i = 0
-    while kills < args.runs and (i := i + 1) <= 2 * args.runs:  # some moments come after a driver's end
+    while (
+        kills < args.runs and (i := i + 1) <= 2 * args.runs
+    ):  # some moments come after a driver's end
         out, at, delay = f"killed-{i}", draw.randrange(parts), draw.random() * seconds / parts
         below = kill_at(start(args, base, out, f"first-{i}.log"), base / out, at, delay)
         if below is not None:
@@ -210,14 +273,18 @@ def drivers_die(args: argparse.Namespace, base: Path) -> list[str]:
     return wrong + ([] if kills == args.runs else [f"only {kills} were killed"])
 
 
-def again(args: argparse.Namespace, base: Path, out: str, parts: int, below: Sequence[psutil.Process]) -> list[str]:
+def again(
+    args: argparse.Namespace, base: Path, out: str, parts: int, below: Sequence[psutil.Process]
+) -> list[str]:
     """Start a killed driver again; what is wrong then. below: what the killed one had started."""
     complete = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tables.parts(base / out)}
     log, started = Noting(None, base / f"{out}-again.log"), time.monotonic()
     finished(start(args, base, out, log.log.name))
     seconds = time.monotonic() - started
     said, wrong = compared(base, out)
-    touched = [p.name for p, was in complete.items() if (p.stat().st_ino, p.stat().st_mtime_ns) != was]
+    touched = [
+        p.name for p, was in complete.items() if (p.stat().st_ino, p.stat().st_mtime_ns) != was
+    ]
     begun = {tables.part_name(index) for index, _ in log.begun()}
     repainted = sorted(begun & {p.name for p in complete})
     wrong += [f"complete parts were touched: {', '.join(touched)}"] if touched else []
@@ -235,12 +302,20 @@ def again(args: argparse.Namespace, base: Path, out: str, parts: int, below: Seq
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--driver", action="store_true", help="kill the driver, not the actors")
     parser.add_argument("--runs", type=int, default=3, help="drivers killed")
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between two kills of an actor")
-    parser.add_argument("--ready", action="store_true", help="kill none that still loads: where that takes longer than --every")
+    parser.add_argument(
+        "--every", type=float, default=5.0, help="seconds between two kills of an actor"
+    )
+    parser.add_argument(
+        "--ready",
+        action="store_true",
+        help="kill none that still loads: where that takes longer than --every",
+    )
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--part-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8, help="of the solver")

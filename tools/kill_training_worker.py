@@ -26,11 +26,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from adversa import runs
 from adversa.config import Config, check
-from adversa.loop import cycle, steps
-from adversa.loop.engine import FitJob, LocalEngine
-from adversa.weights import read_model
+from adversa.engine.interface import FitJob
+from adversa.engine.local import LocalEngine
+from adversa.pipeline import loop, train
+from adversa.run import folder as run_folder
+from adversa.run import step_folder
+from adversa.storage.weights import read_model
 
 # The longest wait between a step's batch and the kill, in mean times of a step. The mean has a share of commits and evaluations in
 # it, which take longer than a step: so the death may fall into any of these, and into one of the next steps.
@@ -53,19 +55,27 @@ class Killed:
         return self.fit(self._watched(batches, out), out=out, **options)
 
     def _watched(self, batches: Any, out: Path) -> Iterator[Any]:
-        from adversa import workers
+        from adversa.training import process_group
 
-        with open(out.with_suffix(f".steps-{workers.rank()}"), "a", buffering=1) as log:
+        with open(out.with_suffix(f".steps-{process_group.rank()}"), "a", buffering=1) as log:
             for batch in batches:
                 log.write(f"{batch['step']}\n")
-                if batch["step"] == self.at and workers.rank() == self.rank and not out.with_suffix(".killed").exists():
-                    threading.Thread(target=self._die, args=(out, threading.get_ident()), daemon=True).start()
+                if (
+                    batch["step"] == self.at
+                    and process_group.rank() == self.rank
+                    and not out.with_suffix(".killed").exists()
+                ):
+                    threading.Thread(
+                        target=self._die, args=(out, threading.get_ident()), daemon=True
+                    ).start()
                 yield batch
 
     def _die(self, out: Path, trainer: int) -> None:
         time.sleep(self.delay)
         place = where(sys._current_frames().get(trainer))
-        out.with_suffix(".killed").write_text(f"{1000 * self.delay:.0f} ms after the batch of step {self.at}, {place}")
+        out.with_suffix(".killed").write_text(
+            f"{1000 * self.delay:.0f} ms after the batch of step {self.at}, {place}"
+        )
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -87,25 +97,46 @@ def configuration(args: argparse.Namespace) -> Config:
         {
             "data": {"phantom": {"images": 200}, "part_rows": 64},
             "classifier": {
-                "model_args": {"channels": [16, 32, 32, 64]}, "steps": args.steps, "batch_size": 32, "evaluations": 3,
+                "model_args": {"channels": [16, 32, 32, 64]},
+                "steps": args.steps,
+                "batch_size": 32,
+                "evaluations": 3,
                 "checkpoint_steps": args.checkpoint_steps,
             },
             "denoiser": {
-                "architecture": "unet", "patch": 2, "channels": [32, 32], "steps": args.steps, "batch_size": 16,
+                "architecture": "unet",
+                "patch": 2,
+                "channels": [32, 32],
+                "steps": args.steps,
+                "batch_size": 16,
                 "checkpoint_steps": args.checkpoint_steps,
             },
-            "cluster": {"training_threads": 1, "training_workers": args.workers, "object_store_mb": 200},
+            "cluster": {
+                "training_threads": 1,
+                "training_workers": args.workers,
+                "object_store_mb": 200,
+            },
         },
         "kill_training_worker",
-    )  # fmt: skip
+    )
 
 
-def job_of(what: str, config: Config, run: runs.RunDir, out: Path, at: int | None, rank: int, delay: float) -> FitJob:
+def job_of(
+    what: str,
+    config: Config,
+    run: run_folder.RunDir,
+    out: Path,
+    at: int | None,
+    rank: int,
+    delay: float,
+) -> FitJob:
     mix = run.arm(0, "real") / "mix"
     if what == "classifier":
-        job = steps.classifier_job(run.data, mix, [], config.classifier, 0, config.data.resolution, out)
+        job = train.classifier_job(
+            run.data, mix, [], config.classifier, 0, config.data.resolution, out
+        )
     else:
-        job = steps.denoiser_job(run.data, mix, config.denoiser, 0, config.data.resolution, out)
+        job = train.denoiser_job(run.data, mix, config.denoiser, 0, config.data.resolution, out)
     return dataclasses.replace(job, fit=Killed(job.fit, at, rank, delay))
 
 
@@ -117,8 +148,10 @@ def differences(out: Path, undisturbed: Path) -> list[str]:
     """What of a run differs from the undisturbed one: weights (to the bit), metrics of the manifest, the lines of metrics.jsonl."""
     ours, theirs = read_model(out)[0], read_model(undisturbed)[0]
     equal = {
-        "weights": ours.keys() == theirs.keys() and all(bool((ours[k] == theirs[k]).all()) for k in ours),
-        "metrics": runs.manifest(out)["metrics"] == runs.manifest(undisturbed)["metrics"],
+        "weights": ours.keys() == theirs.keys()
+        and all(bool((ours[k] == theirs[k]).all()) for k in ours),
+        "metrics": step_folder.manifest(out)["metrics"]
+        == step_folder.manifest(undisturbed)["metrics"],
         "metrics.jsonl": lines(out) == lines(undisturbed),
     }
     return [name for name, same in equal.items() if not same]
@@ -127,11 +160,15 @@ def differences(out: Path, undisturbed: Path) -> list[str]:
 def lines(out: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     found = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "second" not in k and "time" not in k} for line in found]
+    return [
+        {k: v for k, v in line.items() if "second" not in k and "time" not in k} for line in found
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--what", choices=("classifier", "denoiser"), default="classifier")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40)
@@ -144,32 +181,64 @@ def main() -> None:
     config, faults, draw = configuration(args), [], random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary)
-        run = cycle.open_run(config, base / "run")
-        cycle.run(config, run, LocalEngine(1, 1), None, until="prepare")
-        steps.mix(run.data, [], [], "real", config.mix, 1, run.arm(0, "real") / "mix")
+        run = loop.open_run(config, base / "run")
+        loop.run(config, run, LocalEngine(1, 1), None, until="prepare")
+        train.mix(run.data, [], [], "real", config.mix, 1, run.arm(0, "real") / "mix")
         engine = RayEngine(config.cluster, run.root, config.data.resolution**2 * 3)
         try:
             step_seconds, kills, i = 0.0, 0, 0
             while kills < args.runs and i <= 2 * args.runs:
-                at, rank = (draw.randrange(args.steps), draw.randrange(args.workers)) if i else (None, 0)
+                at, rank = (
+                    (draw.randrange(args.steps), draw.randrange(args.workers)) if i else (None, 0)
+                )
                 out, started = base / f"{args.what}-{i}", time.monotonic()
-                engine.fit([job_of(args.what, config, run, out, at, rank, SPAN * step_seconds * draw.random())])
+                engine.fit(
+                    [
+                        job_of(
+                            args.what,
+                            config,
+                            run,
+                            out,
+                            at,
+                            rank,
+                            SPAN * step_seconds * draw.random(),
+                        )
+                    ]
+                )
                 found, seconds = taken(out, rank), time.monotonic() - started
                 i += 1
                 if at is None:
-                    step_seconds = runs.manifest(out)["seconds"] / args.steps
-                    print(f"undisturbed: {len(found)} steps in {seconds:.1f} s, {1000 * step_seconds:.0f} ms each", flush=True)
+                    step_seconds = step_folder.manifest(out)["seconds"] / args.steps
+                    print(
+                        f"undisturbed: {len(found)} steps in {seconds:.1f} s, {1000 * step_seconds:.0f} ms each",
+                        flush=True,
+                    )
                     continue
-                again, different = len(found) - args.steps, differences(out, base / f"{args.what}-0")
+                again, different = (
+                    len(found) - args.steps,
+                    differences(out, base / f"{args.what}-0"),
+                )
                 said = f"{'DIFFERENT: ' + ', '.join(different) if different else 'equal'}, {seconds:.1f} s"
                 if (died := out.with_suffix(".killed")).exists():
                     kills += 1
-                    print(f"worker {rank} killed {died.read_text()}: {again} steps done again, {said}", flush=True)
+                    print(
+                        f"worker {rank} killed {died.read_text()}: {again} steps done again, {said}",
+                        flush=True,
+                    )
                 else:
-                    print(f"worker {rank} was done before its end after step {at}, another is drawn: {said}", flush=True)
+                    print(
+                        f"worker {rank} was done before its end after step {at}, another is drawn: {said}",
+                        flush=True,
+                    )
                 faults += [f"run {i - 1}: {what}" for what in different]
-                faults += [] if set(found) == set(range(args.steps)) else [f"run {i - 1}: steps missing"]
-                faults += [f"run {i - 1}: {again} steps done again"] if again > args.checkpoint_steps else []
+                faults += (
+                    [] if set(found) == set(range(args.steps)) else [f"run {i - 1}: steps missing"]
+                )
+                faults += (
+                    [f"run {i - 1}: {again} steps done again"]
+                    if again > args.checkpoint_steps
+                    else []
+                )
             faults += [f"only {kills} were killed"] if kills < args.runs else []
         finally:
             engine.close()

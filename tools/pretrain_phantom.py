@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from adversa import config as cfg
-from adversa import weights
 from adversa.data.images import make_decoder
 from adversa.data.sources import list_records
 from adversa.diffuse import edm
 from adversa.diffuse.fit import fit, resume_step
+from adversa.storage import weights
 
 SEED = 1000  # data.phantom.seed of the pretraining pictures; the demo's is 0
 MOST_BYTES = 4_000_000
@@ -32,7 +32,10 @@ MOST_BYTES = 4_000_000
 
 def render(images: int, seed: int, resolution: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """uint8 [N, R, R, 3], labels int64 [N], classes: as `adversa prepare` would make them, all classes equally frequent."""
-    data = cfg.Data(resolution=resolution, phantom=cfg.Phantom(images=images, seed=seed, tail=1.0, images_per_lesion=1.0))
+    data = cfg.Data(
+        resolution=resolution,
+        phantom=cfg.Phantom(images=images, seed=seed, tail=1.0, images_per_lesion=1.0),
+    )
     listing = list_records(data)
     decode = make_decoder(data, listing.classes)
     decoded = decode(listing.records)
@@ -41,7 +44,9 @@ def render(images: int, seed: int, resolution: int) -> tuple[np.ndarray, np.ndar
     return pictures, labels, listing.classes
 
 
-def batches(pictures: np.ndarray, labels: np.ndarray, size: int, first: int, steps: int) -> Iterator[dict[str, Any]]:
+def batches(
+    pictures: np.ndarray, labels: np.ndarray, size: int, first: int, steps: int
+) -> Iterator[dict[str, Any]]:
     """Batch k holds pictures drawn by a generator seeded by k: a run that is resumed sees the batches it has missed."""
     for step in range(first, steps):
         rows = np.random.default_rng([SEED, step]).integers(0, len(labels), size)
@@ -57,8 +62,12 @@ def half_precision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=edm.SHIPPED, help="where model.safetensors and config.json go")
-    parser.add_argument("--work", type=Path, help="training state is kept here; give the same again to resume")
+    parser.add_argument(
+        "--out", type=Path, default=edm.SHIPPED, help="where model.safetensors and config.json go"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="training state is kept here; give the same again to resume"
+    )
     parser.add_argument("--images", type=int, default=16000)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--resolution", type=int, default=cfg.Data().resolution)
@@ -73,7 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     pictures, labels, classes = render(args.images, args.seed, args.resolution)
     seconds = time.monotonic() - began
-    print(f"{len(labels)} pictures of phantom seed {args.seed} in {seconds:.0f} s; training state in {work}", flush=True)
+    print(
+        f"{len(labels)} pictures of phantom seed {args.seed} in {seconds:.0f} s; training state in {work}",
+        flush=True,
+    )
     config = cfg.Denoiser(
         architecture="unet",
         patch=2,
@@ -87,19 +99,38 @@ def main(argv: list[str] | None = None) -> None:
 
     def report(p: dict[str, Any]) -> None:
         if p["done"] % 50 < 2:
-            print(f"step {p['done']}/{p['total']} loss {p['loss']:.3f} {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"step {p['done']}/{p['total']} loss {p['loss']:.3f} {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
 
     result = fit(
-        batches(pictures, labels, args.batch_size, resume_step(work), args.steps), config=config, num_classes=len(classes),
-        resolution=args.resolution, classes=classes, out=work, seed=args.seed, report=report, threads=args.threads,
-    )  # fmt: skip
+        batches(pictures, labels, args.batch_size, resume_step(work), args.steps),
+        config=config,
+        num_classes=len(classes),
+        resolution=args.resolution,
+        classes=classes,
+        out=work,
+        seed=args.seed,
+        report=report,
+        threads=args.threads,
+    )
     state, meta, _ = weights.read_model(work)
-    meta["pretraining"] = {"pictures": args.images, "phantom_seed": args.seed, "steps": args.steps, "batch_size": args.batch_size}
+    meta["pretraining"] = {
+        "pictures": args.images,
+        "phantom_seed": args.seed,
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+    }
     fingerprint = weights.save_model(args.out, half_precision(state), meta)
     size = (args.out / weights.MODEL).stat().st_size
-    print(f"{args.out}: {result['parameters']} parameters, {size / 1e6:.2f} MB, loss {result['loss']:.4f}, {fingerprint}")
+    print(
+        f"{args.out}: {result['parameters']} parameters, {size / 1e6:.2f} MB, loss {result['loss']:.4f}, {fingerprint}"
+    )
     if size > MOST_BYTES:
-        sys.exit(f"{size} bytes are more than the {MOST_BYTES} that may be shipped; take fewer denoiser.channels")
+        sys.exit(
+            f"{size} bytes are more than the {MOST_BYTES} that may be shipped; take fewer denoiser.channels"
+        )
 
 
 if __name__ == "__main__":

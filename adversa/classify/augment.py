@@ -20,7 +20,12 @@ ASPECT = 1 / 0.3  # and 1 / r_1, the largest ratio of the rectangle's sides
 
 
 def augment(
-    pixels: Tensor, config: Augment, generator: Generator, size: int | None = None, rows: slice = ALL, side: int | None = None
+    pixels: Tensor,
+    config: Augment,
+    generator: Generator,
+    size: int | None = None,
+    rows: slice = ALL,
+    side: int | None = None,
 ) -> Tensor:
     """pixels [B, 3, S, S] in [0, 1] -> [B, 3, side, side] (None: S) in [0, 1], channels last. A strength of 0 costs nothing.
 
@@ -66,7 +71,11 @@ def placement(config: Augment, u: Tensor, which: Tensor | None) -> Tensor:
     Rotation, zoom and shift first, then symmetry which[i] of the result.
     """
     u = 2 * u - 1
-    angle, scale, shift = u[0] * math.radians(config.rotate), torch.exp(u[1] * config.zoom), u[2:] * (2 * config.shift)
+    angle, scale, shift = (
+        u[0] * math.radians(config.rotate),
+        torch.exp(u[1] * config.zoom),
+        u[2:] * (2 * config.shift),
+    )
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     linear = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
     if which is not None:
@@ -79,8 +88,12 @@ def warp(pixels: Tensor, theta: Tensor, side: int) -> Tensor:
 
     There is no filter against aliasing: `side` is meant to be above half of the pictures' own.
     """
-    grid = F.affine_grid(theta.to(pixels.device), [*pixels.shape[:2], side, side], align_corners=False)
-    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    grid = F.affine_grid(
+        theta.to(pixels.device), [*pixels.shape[:2], side, side], align_corners=False
+    )
+    return F.grid_sample(
+        pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
 
 
 def colour(pixels: Tensor, config: Augment, u: Tensor) -> Tensor:
@@ -92,9 +105,14 @@ def colour(pixels: Tensor, config: Augment, u: Tensor) -> Tensor:
     u = (2 * u - 1).to(pixels.device)
     gain = (1 + config.brightness * u[0])[:, None] * (1 + config.tint * u[1:4].T)
     contrast, saturation = 1 + config.contrast * u[4], 1 + config.saturation * u[5]
-    pixels = pixels.contiguous()  # planes: a 3x3 matrix times 3 long rows is seven times as fast as long columns of 3
+    pixels = (
+        pixels.contiguous()
+    )  # planes: a 3x3 matrix times 3 long rows is seven times as fast as long columns of 3
     mean = (pixels.mean((2, 3)) * gain).mean(1)
-    mixing = saturation[:, None, None] * torch.eye(3, device=pixels.device) + ((1 - saturation) / 3)[:, None, None]
+    mixing = (
+        saturation[:, None, None] * torch.eye(3, device=pixels.device)
+        + ((1 - saturation) / 3)[:, None, None]
+    )
     matrix = contrast[:, None, None] * mixing * gain[:, None, :]
     out = torch.baddbmm(((1 - contrast) * mean)[:, None, None], matrix, pixels.flatten(2))
     return out.clamp_(0, 1).view_as(pixels)
@@ -108,7 +126,9 @@ def erase(pixels: Tensor, probability: float, u: Tensor) -> Tensor:
     """
     side = pixels.shape[-1]
     share = ERASED[0] + (ERASED[1] - ERASED[0]) * u[1]
-    aspect = torch.exp((2 * u[2] - 1) * torch.minimum(-torch.log(share), torch.tensor(math.log(ASPECT))))
+    aspect = torch.exp(
+        (2 * u[2] - 1) * torch.minimum(-torch.log(share), torch.tensor(math.log(ASPECT)))
+    )
     height = (side * torch.sqrt(share * aspect)).round().clamp(1, side).long()
     width = (side * torch.sqrt(share / aspect)).round().clamp(1, side).long()
     top, left = (u[3] * (side - height + 1)).long(), (u[4] * (side - width + 1)).long()

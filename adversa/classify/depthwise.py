@@ -23,7 +23,12 @@ class Depthwise(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, same: bool) -> None:
         super().__init__()
-        self.weight, self.stride, self.padding, self.same = conv.weight, conv.stride[0], int(conv.padding[0]), same
+        self.weight, self.stride, self.padding, self.same = (
+            conv.weight,
+            conv.stride[0],
+            int(conv.padding[0]),
+            same,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -46,9 +51,23 @@ def fast_depthwise(module: nn.Module) -> None:
 
 
 def _is_plain_depthwise(conv: nn.Conv2d) -> bool:
-    square = all(len(set(v)) == 1 for v in (conv.kernel_size, conv.stride, conv.padding) if not isinstance(v, str))
-    plain = conv.bias is None and set(conv.dilation) == {1} and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return square and plain and conv.kernel_size[0] % 2 == 1 and conv.groups == conv.in_channels == conv.out_channels > 1
+    square = all(
+        len(set(v)) == 1
+        for v in (conv.kernel_size, conv.stride, conv.padding)
+        if not isinstance(v, str)
+    )
+    plain = (
+        conv.bias is None
+        and set(conv.dilation) == {1}
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+    return (
+        square
+        and plain
+        and conv.kernel_size[0] % 2 == 1
+        and conv.groups == conv.in_channels == conv.out_channels > 1
+    )
 
 
 class _Convolve(torch.autograd.Function):
@@ -70,20 +89,31 @@ class _Convolve(torch.autograd.Function):
             if weight.shape[2] <= FAST_KERNEL:
                 dw = _backward(full, x, weight, 1, ctx.padding, 1)
             else:
-                dw = _backward(grad.float(), x.float(), weight.float(), stride, ctx.padding, 1).to(weight.dtype)
+                dw = _backward(grad.float(), x.float(), weight.float(), stride, ctx.padding, 1).to(
+                    weight.dtype
+                )
         return dx, dw, None, None
 
 
 def _spread(grad: Tensor, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     """The gradient of the unstrided convolution: zero at the outputs that the stride leaves out."""
     sides = [n + 2 * padding - kernel + 1 for n in x.shape[2:]]
-    full = torch.empty((*grad.shape[:2], *sides), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+    full = torch.empty(
+        (*grad.shape[:2], *sides),
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=torch.channels_last,
+    )
     full.zero_()
     full[:, :, ::stride, ::stride] = grad
     return full
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, which: int) -> Tensor:
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, which: int
+) -> Tensor:
     mask = [which == 0, which == 1, False]
     sides = [stride, stride], [padding, padding], [1, 1]
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, *sides, False, [0, 0], weight.shape[0], mask)[which]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *sides, False, [0, 0], weight.shape[0], mask
+    )[which]

@@ -10,12 +10,12 @@ import numpy as np
 import timm
 import torch
 
-from adversa import runs
 from adversa.classify import model
 from adversa.classify.score import forward
 from adversa.config import Classifier
+from adversa.storage import files
+from adversa.storage.weights import CONFIG
 from adversa.types import UserError
-from adversa.weights import CONFIG
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,27 @@ def pretrained(name: str, weights: str) -> Space:
         tags = ", ".join(timm.list_pretrained(name.split(".")[0])) or "none: leave the tag out"
         raise UserError(f"quality.features {name}: {e} Known: {tags}") from None
     size = settings.input_size[-1] if settings is not None else None
-    return Space(name, config=Classifier(model=name, model_args={}, weights=weights, input_size=size))
+    return Space(
+        name, config=Classifier(model=name, model_args={}, weights=weights, input_size=size)
+    )
 
 
 def network(space: Space, resolution: int) -> model.Network:
     """The network of a space, on the CPU. UserError: the folder holds no classifier, or the model or its weights cannot be had."""
     try:
         if space.folder is not None:
-            meta = runs.read_json(space.folder / CONFIG)
+            meta = files.read_json(space.folder / CONFIG)
             if meta is not None and meta.get("kind") != "classifier":
                 kind = f"a model of kind {meta.get('kind')!r}"
-                raise UserError(f"{space.folder} holds {kind}; give the folder of a classifier, or a timm model by name")
+                raise UserError(
+                    f"{space.folder} holds {kind}; give the folder of a classifier, or a timm model by name"
+                )
             return model.load(space.folder)[0]
         assert space.config is not None
         plain = space.config.model_copy(update={"amp": False})
-        with torch.random.fork_rng(devices=[]):  # the head's initial weights are drawn; no feature hangs on them
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the head's initial weights are drawn; no feature hangs on them
             return model.build(plain, 2, resolution).eval()
     except UserError as e:
         raise UserError(f"the feature space of quality.features cannot be had: {e}") from None

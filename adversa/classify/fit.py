@@ -23,16 +23,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adversa import places, workers
 from adversa.classify.augment import augment
 from adversa.classify.losses import Loss, make_loss
 from adversa.classify.mixing import mix
 from adversa.classify.model import Network, build, to_pixels
-from adversa.classify.schedule import evaluation_steps, learning_rate, parameter_groups, set_rates, training_side
+from adversa.classify.schedule import (
+    evaluation_steps,
+    learning_rate,
+    parameter_groups,
+    set_rates,
+    training_side,
+)
 from adversa.classify.score import score_batches
 from adversa.config import Classifier
+from adversa.storage.path import append
+from adversa.storage.weights import load_checkpoint, replace_bytes, save_checkpoint, save_model
+from adversa.training import process_group
 from adversa.types import UserError, digest, seed_of
-from adversa.weights import load_checkpoint, replace_bytes, save_checkpoint, save_model
 
 # "id": list[str], "image": uint8 [B, H, W, 3], "label": int64 [B], and "size": int where these are a worker's rows of a larger one
 Batch = dict[str, Any]
@@ -47,7 +54,9 @@ class State:
     average: Network
     optimizer: torch.optim.Optimizer
     trained: list[nn.Parameter]  # those of the trunk that its model does not fix
-    parallel: nn.Module  # what a step calls: the model, or its wrapper that averages gradients over the workers
+    parallel: (
+        nn.Module
+    )  # what a step calls: the model, or its wrapper that averages gradients over the workers
     device: torch.device
     seed: int
     step: int = 0
@@ -86,14 +95,25 @@ def fit(
     torch's global generator is left as it was.
     UserError: a loss, gradient or weight that is not finite (step and ids), a checkpoint of other settings.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    recipe = digest(config.model_dump_json(exclude={"checkpoint_steps"}), num_classes, resolution, seed, counts, priors)
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    recipe = digest(
+        config.model_dump_json(exclude={"checkpoint_steps"}),
+        num_classes,
+        resolution,
+        seed,
+        counts,
+        priors,
+    )
     criterion = make_loss(config, counts, priors, device)
     with _threads(threads), _own_generator(device):
         state = _start(config, num_classes, resolution, seed, device)
         _unpack(state, load_checkpoint(out), recipe, out)
         _phase(state, config)
-        if workers.lead():
+        if process_group.lead():
             _truncate_metrics(out, state.step)
         due = evaluation_steps(config.steps, config.evaluations)
         told, evaluating = time.monotonic(), 0.0
@@ -107,23 +127,39 @@ def fit(
                 started = time.monotonic()
                 line = _evaluate(state, select(), config, out)
                 evaluating += time.monotonic() - started
-            if workers.lead() and (state.step in due or time.monotonic() - told >= 1):
+            if process_group.lead() and (state.step in due or time.monotonic() - told >= 1):
                 told = time.monotonic()
-                report({"done": state.step, "total": config.steps, "unit": "step", "evaluation_seconds": evaluating, **line})
+                report(
+                    {
+                        "done": state.step,
+                        "total": config.steps,
+                        "unit": "step",
+                        "evaluation_seconds": evaluating,
+                        **line,
+                    }
+                )
             if _out_of_patience(state, config):
                 break
             if commits:
-                if workers.lead():
+                if process_group.lead():
                     save_checkpoint(out, _pack(state, recipe))
-                workers.barrier()
+                process_group.barrier()
                 committed(state.step)
         ended = state.step == config.steps or _out_of_patience(state, config)
         assert ended, f"batches ended at step {state.step} of {config.steps}"
-    metrics = {"steps": state.step, "best_step": state.best_step, "select_balanced_accuracy": state.best_score}
-    meta = {"kind": "classifier", "config": config.model_dump(mode="json"), "num_classes": num_classes}
-    if workers.lead():
+    metrics = {
+        "steps": state.step,
+        "best_step": state.best_step,
+        "select_balanced_accuracy": state.best_score,
+    }
+    meta = {
+        "kind": "classifier",
+        "config": config.model_dump(mode="json"),
+        "num_classes": num_classes,
+    }
+    if process_group.lead():
         save_model(out, state.best, {**meta, "resolution": resolution, "seed": seed, **metrics})
-    workers.barrier()
+    process_group.barrier()
     return {**metrics, "parameters": sum(p.numel() for p in state.model.parameters())}
 
 
@@ -166,7 +202,9 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
         old[k].copy_(new[k])
 
 
-def _start(config: Classifier, num_classes: int, resolution: int, seed: int, device: torch.device) -> State:
+def _start(
+    config: Classifier, num_classes: int, resolution: int, seed: int, device: torch.device
+) -> State:
     torch.manual_seed(seed_of("classifier", seed))
     model = build(config, num_classes, resolution).to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -188,17 +226,19 @@ def _phase(state: State, config: Classifier) -> None:
     for p in state.trained:
         p.requires_grad_(not frozen)
     state.parallel = state.model  # the old wrapper goes, and its hooks, before the new one comes
-    state.parallel = workers.parallel(state.model, state.device)
+    state.parallel = process_group.parallel(state.model, state.device)
 
 
 def _step(state: State, batch: Batch, config: Classifier, criterion: Loss) -> float:
     step, seed, device = state.step + 1, state.seed, state.device
-    _seed(seed_of("dropout", seed, step, workers.rank()), device)
+    _seed(seed_of("dropout", seed, step, process_group.rank()), device)
     size = int(batch.get("size", len(batch["id"])))
-    rows = workers.rows(size)
+    rows = process_group.rows(size)
     generator = torch.Generator().manual_seed(seed_of("augment", seed, step))
     pixels = to_pixels(batch["image"], device)
-    targets = F.one_hot(torch.as_tensor(batch["label"]).to(device), state.model.head.out_features).float()
+    targets = F.one_hot(
+        torch.as_tensor(batch["label"]).to(device), state.model.head.out_features
+    ).float()
     if config.augment is not None:
         side = training_side(step, config, pixels.shape[-1])
         pixels = augment(pixels, config.augment, generator, size, rows, side)
@@ -206,14 +246,22 @@ def _step(state: State, batch: Batch, config: Classifier, criterion: Loss) -> fl
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.amp):
         logits, _ = state.parallel(pixels, resize=config.first_size is None)
     losses = criterion(logits, targets)
-    loss = workers.share(losses, size)
+    loss = process_group.share(losses, size)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = clip_gradient(state.model.parameters(), config.clip)
-    value = workers.mean(loss)
-    if not (math.isfinite(value) and math.isfinite(norm)):  # the same on every worker, so all of them end here
-        guilty = [i for i, finite in zip(batch["id"], torch.isfinite(losses).tolist(), strict=True) if not finite]
-        raise _diverged(f"loss {value:g}, gradient norm {norm:g}", step, guilty or batch["id"], config)
+    value = process_group.mean(loss)
+    if not (
+        math.isfinite(value) and math.isfinite(norm)
+    ):  # the same on every worker, so all of them end here
+        guilty = [
+            i
+            for i, finite in zip(batch["id"], torch.isfinite(losses).tolist(), strict=True)
+            if not finite
+        ]
+        raise _diverged(
+            f"loss {value:g}, gradient norm {norm:g}", step, guilty or batch["id"], config
+        )
     set_rates(state.optimizer, step, config)
     state.optimizer.step()
     update_average(state.average, state.model, config.ema, step)
@@ -232,9 +280,14 @@ def _seed(seed: int, device: torch.device) -> None:
 
 def _check_weights(state: State, batch: Batch, config: Classifier) -> None:
     """Before weights are scored or kept: nothing in them that is not finite, BatchNorm's statistics included."""
-    kept = [v for m in (state.model, state.average) for v in m.state_dict().values() if v.is_floating_point() and v.numel()]
+    kept = [
+        v
+        for m in (state.model, state.average)
+        for v in m.state_dict().values()
+        if v.is_floating_point() and v.numel()
+    ]
     largest = torch.stack(torch._foreach_norm(kept, math.inf)).sum()
-    if not math.isfinite(workers.mean(largest)):
+    if not math.isfinite(process_group.mean(largest)):
         raise _diverged("a weight that is not finite", state.step, batch["id"], config)
 
 
@@ -245,7 +298,9 @@ def _diverged(what: str, step: int, ids: list[str], config: Classifier) -> UserE
     )
 
 
-def _evaluate(state: State, batches: Iterable[Batch], config: Classifier, out: Path) -> dict[str, float]:
+def _evaluate(
+    state: State, batches: Iterable[Batch], config: Classifier, out: Path
+) -> dict[str, float]:
     """Score `select` with the averaged weights, keep them when they are the best so far; the line added to metrics.jsonl."""
     logits, labels = score_batches(state.average, batches, config.amp, config.views)
     assert len(labels), "the select role is empty"
@@ -261,7 +316,7 @@ def _evaluate(state: State, batches: Iterable[Batch], config: Classifier, out: P
         "select_balanced_accuracy": score,
     }
     state.losses = []
-    if workers.lead():
+    if process_group.lead():
         _append_metrics(out, line)
     return line
 
@@ -289,11 +344,17 @@ def _unpack(state: State, packed: dict[str, Any] | None, recipe: str, out: Path)
     if packed is None:
         return
     if packed["recipe"] != recipe:
-        raise UserError(f"{out} holds an unfinished training with other settings; delete that folder to start it anew")
+        raise UserError(
+            f"{out} holds an unfinished training with other settings; delete that folder to start it anew"
+        )
     state.model.load_state_dict(packed["model"])
     state.average.load_state_dict(packed["average"])
     state.optimizer.load_state_dict(packed["optimizer"])
-    state.step, state.best_step, state.best_score = packed["step"], packed["best_step"], packed["best_score"]
+    state.step, state.best_step, state.best_score = (
+        packed["step"],
+        packed["best_step"],
+        packed["best_score"],
+    )
     state.best, state.stale, state.losses = packed["best"], packed["stale"], packed["losses"]
 
 
@@ -312,7 +373,7 @@ def _truncate_metrics(out: Path, step: int) -> None:
 
 def _append_metrics(out: Path, line: dict[str, float]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    places.append(out / METRICS, json.dumps(line) + "\n")
+    append(out / METRICS, json.dumps(line) + "\n")
 
 
 @contextlib.contextmanager

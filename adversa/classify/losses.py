@@ -17,7 +17,10 @@ LEAST_PRIOR = 1e-6  # of a class that is never drawn: its logit stays finite, an
 
 
 def make_loss(
-    config: Classifier, counts: Sequence[float] | None, priors: Sequence[float] | None, device: torch.device | str = "cpu"
+    config: Classifier,
+    counts: Sequence[float] | None,
+    priors: Sequence[float] | None,
+    device: torch.device | str = "cpu",
 ) -> Loss:
     """The loss of a training. counts [K]: each class's weight in the training set; priors [K]: its share of the draws.
 
@@ -32,12 +35,20 @@ def make_loss(
         shares = np.maximum(np.asarray(priors, np.float64) / np.sum(priors), LEAST_PRIOR)
         offset = torch.tensor(config.adjust * np.log(shares), dtype=torch.float32, device=device)
     elif config.loss == "effective_number":
-        assert counts is not None and priors is not None, "effective numbers need the counts and the priors"
-        weight = torch.tensor(effective_weights(counts, priors, config.effective_beta), dtype=torch.float32, device=device)
+        assert counts is not None and priors is not None, (
+            "effective numbers need the counts and the priors"
+        )
+        weight = torch.tensor(
+            effective_weights(counts, priors, config.effective_beta),
+            dtype=torch.float32,
+            device=device,
+        )
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         logits = logits.float() if offset is None else logits.float() + offset
-        smoothed = torch.lerp(targets, torch.full_like(targets, 1 / targets.shape[1]), config.label_smoothing)
+        smoothed = torch.lerp(
+            targets, torch.full_like(targets, 1 / targets.shape[1]), config.label_smoothing
+        )
         losses = F.cross_entropy(logits, smoothed, reduction="none")
         return losses if weight is None else losses * (targets @ weight)
 

@@ -10,7 +10,13 @@ from adversa.classify.augment import ALL, rectangles
 
 
 def mix(
-    pixels: Tensor, targets: Tensor, mixup: float, cutmix: float, generator: Generator, size: int | None = None, rows: slice = ALL
+    pixels: Tensor,
+    targets: Tensor,
+    mixup: float,
+    cutmix: float,
+    generator: Generator,
+    size: int | None = None,
+    rows: slice = ALL,
 ) -> tuple[Tensor, Tensor]:
     """pixels [B, 3, S, S], targets [B, K] -> both mixed; alpha 0 turns a kind off, and of two kinds each batch gets one.
 
@@ -29,7 +35,10 @@ def mix(
     first, last, _ = rows.indices(size)
     partner = (np.arange(first, last) ^ 1) - first
     alone = (partner < 0) | (partner >= last - first)
-    partner, keep = torch.from_numpy(np.where(alone, np.arange(last - first), partner)), np.where(alone, 1.0, keep)
+    partner, keep = (
+        torch.from_numpy(np.where(alone, np.arange(last - first), partner)),
+        np.where(alone, 1.0, keep),
+    )
     if cut:
         inside, keep = _boxes(keep, centre, pixels.shape[-1])
         pixels = torch.where(inside.to(pixels.device), pixels[partner.to(pixels.device)], pixels)
@@ -49,4 +58,6 @@ def _boxes(keep: np.ndarray, centre: np.ndarray, side: int) -> tuple[Tensor, np.
     top, left = np.rint(np.clip(centre - half, 0, 1) * side).astype(np.int64)
     bottom, right = np.rint(np.clip(centre + half, 0, 1) * side).astype(np.int64)
     area = (bottom - top) * (right - left)
-    return rectangles(*(torch.from_numpy(v) for v in (top, bottom, left, right)), side), 1 - area / side**2
+    return rectangles(
+        *(torch.from_numpy(v) for v in (top, bottom, left, right)), side
+    ), 1 - area / side**2

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adversa import hub
 from adversa.classify.depthwise import fast_depthwise
 from adversa.config import Classifier
+from adversa.storage import hub
+from adversa.storage.weights import read_model
 from adversa.types import UserError
-from adversa.weights import read_model
 
 
 class Network(nn.Module):
@@ -29,7 +29,9 @@ class Network(nn.Module):
     wrong. The trunk is built with num_classes=0: every timm model then returns its embedding.
     """
 
-    def __init__(self, trunk: nn.Module, width: int, num_classes: int, input_size: int | None) -> None:
+    def __init__(
+        self, trunk: nn.Module, width: int, num_classes: int, input_size: int | None
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = nn.Linear(width, num_classes)
@@ -39,11 +41,19 @@ class Network(nn.Module):
         statistics = timm.data.resolve_model_data_config(trunk)
         self.interpolation = "bilinear" if statistics["interpolation"] == "bilinear" else "bicubic"
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(statistics[name]).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(
+                name, torch.tensor(statistics[name]).view(1, 3, 1, 1), persistent=False
+            )
 
     def forward(self, pixels: Tensor, resize: bool = True) -> tuple[Tensor, Tensor]:
-        if resize and self.input_size is not None and pixels.shape[-2:] != (self.input_size, self.input_size):
-            pixels = F.interpolate(pixels, (self.input_size, self.input_size), mode=self.interpolation, antialias=True)
+        if (
+            resize
+            and self.input_size is not None
+            and pixels.shape[-2:] != (self.input_size, self.input_size)
+        ):
+            pixels = F.interpolate(
+                pixels, (self.input_size, self.input_size), mode=self.interpolation, antialias=True
+            )
             pixels = pixels.clamp(0, 1).contiguous(memory_format=torch.channels_last)
         embedding = self.trunk((pixels - self.mean) / self.std)
         return self.head(embedding), embedding
@@ -51,8 +61,15 @@ class Network(nn.Module):
 
 def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1], channels last in memory (which is how it lay already)."""
-    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3, (images.dtype, images.shape)
-    images = images if images.flags.writeable and images.flags.c_contiguous else np.array(images, order="C")
+    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3, (
+        images.dtype,
+        images.shape,
+    )
+    images = (
+        images
+        if images.flags.writeable and images.flags.c_contiguous
+        else np.array(images, order="C")
+    )
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div_(255)
 
 
@@ -67,7 +84,9 @@ def build(config: Classifier, num_classes: int, resolution: int) -> Network:
         _load_trunk(trunk, config)
     width = _width(trunk, config, config.input_size or resolution)
     if config.first_size is not None:
-        _width(trunk, config, config.first_size)  # the smallest images of the training must fit as well
+        _width(
+            trunk, config, config.first_size
+        )  # the smallest images of the training must fit as well
     if config.amp:
         fast_depthwise(trunk)
     network = Network(trunk, width, num_classes, config.input_size)
@@ -82,8 +101,12 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Network, dic
         num_classes, resolution = int(meta["num_classes"]), int(meta["resolution"])
     except (KeyError, TypeError, ValueError, ValidationError) as e:
         what = " ".join(str(e).split())
-        raise UserError(f"{folder} holds no classifier this version can read ({what}); train it anew") from None
-    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the caller's generator alone
+        raise UserError(
+            f"{folder} holds no classifier this version can read ({what}); train it anew"
+        ) from None
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the initial weights are thrown away: leave the caller's generator alone
         network = build(config, num_classes, resolution)
     _check(state, network.state_dict(), f"{folder}", config.model)
     network.load_state_dict(state)
@@ -94,15 +117,33 @@ def _trunk(config: Classifier) -> nn.Module:
     name = config.model
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() has the names"
+        hint = (
+            f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() has the names"
+        )
         raise UserError(f"classifier.model {name!r} is no timm model{hint}")
     if asked := [k for k in config.model_args if k.startswith(("pretrained", "checkpoint"))]:
-        raise UserError(f"classifier.model_args {asked[0]}: weights are given as classifier.weights, which checks that they fit")
+        raise UserError(
+            f"classifier.model_args {asked[0]}: weights are given as classifier.weights, which checks that they fit"
+        )
     try:
         return timm.create_model(name, **{**config.model_args, "num_classes": 0})
-    except (OSError, TypeError, ValueError, AssertionError, KeyError, IndexError, RuntimeError) as e:
-        what = f"classifier.model_args {config.model_args}" if config.model_args else f"classifier.model {name!r}"
-        raise UserError(f"{what}: timm cannot build {name}: {_line(e)}; arguments are a model's own") from None
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+    ) as e:
+        what = (
+            f"classifier.model_args {config.model_args}"
+            if config.model_args
+            else f"classifier.model {name!r}"
+        )
+        raise UserError(
+            f"{what}: timm cannot build {name}: {_line(e)}; arguments are a model's own"
+        ) from None
 
 
 def _width(trunk: nn.Module, config: Classifier, size: int) -> int:
@@ -113,7 +154,9 @@ def _width(trunk: nn.Module, config: Classifier, size: int) -> int:
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, x: starved.append(name) if x[0].shape[-2:] == (1, 1) else None
 
-    strided = [(k, m) for k, m in trunk.named_modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)]
+    strided = [
+        (k, m) for k, m in trunk.named_modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)
+    ]
     hooks = [m.register_forward_pre_hook(watch(k)) for k, m in strided]
     try:
         with torch.inference_mode():
@@ -135,8 +178,12 @@ def _width(trunk: nn.Module, config: Classifier, size: int) -> int:
             f"set classifier.input_size to {2 * size} or more, or choose a model with fewer strides"
         )
     if not isinstance(embedding, Tensor) or embedding.ndim != 2:
-        shape = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
-        raise UserError(f"classifier.model {config.model!r} gives no embedding but {shape}; choose an image classifier")
+        shape = (
+            tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
+        )
+        raise UserError(
+            f"classifier.model {config.model!r} gives no embedding but {shape}; choose an image classifier"
+        )
     return embedding.shape[1]
 
 
@@ -159,7 +206,9 @@ def _imagenet(config: Classifier) -> dict[str, Tensor]:
     try:
         with hub.quiet():
             return timm.create_model(config.model, pretrained=True, num_classes=0).state_dict()
-    except Exception as e:  # whatever the hub's client raises: no network, no such weights, no space left
+    except (
+        Exception
+    ) as e:  # whatever the hub's client raises: no network, no such weights, no space left
         why = "it cannot be reached from here" if hub.unreachable(e) else _line(e)
         raise UserError(
             f"classifier.weights imagenet: cannot get {config.model} from the hub ({why}); "
@@ -175,12 +224,16 @@ def _local(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         state = read_model(path)[0]
         if not any(k.startswith("trunk.") for k in state):
-            raise UserError(f"classifier.weights {path}: the folder holds no classifier; give one, or a safetensors file")
+            raise UserError(
+                f"classifier.weights {path}: the folder holds no classifier; give one, or a safetensors file"
+            )
         return {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"classifier.weights {path}: no readable safetensors file ({_line(e)})") from None
+        raise UserError(
+            f"classifier.weights {path}: no readable safetensors file ({_line(e)})"
+        ) from None
 
 
 def _check(state: dict[str, Tensor], expected: dict[str, Tensor], where: str, model: str) -> None:

@@ -56,12 +56,22 @@ def parameter_groups(network: Network, config: Classifier) -> list[dict[str, Any
     """
     exempt = network.trunk.no_weight_decay() if hasattr(network.trunk, "no_weight_decay") else ()
     layers = param_groups_layer_decay(
-        network.trunk, config.weight_decay, no_weight_decay_list=exempt, layer_decay=config.layer_decay
+        network.trunk,
+        config.weight_decay,
+        no_weight_decay_list=exempt,
+        layer_decay=config.layer_decay,
     )
-    merged: dict[tuple[float, float], list[torch.nn.Parameter]] = {}  # without layer decay: two groups, not two a layer
+    merged: dict[
+        tuple[float, float], list[torch.nn.Parameter]
+    ] = {}  # without layer decay: two groups, not two a layer
     for group in layers:
-        merged.setdefault((group["lr_scale"] * config.layer_decay, group["weight_decay"]), []).extend(group["params"])
-    groups = [{"params": p, "lr_scale": s, "weight_decay": d, "trunk": True} for (s, d), p in merged.items()]
+        merged.setdefault(
+            (group["lr_scale"] * config.layer_decay, group["weight_decay"]), []
+        ).extend(group["params"])
+    groups = [
+        {"params": p, "lr_scale": s, "weight_decay": d, "trunk": True}
+        for (s, d), p in merged.items()
+    ]
     head = {"lr_scale": 1.0, "trunk": False}
     return [
         *groups,

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adversa import workers
 from adversa.classify.augment import symmetry
 from adversa.classify.model import Network, load, to_pixels
+from adversa.training import process_group
 
 # Images scored together. Always this many (the last ones are padded): the kernels, and so the last bit, depend on the
 # shape of the batch, and an image's logits must not depend on how many neighbours it came with.
@@ -28,7 +28,11 @@ def make_scorer(folder: Path, embed: bool = False) -> Scorer:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, meta, _ = load(folder, device)
-    amp, views, num_classes = bool(meta["config"]["amp"]), int(meta["config"].get("views", 1)), int(meta["num_classes"])
+    amp, views, num_classes = (
+        bool(meta["config"]["amp"]),
+        int(meta["config"].get("views", 1)),
+        int(meta["num_classes"]),
+    )
 
     def score(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not len(images):
@@ -41,7 +45,9 @@ def make_scorer(folder: Path, embed: bool = False) -> Scorer:
 
 
 @torch.inference_mode()
-def forward(network: nn.Module, images: np.ndarray, amp: bool, views: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def forward(
+    network: nn.Module, images: np.ndarray, amp: bool, views: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [N, H, W, 3], N > 0 -> (logits [N, K], embedding [N, D]) float32, by a network in eval mode.
 
     Both are means over the first `views` of the square's eight symmetries (augment.symmetry): the image itself, mirrored left
@@ -62,7 +68,9 @@ def forward(network: nn.Module, images: np.ndarray, amp: bool, views: int = 1) -
     return np.concatenate(logits), np.concatenate(embeddings)
 
 
-def score_batches(network: Network, batches: Iterable[dict[str, Any]], amp: bool, views: int) -> tuple[np.ndarray, np.ndarray]:
+def score_batches(
+    network: Network, batches: Iterable[dict[str, Any]], amp: bool, views: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(logits [N, K], labels [N]) of batches ("image", "label"), every worker's rows joined.
 
     CHUNK rows at a time, whatever the size of a batch, for `forward` pads what is shorter.
@@ -79,7 +87,9 @@ def score_batches(network: Network, batches: Iterable[dict[str, Any]], amp: bool
             waiting = [images[whole:]]
     if sum(map(len, waiting)):
         logits.append(forward(network, np.concatenate(waiting), amp, views)[0])
-    return workers.gather(np.concatenate(logits)), workers.gather(np.concatenate(labels))
+    return process_group.gather(np.concatenate(logits)), process_group.gather(
+        np.concatenate(labels)
+    )
 
 
 def _mean(network: nn.Module, pixels: Tensor, views: int) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,42 @@ import numpy as np
 
 from adversa.types import Verdict
 
-KEPT, NOT_PAINTED, NOT_FINITE, DISAGREES, NEAR_COPY = "kept", "not painted", "not finite", "judge disagrees", "near copy"
-FLAT, CLIPPED, TRIVIAL, UNREAL, UNREAL_2 = "flat", "out of range", "trivial", "unlike real images", "unlike real images (second)"
-NEAR_COPY_2, PENDING, TWIN, QUOTA = "near copy in features", "not settled", "near twin", "over quota"
+KEPT, NOT_PAINTED, NOT_FINITE, DISAGREES, NEAR_COPY = (
+    "kept",
+    "not painted",
+    "not finite",
+    "judge disagrees",
+    "near copy",
+)
+FLAT, CLIPPED, TRIVIAL, UNREAL, UNREAL_2 = (
+    "flat",
+    "out of range",
+    "trivial",
+    "unlike real images",
+    "unlike real images (second)",
+)
+NEAR_COPY_2, PENDING, TWIN, QUOTA = (
+    "near copy in features",
+    "not settled",
+    "near twin",
+    "over quota",
+)
 EVERY_REASON = (
-    KEPT, NOT_PAINTED, NOT_FINITE, FLAT, CLIPPED, DISAGREES, TRIVIAL, UNREAL, UNREAL_2, NEAR_COPY, NEAR_COPY_2,
-    PENDING, TWIN, QUOTA,
-)  # fmt: skip
+    KEPT,
+    NOT_PAINTED,
+    NOT_FINITE,
+    FLAT,
+    CLIPPED,
+    DISAGREES,
+    TRIVIAL,
+    UNREAL,
+    UNREAL_2,
+    NEAR_COPY,
+    NEAR_COPY_2,
+    PENDING,
+    TWIN,
+    QUOTA,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +79,14 @@ class Limits:
     quota: int | None = None
 
     def __post_init__(self) -> None:
-        numbers = [self.least_agreement, self.most_agreement, self.contrast, self.clipped, self.near_copy, self.near_copy_features]
+        numbers = [
+            self.least_agreement,
+            self.most_agreement,
+            self.contrast,
+            self.clipped,
+            self.near_copy,
+            self.near_copy_features,
+        ]
         numbers += [self.twin, self.quota, *(self.realism or ()), *(self.realism_2 or ())]
         assert all(np.isfinite(x) for x in numbers if x is not None), self
 
@@ -145,7 +181,10 @@ def inspect(painted: Painted, limits: Limits) -> list[Verdict]:
 
 
 def settle(
-    found: Sequence[Verdict], searched: Iterable[str], twins: Iterable[tuple[str, str, float]], limits: Limits
+    found: Sequence[Verdict],
+    searched: Iterable[str],
+    twins: Iterable[tuple[str, str, float]],
+    limits: Limits,
 ) -> list[Verdict]:
     """The second pass, over all verdicts of a round, in their order; those that `inspect` rejected stay as they are.
 
@@ -164,7 +203,12 @@ def settle(
         return i
 
     for a, b, similarity in twins if limits.twin is not None else ():
-        if a in waiting and b in waiting and waiting[a].arm == waiting[b].arm and not similarity < limits.twin:
+        if (
+            a in waiting
+            and b in waiting
+            and waiting[a].arm == waiting[b].arm
+            and not similarity < limits.twin
+        ):
             low, high = sorted((first(a), first(b)))
             parent[high] = low
             for i in (a, b):
@@ -182,13 +226,21 @@ def settle(
         similarity = closest[i] if i in seen else np.nan
         place = taken[f.arm, f.source] if f.source is not None and reason != TWIN else 0
         settled[i] = replace(
-            f, keep=reason == KEPT, reason=reason, twin="" if twin == i else twin, twin_similarity=similarity, place=place,
-            twin_limit=limits.twin, quota=limits.quota,
-        )  # fmt: skip
+            f,
+            keep=reason == KEPT,
+            reason=reason,
+            twin="" if twin == i else twin,
+            twin_similarity=similarity,
+            place=place,
+            twin_limit=limits.twin,
+            quota=limits.quota,
+        )
     return [settled.get(f.request_id, f) for f in found]
 
 
-def acceptance(found: Iterable[Verdict], classes: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+def acceptance(
+    found: Iterable[Verdict], classes: Sequence[str]
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Counts {arm: {class name: {"generated": n, "accepted": n, "rejected": {reason: n}}}}.
 
     Arms are sorted, classes in the order of `classes` (indexed by a verdict's label). Every class appears under every
@@ -202,17 +254,24 @@ def acceptance(found: Iterable[Verdict], classes: Sequence[str]) -> dict[str, di
     return counts
 
 
-def acceptance_by_strategy(found: Iterable[Verdict], classes: Sequence[str]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+def acceptance_by_strategy(
+    found: Iterable[Verdict], classes: Sequence[str]
+) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """Counts {arm: {class name: {strategy: {"generated", "accepted", "rejected": {reason: n}}}}}, of what was painted."""
     found = sorted(found, key=lambda v: (v.arm, v.label, v.strategy))
     counts: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(_nothing)))
     _count(found, lambda v: counts[v.arm][classes[v.label]][v.strategy])
-    return {arm: {name: dict(rows) for name, rows in of_class.items()} for arm, of_class in counts.items()}
+    return {
+        arm: {name: dict(rows) for name, rows in of_class.items()}
+        for arm, of_class in counts.items()
+    }
 
 
 def _count(found: Iterable[Any], cell: Callable[[Any], dict[str, Any]]) -> None:
     for v in found:
-        cell(v)  # cells appear in the order of arms, classes and strategies; reasons in that of checks
+        cell(
+            v
+        )  # cells appear in the order of arms, classes and strategies; reasons in that of checks
     for v in sorted(found, key=lambda v: EVERY_REASON.index(v.reason)):
         row = cell(v)
         row["generated"] += 1

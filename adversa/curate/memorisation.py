@@ -46,7 +46,14 @@ def memorisation(synthetic: np.ndarray, held_out: np.ndarray) -> Memorisation | 
     return Memorisation(
         synthetic=len(s),
         held_out=len(h),
-        curve=tuple(zip(shares.tolist(), np.quantile(s, shares).tolist(), np.quantile(h, shares).tolist(), strict=True)),
+        curve=tuple(
+            zip(
+                shares.tolist(),
+                np.quantile(s, shares).tolist(),
+                np.quantile(h, shares).tolist(),
+                strict=True,
+            )
+        ),
         quantiles={q: (float(np.quantile(s, q)), float(np.quantile(h, q))) for q in QUANTILES},
         nearer=float(below.mean() / (2 * len(h))),
         beyond=float(np.mean(s > np.quantile(h, 0.99))),

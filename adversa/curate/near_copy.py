@@ -25,13 +25,24 @@ from adversa.types import digest, seed_of
 LARGEST_THRESHOLD, EXACT = 0.999, 0.5
 NOTHING = -1.0  # the similarity of a flat picture, or where there is no other
 # (zoom, rows, columns) of the windows that each real picture is found by: within a pixel of shifts up to 3 and crops of 90%.
-VIEWS = [(1.0, float(y), float(x)) for moves in ((-2, 0, 2), (-3, -1, 1, 3)) for y in moves for x in moves]
+VIEWS = [
+    (1.0, float(y), float(x))
+    for moves in ((-2, 0, 2), (-3, -1, 1, 3))
+    for y in moves
+    for x in moves
+]
 VIEWS += [(0.9, y, x) for y, x in ((-1.2, -1.2), (-1.2, 1.2), (1.2, -1.2), (1.2, 1.2), (0.0, 0.0))]
-ENTRIES, CANDIDATES, ALIGNED = 40, 10, 3  # taken a turn; different real pictures aligned to a pixel; of these finely
+ENTRIES, CANDIDATES, ALIGNED = (
+    40,
+    10,
+    3,
+)  # taken a turn; different real pictures aligned to a pixel; of these finely
 QUERIES, PAIRS = 256, 1024  # at once
 SAMPLE, SPECIMENS = 4000, 256  # pictures that set the threshold; that show what copying adds
 ZOOMS, MOVES = np.linspace(0.85, 1, 13), np.linspace(-4, 4, 65)
-_STEPS = np.array([(0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0.05, 0, 0), (-0.05, 0, 0)], np.float32)
+_STEPS = np.array(
+    [(0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0.05, 0, 0), (-0.05, 0, 0)], np.float32
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,12 @@ class NearCopy:
     None: measured here.
     """
 
-    def __init__(self, ids: Sequence[str], images: np.ndarray | Iterable[np.ndarray], like: Scale | None = None) -> None:
+    def __init__(
+        self,
+        ids: Sequence[str],
+        images: np.ndarray | Iterable[np.ndarray],
+        like: Scale | None = None,
+    ) -> None:
         wanted = {ids[i] for i in drawn(ids, SPECIMENS)} if like is None else set()
         small, added, at = [], np.zeros((2, win.COUNT)), 0
         for block in [images] if isinstance(images, np.ndarray) else images:
@@ -90,7 +106,9 @@ class NearCopy:
         for zoom, y, x in VIEWS:  # entry = view * N + row
             for start in range(0, len(self.ids), PAIRS):
                 seen = win.planes(self.small[start : start + PAIRS])
-                self._index.add(self._prints(win.coefficients(seen, self._table(zoom, y), self._table(zoom, x))))
+                self._index.add(
+                    self._prints(win.coefficients(seen, self._table(zoom, y), self._table(zoom, x)))
+                )
 
     def nearest(self, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """(similarity float64 [M] in [-1, 1], id of the most similar real image [M]) of uint8 images [M, H, W, 3].
@@ -102,7 +120,11 @@ class NearCopy:
         return similarity, [self.ids[i] for i in row]
 
     def strangers(
-        self, ids: Sequence[str], groups: Sequence[str], among: Sequence[str] | None = None, most: int = SAMPLE
+        self,
+        ids: Sequence[str],
+        groups: Sequence[str],
+        among: Sequence[str] | None = None,
+        most: int = SAMPLE,
     ) -> tuple[list[str], np.ndarray]:
         """(ids, similarity of each to its most similar real image of another group), of up to `most` indexed images.
 
@@ -114,7 +136,9 @@ class NearCopy:
             return [], np.zeros(0)
         may = set(self.ids if among is None else among)
         sample = [i for i in drawn(self.ids, len(self.ids)) if self.ids[i] in may][:most]
-        return [self.ids[i] for i in sample], self._search(self.small[sample], codes[sample], codes)[0]
+        return [self.ids[i] for i in sample], self._search(
+            self.small[sample], codes[sample], codes
+        )[0]
 
     def threshold(self, ids: Sequence[str], groups: Sequence[str], quantile: float) -> float:
         """The similarity from which on a picture is a near copy: `quantile` of what `strangers` gives."""
@@ -145,13 +169,19 @@ class NearCopy:
                     found[key] = max(float(s), found.get(key, NOTHING))
         return [(a, b, s) for (a, b), s in sorted(found.items())]
 
-    def _search(self, small: np.ndarray, query_group: np.ndarray | None, group: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _search(
+        self, small: np.ndarray, query_group: np.ndarray | None, group: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Similarity to the most similar real image (of another group, where groups are given), and its row."""
         best, row = np.full(len(small), NOTHING), np.zeros(len(small), np.int64)
         for start in range(0, len(small), QUERIES):
             here = slice(start, start + QUERIES)
-            query, real, similarity = self._compared(small[here], None if query_group is None else query_group[here], group)
-            order = np.lexsort((-real, similarity))  # of equals the smallest id comes last and stays
+            query, real, similarity = self._compared(
+                small[here], None if query_group is None else query_group[here], group
+            )
+            order = np.lexsort(
+                (-real, similarity)
+            )  # of equals the smallest id comes last and stays
             best[start + query[order]], row[start + query[order]] = similarity[order], real[order]
         return best, row
 
@@ -185,14 +215,18 @@ class NearCopy:
             wanted += min(3, int(np.bincount(group).max())) * len(VIEWS)
         wanted = min(wanted, self._index.ntotal)
         score, entry = self._index.search(self._prints(seen), wanted)
-        score, entry = (a.reshape(8, n, wanted).transpose(1, 0, 2).reshape(n, -1) for a in (score, entry))
+        score, entry = (
+            a.reshape(8, n, wanted).transpose(1, 0, 2).reshape(n, -1) for a in (score, entry)
+        )
         order = np.argsort(-score, axis=1, kind="stable")
         pairs: list[tuple[int, int, int, int]] = []
         for q in range(n):
             known: set[int] = set()
             for j in order[q]:
                 view, real = divmod(int(entry[q, j]), count)
-                if real in known or (query_group is not None and group is not None and group[real] == query_group[q]):
+                if real in known or (
+                    query_group is not None and group is not None and group[real] == query_group[q]
+                ):
                     continue
                 known.add(real)
                 pairs.append((q, real, int(j) // wanted, view))
@@ -201,14 +235,18 @@ class NearCopy:
         found = np.array(pairs, np.int64).reshape(-1, 4)
         return found[:, 0], found[:, 1], found[:, 2], np.array(VIEWS, np.float32)[found[:, 3]]
 
-    def _compare(self, pictures: np.ndarray, real: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _compare(
+        self, pictures: np.ndarray, real: np.ndarray, place: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Evidence and residue of pairs: pictures' coefficients [P, COUNT] against real images seen from places [P, 3]."""
         value, residue = np.empty(len(real)), np.empty(len(real))
         for start in range(0, len(real), PAIRS):
             part = slice(start, start + PAIRS)
             rows, columns = (self._tables[_slot(place[part, 0], place[part, k])] for k in (1, 2))
             other = win.coefficients(win.planes(self.small[real[part]]), rows, columns)
-            value[part], residue[part] = win.evidence(pictures[part], other, self.signal, self.noise)
+            value[part], residue[part] = win.evidence(
+                pictures[part], other, self.signal, self.noise
+            )
         return value, residue
 
     def _align(
@@ -234,7 +272,9 @@ class NearFeatures:
     """The same question in features: cosine similarity, float [N, D], by FAISS. Rows may come in any order."""
 
     def __init__(self, ids: Sequence[str], features: np.ndarray) -> None:
-        assert features.ndim == 2 and len(features) == len(ids) == len(set(ids)) > 0, "one row for each id, each id once"
+        assert features.ndim == 2 and len(features) == len(ids) == len(set(ids)) > 0, (
+            "one row for each id, each id once"
+        )
         order = sorted(range(len(ids)), key=ids.__getitem__)
         self.ids, self.features = [ids[i] for i in order], _rows(features)[order]
         assert np.isfinite(self.features).all(), "features of real images must be finite"
@@ -264,7 +304,11 @@ class NearFeatures:
 def threshold(strangers: np.ndarray, quantile: float) -> float:
     """Of similarities of real pictures to their most similar one of another lesion [N]: so a picture of one more, different
     lesion is flagged at about the rate 1 - quantile. At most 0.999: an exact copy is always flagged."""
-    return float(min(np.quantile(strangers, quantile), LARGEST_THRESHOLD)) if len(strangers) else LARGEST_THRESHOLD
+    return (
+        float(min(np.quantile(strangers, quantile), LARGEST_THRESHOLD))
+        if len(strangers)
+        else LARGEST_THRESHOLD
+    )
 
 
 def drawn(ids: Sequence[str], count: int) -> list[int]:
@@ -278,7 +322,12 @@ def _added(images: np.ndarray, small: np.ndarray, ids: Sequence[str]) -> np.ndar
     before = win.coefficients(win.planes(small), middle, middle)
     total = []
     for kind in (planted.jpeg, planted.noisy):
-        copies = np.stack([kind(x, np.random.default_rng(seed_of("planted", i))) for x, i in zip(images, ids, strict=True)])
+        copies = np.stack(
+            [
+                kind(x, np.random.default_rng(seed_of("planted", i)))
+                for x, i in zip(images, ids, strict=True)
+            ]
+        )
         after = win.coefficients(win.planes(win.miniatures(copies)), middle, middle)
         total.append(((after - before) ** 2).sum(axis=0))
     return np.stack(total).astype(np.float64)

@@ -26,7 +26,13 @@ def cropped(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """90% of each side, from a corner or the centre, resized back to the whole."""
     h, w = image.shape[:2]
     ch, cw = round(CROP * h), round(CROP * w)
-    top, left = ((0, 0), (0, w - cw), (h - ch, 0), (h - ch, w - cw), ((h - ch) // 2, (w - cw) // 2))[int(rng.integers(5))]
+    top, left = (
+        (0, 0),
+        (0, w - cw),
+        (h - ch, 0),
+        (h - ch, w - cw),
+        ((h - ch) // 2, (w - cw) // 2),
+    )[int(rng.integers(5))]
     cut = Image.fromarray(np.ascontiguousarray(image[top : top + ch, left : left + cw]))
     return np.asarray(cut.resize((w, h), Image.Resampling.BICUBIC))
 
@@ -34,7 +40,9 @@ def cropped(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Compressed at a quality of 30 to 90."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="JPEG", quality=int(rng.integers(30, 91)))
+    Image.fromarray(np.ascontiguousarray(image)).save(
+        buffer, format="JPEG", quality=int(rng.integers(30, 91))
+    )
     return np.asarray(Image.open(buffer))
 
 
@@ -47,7 +55,9 @@ def brightness(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def noisy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Gaussian noise of standard deviation 4 to 8, independent in each pixel and channel."""
-    return np.clip(np.rint(image + rng.normal(0, rng.uniform(4, 8), image.shape)), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(image + rng.normal(0, rng.uniform(4, 8), image.shape)), 0, 255).astype(
+        np.uint8
+    )
 
 
 def shifted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -75,4 +85,6 @@ def plant(images: np.ndarray, kind: str, seed: int = 0) -> np.ndarray:
     """A copy of each image, uint8 [N, H, W, 3] to the same shape. Row i depends on its image, `kind`, `seed` and i alone."""
     make = KINDS[kind]
     number = list(KINDS).index(kind)
-    return np.stack([make(image, np.random.default_rng([seed, number, i])) for i, image in enumerate(images)])
+    return np.stack(
+        [make(image, np.random.default_rng([seed, number, i])) for i, image in enumerate(images)]
+    )

@@ -20,7 +20,9 @@ BLOCK, NEAR = 1024, 64
 class Manifold:
     """Of real features, float [N, D]; groups[i] is the lesion of row i: a ball reaches to other lesions only."""
 
-    def __init__(self, features: np.ndarray, groups: Sequence[str], neighbour: int = NEIGHBOUR) -> None:
+    def __init__(
+        self, features: np.ndarray, groups: Sequence[str], neighbour: int = NEIGHBOUR
+    ) -> None:
         x = np.ascontiguousarray(features, np.float32)
         assert x.ndim == 2 and len(x) == len(groups) and np.isfinite(x).all(), x.shape
         codes = np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
@@ -35,12 +37,16 @@ class Manifold:
         """float64 [M]; NaN where a row is not finite. Read off the 64 nearest balls' centres."""
         x = np.ascontiguousarray(features, np.float32)
         known = np.isfinite(x).all(axis=1)
-        square, row = self._index.search(np.where(known[:, None], x, 0), min(NEAR, self._index.ntotal))
+        square, row = self._index.search(
+            np.where(known[:, None], x, 0), min(NEAR, self._index.ntotal)
+        )
         ratio = (np.sqrt(np.maximum(square, 0)) / self._radius[row]).min(axis=1)
         return np.where(known, np.round(ratio.astype(np.float64), 5), np.nan)
 
 
-def limits(ratios: np.ndarray, labels: np.ndarray, classes: int, quantile: float = 0.98) -> np.ndarray:
+def limits(
+    ratios: np.ndarray, labels: np.ndarray, classes: int, quantile: float = 0.98
+) -> np.ndarray:
     """Largest ratio allowed in each class, float64 [classes]: the quantile of held-out real pictures' ratios [M].
 
     A class with too few held-out pictures to know its quantile (fewer than 2 / (1 - quantile)) has that of all.

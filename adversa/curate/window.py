@@ -6,10 +6,18 @@ from functools import lru_cache
 
 import numpy as np
 
-SIDE, WINDOW = 32, 26  # pixels of a miniature's side and of the window compared: it may move by 3 pixels each way
-GREY, TINT = 14, 7  # lowest frequencies a side that are read of brightness and of the two colour differences
+SIDE, WINDOW = (
+    32,
+    26,
+)  # pixels of a miniature's side and of the window compared: it may move by 3 pixels each way
+GREY, TINT = (
+    14,
+    7,
+)  # lowest frequencies a side that are read of brightness and of the two colour differences
 # Rows: brightness, red - blue, green - magenta; orthonormal, so that noise is alike in all three.
-COLOURS = (np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])).astype(np.float32)
+COLOURS = (np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])).astype(
+    np.float32
+)
 # A picture whose coefficients are smaller than this, RMS, in grey levels a pixel, is flat.
 FLAT = 0.25
 # Residues are read as noise of the measured spectrum times one of these: from a copy to the bit to a coarse alignment.
@@ -29,7 +37,10 @@ def area_average(size: int) -> np.ndarray:
 
 def miniatures(images: np.ndarray) -> np.ndarray:
     """uint8 [N, H, W, 3] of any H and W to uint8 [N, 32, 32, 3]."""
-    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3, (images.dtype, images.shape)
+    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3, (
+        images.dtype,
+        images.shape,
+    )
     if images.shape[1:3] == (SIDE, SIDE):
         return images
     rows, columns = area_average(images.shape[1]), area_average(images.shape[2])
@@ -45,7 +56,9 @@ def planes(small: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _dct() -> np.ndarray:
     k = np.arange(GREY)[:, None]
-    return np.cos(np.pi * k * (np.arange(WINDOW) + 0.5) / WINDOW) * np.sqrt(np.where(k == 0, 1, 2) / WINDOW)
+    return np.cos(np.pi * k * (np.arange(WINDOW) + 0.5) / WINDOW) * np.sqrt(
+        np.where(k == 0, 1, 2) / WINDOW
+    )
 
 
 def window(zoom: float, move: float) -> np.ndarray:
@@ -55,7 +68,9 @@ def window(zoom: float, move: float) -> np.ndarray:
     """
     at = np.clip((SIDE - 1) / 2 + move + zoom * (np.arange(WINDOW) - (WINDOW - 1) / 2), 0, SIDE - 1)
     t = np.abs(at[:, None] - np.arange(SIDE))
-    w = np.where(t < 1, 1.5 * t**3 - 2.5 * t**2 + 1, np.where(t < 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0))
+    w = np.where(
+        t < 1, 1.5 * t**3 - 2.5 * t**2 + 1, np.where(t < 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0)
+    )
     return (_dct() @ (w / w.sum(axis=1, keepdims=True))).astype(np.float32)
 
 
@@ -63,7 +78,9 @@ _F = np.arange(GREY)
 _RADIUS = np.hypot(_F[:, None], _F[None])
 USED_GREY = (_RADIUS <= GREY) & (_RADIUS > 0)
 USED_TINT = ((_RADIUS < TINT) & (_RADIUS > 0))[:TINT, :TINT]
-RADII = np.concatenate([_RADIUS[USED_GREY], *[_RADIUS[:TINT, :TINT][USED_TINT]] * 2])  # of each coefficient
+RADII = np.concatenate(
+    [_RADIUS[USED_GREY], *[_RADIUS[:TINT, :TINT][USED_TINT]] * 2]
+)  # of each coefficient
 CHANNEL = np.repeat([0, 1, 2], [USED_GREY.sum(), USED_TINT.sum(), USED_TINT.sum()])
 COUNT = len(RADII)
 # The coefficients that find candidates: those that JPEG and a pixel's misalignment leave alone.
@@ -75,7 +92,9 @@ def coefficients(x: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nda
     grey = rows @ x[:, 0] @ np.swapaxes(columns, -1, -2)
     r, c = (m[:, None] if m.ndim == 3 else m for m in (rows[..., :TINT, :], columns[..., :TINT, :]))
     tint = r @ x[:, 1:] @ np.swapaxes(c, -1, -2)
-    return np.concatenate([grey[:, USED_GREY], tint[:, 0][:, USED_TINT], tint[:, 1][:, USED_TINT]], axis=1)
+    return np.concatenate(
+        [grey[:, USED_GREY], tint[:, 0][:, USED_TINT], tint[:, 1][:, USED_TINT]], axis=1
+    )
 
 
 def turned(x: np.ndarray) -> np.ndarray:
@@ -89,7 +108,9 @@ def smooth(power: np.ndarray) -> np.ndarray:
     return (np.bincount(bins, power) / np.maximum(np.bincount(bins), 1))[bins]
 
 
-def evidence(query: np.ndarray, real: np.ndarray, signal: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def evidence(
+    query: np.ndarray, real: np.ndarray, signal: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """How much likelier each query is as a copy of its real picture than as a picture of its own, [N] in nats.
 
     query, real: coefficients [N, COUNT]; signal, noise [COUNT]: power of pictures, and of what copying adds. A copy is
@@ -98,7 +119,11 @@ def evidence(query: np.ndarray, real: np.ndarray, signal: np.ndarray, noise: np.
     """
     inverse = 1 / noise
     rr = np.einsum("nf,nf,f->n", real, real, inverse)
-    gain = np.clip(np.einsum("nf,nf,f->n", query, real, inverse) / np.maximum(rr, 1e-9), LEAST_GAIN, LARGEST_GAIN)
+    gain = np.clip(
+        np.einsum("nf,nf,f->n", query, real, inverse) / np.maximum(rr, 1e-9),
+        LEAST_GAIN,
+        LARGEST_GAIN,
+    )
     square = (query - gain[:, None] * real) ** 2
     residue = square @ inverse
     best = np.full(len(query), -np.inf)

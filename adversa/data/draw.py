@@ -31,7 +31,10 @@ def _spline(cells: int, size: int) -> Array:
     t = (np.arange(size) + 0.5) * (cells / size)
     k = np.floor(t).astype(int)
     f = t - k
-    weights = np.stack([(1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3], 1) / 6
+    weights = (
+        np.stack([(1 - f) ** 3, 3 * f**3 - 6 * f**2 + 4, -3 * f**3 + 3 * f**2 + 3 * f + 1, f**3], 1)
+        / 6
+    )
     out = np.zeros((size, cells))
     for j in range(4):
         np.add.at(out, (np.arange(size), (k + j - 1) % cells), weights[:, j])
@@ -45,7 +48,9 @@ def smooth(rng: np.random.Generator, cells: int, size: int) -> Array:
     return (field - field.mean()) / (field.std() + 1e-9)
 
 
-def fractal(rng: np.random.Generator, cells: int, octaves: int, size: int, fall: float = 0.6) -> Array:
+def fractal(
+    rng: np.random.Generator, cells: int, octaves: int, size: int, fall: float = 0.6
+) -> Array:
     """Sum of `octaves` smooth fields, each twice as fine and `fall` times as strong; unit variance. [S, S]."""
     total = sum(fall**i * smooth(rng, min(cells * 2**i, size), size) for i in range(octaves))
     return total / np.sqrt(sum(fall ** (2 * i) for i in range(octaves)))
@@ -59,10 +64,21 @@ def sample(tile: Array, u: Array, v: Array, span: float = 4.0) -> Array:
     f, g = a - i, b - j
     i, j = i % n, j % n
     i1, j1 = (i + 1) % n, (j + 1) % n
-    return (1 - g) * ((1 - f) * tile[j, i] + f * tile[j, i1]) + g * ((1 - f) * tile[j1, i] + f * tile[j1, i1])
+    return (1 - g) * ((1 - f) * tile[j, i] + f * tile[j, i1]) + g * (
+        (1 - f) * tile[j1, i] + f * tile[j1, i1]
+    )
 
 
-def arcs(x: Array, y: Array, px: float, start: Array, angle: Array, bend: Array, length: Array, width: Array) -> Array:
+def arcs(
+    x: Array,
+    y: Array,
+    px: float,
+    start: Array,
+    angle: Array,
+    bend: Array,
+    length: Array,
+    width: Array,
+) -> Array:
     """Coverage [S, S] in [0, 1] of n tapering parabolic arcs. start [n, 2].
 
     Angle, bend, length, width (half, at the root) [n].
@@ -90,7 +106,11 @@ def dots(x: Array, y: Array, centres: Array, radius: Array, soft: float) -> Arra
 def honeycomb(x: Array, y: Array, frequency: float) -> Array:
     """A net in [0, 1], 1 on its lines: three plane waves at 120 degrees; `frequency` in radians a unit."""
     h = np.sqrt(3) / 2
-    c = np.cos(frequency * x) + np.cos(frequency * (h * y - x / 2)) + np.cos(frequency * (-h * y - x / 2))
+    c = (
+        np.cos(frequency * x)
+        + np.cos(frequency * (h * y - x / 2))
+        + np.cos(frequency * (-h * y - x / 2))
+    )
     return 1 - (c + 1.5) / 4.5
 
 
@@ -110,8 +130,12 @@ def lab_to_linear(lightness: float, a: float, b: float) -> Array:
     """CIE L*a*b* (D65) to linear sRGB [3], clipped to [0.01, 1]."""
     fy = (lightness + 16) / 116
     f = np.array([fy + a / 500, fy, fy - b / 200])
-    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * np.array([0.95047, 1.0, 1.08883])
-    to_rgb = np.array([[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]])
+    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * np.array(
+        [0.95047, 1.0, 1.08883]
+    )
+    to_rgb = np.array(
+        [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]
+    )
     return np.clip(to_rgb @ xyz, 0.01, 1)
 
 

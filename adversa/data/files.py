@@ -11,12 +11,28 @@ from adversa.types import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 # Companions of pictures that no one expects to be read as one.
-OTHERS = (".txt", ".md", ".csv", ".tsv", ".json", ".yaml", ".yml", ".xml", ".html", ".pdf", ".db", ".ini", ".log")
+OTHERS = (
+    ".txt",
+    ".md",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".xml",
+    ".html",
+    ".pdf",
+    ".db",
+    ".ini",
+    ".log",
+)
 
 
 def printable(text: str, most: int = 200) -> str:
     """A name from a file or a table on one line: control characters escaped, long ones cut."""
-    clean = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+    clean = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text
+    )
     return clean if len(clean) <= most else clean[: most - 3] + "..."
 
 
@@ -63,7 +79,9 @@ class Reader:
             if key not in self._open:
                 self._open[key] = zipfile.ZipFile(path)
             info = self._open[key].getinfo(member)
-            if info.file_size > self.most_bytes:  # zipfile stops at the stated size, so the statement can be trusted
+            if (
+                info.file_size > self.most_bytes
+            ):  # zipfile stops at the stated size, so the statement can be trusted
                 raise OSError(f"{info.file_size} bytes, more than {self.most_bytes}")
             return self._open[key].read(info)
         except KeyError:
@@ -77,4 +95,6 @@ def read(uri: str) -> bytes:
     try:
         return Reader()(uri)
     except OSError as e:
-        raise UserError(f"cannot read {uri.partition(':')[2]}: {e.strerror or e}; check the file and its permissions") from None
+        raise UserError(
+            f"cannot read {uri.partition(':')[2]}: {e.strerror or e}; check the file and its permissions"
+        ) from None

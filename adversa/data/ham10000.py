@@ -16,7 +16,9 @@ HAM_PAIRS = "duplicate_lesion_pairs.csv"
 HAM_ATTRIBUTES = ("age", "sex", "localization", "dx_type")
 
 
-def list_ham10000(path: Path, problems: Problems, option: str = "data.path") -> tuple[list[Record], list[tuple[str, str, str]]]:
+def list_ham10000(
+    path: Path, problems: Problems, option: str = "data.path"
+) -> tuple[list[Record], list[tuple[str, str, str]]]:
     """(records, groups known to be one lesion). option: what the user gave the path by, for messages."""
     names, read, uri = _tree(path, option)
     images: dict[str, str] = {}  # stem -> name
@@ -30,7 +32,9 @@ def list_ham10000(path: Path, problems: Problems, option: str = "data.path") -> 
             images.setdefault(stem, name)  # some distributions hold the same folder twice
     table = next((n for n in HAM_METADATA if n in names), None)
     if table is None:
-        raise UserError(f"{option} {path} holds no HAM10000_metadata.csv; put the metadata beside the folders of images")
+        raise UserError(
+            f"{option} {path} holds no HAM10000_metadata.csv; put the metadata beside the folders of images"
+        )
     rows = read_csv(read(table), table, ("image_id", "lesion_id", "dx"), problems)
     records, listed = [], set()
     for row in rows:
@@ -46,7 +50,18 @@ def list_ham10000(path: Path, problems: Problems, option: str = "data.path") -> 
             attributes = {k: row[k] for k in HAM_ATTRIBUTES if row.get(k)}
             name = images[image]
             mask = uri(masks[image]) if image in masks else None
-            records.append(Record(image, name.rpartition("/")[2], uri(name), row["dx"], lesion, "", attributes, mask))
+            records.append(
+                Record(
+                    image,
+                    name.rpartition("/")[2],
+                    uri(name),
+                    row["dx"],
+                    lesion,
+                    "",
+                    attributes,
+                    mask,
+                )
+            )
     for stem in sorted(images.keys() - listed):
         problems.add(images[stem], f"not in {table}")
     merged = []
@@ -63,16 +78,30 @@ def _tree(path: Path, option: str) -> tuple[set[str], Callable[[str], bytes], Ca
     """
     if path.is_dir():
         names, prefix = _lone_folder(files.walk(path))
-        return names, lambda n: files.read(f"file:{path / (prefix + n)}"), lambda n: f"file:{path / (prefix + n)}"
+        return (
+            names,
+            lambda n: files.read(f"file:{path / (prefix + n)}"),
+            lambda n: f"file:{path / (prefix + n)}",
+        )
     if path.suffix.lower() != ".zip":
-        raise UserError(f"{option} {path} is neither a folder nor a .zip; give HAM10000's folder or archive")
+        raise UserError(
+            f"{option} {path} is neither a folder nor a .zip; give HAM10000's folder or archive"
+        )
     try:
         with zipfile.ZipFile(path) as z:
-            found = {i.filename for i in z.infolist() if not i.is_dir() and "__MACOSX" not in i.filename}
+            found = {
+                i.filename for i in z.infolist() if not i.is_dir() and "__MACOSX" not in i.filename
+            }
     except (zipfile.BadZipFile, OSError) as e:
-        raise UserError(f"{option} {path} cannot be read ({e}); download the archive again") from None
+        raise UserError(
+            f"{option} {path} cannot be read ({e}); download the archive again"
+        ) from None
     names, prefix = _lone_folder(found)
-    return names, lambda n: files.read(f"zip:{path}!{prefix}{n}"), lambda n: f"zip:{path}!{prefix}{n}"
+    return (
+        names,
+        lambda n: files.read(f"zip:{path}!{prefix}{n}"),
+        lambda n: f"zip:{path}!{prefix}{n}",
+    )
 
 
 def _lone_folder(names: Iterable[str]) -> tuple[set[str], str]:

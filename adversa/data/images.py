@@ -24,7 +24,14 @@ from adversa.data.near import THUMB, perceptual_hash
 from adversa.data.records import MEND, Record
 from adversa.types import UserError, digest
 
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # no format whose reader starts another program
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "GIF",
+)  # no format whose reader starts another program
 # What Pillow raises on damaged files, depending on the format and on where the damage is.
 DAMAGE = (
     OSError,
@@ -58,7 +65,9 @@ class Decoded:
     problem: str | None = None
 
 
-def make_decoder(config: Data, classes: Sequence[str]) -> Callable[[Sequence[Record]], list[Decoded]]:
+def make_decoder(
+    config: Data, classes: Sequence[str]
+) -> Callable[[Sequence[Record]], list[Decoded]]:
     """A function from records to as many `Decoded`, in order.
 
     With on_error=fail a damaged picture is a UserError instead.
@@ -86,7 +95,9 @@ def make_decoder(config: Data, classes: Sequence[str]) -> Callable[[Sequence[Rec
 def _decode(record: Record, config: Data, reader: Reader) -> Decoded:
     mask = None
     if record.uri.startswith("phantom:"):
-        size = min(512, max(64, 2 * config.resolution))  # drawn larger, then reduced like any other picture
+        size = min(
+            512, max(64, 2 * config.resolution)
+        )  # drawn larger, then reduced like any other picture
         pixels, drawn, _, _, attributes = phantom.picture(int(record.uri[8:]), config.phantom, size)
         image, mask = Image.fromarray(pixels), Image.fromarray(drawn)
         record = dataclasses.replace(record, attributes=attributes)
@@ -102,7 +113,9 @@ def _decode(record: Record, config: Data, reader: Reader) -> Decoded:
     small = None
     if mask is not None:
         mask = _fit_mask(mask, image.size)
-        small = np.where(np.asarray(square(mask, side, config.crop, Image.Resampling.BOX)) >= 128, 255, 0).astype(np.uint8)
+        small = np.where(
+            np.asarray(square(mask, side, config.crop, Image.Resampling.BOX)) >= 128, 255, 0
+        ).astype(np.uint8)
     thumb = np.asarray(image.convert("L").resize((THUMB, THUMB), Image.Resampling.BOX))
     return Decoded(
         record=record,
@@ -121,7 +134,9 @@ def _fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     """
     (w, h), (width, height) = mask.size, size
     if abs(w * height - h * width) > max(w * height, h * width) / 50:
-        raise ValueError(f"its mask has {w} x {h} pixels, the picture {width} x {height}: no size of the same picture")
+        raise ValueError(
+            f"its mask has {w} x {h} pixels, the picture {width} x {height}: no size of the same picture"
+        )
     peak = mask.getextrema()[1]
     mask = mask.point(lambda v: 255 if peak and 2 * v >= peak else 0)
     return mask if mask.size == size else mask.resize(size, Image.Resampling.NEAREST)
@@ -146,7 +161,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise ValueError("the file is empty (0 bytes)")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > max_pixels:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}")
+        raise ValueError(
+            f"{image.width} x {image.height} pixels, more than data.max_pixels {max_pixels}"
+        )
     image.load()
     return ImageOps.exif_transpose(image)
 
@@ -158,7 +175,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if not np.isfinite(values).all():
             raise ValueError("pixels that are not finite")
         top = values.max()
-        full = 65535 if image.mode != "F" and (image.mode != "I" or top > 255) else 255 if top > 1 else 1
+        full = (
+            65535
+            if image.mode != "F" and (image.mode != "I" or top > 255)
+            else 255
+            if top > 1
+            else 1
+        )
         grey = np.clip(np.rint(values * (255 / full)), 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
@@ -167,7 +190,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def square(image: Image.Image, side: int, crop: str, how: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+def square(
+    image: Image.Image, side: int, crop: str, how: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
     """`center`: the central square; `pad`: the whole picture between black bars; `squash`.
 
     The whole picture, proportions changed.

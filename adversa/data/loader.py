@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from adversa import runs, tables
+from adversa.storage import files, tables
 from adversa.types import UserError
 
 
@@ -23,7 +23,9 @@ class ImageTable:
     system's page cache holds what is hot. Ids must be unique over all folders.
     """
 
-    def __init__(self, folders: Sequence[Path], disk_bytes: int = 16 << 30, column: str = "image") -> None:
+    def __init__(
+        self, folders: Sequence[Path], disk_bytes: int = 16 << 30, column: str = "image"
+    ) -> None:
         """column: image or latent."""
         self.disk_bytes, self.column = disk_bytes, column
         self._decode = {"image": tables.decode_images, "latent": tables.decode_latents}[column]
@@ -35,15 +37,24 @@ class ImageTable:
                 self._groups.append((path, group))
                 found.append(ids)
                 counts.append(len(ids))
-        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # first row of each group, rows counted over all
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(
+            np.int64
+        )  # first row of each group, rows counted over all
         ids = np.concatenate(found)
         self._order = np.argsort(ids, kind="stable")
         self._ids = ids[self._order]
         twice = np.flatnonzero(self._ids[1:] == self._ids[:-1])
         if len(twice):
-            path, id_ = self._groups[self._group_of(self._order[twice[:1] + 1])[0]][0], self._ids[twice[0]].decode()
-            raise UserError(f"{path} holds the id {id_} a second time; delete the folder's parts and run again")
-        self._slots: OrderedDict[int, int] = OrderedDict()  # group -> its place in the file, in units of the largest group
+            path, id_ = (
+                self._groups[self._group_of(self._order[twice[:1] + 1])[0]][0],
+                self._ids[twice[0]].decode(),
+            )
+            raise UserError(
+                f"{path} holds the id {id_} a second time; delete the folder's parts and run again"
+            )
+        self._slots: OrderedDict[int, int] = (
+            OrderedDict()
+        )  # group -> its place in the file, in units of the largest group
         self._file: BinaryIO | None = None
         self._shape: tuple[int, ...] = ()
         self._dtype = np.dtype(np.uint8)
@@ -58,7 +69,9 @@ class ImageTable:
         rows = self._rows(ids)
         groups = self._group_of(rows)
         out: np.ndarray | None = None
-        for group in dict.fromkeys(groups.tolist()):  # one at a time: right even where the batch does not fit in disk_bytes
+        for group in dict.fromkeys(
+            groups.tolist()
+        ):  # one at a time: right even where the batch does not fit in disk_bytes
             uses = np.flatnonzero(groups == group)
             images = self._read(group, rows[uses] - self._starts[group])
             if out is None:
@@ -91,12 +104,14 @@ class ImageTable:
         self._slots.move_to_end(group)
         assert self._file is not None
         size, start = self._size(), self._slots[group] * self._slot_bytes()
-        data = b"".join(os.pread(self._file.fileno(), size, start + row * size) for row in rows.tolist())
+        data = b"".join(
+            os.pread(self._file.fileno(), size, start + row * size) for row in rows.tolist()
+        )
         return np.frombuffer(data, self._dtype).reshape(len(rows), *self._shape)
 
     def _keep(self, group: int, images: np.ndarray) -> None:
         folder = Path(tempfile.gettempdir())
-        with runs.writing(folder):
+        with files.writing(folder):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it lives as long as the table)
                 self._shape, self._dtype = images.shape[1:], images.dtype
@@ -125,7 +140,13 @@ def _ids(path: Path) -> Iterator[np.ndarray]:
     with tables.opened(path) as file:
         key = "id" if "id" in file.schema_arrow.names else "request_id"
         for group in range(file.num_row_groups):
-            yield np.array([i.encode() for i in file.read_row_group(group, columns=[key]).column(0).to_pylist()], dtype="S")
+            yield np.array(
+                [
+                    i.encode()
+                    for i in file.read_row_group(group, columns=[key]).column(0).to_pylist()
+                ],
+                dtype="S",
+            )
 
 
 def draw_order(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -136,7 +157,13 @@ def draw_order(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
     longer `count` only continues the sequence.
     """
     weights = np.asarray(weights, np.float64)
-    if weights.ndim != 1 or not len(weights) or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
+    if (
+        weights.ndim != 1
+        or not len(weights)
+        or not np.isfinite(weights).all()
+        or (weights < 0).any()
+        or weights.sum() <= 0
+    ):
         raise ValueError("weights must be one or more finite numbers >= 0, not all 0")
     n = len(weights)
     edges = np.cumsum(weights) / weights.sum() * n

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from scipy import ndimage
 from skimage import color, filters, measure, morphology
 
-from adversa import tables
+from adversa.storage import tables
 from adversa.types import UserError
 
 Mask = NDArray[np.bool_]
@@ -30,7 +30,9 @@ Array = NDArray[np.floating]
 
 GIVEN, FOUND, ELLIPSE = "given", "found", "ellipse"
 ELLIPSE_RADIUS = 0.7  # of the half sides: the central ellipse that overlaps HAM10000's masks best
-BLACK = 45  # no channel above it: no skin of any type photographs as dark, a dermatoscope's rim does
+BLACK = (
+    45  # no channel above it: no skin of any type photographs as dark, a dermatoscope's rim does
+)
 # Weights of L*, a*, b* in the distance from skin: lamps change lightness across a picture more than hue. Lighter than skin is
 # mostly a reflection of the lamp, so little of it counts.
 WEIGHTS, LIGHTER = np.array([0.7, 1.0, 1.2]), 0.2
@@ -62,7 +64,10 @@ def found(images: np.ndarray) -> tuple[Mask, Mask]:
 
     No mask is empty in pictures of at least 3 x 3 pixels.
     """
-    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3, (images.dtype, images.shape)
+    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3, (
+        images.dtype,
+        images.shape,
+    )
     masks, fell_back = np.zeros(images.shape[:3], bool), np.zeros(len(images), bool)
     h, w = images.shape[1:3]
     for i, image in enumerate(images):
@@ -78,22 +83,34 @@ def _reduced(image: np.ndarray) -> np.ndarray:
     scale = WORKING_SIDE / min(h, w)
     if scale >= 1:
         return image
-    return np.asarray(Image.fromarray(image).resize((round(w * scale), round(h * scale)), Image.Resampling.BOX))
+    return np.asarray(
+        Image.fromarray(image).resize((round(w * scale), round(h * scale)), Image.Resampling.BOX)
+    )
 
 
 def _enlarged(mask: Mask, h: int, w: int) -> Mask:
     if mask.shape == (h, w):
         return mask
-    return np.asarray(Image.fromarray(mask.astype(np.float32)).resize((w, h), Image.Resampling.BILINEAR)) >= 0.5
+    return (
+        np.asarray(
+            Image.fromarray(mask.astype(np.float32)).resize((w, h), Image.Resampling.BILINEAR)
+        )
+        >= 0.5
+    )
 
 
-def of_rows(masks: Sequence[bytes | None], images: np.ndarray, names: Sequence[str] | None = None) -> tuple[Mask, list[str]]:
+def of_rows(
+    masks: Sequence[bytes | None], images: np.ndarray, names: Sequence[str] | None = None
+) -> tuple[Mask, list[str]]:
     """The masks of examples: (bool [N, H, W], where each came from: GIVEN, FOUND or ELLIPSE).
 
     masks: a column of PNGs, None where there is none; images: uint8 [N, H, W, 3]; names: of the examples, for messages. UserError
     for a given mask that can't be read, is empty or has another size.
     """
-    assert len(masks) == len(images) and (names is None or len(names) == len(images)), (len(masks), len(images))
+    assert len(masks) == len(images) and (names is None or len(names) == len(images)), (
+        len(masks),
+        len(images),
+    )
     out, origin = np.zeros(images.shape[:3], bool), [GIVEN] * len(images)
     missing = [i for i, data in enumerate(masks) if data is None]
     for i, data in enumerate(masks):
@@ -111,9 +128,13 @@ def _given(data: bytes, size: tuple[int, ...], name: str) -> Mask:
     try:
         mask = tables.decode_png(data)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:
-        raise UserError(f"mask of {name}: not a PNG that can be read ({' '.join(str(e).split())}); {fix}") from None
+        raise UserError(
+            f"mask of {name}: not a PNG that can be read ({' '.join(str(e).split())}); {fix}"
+        ) from None
     if mask.shape != size:
-        raise UserError(f"mask of {name}: its shape is {list(mask.shape)}, but the picture's is {list(size)}; {fix}")
+        raise UserError(
+            f"mask of {name}: its shape is {list(mask.shape)}, but the picture's is {list(size)}; {fix}"
+        )
     mask = mask > (0 if mask.dtype == np.bool_ else 127)
     if not mask.any():
         raise UserError(f"mask of {name}: empty, no pixel of it is lesion; {fix}")
@@ -136,7 +157,9 @@ def feather(mask: Mask, width: float) -> NDArray[np.float32]:
         elif m.any():
             depth = ndimage.distance_transform_edt(m)
             pieces, count = ndimage.label(m, np.ones((3, 3)))
-            deepest = np.concatenate([[1.0], ndimage.maximum(depth, pieces, np.arange(1, count + 1))])
+            deepest = np.concatenate(
+                [[1.0], ndimage.maximum(depth, pieces, np.arange(1, count + 1))]
+            )
             weight[:] = np.minimum(depth / np.clip(min(width, np.inf), 1, deepest[pieces]), 1)
     return out
 
@@ -171,7 +194,9 @@ def _lesion(image: np.ndarray, frame: Mask) -> Mask | None:
     distance = _distance_from_skin(image, ok, field)
     if distance is None:
         return None
-    central = distance * np.clip(1 - 0.5 * np.maximum(field.r - 0.6, 0), 0, 1)  # lamps leave the corners dark
+    central = distance * np.clip(
+        1 - 0.5 * np.maximum(field.r - 0.6, 0), 0, 1
+    )  # lamps leave the corners dark
     values = central[ok]
     for _ in range(2):  # a small lesion among shadows is what stands out of what stands out
         threshold = filters.threshold_otsu(values)
@@ -198,7 +223,9 @@ def _distance_from_skin(image: np.ndarray, ok: Mask, field: _Field) -> Array | N
     Skin is the median of the border's lighter third: a lesion that crosses the border is mostly darker.
     """
     hair = morphology.disk(max(1, round(1.5 * field.unit)))
-    clean = np.stack([ndimage.grey_closing(image[..., c], footprint=hair, mode="nearest") for c in range(3)], -1)
+    clean = np.stack(
+        [ndimage.grey_closing(image[..., c], footprint=hair, mode="nearest") for c in range(3)], -1
+    )
     blurred = _blur(clean / 255.0, ok, 0.6 * field.unit)
     lab = color.rgb2lab(np.clip(blurred, 0, 1))
     ring = ok & (ndimage.distance_transform_edt(np.pad(ok, 1))[1:-1, 1:-1] <= 5 * field.unit)

@@ -19,8 +19,13 @@ import numpy as np
 THUMB = 32  # side of a thumbnail, in pixels
 LOW = 8  # coefficients a side that the hash reads and the detail leaves out
 MIN_CORRELATION = 0.94
-BLOCK, ROWS = 2048, 8192  # thumbnails read at once, and those whose detail is kept while all others pass by: 8 and 32 MB
-PIECE = 64  # hashes compared with a block at once: what is in between stays in the processor's cache
+BLOCK, ROWS = (
+    2048,
+    8192,
+)  # thumbnails read at once, and those whose detail is kept while all others pass by: 8 and 32 MB
+PIECE = (
+    64  # hashes compared with a block at once: what is in between stays in the processor's cache
+)
 
 
 def _dct(n: int) -> np.ndarray:
@@ -67,7 +72,9 @@ class Thumbs:
     def __getitem__(self, wanted: np.ndarray) -> np.ndarray:
         """uint8 [n, 32, 32] of the indices [n]."""
         with open(self.path, "rb", buffering=0) as f:
-            found = [os.pread(f.fileno(), THUMB**2, int(row) * THUMB**2) for row in self.rows[wanted]]
+            found = [
+                os.pread(f.fileno(), THUMB**2, int(row) * THUMB**2) for row in self.rows[wanted]
+            ]
         return np.frombuffer(b"".join(found), np.uint8).reshape(-1, THUMB, THUMB)
 
 
@@ -86,14 +93,25 @@ def near_identical(
     correlates by at least `correlation`. Of many equal pictures only a chain of pairs is given. `bits` < 0: none.
     """
     n = len(ids)
-    assert len(set(ids)) == n == len(groups) == len(phashes) == len(thumbs), "ids are unique and all lists are of one length"
+    assert len(set(ids)) == n == len(groups) == len(phashes) == len(thumbs), (
+        "ids are unique and all lists are of one length"
+    )
     if bits < 0 or n < 2:
         return []
-    order = np.array(sorted(range(n), key=ids.__getitem__))  # the answer must not depend on the order of rows
+    order = np.array(
+        sorted(range(n), key=ids.__getitem__)
+    )  # the answer must not depend on the order of rows
     codes: dict[str, int] = {}
     group = np.array([codes.setdefault(g, len(codes)) for g in groups])[order]
     head, pairs = _heads(thumbs, order, group)
-    for a, b, d, r in _alike(thumbs, order[head], np.asarray(phashes, np.uint64)[order[head]], group[head], bits, correlation):
+    for a, b, d, r in _alike(
+        thumbs,
+        order[head],
+        np.asarray(phashes, np.uint64)[order[head]],
+        group[head],
+        bits,
+        correlation,
+    ):
         i, j = int(head[a]), int(head[b])
         if r > pairs.get((i, j), (0, -1.0))[1]:
             pairs[i, j] = (d, round(r, 6))
@@ -104,16 +122,27 @@ def _heads(
     thumbs: np.ndarray | Thumbs, order: np.ndarray, group: np.ndarray
 ) -> tuple[np.ndarray, dict[tuple[int, int], tuple[int, float]]]:
     """(places in `order` of the first of each set of equal thumbnails, pairs that hang the first of each other group on it)."""
-    digests = [hashlib.blake2b(t.tobytes(), digest_size=16).digest() for _, block in _blocks(thumbs, order) for t in block]
+    digests = [
+        hashlib.blake2b(t.tobytes(), digest_size=16).digest()
+        for _, block in _blocks(thumbs, order)
+        for t in block
+    ]
     _, look = np.unique(np.frombuffer(b"".join(digests), "V16"), return_inverse=True)
     _, first = np.unique(look, return_index=True)
-    _, seen = np.unique(look * (group.max() + 1) + group, return_index=True)  # the first of each look in each group
+    _, seen = np.unique(
+        look * (group.max() + 1) + group, return_index=True
+    )  # the first of each look in each group
     others = np.setdiff1d(seen, first)
     return np.sort(first), {(int(first[look[i]]), int(i)): (0, 1.0) for i in others}
 
 
 def _alike(
-    thumbs: np.ndarray | Thumbs, rows: np.ndarray, hashes: np.ndarray, group: np.ndarray, bits: int, correlation: float
+    thumbs: np.ndarray | Thumbs,
+    rows: np.ndarray,
+    hashes: np.ndarray,
+    group: np.ndarray,
+    bits: int,
+    correlation: float,
 ) -> Iterator[tuple[int, int, int, float]]:
     """(a, b, bits, correlation) of pairs a < b of rows [M] that look alike under a turn; at most two blocks' detail in memory."""
     turned = np.empty((8, len(rows)), np.uint64)
@@ -126,14 +155,20 @@ def _alike(
             flat[here] = detail(block)
         for here, block in _blocks(thumbs, rows, top):
             columns = detail(block).reshape(-1, THUMB, THUMB)
-            for k, looks in enumerate(_eight(columns)):  # what is left out is the same for a turned picture
+            for k, looks in enumerate(
+                _eight(columns)
+            ):  # what is left out is the same for a turned picture
                 a, b, d = _within(hashes[top : top + ROWS], turned[k, here], bits)
                 keep = (a + top < b + here.start) & (group[a + top] != group[b + here.start])
                 a, b, d = a[keep], b[keep], d[keep]
                 r = _correlations(flat, looks.reshape(len(looks), -1), a, b)
                 good = np.flatnonzero(r >= correlation)
                 yield from zip(
-                    (a + top)[good].tolist(), (b + here.start)[good].tolist(), d[good].tolist(), r[good].tolist(), strict=True
+                    (a + top)[good].tolist(),
+                    (b + here.start)[good].tolist(),
+                    d[good].tolist(),
+                    r[good].tolist(),
+                    strict=True,
                 )
 
 
@@ -148,7 +183,9 @@ def _within(x: np.ndarray, y: np.ndarray, bits: int) -> tuple[np.ndarray, np.nda
     return i, j, d
 
 
-def _blocks(thumbs: np.ndarray | Thumbs, rows: np.ndarray, start: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
+def _blocks(
+    thumbs: np.ndarray | Thumbs, rows: np.ndarray, start: int = 0
+) -> Iterator[tuple[slice, np.ndarray]]:
     """(places, thumbnails of rows[places]) from `start` on, BLOCK at a time."""
     for i in range(start, len(rows), BLOCK):
         here = slice(i, min(i + BLOCK, len(rows)))
@@ -158,7 +195,9 @@ def _blocks(thumbs: np.ndarray | Thumbs, rows: np.ndarray, start: int = 0) -> It
 def _correlations(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """x[a] . y[b] row by row, in bounded memory."""
     pieces = [slice(i, i + BLOCK) for i in range(0, len(a), BLOCK)]
-    return np.concatenate([np.einsum("nd,nd->n", x[a[p]], y[b[p]]) for p in pieces] or [np.zeros(0, np.float32)])
+    return np.concatenate(
+        [np.einsum("nd,nd->n", x[a[p]], y[b[p]]) for p in pieces] or [np.zeros(0, np.float32)]
+    )
 
 
 def _eight(thumbs: np.ndarray) -> Iterator[np.ndarray]:

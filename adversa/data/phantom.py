@@ -25,7 +25,14 @@ CLASSES = ("nevus", "keratosis", "melanoma", "carcinoma", "vascular")  # from fr
 KINDS = [(label, mode) for label in CLASSES for mode in (COMMON_MODE, RARE_MODE)]
 # ITA in degrees: the six bands of del Bino and Bernerd 2013, read as Fitzpatrick types; shares lean to light skin,
 # as those of dermoscopy archives do.
-SKIN = {"I": (55, 68), "II": (41, 55), "III": (28, 41), "IV": (10, 28), "V": (-30, 10), "VI": (-55, -30)}
+SKIN = {
+    "I": (55, 68),
+    "II": (41, 55),
+    "III": (28, 41),
+    "IV": (10, 28),
+    "V": (-30, 10),
+    "VI": (-55, -30),
+}
 SKIN_SHARE = (0.17, 0.33, 0.24, 0.13, 0.08, 0.05)
 # Absorption of one unit in linear R, G, B, after Jacques 2013: melanin falls with wavelength, blood peaks in green.
 MELANIN, BLOOD = np.array([0.62, 1.05, 1.45]), np.array([0.16, 1.05, 0.85])
@@ -46,7 +53,11 @@ class Slots(Sequence[Slot]):
     """The slots of a phantom's pictures in order, in 6 bytes each: a worker that draws one picture has them all."""
 
     def __init__(self, lesion: Array, view: Array, kind: Array) -> None:
-        self.lesion, self.view, self.kind = lesion.astype(np.int32), view.astype(np.uint8), kind.astype(np.uint8)
+        self.lesion, self.view, self.kind = (
+            lesion.astype(np.int32),
+            view.astype(np.uint8),
+            kind.astype(np.uint8),
+        )
 
     def __len__(self) -> int:
         return len(self.lesion)
@@ -85,19 +96,27 @@ def slots(config: Phantom) -> Slots:
     return Slots(lesion[picked], view[picked], np.array(kinds)[order][lesion[picked]])
 
 
-def picture(index: int, config: Phantom, size: int = 96) -> tuple[Array, Array, str, str, dict[str, str]]:
+def picture(
+    index: int, config: Phantom, size: int = 96
+) -> tuple[Array, Array, str, str, dict[str, str]]:
     """Picture `index` in [0, config.images).
 
     Image uint8 [S, S, 3], mask uint8 [S, S] (0 or 255), label, group, attributes.
     """
     slot = slots(config)[index]
-    mine = np.random.default_rng(seed_of("phantom lesion", config.seed, slot.lesion))  # shared by the lesion's pictures
+    mine = np.random.default_rng(
+        seed_of("phantom lesion", config.seed, slot.lesion)
+    )  # shared by the lesion's pictures
     view = np.random.default_rng(seed_of("phantom view", config.seed, slot.lesion, slot.view))
     x, y = draw.grid(size)
     px = 2 / size
 
     type_, ita, skin, hairy = _skin(mine)
-    turn, zoom, shift = view.uniform(0, 2 * np.pi), np.exp(view.normal(0, 0.1)), view.normal(0, 0.09, 2)
+    turn, zoom, shift = (
+        view.uniform(0, 2 * np.pi),
+        np.exp(view.normal(0, 0.1)),
+        view.normal(0, 0.09, 2),
+    )
     c, s = np.cos(turn) / zoom, np.sin(turn) / zoom
     u, v = (x - shift[0]) * c + (y - shift[1]) * s, (y - shift[1]) * c - (x - shift[0]) * s
     layers, inside = lesion(mine, slot.label, slot.mode, u, v, px / zoom)
@@ -114,7 +133,13 @@ def picture(index: int, config: Phantom, size: int = 96) -> tuple[Array, Array, 
     image = draw.encode(light) * 255 + view.normal(0, 1.2, (size, size, 1))
     attributes = {"mode": slot.mode, "fitzpatrick": type_, "ita": f"{ita:.0f}", **marks}
     mask = np.where(inside > 0.5, 255, 0).astype(np.uint8)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8), mask, slot.label, f"lesion-{slot.lesion:05d}", attributes
+    return (
+        np.clip(np.rint(image), 0, 255).astype(np.uint8),
+        mask,
+        slot.label,
+        f"lesion-{slot.lesion:05d}",
+        attributes,
+    )
 
 
 def _skin(rng: np.random.Generator) -> tuple[str, float, Array, float]:
@@ -133,15 +158,28 @@ def _artefacts(
     n = int(rng.poisson(hairy))
     angle = rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.5, n)
     start = rng.uniform(-0.9, 0.9, (n, 2)) - 1.2 * np.stack([np.cos(angle), np.sin(angle)], 1)
-    hair = draw.arcs(x, y, px, start, angle, rng.normal(0, 0.25, n), rng.uniform(1.6, 3.2, n), rng.uniform(0.008, 0.016, n))
+    hair = draw.arcs(
+        x,
+        y,
+        px,
+        start,
+        angle,
+        rng.normal(0, 0.25, n),
+        rng.uniform(1.6, 3.2, n),
+        rng.uniform(0.008, 0.016, n),
+    )
     blond = type_ in ("I", "II") and rng.random() < 0.35
     colour = np.array([0.42, 0.28, 0.14]) if blond else np.array([0.035, 0.025, 0.02])
     light = light + (0.75 * hair)[..., None] * (colour - light)
 
     n = int(rng.poisson(2.0)) if rng.random() < 0.25 else 0
-    for cx, cy, r in zip(rng.uniform(-1, 1, n), rng.uniform(-1, 1, n), rng.uniform(0.03, 0.13, n), strict=True):
+    for cx, cy, r in zip(
+        rng.uniform(-1, 1, n), rng.uniform(-1, 1, n), rng.uniform(0.03, 0.13, n), strict=True
+    ):
         d = np.hypot(x - cx, y - cy)
-        ring = np.exp(-(((d - r) / (0.018 + px / 2)) ** 2)) * (0.5 + 0.5 * np.cos(np.arctan2(y - cy, x - cx) + 2.2))
+        ring = np.exp(-(((d - r) / (0.018 + px / 2)) ** 2)) * (
+            0.5 + 0.5 * np.cos(np.arctan2(y - cy, x - cx) + 2.2)
+        )
         light = light + (0.55 * ring)[..., None] * (1 - light) - (0.10 * (d < r))[..., None] * light
     ruled = bool(rng.random() < 0.12)
     if ruled:
@@ -149,7 +187,11 @@ def _artefacts(
         tick = rng.uniform(0.10, 0.14)
         phase = (along / tick) % 1
         major = np.floor(along / tick) % 5 == 0
-        line = (np.minimum(phase, 1 - phase) * tick < 0.008 + px / 4) & (across < np.where(major, 0.22, 0.12)) & (across > 0.03)
+        line = (
+            (np.minimum(phase, 1 - phase) * tick < 0.008 + px / 4)
+            & (across < np.where(major, 0.22, 0.12))
+            & (across > 0.03)
+        )
         light = light + (0.65 * line)[..., None] * (0.04 - light)
     lamp = 1 + rng.normal(0, 0.05) * x + rng.normal(0, 0.05) * y
     balance = np.exp(rng.normal(0.08, 0.07) + rng.normal(0, 0.035, 3))
@@ -158,8 +200,15 @@ def _artefacts(
     framed = bool(rng.random() < 0.12)
     if framed:
         vignette = vignette * (0.03 + 0.97 * draw.step(rng.uniform(0.98, 1.2) - r, 0.05 + px))
-    marks = {"hair": "none" if hair.max() == 0 else "some", "bubbles": str(n), "ruler": "yes" if ruled else "no"}
-    return light * (lamp * vignette)[..., None] * balance, {**marks, "frame": "yes" if framed else "no"}
+    marks = {
+        "hair": "none" if hair.max() == 0 else "some",
+        "bubbles": str(n),
+        "ruler": "yes" if ruled else "no",
+    }
+    return light * (lamp * vignette)[..., None] * balance, {
+        **marks,
+        "frame": "yes" if framed else "no",
+    }
 
 
 def sheet(path: str, columns: int = 9, size: int = 88) -> None:
@@ -171,14 +220,18 @@ def sheet(path: str, columns: int = 9, size: int = 88) -> None:
     order = list(SKIN)
     canvas = np.full((len(rows) * (size + 4) + 4, columns * (size + 4) + 4, 3), 255, np.uint8)
     for i, row in enumerate(rows):
-        found = [k for k, s in enumerate(slots(config)) if (s.label, s.mode) == row and s.view == 0][:120]
+        found = [
+            k for k, s in enumerate(slots(config)) if (s.label, s.mode) == row and s.view == 0
+        ][:120]
         drawn = [picture(k, config, size) for k in found]
         drawn.sort(key=lambda p: order.index(p[4]["fitzpatrick"]))
         picks = np.linspace(0, len(drawn) - 1, columns).round().astype(int)
         for j, k in enumerate(picks):
             top, left = 4 + i * (size + 4), 4 + j * (size + 4)
             canvas[top : top + size, left : left + size] = drawn[k][0]
-    Image.fromarray(canvas & 0xF8 | 4).save(path, optimize=True)  # 5 bits a channel: a third of the bytes
+    Image.fromarray(canvas & 0xF8 | 4).save(
+        path, optimize=True
+    )  # 5 bits a channel: a third of the bytes
 
 
 if __name__ == "__main__":

@@ -13,7 +13,11 @@ from adversa.types import UserError
 
 SKIP = "--set data.on_error=skip"
 MEND = f"mend it, or leave such pictures out with {SKIP}"
-SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of tables that are no CSV, though they may be named so
+SEPARATORS = {
+    ";": "semicolons",
+    "\t": "tabs",
+    "|": "bars",
+}  # of tables that are no CSV, though they may be named so
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,9 @@ def _separator(text: str) -> str | None:
     return None if "," in header else next((s for s in SEPARATORS if s in header.strip(" ")), None)
 
 
-def read_csv(data: bytes, name: str, needed: Iterable[str], problems: Problems) -> list[dict[str, str]]:
+def read_csv(
+    data: bytes, name: str, needed: Iterable[str], problems: Problems
+) -> list[dict[str, str]]:
     """Rows as dicts of stripped text.
 
     UserError where the table itself is unusable (encoding, no rows, columns missing or twice).
@@ -67,13 +73,23 @@ def read_csv(data: bytes, name: str, needed: Iterable[str], problems: Problems) 
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{name} is not UTF-8 (byte {e.start}); save it as comma-separated text in UTF-8") from None
+        raise UserError(
+            f"{name} is not UTF-8 (byte {e.start}); save it as comma-separated text in UTF-8"
+        ) from None
     if (found := _separator(text)) is not None:
-        raise UserError(f"{name} looks separated by {SEPARATORS[found]}, not by commas; save it as comma-separated text")
+        raise UserError(
+            f"{name} looks separated by {SEPARATORS[found]}, not by commas; save it as comma-separated text"
+        )
     try:
-        lines = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if any(c.strip() for c in row)]
+        lines = [
+            row
+            for row in csv.reader(io.StringIO(text, newline=""), strict=True)
+            if any(c.strip() for c in row)
+        ]
     except csv.Error as e:
-        raise UserError(f"{name} is not a valid CSV: {e}; save it again as comma-separated text") from None
+        raise UserError(
+            f"{name} is not a valid CSV: {e}; save it again as comma-separated text"
+        ) from None
     if len(lines) < 2:
         raise UserError(f"{name} has no rows; it needs a header and a row for each picture")
     header = [c.strip() for c in lines[0]]
@@ -81,11 +97,15 @@ def read_csv(data: bytes, name: str, needed: Iterable[str], problems: Problems) 
         raise UserError(f"{name} has two columns named {twice[0]}; rename one")
     if missing := [c for c in needed if c not in header]:
         known = ", ".join(files.printable(c) for c in header)
-        raise UserError(f"{name} has no column {missing[0]}; it has {known}; set data.columns to the names in use, null for none")
+        raise UserError(
+            f"{name} has no column {missing[0]}; it has {known}; set data.columns to the names in use, null for none"
+        )
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(header):
-            problems.add(f"{Path(name).name} row {number}", f"{len(line)} cells, but {len(header)} columns")
+            problems.add(
+                f"{Path(name).name} row {number}", f"{len(line)} cells, but {len(header)} columns"
+            )
             continue
         rows.append({k: v.strip() for k, v in zip(header, line, strict=True) if k})
     return rows

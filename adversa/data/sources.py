@@ -31,10 +31,14 @@ def list_records(config: Data, option: str = "data.path", least: int = 2) -> Lis
         records = _phantom(config)
     else:
         if not config.path:
-            raise UserError(f"data.path is missing; data.source {config.source} needs one, say --set data.path=FOLDER")
+            raise UserError(
+                f"data.path is missing; data.source {config.source} needs one, say --set data.path=FOLDER"
+            )
         path = Path(config.path).expanduser().absolute()  # workers may have another working folder
         if not os.path.exists(path):  # unlike Path.exists, False for a name too long as well
-            raise UserError(f"{option} {path}: no such file or folder; check the spelling, or mount it")
+            raise UserError(
+                f"{option} {path}: no such file or folder; check the spelling, or mount it"
+            )
         if config.source == "ham10000":
             records, merged = list_ham10000(path, problems, option)
         elif config.source == "csv":
@@ -48,13 +52,17 @@ def list_records(config: Data, option: str = "data.path", least: int = 2) -> Lis
         check = "check data.source and path" if option == "data.path" else "check what it holds"
         raise UserError(f"{given} has no usable picture ({len(problems)} left out); {check}")
     if len(classes) < least:
-        raise UserError(f"only one class, {files.printable(classes[0])!r}, has pictures; a classifier needs two or more")
+        raise UserError(
+            f"only one class, {files.printable(classes[0])!r}, has pictures; a classifier needs two or more"
+        )
     present = {r.group for r in records}
     merged = [m for m in merged if m[0] in present and m[1] in present]
     return Listing(records, classes, merged, list(problems))
 
 
-def _classes(records: list[Record], config: Data, empty: list[str], problems: Problems) -> tuple[list[Record], list[str]]:
+def _classes(
+    records: list[Record], config: Data, empty: list[str], problems: Problems
+) -> tuple[list[Record], list[str]]:
     """Records of known classes, and the classes: config.labels in its order, or those found, sorted."""
     wanted = config.labels
     if wanted is not None:
@@ -62,7 +70,10 @@ def _classes(records: list[Record], config: Data, empty: list[str], problems: Pr
             raise UserError(f"data.labels {wanted} names a class twice; name each once")
         for r in records:
             if r.label not in wanted:
-                problems.add(r.source, f"unknown label {files.printable(r.label)!r}; data.labels has {', '.join(wanted)}")
+                problems.add(
+                    r.source,
+                    f"unknown label {files.printable(r.label)!r}; data.labels has {', '.join(wanted)}",
+                )
         records = [r for r in records if r.label in wanted]
     found = {r.label for r in records}
     for label in dict.fromkeys([*(wanted or []), *empty]):
@@ -90,26 +101,44 @@ def _unique(records: list[Record], problems: Problems) -> list[Record]:
 
 
 def _phantom(config: Data) -> list[Record]:
-    attributes = {mode: {"mode": mode} for _, mode in phantom.KINDS}  # shared by the records: there may be many
+    attributes = {
+        mode: {"mode": mode} for _, mode in phantom.KINDS
+    }  # shared by the records: there may be many
     records = []
     for i, s in enumerate(phantom.slots(config.phantom)):
         group = f"lesion-{s.lesion:05d}"
-        records.append(Record("", f"phantom-{i:05d}.png", f"phantom:{i}", s.label, group, group, attributes[s.mode]))
+        records.append(
+            Record(
+                "",
+                f"phantom-{i:05d}.png",
+                f"phantom:{i}",
+                s.label,
+                group,
+                group,
+                attributes[s.mode],
+            )
+        )
     return records
 
 
 def _csv(path: Path, config: Data, problems: Problems, option: str) -> list[Record]:
     if not path.is_file():
-        raise UserError(f"{option} {path} is not a file; data.source csv needs the path of the CSV itself")
+        raise UserError(
+            f"{option} {path} is not a file; data.source csv needs the path of the CSV itself"
+        )
     names = config.columns
-    used = {n for n in (names.path, names.label, names.group, names.patient, names.mask, names.id) if n}
+    used = {
+        n for n in (names.path, names.label, names.group, names.patient, names.mask, names.id) if n
+    }
     rows = read_csv(files.read(f"file:{path}"), str(path), sorted(used), problems)
     root = path.parent.resolve()
     records = []
     for row in rows:
         source = row[names.path] or f"a row of {path.name}"
         image, fault = _inside(root, row[names.path])
-        mask, mask_fault = _inside(root, row[names.mask]) if names.mask and row[names.mask] else (None, "")
+        mask, mask_fault = (
+            _inside(root, row[names.mask]) if names.mask and row[names.mask] else (None, "")
+        )
         fault = fault or (f"its mask: {mask_fault}" if mask_fault else "")
         for name in (names.label, names.group, names.id):
             if name and not row[name] and not fault:
@@ -150,19 +179,29 @@ def _inside(root: Path, name: str) -> tuple[Path | None, str]:
     return (target, "") if exists else (None, "no such file")
 
 
-def _folder(path: Path, config: Data, problems: Problems, option: str) -> tuple[list[Record], list[str]]:
+def _folder(
+    path: Path, config: Data, problems: Problems, option: str
+) -> tuple[list[Record], list[str]]:
     """Records, and the classes that have none. A class is a sub-folder of `path`; pictures may lie deeper in it."""
     if not path.is_dir():
-        raise UserError(f"{option} {path} is not a folder; data.source folder needs one with a sub-folder for each class")
+        raise UserError(
+            f"{option} {path} is not a folder; data.source folder needs one with a sub-folder for each class"
+        )
     try:
         pattern = re.compile(config.group_regex) if config.group_regex else None
     except re.error as e:
-        raise UserError(f"data.group_regex {config.group_regex!r} is not a regular expression: {e}") from None
+        raise UserError(
+            f"data.group_regex {config.group_regex!r} is not a regular expression: {e}"
+        ) from None
     if pattern is not None and pattern.groups < 1:
-        raise UserError(f"data.group_regex {config.group_regex!r} captures nothing; put the group in parentheses")
+        raise UserError(
+            f"data.group_regex {config.group_regex!r} captures nothing; put the group in parentheses"
+        )
     labels = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not labels:
-        raise UserError(f"{option} {path} has no sub-folder; put each class's pictures in a folder named after it")
+        raise UserError(
+            f"{option} {path} has no sub-folder; put each class's pictures in a folder named after it"
+        )
     records: list[Record] = []
     for name in sorted(files.walk(path)):
         label, slash, rest = name.partition("/")
@@ -179,7 +218,9 @@ def _folder(path: Path, config: Data, problems: Problems, option: str) -> tuple[
             match = pattern.search(name) if pattern else None
             group = (match.group(1) or "" if match else "") if pattern else name
             if not group:
-                problems.add(name, f"data.group_regex {config.group_regex!r} finds no group in this path")
+                problems.add(
+                    name, f"data.group_regex {config.group_regex!r} finds no group in this path"
+                )
             else:
                 records.append(Record("", name, f"file:{path / name}", label, group))
     return records, sorted(set(labels) - {r.label for r in records})

@@ -26,7 +26,9 @@ def merge_groups(groups: Iterable[str], pairs: Iterable[tuple[str, str]]) -> dic
     return {g: root(g) for g in list(parent)}
 
 
-def split(labels: Sequence[str], groups: Sequence[str], config: Split, classes: Sequence[str]) -> list[str]:
+def split(
+    labels: Sequence[str], groups: Sequence[str], config: Split, classes: Sequence[str]
+) -> list[str]:
     """The role of each row. A group's class is its commonest label (of equals the first by name).
 
     Within a class the groups are put in the order of a hash of (seed, group) and dealt by the four shares, largest

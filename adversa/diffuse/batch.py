@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from adversa.diffuse.edm import DenoiserFn
-from adversa.diffuse.guidance import Answer, GradientFn, GuidedFn, classifier_free, kept, padded, pulled, resemblance, steered
+from adversa.diffuse.guidance import (
+    Answer,
+    GradientFn,
+    GuidedFn,
+    classifier_free,
+    kept,
+    padded,
+    pulled,
+    resemblance,
+    steered,
+)
 from adversa.diffuse.solver import Plan, advance
 
 
@@ -33,7 +43,13 @@ class Course:
     likeness: np.ndarray
 
     def __post_init__(self) -> None:
-        shapes = {len(self.plan), len(self.scale), len(self.second), len(self.hardness), len(self.likeness)}
+        shapes = {
+            len(self.plan),
+            len(self.scale),
+            len(self.second),
+            len(self.hardness),
+            len(self.likeness),
+        }
         assert len(shapes) == 1, shapes
 
     @property
@@ -94,7 +110,10 @@ class Batch:
         assert self.size >= 2, self.size
         self._rows, self._order = [None] * self.size, []  # slots, the oldest row's first
         self.point = torch.zeros(self.size, *self.shape, device=self.device)
-        self.memory, self.label = torch.zeros_like(self.point), torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        self.memory, self.label = (
+            torch.zeros_like(self.point),
+            torch.zeros(self.size, dtype=torch.int64, device=self.device),
+        )
         self.skipped = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         self.known: Tensor | None = None
         self.soft: Tensor | None = None
@@ -153,7 +172,9 @@ class Batch:
         slots = torch.tensor(chosen, device=self.device)
         now = [(r.course, r.at) for r in rows]
         sigma = torch.tensor([c.plan.sigma[i] for c, i in now], dtype=torch.float32).to(self.device)
-        combine = torch.tensor(np.stack([c.plan.combine[i] for c, i in now]), dtype=torch.float32).to(self.device)
+        combine = torch.tensor(
+            np.stack([c.plan.combine[i] for c, i in now]), dtype=torch.float32
+        ).to(self.device)
         point, memory, label = self.point[slots], self.memory[slots], self.label[slots]
         answer = self._guided(slots, now)(point, sigma, label)
         self.point[slots], self.memory[slots] = advance(point, memory, answer.x0, combine)
@@ -171,7 +192,13 @@ class Batch:
 
         second, hard, like = column("second").bool(), column("hardness"), column("likeness")
         weak = None if self.weak is None else padded(self._autocast(self.weak), self.size)
-        guided = classifier_free(padded(self._autocast(self.denoiser), self.size), column("scale"), second, self.null_label, weak)
+        guided = classifier_free(
+            padded(self._autocast(self.denoiser), self.size),
+            column("scale"),
+            second,
+            self.null_label,
+            weak,
+        )
         skipped = torch.zeros(len(now), dtype=torch.int64, device=self.device)
         if hard.any():
             assert self.gradient is not None, "hardness without a classifier"
@@ -179,7 +206,9 @@ class Batch:
         if like.any():
             assert self.goal is not None, "likeness without a goal"
             if self.features is not None and self.pixels is not None:
-                guided = steered(guided, resemblance(self.features, self.pixels, self.goal[slots]), like, skipped)
+                guided = steered(
+                    guided, resemblance(self.features, self.pixels, self.goal[slots]), like, skipped
+                )
             else:
                 guided = pulled(guided, self.goal[slots], like, self.pull)
         if self.known is not None and self.soft is not None:
@@ -204,7 +233,9 @@ class Batch:
     def _leave(self, slot: int, row: Row) -> Iterator[Finished]:
         x0 = self.point[slot].clone()
         # Only rows that were steered are asked for: on a GPU it waits for all that is on its way.
-        skipped = row.skipped + (int(self.skipped[slot]) if row.course.hardness.any() or row.course.likeness.any() else 0)
+        skipped = row.skipped + (
+            int(self.skipped[slot]) if row.course.hardness.any() or row.course.likeness.any() else 0
+        )
         self._rows[slot] = None
         self._order.remove(slot)
         if row.then is None:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from adversa import config as cfg
-from adversa import runs, weights
 from adversa.diffuse import pretrained
 from adversa.diffuse.edm import to_images, to_tensor
-from adversa.places import place
+from adversa.storage import files, weights
+from adversa.storage.path import place
 from adversa.types import UserError
 
 KIND = "codec"
@@ -66,7 +66,9 @@ class Codec:
     def decode(self, x: Tensor) -> np.ndarray:
         """The diffused space [B, C, h, w] to uint8 [B, R, R, 3]. Entries must be finite."""
         latents = x.detach().float().cpu() / self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)
-        return to_images(self._passes(lambda z: self.model.decode(z.to(self.device)).sample, latents))
+        return to_images(
+            self._passes(lambda z: self.model.decode(z.to(self.device)).sample, latents)
+        )
 
     def pixels(self, x: Tensor) -> Tensor:
         """The diffused space [B, C, h, w] to pixels [B, 3, R, R] about [0, 1], not clipped: gradients go through."""
@@ -92,9 +94,12 @@ def build(config: cfg.Codec) -> nn.Module:
 
     widths, inner = (config.width,) * (config.halvings + 1), (config.blocks,) * config.halvings
     return AutoencoderTiny(
-        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=(0, *inner),
-        num_decoder_blocks=(*inner, 1), latent_channels=config.latent_channels,
-    )  # fmt: skip
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(0, *inner),
+        num_decoder_blocks=(*inner, 1),
+        latent_channels=config.latent_channels,
+    )
 
 
 def describe(model: nn.Module, source: str, **extra: Any) -> dict[str, Any]:
@@ -105,8 +110,18 @@ def describe(model: nn.Module, source: str, **extra: Any) -> dict[str, Any]:
     with torch.no_grad():
         found = model.encode(rows.to(next(model.parameters()).device))
     latent = found.latent_dist.mode() if kind == "AutoencoderKL" else found.latents
-    meta = {"kind": KIND, "class": kind, "arguments": arguments, "source": source, "channels": latent.shape[1]}
-    return meta | {"factor": PROBE // latent.shape[2], "native": _native(arguments, latent.shape[1])} | extra
+    meta = {
+        "kind": KIND,
+        "class": kind,
+        "arguments": arguments,
+        "source": source,
+        "channels": latent.shape[1],
+    }
+    return (
+        meta
+        | {"factor": PROBE // latent.shape[2], "native": _native(arguments, latent.shape[1])}
+        | extra
+    )
 
 
 def _native(arguments: dict[str, Any], channels: int) -> dict[str, list[float]]:
@@ -118,15 +133,22 @@ def _native(arguments: dict[str, Any], channels: int) -> dict[str, list[float]]:
     mean, std = arguments.get("latents_mean"), arguments.get("latents_std")
     if mean is not None and std is not None:
         return {"shift": [float(m) for m in mean], "scale": [factor / float(s) for s in std]}
-    return {"shift": [float(arguments.get("shift_factor") or 0.0)] * channels, "scale": [factor] * channels}
+    return {
+        "shift": [float(arguments.get("shift_factor") or 0.0)] * channels,
+        "scale": [factor] * channels,
+    }
 
 
-def measured(fingerprint: str, mean: list[float], std: list[float], sigma_data: float) -> dict[str, Any]:
+def measured(
+    fingerprint: str, mean: list[float], std: list[float], sigma_data: float
+) -> dict[str, Any]:
     """The key `codec` of a denoiser's config.json: which codec it belongs to, and what its latents are scaled by."""
     return {"fingerprint": fingerprint, "shift": list(mean), "scale": [sigma_data / s for s in std]}
 
 
-def load(folder: Path, device: torch.device | str = "cpu", space: dict[str, Any] | None = None) -> Codec:
+def load(
+    folder: Path, device: torch.device | str = "cpu", space: dict[str, Any] | None = None
+) -> Codec:
     """The codec of a folder, in eval mode. space: the key `codec` of a denoiser's config.json; None: the autoencoder's own scaling.
 
     UserError where the folder holds none, or another codec than the one the denoiser belongs to.
@@ -135,7 +157,9 @@ def load(folder: Path, device: torch.device | str = "cpu", space: dict[str, Any]
 
     state, meta, fingerprint = weights.read_model(place(folder))
     if meta.get("kind") != KIND or meta.get("class") not in CLASSES.values():
-        raise UserError(f"{folder} holds a model of kind {meta.get('kind')!r}, not a codec; give the folder of a codec")
+        raise UserError(
+            f"{folder} holds a model of kind {meta.get('kind')!r}, not a codec; give the folder of a codec"
+        )
     if space is not None and space["fingerprint"] != fingerprint:
         raise UserError(
             f"{folder} is codec {fingerprint[:8]}, the denoiser belongs to {space['fingerprint'][:8]}; give them as they were made"
@@ -144,15 +168,21 @@ def load(folder: Path, device: torch.device | str = "cpu", space: dict[str, Any]
         model = getattr(diffusers, meta["class"])(**meta["arguments"])
         model.load_state_dict(state)
     except (KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"{folder}: the weights do not fit their own config.json ({' '.join(str(e).split())[:200]})") from None
+        raise UserError(
+            f"{folder}: the weights do not fit their own config.json ({' '.join(str(e).split())[:200]})"
+        ) from None
     device, scaling = torch.device(device), space or meta["native"]
     shift, scale = (torch.tensor(scaling[k], dtype=torch.float32) for k in ("shift", "scale"))
-    return Codec(model.to(device).eval().requires_grad_(False), meta, fingerprint, shift, scale, device)
+    return Codec(
+        model.to(device).eval().requires_grad_(False), meta, fingerprint, shift, scale, device
+    )
 
 
 def scaled(codec: Codec, space: dict[str, Any]) -> Codec:
     """The same codec with another shift and scale."""
-    return replace(codec, **{k: torch.tensor(space[k], dtype=torch.float32) for k in ("shift", "scale")})
+    return replace(
+        codec, **{k: torch.tensor(space[k], dtype=torch.float32) for k in ("shift", "scale")}
+    )
 
 
 def fetch(config: cfg.Codec, resolution: int, out: Path) -> str:
@@ -164,12 +194,20 @@ def fetch(config: cfg.Codec, resolution: int, out: Path) -> str:
     folder = _folder(config.path)
     if folder is not None and (folder / weights.MODEL).is_file():
         codec = load(folder)
-        model, meta = codec.model, codec.meta  # as it is: a denoiser that belongs to it goes on belonging to it
+        model, meta = (
+            codec.model,
+            codec.meta,
+        )  # as it is: a denoiser that belongs to it goes on belonging to it
     else:
         where = str(folder or config.path)
-        model, meta = pretrained.load(where, "codec.path", [CLASSES[config.kind]], local=folder is not None), None
+        model, meta = (
+            pretrained.load(where, "codec.path", [CLASSES[config.kind]], local=folder is not None),
+            None,
+        )
     if model.config.in_channels != 3 or model.config.out_channels != 3:
-        raise UserError(f"codec.path {config.path} encodes {model.config.in_channels} channels; pictures have 3")
+        raise UserError(
+            f"codec.path {config.path} encodes {model.config.in_channels} channels; pictures have 3"
+        )
     meta = meta or describe(model, config.path)
     _fits(config, meta["class"], meta["factor"], resolution)
     return weights.save_model(out, model.state_dict(), meta)
@@ -178,18 +216,29 @@ def fetch(config: cfg.Codec, resolution: int, out: Path) -> str:
 def check(config: cfg.Codec, resolution: int) -> None:
     """What `fetch` would refuse of a local folder's class and factor, from its config.json alone, be it ours or diffusers'."""
     folder = _folder(config.path) if config.path else None
-    meta = runs.read_json(folder / weights.CONFIG) if folder else None
+    meta = files.read_json(folder / weights.CONFIG) if folder else None
     if meta is None:
         return
-    levels = meta.get("block_out_channels") or meta.get("encoder_block_out_channels") or [0]  # each but the first halves the side
-    _fits(config, meta.get("class") or meta.get("_class_name"), meta.get("factor") or 2 ** (len(levels) - 1), resolution)
+    levels = (
+        meta.get("block_out_channels") or meta.get("encoder_block_out_channels") or [0]
+    )  # each but the first halves the side
+    _fits(
+        config,
+        meta.get("class") or meta.get("_class_name"),
+        meta.get("factor") or 2 ** (len(levels) - 1),
+        resolution,
+    )
 
 
 def _fits(config: cfg.Codec, name: str | None, factor: int, resolution: int) -> None:
     if name != CLASSES[config.kind]:
-        raise UserError(f"codec.path {config.path} is of class {name}; codec.kind {config.kind} wants {CLASSES[config.kind]}")
+        raise UserError(
+            f"codec.path {config.path} is of class {name}; codec.kind {config.kind} wants {CLASSES[config.kind]}"
+        )
     if resolution % factor:
-        raise UserError(f"data.resolution {resolution} must be a multiple of {factor}, the factor of codec.path {config.path}")
+        raise UserError(
+            f"data.resolution {resolution} must be a multiple of {factor}, the factor of codec.path {config.path}"
+        )
 
 
 def source(config: cfg.Codec) -> dict[str, str]:
@@ -197,7 +246,14 @@ def source(config: cfg.Codec) -> dict[str, str]:
     folder = _folder(config.path) if config.path else None
     if folder is None:
         return {}
-    found = next((folder / name for name in (weights.MODEL, pretrained.WEIGHTS) if (folder / name).is_file()), None)
+    found = next(
+        (
+            folder / name
+            for name in (weights.MODEL, pretrained.WEIGHTS)
+            if (folder / name).is_file()
+        ),
+        None,
+    )
     if found is None or not (folder / weights.CONFIG).is_file():
         raise UserError(
             f"codec.path {config.path} lacks {weights.CONFIG} or {pretrained.WEIGHTS}; give a diffusers folder with both"
@@ -212,7 +268,9 @@ def _folder(path: str) -> Path | None:
         inner = folder / "vae"
         return inner if not (folder / weights.CONFIG).is_file() and inner.is_dir() else folder
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
-        raise UserError(f"codec.path {path}: no such folder; give a local diffusers folder, or a hub id such as OWNER/NAME")
+        raise UserError(
+            f"codec.path {path}: no such folder; give a local diffusers folder, or a hub id such as OWNER/NAME"
+        )
     return None
 
 

@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adversa import config as cfg
-from adversa import tables, weights, workers
 from adversa.diffuse import codec
 from adversa.diffuse.edm import to_tensor
+from adversa.storage import files, tables, weights
+from adversa.training import process_group
 from adversa.types import UserError, digest, seed_of
 
-Batch = dict[str, Any]  # "id" list[str], "image" uint8 [B, R, R, 3]; "size": rows of all workers together (absent: B)
+Batch = dict[
+    str, Any
+]  # "id" list[str], "image" uint8 [B, R, R, 3]; "size": rows of all workers together (absent: B)
 LOG_STEPS = 50
 SHOWN = 8  # columns of reconstructions.png
 # Noise on the latents in training, against their range of [-3, 3] (the decoder's tanh): a denoiser's answers are never exact, and
@@ -82,7 +85,9 @@ def fit_codec(
         last = run["step"] == config.steps
         if run["step"] % LOG_STEPS == 0 or last:
             rate = learning_rate(config, step)
-            run["history"].append({"step": step + 1, "loss": float(np.mean(run["losses"])), "lr": rate})
+            run["history"].append(
+                {"step": step + 1, "loss": float(np.mean(run["losses"])), "lr": rate}
+            )
             run["losses"] = []
         if run["step"] % config.checkpoint_steps == 0 or last:
             _commit(run, out, batch, config)
@@ -110,64 +115,96 @@ def losses(x: Tensor, y: Tensor) -> Tensor:
     found = error.abs().flatten(1).mean(1)
     for scale in (1, 2):
         e = F.avg_pool2d(error, scale) if scale > 1 else error
-        found = found + e.diff(dim=2).abs().flatten(1).mean(1) + e.diff(dim=3).abs().flatten(1).mean(1)
+        found = (
+            found + e.diff(dim=2).abs().flatten(1).mean(1) + e.diff(dim=3).abs().flatten(1).mean(1)
+        )
     return found
 
 
 def turned(x: Tensor, views: int, generator: torch.Generator, rows: slice, size: int) -> Tensor:
     """Each row in one of the first `views` symmetries of the square (as codec.symmetry), drawn for the batch of all workers."""
-    view = torch.randint(0, views, (size,), generator=generator)[rows].to(x.device).view(-1, 1, 1, 1)
+    view = (
+        torch.randint(0, views, (size,), generator=generator)[rows].to(x.device).view(-1, 1, 1, 1)
+    )
     x = torch.where((view & 1).bool(), x.flip(3), x)
     x = torch.where((view & 2).bool(), x.flip(2), x)
     return torch.where((view & 4).bool(), x.transpose(2, 3), x)
 
 
-def _start(config: cfg.Codec, resolution: int, out: Path, seed: int, device: torch.device) -> dict[str, Any]:
+def _start(
+    config: cfg.Codec, resolution: int, out: Path, seed: int, device: torch.device
+) -> dict[str, Any]:
     """Model and optimizer: fresh, or as the checkpoint has them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("codec", seed))
         model = codec.build(config)
     model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     recipe = digest(config.model_dump_json(exclude={"checkpoint_steps"}), resolution, seed)
-    run: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0, "history": [], "losses": [], "recipe": recipe}
+    run: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "step": 0,
+        "history": [],
+        "losses": [],
+        "recipe": recipe,
+    }
     if (saved := weights.load_checkpoint(out)) is not None:
         if saved.get("recipe") != recipe:
-            raise UserError(f"{out} holds an unfinished training with other settings; delete that folder to start it anew")
+            raise UserError(
+                f"{out} holds an unfinished training with other settings; delete that folder to start it anew"
+            )
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         run.update(step=int(saved["step"]), history=saved["history"], losses=saved["losses"])
-    run["parallel"] = workers.parallel(Autoencoder(model), device)
+    run["parallel"] = process_group.parallel(Autoencoder(model), device)
     return run
 
 
-def _train_step(run: dict[str, Any], batch: Batch, config: cfg.Codec, step: int, seed: int, device: torch.device) -> float:
+def _train_step(
+    run: dict[str, Any], batch: Batch, config: cfg.Codec, step: int, seed: int, device: torch.device
+) -> float:
     model, optimizer = run["model"], run["optimizer"]
     generator = torch.Generator("cpu").manual_seed(seed_of("codec", seed, step))
     size = int(batch.get("size", len(batch["id"])))
-    rows = workers.rows(size)
-    x = turned(to_tensor(np.asarray(batch["image"])).to(device), config.views, generator, rows, size)
+    rows = process_group.rows(size)
+    x = turned(
+        to_tensor(np.asarray(batch["image"])).to(device), config.views, generator, rows, size
+    )
     side = x.shape[-1] >> config.halvings
-    noise = NOISE * torch.randn(size, config.latent_channels, side, side, generator=generator)[rows].to(device)
+    noise = NOISE * torch.randn(size, config.latent_channels, side, side, generator=generator)[
+        rows
+    ].to(device)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
         y = run["parallel"](x.to(memory_format=torch.channels_last), noise)
     each = losses(x, y)
-    loss = workers.share(each, size)
+    loss = process_group.share(each, size)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    value = workers.mean(loss)
+    value = process_group.mean(loss)
     if not math.isfinite(value) or not bool(torch.isfinite(norm)):
-        guilty = [i for i, finite in zip(batch["id"], torch.isfinite(each).tolist(), strict=True) if not finite]
-        raise _diverged(f"loss {value:g}, gradient {float(norm):g}", step, _everyones(guilty) or _everyones(batch["id"]), config)
+        guilty = [
+            i
+            for i, finite in zip(batch["id"], torch.isfinite(each).tolist(), strict=True)
+            if not finite
+        ]
+        raise _diverged(
+            f"loss {value:g}, gradient {float(norm):g}",
+            step,
+            _everyones(guilty) or _everyones(batch["id"]),
+            config,
+        )
     optimizer.step()
     return value
 
 
 def _everyones(ids: list[str]) -> list[str]:
-    return workers.gather(np.array(ids, str)).tolist()
+    return process_group.gather(np.array(ids, str)).tolist()
 
 
 def _diverged(what: str, step: int, ids: list[str], config: cfg.Codec) -> UserError:
@@ -181,33 +218,45 @@ def _diverged(what: str, step: int, ids: list[str], config: cfg.Codec) -> UserEr
 def _commit(run: dict[str, Any], out: Path, batch: Batch, config: cfg.Codec) -> None:
     """Everything to go on from, on disk; UserError instead where a weight is not finite. batch: of the last step."""
     largest = torch.stack(torch._foreach_norm(list(run["model"].parameters()), math.inf)).sum()
-    if not math.isfinite(workers.mean(largest)):
+    if not math.isfinite(process_group.mean(largest)):
         raise _diverged("a weight is not finite", run["step"] - 1, _everyones(batch["id"]), config)
-    if workers.lead():
+    if process_group.lead():
         weights.save_checkpoint(
             out,
-            {"step": run["step"], "model": run["model"].state_dict(), "optimizer": run["optimizer"].state_dict(),
-             "history": run["history"], "losses": run["losses"], "recipe": run["recipe"]},
-        )  # fmt: skip
+            {
+                "step": run["step"],
+                "model": run["model"].state_dict(),
+                "optimizer": run["optimizer"].state_dict(),
+                "history": run["history"],
+                "losses": run["losses"],
+                "recipe": run["recipe"],
+            },
+        )
         _write_history(run, out)
-    workers.barrier()
+    process_group.barrier()
 
 
 def _write_history(run: dict[str, Any], out: Path) -> None:
-    weights.replace_bytes(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run["history"]).encode())
+    weights.replace_bytes(
+        out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run["history"]).encode()
+    )
 
 
 def _finish(
-    run: dict[str, Any], config: cfg.Codec, resolution: int, out: Path, device: torch.device,
+    run: dict[str, Any],
+    config: cfg.Codec,
+    resolution: int,
+    out: Path,
+    device: torch.device,
     select: Callable[[], Iterable[Batch]] | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write the model; tell its PSNR on `select`, and show some of it: originals above, reconstructions below."""
     model = run["model"].eval()
     meta = codec.describe(model, "fitted", steps=run["step"], resolution=resolution)
-    if workers.lead():
+    if process_group.lead():
         weights.save_model(out, model.state_dict(), meta)
         _write_history(run, out)
-    workers.barrier()
+    process_group.barrier()
     loaded = codec.load(out, device)
     found, shown = [], []
     for batch in select() if select is not None else ():
@@ -216,11 +265,18 @@ def _finish(
             continue
         again = loaded.decode(loaded.to_space(images))
         found += [codec.psnr(a[None], b[None]) for a, b in zip(images, again, strict=True)]
-        shown += [np.concatenate([a, b]) for a, b in zip(images, again, strict=True)][: SHOWN - len(shown)]
-    if shown and workers.lead():
-        tables.replace_bytes(out / "reconstructions.png", tables.encode_png(np.concatenate(shown, axis=1)))
-    every = workers.gather(np.array(found))
+        shown += [np.concatenate([a, b]) for a, b in zip(images, again, strict=True)][
+            : SHOWN - len(shown)
+        ]
+    if shown and process_group.lead():
+        files.replace_bytes(
+            out / "reconstructions.png", tables.encode_png(np.concatenate(shown, axis=1))
+        )
+    every = process_group.gather(np.array(found))
     return {
-        "steps": run["step"], "loss": run["history"][-1]["loss"], "psnr": float(every.mean()) if len(every) else None,
-        "fingerprint": loaded.fingerprint, "parameters": sum(p.numel() for p in model.parameters()),
-    }  # fmt: skip
+        "steps": run["step"],
+        "loss": run["history"][-1]["loss"],
+        "psnr": float(every.mean()) if len(every) else None,
+        "fingerprint": loaded.fingerprint,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }

@@ -18,15 +18,17 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from adversa import config as cfg
-from adversa import weights
 from adversa.diffuse.network import build_network
-from adversa.places import place
+from adversa.storage import weights
+from adversa.storage.path import place
 from adversa.types import UserError
 
 DenoiserFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 KIND = "edm-unet2d"
-SHIPPED = Path(__file__).parent / "phantom"  # pretrained on phantom pictures of another seed (tools/pretrain_phantom.py)
+SHIPPED = (
+    Path(__file__).parent / "phantom"
+)  # pretrained on phantom pictures of another seed (tools/pretrain_phantom.py)
 # Config keys that must agree for weights to fit, by architecture.
 ARCHITECTURE = {
     "unet": ("architecture", "channels", "layers", "attention", "patch", "sigma_data"),
@@ -63,12 +65,24 @@ def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
 class Denoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)  (equation 7). float32 in and out; F runs in the ambient autocast dtype."""
 
-    def __init__(self, network: nn.Module, sigma_data: float, num_classes: int, patch: int = 1) -> None:
+    def __init__(
+        self, network: nn.Module, sigma_data: float, num_classes: int, patch: int = 1
+    ) -> None:
         super().__init__()
-        self.network, self.sigma_data, self.num_classes, self.patch = network, sigma_data, num_classes, patch
+        self.network, self.sigma_data, self.num_classes, self.patch = (
+            network,
+            sigma_data,
+            num_classes,
+            patch,
+        )
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        assert x.dtype == torch.float32 and sigma.shape == label.shape == x.shape[:1], (x.dtype, x.shape, sigma.shape, label.shape)
+        assert x.dtype == torch.float32 and sigma.shape == label.shape == x.shape[:1], (
+            x.dtype,
+            x.shape,
+            sigma.shape,
+            label.shape,
+        )
         c = coefficients(sigma.float(), self.sigma_data)
         h = F.pixel_unshuffle(_rows(c.inp) * x, self.patch).to(memory_format=torch.channels_last)
         h = self.network(h, TIME_SCALE * c.noise, label, return_dict=False)[0]
@@ -85,30 +99,48 @@ def build(config: cfg.Denoiser, num_classes: int, resolution: int, channels: int
     return Denoiser(network, config.sigma_data, num_classes, config.patch)
 
 
-def describe(config: cfg.Denoiser, classes: list[str], resolution: int, channels: int = 3, **extra: Any) -> dict[str, Any]:
+def describe(
+    config: cfg.Denoiser, classes: list[str], resolution: int, channels: int = 3, **extra: Any
+) -> dict[str, Any]:
     """The config.json that rebuilds a denoiser; `classes` fixes the meaning of labels, len(classes) is the null class.
 
     resolution, channels: of the space that is diffused. extra["codec"], where that is a codec's latents, tells which.
     """
     space = {"resolution": resolution, "channels": channels}
-    return {"kind": KIND, "classes": list(classes), **space, "denoiser": config.model_dump(mode="json"), **extra}
+    return {
+        "kind": KIND,
+        "classes": list(classes),
+        **space,
+        "denoiser": config.model_dump(mode="json"),
+        **extra,
+    }
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Denoiser, dict[str, Any], str]:
     """(denoiser in eval mode, without gradients; its config.json; fingerprint). UserError where the folder holds none."""
     state, meta, fingerprint = weights.read_model(place(folder))
     if meta.get("kind") != KIND:
-        raise UserError(f"{folder} holds a model of kind {meta.get('kind')!r}, not a denoiser ({KIND}); give a denoiser's folder")
-    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the caller's generator alone
-        denoiser = build(_config(meta, folder), len(meta["classes"]), meta["resolution"], meta.get("channels", 3))
+        raise UserError(
+            f"{folder} holds a model of kind {meta.get('kind')!r}, not a denoiser ({KIND}); give a denoiser's folder"
+        )
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the initial weights are thrown away: leave the caller's generator alone
+        denoiser = build(
+            _config(meta, folder), len(meta["classes"]), meta["resolution"], meta.get("channels", 3)
+        )
     _load_state(denoiser, state, folder)
     return denoiser.to(device).eval().requires_grad_(False), meta, fingerprint
 
 
 def start_from(
-    denoiser: Denoiser, config: cfg.Denoiser, classes: list[str], resolution: int, channels: int = 3,
+    denoiser: Denoiser,
+    config: cfg.Denoiser,
+    classes: list[str],
+    resolution: int,
+    channels: int = 3,
     codec: dict[str, Any] | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Load `config.weights` into a fresh denoiser; returns where they came from ("scratch", "phantom" or the folder).
 
     UserError where the weights' classes, space or architecture are not the run's. codec: as in `describe`.
@@ -118,24 +150,38 @@ def start_from(
     folder = SHIPPED if config.weights == "phantom" else Path(config.weights)
     state, meta, _ = weights.read_model(folder)
     if meta.get("kind") != KIND:
-        raise UserError(f"denoiser.weights {config.weights} is of kind {meta.get('kind')!r}, not a denoiser ({KIND})")
+        raise UserError(
+            f"denoiser.weights {config.weights} is of kind {meta.get('kind')!r}, not a denoiser ({KIND})"
+        )
     theirs, ours = (c.model_dump(mode="json") for c in (_config(meta, folder), config))
-    pairs = [("classes", meta["classes"], list(classes)), ("resolution", meta["resolution"], resolution)]
-    pairs += [("channels", meta.get("channels", 3), channels), ("codec", _codec(meta.get("codec")), _codec(codec))]
+    pairs = [
+        ("classes", meta["classes"], list(classes)),
+        ("resolution", meta["resolution"], resolution),
+    ]
+    pairs += [
+        ("channels", meta.get("channels", 3), channels),
+        ("codec", _codec(meta.get("codec")), _codec(codec)),
+    ]
     pairs += [(f"denoiser.{k}", theirs[k], ours[k]) for k in ARCHITECTURE[config.architecture]]
     for name, have, want in pairs:
         if have != want:
             mend = "set denoiser.weights to null (from scratch) or to a folder that fits"
-            raise UserError(f"denoiser.weights {config.weights} has {name} {have}, this run {want}; {mend}")
+            raise UserError(
+                f"denoiser.weights {config.weights} has {name} {have}, this run {want}; {mend}"
+            )
     _load_state(denoiser, state, folder)
     return config.weights
 
 
 def _config(meta: dict[str, Any], folder: Path) -> cfg.Denoiser:
     try:
-        return cfg.Denoiser.model_validate({"architecture": "unet", **meta["denoiser"]})  # older folders do not name theirs
+        return cfg.Denoiser.model_validate(
+            {"architecture": "unet", **meta["denoiser"]}
+        )  # older folders do not name theirs
     except (KeyError, ValidationError) as e:
-        raise UserError(f"{folder} holds no denoiser this version can read ({' '.join(str(e).split())}); train it anew") from None
+        raise UserError(
+            f"{folder} holds no denoiser this version can read ({' '.join(str(e).split())}); train it anew"
+        ) from None
 
 
 def _codec(described: dict[str, Any] | None) -> str:
@@ -144,11 +190,16 @@ def _codec(described: dict[str, Any] | None) -> str:
 
 def _load_state(denoiser: Denoiser, state: dict[str, Tensor], folder: Path) -> None:
     """Into the network; weights of before there was more than one architecture, the shipped ones among them, call it `unet`."""
-    named = {("network." + k.removeprefix("unet.") if k.startswith("unet.") else k): v.float() for k, v in state.items()}
+    named = {
+        ("network." + k.removeprefix("unet.") if k.startswith("unet.") else k): v.float()
+        for k, v in state.items()
+    }
     try:
         denoiser.load_state_dict(named)
     except RuntimeError as e:
-        raise UserError(f"{folder}: the weights do not fit their own config.json ({' '.join(str(e).split())[:200]})") from None
+        raise UserError(
+            f"{folder}: the weights do not fit their own config.json ({' '.join(str(e).split())[:200]})"
+        ) from None
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -159,4 +210,11 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 def to_images(x: Tensor) -> np.ndarray:
     """The inverse: [B, 3, H, W] to uint8 [B, H, W, 3], clipped and rounded. Entries must be finite."""
-    return ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return (
+        ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .contiguous()
+        .numpy()
+    )

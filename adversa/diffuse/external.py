@@ -26,17 +26,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adversa import weights
 from adversa.diffuse import pretrained
+from adversa.storage import weights
 from adversa.types import UserError
 
 KIND = "external"
 EMBEDDINGS = "class_embeddings.safetensors"
 SCHEDULER = "scheduler_config.json"
-TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+TABLE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # What a UNet2DConditionModel may ask for beside its embeddings, and nothing here gives.
-CONDITIONS = ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")
+CONDITIONS = (
+    "class_embed_type",
+    "addition_embed_type",
+    "encoder_hid_dim_type",
+    "num_class_embeds",
+    "time_cond_proj_dim",
+)
 
 
 class External(nn.Module):
@@ -46,17 +59,37 @@ class External(nn.Module):
     """
 
     def __init__(
-        self, unet: nn.Module, sigmas: Tensor, prediction: str, num_classes: int, embeddings: Tensor | None, has_null: bool,
+        self,
+        unet: nn.Module,
+        sigmas: Tensor,
+        prediction: str,
+        num_classes: int,
+        embeddings: Tensor | None,
+        has_null: bool,
         clip: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
-        assert prediction in PREDICTIONS and sigmas.dtype == torch.float64, (prediction, sigmas.dtype)
-        self.unet, self.prediction, self.num_classes, self.has_null, self.clip = unet, prediction, num_classes, has_null, clip
+        assert prediction in PREDICTIONS and sigmas.dtype == torch.float64, (
+            prediction,
+            sigmas.dtype,
+        )
+        self.unet, self.prediction, self.num_classes, self.has_null, self.clip = (
+            unet,
+            prediction,
+            num_classes,
+            has_null,
+            clip,
+        )
         self.register_buffer("log_sigmas", sigmas.log())
         self.register_buffer("embeddings", embeddings)
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        assert x.dtype == torch.float32 and sigma.shape == label.shape == x.shape[:1], (x.dtype, x.shape, sigma.shape, label.shape)
+        assert x.dtype == torch.float32 and sigma.shape == label.shape == x.shape[:1], (
+            x.dtype,
+            x.shape,
+            sigma.shape,
+            label.shape,
+        )
         total = (1 + sigma.double() ** 2).sqrt()
         s, t = self.timestep(sigma)
         x_vp = _rows(1 / total) * x
@@ -77,12 +110,22 @@ class External(nn.Module):
         total = (1 + s**2).sqrt()
         if self.prediction == "epsilon":
             return total, -s
-        return (1 / total, -s / total) if self.prediction == "v_prediction" else (torch.zeros_like(s), torch.ones_like(s))
+        return (
+            (1 / total, -s / total)
+            if self.prediction == "v_prediction"
+            else (torch.zeros_like(s), torch.ones_like(s))
+        )
 
     def _network(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        condition = {"class_labels": label} if self.embeddings is None else {"encoder_hidden_states": self.embeddings[label]}
+        condition = (
+            {"class_labels": label}
+            if self.embeddings is None
+            else {"encoder_hidden_states": self.embeddings[label]}
+        )
         out = self.unet(x, t.float(), return_dict=False, **condition)[0]
-        return out[:, : x.shape[1]].float()  # the rest is a learned variance, which no solver of the ODE asks for
+        return out[
+            :, : x.shape[1]
+        ].float()  # the rest is a learned variance, which no solver of the ODE asks for
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -98,19 +141,33 @@ def read(path: str, num_classes: int) -> External:
     prompt's text embedding, say), or [num_classes + 1, T, D], the last being the null class's (the empty prompt's).
     """
     unet_folder, scheduler = places(path)
-    unet = pretrained.load(str(unet_folder), "denoiser.external", ["UNet2DModel", "UNet2DConditionModel"], local=True)
+    unet = pretrained.load(
+        str(unet_folder), "denoiser.external", ["UNet2DModel", "UNet2DConditionModel"], local=True
+    )
     settings, c = _settings(scheduler, path), unet.config
     prediction = settings.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS or settings.get("use_flow_sigmas"):
         _refuse(path, f"predicts {prediction}", f"a model that predicts {' or '.join(PREDICTIONS)}")
     sigmas = table(settings, path)
     if c.time_embedding_type != "positional":
-        _refuse(path, f"has {c.time_embedding_type} time embeddings", "a model with timesteps (time_embedding_type positional)")
+        _refuse(
+            path,
+            f"has {c.time_embedding_type} time embeddings",
+            "a model with timesteps (time_embedding_type positional)",
+        )
     learned = str(settings.get("variance_type", "")).startswith("learned")
     if c.out_channels != c.in_channels * (2 if learned else 1):
-        _refuse(path, f"maps {c.in_channels} channels to {c.out_channels}", "one with as many out as in (no inpainting model)")
+        _refuse(
+            path,
+            f"maps {c.in_channels} channels to {c.out_channels}",
+            "one with as many out as in (no inpainting model)",
+        )
     if settings.get("thresholding"):
-        _refuse(path, "uses dynamic thresholding", f"one without, or set thresholding to false in its {SCHEDULER}")
+        _refuse(
+            path,
+            "uses dynamic thresholding",
+            f"one without, or set thresholding to false in its {SCHEDULER}",
+        )
     embeddings, have = None, c.num_class_embeds
     if type(unet).__name__ == "UNet2DConditionModel":
         if asked := [k for k in CONDITIONS if c.get(k) is not None]:
@@ -121,7 +178,9 @@ def read(path: str, num_classes: int) -> External:
         wanted = f"{num_classes} classes, or {num_classes + 1} with the null class"
         _refuse(path, f"has {have or 'no'} class labels", f"one with the run's {wanted}")
     clip = float(settings.get("clip_sample_range", 1.0)) if settings.get("clip_sample") else None
-    return External(unet, sigmas, prediction, num_classes, embeddings, have == num_classes + 1, clip)
+    return External(
+        unet, sigmas, prediction, num_classes, embeddings, have == num_classes + 1, clip
+    )
 
 
 def table(settings: dict[str, Any], path: str = "") -> Tensor:
@@ -131,10 +190,19 @@ def table(settings: dict[str, Any], path: str = "") -> Tensor:
     """
     from diffusers import DDPMScheduler
 
-    if not {"beta_schedule", "trained_betas"} & settings.keys() or settings.get("timestep_type", "discrete") != "discrete":
-        _refuse(path, f"has a {settings.get('_class_name')} without betas over timesteps", "one of the DDPM family")
+    if (
+        not {"beta_schedule", "trained_betas"} & settings.keys()
+        or settings.get("timestep_type", "discrete") != "discrete"
+    ):
+        _refuse(
+            path,
+            f"has a {settings.get('_class_name')} without betas over timesteps",
+            "one of the DDPM family",
+        )
     try:
-        abar = DDPMScheduler(**{k: settings[k] for k in TABLE if settings.get(k) is not None}).alphas_cumprod.double()
+        abar = DDPMScheduler(
+            **{k: settings[k] for k in TABLE if settings.get(k) is not None}
+        ).alphas_cumprod.double()
     except (NotImplementedError, TypeError, ValueError) as e:
         _refuse(path, f"has a noise schedule that cannot be read ({e})", "another")
     if abar[-1] <= 0:
@@ -151,12 +219,21 @@ def places(path: str) -> tuple[Path, Path]:
     if not folder.is_dir():
         raise UserError(f"denoiser.external {path}: no such folder; give a local diffusers folder")
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    scheduler = next((p for p in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER) if p.is_file()), None)
-    for found, name in ((unet / weights.CONFIG, "the UNet's config.json"), (unet / pretrained.WEIGHTS, pretrained.WEIGHTS)):
+    scheduler = next(
+        (p for p in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER) if p.is_file()), None
+    )
+    for found, name in (
+        (unet / weights.CONFIG, "the UNet's config.json"),
+        (unet / pretrained.WEIGHTS, pretrained.WEIGHTS),
+    ):
         if not found.is_file():
-            raise UserError(f"denoiser.external {path} lacks {name}; give a folder with unet/ and scheduler/, or both in one")
+            raise UserError(
+                f"denoiser.external {path} lacks {name}; give a folder with unet/ and scheduler/, or both in one"
+            )
     if scheduler is None:
-        raise UserError(f"denoiser.external {path} lacks {SCHEDULER}; its noise levels and prediction type are read from there")
+        raise UserError(
+            f"denoiser.external {path} lacks {SCHEDULER}; its noise levels and prediction type are read from there"
+        )
     return unet, scheduler
 
 
@@ -174,10 +251,19 @@ def _embeddings(path: Path, width: int) -> Tensor:
     try:
         tensors = list(load_file(path).values())
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{path} cannot be read ({e}); a UNet2DConditionModel needs it: one tensor [classes + 1, T, D]") from None
-    if len(tensors) != 1 or tensors[0].ndim != 3 or tensors[0].shape[2] != width or not bool(tensors[0].isfinite().all()):
+        raise UserError(
+            f"{path} cannot be read ({e}); a UNet2DConditionModel needs it: one tensor [classes + 1, T, D]"
+        ) from None
+    if (
+        len(tensors) != 1
+        or tensors[0].ndim != 3
+        or tensors[0].shape[2] != width
+        or not bool(tensors[0].isfinite().all())
+    ):
         shapes = [tuple(t.shape) for t in tensors]
-        raise UserError(f"{path} holds {shapes}; it must be one finite tensor [classes + 1, T, {width}] (cross_attention_dim)")
+        raise UserError(
+            f"{path} holds {shapes}; it must be one finite tensor [classes + 1, T, {width}] (cross_attention_dim)"
+        )
     return tensors[0].float()
 
 
@@ -185,22 +271,38 @@ def check(denoiser: External, path: str, channels: int, side: int, guidance: flo
     """UserError where the model does not fit the space [channels, side, side] it is to diffuse, or cannot be guided."""
     c = denoiser.unet.config
     if c.in_channels != channels:
-        _refuse(path, f"has {c.in_channels} channels, and what is diffused has {channels}", "another, or another codec")
+        _refuse(
+            path,
+            f"has {c.in_channels} channels, and what is diffused has {channels}",
+            "another, or another codec",
+        )
     if side % 2 ** (len(c.block_out_channels) - 1):
-        _refuse(path, f"halves its side {len(c.block_out_channels) - 1} times, and it is {side}", "another data.resolution")
+        _refuse(
+            path,
+            f"halves its side {len(c.block_out_channels) - 1} times, and it is {side}",
+            "another data.resolution",
+        )
     if guidance != 1 and not denoiser.has_null:
         raise UserError(
             f"generate.guidance {guidance:g}: denoiser.external {path} has no null class to guide against; set generate.guidance=1"
         )
 
 
-def describe(denoiser: External, path: str, classes: list[str], resolution: int, channels: int, **extra: Any) -> dict[str, Any]:
+def describe(
+    denoiser: External, path: str, classes: list[str], resolution: int, channels: int, **extra: Any
+) -> dict[str, Any]:
     """The config.json that stands for the model: nothing is copied, its folder must stay where it is, as it is."""
     return {
-        "kind": KIND, "classes": list(classes), "resolution": resolution, "channels": channels,
-        "external": str(Path(path).resolve()), "weights": fingerprint(path), "prediction": denoiser.prediction,
-        "null": denoiser.has_null, **extra,
-    }  # fmt: skip
+        "kind": KIND,
+        "classes": list(classes),
+        "resolution": resolution,
+        "channels": channels,
+        "external": str(Path(path).resolve()),
+        "weights": fingerprint(path),
+        "prediction": denoiser.prediction,
+        "null": denoiser.has_null,
+        **extra,
+    }
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[External, dict[str, Any], str]:
@@ -213,7 +315,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[External, di
     path = meta["external"]
     denoiser = read(path, len(meta["classes"]))
     if fingerprint(path) != meta["weights"]:
-        raise UserError(f"denoiser.external {path} has changed since this run began; put it back, or start another run")
+        raise UserError(
+            f"denoiser.external {path} has changed since this run began; put it back, or start another run"
+        )
     return denoiser.to(device).eval(), meta, hashlib.sha256(text).hexdigest()[:32]
 
 
@@ -237,9 +341,13 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not valid JSON ({e}); save the model again with diffusers") from None
+        raise UserError(
+            f"{path} is not valid JSON ({e}); save the model again with diffusers"
+        ) from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not an object of settings; save the model again with diffusers")
+        raise UserError(
+            f"{path} holds a {type(found).__name__}, not an object of settings; save the model again with diffusers"
+        )
     return found
 
 

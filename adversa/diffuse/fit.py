@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from adversa import config as cfg
-from adversa import tables, weights, workers
 from adversa.diffuse import average, edm
 from adversa.diffuse.objective import Objective, draw, turn, validation_loss
 from adversa.diffuse.paint import paint
 from adversa.diffuse.strategy import Sources
+from adversa.storage import files, tables, weights
+from adversa.training import process_group
 from adversa.types import GenerationRequest, UserError, digest, seed_of
 
 # "id" list[str], "label" int64 [B], and "image" uint8 [B, H, W, 3] or "latent" float32 [B, C, h, w]; "size": int where these are a
@@ -39,7 +40,9 @@ class State:
     """All that a step reads and changes; `_commit` says what of it outlives the process."""
 
     objective: Objective  # the denoiser, and what is trained along with it
-    parallel: nn.Module  # what a step calls: the objective, or its wrapper that averages gradients over the workers
+    parallel: (
+        nn.Module
+    )  # what a step calls: the objective, or its wrapper that averages gradients over the workers
     averaged: edm.Denoiser  # the moving average of the weights: what becomes the model
     optimizer: torch.optim.Optimizer
     init: str
@@ -49,10 +52,15 @@ class State:
     loss: float = math.nan  # of the last step that was looked at
     losses: list[float] = field(default_factory=list)  # since the last line of history
     history: list[dict[str, float]] = field(default_factory=list)
-    pending: tuple[int, list[str], Tensor, Tensor, Tensor] | None = None  # a step not looked at yet: see `_look`
+    pending: tuple[int, list[str], Tensor, Tensor, Tensor] | None = (
+        None  # a step not looked at yet: see `_look`
+    )
 
     def __post_init__(self) -> None:
-        self.trained, self.means = list(self.objective.denoiser.parameters()), list(self.averaged.parameters())
+        self.trained, self.means = (
+            list(self.objective.denoiser.parameters()),
+            list(self.averaged.parameters()),
+        )
 
 
 def resume_step(out: Path) -> int:
@@ -91,7 +99,9 @@ def fit(
     assert num_classes == len(classes), (num_classes, classes)
     if threads:
         torch.set_num_threads(threads)
-    meta = edm.describe(config, classes, resolution, channels, **({} if codec is None else {"codec": codec}))
+    meta = edm.describe(
+        config, classes, resolution, channels, **({} if codec is None else {"codec": codec})
+    )
     state = _start(config, meta, out, seed)
     held_out = None if select is None else _held_out(select())
     iterator, told = iter(batches), 0.0
@@ -109,9 +119,22 @@ def fit(
         if last or state.step % config.checkpoint_steps == 0:
             _commit(state, config, out)
             committed(state.step)
-        if workers.lead() and (last or news or time.monotonic() - told > 1) and math.isfinite(state.loss):
+        if (
+            process_group.lead()
+            and (last or news or time.monotonic() - told > 1)
+            and math.isfinite(state.loss)
+        ):
             told = time.monotonic()
-            report({"done": state.step, "total": config.steps, "unit": "step", "loss": state.loss, "init": state.init, **news})
+            report(
+                {
+                    "done": state.step,
+                    "total": config.steps,
+                    "unit": "step",
+                    "loss": state.loss,
+                    "init": state.init,
+                    **news,
+                }
+            )
     return _finish(state, meta, out, seed, decode)
 
 
@@ -129,7 +152,11 @@ def validation_steps(steps: int) -> set[int]:
 
 def _start(config: cfg.Denoiser, meta: dict[str, Any], out: Path, seed: int) -> State:
     """Model, moving average and optimizer: fresh, or as the checkpoint has them."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     space = meta["resolution"], meta["channels"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("denoiser", seed))
@@ -137,25 +164,50 @@ def _start(config: cfg.Denoiser, meta: dict[str, Any], out: Path, seed: int) -> 
         objective = Objective(denoiser, config)
     # All but how often it is saved and shown.
     recipe = digest(
-        config.model_dump_json(exclude={"checkpoint_steps", "sample_steps"}), meta["classes"], *space,
-        json.dumps(meta.get("codec"), sort_keys=True), seed,
-    )  # fmt: skip
+        config.model_dump_json(exclude={"checkpoint_steps", "sample_steps"}),
+        meta["classes"],
+        *space,
+        json.dumps(meta.get("codec"), sort_keys=True),
+        seed,
+    )
     saved = weights.load_checkpoint(out)
     if saved and saved.get("recipe") != recipe:
-        raise UserError(f"{out} holds an unfinished training with other settings; delete that folder to start it anew")
-    init = saved["init"] if saved else edm.start_from(denoiser, config, meta["classes"], *space, meta.get("codec"))
+        raise UserError(
+            f"{out} holds an unfinished training with other settings; delete that folder to start it anew"
+        )
+    init = (
+        saved["init"]
+        if saved
+        else edm.start_from(denoiser, config, meta["classes"], *space, meta.get("codec"))
+    )
     objective.to(device).train()
     averaged = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        objective.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     if saved:
         objective.load_state_dict(saved["model"])
         averaged.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
     if config.compile:
-        denoiser.network.compile(dynamic=False)  # in place: the weights keep their names, and the average is asked eagerly
-    state = State(objective, workers.parallel(objective, device), averaged, optimizer, init, recipe, device)
+        denoiser.network.compile(
+            dynamic=False
+        )  # in place: the weights keep their names, and the average is asked eagerly
+    state = State(
+        objective,
+        process_group.parallel(objective, device),
+        averaged,
+        optimizer,
+        init,
+        recipe,
+        device,
+    )
     if saved:
-        state.step, state.history, state.losses = int(saved["step"]), saved["history"], saved["losses"]
+        state.step, state.history, state.losses = (
+            int(saved["step"]),
+            saved["history"],
+            saved["losses"],
+        )
     return state
 
 
@@ -163,9 +215,17 @@ def _train_step(state: State, batch: Batch, config: cfg.Denoiser, seed: int) -> 
     """One step. Its loss is looked at when the next one is on its way, so that a GPU need not wait for the CPU in between."""
     device, size = state.device, int(batch.get("size", len(batch["id"])))
     x, label = (t.to(device) for t in _tensors(batch))
-    draws = draw((size, *x.shape[1:]), config, seed_of("denoiser", seed, state.step), device, workers.rows(size))
+    draws = draw(
+        (size, *x.shape[1:]),
+        config,
+        seed_of("denoiser", seed, state.step),
+        device,
+        process_group.rows(size),
+    )
     assert x.shape == draws.noise.shape, (x.shape, draws.noise.shape)
-    if config.flips and "image" in batch:  # a turned latent is not the latent of the turned image: whoever encodes, turns
+    if (
+        config.flips and "image" in batch
+    ):  # a turned latent is not the latent of the turned image: whoever encodes, turns
         x = turn(x, draws.flips)
     label = label.masked_fill(draws.dropped, state.averaged.num_classes)
     for group in state.optimizer.param_groups:
@@ -173,14 +233,20 @@ def _train_step(state: State, batch: Batch, config: cfg.Denoiser, seed: int) -> 
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
         losses, errors = state.parallel(x, draws.sigma, draws.noise, label)
     state.optimizer.zero_grad(set_to_none=True)
-    workers.share(losses, size).backward()
+    process_group.share(losses, size).backward()
     norm = nn.utils.clip_grad_norm_(state.trained, config.clip)
     state.optimizer.step()
     beta = average.decay(config, state.step + 1, state.init == "scratch")
     average.update(state.means, state.trained, beta)
     _look(state, config)
     # Of the losses nothing is wanted but whether they are finite: 0 times one that is not, is not.
-    state.pending = (state.step, batch["id"], workers.share(errors + 0 * losses.detach(), size), norm, losses.detach())
+    state.pending = (
+        state.step,
+        batch["id"],
+        process_group.share(errors + 0 * losses.detach(), size),
+        norm,
+        losses.detach(),
+    )
     state.step += 1
 
 
@@ -189,10 +255,15 @@ def _look(state: State, config: cfg.Denoiser) -> None:
     if state.pending is None:
         return
     (step, ids, error, norm, losses), state.pending = state.pending, None
-    state.loss, gradient = workers.mean(error), float(norm)
+    state.loss, gradient = process_group.mean(error), float(norm)
     if not math.isfinite(state.loss) or not math.isfinite(gradient):
-        guilty = [i for i, finite in zip(ids, torch.isfinite(losses).tolist(), strict=True) if not finite]
-        rows = workers.gather(np.array(guilty, str)).tolist() or workers.gather(np.array(ids, str)).tolist()
+        guilty = [
+            i for i, finite in zip(ids, torch.isfinite(losses).tolist(), strict=True) if not finite
+        ]
+        rows = (
+            process_group.gather(np.array(guilty, str)).tolist()
+            or process_group.gather(np.array(ids, str)).tolist()
+        )
         raise _diverged(f"loss {state.loss:g}, gradient {gradient:g}", step, rows, config)
     state.losses.append(state.loss)
 
@@ -208,7 +279,11 @@ def _diverged(what: str, step: int, ids: list[str], config: cfg.Denoiser) -> Use
 def _tensors(batch: Batch) -> tuple[Tensor, Tensor]:
     """(the batch in the diffused space, float32 [B, C, h, w]; labels int64 [B])."""
     latent = batch.get("latent")
-    x = edm.to_tensor(np.asarray(batch["image"])) if latent is None else torch.as_tensor(np.asarray(latent, np.float32))
+    x = (
+        edm.to_tensor(np.asarray(batch["image"]))
+        if latent is None
+        else torch.as_tensor(np.asarray(latent, np.float32))
+    )
     return x, torch.as_tensor(np.asarray(batch["label"]), dtype=torch.int64)
 
 
@@ -227,27 +302,49 @@ def _held_out(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     kept: list[tuple[int, np.ndarray, np.int64]] = []
     for batch in batches:  # to the end: a stream that is left half-read keeps its workers
         x, label = _tensors(batch)
-        rows = zip([seed_of("validated", i) for i in batch["id"]], map(np.array, x.numpy()), label.numpy(), strict=True)
+        rows = zip(
+            [seed_of("validated", i) for i in batch["id"]],
+            map(np.array, x.numpy()),
+            label.numpy(),
+            strict=True,
+        )
         kept = sorted([*kept, *rows], key=lambda row: row[0])[:VALIDATED]
-    found = sorted((row for rows in workers.everyones(kept) for row in rows), key=lambda row: row[0])[:VALIDATED]
+    found = sorted(
+        (row for rows in process_group.everyones(kept) for row in rows), key=lambda row: row[0]
+    )[:VALIDATED]
     assert found, "the select role is empty"
-    return torch.from_numpy(np.stack([x for _, x, _ in found])), torch.tensor([int(label) for _, _, label in found])
+    return torch.from_numpy(np.stack([x for _, x, _ in found])), torch.tensor(
+        [int(label) for _, _, label in found]
+    )
 
 
-def _validate(state: State, held_out: tuple[Tensor, Tensor], config: cfg.Denoiser, seed: int) -> dict[str, float]:
+def _validate(
+    state: State, held_out: tuple[Tensor, Tensor], config: cfg.Denoiser, seed: int
+) -> dict[str, float]:
     """On the lead alone: the others wait for it in the next step."""
     _look(state, config)
-    if not workers.lead():
+    if not process_group.lead():
         return {}
-    found = {"validation_loss": validation_loss(state.averaged, *held_out, config, seed, state.device)}
+    found = {
+        "validation_loss": validation_loss(state.averaged, *held_out, config, seed, state.device)
+    }
     state.history.append({"step": state.step, **found})
     return found
 
 
-def _write_samples(state: State, meta: dict[str, Any], seed: int, decode: Callable[[Tensor], np.ndarray], path: Path) -> None:
-    if workers.lead():
+def _write_samples(
+    state: State,
+    meta: dict[str, Any],
+    seed: int,
+    decode: Callable[[Tensor], np.ndarray],
+    path: Path,
+) -> None:
+    if process_group.lead():
         path.parent.mkdir(parents=True, exist_ok=True)
-        tables.replace_bytes(path, tables.encode_png(sample_grid(state.averaged, meta, seed, state.device, decode=decode)))
+        files.replace_bytes(
+            path,
+            tables.encode_png(sample_grid(state.averaged, meta, seed, state.device, decode=decode)),
+        )
 
 
 def _commit(state: State, config: cfg.Denoiser, out: Path) -> None:
@@ -255,40 +352,71 @@ def _commit(state: State, config: cfg.Denoiser, out: Path) -> None:
     ids = state.pending[1] if state.pending else []
     _look(state, config)
     largest = torch.stack(torch._foreach_norm([*state.trained, *state.means], math.inf)).sum()
-    if not math.isfinite(workers.mean(largest)):
-        raise _diverged("a weight is not finite", state.step - 1, workers.gather(np.array(ids, str)).tolist(), config)
-    if workers.lead():
+    if not math.isfinite(process_group.mean(largest)):
+        raise _diverged(
+            "a weight is not finite",
+            state.step - 1,
+            process_group.gather(np.array(ids, str)).tolist(),
+            config,
+        )
+    if process_group.lead():
         weights.save_checkpoint(
             out,
-            {"step": state.step, "model": state.objective.state_dict(), "ema": state.averaged.state_dict(),
-             "optimizer": state.optimizer.state_dict(), "history": state.history, "losses": state.losses, "init": state.init,
-             "recipe": state.recipe},
-        )  # fmt: skip
+            {
+                "step": state.step,
+                "model": state.objective.state_dict(),
+                "ema": state.averaged.state_dict(),
+                "optimizer": state.optimizer.state_dict(),
+                "history": state.history,
+                "losses": state.losses,
+                "init": state.init,
+                "recipe": state.recipe,
+            },
+        )
         _write_history(state, out)
-    workers.barrier()
+    process_group.barrier()
 
 
 def _write_history(state: State, out: Path) -> None:
-    tables.replace_bytes(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in state.history).encode())
+    files.replace_bytes(
+        out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in state.history).encode()
+    )
 
 
-def _finish(state: State, meta: dict[str, Any], out: Path, seed: int, decode: Callable[[Tensor], np.ndarray]) -> dict[str, Any]:
+def _finish(
+    state: State, meta: dict[str, Any], out: Path, seed: int, decode: Callable[[Tensor], np.ndarray]
+) -> dict[str, Any]:
     """Write the model and a grid of samples."""
-    if workers.lead():
-        weights.save_model(out, state.averaged.state_dict(), meta | {"steps": state.step, "init": state.init})
+    if process_group.lead():
+        weights.save_model(
+            out, state.averaged.state_dict(), meta | {"steps": state.step, "init": state.init}
+        )
         _write_history(state, out)
         _write_samples(state, meta, seed, decode, out / "samples.png")
-    workers.barrier()
+    process_group.barrier()
     fingerprint = weights.read_model(out)[2]
-    loss = next((row["loss"] for row in reversed(state.history) if "loss" in row), None)  # none without a step
+    loss = next(
+        (row["loss"] for row in reversed(state.history) if "loss" in row), None
+    )  # none without a step
     parameters = sum(p.numel() for p in state.means)
-    return {"steps": state.step, "loss": loss, "init": state.init, "fingerprint": fingerprint, "parameters": parameters}
+    return {
+        "steps": state.step,
+        "loss": loss,
+        "init": state.init,
+        "fingerprint": fingerprint,
+        "parameters": parameters,
+    }
 
 
 def sample_grid(
-    denoiser: edm.DenoiserFn, meta: dict[str, Any], seed: int, device: torch.device | str = "cpu", columns: int = 8,
-    generate: cfg.Generate | None = None, decode: Callable[[Tensor], np.ndarray] = edm.to_images,
-) -> np.ndarray:  # fmt: skip
+    denoiser: edm.DenoiserFn,
+    meta: dict[str, Any],
+    seed: int,
+    device: torch.device | str = "cpu",
+    columns: int = 8,
+    generate: cfg.Generate | None = None,
+    decode: Callable[[Tensor], np.ndarray] = edm.to_images,
+) -> np.ndarray:
     """One row of `columns` samples a class: uint8 [classes * R, columns * R, 3].
 
     generate None: cfg.Generate's solver, steps and guidance whatever the run generates with, so that grids of all runs compare; but
@@ -296,14 +424,29 @@ def sample_grid(
     """
     if generate is None:
         trained = meta["denoiser"]
-        generate = cfg.Generate(amp=trained["amp"], **({} if trained["null_probability"] else {"guidance": 1.0}))
+        generate = cfg.Generate(
+            amp=trained["amp"], **({} if trained["null_probability"] else {"guidance": 1.0})
+        )
     top, scale = generate.sigma_max, generate.guidance
     requests = [
-        GenerationRequest(f"{k}-{i}", 0, "unguided", "sample", k, None, top, scale, seed_of("samples", seed, k, i))
+        GenerationRequest(
+            f"{k}-{i}", 0, "unguided", "sample", k, None, top, scale, seed_of("samples", seed, k, i)
+        )
         for k in range(len(meta["classes"]))
         for i in range(columns)
     ]
-    generate = generate.model_copy(update={"batch_size": min(generate.batch_size, len(requests))})  # no row in vain
-    pictures = np.stack([p.image for p in paint(denoiser, requests, Sources(), generate, meta, device, decode=decode)])
+    generate = generate.model_copy(
+        update={"batch_size": min(generate.batch_size, len(requests))}
+    )  # no row in vain
+    pictures = np.stack(
+        [
+            p.image
+            for p in paint(denoiser, requests, Sources(), generate, meta, device, decode=decode)
+        ]
+    )
     side = pictures.shape[1]
-    return pictures.reshape(-1, columns, side, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, columns * side, 3)
+    return (
+        pictures.reshape(-1, columns, side, side, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(-1, columns * side, 3)
+    )

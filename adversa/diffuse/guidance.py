@@ -32,7 +32,11 @@ GradientFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def classifier_free(
-    denoiser: DenoiserFn, scale: Tensor, second: Tensor, null_label: int, weak: DenoiserFn | None = None
+    denoiser: DenoiserFn,
+    scale: Tensor,
+    second: Tensor,
+    null_label: int,
+    weak: DenoiserFn | None = None,
 ) -> GuidedFn:
     """other + w (conditional - other)  (Ho & Salimans 2022); `other` is the null class's answer, or that of a weaker denoiser asked
     the same (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", equation 3).
@@ -48,7 +52,9 @@ def classifier_free(
         rows = second.nonzero().squeeze(1).to(x.device)
         if weak is None:
             null = torch.full_like(rows, null_label)
-            both = denoiser(torch.cat([x, x[rows]]), torch.cat([sigma, sigma[rows]]), torch.cat([label, null]))
+            both = denoiser(
+                torch.cat([x, x[rows]]), torch.cat([sigma, sigma[rows]]), torch.cat([label, null])
+            )
             conditional, other = both[: len(x)], both[len(x) :]
         else:
             conditional, other = denoiser(x, sigma, label), weak(x[rows], sigma[rows], label[rows])
@@ -60,9 +66,12 @@ def classifier_free(
 
 
 def steered(
-    guided: GuidedFn, gradient: GradientFn, strength: Tensor, skipped: Tensor,
+    guided: GuidedFn,
+    gradient: GradientFn,
+    strength: Tensor,
+    skipped: Tensor,
     length: Callable[[Answer, Tensor], Tensor] | None = None,
-) -> GuidedFn:  # fmt: skip
+) -> GuidedFn:
     """x0 + strength unit g / rms(g), g the gradient with respect to x0 alone: no pass back through the denoiser (He et al. 2024,
     "Manifold Preserving Guided Diffusion", algorithm 1).
 
@@ -82,12 +91,16 @@ def steered(
         direction = found / largest.clamp(min=torch.finfo(found.dtype).tiny).view(
             -1, 1, 1, 1
         )  # its square neither under- nor overflows
-        size = (answer.unit if length is None else length(answer, sigma))[rows] * strength.to(x.device)[rows]
+        size = (answer.unit if length is None else length(answer, sigma))[rows] * strength.to(
+            x.device
+        )[rows]
         factor = size / rms(direction).clamp(min=1e-12)
         moved = answer.x0[rows] + factor.view(-1, 1, 1, 1) * direction
         skipped.index_add_(0, rows, (~finite).to(skipped.dtype))
         taken = (finite & (largest > 0)).view(-1, 1, 1, 1)
-        return Answer(answer.x0.index_copy(0, rows, torch.where(taken, moved, answer.x0[rows])), answer.unit)
+        return Answer(
+            answer.x0.index_copy(0, rows, torch.where(taken, moved, answer.x0[rows])), answer.unit
+        )
 
     return run
 
@@ -119,7 +132,12 @@ def pulled(guided: GuidedFn, goal: Tensor, strength: Tensor, factor: int) -> Gui
 
 def low_frequencies(x: Tensor, factor: int) -> Tensor:
     """Means over factor x factor pixels, and linear in between: [B, C, h, w] to the same."""
-    return F.interpolate(F.avg_pool2d(x, factor, ceil_mode=True), size=x.shape[-2:], mode="bilinear", align_corners=False)
+    return F.interpolate(
+        F.avg_pool2d(x, factor, ceil_mode=True),
+        size=x.shape[-2:],
+        mode="bilinear",
+        align_corners=False,
+    )
 
 
 def kept(guided: GuidedFn, known: Tensor, soft: Tensor) -> GuidedFn:
@@ -158,7 +176,9 @@ def objective(logits: Tensor, label: Tensor, kind: str) -> Tensor:
     return others - logits.gather(1, label[:, None])[:, 0]
 
 
-def hardness(classifier: Callable[[Tensor], Tensor], pixels: Callable[[Tensor], Tensor], kind: str) -> GradientFn:
+def hardness(
+    classifier: Callable[[Tensor], Tensor], pixels: Callable[[Tensor], Tensor], kind: str
+) -> GradientFn:
     """Towards what a classifier finds hard: the gradient of `objective`.
 
     classifier: pixels [B, 3, R, R] in [0, 1] to logits [B, K]; pixels: the diffused space [B, C, h, w] to such pixels. Gradients
@@ -171,7 +191,9 @@ def hardness(classifier: Callable[[Tensor], Tensor], pixels: Callable[[Tensor], 
     return gradient
 
 
-def resemblance(features: Callable[[Tensor], Tensor], pixels: Callable[[Tensor], Tensor], goals: Tensor) -> GradientFn:
+def resemblance(
+    features: Callable[[Tensor], Tensor], pixels: Callable[[Tensor], Tensor], goals: Tensor
+) -> GradientFn:
     """Towards the features of each row's goal: the gradient of minus the squared distance. goals [B, D] of the whole batch."""
 
     def gradient(x0: Tensor, label: Tensor, rows: Tensor) -> Tensor:

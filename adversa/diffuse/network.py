@@ -30,9 +30,13 @@ def build_network(config: cfg.Denoiser, channels: int, side: int, num_classes: i
     factor = config.patch * 2 ** (len(config.channels) - 1 if unet else 0)
     if side % factor:
         levels = " * 2^(levels - 1)" if unet else ""
-        raise UserError(f"data.resolution: the diffused side {side} must be a multiple of {factor} = denoiser.patch{levels}")
+        raise UserError(
+            f"data.resolution: the diffused side {side} must be a multiple of {factor} = denoiser.patch{levels}"
+        )
     make = unet2d if unet else Transformer
-    return make(config, channels * config.patch**2, side // config.patch, num_classes).to(memory_format=torch.channels_last)
+    return make(config, channels * config.patch**2, side // config.patch, num_classes).to(
+        memory_format=torch.channels_last
+    )
 
 
 def unet2d(config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> nn.Module:
@@ -44,17 +48,30 @@ def unet2d(config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> 
     if common % 8:
         raise UserError(f"denoiser.channels {config.channels} must all be multiples of 8")
     # At least 16 channels a group: below that torch's channels-last kernel loses its vector width and is ten times slower in bf16.
-    groups = max(d for d in range(1, 33) if common % d == 0 and min(config.channels) // d >= min(16, min(config.channels)))
+    groups = max(
+        d
+        for d in range(1, 33)
+        if common % d == 0 and min(config.channels) // d >= min(16, min(config.channels))
+    )
     head = max(d for d in (8, 16, 32) if config.channels[-1] % d == 0)
     down, up = ["DownBlock2D"] * levels, ["UpBlock2D"] * levels
     if config.attention:
         down[-1], up[0] = "AttnDownBlock2D", "AttnUpBlock2D"
     unet = UNet2DModel(
-        sample_size=side, in_channels=channels, out_channels=channels,
-        block_out_channels=tuple(config.channels), layers_per_block=config.layers, down_block_types=tuple(down),
-        up_block_types=tuple(up), add_attention=config.attention, attention_head_dim=head, norm_num_groups=groups,
-        resnet_time_scale_shift="scale_shift", time_embedding_dim=2 * config.channels[0], num_class_embeds=num_classes + 1,
-    )  # fmt: skip
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(config.channels),
+        layers_per_block=config.layers,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        add_attention=config.attention,
+        attention_head_dim=head,
+        norm_num_groups=groups,
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_dim=2 * config.channels[0],
+        num_class_embeds=num_classes + 1,
+    )
     for block in unet.up_blocks:
         if block.upsamplers is not None:
             block.upsamplers = nn.ModuleList(Double(m.conv) for m in block.upsamplers)
@@ -74,14 +91,18 @@ class Double(nn.Module):
         self.conv = conv
 
     def forward(self, h: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        return self.conv(F.interpolate(h, scale_factor=2.0 if size is None else None, size=size, mode="nearest"))
+        return self.conv(
+            F.interpolate(h, scale_factor=2.0 if size is None else None, size=size, mode="nearest")
+        )
 
 
 def _zero_outputs(unet: nn.Module) -> None:
     """Residual branches and the last layer begin at zero: D starts as c_skip x, the best linear guess for white data."""
     from diffusers.models.resnet import ResnetBlock2D
 
-    for layer in [m.conv2 for m in unet.modules() if isinstance(m, ResnetBlock2D)] + [unet.conv_out]:
+    for layer in [m.conv2 for m in unet.modules() if isinstance(m, ResnetBlock2D)] + [
+        unet.conv_out
+    ]:
         _zero(layer)
 
 
@@ -94,7 +115,11 @@ class Transformer(nn.Module):
     """
 
     def __init__(self, config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> None:
-        from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
+        from diffusers.models.embeddings import (
+            TimestepEmbedding,
+            Timesteps,
+            get_2d_sincos_pos_embed,
+        )
 
         super().__init__()
         width = config.width
@@ -102,7 +127,10 @@ class Transformer(nn.Module):
         places = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
         self.register_buffer("places", places.float().view(1, side**2, width), persistent=False)
         self.waves = Timesteps(TIME_WIDTH, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time, self.label = TimestepEmbedding(TIME_WIDTH, width), nn.Embedding(num_classes + 1, width)
+        self.time, self.label = (
+            TimestepEmbedding(TIME_WIDTH, width),
+            nn.Embedding(num_classes + 1, width),
+        )
         self.blocks = nn.ModuleList(Block(width) for _ in range(config.depth))
         self.norm, self.modulation = _norm(width), nn.Linear(width, 2 * width)
         self.write = nn.Linear(width, channels)
@@ -119,10 +147,14 @@ class Transformer(nn.Module):
         for layer in (self.modulation, self.write, *(b.modulation for b in self.blocks)):
             _zero(layer)
 
-    def forward(self, h: Tensor, t: Tensor, label: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+    def forward(
+        self, h: Tensor, t: Tensor, label: Tensor, return_dict: bool = False
+    ) -> tuple[Tensor]:
         assert not return_dict
         x = self.read(h.flatten(2).transpose(1, 2))
-        x = x + self.places.to(x.dtype)  # tokens stay in the ambient autocast dtype: half of a step is passes over memory
+        x = x + self.places.to(
+            x.dtype
+        )  # tokens stay in the ambient autocast dtype: half of a step is passes over memory
         condition = F.silu(self.time(self.waves(t)) + self.label(label))
         for block in self.blocks:
             x = block(x, condition)
@@ -138,15 +170,29 @@ class Block(nn.Module):
         super().__init__()
         self.heads = width // max(d for d in (16, 32, 64) if width % d == 0)
         self.modulation = nn.Linear(width, 6 * width)
-        self.norm1, self.qkv, self.mixed = _norm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.up, self.down = _norm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.qkv, self.mixed = (
+            _norm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
+        self.norm2, self.up, self.down = (
+            _norm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B, T, width], condition [B, width]."""
         rows, tokens, width = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).to(x.dtype)[:, None].chunk(6, 2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.modulation(condition).to(x.dtype)[:, None].chunk(6, 2)
+        )
         h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
-        q, k, v = self.qkv(h).view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(h)
+            .view(rows, tokens, 3, self.heads, width // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         h = self.mixed(attend(q, k, v).transpose(1, 2).reshape(rows, tokens, width))
         x = torch.addcmul(x, gate1, h)
         h = torch.addcmul(shift2, self.norm2(x), 1 + scale2)

@@ -28,7 +28,13 @@ class Draws(NamedTuple):
     flips: Tensor
 
 
-def draw(shape: tuple[int, ...], config: cfg.Denoiser, seed: int, device: torch.device, rows: slice = slice(None)) -> Draws:
+def draw(
+    shape: tuple[int, ...],
+    config: cfg.Denoiser,
+    seed: int,
+    device: torch.device,
+    rows: slice = slice(None),
+) -> Draws:
     """All the randomness of a step for its whole batch [B, C, h, w], cut to `rows`: the same whatever the number of workers.
 
     ln sigma ~ N(p_mean, p_std^2) (Karras et al. 2022, Table 1). On a GPU the noise alone is drawn there: drawn on a CPU, it would
@@ -96,7 +102,9 @@ class Objective(nn.Module):
         self.denoiser, self.config = denoiser, config
         self.uncertainty = Uncertainty() if config.loss == "uncertainty" else None
 
-    def forward(self, x: Tensor, sigma: Tensor, noise: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, sigma: Tensor, noise: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """x, noise [B, C, h, w], sigma, label [B] to ([B], [B])."""
         x0 = self.denoiser(x + sigma.view(-1, 1, 1, 1) * noise, sigma, label)
         error = (x0 - x).square().flatten(1).mean(1)
@@ -116,7 +124,12 @@ def levels(config: cfg.Denoiser) -> list[float]:
 
 
 def validation_losses(
-    denoiser: edm.DenoiserFn, images: Tensor, labels: Tensor, config: cfg.Denoiser, seed: int, device: torch.device | str = "cpu"
+    denoiser: edm.DenoiserFn,
+    images: Tensor,
+    labels: Tensor,
+    config: cfg.Denoiser,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """EDM's weighted error of held-out images at each of `levels`: float64 [LEVELS].
 
@@ -138,7 +151,12 @@ def validation_losses(
 
 
 def validation_loss(
-    denoiser: edm.DenoiserFn, images: Tensor, labels: Tensor, config: cfg.Denoiser, seed: int, device: torch.device | str = "cpu"
+    denoiser: edm.DenoiserFn,
+    images: Tensor,
+    labels: Tensor,
+    config: cfg.Denoiser,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> float:
     """Mean of `validation_losses`: an estimate of the training loss (equation 8) on images that were not trained on."""
     return float(validation_losses(denoiser, images, labels, config, seed, device).mean())

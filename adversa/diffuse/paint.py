@@ -64,8 +64,12 @@ class Canvas:
         asked: dict[int, GenerationRequest] = {}
         side, classes = self.meta["resolution"], len(self.meta["classes"])
         names = list(sources.images)
-        places = self.encode(np.stack([sources.images[n] for n in names])).float().cpu() if names else ()
-        space = Space((self.meta.get("channels", 3), side, side), dict(zip(names, places, strict=True)))
+        places = (
+            self.encode(np.stack([sources.images[n] for n in names])).float().cpu() if names else ()
+        )
+        space = Space(
+            (self.meta.get("channels", 3), side, side), dict(zip(names, places, strict=True))
+        )
 
         def rows() -> Iterator[batching.Row]:
             for key, request in enumerate(requests):
@@ -74,9 +78,18 @@ class Canvas:
                 yield strategy.row(key, request, sources, space, self.config, self._goal(sources))
 
         batch = batching.Batch(
-            self.denoiser, space.shape, self.config.batch_size, classes, self.device, self.config.amp, self.steering.weak,
-            self.steering.gradient, self.config.likeness_pull, self.steering.features, self.steering.pixels,
-        )  # fmt: skip
+            self.denoiser,
+            space.shape,
+            self.config.batch_size,
+            classes,
+            self.device,
+            self.config.amp,
+            self.steering.weak,
+            self.steering.gradient,
+            self.config.likeness_pull,
+            self.steering.features,
+            self.steering.pixels,
+        )
         waiting: list[batching.Finished] = []
         for done in batch.run(rows()):
             waiting.append(done)
@@ -100,7 +113,10 @@ class Canvas:
         return goal
 
     def _decoded(
-        self, done: Sequence[batching.Finished], asked: dict[int, GenerationRequest], sources: Sources
+        self,
+        done: Sequence[batching.Finished],
+        asked: dict[int, GenerationRequest],
+        sources: Sources,
     ) -> Iterator[Painted]:
         x = torch.stack([d.x0 for d in done])
         finite = torch.isfinite(x).flatten(1).all(1)
@@ -112,9 +128,14 @@ class Canvas:
 
 
 def paint(
-    denoiser: DenoiserFn, requests: Sequence[GenerationRequest], sources: Sources, config: cfg.Generate, meta: dict[str, Any],
-    device: torch.device | str = "cpu", **space: Any,
-) -> list[Painted]:  # fmt: skip
+    denoiser: DenoiserFn,
+    requests: Sequence[GenerationRequest],
+    sources: Sources,
+    config: cfg.Generate,
+    meta: dict[str, Any],
+    device: torch.device | str = "cpu",
+    **space: Any,
+) -> list[Painted]:
     """`Canvas.stream`, in the order asked. space: encode, decode, steering."""
     canvas = Canvas(denoiser, meta, config, torch.device(device), **space)
     found = {p.request.request_id: p for p in canvas.stream(requests, sources)}

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from adversa import config as cfg
-from adversa import weights
 from adversa.diffuse import codec, edm, external
 from adversa.diffuse.paint import Canvas, Painted, Steering
 from adversa.diffuse.strategy import Sources
-from adversa.places import place
+from adversa.storage import weights
+from adversa.storage.path import place
 from adversa.types import GenerationRequest, UserError
 
 
@@ -30,7 +30,9 @@ class Painter:
     meta: dict[str, Any]
     fingerprint: str
     device: torch.device
-    _compiled: dict[tuple[int, bool], edm.DenoiserFn] = field(default_factory=dict, repr=False, compare=False)
+    _compiled: dict[tuple[int, bool], edm.DenoiserFn] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def side(self) -> int:
@@ -39,9 +41,15 @@ class Painter:
 
     def canvas(self, config: cfg.Generate, steering: Steering | None = None) -> Canvas:
         """Where requests are painted with these settings, in the space of this denoiser."""
-        space = {} if self.codec is None else {"encode": self.codec.to_space, "decode": self.codec.decode}
+        space = (
+            {}
+            if self.codec is None
+            else {"encode": self.codec.to_space, "decode": self.codec.decode}
+        )
         denoiser = self.compiled(config.batch_size, config.amp) if config.compile else self.denoiser
-        return Canvas(denoiser, self.meta, config, self.device, steering=steering or Steering(), **space)
+        return Canvas(
+            denoiser, self.meta, config, self.device, steering=steering or Steering(), **space
+        )
 
     def compiled(self, rows: int, amp: bool) -> edm.DenoiserFn:
         """The denoiser, compiled for so many rows. UserError where this machine cannot compile."""
@@ -58,26 +66,42 @@ class Painter:
         if self.meta.get("null", True) or config.weak:
             return
         if (guided := next((r for r in requests if r.guidance != 1), None)) is not None:
-            raise UserError(f"guidance {guided.guidance:g}: the denoiser has no null class; set generate.guidance=1")
+            raise UserError(
+                f"guidance {guided.guidance:g}: the denoiser has no null class; set generate.guidance=1"
+            )
         if any(r.hardness or (r.likeness and config.likeness_kind == "features") for r in requests):
             key = "hardness" if any(r.hardness for r in requests) else "likeness"
-            raise UserError(f"generate.{key} is measured in classifier-free guidance, and the denoiser has no null class; set 0")
+            raise UserError(
+                f"generate.{key} is measured in classifier-free guidance, and the denoiser has no null class; set 0"
+            )
 
     def paint(
-        self, requests: Sequence[GenerationRequest], sources: Sources, config: cfg.Generate, steering: Steering | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        sources: Sources,
+        config: cfg.Generate,
+        steering: Steering | None = None,
     ) -> list[Painted]:
         """Every request, in the order asked."""
         self.check(requests, config)
-        found = {p.request.request_id: p for p in self.canvas(config, steering).stream(requests, sources)}
+        found = {
+            p.request.request_id: p for p in self.canvas(config, steering).stream(requests, sources)
+        }
         return [found[r.request_id] for r in requests]
 
 
-def load(denoiser: Path, device: torch.device | str = "cpu", codec_folder: Path | None = None) -> Painter:
+def load(
+    denoiser: Path, device: torch.device | str = "cpu", codec_folder: Path | None = None
+) -> Painter:
     """The painter of a denoiser's folder. codec_folder: its codec's; None: the folder `codec` beside it, as a run keeps them."""
     device = torch.device(device)
     model, meta, fingerprint = read(place(denoiser), device)
     space = meta.get("codec")
-    found = None if space is None else codec.load(codec_folder or place(denoiser).parent / "codec", device, space)
+    found = (
+        None
+        if space is None
+        else codec.load(codec_folder or place(denoiser).parent / "codec", device, space)
+    )
     return Painter(model, found, meta, fingerprint, device)
 
 
@@ -101,7 +125,9 @@ def _kind(folder: Path) -> str | None:
 
 
 @torch.no_grad()
-def compile_(denoiser: edm.DenoiserFn, meta: dict[str, Any], device: torch.device, rows: int, amp: bool) -> edm.DenoiserFn:
+def compile_(
+    denoiser: edm.DenoiserFn, meta: dict[str, Any], device: torch.device, rows: int, amp: bool
+) -> edm.DenoiserFn:
     """torch.compile of one static shape, with CUDA graphs on a GPU. Compiled on the spot: nothing later waits for it."""
     from torch._dynamo.exc import TorchDynamoException
 
@@ -112,8 +138,13 @@ def compile_(denoiser: edm.DenoiserFn, meta: dict[str, Any], device: torch.devic
         answer = made(x, sigma, label)
         return answer.clone() if graphs else answer  # a graph writes its next answer over this one
 
-    x = torch.zeros(rows, meta.get("channels", 3), meta["resolution"], meta["resolution"], device=device)
-    sigma, label = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+    x = torch.zeros(
+        rows, meta.get("channels", 3), meta["resolution"], meta["resolution"], device=device
+    )
+    sigma, label = (
+        torch.ones(rows, device=device),
+        torch.zeros(rows, dtype=torch.int64, device=device),
+    )
     try:
         for _ in range(3 if graphs else 1):  # CUDA graphs are recorded after a warm-up
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adversa import hub
+from adversa.storage import hub
 from adversa.types import UserError
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -33,28 +33,42 @@ def load(where: str, key: str, allowed: Sequence[str], local: bool) -> nn.Module
             if (
                 local and (Path(where) / INDEX).exists()
             ):  # its parts could be of any format, lie anywhere, and are in no fingerprint
-                raise UserError(f"{key} {where} is in several parts ({INDEX}); save it again as one {WEIGHTS}")
+                raise UserError(
+                    f"{key} {where} is in several parts ({INDEX}); save it again as one {WEIGHTS}"
+                )
             if name not in allowed:
-                raise UserError(f"{key} {where} is of class {name}; it must be {' or '.join(allowed)}")
+                raise UserError(
+                    f"{key} {where} is of class {name}; it must be {' or '.join(allowed)}"
+                )
             model, info = getattr(diffusers, name).from_pretrained(
-                where, use_safetensors=True, output_loading_info=True, low_cpu_mem_usage=False, torch_dtype=torch.float32,
+                where,
+                use_safetensors=True,
+                output_loading_info=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
                 local_files_only=local,
-            )  # fmt: skip
+            )
     except UserError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:200]
         if local:
-            raise UserError(f"{key} {where} cannot be read ({reason}); give a diffusers folder with {WEIGHTS}") from None
+            raise UserError(
+                f"{key} {where} cannot be read ({reason}); give a diffusers folder with {WEIGHTS}"
+            ) from None
         off = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
         why = f"it cannot be had from the hub{' (HF_HUB_OFFLINE is set)' if off else ''}: {reason}"
         if not off and hub.unreachable(e):
             why = "the hub cannot be reached from here, nor has it been downloaded before"
-        raise UserError(f"{key} {where}: no such folder, and {why}; give a local diffusers folder") from None
+        raise UserError(
+            f"{key} {where}: no such folder, and {why}; give a local diffusers folder"
+        ) from None
     finally:
         logging.set_verbosity(before)
     if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise UserError(f"{key} {where}: its weights lack or misfit {len(wrong)} tensors of its config.json, {wrong[0]} first")
+        raise UserError(
+            f"{key} {where}: its weights lack or misfit {len(wrong)} tensors of its config.json, {wrong[0]} first"
+        )
     return model.eval().requires_grad_(False)
 
 

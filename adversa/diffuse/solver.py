@@ -105,7 +105,9 @@ def solve(denoiser: DenoiserFn, x: Tensor, plans: list[Plan], label: Tensor) -> 
     memory = torch.zeros_like(x)
     for i in range(len(plans[0])):
         sigma = torch.tensor([p.sigma[i] for p in plans], dtype=x.dtype, device=x.device)
-        combine = torch.tensor(np.stack([p.combine[i] for p in plans]), dtype=x.dtype, device=x.device)
+        combine = torch.tensor(
+            np.stack([p.combine[i] for p in plans]), dtype=x.dtype, device=x.device
+        )
         x, memory = advance(x, memory, denoiser(x, sigma, label), combine)
     return x
 

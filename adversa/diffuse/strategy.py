@@ -59,10 +59,19 @@ def course(request: GenerationRequest, start: float, config: cfg.Generate) -> Co
     sigma = plan.sigma
     steers = (sigma > config.hardness_low) & (sigma <= config.hardness_high)
     due = steers & ((np.cumsum(steers) - 1) % config.hardness_every == 0)
-    hardness, likeness = due * request.hardness, (steers if config.likeness_kind == "pixels" else due) * request.likeness
-    active = (sigma > config.guidance_low) & (sigma <= config.guidance_high) & (request.guidance != 1)
-    measured = (hardness > 0) | ((likeness > 0) & (config.likeness_kind == "features"))  # in classifier-free corrections
-    return Course(plan, np.where(active, request.guidance, 1.0), active | measured, hardness, likeness)
+    hardness, likeness = (
+        due * request.hardness,
+        (steers if config.likeness_kind == "pixels" else due) * request.likeness,
+    )
+    active = (
+        (sigma > config.guidance_low) & (sigma <= config.guidance_high) & (request.guidance != 1)
+    )
+    measured = (hardness > 0) | (
+        (likeness > 0) & (config.likeness_kind == "features")
+    )  # in classifier-free corrections
+    return Course(
+        plan, np.where(active, request.guidance, 1.0), active | measured, hardness, likeness
+    )
 
 
 def start_of(request: GenerationRequest, config: cfg.Generate) -> float:
@@ -71,9 +80,13 @@ def start_of(request: GenerationRequest, config: cfg.Generate) -> float:
 
 
 def row(
-    key: int, request: GenerationRequest, sources: Sources, space: Space, config: cfg.Generate,
+    key: int,
+    request: GenerationRequest,
+    sources: Sources,
+    space: Space,
+    config: cfg.Generate,
     goal: Callable[[str], Tensor] | None = None,
-) -> Row:  # fmt: skip
+) -> Row:
     """The row of a request. goal: of likeness, by example id (None: the example in the diffused space)."""
     assert request.strategy in STRATEGIES, request.strategy
     generator, start = generator_of(request), start_of(request, config)
@@ -93,7 +106,12 @@ def row(
     made.start = case + made.start
     if request.strategy in FILLING:
         made.known = case
-        made.soft = _fit((sources.outside if request.strategy == "outpaint" else sources.inside)[request.example], space)
+        made.soft = _fit(
+            (sources.outside if request.strategy == "outpaint" else sources.inside)[
+                request.example
+            ],
+            space,
+        )
     if request.strategy == "inout":
         made.then = _around(made, request, sources, space, config)
     return made
@@ -111,7 +129,15 @@ def _around(
         known = end.cpu()
         noise = torch.randn(space.shape, generator=generator_of(again))
         sigma = start_of(again, config)
-        return Row(first.key, known + sigma * noise, course(again, sigma, config), first.label, known, soft, first.goal)
+        return Row(
+            first.key,
+            known + sigma * noise,
+            course(again, sigma, config),
+            first.label,
+            known,
+            soft,
+            first.goal,
+        )
 
     return then
 
@@ -130,5 +156,7 @@ def composed(painted: np.ndarray, request: GenerationRequest, sources: Sources) 
         return painted
     assert request.example is not None
     known = sources.images[request.example]
-    soft = (sources.inside if request.strategy == "inpaint" else sources.outside)[request.example][..., None]
+    soft = (sources.inside if request.strategy == "inpaint" else sources.outside)[request.example][
+        ..., None
+    ]
     return np.rint(known + soft * (painted.astype(np.float32) - known)).astype(np.uint8)

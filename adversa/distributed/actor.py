@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ray
 
-from adversa.loop.sampler import Sampler
+from adversa.engine.worker import Sampler
 
 
 class Actor(Sampler):

@@ -27,7 +27,9 @@ class ProcessGroup(BackendConfig):
 
 
 class _Backend(Backend):
-    share_cuda_visible_devices = True  # as TorchConfig has it: nccl between the GPUs of a machine wants to see them all
+    share_cuda_visible_devices = (
+        True  # as TorchConfig has it: nccl between the GPUs of a machine wants to see them all
+    )
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
         if len(worker_group) > 1:

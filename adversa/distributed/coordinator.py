@@ -1,4 +1,4 @@
-"""The coordinator of a run on a cluster: a named, detached actor around loop/coordinator.py, and how a command deals with it.
+"""The coordinator of a run on a cluster: a named, detached actor around pipeline/coordinator.py, and how a command deals with it.
 
 It outlives the command that started it. When its process dies Ray starts it again with the same task, and it goes on from the run
 folder. Everything that is asked of it (pause, stop, settings) and everything it answers lies in that folder too.
@@ -21,13 +21,15 @@ from ray.util.state.exception import RayStateApiException
 
 from adversa.config import Config
 from adversa.distributed import metrics
-from adversa.loop.coordinator import Coordinator, Task
-from adversa.loop.engine import Engine
-from adversa.runs import RunDir
+from adversa.engine.interface import Engine
+from adversa.pipeline.coordinator import Coordinator, Task
+from adversa.run.folder import RunDir
 from adversa.types import UserError, digest
 
 NAMESPACE = "adversa"
-RESTARTS = 100  # of a coordinator whose process dies; not counted are those whose node is taken away
+RESTARTS = (
+    100  # of a coordinator whose process dies; not counted are those whose node is taken away
+)
 TRIES = 40  # to reach a coordinator; half a second between two
 LINGER_SECONDS = 20.0  # after the end, for whoever asks how it went
 LOOK_SECONDS = 0.5
@@ -64,7 +66,9 @@ def _engine(task: Task) -> Callable[[Config, RunDir], Engine]:
     def make(config: Config, run: RunDir) -> Engine:
         from adversa.distributed.engine import RayEngine
 
-        return RayEngine(config.cluster, run.root, config.data.resolution**2 * 3, task.verbose, inside=True)
+        return RayEngine(
+            config.cluster, run.root, config.data.resolution**2 * 3, task.verbose, inside=True
+        )
 
     return make
 
@@ -86,13 +90,26 @@ def begin(task: Task, page: Callable[[Path], Path], say: Callable[[str], None]) 
 
     UserError where somebody else works on the run, or a coordinator with another command. say: is told what is waited for.
     """
-    head = next((n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]), None)
+    head = next(
+        (n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]), None
+    )
     place = {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=True)} if head else {}
     # Not repeated: a question to a dead actor is asked anew. Threads: one for each question, the work has its own.
-    kind = ray.remote(num_cpus=0, max_restarts=RESTARTS, max_task_retries=0, max_concurrency=16)(CoordinatorActor)
+    kind = ray.remote(num_cpus=0, max_restarts=RESTARTS, max_task_retries=0, max_concurrency=16)(
+        CoordinatorActor
+    )
     # What frees a dead training's CPUs and GPUs asks a dashboard, and where a machine has several Rays it would ask the wrong one.
     told = {"runtime_env": {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}}
-    options = {"name": name_of(task.root), "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True} | place | told
+    options = (
+        {
+            "name": name_of(task.root),
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "get_if_exists": True,
+        }
+        | place
+        | told
+    )
     for left in reversed(range(TRIES)):
         actor = kind.options(**options).remote(task, page)
         try:
@@ -110,13 +127,17 @@ def begin(task: Task, page: Callable[[Path], Path], say: Callable[[str], None]) 
             _kill(actor)
             continue
         if mine and not _has_dashboard():
-            say("this cluster has no dashboard: what a killed training held stays taken until this command has ended")
+            say(
+                "this cluster has no dashboard: what a killed training held stays taken until this command has ended"
+            )
         if found["command"] != task.command:
             raise UserError(
                 f"{task.root}: a coordinator is at work on it (adversa {found['command']}); wait for it, or stop it: adversa stop"
             )
         return mine
-    raise UserError(f"{task.root}: a coordinator that has ended does not leave; stop it with: adversa stop")
+    raise UserError(
+        f"{task.root}: a coordinator that has ended does not leave; stop it with: adversa stop"
+    )
 
 
 def _settled(actor: Any, say: Callable[[str], None]) -> dict[str, Any]:

@@ -9,13 +9,17 @@ from pathlib import Path
 import psutil
 import ray
 
-from adversa import control, distributed, places
+from adversa import distributed
 from adversa.config import Cluster
 from adversa.distributed import nodes, pool, search, start, stream, training
-from adversa.loop import sizes
-from adversa.loop.engine import Done, FitJob, Make, Name, Part, Report, Share, row_name, unfinished
-from adversa.loop.search import Board, Trial, in_turn
-from adversa.runs import is_finished
+from adversa.engine import resources as engine_resources
+from adversa.engine.fit import unfinished
+from adversa.engine.interface import FitJob, Trial
+from adversa.engine.tasks import Done, Make, Name, Part, Report, Share, row_name
+from adversa.engine.trials import Board, in_turn
+from adversa.run import control
+from adversa.run.step_folder import is_finished
+from adversa.storage.path import Place, rmtree
 from adversa.types import UserError
 
 AGAIN = "run the same command again, finished parts are kept"
@@ -27,23 +31,34 @@ class RayEngine:
 
     name = "ray"
 
-    def __init__(self, cluster: Cluster, run: Path, image_bytes: int, verbose: bool = False, inside: bool = False) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        run: Path,
+        image_bytes: int,
+        verbose: bool = False,
+        inside: bool = False,
+    ) -> None:
         """image_bytes: of one decoded image, to size the stream's blocks; inside: in a worker of a cluster, which has a Ray and
         keeps it. UserError where no Ray can be had.
         """
         self.cluster, self.image_bytes = cluster, image_bytes
         self.storage = run / ".ray-train"
         self.inside, self.embedded = inside, not inside and distributed.address() is None
-        self.started: dict[str, float] = {}  # when the stages of the last launch's start-up were over; benchmarks/training.py
+        self.started: dict[
+            str, float
+        ] = {}  # when the stages of the last launch's start-up were over; benchmarks/training.py
         if not inside:
             start.start(cluster, verbose)
         stream.quiet(verbose)
         resources = ray.cluster_resources()
         self.gpus, self.cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-        sizes.refuse(sizes.faults(self._machines(), cluster, grows=not self.embedded))
+        engine_resources.refuse(
+            engine_resources.faults(self._machines(), cluster, grows=not self.embedded)
+        )
 
     def tasks(self, model: bool = False) -> int:
-        return sizes.tasks(self.cpus, self.gpus, model)
+        return engine_resources.tasks(self.cpus, self.gpus, model)
 
     def samplers(self) -> int:
         room = self._room()
@@ -59,28 +74,50 @@ class RayEngine:
 
     def _room(self) -> int:
         """How many samplers fit, machine by machine."""
-        return sum(sizes.samplers_on(m.cpus, m.gpus, self.cluster, self.gpus > 0) for m in self._machines())
+        return sum(
+            engine_resources.samplers_on(m.cpus, m.gpus, self.cluster, self.gpus > 0)
+            for m in self._machines()
+        )
 
-    def _machines(self) -> list[sizes.Node]:
+    def _machines(self) -> list[engine_resources.Node]:
         """Those that are there now; an embedded Ray has the one."""
-        return [sizes.Node("this machine", self.cpus, self.gpus)] if self.embedded else nodes.there()
+        return (
+            [engine_resources.Node("this machine", self.cpus, self.gpus)]
+            if self.embedded
+            else nodes.there()
+        )
 
-    def map_batches(self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False) -> list[Done]:
-        options = {"num_gpus": sizes.GPU_SHARE} if model and self.gpus else {}
+    def map_batches(
+        self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False
+    ) -> list[Done]:
+        options = {"num_gpus": engine_resources.GPU_SHARE} if model and self.gpus else {}
         return stream.map_batches(make, parts, out, report, options)
 
-    def map_parts(self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name) -> list[Share]:
+    def map_parts(
+        self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name
+    ) -> list[Share]:
         c = self.cluster
-        options = sizes.sampler_asks(c, self.gpus > 0)
+        options = engine_resources.sampler_asks(c, self.gpus > 0)
         return pool.map_parts(
-            make, parts, out, report, self._samplers_wanted, c.attempts, options, c.sampler_threads, c.pin_samplers, name
+            make,
+            parts,
+            out,
+            report,
+            self._samplers_wanted,
+            c.attempts,
+            options,
+            c.sampler_threads,
+            c.pin_samplers,
+            name,
         )
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
         """As the Engine says. A launch whose controller dies is made anew, with what is left; Ray Train replaces its workers."""
         lost = ""
         for _ in range(self.cluster.training_attempts):
-            if not (todo := unfinished(jobs)):  # what died right after its manifest has left its checkpoint
+            if not (
+                todo := unfinished(jobs)
+            ):  # what died right after its manifest has left its checkpoint
                 return
             try:
                 self.started = training.fit(todo, self.storage, self.image_bytes, self.group())
@@ -89,8 +126,10 @@ class RayEngine:
             except training.ControllerLost as e:
                 lost = str(e)
             finally:
-                places.rmtree(self.storage, missing_ok=True)
-        raise UserError(f"Ray Train was lost {self.cluster.training_attempts} times ({lost}); {AGAIN}")
+                rmtree(self.storage, missing_ok=True)
+        raise UserError(
+            f"Ray Train was lost {self.cluster.training_attempts} times ({lost}); {AGAIN}"
+        )
 
     def search(self, trials: Sequence[Trial], report: Report) -> None:
         """As the Engine says; a trial whose worker dies is begun again where its folders end.
@@ -112,22 +151,24 @@ class RayEngine:
             search.idle()
 
     @contextlib.contextmanager
-    def tuning(self) -> Iterator[tuple[search.Lanes, places.Place]]:
+    def tuning(self) -> Iterator[tuple[search.Lanes, Place]]:
         """The lanes of a search by Ray Tune, and a place for what Tune keeps, which goes with it."""
         storage = self.storage.with_name(".ray-tune")
         try:
             yield search.lanes(self.cluster, self.gpus), storage
         finally:
-            places.rmtree(storage, missing_ok=True)
+            rmtree(storage, missing_ok=True)
 
     def group(self) -> training.Group:
         """The workers of a training. UserError where an embedded Ray, which cannot grow, has no room for them."""
         c = self.cluster
-        if self.embedded and (fault := sizes.worker_fault(self.cpus, self.gpus, c)):
+        if self.embedded and (fault := engine_resources.worker_fault(self.cpus, self.gpus, c)):
             raise UserError(fault)
-        resources = sizes.worker_asks(self.cpus, self.gpus, c.training_workers)
+        resources = engine_resources.worker_asks(self.cpus, self.gpus, c.training_workers)
         workers = (c.training_workers_min or c.training_workers, c.training_workers)
-        return training.Group(workers, resources, c.training_attempts, c.training_threads, self.embedded)
+        return training.Group(
+            workers, resources, c.training_attempts, c.training_threads, self.embedded
+        )
 
     def close(self) -> None:
         """End Ray. Now and then an actor's process, told to end, locks up in its own destructors, and would stay behind."""

@@ -26,17 +26,22 @@ from ray.tune.search import create_searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from adversa import config as cfg
-from adversa import control, runs, tracking
 from adversa.config import Config
 from adversa.distributed.errors import user_error
 from adversa.distributed.search import BUG, FAULT, Lanes, watched
 from adversa.distributed.training import _stored
-from adversa.loop import cells, grid, prepare, sweep
-from adversa.loop.engine import LocalEngine
-from adversa.loop.grid import Cell, Variant
-from adversa.loop.search import fault
-from adversa.places import Place
-from adversa.runs import RunDir
+from adversa.engine.local import LocalEngine
+from adversa.engine.trials import fault
+from adversa.pipeline import prepare
+from adversa.run import control, file_lock, status, step_folder, tracking
+from adversa.run.folder import RunDir, remove_partial_files
+from adversa.run.status import Clock
+from adversa.run.step_folder import Progress
+from adversa.storage import files
+from adversa.storage.path import Place
+from adversa.sweep import grid, regimes
+from adversa.sweep import run as sweep_run
+from adversa.sweep.grid import Cell, Variant
 from adversa.types import PAINTED, STRATEGIES, UserError, digest
 
 if TYPE_CHECKING:
@@ -48,13 +53,23 @@ SECTIONS = ("classifier", "generate")
 SEARCHABLE = ("ratio", "strategies", "seed")  # of POINT, what a search may vary
 # Settings a trial does not follow, and what to give in their place.
 FIXED = {
-    "generate.strategy": "strategies, say {choice: [{vary: 1}, {inpaint: 1}]}", "generate.per_case": "ratio",
-    "generate.adaptive": "generate.sigma_start", "classifier.patience": "a scheduler such as asha",
-}  # fmt: skip
+    "generate.strategy": "strategies, say {choice: [{vary: 1}, {inpaint: 1}]}",
+    "generate.per_case": "ratio",
+    "generate.adaptive": "generate.sigma_start",
+    "classifier.patience": "a scheduler such as asha",
+}
 SCORE, STEP, STOPPED = "score", "step", "stopped.json"
 SPACES = (
-    "choice", "uniform", "quniform", "loguniform", "qloguniform", "randint", "qrandint", "lograndint", "qlograndint",
-)  # fmt: skip
+    "choice",
+    "uniform",
+    "quniform",
+    "loguniform",
+    "qloguniform",
+    "randint",
+    "qrandint",
+    "lograndint",
+    "qlograndint",
+)
 
 
 # ---- what is searched --------------------------------------------------------------------------------------------------
@@ -69,10 +84,17 @@ def space(config: Config) -> dict[str, Any]:
     """
     s = config.sweep
     arm = "guided" if "guided" in s.arms else s.arms[0]
-    found: dict[str, Any] = {"real": list(s.real), "ratio": list(s.ratios), "seed": list(range(s.seeds))}
+    found: dict[str, Any] = {
+        "real": list(s.real),
+        "ratio": list(s.ratios),
+        "seed": list(range(s.seeds)),
+    }
     if arm == "guided":
         found["strategies"] = [{name: 1.0} for name in s.strategies or [config.generate.strategy]]
-    return {k: tune.grid_search(v) for k, v in found.items()} | {"arm": arm, "sees": s.denoiser_sees[0]}
+    return {k: tune.grid_search(v) for k, v in found.items()} | {
+        "arm": arm,
+        "sees": s.denoiser_sees[0],
+    }
 
 
 def asked(config: Config) -> dict[str, Any]:
@@ -85,8 +107,18 @@ def asked(config: Config) -> dict[str, Any]:
 def _held(config: Config) -> dict[str, Any]:
     """What every trial of a search has, unless its space says otherwise."""
     s = config.sweep
-    found = {"real": s.real[0], "arm": s.arms[0], "sees": s.denoiser_sees[0], "seed": 0, "ratio": max(s.ratios)}
-    mix = {"strategies": {(s.strategies or [config.generate.strategy])[0]: 1.0}} if s.arms[0] == "guided" else {}
+    found = {
+        "real": s.real[0],
+        "arm": s.arms[0],
+        "sees": s.denoiser_sees[0],
+        "seed": 0,
+        "ratio": max(s.ratios),
+    }
+    mix = (
+        {"strategies": {(s.strategies or [config.generate.strategy])[0]: 1.0}}
+        if s.arms[0] == "guided"
+        else {}
+    )
     return found | mix
 
 
@@ -95,11 +127,15 @@ def _domain(config: Config, key: str, value: dict[str, Any]) -> Any:
     section, _, name = key.partition(".")
     known = {n: getattr(cfg, n.capitalize()).model_fields for n in SECTIONS}
     if key not in SEARCHABLE and name not in known.get(section, ()):
-        raise UserError(f"{where}: no such setting; give {', '.join(SEARCHABLE)}, classifier.NAME or generate.NAME")
+        raise UserError(
+            f"{where}: no such setting; give {', '.join(SEARCHABLE)}, classifier.NAME or generate.NAME"
+        )
     if key in FIXED:
         raise UserError(f"{where}: a trial does not follow it; give {FIXED[key]}")
     if len(value) != 1 or next(iter(value)) not in SPACES:
-        raise UserError(f"{where} {value}: give one of {', '.join(SPACES)}, say {{loguniform: [0.0001, 0.01]}}")
+        raise UserError(
+            f"{where} {value}: give one of {', '.join(SPACES)}, say {{loguniform: [0.0001, 0.01]}}"
+        )
     kind, given = next(iter(value.items()))
     if not isinstance(given, list) or not given:
         raise UserError(f"{where} {value}: {kind} takes a list")
@@ -129,7 +165,9 @@ def _check(config: Config, where: str, key: str, value: Any) -> None:
             f"{where}: {value} does not lie in 0 ... {most:g}, the largest of sweep.ratios, which images are painted for"
         )
     if key == "seed" and not (isinstance(value, int) and value >= 0):
-        raise UserError(f"{where}: {value} is no seed; give whole numbers from 0, by choice or randint")
+        raise UserError(
+            f"{where}: {value} is no seed; give whole numbers from 0, by choice or randint"
+        )
     if key == "strategies":
         check_mix(value, where)
     elif key not in SEARCHABLE:
@@ -138,10 +176,24 @@ def _check(config: Config, where: str, key: str, value: Any) -> None:
 
 def check_mix(mix: Any, where: str = "strategies") -> None:
     """UserError where it is no mix of strategies."""
-    fits = isinstance(mix, dict) and mix and all(isinstance(w, int | float) and 0 <= w < math.inf for w in mix.values())
-    if not fits or not sum(mix.values()) > 0 or (strange := [k for k in mix if k not in STRATEGIES]):
-        what = f"{strange[0]} is no strategy" if fits and sum(mix.values()) > 0 else "that is no mix of shares above 0"
-        raise UserError(f"{where} {mix}: {what}; give, say, {{vary: 0.7, inpaint: 0.3}}; strategies are {', '.join(STRATEGIES)}")
+    fits = (
+        isinstance(mix, dict)
+        and mix
+        and all(isinstance(w, int | float) and 0 <= w < math.inf for w in mix.values())
+    )
+    if (
+        not fits
+        or not sum(mix.values()) > 0
+        or (strange := [k for k in mix if k not in STRATEGIES])
+    ):
+        what = (
+            f"{strange[0]} is no strategy"
+            if fits and sum(mix.values()) > 0
+            else "that is no mix of shares above 0"
+        )
+        raise UserError(
+            f"{where} {mix}: {what}; give, say, {{vary: 0.7, inpaint: 0.3}}; strategies are {', '.join(STRATEGIES)}"
+        )
 
 
 def scheduler(config: Config, mode: str = "max") -> TrialScheduler:
@@ -152,9 +204,19 @@ def scheduler(config: Config, mode: str = "max") -> TrialScheduler:
     if name == "fifo":
         return FIFOScheduler()
     # What one of them does not know is dropped. Of trials that reach the end none is stopped just before it.
-    usual = {"time_attr": STEP, "max_t": c.steps, "grace_period": -(-c.steps // c.evaluations), "stop_last_trials": False}
-    more = {k: v for k, v in usual.items() if k not in search.scheduler_args} | {"metric": SCORE, "mode": mode}
-    return _made("scheduler", search.scheduler, partial(create_scheduler, name), search.scheduler_args, more)
+    usual = {
+        "time_attr": STEP,
+        "max_t": c.steps,
+        "grace_period": -(-c.steps // c.evaluations),
+        "stop_last_trials": False,
+    }
+    more = {k: v for k, v in usual.items() if k not in search.scheduler_args} | {
+        "metric": SCORE,
+        "mode": mode,
+    }
+    return _made(
+        "scheduler", search.scheduler, partial(create_scheduler, name), search.scheduler_args, more
+    )
 
 
 def searcher(config: Config, mode: str = "max") -> Any:
@@ -162,19 +224,31 @@ def searcher(config: Config, mode: str = "max") -> Any:
     search = config.sweep.search
     assert search is not None
     if search.searcher in ("random", "variant_generator"):
-        return _made("searcher", search.searcher, BasicVariantGenerator, search.searcher_args, {"random_state": config.seed})
+        return _made(
+            "searcher",
+            search.searcher,
+            BasicVariantGenerator,
+            search.searcher_args,
+            {"random_state": config.seed},
+        )
     make = partial(create_searcher, search.searcher)
-    return _made("searcher", search.searcher, make, search.searcher_args, {"metric": SCORE, "mode": mode})
+    return _made(
+        "searcher", search.searcher, make, search.searcher_args, {"metric": SCORE, "mode": mode}
+    )
 
 
-def _made(what: str, name: str, make: Callable[..., Any], given: dict[str, Any], more: dict[str, Any]) -> Any:
+def _made(
+    what: str, name: str, make: Callable[..., Any], given: dict[str, Any], more: dict[str, Any]
+) -> Any:
     try:
         made = make(**more | given)
     except (ValueError, TypeError, AssertionError, ImportError) as e:
         raise UserError(f"sweep.search.{what} {name}: {' '.join(str(e).split())[:300]}") from None
     known = inspect.signature(type(made).__init__).parameters
     if strange := [key for key in given if key not in known]:  # Tune drops them without a word
-        raise UserError(f"sweep.search.{what}_args: {name} knows no {', '.join(strange)}; it takes {', '.join(list(known)[1:])}")
+        raise UserError(
+            f"sweep.search.{what}_args: {name} knows no {', '.join(strange)}; it takes {', '.join(list(known)[1:])}"
+        )
     return made
 
 
@@ -207,7 +281,9 @@ def check(config: Config) -> None:
 # ---- a trial -----------------------------------------------------------------------------------------------------------
 
 
-def trainable(config: Config, run: RunDir, threads: int = 1) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def trainable(
+    config: Config, run: RunDir, threads: int = 1
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """A function for `tune.Tuner`. It makes what its cell lacks, trains one classifier, reports {"score", "step"} on `select` at
     every evaluation, and all metrics with the last. run: of a sweep whose `data` is prepared. UserError for what cannot be."""
     home, folder = Path.cwd(), folder_of(config, run)
@@ -223,7 +299,11 @@ def trainable(config: Config, run: RunDir, threads: int = 1) -> Callable[[dict[s
 def folder_of(config: Config, run: RunDir) -> Place:
     """Where the trials of a search lie: another search has another folder; `own` is of a space that came from elsewhere."""
     own = config.sweep.search is None
-    return run.root / "search" / ("own" if own else digest(json.dumps(_asked(config), sort_keys=True), size=6))
+    return (
+        run.root
+        / "search"
+        / ("own" if own else digest(json.dumps(_asked(config), sort_keys=True), size=6))
+    )
 
 
 def trial_dir(folder: Place, asks: dict[str, Any]) -> Place:
@@ -231,17 +311,29 @@ def trial_dir(folder: Place, asks: dict[str, Any]) -> Place:
 
 
 def explored(
-    config: Config, run: RunDir, asks: dict[str, Any], threads: int, report: Callable[[dict[str, Any]], None], folder: Place
+    config: Config,
+    run: RunDir,
+    asks: dict[str, Any],
+    threads: int,
+    report: Callable[[dict[str, Any]], None],
+    folder: Place,
 ) -> dict[str, Any]:
     """One trial, by its configuration alone: the same configuration is the same folder, which is not made twice; what it said at
     its evaluations it says again."""
-    point = {"real": "all", "ratio": 1.0, "arm": "guided", "sees": "subset", "seed": 0, "strategies": None} | asks
+    point = {
+        "real": "all",
+        "ratio": 1.0,
+        "arm": "guided",
+        "sees": "subset",
+        "seed": 0,
+        "strategies": None,
+    } | asks
     own, base = settled(config, asks), config
     cell, d = _cell(run, point["real"])
     out = trial_dir(folder, asks)
-    if (early := runs.read_json(out / STOPPED)) is not None:
+    if (early := files.read_json(out / STOPPED)) is not None:
         return {SCORE: early[SCORE], STEP: early[STEP], STOPPED: True}
-    if (made := runs.read_json(out / "result" / runs.MANIFEST)) is not None:
+    if (made := files.read_json(out / "result" / step_folder.MANIFEST)) is not None:
         for step, score in made["evaluations"][:-1]:
             report({SCORE: score, STEP: step})
         return _result(config, made)
@@ -250,10 +342,17 @@ def explored(
     _check(config, "trial", "ratio", ratio)
     _ready(base, run, cell, d, engine)
     pools = _pools(own, base, run, cell, point, engine) if arm in PAINTED else {}
-    source = sweep.Source(d, list(pools), pools)
-    told = {"cell": cell.name, "count": cell.count, "arm": arm, "ratio": ratio, "seed": int(point["seed"]), "asks": _plain(asks)}
-    sweep.fit_and_score(own, source, arm, ratio, int(point["seed"]), out, engine, told)
-    return _result(config, runs.manifest(out / "result"))
+    source = sweep_run.Source(d, list(pools), pools)
+    told = {
+        "cell": cell.name,
+        "count": cell.count,
+        "arm": arm,
+        "ratio": ratio,
+        "seed": int(point["seed"]),
+        "asks": _plain(asks),
+    }
+    sweep_run.fit_and_score(own, source, arm, ratio, int(point["seed"]), out, engine, told)
+    return _result(config, step_folder.manifest(out / "result"))
 
 
 def _result(config: Config, made: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +360,9 @@ def _result(config: Config, made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tell(state: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
-    if "select_balanced_accuracy" in state and state["done"] < state["total"]:  # the last is told with all metrics
+    if (
+        "select_balanced_accuracy" in state and state["done"] < state["total"]
+    ):  # the last is told with all metrics
         report({SCORE: state["select_balanced_accuracy"], STEP: state["done"]})
 
 
@@ -277,7 +378,9 @@ def settled(config: Config, asks: dict[str, Any], where: str = "the trial") -> C
             continue
         section, _, name = key.partition(".")
         if section not in SECTIONS or name not in tree[section]:
-            raise UserError(f"{key}: a trial takes {', '.join(POINT)}, classifier.NAME or generate.NAME")
+            raise UserError(
+                f"{key}: a trial takes {', '.join(POINT)}, classifier.NAME or generate.NAME"
+            )
         tree[section][name] = value
     return cfg.check(tree, where)
 
@@ -290,13 +393,15 @@ def _cell(run: RunDir, real: Any) -> tuple[Cell, RunDir]:
 def _ready(config: Config, run: RunDir, cell: Cell, d: RunDir, engine: LocalEngine) -> None:
     """What every trial of a cell needs, made by the first."""
     with alone(d.root):
-        cells.subset(run.data, cell, config.sweep.subset_seed, d.data)
-        cells.first_mix(d)
-        if not runs.is_finished(cells.attacked(config, d)):
-            cells.attack(config, d, engine.silent())
+        regimes.subset(run.data, cell, config.sweep.subset_seed, d.data)
+        regimes.first_mix(d)
+        if not step_folder.is_finished(regimes.attacked(config, d)):
+            regimes.attack(config, d, engine.silent())
 
 
-def _pools(own: Config, base: Config, run: RunDir, cell: Cell, point: dict[str, Any], engine: LocalEngine) -> dict[Path, float]:
+def _pools(
+    own: Config, base: Config, run: RunDir, cell: Cell, point: dict[str, Any], engine: LocalEngine
+) -> dict[Path, float]:
     """The pools that a trial takes its images from, and the share of each: those of the grid where `generate` is the run's own."""
     arm, sees = str(point["arm"]), str(point["sees"])
     mix = point["strategies"] or {own.generate.strategy: 1.0}
@@ -306,22 +411,35 @@ def _pools(own: Config, base: Config, run: RunDir, cell: Cell, point: dict[str, 
     d, at = grid.cell_dir(run, cell), grid.cell_dir(run, source)
     if source != cell:
         with alone(at.root):
-            cells.subset(run.data, source, base.sweep.subset_seed, at.data)
-            cells.first_mix(at)
+            regimes.subset(run.data, source, base.sweep.subset_seed, at.data)
+            regimes.first_mix(at)
     with alone(at.root / "denoiser"):
-        if not runs.is_finished(at.denoiser):
-            cells.denoise(base, at, engine.silent())
+        if not step_folder.is_finished(at.denoiser):
+            regimes.denoise(base, at, engine.silent())
     strategies = {k: float(w) for k, w in mix.items() if w > 0} if arm == "guided" else {"": 1.0}
-    suffix = "" if own.generate == base.generate else "-" + digest(own.generate.model_dump_json(), size=4)
+    suffix = (
+        ""
+        if own.generate == base.generate
+        else "-" + digest(own.generate.model_dump_json(), size=4)
+    )
     found = {}
     for strategy, share in strategies.items():
         variant = Variant(arm, strategy, sees if cell.count is not None else "subset")
         out = grid.pool_dir(run, cell, variant)
         out = out.with_name(out.name + suffix)
-        whose = sweep.whose(own, cell, variant)
+        whose = sweep_run.whose(own, cell, variant)
         with alone(out):
-            if not runs.is_finished(cells.verdicts_of(out)):
-                cells.paint(own, d, at.denoiser, variant, whose, max(base.sweep.ratios), out, engine.silent())
+            if not step_folder.is_finished(regimes.verdicts_of(out)):
+                regimes.paint(
+                    own,
+                    d,
+                    at.denoiser,
+                    variant,
+                    whose,
+                    max(base.sweep.ratios),
+                    out,
+                    engine.silent(),
+                )
         found[out] = share
     return found
 
@@ -333,7 +451,7 @@ def alone(folder: Place) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".made", "a", opener=runs.no_link) as f:
+    with open(folder / ".made", "a", opener=file_lock.no_link) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -363,7 +481,9 @@ class _Watch(tune.Callback):
         self.done = self.stopped = self.failed = 0
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.running[trial.trial_id] = ", ".join(f"{k} {_short(v)}" for k, v in _plain(trial.evaluated_params or {}).items())
+        self.running[trial.trial_id] = ", ".join(
+            f"{k} {_short(v)}" for k, v in _plain(trial.evaluated_params or {}).items()
+        )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.running.pop(trial.trial_id, None)
@@ -371,15 +491,23 @@ class _Watch(tune.Callback):
         out = trial_dir(self.folder, trial.config)
         if last.get(FAULT):
             self.failed += 1
-        elif runs.is_finished(out / "result"):
+        elif step_folder.is_finished(out / "result"):
             self.done += 1
         elif not self.halt.wish:
             self.stopped += 1
             if SCORE in last and not (out / STOPPED).exists():
-                runs.write_json(out / STOPPED, {SCORE: last[SCORE], STEP: last[STEP], "asks": _plain(trial.config)})
+                files.write_json(
+                    out / STOPPED,
+                    {SCORE: last[SCORE], STEP: last[STEP], "asks": _plain(trial.config)},
+                )
 
     def state(self) -> dict[str, Any]:
-        found = {"done": self.done + self.stopped, "total": self.total, "unit": "trial", "running": list(self.running.values())}
+        found = {
+            "done": self.done + self.stopped,
+            "total": self.total,
+            "unit": "trial",
+            "running": list(self.running.values()),
+        }
         return found | {"failed": self.failed, "stopped": self.stopped}
 
 
@@ -387,43 +515,59 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def run(config: Config, run: RunDir, engine: RayEngine, since: float | None = None) -> list[dict[str, Any]]:
+def run(
+    config: Config, run: RunDir, engine: RayEngine, since: float | None = None
+) -> list[dict[str, Any]]:
     """`sweep.search`: prepares what trials need, searches, and writes search.json: `rows`. Begun again it makes no trial twice."""
-    runs.sweep(run)
-    sweep.settle(config, run)
-    told = {"command": sweep.COMMAND}
-    with tracking.Follow(config.tracking, run.root), runs.Clock(run, since):
+    remove_partial_files(run)
+    sweep_run.settle(config, run)
+    told = {"command": sweep_run.COMMAND}
+    with tracking.Follow(config.tracking, run.root), Clock(run, since):
         while True:
             try:
                 control.reins().look(force=True)
-                runs.set_status(run, "running", "prepare", **told)
+                status.set_status(run, "running", "prepare", **told)
                 prepare.prepare(engine, config.data, run.data)
-                grid.check_counts(config, (runs.read_json(run.data / "split.json") or {})["images"]["train"], exact=True)
-                runs.set_status(run, "running", sweep.COMMAND, **told)
+                grid.check_counts(
+                    config,
+                    (files.read_json(run.data / "split.json") or {})["images"]["train"],
+                    exact=True,
+                )
+                status.set_status(run, "running", sweep_run.COMMAND, **told)
                 with engine.tuning() as (lanes, storage):
-                    found = explore(config, run, lanes, storage, runs.Progress(run.root / "trials"))
-                (run.root / "trials" / runs.PROGRESS).unlink(missing_ok=True)
+                    found = explore(config, run, lanes, storage, Progress(run.root / "trials"))
+                (run.root / "trials" / step_folder.PROGRESS).unlink(missing_ok=True)
                 break
             except control.Pause:
-                runs.set_status(run, "paused", sweep.COMMAND, **told)
+                status.set_status(run, "paused", sweep_run.COMMAND, **told)
                 control.reins().rest()
-        runs.write_json(run.root / grid.SEARCHED, _asked(config) | {"role": "select", "trials": found})
+        files.write_json(
+            run.root / grid.SEARCHED, _asked(config) | {"role": "select", "trials": found}
+        )
         return found
 
 
 def is_finished(config: Config, run: RunDir) -> bool:
     """Whether this very search is done."""
-    found = runs.read_json(run.root / grid.SEARCHED) or {}
+    found = files.read_json(run.root / grid.SEARCHED) or {}
     return all(found.get(k) == v for k, v in _asked(config).items())
 
 
 def _asked(config: Config) -> dict[str, Any]:
     assert config.sweep.search is not None
-    return {"metric": config.sweep.metric, "search": config.sweep.search.model_dump(mode="json"), "held": _held(config)}
+    return {
+        "metric": config.sweep.metric,
+        "search": config.sweep.search.model_dump(mode="json"),
+        "held": _held(config),
+    }
 
 
 def explore(
-    config: Config, run: RunDir, lanes: Lanes, storage: Place, report: Callable[[dict[str, Any]], None]
+    config: Config,
+    run: RunDir,
+    lanes: Lanes,
+    storage: Place,
+    report: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """A row for each trial (`rows`). UserError where trials failed; control's Pause."""
     search, folder = config.sweep.search, folder_of(config, run)
@@ -432,16 +576,24 @@ def explore(
     halt = _Halt()
     watch = _Watch(folder, search.samples, halt)
     tuner = tune.Tuner(
-        tune.with_resources(_mendable(trainable(config, run, lanes.threads)), lanes.asks), param_space=asked(config),
+        tune.with_resources(_mendable(trainable(config, run, lanes.threads)), lanes.asks),
+        param_space=asked(config),
         tune_config=tune.TuneConfig(
-            search_alg=searcher(config), scheduler=scheduler(config), num_samples=search.samples,
-            max_concurrent_trials=lanes.most, reuse_actors=not _stops_early(search),
+            search_alg=searcher(config),
+            scheduler=scheduler(config),
+            num_samples=search.samples,
+            max_concurrent_trials=lanes.most,
+            reuse_actors=not _stops_early(search),
         ),
         run_config=tune.RunConfig(
-            name=uuid.uuid4().hex, verbose=0, callbacks=[watch], stop=halt,
-            failure_config=tune.FailureConfig(max_failures=lanes.attempts - 1), **_stored(storage),
+            name=uuid.uuid4().hex,
+            verbose=0,
+            callbacks=[watch],
+            stop=halt,
+            failure_config=tune.FailureConfig(max_failures=lanes.attempts - 1),
+            **_stored(storage),
         ),
-    )  # fmt: skip
+    )
     results = watched(tuner, lambda: _look(watch, halt, report))
     for error in results.errors:
         raise user_error(error) or error
@@ -451,7 +603,9 @@ def explore(
         raise RuntimeError(f"a trial failed:\n{bugs[0]}")
     faults = [r.metrics[FAULT] for r in results if r.metrics and r.metrics.get(FAULT)]
     if faults:
-        raise UserError(f"{len(faults)} of {search.samples} trials failed; the first: {faults[0]}; what the others made is kept")
+        raise UserError(
+            f"{len(faults)} of {search.samples} trials failed; the first: {faults[0]}; what the others made is kept"
+        )
     return rows(folder, config.sweep.metric)
 
 
@@ -464,7 +618,9 @@ def _look(watch: _Watch, halt: _Halt, report: Callable[[dict[str, Any]], None]) 
             halt.wish = wish
 
 
-def _mendable(trial: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _mendable(
+    trial: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """An exception comes home as a result, and is not tried again: only dead processes are."""
 
     def told(config: dict[str, Any]) -> dict[str, Any]:
@@ -483,9 +639,19 @@ def rows(folder: Place, metric: str) -> list[dict[str, Any]]:
     configuration), state, score and what else is known."""
     found = []
     for out in sorted(folder.iterdir(), key=str) if folder.exists() else ():
-        if (made := runs.read_json(out / "result" / runs.MANIFEST)) is not None:
+        if (made := files.read_json(out / "result" / step_folder.MANIFEST)) is not None:
             kept = {k: made[k] for k in ("metrics", "steps", "device_seconds", "added", "real")}
-            found.append({"asks": made["trial"]["asks"], "state": "finished", SCORE: made["metrics"][metric]} | kept)
-        elif (early := runs.read_json(out / STOPPED)) is not None:
-            found.append({"asks": early["asks"], "state": "stopped", SCORE: early[SCORE], "steps": early[STEP]})
+            found.append(
+                {"asks": made["trial"]["asks"], "state": "finished", SCORE: made["metrics"][metric]}
+                | kept
+            )
+        elif (early := files.read_json(out / STOPPED)) is not None:
+            found.append(
+                {
+                    "asks": early["asks"],
+                    "state": "stopped",
+                    SCORE: early[SCORE],
+                    "steps": early[STEP],
+                }
+            )
     return sorted(found, key=lambda r: (r["state"] != "finished", -r[SCORE]))

@@ -30,10 +30,15 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from adversa.types import UserError, digest
 
 RUN = "adversa_run"  # key of a job's metadata: the run folder, as on the cluster
-TIMEOUTS = (10.0, 60.0)  # seconds: to connect, to wait for an answer. Ray sets none: a head that is gone would hang us for ever
+TIMEOUTS = (
+    10.0,
+    60.0,
+)  # seconds: to connect, to wait for an answer. Ray sets none: a head that is gone would hang us for ever
 PATIENCE = 300.0  # seconds without an answer after which following gives up: a head may restart, a laptop may wake up
 YOUNG_SECONDS = 120.0  # that a head which has just started may lack the agent which takes jobs
-STOP_SECONDS = 30  # that a job which is told to stop has to leave its folder in order; then Ray kills it
+STOP_SECONDS = (
+    30  # that a job which is told to stop has to leave its folder in order; then Ray kills it
+)
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Commands that work on a run.
 WORKING = {"loop", "prepare", "train", "mine", "generate", "curate", "evaluate"}
@@ -127,13 +132,21 @@ def _answered(address: str, headers: dict[str, str], hint: str) -> Client:
     except AuthenticationError:
         raise
     except requests.exceptions.Timeout:
-        raise UserError(f"no Ray head answers at {address} within {TIMEOUTS[1]:.0f} s; {hint}") from None
+        raise UserError(
+            f"no Ray head answers at {address} within {TIMEOUTS[1]:.0f} s; {hint}"
+        ) from None
     except (ConnectionError, requests.exceptions.ConnectionError) as e:
         cause = e if isinstance(e, requests.exceptions.ConnectionError) else e.__context__
         if _is_refusal(cause):
             raise UserError(f"no Ray head answers at {address}; {hint}") from None
         raise _other(address) from None
-    except (RuntimeError, ValueError, KeyError, TypeError, requests.exceptions.RequestException):  # an answer, and not Ray's
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        requests.exceptions.RequestException,
+    ):  # an answer, and not Ray's
         raise _other(address) from None
 
 
@@ -141,7 +154,10 @@ def _is_refusal(cause: Any) -> bool:
     """Whether nothing was reached, told from a server that spoke another language (a reset, an end without an answer)."""
     if isinstance(cause, requests.exceptions.ConnectTimeout):
         return True
-    return getattr(cause.args[0] if cause is not None and cause.args else None, "reason", None) is not None
+    return (
+        getattr(cause.args[0] if cause is not None and cause.args else None, "reason", None)
+        is not None
+    )
 
 
 def _other(address: str) -> UserError:
@@ -189,12 +205,18 @@ def base_id(run: str) -> str:
 def command(stage: str, run: str, settings: list[str], options: list[str]) -> str:
     """What the head's shell is given: every word quoted, so that a name can not be read as a command."""
     words = ["python", "-m", "adversa.cli", stage, "config.yaml", "--run-dir", run]
-    return shlex.join([*words, *(word for setting in settings for word in ("--set", setting)), *options])
+    return shlex.join(
+        [*words, *(word for setting in settings for word in ("--set", setting)), *options]
+    )
 
 
 def jobs(client: Client) -> list[Job]:
     """Those that work, or worked, on a run of ours, the oldest first; also what `ray job submit -- adversa loop ...` started."""
-    found = [_job(details, run) for details in client.list_jobs() if details.submission_id and (run := run_of(details))]
+    found = [
+        _job(details, run)
+        for details in client.list_jobs()
+        if details.submission_id and (run := run_of(details))
+    ]
     return sorted(found, key=lambda job: job.began or 0.0)
 
 
@@ -206,7 +228,11 @@ def run_of(details: Any) -> str | None:
         words = shlex.split(details.entrypoint)
     except ValueError:
         return None
-    commands = [after for word, after in itertools.pairwise(words) if word.rsplit("/", 1)[-1] in ("adversa", "adversa.cli")]
+    commands = [
+        after
+        for word, after in itertools.pairwise(words)
+        if word.rsplit("/", 1)[-1] in ("adversa", "adversa.cli")
+    ]
     if not set(commands[:1]) & WORKING:  # others look at a run, or make a plan of one
         return None
     for word, after in zip(words, [*words[1:], ""], strict=True):
@@ -223,7 +249,16 @@ def _job(details: JobDetails, run: str) -> Job:
     message = " ".join((details.message or "").split())
     began, ended = (None if t is None else t / 1000 for t in (details.start_time, details.end_time))
     detached = "--detach" in (details.entrypoint or "")
-    return Job(details.submission_id, run, details.status.value, message, details.driver_exit_code, began, ended, detached)
+    return Job(
+        details.submission_id,
+        run,
+        details.status.value,
+        message,
+        details.driver_exit_code,
+        began,
+        ended,
+        detached,
+    )
 
 
 def of_run(client: Client, run: str) -> list[Job]:
@@ -232,7 +267,9 @@ def of_run(client: Client, run: str) -> list[Job]:
     return sorted(found, key=lambda job: not job.is_over)
 
 
-def submit(client: Client, run: str, entrypoint: str, config_yaml: str, folder: Path) -> tuple[Job, bool]:
+def submit(
+    client: Client, run: str, entrypoint: str, config_yaml: str, folder: Path
+) -> tuple[Job, bool]:
     """(the job on the run, whether it is new): the one that is at work, or a new one where none is.
 
     The runtime environment carries this adversa and the configuration; what adversa needs must be installed on the cluster.
@@ -243,19 +280,30 @@ def submit(client: Client, run: str, entrypoint: str, config_yaml: str, folder: 
         return known[-1], False
     (folder / "config.yaml").write_text(config_yaml)
     job_id = f"{base_id(run)}-{_attempt(known, run)}"
-    new = _hand_over(client, job_id, entrypoint, {"working_dir": str(folder)}, {RUN: run})  # else another was a moment faster
+    new = _hand_over(
+        client, job_id, entrypoint, {"working_dir": str(folder)}, {RUN: run}
+    )  # else another was a moment faster
     return job(client, job_id, run), new
 
 
 def ask(client: Client, run: str, stage: str, settings: list[str]) -> Job:
     """Let a command that looks at a run, or says what is wanted of it, run beside the job that works on it, where its folder is."""
-    words = ["python", "-m", "adversa.cli", stage, run, *(word for setting in settings for word in ("--set", setting))]
+    words = [
+        "python",
+        "-m",
+        "adversa.cli",
+        stage,
+        run,
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
     job_id = f"adversa-{stage}-{uuid.uuid4().hex[:8]}"
     _hand_over(client, job_id, shlex.join(words), {}, {})
     return job(client, job_id, run)
 
 
-def aside(client: Client, run: str, stage: str, entrypoint: str, config_yaml: str, folder: Path) -> Job:
+def aside(
+    client: Client, run: str, stage: str, entrypoint: str, config_yaml: str, folder: Path
+) -> Job:
     """Let a command that needs a configuration, and no run, run beside what else the cluster does. folder: as of `submit`."""
     (folder / "config.yaml").write_text(config_yaml)
     job_id = f"adversa-{stage}-{uuid.uuid4().hex[:8]}"
@@ -263,7 +311,9 @@ def aside(client: Client, run: str, stage: str, entrypoint: str, config_yaml: st
     return job(client, job_id, run)
 
 
-def _hand_over(client: Client, job_id: str, entrypoint: str, files: dict[str, str], notes: dict[str, str]) -> bool:
+def _hand_over(
+    client: Client, job_id: str, entrypoint: str, files: dict[str, str], notes: dict[str, str]
+) -> bool:
     """Whether the job is new; the cluster may know that id already."""
     environment = files | {
         "py_modules": [str(Path(__file__).resolve().parents[1])],
@@ -273,7 +323,9 @@ def _hand_over(client: Client, job_id: str, entrypoint: str, files: dict[str, st
     ends = time.monotonic() + YOUNG_SECONDS
     while True:
         try:
-            client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=notes)
+            client.submit_job(
+                entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=notes
+            )
             return True
         except RuntimeError as e:
             if "already exists" in str(e):
@@ -293,7 +345,9 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else "no reason given"
 
 
-def follow(client: Client, start: Job, show: Callable[[str], None], patience: float = PATIENCE) -> Job:
+def follow(
+    client: Client, start: Job, show: Callable[[str], None], patience: float = PATIENCE
+) -> Job:
     """Hand every line of a job's log to `show`, as they come, until the job is over; the job at its end.
 
     Polls, because a poll survives what a stream does not (a laptop that slept, a tunnel that was opened anew). Ray hands out a log
@@ -320,15 +374,25 @@ def follow(client: Client, start: Job, show: Callable[[str], None], patience: fl
         time.sleep(min(10.0, 1.0 + seen / 100_000))
 
 
-def _silence(error: Exception, since: float | None, followed: Job, show: Callable[[str], None], patience: float) -> float:
+def _silence(
+    error: Exception,
+    since: float | None,
+    followed: Job,
+    show: Callable[[str], None],
+    patience: float,
+) -> float:
     """Since when the cluster has not answered; a line at the beginning, a UserError at the end of our patience."""
     if "does not exist" in str(error):  # the head was replaced by one that knows nothing of the job
-        raise UserError(f"the cluster no longer knows the job {followed.id}; run the same command again to resume") from None
+        raise UserError(
+            f"the cluster no longer knows the job {followed.id}; run the same command again to resume"
+        ) from None
     if since is None:
         show(f"the cluster does not answer; waiting for it, {patience:.0f} s at most")
         return time.monotonic()
     if time.monotonic() - since > patience:
-        raise UserError(f"the cluster has not answered for {patience:.0f} s; the job {followed.id} may still run") from None
+        raise UserError(
+            f"the cluster has not answered for {patience:.0f} s; the job {followed.id} may still run"
+        ) from None
     return since
 
 

@@ -21,8 +21,8 @@ from typing import IO
 
 import requests
 
-from adversa.cluster_file import ClusterFile
 from adversa.distributed import jobs
+from adversa.distributed.cluster_file import ClusterFile
 from adversa.types import UserError
 
 # The `ray` of this environment, whatever PATH says, and whatever modules lie in the folder one is in (-P).
@@ -42,13 +42,19 @@ def session(cluster: ClusterFile) -> Iterator[jobs.Client]:
         with _reached(cluster) as client:
             yield client
     except requests.exceptions.RequestException as e:
-        raise UserError(f"the cluster of {cluster.path} has stopped answering ({type(e).__name__}); jobs on it may go on") from None
+        raise UserError(
+            f"the cluster of {cluster.path} has stopped answering ({type(e).__name__}); jobs on it may go on"
+        ) from None
 
 
 @contextlib.contextmanager
 def _reached(cluster: ClusterFile) -> Iterator[jobs.Client]:
     if cluster.asks.address:
-        opened = "is it up, and the tunnel to it open?" if _is_here(cluster.asks.address) else "is it up?"
+        opened = (
+            "is it up, and the tunnel to it open?"
+            if _is_here(cluster.asks.address)
+            else "is it up?"
+        )
         yield jobs.connect(cluster.asks.address, f"{opened} (address in {cluster.path})")
         return
     if cluster.kind == "kuberay":
@@ -69,7 +75,14 @@ def head_ip(cluster: ClusterFile) -> str:
     """UserError where the launcher knows of no head."""
     words = [*RAY, "get-head-ip", str(cluster.path.resolve())]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=HEAD_SECONDS, stdin=subprocess.DEVNULL, env=_quiet())
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            timeout=HEAD_SECONDS,
+            stdin=subprocess.DEVNULL,
+            env=_quiet(),
+        )
     except subprocess.TimeoutExpired:
         raise UserError(
             f"`ray get-head-ip {cluster.path}` took more than {HEAD_SECONDS:.0f} s; is {cluster.provider} reachable?"
@@ -87,11 +100,24 @@ def head_ip(cluster: ClusterFile) -> str:
 def tunnel(cluster: ClusterFile) -> Iterator[str]:
     """The address, on this machine's loopback, of an ssh tunnel to the head's jobs server (`ray dashboard`)."""
     port = _free_port()
-    words = [*RAY, "dashboard", str(cluster.path.resolve()), "--port", str(port), "--remote-port", str(PORT)]
+    words = [
+        *RAY,
+        "dashboard",
+        str(cluster.path.resolve()),
+        "--port",
+        str(port),
+        "--remote-port",
+        str(PORT),
+    ]
     with tempfile.TemporaryFile("w+") as said:
         # A session of its own: Ctrl-C is ours alone, and all it starts can be ended together.
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, env=_quiet()
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_quiet(),
         )
         try:
             _wait_open(process, port, said, cluster)
@@ -106,7 +132,9 @@ def tunnel(cluster: ClusterFile) -> Iterator[str]:
                 process.wait()
 
 
-def _wait_open(process: subprocess.Popen[bytes], port: int, said: IO[str], cluster: ClusterFile) -> None:
+def _wait_open(
+    process: subprocess.Popen[bytes], port: int, said: IO[str], cluster: ClusterFile
+) -> None:
     ends = time.monotonic() + TUNNEL_SECONDS
     while time.monotonic() < ends:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -115,16 +143,22 @@ def _wait_open(process: subprocess.Popen[bytes], port: int, said: IO[str], clust
             break
         time.sleep(0.2)
     said.seek(0)
-    raise UserError(f"no ssh tunnel to the head of {cluster.name} ({_reason(said.read())}); try `ray attach {cluster.path}`")
+    raise UserError(
+        f"no ssh tunnel to the head of {cluster.name} ({_reason(said.read())}); try `ray attach {cluster.path}`"
+    )
 
 
 def up(cluster: ClusterFile) -> None:
     """`ray up`, with its own output. UserError where it fails, or would after it has started the head."""
     if missing := [m for m in cluster.mounts if not Path(m).expanduser().exists()]:
         fix = (
-            "make it: ray get-auth-token --generate" if missing[0].endswith("auth_token") else "run this where it is, or correct it"
+            "make it: ray get-auth-token --generate"
+            if missing[0].endswith("auth_token")
+            else "run this where it is, or correct it"
         )
-        raise UserError(f"{cluster.path}: file_mounts names {missing[0]}, which is not on this machine; {fix}")
+        raise UserError(
+            f"{cluster.path}: file_mounts names {missing[0]}, which is not on this machine; {fix}"
+        )
     _run(cluster, "up", "--yes")
 
 
@@ -132,12 +166,19 @@ def down(cluster: ClusterFile) -> None:
     _run(cluster, "down", "--yes")
 
 
-def wait_for_nodes(client: jobs.Client, cluster: ClusterFile, show: Callable[[str], None], seconds: float = NODE_SECONDS) -> None:
+def wait_for_nodes(
+    client: jobs.Client,
+    cluster: ClusterFile,
+    show: Callable[[str], None],
+    seconds: float = NODE_SECONDS,
+) -> None:
     """Until the workers that the file wants from the start are there: a run looks at its beginning at what the cluster has."""
     wanted, ends, told = cluster.workers + 1, time.monotonic() + seconds, -1
     while (there := jobs.alive(client)) < wanted:
         if time.monotonic() > ends:
-            raise UserError(f"{there} of {wanted} machines came within {seconds:.0f} s; see `ray monitor {cluster.path}`")
+            raise UserError(
+                f"{there} of {wanted} machines came within {seconds:.0f} s; see `ray monitor {cluster.path}`"
+            )
         if there != told:
             show(f"{there} of {wanted} machines are up")
             told = there
@@ -147,12 +188,18 @@ def wait_for_nodes(client: jobs.Client, cluster: ClusterFile, show: Callable[[st
 def _run(cluster: ClusterFile, *words: str) -> None:
     if cluster.kind == "kuberay":
         verb = "apply" if words[0] == "up" else "delete"
-        raise UserError(f"--{words[0]}: {cluster.path} is a KubeRay manifest; use `kubectl {verb} -f {cluster.path}`")
+        raise UserError(
+            f"--{words[0]}: {cluster.path} is a KubeRay manifest; use `kubectl {verb} -f {cluster.path}`"
+        )
     code = subprocess.run(
-        [*RAY, words[0], str(cluster.path.resolve()), *words[1:]], stdin=subprocess.DEVNULL, env=_quiet()
+        [*RAY, words[0], str(cluster.path.resolve()), *words[1:]],
+        stdin=subprocess.DEVNULL,
+        env=_quiet(),
     ).returncode
     if code:
-        raise UserError(f"`ray {words[0]} {cluster.path}` ended with exit code {code}; its own lines above say why")
+        raise UserError(
+            f"`ray {words[0]} {cluster.path}` ended with exit code {code}; its own lines above say why"
+        )
 
 
 def _quiet() -> dict[str, str]:

@@ -9,8 +9,8 @@ import time
 from ray.util.metrics import Gauge
 
 from adversa.config import Config
-from adversa.loop.vitals import NAMES, vitals
-from adversa.runs import RunDir
+from adversa.pipeline.metrics import NAMES, vitals
+from adversa.run.folder import RunDir
 
 log = logging.getLogger("adversa.metrics")
 LOOK_SECONDS = 5.0

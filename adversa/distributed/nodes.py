@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from adversa.config import Cluster, Config
-from adversa.loop.sizes import Node, gpus_here
+from adversa.engine.resources import Node, gpus_here
 from adversa.types import UserError
 
 TYPE = "accelerator_type:"  # how Ray's resources name the kind of a node's GPUs
@@ -57,15 +57,19 @@ def measured(config: Config, nodes: Sequence[Node], seconds: float) -> dict[Any,
 
     UserError where the cluster has no room for them in time.
     """
-    from adversa.loop import measure
+    from adversa.estimate import measure
 
     firsts = {n.kind: n for n in reversed(nodes) if n.cpus >= 1}
     calls = {}
     for kind, node in firsts.items():
         place = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        task = ray.remote(num_cpus=1, num_gpus=min(1, int(node.gpus)), max_retries=1, scheduling_strategy=place)(measure.measure)
+        task = ray.remote(
+            num_cpus=1, num_gpus=min(1, int(node.gpus)), max_retries=1, scheduling_strategy=place
+        )(measure.measure)
         calls[kind] = task.remote(config, int(node.cpus), seconds)
-    ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=WAIT_SECONDS + seconds)
+    ready, _ = ray.wait(
+        list(calls.values()), num_returns=len(calls), timeout=WAIT_SECONDS + seconds
+    )
     if len(ready) < len(calls):
         for call in calls.values():
             ray.cancel(call, force=True)
@@ -77,4 +81,9 @@ def measured(config: Config, nodes: Sequence[Node], seconds: float) -> dict[Any,
 
 def with_memory(nodes: Sequence[Node], found: dict[Any, Any]) -> list[Node]:
     """The nodes with their GPUs' memory, where it was measured."""
-    return [replace(n, gpu_memory=n.gpu_memory or (found[n.kind].gpu_memory if n.kind in found else None)) for n in nodes]
+    return [
+        replace(
+            n, gpu_memory=n.gpu_memory or (found[n.kind].gpu_memory if n.kind in found else None)
+        )
+        for n in nodes
+    ]

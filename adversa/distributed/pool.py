@@ -1,4 +1,4 @@
-"""The pool of sampler actors: Ray under the scheduling of loop/crew.py.
+"""The pool of sampler actors: Ray under the scheduling of engine/worker_pool.py.
 
 No image passes through the driver: an actor reads its parts' requests, paints, and commits the files.
 """
@@ -17,9 +17,9 @@ from ray.exceptions import RayError, RayTaskError
 
 from adversa.distributed.actor import Actor
 from adversa.distributed.errors import user_error
-from adversa.loop.crew import Lost, work_off
-from adversa.loop.leases import Order
-from adversa.loop.parts import Make, Name, Part, Report, Share, row_name
+from adversa.engine.task_queue import Order
+from adversa.engine.tasks import Make, Name, Part, Report, Share, row_name
+from adversa.engine.worker_pool import Lost, work_off
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,18 @@ def _last_line(error: RayError) -> str:
 
 
 def map_parts(
-    make: Make, parts: Sequence[Part], out: Path, report: Report, size: Callable[[], int], attempts: int, options: dict[str, Any],
-    threads: int | None, pinned: bool = False, name: Name = row_name,
-) -> list[Share]:  # fmt: skip
+    make: Make,
+    parts: Sequence[Part],
+    out: Path,
+    report: Report,
+    size: Callable[[], int],
+    attempts: int,
+    options: dict[str, Any],
+    threads: int | None,
+    pinned: bool = False,
+    name: Name = row_name,
+) -> list[Share]:
     """Do every missing part on `size()` actors, or as many as there is room for; see crew.work_off and `Actors`."""
-    return work_off(Actors(make, out, options, threads, pinned), parts, out, report, size, attempts, name)
+    return work_off(
+        Actors(make, out, options, threads, pinned), parts, out, report, size, attempts, name
+    )

@@ -20,14 +20,15 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from adversa import control
 from adversa.config import Cluster
 from adversa.distributed.errors import user_error
 from adversa.distributed.training import _stored
-from adversa.loop import sizes
-from adversa.loop.engine import LocalEngine
-from adversa.loop.search import Board, Tell, Trial, fault
-from adversa.places import Place
+from adversa.engine import resources
+from adversa.engine.interface import Tell, Trial
+from adversa.engine.local import LocalEngine
+from adversa.engine.trials import Board, fault
+from adversa.run import control
+from adversa.storage.path import Place
 from adversa.types import UserError
 
 LOOK_SECONDS = 0.5
@@ -48,7 +49,9 @@ class Lanes:
 def lanes(cluster: Cluster, gpus: float) -> Lanes:
     """A lane is a CPU with one torch thread, or a GPU (or its share) and a CPU."""
     threads = cluster.training_threads or 1
-    return Lanes(sizes.trial_asks(cluster, gpus), cluster.trials, cluster.training_attempts, threads)
+    return Lanes(
+        resources.trial_asks(cluster, gpus), cluster.trials, cluster.training_attempts, threads
+    )
 
 
 class Source(Searcher):
@@ -59,7 +62,9 @@ class Source(Searcher):
         self.board, self.most = board, most
         self.given: dict[str, int] = {}  # Tune's id of a trial -> its place
         self.bug = ""
-        self.draining = False  # nothing new is begun: somebody wants a pause, or the search is to end
+        self.draining = (
+            False  # nothing new is begun: somebody wants a pause, or the search is to end
+        )
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.draining or self.board.stuck():
@@ -72,15 +77,22 @@ class Source(Searcher):
         self.given[trial_id] = i
         return {"trial": i}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         i = self.given.pop(trial_id)
         self.board.running.discard(i)
         if error:
-            self.board.failed[i] = "its worker died every time it was begun; the machine may lack memory (see --verbose)"
+            self.board.failed[i] = (
+                "its worker died every time it was begun; the machine may lack memory (see --verbose)"
+            )
         elif result and result.get(FAULT):
             self.board.failed[i] = str(result[FAULT])
         elif result and result.get(BUG):
-            self.bug, self.draining = self.bug or f"{self.board.trials[i].name}:\n{result[BUG]}", True
+            self.bug, self.draining = (
+                self.bug or f"{self.board.trials[i].name}:\n{result[BUG]}",
+                True,
+            )
 
     def save(self, checkpoint_path: str) -> None:
         """The folders hold all there is to keep."""
@@ -133,10 +145,13 @@ def search(trials: Sequence[Trial], on: Lanes, storage: Place, report: Tell) -> 
         tune.with_resources(_function(runner), on.asks),
         tune_config=tune.TuneConfig(search_alg=source, num_samples=len(trials), reuse_actors=True),
         run_config=tune.RunConfig(
-            name=uuid.uuid4().hex, verbose=0, callbacks=[Begun(source)],
-            failure_config=tune.FailureConfig(max_failures=on.attempts - 1), **_stored(storage),
+            name=uuid.uuid4().hex,
+            verbose=0,
+            callbacks=[Begun(source)],
+            failure_config=tune.FailureConfig(max_failures=on.attempts - 1),
+            **_stored(storage),
         ),
-    )  # fmt: skip
+    )
     pauses: list[control.Pause] = []
     results = watched(tuner, lambda: _look(source, report, pauses))
     if pauses and board.left():
@@ -150,7 +165,9 @@ def search(trials: Sequence[Trial], on: Lanes, storage: Place, report: Tell) -> 
 
 
 def _lost(results: tune.ResultGrid, left: int) -> BaseException:
-    return next(iter(results.errors), None) or RuntimeError(f"Ray Tune came home with {left} trials not done")
+    return next(iter(results.errors), None) or RuntimeError(
+        f"Ray Tune came home with {left} trials not done"
+    )
 
 
 def _function(runner: Runner) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -198,5 +215,7 @@ def watched(tuner: tune.Tuner, look: Callable[[], None]) -> tune.ResultGrid:
 def idle(seconds: float = 30.0) -> None:
     """Wait until what a search held is free again: the next stage asks for all of it."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until and ray.available_resources().get("CPU", 0) < ray.cluster_resources().get("CPU", 0):
+    while time.monotonic() < until and ray.available_resources().get(
+        "CPU", 0
+    ) < ray.cluster_resources().get("CPU", 0):
         time.sleep(0.1)

@@ -28,7 +28,9 @@ class _Job(JobConfig):
 
     def _serialize(self) -> bytes:
         known = {os.path.abspath(p) for p in sys.path}
-        self._py_driver_sys_path = [p for p in self._py_driver_sys_path if os.path.abspath(p) in known]
+        self._py_driver_sys_path = [
+            p for p in self._py_driver_sys_path if os.path.abspath(p) in known
+        ]
         return bytes(super()._serialize())
 
 
@@ -50,7 +52,12 @@ def start(cluster: Cluster, verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
-    shared = {"log_to_driver": verbose, "logging_level": level, "ignore_reinit_error": True, "job_config": _Job()}
+    shared = {
+        "log_to_driver": verbose,
+        "logging_level": level,
+        "ignore_reinit_error": True,
+        "job_config": _Job(),
+    }
     named = distributed.address()
     on_terminate = signal.getsignal(signal.SIGTERM)
     if named and not ray.is_initialized():
@@ -60,17 +67,33 @@ def start(cluster: Cluster, verbose: bool) -> None:
             ray.init(address=named, **shared)
         else:
             store = cluster.object_store_mb << 20
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no node of an embedded Ray is taken away
+            os.environ.setdefault(
+                "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
+            )  # no node of an embedded Ray is taken away
             # Nobody asks an embedded Ray for metrics or for its tasks' history: a third of what its processes take from a training.
-            for name in ("RAY_event_stats", "RAY_enable_metrics_collection", "RAY_task_events_report_interval_ms"):
+            for name in (
+                "RAY_event_stats",
+                "RAY_enable_metrics_collection",
+                "RAY_task_events_report_interval_ms",
+            ):
                 os.environ.setdefault(name, "0")
             with _on_loopback():
-                ray.init(address="local", num_cpus=cluster.cpus, object_store_memory=store, include_dashboard=False, **shared)
+                ray.init(
+                    address="local",
+                    num_cpus=cluster.cpus,
+                    object_store_memory=store,
+                    include_dashboard=False,
+                    **shared,
+                )
     except Exception as e:  # of any class: a node that is late at its start is a plain Exception
         where = f"the Ray cluster RAY_ADDRESS={named}" if named else "Ray on this machine"
-        raise UserError(f"cannot start {where}: {' '.join(str(e).split())[:300]}; or try --engine local") from None
+        raise UserError(
+            f"cannot start {where}: {' '.join(str(e).split())[:300]}; or try --engine local"
+        ) from None
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # ray puts a handler of its own in its place, which prints stacks and dies
+        signal.signal(
+            signal.SIGTERM, on_terminate
+        )  # ray puts a handler of its own in its place, which prints stacks and dies
 
 
 def _knock(named: str) -> None:
@@ -91,4 +114,6 @@ def stop() -> None:
     """Leave the cluster. What detached actors do there goes on."""
     on_terminate = signal.getsignal(signal.SIGTERM)
     ray.shutdown()
-    signal.signal(signal.SIGTERM, on_terminate)  # Ray's own code below Python has put the system's default in its place
+    signal.signal(
+        signal.SIGTERM, on_terminate
+    )  # Ray's own code below Python has put the system's default in its place

@@ -14,10 +14,10 @@ from ray.data import DataContext, ExecutionOptions
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.train import DataConfig
 
-from adversa.loop.engine import Done, Make, Part, Report, Work, do_part, missing
-from adversa.loop.feed import Batch, Feed
+from adversa.engine.batches import Batch, Feed
+from adversa.engine.tasks import Done, Make, Part, Report, Work, do_part, missing
+from adversa.storage.weights import committed_step
 from adversa.types import UserError, share_of
-from adversa.weights import committed_step
 
 # Uncompressed bytes of a block of training batches: large enough to pay for a task, small against any object store.
 BLOCK_BYTES = 16 << 20
@@ -35,7 +35,9 @@ def quiet(verbose: bool) -> None:
     context.print_on_execution_start = verbose
 
 
-def map_batches(make: Make, parts: Sequence[Part], out: Path, report: Report, options: dict[str, Any]) -> list[Done]:
+def map_batches(
+    make: Make, parts: Sequence[Part], out: Path, report: Report, options: dict[str, Any]
+) -> list[Done]:
     """Each missing part as one row of a streaming dataset: read, work, commit happen in the task; only counts come back.
 
     options: of each task (num_gpus). Tasks, not actors: they run in the workers that Ray keeps warm, and `make()` is called
@@ -73,7 +75,9 @@ class _PartTask:
             done = [do_part(work, part, self.out) for part in batch["part"]]
         except UserError as e:
             return {"index": [0], "rows": [0], "seconds": [0.0], "error": [str(e)]}
-        return {k: [getattr(d, k) for d in done] for k in ("index", "rows", "seconds")} | {"error": [""] * len(done)}
+        return {k: [getattr(d, k) for d in done] for k in ("index", "rows", "seconds")} | {
+            "error": [""] * len(done)
+        }
 
 
 _made: dict[bytes, Work] = {}
@@ -90,7 +94,9 @@ def made(make: Make) -> Work:
     return _made[key]
 
 
-def feed_dataset(feed: Feed, start: int, row_bytes: int, world: int = 1, ranks: Sequence[int] | None = None) -> ray.data.Dataset:
+def feed_dataset(
+    feed: Feed, start: int, row_bytes: int, world: int = 1, ranks: Sequence[int] | None = None
+) -> ray.data.Dataset:
     """The shares of `ranks` (None: all `world` workers) of the feed's batches from step `start` on, as a streaming dataset.
 
     A row is one worker's share of one batch; a block holds rows of one worker. Blocks come in groups that cover the same steps,
@@ -144,10 +150,20 @@ class _FeedTask:
         for block in blocks["id"]:
             group, who = divmod(int(block), len(self.ranks))
             first = self.start + group * self.length
-            asked += [(step, self.ranks[who]) for step in range(first, min(first + self.length, self.feed.count()))]
+            asked += [
+                (step, self.ranks[who])
+                for step in range(first, min(first + self.length, self.feed.count()))
+            ]
         shares = [self.feed.batch(step, rank, self.world) for step, rank in asked]
-        size = max(len(range(self.feed.batch_size)[share_of(self.feed.batch_size, r, self.world)]) for r in range(self.world))
-        columns = {k: np.stack([_pad(b[k], size) for b in shares]) for k, v in shares[0].items() if isinstance(v, np.ndarray)}
+        size = max(
+            len(range(self.feed.batch_size)[share_of(self.feed.batch_size, r, self.world)])
+            for r in range(self.world)
+        )
+        columns = {
+            k: np.stack([_pad(b[k], size) for b in shares])
+            for k, v in shares[0].items()
+            if isinstance(v, np.ndarray)
+        }
         return columns | {
             "ids": np.array([" ".join(b["id"]) for b in shares]),
             "rows": np.array([len(b["id"]) for b in shares]),
@@ -158,7 +174,11 @@ class _FeedTask:
 
 
 def _pad(a: np.ndarray, size: int) -> np.ndarray:
-    return a if len(a) == size else np.concatenate([a, np.zeros((size - len(a), *a.shape[1:]), a.dtype)])
+    return (
+        a
+        if len(a) == size
+        else np.concatenate([a, np.zeros((size - len(a), *a.shape[1:]), a.dtype)])
+    )
 
 
 def batches(shard: Any, rank: int = 0) -> Callable[[], Iterator[Batch]]:
@@ -173,11 +193,15 @@ def batches(shard: Any, rank: int = 0) -> Callable[[], Iterator[Batch]]:
             row = {k: v[0] for k, v in row.items()}
             step, whose, n = (int(row.pop(k)) for k in ("step", "rank", "rows"))
             expected = step if expected is None else expected
-            assert (step, whose) == (expected, rank), f"step {step} of worker {whose} instead of {expected} of {rank}"
+            assert (step, whose) == (expected, rank), (
+                f"step {step} of worker {whose} instead of {expected} of {rank}"
+            )
             expected += 1
             ids, size = str(row.pop("ids")), int(row.pop("size"))
             if n:
-                yield {"id": ids.split(" "), "size": size, "step": step} | {k: v[:n] for k, v in row.items()}
+                yield {"id": ids.split(" "), "size": size, "step": step} | {
+                    k: v[:n] for k, v in row.items()
+                }
 
     return stream
 
@@ -190,7 +214,9 @@ class Streams(DataConfig):
     short and read again and again: each worker has a stream of its own share.
     """
 
-    def __init__(self, train: dict[str, tuple[Feed, Path]], select: dict[str, Feed], row_bytes: int) -> None:
+    def __init__(
+        self, train: dict[str, tuple[Feed, Path]], select: dict[str, Feed], row_bytes: int
+    ) -> None:
         """train: feeds, and the folders of their trainings. row_bytes: of one image."""
         super().__init__(datasets_to_split=list(train), execution_options=ordered())
         self.train, self.select, self.row_bytes = train, select, row_bytes
@@ -200,7 +226,12 @@ class Streams(DataConfig):
         return dict.fromkeys([*self.train, *self.select], nothing)
 
     def configure(
-        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
+        self,
+        datasets: dict[str, Any],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: Any,
+        **kwargs: Any,
     ) -> list[dict[str, Any]]:
         shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name in datasets:
@@ -210,7 +241,10 @@ class Streams(DataConfig):
                 splits = dataset.streaming_split(world_size, equal=True)
             else:
                 feed = self.select[name]
-                splits = [feed_dataset(feed, 0, self.row_bytes, world_size, [r]).iterator() for r in range(world_size)]
+                splits = [
+                    feed_dataset(feed, 0, self.row_bytes, world_size, [r]).iterator()
+                    for r in range(world_size)
+                ]
             for shard, split in zip(shards, splits, strict=True):
                 shard[name] = split
         return shards

@@ -21,9 +21,9 @@ from adversa.distributed import stream
 from adversa.distributed.backend import ProcessGroup
 from adversa.distributed.errors import NoRetry, user_error
 from adversa.distributed.worker import Loop
-from adversa.loop.engine import FitJob
-from adversa.places import Place, Remote
-from adversa.runs import is_finished
+from adversa.engine.interface import FitJob
+from adversa.run.step_folder import is_finished
+from adversa.storage.path import Place, Remote
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,20 @@ def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: Group) -
         Loop(jobs, group.threads, Path.cwd()),
         torch_config=ProcessGroup(),
         scaling_config=ScalingConfig(
-            num_workers=most if least == most else (least, most), use_gpu="GPU" in group.resources,
+            num_workers=most if least == most else (least, most),
+            use_gpu="GPU" in group.resources,
             resources_per_worker=group.resources,
         ),
         run_config=RunConfig(
-            name=uuid.uuid4().hex, **_stored(storage), callbacks=[NoRetry()],
-            failure_config=FailureConfig(max_failures=group.attempts - 1), checkpoint_config=CheckpointConfig(num_to_keep=1),
+            name=uuid.uuid4().hex,
+            **_stored(storage),
+            callbacks=[NoRetry()],
+            failure_config=FailureConfig(max_failures=group.attempts - 1),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
         datasets=streams.placeholders(),
         dataset_config=streams,
-    )  # fmt: skip
+    )
     trainer.embedded = group.embedded
     result = _run(trainer)
     assert all(is_finished(job.out) for job in jobs), "a training came home without its model"
@@ -90,7 +94,11 @@ class _Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         found = super()._create_default_callbacks()
-        return [c for c in found if not (self.embedded and type(c).__name__ == "PlacementGroupCleanerCallback")]
+        return [
+            c
+            for c in found
+            if not (self.embedded and type(c).__name__ == "PlacementGroupCleanerCallback")
+        ]
 
 
 def _run(trainer: TorchTrainer) -> Result:

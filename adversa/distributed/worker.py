@@ -18,15 +18,19 @@ import ray.train
 from ray.train import Checkpoint
 
 from adversa.distributed import stream
-from adversa.loop.engine import FitJob, do_job
-from adversa.loop.feed import Batch
-from adversa.places import place
-from adversa.runs import cpus, is_finished
+from adversa.engine.batches import Batch
+from adversa.engine.fit import do_job
+from adversa.engine.interface import FitJob
+from adversa.run.environment import cpus
+from adversa.run.step_folder import is_finished
+from adversa.storage.path import place
+from adversa.storage.weights import committed_step
 from adversa.types import UserError
-from adversa.weights import committed_step
 
 POINTER = "pointer.json"  # in Ray Train's checkpoints: which folder holds the training state, and of which step
-REPORT_SECONDS = 2.0  # between two reports: each waits until Ray Train's controller has taken the one before
+REPORT_SECONDS = (
+    2.0  # between two reports: each waits until Ray Train's controller has taken the one before
+)
 HELD_BYTES = 128 << 20  # a select role up to this size is streamed once and kept
 
 
@@ -37,21 +41,28 @@ class Loop:
         self.outs = [job.out for job in jobs]
         self.steps = [job.feed.count() for job in jobs]
         self.selects = [job.select is not None for job in jobs]
-        self.packed = ray.cloudpickle.dumps(list(jobs))  # unpacked on the worker after the first stream has started
+        self.packed = ray.cloudpickle.dumps(
+            list(jobs)
+        )  # unpacked on the worker after the first stream has started
         self.threads, self.home = threads, home
 
     def __call__(self) -> dict[str, float]:
         """Returns when (time.time) this start of the workers began, had its modules, and had its first batch."""
         marks = {"began": time.time()}
         if self.home.is_dir():
-            os.chdir(self.home)  # Ray Train moves its workers elsewhere; relative paths in a configuration mean the user's folder
+            os.chdir(
+                self.home
+            )  # Ray Train moves its workers elsewhere; relative paths in a configuration mean the user's folder
         self._check_state()
         todo = [i for i, out in enumerate(self.outs) if not is_finished(out)]
         if not todo:  # the workers before these died after their last manifest
             return marks
         context = ray.train.get_context()
         selects = {i: Held(lambda i=i: _shard(f"select-{i}")()) for i in todo if self.selects[i]}
-        streams = {i: Ahead(lambda i=i: self._stream(i), selects[i].start if i in selects else _nothing) for i in todo}
+        streams = {
+            i: Ahead(lambda i=i: self._stream(i), selects[i].start if i in selects else _nothing)
+            for i in todo
+        }
         for i in todo[:1]:
             streams[i].start()
         jobs: list[FitJob] = ray.cloudpickle.loads(self.packed)
@@ -93,14 +104,14 @@ class Reports:
         self.out, self.last = out, float("-inf")
 
     def __call__(self, step: int) -> None:
-        from adversa import workers
+        from adversa.training import process_group
 
         due = time.monotonic() - self.last >= REPORT_SECONDS
-        if not workers.everyones(due)[0]:  # a report takes every worker: the lead decides
+        if not process_group.everyones(due)[0]:  # a report takes every worker: the lead decides
             return
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / POINTER).write_text(json.dumps({"out": str(self.out), "step": step}))
-            checkpoint = Checkpoint.from_directory(folder) if workers.lead() else None
+            checkpoint = Checkpoint.from_directory(folder) if process_group.lead() else None
             ray.train.report({"out": str(self.out), "step": step}, checkpoint=checkpoint)
         self.last = time.monotonic()
 
@@ -188,7 +199,9 @@ class Held:
         return iter(self.kept) if self.complete else self.stream()
 
 
-def fed(stream: Iterable[Batch], steps: int, start: int, last: Callable[[], None]) -> Iterator[Batch]:
+def fed(
+    stream: Iterable[Batch], steps: int, start: int, last: Callable[[], None]
+) -> Iterator[Batch]:
     """The stream's batches of the steps `start` ... `steps` - 1; `last` is called before the last is given.
 
     The stream may begin earlier: the file that says where it begins is written after the training state.
@@ -197,7 +210,9 @@ def fed(stream: Iterable[Batch], steps: int, start: int, last: Callable[[], None
     for batch in stream:
         if batch["step"] < start:
             continue
-        assert batch["step"] == expected, f"the stream gave step {batch['step']}, the training is at step {expected}"
+        assert batch["step"] == expected, (
+            f"the stream gave step {batch['step']}, the training is at step {expected}"
+        )
         expected += 1
         if expected == steps:
             last()
@@ -213,7 +228,9 @@ def _none() -> Iterator[Batch]:
 
 
 def _shard(name: str) -> Callable[[], Iterator[Batch]]:
-    return stream.batches(ray.train.get_dataset_shard(name), ray.train.get_context().get_world_rank())
+    return stream.batches(
+        ray.train.get_dataset_shard(name), ray.train.get_context().get_world_rank()
+    )
 
 
 def _choose_device() -> None:

@@ -18,7 +18,17 @@ from adversa.evaluate.scores import checked
 from adversa.evaluate.weighted import values
 from adversa.types import UserError
 
-__all__ = ["Comparison", "compare", "difference", "draws", "holm", "interval", "intervals", "resample", "word"]
+__all__ = [
+    "Comparison",
+    "compare",
+    "difference",
+    "draws",
+    "holm",
+    "interval",
+    "intervals",
+    "resample",
+    "word",
+]
 
 LEVEL = 100 * (1 - ALPHA)
 _NORMAL = 1.959963984540054  # of the percentiles' own width: half-widths are stretched from it
@@ -54,9 +64,16 @@ class Comparison:
 
 
 def intervals(
-    logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], classes: Sequence[str], resamples: int, seed: int,
-    measures: Measures | None = None, thresholds: Limits = None, only: str | None = None,
-) -> dict[str, tuple[float, float]]:  # fmt: skip
+    logits: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    classes: Sequence[str],
+    resamples: int,
+    seed: int,
+    measures: Measures | None = None,
+    thresholds: Limits = None,
+    only: str | None = None,
+) -> dict[str, tuple[float, float]]:
     """logits [N, K], or [S, N, K] of S seeds; labels [N], groups [N] -> name -> (low, high), 95%, for the names of `metrics`.
 
     With S seeds it is of the mean over them, with the luck of training in it. The ends are the percentiles of the resamples, moved
@@ -64,16 +81,26 @@ def intervals(
     Spread, cut to the metric's range. A resample without a single image of a class counts for the metrics that are still defined.
     Empty where there is one lesion only: nothing is known about others. only: that metric alone.
     """
-    drawn, lesions = draws(logits, labels, groups, resamples, seed, classes, measures, thresholds, only)
+    drawn, lesions = draws(
+        logits, labels, groups, resamples, seed, classes, measures, thresholds, only
+    )
     found = {name: interval(name, x, lesions, measures) for name, x in drawn.items()}
     return {name: ends for name, ends in found.items() if ends is not None}
 
 
 def compare(
-    logits_a: np.ndarray, logits_b: np.ndarray, labels: np.ndarray, groups: Sequence[str], resamples: int, seed: int,
-    metric: str = "balanced_accuracy", classes: Sequence[str] | None = None, measures: Measures | None = None,
-    thresholds_a: Limits = None, thresholds_b: Limits = None,
-) -> Comparison:  # fmt: skip
+    logits_a: np.ndarray,
+    logits_b: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    resamples: int,
+    seed: int,
+    metric: str = "balanced_accuracy",
+    classes: Sequence[str] | None = None,
+    measures: Measures | None = None,
+    thresholds_a: Limits = None,
+    thresholds_b: Limits = None,
+) -> Comparison:
     """logits [S, N, K] of arms a and b, S classifiers each, paired by seed and scored on the same N images.
 
     The difference is the mean over seeds of a's metric minus b's; every seed and both arms see the same resamples. metric: any name
@@ -90,7 +117,9 @@ def compare(
     )
     found = difference(a, b, lesions)
     if found is None:
-        raise UserError(f"{metric} has no value on these {len(labels)} images; compare another metric, or add images")
+        raise UserError(
+            f"{metric} has no value on these {len(labels)} images; compare another metric, or add images"
+        )
     return found
 
 
@@ -106,35 +135,67 @@ def difference(a: np.ndarray, b: np.ndarray, lesions: int) -> Comparison | None:
     seen = lesions > 1
     half = s.half() if seen else float("inf")
     return Comparison(
-        mean, mean - half if seen else -1.0, mean + half if seen else 1.0, s.p(mean), s.se, s.detectable(), len(each), lesions,
-        tuple(float(x) for x in each[:, 0]), _note(s), s,
-    )  # fmt: skip
+        mean,
+        mean - half if seen else -1.0,
+        mean + half if seen else 1.0,
+        s.p(mean),
+        s.se,
+        s.detectable(),
+        len(each),
+        lesions,
+        tuple(float(x) for x in each[:, 0]),
+        _note(s),
+        s,
+    )
 
 
 def draws(
-    logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], resamples: int, seed: int, classes: Sequence[str],
-    measures: Measures | None = None, thresholds: Limits = None, only: str | None = None,
-) -> tuple[dict[str, np.ndarray], int]:  # fmt: skip
+    logits: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    resamples: int,
+    seed: int,
+    classes: Sequence[str],
+    measures: Measures | None = None,
+    thresholds: Limits = None,
+    only: str | None = None,
+) -> tuple[dict[str, np.ndarray], int]:
     """(name -> [S, 1 + R], number of lesions): each seed's value as it is, then in each resample. logits as in `intervals`."""
     index, weights = resample(groups, resamples, seed)
-    return _each(logits, labels, index, weights, classes, measures, thresholds, only), weights.shape[1]
+    return _each(
+        logits, labels, index, weights, classes, measures, thresholds, only
+    ), weights.shape[1]
 
 
 def _each(
-    logits: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray, classes: Sequence[str],
-    measures: Measures | None, thresholds: Limits, only: str | None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    logits: np.ndarray,
+    labels: np.ndarray,
+    index: np.ndarray,
+    weights: np.ndarray,
+    classes: Sequence[str],
+    measures: Measures | None,
+    thresholds: Limits,
+    only: str | None,
+) -> dict[str, np.ndarray]:
     """name -> [S, 1 + R], the data as they are first; the names that every seed has."""
     logits = np.asarray(logits)
     logits = logits if logits.ndim == 3 else logits[None]
-    limits = [thresholds] * len(logits) if thresholds is None or isinstance(thresholds, Mapping) else list(thresholds)
+    limits = (
+        [thresholds] * len(logits)
+        if thresholds is None or isinstance(thresholds, Mapping)
+        else list(thresholds)
+    )
     assert len(limits) == len(logits), (len(limits), len(logits))
     weights = np.concatenate([np.ones((1, weights.shape[1])), weights])
     found = []
     for one, limit in zip(logits, limits, strict=True):
         x, y = checked(one, labels, len(classes))
         found.append(values(x, y, index, weights, classes, measures or Measures(), limit, only))
-    return {name: np.stack([f[name] for f in found]) for name in found[0] if all(name in f for f in found)}
+    return {
+        name: np.stack([f[name] for f in found])
+        for name in found[0]
+        if all(name in f for f in found)
+    }
 
 
 def resample(groups: Sequence[str], resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +206,9 @@ def resample(groups: Sequence[str], resamples: int, seed: int) -> tuple[np.ndarr
     return index, weights.astype(np.float64)
 
 
-def interval(name: str, x: np.ndarray, lesions: int, measures: Measures | None = None) -> tuple[float, float] | None:
+def interval(
+    name: str, x: np.ndarray, lesions: int, measures: Measures | None = None
+) -> tuple[float, float] | None:
     """x [S, 1 + R], of `draws` -> (low, high) as in `intervals`; None where the value or every resample is undefined, or of one
     lesion."""
     if lesions < 2:

@@ -34,7 +34,9 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[
     for i in range(bins):
         inside = cell == i
         n = int(inside.sum())
-        means = (float(confidence[inside].mean()), float(right[inside].mean())) if n else (None, None)
+        means = (
+            (float(confidence[inside].mean()), float(right[inside].mean())) if n else (None, None)
+        )
         found.append(ReliabilityBin(float(edges[i]), float(edges[i + 1]), n, *means))
     return found
 

@@ -59,7 +59,12 @@ class Help:
 
 
 def choose(
-    logits: Mapping[float, np.ndarray], labels: np.ndarray, groups: Sequence[str], classes: Sequence[str], resamples: int, seed: int
+    logits: Mapping[float, np.ndarray],
+    labels: np.ndarray,
+    groups: Sequence[str],
+    classes: Sequence[str],
+    resamples: int,
+    seed: int,
 ) -> Choice:
     """The one-standard-error rule (Breiman et al. 1984, "Classification and Regression Trees", section 3.4.3) over ratios.
 
@@ -72,7 +77,9 @@ def choose(
     }
     best = pick(figures)
     bar = figures[best].mean - figures[best].se
-    return Choice(next(r for r, f in figures.items() if f.mean >= bar - _ROUNDING), best, bar, figures)
+    return Choice(
+        next(r for r, f in figures.items() if f.mean >= bar - _ROUNDING), best, bar, figures
+    )
 
 
 def pick(figures: Mapping[float, Figure]) -> float:
@@ -82,9 +89,15 @@ def pick(figures: Mapping[float, Figure]) -> float:
 
 
 def help_by_class(
-    with_images: np.ndarray, without: np.ndarray, labels: np.ndarray, groups: Sequence[str], classes: Sequence[str],
-    added: Sequence[int], resamples: int, seed: int,
-) -> dict[str, Help]:  # fmt: skip
+    with_images: np.ndarray,
+    without: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    classes: Sequence[str],
+    added: Sequence[int],
+    resamples: int,
+    seed: int,
+) -> dict[str, Help]:
     """class -> whether its images helped it. logits [S, N, K] each, paired by seed; added [K]: images that were added.
 
     Helped: the difference exceeds sqrt(se^2 + 1 / G^2), its standard error with one more of the class's G lesions that changes its
@@ -99,11 +112,16 @@ def help_by_class(
             found[name] = Help(None, None, None, 0, UNKNOWN)
             continue
         metric = f"sensitivity/{name}"
-        a, b = (draws(x, labels, groups, resamples, seed, classes, only=metric)[0][metric] for x in (with_images, without))
+        a, b = (
+            draws(x, labels, groups, resamples, seed, classes, only=metric)[0][metric]
+            for x in (with_images, without)
+        )
         f = _figure(a - b)
         bar = float(np.hypot(f.se, 1 / lesions))
         word = HELPED if f.mean > bar else NOT_HELPED
-        found[name] = Help(f.mean, f.se, bar, lesions, word if added[k] > 0 and lesions >= FEW else UNKNOWN)
+        found[name] = Help(
+            f.mean, f.se, bar, lesions, word if added[k] > 0 and lesions >= FEW else UNKNOWN
+        )
     return found
 
 
@@ -112,4 +130,8 @@ def _figure(drawn: np.ndarray) -> Figure:
     means = drawn[:, 1:].mean(0)
     means = means[np.isfinite(means)]
     se = float(means.std(ddof=1)) if len(means) > 1 else 0.0
-    return Figure(tuple(float(x) for x in drawn[:, 0]), float(drawn[:, 0].mean()), se if se > _ROUNDING else 0.0)
+    return Figure(
+        tuple(float(x) for x in drawn[:, 0]),
+        float(drawn[:, 0].mean()),
+        se if se > _ROUNDING else 0.0,
+    )

@@ -31,7 +31,9 @@ from adversa.types import UserError
 
 KNEE_SHARE = 0.9
 SCALES = 64  # of the grid; a step is about a tenth of the scale
-FEWEST = 1 / 3  # of the least step between doses: the curve then has 95% of its gain at the next dose, and a knee before it
+FEWEST = (
+    1 / 3
+)  # of the least step between doses: the curve then has 95% of its gain at the next dose, and a knee before it
 MOST = 3.0  # of the range of doses: the knee then lies within 2% of a straight line's
 MISFIT = 0.01
 _TINY = 1e-18  # a sum of squares of rounding only
@@ -144,12 +146,16 @@ def fit(doses: Sequence[float], scores: np.ndarray, weights: np.ndarray | None =
     if weights is not None:
         w = np.asarray(weights, np.float64)
         if w.shape != x.shape or not (np.isfinite(w) & (w > 0)).all():
-            raise UserError(f"weights {w.tolist()}; give one above 0 for each of the {len(x)} doses")
+            raise UserError(
+                f"weights {w.tolist()}; give one above 0 for each of the {len(x)} doses"
+            )
         w = w[order]
     return _fit(x, _means(y)[0], w / w.sum())
 
 
-def seed_draws(scores: np.ndarray, resamples: int, rng: np.random.Generator, lesions: np.ndarray | None = None) -> np.ndarray:
+def seed_draws(
+    scores: np.ndarray, resamples: int, rng: np.random.Generator, lesions: np.ndarray | None = None
+) -> np.ndarray:
     """scores [D, S], a column a seed, NaN where missing -> [B, D] replicates of the mean at each dose, holding the luck of seeds.
 
     lesions [B, D]: replicates of the mean over these very classifiers, by lesions drawn anew, the same ones at all doses; their
@@ -158,14 +164,21 @@ def seed_draws(scores: np.ndarray, resamples: int, rng: np.random.Generator, les
     """
     y = np.asarray(scores, np.float64)
     if y.ndim != 2 or np.isinf(y).any() or np.isnan(y).all(1).any():
-        raise UserError(f"scores of shape {y.shape}; give [doses, seeds], finite or NaN, with a score at each dose")
+        raise UserError(
+            f"scores of shape {y.shape}; give [doses, seeds], finite or NaN, with a score at each dose"
+        )
     mean, root, sd, freedom, effects = _means(y)
     if freedom < 1:
         raise UserError(
             f"{int(np.isfinite(y).sum())} trials at {len(y)} doses say nothing about the luck of seeds; train a second seed"
         )
     b = resamples if lesions is None else len(lesions)
-    noise = rng.normal(size=(b, len(y))) @ root.T * sd * np.sqrt(freedom / rng.chisquare(freedom, b))[:, None]
+    noise = (
+        rng.normal(size=(b, len(y)))
+        @ root.T
+        * sd
+        * np.sqrt(freedom / rng.chisquare(freedom, b))[:, None]
+    )
     if len(effects) > 1:
         apart = max(0.0, float(np.var(effects, ddof=1)) - sd**2 / len(y)) / len(effects)
         noise += np.sqrt(apart) * rng.standard_t(len(effects) - 1, size=(b, 1))
@@ -173,9 +186,14 @@ def seed_draws(scores: np.ndarray, resamples: int, rng: np.random.Generator, les
 
 
 def response(
-    doses: Sequence[float], scores: np.ndarray, draws: np.ndarray | None = None, seed: int = 0, level: float = 0.95,
-    resamples: int = 1000, grid: int | Sequence[float] = 101,
-) -> Response:  # fmt: skip
+    doses: Sequence[float],
+    scores: np.ndarray,
+    draws: np.ndarray | None = None,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = 1000,
+    grid: int | Sequence[float] = 101,
+) -> Response:
     """doses, scores as in `fit`; draws [B, D]: replicates of the mean at each dose, paired across doses, with the luck of lesions
     and of seeds in them (default `seed_draws`, seeds alone; rows with NaN are left out); grid: doses inside the data, or how many.
 
@@ -187,11 +205,16 @@ def response(
     weights = count / count.sum()
     curve, scales = _fit(x, mean, weights), _scales(x)
     noise = _noise(_sorted(draws, order), y, resamples, np.random.default_rng(seed), level)
-    points = np.linspace(x[0], x[-1], grid) if isinstance(grid, int) else np.asarray(grid, np.float64)
+    points = (
+        np.linspace(x[0], x[-1], grid) if isinstance(grid, int) else np.asarray(grid, np.float64)
+    )
     middle = np.asarray(curve.at(points))
     tails = [50 * (1 - level), 50 * (1 + level)]
     rises, band = _refits(x, mean + noise, weights, scales, points)
-    (low, high), (gain_low, gain_high) = np.percentile(band, tails, axis=0), np.percentile(rises, tails).tolist()
+    (low, high), (gain_low, gain_high) = (
+        np.percentile(band, tails, axis=0),
+        np.percentile(rises, tails).tolist(),
+    )
     basis = _apart(x, weights, scales)
     basis /= np.linalg.norm(basis, axis=1, keepdims=True)
     signal, free = (np.sqrt(weights) * (m.T - m @ weights).T for m in (mean, noise))
@@ -202,14 +225,33 @@ def response(
     misfit = misfit if len(x) > 3 else None
     kind = _kind(gain_low, gain_high, misfit, knee_low, knee_high, x)
     measured = float(mean[-1] - mean[0])
-    measured_low, measured_high = (measured + np.percentile(noise[:, -1] - noise[:, 0], tails)).tolist()
+    measured_low, measured_high = (
+        measured + np.percentile(noise[:, -1] - noise[:, 0], tails)
+    ).tolist()
     return Response(
-        curve, _plain(x), _plain(mean), int(count.max()), _plain(points), _plain(middle), _plain(np.minimum(low, middle)),
-        _plain(np.maximum(high, middle)), curve.rise, min(gain_low, curve.rise), max(gain_high, curve.rise), measured, measured_low,
-        measured_high, kind, curve.knee() if kind == "knee" else None, knee_low if kind in ("knee", "rising", "unclear") else None,
-        knee_high if kind == "knee" else None, misfit, level, _REASONS[kind].format(knee_low),
+        curve,
+        _plain(x),
+        _plain(mean),
+        int(count.max()),
+        _plain(points),
+        _plain(middle),
+        _plain(np.minimum(low, middle)),
+        _plain(np.maximum(high, middle)),
+        curve.rise,
+        min(gain_low, curve.rise),
+        max(gain_high, curve.rise),
+        measured,
+        measured_low,
+        measured_high,
+        kind,
+        curve.knee() if kind == "knee" else None,
+        knee_low if kind in ("knee", "rising", "unclear") else None,
+        knee_high if kind == "knee" else None,
+        misfit,
+        level,
+        _REASONS[kind].format(knee_low),
         _words(curve, (gain_low, gain_high), kind, knee_low, knee_high, level),
-    )  # fmt: skip
+    )
 
 
 _REASONS = {
@@ -222,7 +264,14 @@ _REASONS = {
 }
 
 
-def _kind(low: float, high: float, misfit: float | None, knee_low: float, knee_high: float | None, x: np.ndarray) -> str:
+def _kind(
+    low: float,
+    high: float,
+    misfit: float | None,
+    knee_low: float,
+    knee_high: float | None,
+    x: np.ndarray,
+) -> str:
     """low, high: of the gain. "rising": even the earliest knee leaves more than 1 - KNEE_SHARE of the gain to the last step."""
     if low <= 0:
         return "falls" if high < 0 else "no gain"
@@ -231,7 +280,9 @@ def _kind(low: float, high: float, misfit: float | None, knee_low: float, knee_h
     return "knee" if knee_high is not None else "rising" if knee_low >= x[-2] else "unclear"
 
 
-def _words(curve: Curve, gain: tuple[float, float], kind: str, low: float, high: float | None, level: float) -> str:
+def _words(
+    curve: Curve, gain: tuple[float, float], kind: str, low: float, high: float | None, level: float
+) -> str:
     first = f"{curve.rise:+.3f} at dose {curve.high:g} ({100 * level:g}%: {gain[0]:+.3f} to {gain[1]:+.3f})"
     if kind != "knee":
         return f"{first}; {_REASONS[kind].format(low)}"
@@ -239,7 +290,9 @@ def _words(curve: Curve, gain: tuple[float, float], kind: str, low: float, high:
     return f"{first}; {by} ({100 * level:g}%, if the curve is exponential: {low:.3g} to {high:.3g})"
 
 
-def _table(doses: Sequence[float], scores: np.ndarray, least: int = 3, what: str = "dose") -> tuple[np.ndarray, ...]:
+def _table(
+    doses: Sequence[float], scores: np.ndarray, least: int = 3, what: str = "dose"
+) -> tuple[np.ndarray, ...]:
     """(doses [D] ascending, scores [D, S] in that order, the order [D]); UserError where they are not a curve's."""
     x, y = np.asarray(doses, np.float64), np.asarray(scores, np.float64)
     if x.ndim != 1 or len(x) < least:
@@ -248,9 +301,13 @@ def _table(doses: Sequence[float], scores: np.ndarray, least: int = 3, what: str
     if len(wrong):
         raise UserError(f"{what} {wrong[0]:g}; each must be finite and not negative")
     if len(np.unique(x)) < len(x):
-        raise UserError(f"{what}s {', '.join(f'{v:g}' for v in x)} are not distinct; give the trials of one {what} in one row")
+        raise UserError(
+            f"{what}s {', '.join(f'{v:g}' for v in x)} are not distinct; give the trials of one {what} in one row"
+        )
     if y.ndim not in (1, 2) or len(y) != len(x):
-        raise UserError(f"scores of shape {y.shape} for {len(x)} {what}s; give [{len(x)}] or [{len(x)}, seeds]")
+        raise UserError(
+            f"scores of shape {y.shape} for {len(x)} {what}s; give [{len(x)}] or [{len(x)}, seeds]"
+        )
     y = y.reshape(len(x), -1)
     if np.isinf(y).any():
         raise UserError("a score is infinite; NaN stands for a missing trial")
@@ -279,7 +336,13 @@ def _means(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int, np.ndarra
     found = inverse @ (design.T @ value)
     freedom = len(value) - design.shape[1]
     sd = float(np.sqrt(((value - design @ found) ** 2).sum() / freedom)) if freedom else 0.0
-    return found[:d], np.linalg.cholesky(inverse[:d, :d]), sd, freedom, effect @ found[d:] if len(found) > d else np.zeros(0)
+    return (
+        found[:d],
+        np.linalg.cholesky(inverse[:d, :d]),
+        sd,
+        freedom,
+        effect @ found[d:] if len(found) > d else np.zeros(0),
+    )
 
 
 def _sorted(draws: np.ndarray | None, order: np.ndarray) -> np.ndarray | None:
@@ -292,7 +355,9 @@ def _sorted(draws: np.ndarray | None, order: np.ndarray) -> np.ndarray | None:
     return found[:, order]
 
 
-def _noise(draws: np.ndarray | None, y: np.ndarray, resamples: int, rng: np.random.Generator, level: float) -> np.ndarray:
+def _noise(
+    draws: np.ndarray | None, y: np.ndarray, resamples: int, rng: np.random.Generator, level: float
+) -> np.ndarray:
     """[B, D], mean 0: the replicates' distances from their mean, which resampling may have moved."""
     if not 0 < level < 1:
         raise UserError(f"level {level:g}; it lies between 0 and 1, as 0.95")
@@ -346,12 +411,20 @@ def _fit(x: np.ndarray, mean: np.ndarray, weights: np.ndarray) -> Curve:
     """The best scale of the grid, then the best between its neighbours."""
     scales = _scales(x)
     apart = _apart(x, weights, scales)
-    k = int(np.argmax((apart @ (np.sqrt(weights) * (mean - weights @ mean))) ** 2 / (apart**2).sum(1)))
+    k = int(
+        np.argmax((apart @ (np.sqrt(weights) * (mean - weights @ mean))) ** 2 / (apart**2).sum(1))
+    )
     ends = np.log(scales[max(k - 1, 0)]), np.log(scales[min(k + 1, SCALES - 1)])
     found = minimize_scalar(
-        lambda t: _solve(x, mean, weights, np.exp(t)).rmse, bounds=ends, method="bounded", options={"xatol": 1e-12}
+        lambda t: _solve(x, mean, weights, np.exp(t)).rmse,
+        bounds=ends,
+        method="bounded",
+        options={"xatol": 1e-12},
     )
-    return min((_solve(x, mean, weights, s) for s in (scales[k], float(np.exp(found.x)))), key=lambda c: c.rmse)
+    return min(
+        (_solve(x, mean, weights, s) for s in (scales[k], float(np.exp(found.x)))),
+        key=lambda c: c.rmse,
+    )
 
 
 def _refits(
@@ -368,7 +441,9 @@ def _refits(
     return rise, base[:, None] + gain[:, None] * _shape(points - x[0], scales[:, None])[best]
 
 
-def _compatible(basis: np.ndarray, signal: np.ndarray, noise: np.ndarray, least: float) -> tuple[np.ndarray, float, float]:
+def _compatible(
+    basis: np.ndarray, signal: np.ndarray, noise: np.ndarray, least: float
+) -> tuple[np.ndarray, float, float]:
     """basis [K, D]; signal [D], noise [B, D], less their means, times the root of the weights -> (p [K], of the best, of none).
 
     p[k]: of replicates made of scale k's best curve and the noise, the share that prefer another scale (in sums of squares) by as
@@ -384,13 +459,17 @@ def _compatible(basis: np.ndarray, signal: np.ndarray, noise: np.ndarray, least:
         return np.square(taken, out=taken).max(0)
 
     less = along[best] ** 2 - along**2 - _TINY
-    p = np.array([np.mean(most(k) - (along[k] + free[k]) ** 2 >= less[k]) for k in range(len(basis))])
+    p = np.array(
+        [np.mean(most(k) - (along[k] + free[k]) ** 2 >= less[k]) for k in range(len(basis))]
+    )
     far = along[best] ** 2 + 2 * along[best] * free[best] + (noise**2).sum(1) - most(best)
     flat = np.mean((free**2).max(0) >= along[best] ** 2 - _TINY)
     return p, float(np.mean(far >= least - _TINY)), float(flat)
 
 
-def _knees(x: np.ndarray, scales: np.ndarray, p: np.ndarray, alpha: float, curve: Curve) -> tuple[float, float | None]:
+def _knees(
+    x: np.ndarray, scales: np.ndarray, p: np.ndarray, alpha: float, curve: Curve
+) -> tuple[float, float | None]:
     """The earliest and the latest knee of the scales with p > alpha.
 
     x[0], None where the set reaches the grid's end: a knee before the second dose, however early; a line all but straight.
@@ -399,9 +478,15 @@ def _knees(x: np.ndarray, scales: np.ndarray, p: np.ndarray, alpha: float, curve
     first, last = inside[0], inside[-1]
     low, high = float(x[0]), None
     if first > 0:
-        low = min(curve.knee(), float(_knee(_between(scales, p, first - 1, first, alpha), x[0], x[-1], KNEE_SHARE)))
+        low = min(
+            curve.knee(),
+            float(_knee(_between(scales, p, first - 1, first, alpha), x[0], x[-1], KNEE_SHARE)),
+        )
     if last < len(p) - 1:
-        high = max(curve.knee(), float(_knee(_between(scales, p, last + 1, last, alpha), x[0], x[-1], KNEE_SHARE)))
+        high = max(
+            curve.knee(),
+            float(_knee(_between(scales, p, last + 1, last, alpha), x[0], x[-1], KNEE_SHARE)),
+        )
     return low, high
 
 
@@ -412,10 +497,17 @@ def _between(scales: np.ndarray, p: np.ndarray, out: int, within: int, alpha: fl
 
 
 def worth(
-    real_counts: Sequence[float], real_scores: np.ndarray, at_count: float, synthetic_count: float, scores: float | np.ndarray,
-    draws_real: np.ndarray | None = None, draws_score: np.ndarray | None = None, seed: int = 0, level: float = 0.95,
+    real_counts: Sequence[float],
+    real_scores: np.ndarray,
+    at_count: float,
+    synthetic_count: float,
+    scores: float | np.ndarray,
+    draws_real: np.ndarray | None = None,
+    draws_score: np.ndarray | None = None,
+    seed: int = 0,
+    level: float = 0.95,
     resamples: int = 1000,
-) -> Worth:  # fmt: skip
+) -> Worth:
     """How many real images alone score what at_count real and synthetic_count synthetic ones do. Real curve: see `real_curve`.
 
     real_counts [R], at least 2, > 0, distinct; real_scores [R] or [R, S], NaN where a trial is missing; scores: the cell's score,
@@ -425,11 +517,17 @@ def worth(
     """
     n, y, order = _table(real_counts, real_scores, 2, "real count")
     if n[0] <= 0 or not (0 < at_count < np.inf and 0 < synthetic_count < np.inf):
-        raise UserError(f"{n[0]:g} real images on the curve, {at_count:g} and {synthetic_count:g} synthetic; each must be above 0")
+        raise UserError(
+            f"{n[0]:g} real images on the curve, {at_count:g} and {synthetic_count:g} synthetic; each must be above 0"
+        )
     cell = np.atleast_1d(np.asarray(scores, np.float64))
     if cell.ndim != 1 or not np.isfinite(cell).any() or np.isinf(cell).any():
-        raise UserError(f"scores of shape {cell.shape}; give the cell's score, or one for each seed, NaN where missing")
-    if (draws_real is None) != (draws_score is None) or (draws_real is None and len(cell) != y.shape[1]):
+        raise UserError(
+            f"scores of shape {cell.shape}; give the cell's score, or one for each seed, NaN where missing"
+        )
+    if (draws_real is None) != (draws_score is None) or (
+        draws_real is None and len(cell) != y.shape[1]
+    ):
         raise UserError(
             f"{len(cell)} scores for {y.shape[1]} seeds; give the same seeds, or draws_real and draws_score, which are paired"
         )
@@ -439,14 +537,24 @@ def worth(
     if draws_real is not None:
         both = np.asarray(draws_real, np.float64), np.asarray(draws_score, np.float64)
         if both[1].ndim != 1 or both[0].shape != (len(both[1]), len(n)):
-            raise UserError(f"draws_real of shape {both[0].shape}, draws_score {both[1].shape}; give [B, {len(n)}] and [B]")
+            raise UserError(
+                f"draws_real of shape {both[0].shape}, draws_score {both[1].shape}; give [B, {len(n)}] and [B]"
+            )
         draws = np.hstack([both[0][:, order], both[1][:, None]])
-    replicates = mean + _noise(draws, np.vstack([y, cell]) if draws is None else y, resamples, np.random.default_rng(seed), level)
+    replicates = mean + _noise(
+        draws,
+        np.vstack([y, cell]) if draws is None else y,
+        resamples,
+        np.random.default_rng(seed),
+        level,
+    )
     drawn = np.sort(_equivalent(np.log(n), real_curve(replicates[:, :-1]), replicates[:, -1]))
     found = float(_equivalent(np.log(n), real_curve(mean[None, :-1]), mean[-1:])[0])
     tail = int((1 - level) / 2 * (len(drawn) - 1))
     ends = min(drawn[tail], found), max(drawn[-1 - tail], found)
-    return _worth(found, ends, drawn, n, float(mean[-1]), float(at_count), float(synthetic_count), level)
+    return _worth(
+        found, ends, drawn, n, float(mean[-1]), float(at_count), float(synthetic_count), level
+    )
 
 
 def real_curve(means: np.ndarray) -> np.ndarray:
@@ -459,7 +567,11 @@ def real_curve(means: np.ndarray) -> np.ndarray:
     r = means.shape[1]
     total = np.concatenate([np.zeros((len(means), 1)), means.cumsum(1)], 1)
     first, last = np.arange(r)[:, None], np.arange(r)
-    of = np.where(first <= last, (total[:, None, 1:] - total[:, :-1, None]) / np.maximum(last - first + 1, 1), np.inf)
+    of = np.where(
+        first <= last,
+        (total[:, None, 1:] - total[:, :-1, None]) / np.maximum(last - first + 1, 1),
+        np.inf,
+    )
     least = np.minimum.accumulate(of[:, :, ::-1], axis=2)[:, :, ::-1]  # over j >= r
     return np.where(first <= last, least, -np.inf).max(1)
 
@@ -472,28 +584,52 @@ def _equivalent(log_counts: np.ndarray, curves: np.ndarray, score: np.ndarray) -
     low, high = curves[row, j - 1], curves[row, j]
     share = np.where(high > low, (score - low) / np.where(high > low, high - low, 1), 0.0)
     inner = log_counts[j - 1] + np.clip(share, 0, 1) * (log_counts[j] - log_counts[j - 1])
-    return np.where(score < curves[:, 0] - _ROUNDING, -np.inf, np.where(reached.any(1), inner, np.inf))
+    return np.where(
+        score < curves[:, 0] - _ROUNDING, -np.inf, np.where(reached.any(1), inner, np.inf)
+    )
 
 
 def _worth(
-    found: float, ends: tuple[float, float], drawn: np.ndarray, n: np.ndarray, score: float, at: float, synthetic: float,
+    found: float,
+    ends: tuple[float, float],
+    drawn: np.ndarray,
+    n: np.ndarray,
+    score: float,
+    at: float,
+    synthetic: float,
     level: float,
-) -> Worth:  # fmt: skip
+) -> Worth:
     """found, ends, drawn: logs of equivalent counts, infinite beyond the data."""
     least, most = ((float(v) - at) / synthetic for v in (n[0], n[-1]))
-    value, low, high = ((float(np.exp(v)) - at) / synthetic if np.isfinite(v) else None for v in (found, *ends))
+    value, low, high = (
+        (float(np.exp(v)) - at) / synthetic if np.isfinite(v) else None for v in (found, *ends)
+    )
     low, high = most if ends[0] == np.inf else low, least if ends[1] == -np.inf else high
     side = "" if value is not None else "at least" if found > 0 else "at most"
     bound = {"": None, "at least": most, "at most": least}[side]
     interval = f"{100 * level:g}%: " + (
-        "not bounded by these data" if low is None and high is None
-        else f"at least {low:.3g}" if high is None else f"at most {high:.3g}" if low is None else f"{low:.3g} to {high:.3g}"
-    )  # fmt: skip
-    where = {"": "", "at least": "beyond the data: ", "at most": "below the data: "}[side]
-    words = (
-        f"{where}one synthetic image is worth {side + ' ' if side else ''}{bound if value is None else value:.3g} real ({interval})"
+        "not bounded by these data"
+        if low is None and high is None
+        else f"at least {low:.3g}"
+        if high is None
+        else f"at most {high:.3g}"
+        if low is None
+        else f"{low:.3g} to {high:.3g}"
     )
+    where = {"": "", "at least": "beyond the data: ", "at most": "below the data: "}[side]
+    words = f"{where}one synthetic image is worth {side + ' ' if side else ''}{bound if value is None else value:.3g} real ({interval})"
     return Worth(
-        value, low, high, None if value is None else float(np.exp(found)), side, bound, float(np.mean(drawn == np.inf)),
-        float(np.mean(drawn == -np.inf)), score, at, synthetic, level, words,
-    )  # fmt: skip
+        value,
+        low,
+        high,
+        None if value is None else float(np.exp(found)),
+        side,
+        bound,
+        float(np.mean(drawn == np.inf)),
+        float(np.mean(drawn == -np.inf)),
+        score,
+        at,
+        synthetic,
+        level,
+        words,
+    )

@@ -50,11 +50,15 @@ class Spread:
     @property
     def se(self) -> float:
         """Standard error of the mean."""
-        return float(np.sqrt(max(self.of_lesions, self.common + (self.between or 0.0) / self.seeds)))
+        return float(
+            np.sqrt(max(self.of_lesions, self.common + (self.between or 0.0) / self.seeds))
+        )
 
     def half(self, alpha: float = ALPHA) -> float:
         """Half-width of the 1 - alpha interval."""
-        return self._reach(_t(alpha / 2, self.lesions - 1), self._seed_quantile(alpha / 2), self.seeds)
+        return self._reach(
+            _t(alpha / 2, self.lesions - 1), self._seed_quantile(alpha / 2), self.seeds
+        )
 
     def p(self, difference: float) -> float:
         """Two-sided p of no difference: the alpha whose interval ends at 0. No less than a sign test over G lesions can give."""
@@ -68,16 +72,22 @@ class Spread:
             return max(least, low)
         if self.half(high) >= abs(difference):
             return 1.0
-        root = brentq(lambda x: self.half(np.exp(x)) - abs(difference), np.log(low), np.log(high), xtol=1e-9)
+        root = brentq(
+            lambda x: self.half(np.exp(x)) - abs(difference), np.log(low), np.log(high), xtol=1e-9
+        )
         return float(max(least, np.exp(root)))
 
-    def detectable(self, seeds: int | None = None, alpha: float = ALPHA, power: float = POWER) -> float | None:
+    def detectable(
+        self, seeds: int | None = None, alpha: float = ALPHA, power: float = POWER
+    ) -> float | None:
         """The effect (>= 0) that a study like this one, with `seeds` pairs, finds with this power. None where it cannot be known.
 
         (t of alpha / 2 + t of 1 - power) standard errors, each source with its own degrees of freedom.
         """
         if self.se**2 <= _TINY:
-            return None  # the arms answer alike: how much others would differ cannot be told from that
+            return (
+                None  # the arms answer alike: how much others would differ cannot be told from that
+            )
         k = self.seeds if seeds is None else seeds
         if self.lesions < 2 or (k > 1 and self.between is None):
             return None
@@ -92,7 +102,9 @@ class Spread:
         """
         if self.between is None or self.detectable(2) is None:
             return None
-        return next((k for k in range(2, most + 1) if (self.detectable(k) or 0.0) <= abs(effect)), None)
+        return next(
+            (k for k in range(2, most + 1) if (self.detectable(k) or 0.0) <= abs(effect)), None
+        )
 
     def _seed_quantile(self, tail: float) -> float:
         return _t(tail, self.seeds - 1) if self.seeds > 1 else 0.0
@@ -144,14 +156,18 @@ class McNemar:
     p: float
 
 
-def mcnemar(logits_a: np.ndarray, logits_b: np.ndarray, labels: np.ndarray, groups: Sequence[str]) -> McNemar:
+def mcnemar(
+    logits_a: np.ndarray, logits_b: np.ndarray, labels: np.ndarray, groups: Sequence[str]
+) -> McNemar:
     """McNemar's test of one pair of classifiers, logits [N, K] each: accuracy, not balanced accuracy, by the binomial distribution.
 
     The unit is the lesion, because its images are not independent: one image a lesion makes it McNemar 1947, its exact form at any
     number of discordant pairs. With several seeds give one result each: pooled, a lesion would count K times and p be too small.
     """
     labels = np.asarray(labels)
-    gain = (np.asarray(logits_a).argmax(1) == labels).astype(int) - (np.asarray(logits_b).argmax(1) == labels)
+    gain = (np.asarray(logits_a).argmax(1) == labels).astype(int) - (
+        np.asarray(logits_b).argmax(1) == labels
+    )
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     net = np.bincount(index, gain)
     won, lost = int((net > 0).sum()), int((net < 0).sum())

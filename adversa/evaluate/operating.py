@@ -28,7 +28,9 @@ class Measures:
         if bad := [s for s in self.specificities if not 0 < s <= 1]:
             raise UserError(f"evaluate.specificities has {bad[0]}; give values above 0, at most 1")
         if not 0 <= self.floor < 1:
-            raise UserError(f"evaluate.floor is {self.floor}; give a sensitivity of at least 0, below 1")
+            raise UserError(
+                f"evaluate.floor is {self.floor}; give a sensitivity of at least 0, below 1"
+            )
         assert self.bins >= 1, self.bins
 
 
@@ -36,14 +38,20 @@ def members(name: str, measures: Measures, classes: Sequence[str]) -> np.ndarray
     """Indices of a group's classes. UserError where it names none, an unknown one, or all of them (nothing is the rest then)."""
     wanted = list(measures.groups[name])
     if unknown := [c for c in wanted if c not in classes]:
-        raise UserError(f"evaluate.groups.{name} has {unknown[0]!r}, which is no class; the classes are {', '.join(classes)}")
+        raise UserError(
+            f"evaluate.groups.{name} has {unknown[0]!r}, which is no class; the classes are {', '.join(classes)}"
+        )
     found = np.array([k for k, c in enumerate(classes) if c in wanted], dtype=int)
     if not 0 < len(found) < len(classes):
-        raise UserError(f"evaluate.groups.{name} names {len(found)} of {len(classes)} classes; name some, not all")
+        raise UserError(
+            f"evaluate.groups.{name} names {len(found)} of {len(classes)} classes; name some, not all"
+        )
     return found
 
 
-def one_vs_rest(probability: np.ndarray, labels: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def one_vs_rest(
+    probability: np.ndarray, labels: np.ndarray, inside: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """probability [N, K], labels [N], class indices -> (score [N] in [0, 1], bool [N] whether the label is in the group)."""
     return probability[:, inside].sum(1), np.isin(labels, inside)
 
@@ -64,10 +72,16 @@ def threshold_at(score: np.ndarray, positive: np.ndarray, specificity: float) ->
 
 def level(specificity: float, group: str) -> str:
     """The part of a metric's name after `@`: 0.90/malignant."""
-    return f"{specificity:.2f}/{group}" if round(specificity, 2) == specificity else f"{specificity:g}/{group}"
+    return (
+        f"{specificity:.2f}/{group}"
+        if round(specificity, 2) == specificity
+        else f"{specificity:g}/{group}"
+    )
 
 
-def thresholds(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], measures: Measures) -> dict[str, float]:
+def thresholds(
+    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], measures: Measures
+) -> dict[str, float]:
     """logits [N, K] and labels [N] of the role that may choose (`select`) -> {"0.90/malignant": threshold in [0, 1], ...}.
 
     For `metrics`, `intervals` and `compare` of the same classifier on another role. A group without a negative here is left out.

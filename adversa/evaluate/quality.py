@@ -17,7 +17,9 @@ _TIE = 1e-9
 MEASURES = ("precision", "recall", "density", "coverage")
 
 
-def kid(features_a: np.ndarray, features_b: np.ndarray, subsets: int, subset_size: int, seed: int) -> tuple[float, float]:
+def kid(
+    features_a: np.ndarray, features_b: np.ndarray, subsets: int, subset_size: int, seed: int
+) -> tuple[float, float]:
     """Kernel distance of features [N, D] and [M, D]: (mean, standard deviation) over random subsets of `mmd2`.
 
     A subset is drawn from each set without replacement, of subset_size rows or of as many as the smaller set has (at least 2).
@@ -28,7 +30,10 @@ def kid(features_a: np.ndarray, features_b: np.ndarray, subsets: int, subset_siz
     size = min(subset_size, len(a), len(b))
     assert size >= 2 and subsets >= 2, (size, subsets)
     rng = np.random.default_rng(seed)
-    drawn = [mmd2(a[rng.choice(len(a), size, False)], b[rng.choice(len(b), size, False)]) for _ in range(subsets)]
+    drawn = [
+        mmd2(a[rng.choice(len(a), size, False)], b[rng.choice(len(b), size, False)])
+        for _ in range(subsets)
+    ]
     return float(np.mean(drawn)), float(np.std(drawn, ddof=1))
 
 
@@ -58,7 +63,9 @@ def prdc(real: np.ndarray, fake: np.ndarray, neighbours: int) -> dict[str, float
     """
     real, fake = _checked(real, fake)
     assert 1 <= neighbours < min(len(real), len(fake)), (neighbours, len(real), len(fake))
-    origin = real.mean(0)  # distances do not change, and their digits are not spent on a common offset
+    origin = real.mean(
+        0
+    )  # distances do not change, and their digits are not spent on a common offset
     real, fake = real - origin, fake - origin
     real_radius, fake_radius = _radii(real, neighbours), _radii(fake, neighbours)
     in_real = np.zeros(len(fake), np.int64)
@@ -78,7 +85,12 @@ def prdc(real: np.ndarray, fake: np.ndarray, neighbours: int) -> dict[str, float
 
 
 def prdc_by_class(
-    real: np.ndarray, real_labels: np.ndarray, fake: np.ndarray, fake_labels: np.ndarray, neighbours: int, classes: Sequence[str]
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    fake: np.ndarray,
+    fake_labels: np.ndarray,
+    neighbours: int,
+    classes: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     """class name -> {"real": N, "fake": M, and the four of `prdc` within the class}; labels [N], [M] index `classes`.
 
@@ -88,7 +100,9 @@ def prdc_by_class(
     for k, name in enumerate(classes):
         r, f = real[np.asarray(real_labels) == k], fake[np.asarray(fake_labels) == k]
         enough = min(len(r), len(f)) > neighbours
-        values: dict[str, float | None] = dict(prdc(r, f, neighbours)) if enough else dict.fromkeys(MEASURES)
+        values: dict[str, float | None] = (
+            dict(prdc(r, f, neighbours)) if enough else dict.fromkeys(MEASURES)
+        )
         found[name] = {"real": len(r), "fake": len(f), **values}
     return found
 
@@ -130,6 +144,8 @@ def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:
     found = np.empty(len(points))
     for rows in _blocks(len(points), len(points)):
         d = _squared(points[rows], points)
-        d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = np.inf  # a point is no neighbour of itself
+        d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = (
+            np.inf
+        )  # a point is no neighbour of itself
         found[rows] = np.partition(d, neighbours - 1, axis=1)[:, neighbours - 1]
     return found

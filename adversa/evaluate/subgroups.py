@@ -53,9 +53,18 @@ class SubgroupComparison:
 
 
 def by_attribute(
-    logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], classes: Sequence[str], attributes: Attributes, attribute: str,
-    resamples: int, seed: int, measures: Measures | None = None, thresholds: Limits = None, only: str | None = None,
-) -> list[Subgroup]:  # fmt: skip
+    logits: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    classes: Sequence[str],
+    attributes: Attributes,
+    attribute: str,
+    resamples: int,
+    seed: int,
+    measures: Measures | None = None,
+    thresholds: Limits = None,
+    only: str | None = None,
+) -> list[Subgroup]:
     """logits [N, K] or [S, N, K]; attributes [N]: each image's value, or its attributes -> a Subgroup a value, by name.
 
     only: that metric alone. Small is counted in lesions: 40 pictures of 12 lesions are 12 pieces of evidence. UserError where no
@@ -68,34 +77,55 @@ def by_attribute(
     for value, rows, lesions in _parts(attributes, attribute, groups):
         given = logits[:, rows], labels[rows], groups[rows]
         point, _ = draws(*given, 0, seed, classes, measures, thresholds, only)
-        metrics = {name: float(x[:, 0].mean()) for name, x in point.items() if np.isfinite(x[:, 0]).all()}
+        metrics = {
+            name: float(x[:, 0].mean()) for name, x in point.items() if np.isfinite(x[:, 0]).all()
+        }
         small = lesions < SMALL
         alone = fewest(labels[rows], groups[rows]) < 2
-        ranges = {} if small or alone else intervals(*given, classes, resamples, seed, measures, thresholds, only)
+        ranges = (
+            {}
+            if small or alone
+            else intervals(*given, classes, resamples, seed, measures, thresholds, only)
+        )
         found.append(Subgroup(attribute, value, len(rows), lesions, small, metrics, ranges))
     return found
 
 
 def compare_by_attribute(
-    logits_a: np.ndarray, logits_b: np.ndarray, labels: np.ndarray, groups: Sequence[str], attributes: Attributes, attribute: str,
-    resamples: int, seed: int, metric: str = "balanced_accuracy", classes: Sequence[str] | None = None,
-) -> list[SubgroupComparison]:  # fmt: skip
+    logits_a: np.ndarray,
+    logits_b: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    attributes: Attributes,
+    attribute: str,
+    resamples: int,
+    seed: int,
+    metric: str = "balanced_accuracy",
+    classes: Sequence[str] | None = None,
+) -> list[SubgroupComparison]:
     """`compare` (logits [S, N, K]) within every subgroup that is not small and where the metric has a value, Holm over those."""
     labels, groups = np.asarray(labels), np.asarray(groups)
     parts = _parts(attributes, attribute, groups)
     names = classes or [str(k) for k in range(logits_a.shape[2])]
-    small = {value: n < SMALL or fewest(labels[rows], groups[rows]) < FEW for value, rows, n in parts}
+    small = {
+        value: n < SMALL or fewest(labels[rows], groups[rows]) < FEW for value, rows, n in parts
+    }
     tested = {}
     for value, rows, _ in parts:
         a, b, given = logits_a[:, rows], logits_b[:, rows], (labels[rows], groups[rows])
-        if not small[value] and np.isfinite(draws(a, *given, 0, seed, names, only=metric)[0][metric]).all():
+        if (
+            not small[value]
+            and np.isfinite(draws(a, *given, 0, seed, names, only=metric)[0][metric]).all()
+        ):
             tested[value] = compare(a, b, *given, resamples, seed, metric, names)
     adjusted = dict(zip(tested, holm([c.p for c in tested.values()]), strict=True))
     found = []
     for value, rows, lesions in parts:
         c, p = tested.get(value), adjusted.get(value)
         said = None if c is None else word(c.low, c.high) if p < 0.05 else "not shown"
-        found.append(SubgroupComparison(attribute, value, len(rows), lesions, small[value], c, p, said))
+        found.append(
+            SubgroupComparison(attribute, value, len(rows), lesions, small[value], c, p, said)
+        )
     return found
 
 
@@ -104,7 +134,9 @@ def fewest(labels: np.ndarray, groups: np.ndarray) -> int:
     return min(len(np.unique(groups[labels == k])) for k in np.unique(labels))
 
 
-def _parts(attributes: Attributes, attribute: str, groups: np.ndarray) -> list[tuple[str, np.ndarray, int]]:
+def _parts(
+    attributes: Attributes, attribute: str, groups: np.ndarray
+) -> list[tuple[str, np.ndarray, int]]:
     """(value, rows, lesions) of each value, by name; an image without one, or with an empty one, is `unknown`."""
     given = [a.get(attribute, "") if isinstance(a, Mapping) else a for a in attributes]
     assert len(given) == len(groups), (len(given), len(groups))

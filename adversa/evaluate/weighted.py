@@ -20,9 +20,15 @@ Values = dict[str, np.ndarray]
 
 
 def values(
-    logits: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray, classes: Sequence[str],
-    measures: Measures, limits: Mapping[str, float] | None = None, only: str | None = None,
-) -> Values:  # fmt: skip
+    logits: np.ndarray,
+    labels: np.ndarray,
+    index: np.ndarray,
+    weights: np.ndarray,
+    classes: Sequence[str],
+    measures: Measures,
+    limits: Mapping[str, float] | None = None,
+    only: str | None = None,
+) -> Values:
     """name -> [R], NaN where a resample leaves it undefined. limits: of `thresholds`. only: the families of that name alone.
 
     The names and ranges are those of `metrics`. UserError where `only` is no metric.
@@ -37,15 +43,35 @@ def values(
         ),
         (["brier"], lambda: {"brier": _brier(probability, labels, index, weights)}),
         (["ece"], lambda: {"ece": _ece(probability, labels, index, weights, measures.bins)}),
-        (["auroc_macro"], lambda: {"auroc_macro": auroc_macro(probability, labels, index, weights)}),
+        (
+            ["auroc_macro"],
+            lambda: {"auroc_macro": auroc_macro(probability, labels, index, weights)},
+        ),
     ]
     for group in measures.groups:
         score, positive = one_vs_rest(probability, labels, members(group, measures, classes))
-        areas = [f"auroc/{group}", f"pauc@{level(measures.floor, group)}", f"pauc_norm@{level(measures.floor, group)}"]
-        families.append((areas, lambda s=score, p=positive, n=areas: _areas(s, p, index, weights, n, measures.floor)))
-        points = {level(s, group): limits[level(s, group)] for s in measures.specificities if level(s, group) in limits}
+        areas = [
+            f"auroc/{group}",
+            f"pauc@{level(measures.floor, group)}",
+            f"pauc_norm@{level(measures.floor, group)}",
+        ]
+        families.append(
+            (
+                areas,
+                lambda s=score, p=positive, n=areas: _areas(
+                    s, p, index, weights, n, measures.floor
+                ),
+            )
+        )
+        points = {
+            level(s, group): limits[level(s, group)]
+            for s in measures.specificities
+            if level(s, group) in limits
+        }
         names = [f"{side}@{at}" for at in points for side in ("sensitivity", "specificity")]
-        families.append((names, lambda s=score, p=positive, at=points: _points(s, p, index, weights, at)))
+        families.append(
+            (names, lambda s=score, p=positive, at=points: _points(s, p, index, weights, at))
+        )
     known = [name for names, _ in families for name in names]
     if only is not None and only not in known:
         raise UserError(f"metric {only!r} is not measured here; there are {', '.join(known)}")
@@ -62,7 +88,9 @@ def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.bincount(labels * k + logits.argmax(1), minlength=k * k).reshape(k, k)
 
 
-def confusions(logits: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def confusions(
+    logits: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     """Weighted confusion matrices [R, K, K]: weights [R, G] times the groups' own counts [G, K * K]."""
     k = logits.shape[1]
     cell = labels * k + logits.argmax(1)
@@ -82,13 +110,22 @@ def from_confusion(counts: np.ndarray, classes: Sequence[str]) -> Values:
         accuracy = right.sum(1) / total
         balanced = np.where(occurs, sensitivity, 0).sum(1) / occurs.sum(1)
     worst = np.where(occurs, sensitivity, np.inf).min(1)
-    out = {"accuracy": accuracy, "balanced_accuracy": balanced, "worst_class": np.where(np.isfinite(worst), worst, np.nan)}
+    out = {
+        "accuracy": accuracy,
+        "balanced_accuracy": balanced,
+        "worst_class": np.where(np.isfinite(worst), worst, np.nan),
+    }
     for i, name in enumerate(classes):
-        out[f"sensitivity/{name}"], out[f"specificity/{name}"] = sensitivity[:, i], specificity[:, i]
+        out[f"sensitivity/{name}"], out[f"specificity/{name}"] = (
+            sensitivity[:, i],
+            specificity[:, i],
+        )
     return out
 
 
-def auroc_macro(probability: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def auroc_macro(
+    probability: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     """Macro AUROC [R] over the classes each resample has both of: images of the class, and others. NaN where none."""
     curves = [(probability[:, k], labels == k, 0.0) for k in range(probability.shape[1])]
     area = areas(curves, index, weights)
@@ -97,7 +134,9 @@ def auroc_macro(probability: np.ndarray, labels: np.ndarray, index: np.ndarray, 
         return np.where(defined, area, 0).sum(0) / defined.sum(0)
 
 
-def areas(curves: Sequence[tuple[np.ndarray, np.ndarray, float]], index: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def areas(
+    curves: Sequence[tuple[np.ndarray, np.ndarray, float]], index: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     """Areas [C, R] under ROC curves, each (score [N], positive bool [N], floor): the part above that sensitivity. NaN: undefined.
 
     floor 0 is AUROC (ties count one half). Else it is the integral of max(sensitivity - floor, 0) over 1 - specificity, in
@@ -132,7 +171,9 @@ def _whole_area(score: np.ndarray, positive: np.ndarray) -> Callable[[np.ndarray
     return area
 
 
-def _part_area(score: np.ndarray, positive: np.ndarray, floor: float) -> Callable[[np.ndarray], np.ndarray]:
+def _part_area(
+    score: np.ndarray, positive: np.ndarray, floor: float
+) -> Callable[[np.ndarray], np.ndarray]:
     order, starts = _ranked(score)
     return lambda w: _area(w[:, order], positive[order], starts, floor)
 
@@ -145,41 +186,65 @@ def _ranked(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _area(w: np.ndarray, positive: np.ndarray, starts: np.ndarray, floor: float) -> np.ndarray:
     """[R] from weights [R, N] in ascending order of score."""
-    p, n = np.add.reduceat(w * positive, starts, axis=1), np.add.reduceat(w * ~positive, starts, axis=1)
+    p, n = (
+        np.add.reduceat(w * positive, starts, axis=1),
+        np.add.reduceat(w * ~positive, starts, axis=1),
+    )
     below, positives, negatives = np.cumsum(n, 1) - n, p.sum(1), n.sum(1)
-    room = (1 - floor) * positives[:, None] - (np.cumsum(p, 1) - p)  # what of the lowest positives is yet to be counted
+    room = (1 - floor) * positives[:, None] - (
+        np.cumsum(p, 1) - p
+    )  # what of the lowest positives is yet to be counted
     part = np.clip(np.divide(room, p, out=np.zeros_like(p), where=p > 0), 0, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (part * p * (below + part * n / 2)).sum(1) / (positives * negatives)
 
 
 def _areas(
-    score: np.ndarray, positive: np.ndarray, index: np.ndarray, weights: np.ndarray, names: Sequence[str], floor: float
+    score: np.ndarray,
+    positive: np.ndarray,
+    index: np.ndarray,
+    weights: np.ndarray,
+    names: Sequence[str],
+    floor: float,
 ) -> Values:
     whole, part = areas([(score, positive, 0.0), (score, positive, floor)], index, weights)
     return dict(zip(names, (whole, part, part / (1 - floor)), strict=True))
 
 
-def _points(score: np.ndarray, positive: np.ndarray, index: np.ndarray, weights: np.ndarray, limits: Mapping[str, float]) -> Values:
+def _points(
+    score: np.ndarray,
+    positive: np.ndarray,
+    index: np.ndarray,
+    weights: np.ndarray,
+    limits: Mapping[str, float],
+) -> Values:
     """Sensitivity and specificity [R] at each threshold, score > threshold being positive."""
     found: Values = {}
     for at, limit in limits.items():
-        cell = positive * 2 + (score > limit)  # 0 true negative, 1 false positive, 2 false negative, 3 true positive
+        cell = positive * 2 + (
+            score > limit
+        )  # 0 true negative, 1 false positive, 2 false negative, 3 true positive
         tn, fp, fn, tp = (weights @ _by_group(cell, None, index, weights.shape[1], 4)).T
         with np.errstate(invalid="ignore", divide="ignore"):
             found[f"sensitivity@{at}"], found[f"specificity@{at}"] = tp / (tp + fn), tn / (tn + fp)
     return found
 
 
-def _brier(probability: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _brier(
+    probability: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     """Mean over images of the sum over classes of (p - y)^2 (Brier 1950): in [0, 2]."""
     off = ((probability - np.eye(probability.shape[1])[labels]) ** 2).sum(1)
     whole = np.zeros(len(labels), int)
     g = weights.shape[1]
-    return (weights @ _by_group(whole, off, index, g, 1))[:, 0] / (weights @ _by_group(whole, None, index, g, 1))[:, 0]
+    return (weights @ _by_group(whole, off, index, g, 1))[:, 0] / (
+        weights @ _by_group(whole, None, index, g, 1)
+    )[:, 0]
 
 
-def _ece(probability: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray, bins: int) -> np.ndarray:
+def _ece(
+    probability: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray, bins: int
+) -> np.ndarray:
     """Expected calibration error of the top label (Guo et al. 2017), in [0, 1]."""
     confidence, right = probability.max(1), probability.argmax(1) == labels
     cell = bin_of(confidence, bins)
@@ -188,6 +253,12 @@ def _ece(probability: np.ndarray, labels: np.ndarray, index: np.ndarray, weights
     return np.abs(gap).sum(1) / total
 
 
-def _by_group(cell: np.ndarray, amount: np.ndarray | None, index: np.ndarray, groups: int, cells: int) -> np.ndarray:
+def _by_group(
+    cell: np.ndarray, amount: np.ndarray | None, index: np.ndarray, groups: int, cells: int
+) -> np.ndarray:
     """[G, cells]: the sum of each image's amount (1 where None) in its group's row and its own cell."""
-    return np.bincount(index * cells + cell, amount, minlength=groups * cells).reshape(groups, cells).astype(np.float64)
+    return (
+        np.bincount(index * cells + cell, amount, minlength=groups * cells)
+        .reshape(groups, cells)
+        .astype(np.float64)
+    )

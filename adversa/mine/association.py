@@ -10,7 +10,9 @@ import numpy as np
 from scipy.stats import hypergeom
 from scipy.stats.contingency import odds_ratio
 
-UNKNOWN = frozenset({"", "unknown", "nan", "na", "n/a", "null"})  # an image without the attribute; none of these is a finding
+UNKNOWN = frozenset(
+    {"", "unknown", "nan", "na", "n/a", "null"}
+)  # an image without the attribute; none of these is a finding
 MOST_VALUES = 8  # numbers with more distinct values than this are banded
 AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
 
@@ -66,7 +68,12 @@ def columns(attributes: Sequence[Mapping[str, str]]) -> dict[str, np.ndarray]:
     return found
 
 
-def count(known: Mapping[str, np.ndarray], subsets: Sequence[np.ndarray], labels: np.ndarray, groups: np.ndarray) -> list[Count]:
+def count(
+    known: Mapping[str, np.ndarray],
+    subsets: Sequence[np.ndarray],
+    labels: np.ndarray,
+    groups: np.ndarray,
+) -> list[Count]:
     """The tables of all subsets and values. subsets: rows of one class each; labels, groups: [N].
 
     A lesion (group) counts once, since its images are not independent: by its first image in the subset where it has one there,
@@ -84,11 +91,23 @@ def count(known: Mapping[str, np.ndarray], subsets: Sequence[np.ndarray], labels
             mine = inside[here]
             for value in sorted(set(values[here])):
                 has = values[here] == value
-                tables.append(Count(s, name, value, int((has & mine).sum()), int(mine.sum()), int(has.sum()), len(here)))
+                tables.append(
+                    Count(
+                        s,
+                        name,
+                        value,
+                        int((has & mine).sum()),
+                        int(mine.sum()),
+                        int(has.sum()),
+                        len(here),
+                    )
+                )
     return tables
 
 
-def over_represented(tables: Sequence[Count], subsets: int, alpha: float = 0.05) -> tuple[list[tuple[Finding, ...]], int]:
+def over_represented(
+    tables: Sequence[Count], subsets: int, alpha: float = 0.05
+) -> tuple[list[tuple[Finding, ...]], int]:
     """(each subset's findings, the surest first; how many tests Holm corrects for). Any false finding at all: at most alpha.
 
     One-sided exact tests by the hypergeometric distribution. Tables that could not come out whatever the subset holds (a value of
@@ -105,7 +124,9 @@ def over_represented(tables: Sequence[Count], subsets: int, alpha: float = 0.05)
     for j in np.flatnonzero(corrected <= alpha):
         table = tables[tested[j]]
         found[table.subset].append(_finding(table, float(p[j]), float(corrected[j])))
-    return [tuple(sorted(each, key=lambda f: (f.p, f.attribute, f.value))) for each in found], len(tested)
+    return [tuple(sorted(each, key=lambda f: (f.p, f.attribute, f.value))) for each in found], len(
+        tested
+    )
 
 
 def attainable(least: np.ndarray, alpha: float) -> np.ndarray:
@@ -132,7 +153,9 @@ def _finding(t: Count, p: float, corrected: float) -> Finding:
     interval = result.confidence_interval(0.95)
     lift = (t.inside / t.size) / (t.everywhere / t.total)
     odds = (float(result.statistic), float(interval.low), float(interval.high))
-    return Finding(t.attribute, t.value, t.inside, t.size, t.everywhere, t.total, lift, *odds, p, corrected)
+    return Finding(
+        t.attribute, t.value, t.inside, t.size, t.everywhere, t.total, lift, *odds, p, corrected
+    )
 
 
 def _numbers(values: np.ndarray) -> np.ndarray | None:
@@ -148,7 +171,9 @@ def _numbers(values: np.ndarray) -> np.ndarray | None:
 def _banded(numbers: np.ndarray, name: str) -> np.ndarray:
     present = numbers[~np.isnan(numbers)]
     edges = (
-        np.array(AGE_EDGES) if name.lower().split("_")[0] == "age" else np.unique(np.quantile(present, (0.25, 0.5, 0.75)).round(6))
+        np.array(AGE_EDGES)
+        if name.lower().split("_")[0] == "age"
+        else np.unique(np.quantile(present, (0.25, 0.5, 0.75)).round(6))
     )
     edges = edges[edges > present.min()]
     if not len(edges):  # most have the least value: that one against the others
@@ -156,4 +181,7 @@ def _banded(numbers: np.ndarray, name: str) -> np.ndarray:
     between = [f"{a:g} to below {b:g}" for a, b in zip(edges, edges[1:], strict=False)]
     names = [f"below {edges[0]:g}", *between, f"{edges[-1]:g} or more"]
     bands = np.searchsorted(edges, numbers, side="right")
-    return np.array(["" if math.isnan(v) else names[b] for v, b in zip(numbers, bands, strict=True)], dtype=object)
+    return np.array(
+        ["" if math.isnan(v) else names[b] for v, b in zip(numbers, bands, strict=True)],
+        dtype=object,
+    )

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 
-def shares(error: np.ndarray, room: np.ndarray, temperature: float | None = None, ratio_cap: float | None = None) -> np.ndarray:
+def shares(
+    error: np.ndarray,
+    room: np.ndarray,
+    temperature: float | None = None,
+    ratio_cap: float | None = None,
+) -> np.ndarray:
     """float64 [K] adding up to 1: each class's share of the budget by its error rate in [0, 1]; 0 where it has no room.
 
     temperature None: proportional to the error. Otherwise a softmax of error / temperature: 0.1 gives a class with 10 points more

@@ -10,7 +10,15 @@ from typing import Any
 from adversa.mine.association import Finding
 from adversa.mine.modes import FailureModes, phrase
 
-HEADER = ("mode", "errors", "near misses", "share of errors", "taken for", "stands for it", "right and alike")
+HEADER = (
+    "mode",
+    "errors",
+    "near misses",
+    "share of errors",
+    "taken for",
+    "stands for it",
+    "right and alike",
+)
 
 
 def rows(found: FailureModes, classes: Sequence[str]) -> list[tuple[str, ...]]:
@@ -18,7 +26,11 @@ def rows(found: FailureModes, classes: Sequence[str]) -> list[tuple[str, ...]]:
     table = []
     for mode in found.modes:
         confused = ", ".join(f"{classes[c]} {n}" for c, n in mode.confused)
-        near = f"{mode.neighbours[0].example} ({classes[mode.neighbours[0].label]})" if mode.neighbours else "none"
+        near = (
+            f"{mode.neighbours[0].example} ({classes[mode.neighbours[0].label]})"
+            if mode.neighbours
+            else "none"
+        )
         counts = (str(mode.errors), str(mode.size - mode.errors), f"{mode.share:.0%}")
         table.append((mode.name, *counts, confused, mode.medoid, near))
     return table
@@ -28,12 +40,21 @@ def lines(found: FailureModes, classes: Sequence[str]) -> list[str]:
     """The modes with all their findings, then what the findings were corrected for."""
     if not found.modes:
         return [f"No image of {found.images} is misclassified, or nearly."]
-    said = [f"{found.errors} of {found.images} images misclassified; {len(found.modes)} failure modes:"]
-    for mode, (name, errors, near, share, confused, medoid, alike) in zip(found.modes, rows(found, classes), strict=True):
+    said = [
+        f"{found.errors} of {found.images} images misclassified; {len(found.modes)} failure modes:"
+    ]
+    for mode, (name, errors, near, share, confused, medoid, alike) in zip(
+        found.modes, rows(found, classes), strict=True
+    ):
         said.append(f"{mode.id}: {name}")
-        said.append(f"  {errors} errors ({share} of all), {near} near misses; taken for {confused}; {medoid} stands for it")
+        said.append(
+            f"  {errors} errors ({share} of all), {near} near misses; taken for {confused}; {medoid} stands for it"
+        )
         said.append(f"  right and alike: {alike}")
-        said += [f"  {phrase(f)}, odds ratio {interval(f)}, {f.everywhere} of {f.total} in the class" for f in mode.attributes]
+        said += [
+            f"  {phrase(f)}, odds ratio {interval(f)}, {f.everywhere} of {f.total} in the class"
+            for f in mode.attributes
+        ]
     if found.tests:
         said.append(
             "Counted are lesions, against all of their class in the role. p: Fisher's exact test, corrected by Holm for "

@@ -52,15 +52,25 @@ def farthest_first(points: np.ndarray, count: int) -> list[int]:
     while len(taken) < min(count, len(points)):
         taken.append(int(distance.argmax()) if taken else 0)
         distance = np.minimum(distance, ((points - points[taken[-1]]) ** 2).sum(axis=1))
-        distance[taken[-1]] = -1  # below every distance: a twin of a taken row comes last, a taken row never
+        distance[
+            taken[-1]
+        ] = -1  # below every distance: a twin of a taken row comes last, a taken row never
     return taken
 
 
 def hard_cases(
-    ids: Sequence[str], labels: np.ndarray, logits: np.ndarray, embeddings: np.ndarray, config: Mine, *, scorer: str = "loss",
-    temperature: float | None = None, ratio_cap: float | None = None, ensemble: np.ndarray | None = None,
+    ids: Sequence[str],
+    labels: np.ndarray,
+    logits: np.ndarray,
+    embeddings: np.ndarray,
+    config: Mine,
+    *,
+    scorer: str = "loss",
+    temperature: float | None = None,
+    ratio_cap: float | None = None,
+    ensemble: np.ndarray | None = None,
     history: np.ndarray | None = None,
-) -> list[HardCase]:  # fmt: skip
+) -> list[HardCase]:
     """The hard cases of N images, best first; the same whatever the order of the rows.
 
     ids are unique; labels int [N]; logits [N, K] of the classifier under attack, which says what is wrong or nearly wrong;
@@ -72,7 +82,9 @@ def hard_cases(
     scorer: a name of `scorers.SCORERS`, by which a class's candidates are put in order (ties: by loss, then by id). It sees
     `ensemble` [M, N, K] where that is given, else the one classifier, and `history` bool [T, N]. UserError where it lacks them.
     """
-    assert len(set(ids)) == len(ids) == len(labels) == len(embeddings), "ids must be unique, one row each"
+    assert len(set(ids)) == len(ids) == len(labels) == len(embeddings), (
+        "ids must be unique, one row each"
+    )
     order = np.argsort(np.asarray(ids, dtype=object), kind="stable")
     names, labels = [ids[i] for i in order], np.asarray(labels, np.int64)[order]
     hard = difficulty(np.asarray(logits)[order], labels)
@@ -89,11 +101,15 @@ def hard_cases(
     room = np.array([np.sum(taken_in & (labels == c)) for c in classes])
 
     picks: list[tuple[int, float, float, str, int]] = []
-    for c, places in enumerate(allocate(config.budget, shares(errors / images, room, temperature, ratio_cap), room)):
+    for c, places in enumerate(
+        allocate(config.budget, shares(errors / images, room, temperature, ratio_cap), room)
+    ):
         rows = np.flatnonzero(taken_in & (labels == c))
         rows = rows[np.lexsort((-hard.loss[rows], -score[rows]))][: config.candidates * places]
         chosen = rows[farthest_first(points[rows], places)]
-        picks += [(turn, -score[i], -hard.loss[i], names[i], int(i)) for turn, i in enumerate(chosen)]
+        picks += [
+            (turn, -score[i], -hard.loss[i], names[i], int(i)) for turn, i in enumerate(chosen)
+        ]
 
     return [
         HardCase(

@@ -84,10 +84,16 @@ class _Role:
 
 
 def failure_modes(
-    ids: Sequence[str], labels: np.ndarray, logits: np.ndarray, embeddings: np.ndarray, classes: Sequence[str],
-    attributes: Sequence[Mapping[str, str]], groups: Sequence[str] | None = None, near_margin: float = 0.1,
+    ids: Sequence[str],
+    labels: np.ndarray,
+    logits: np.ndarray,
+    embeddings: np.ndarray,
+    classes: Sequence[str],
+    attributes: Sequence[Mapping[str, str]],
+    groups: Sequence[str] | None = None,
+    near_margin: float = 0.1,
     settings: ModeSettings = ModeSettings(),
-) -> FailureModes:  # fmt: skip
+) -> FailureModes:
     """The modes of everything misclassified or nearly so among the N images of a role, not only of what a budget would take.
 
     ids are unique; labels int [N]; logits [N, K]; embeddings [N, D] (D may be 0: then a class is one mode), compared by cosine;
@@ -95,18 +101,28 @@ def failure_modes(
     is within a class, and a mode is compared to the role's other images of that class, right or wrong: otherwise what sets the
     class apart would pass for what sets the mode apart. Attributes take no part in the clustering, so that a test of them is fair.
     """
-    assert len(set(ids)) == len(ids) == len(labels) == len(embeddings) == len(attributes), "ids must be unique, one row each"
+    assert len(set(ids)) == len(ids) == len(labels) == len(embeddings) == len(attributes), (
+        "ids must be unique, one row each"
+    )
     order = np.argsort(np.asarray(ids, dtype=object), kind="stable")
     role = _role(ids, labels, logits, embeddings, near_margin, order)
-    lesions = np.unique(np.asarray(ids if groups is None else groups, dtype=object)[order].astype(str), return_inverse=True)[1]
+    lesions = np.unique(
+        np.asarray(ids if groups is None else groups, dtype=object)[order].astype(str),
+        return_inverse=True,
+    )[1]
     known = association.columns([attributes[i] for i in order])
     subsets = [
-        rows for c in range(len(classes)) for rows in _parted(role, np.flatnonzero(role.hard & (role.labels == c)), settings)
+        rows
+        for c in range(len(classes))
+        for rows in _parted(role, np.flatnonzero(role.hard & (role.labels == c)), settings)
     ]
     subsets.sort(key=lambda rows: (-role.wrong[rows].sum(), -len(rows), rows[0]))
     tables = association.count(known, subsets, role.labels, lesions)
     findings, tests = association.over_represented(tables, len(subsets), settings.alpha)
-    modes = [_mode(role, k, rows, found, classes, settings) for k, (rows, found) in enumerate(zip(subsets, findings, strict=True))]
+    modes = [
+        _mode(role, k, rows, found, classes, settings)
+        for k, (rows, found) in enumerate(zip(subsets, findings, strict=True))
+    ]
     return FailureModes(tuple(modes), int(role.wrong.sum()), len(role.names), tests, settings.alpha)
 
 
@@ -129,14 +145,19 @@ def cluster(points: np.ndarray, settings: ModeSettings) -> np.ndarray:
     Agglomerative (average linkage, cosine) with the count of clusters, 2 to `most`, of the best silhouette, and the fewest of
     equally good ones. No random start; no image is left over as noise: every error is in some mode.
     """
-    most, none = min(settings.most, len(points) // settings.smallest), np.zeros(len(points), np.int64)
+    most, none = (
+        min(settings.most, len(points) // settings.smallest),
+        np.zeros(len(points), np.int64),
+    )
     if most < 2 or points.shape[1] == 0:
         return none
     distance = np.clip(1 - points @ points.T, 0, None)
     np.fill_diagonal(distance, 0)
     best, chosen = settings.silhouette, none
     for count in range(2, most + 1):
-        found = AgglomerativeClustering(count, metric="precomputed", linkage="average").fit_predict(distance)
+        found = AgglomerativeClustering(count, metric="precomputed", linkage="average").fit_predict(
+            distance
+        )
         score = silhouette_score(distance, found, metric="precomputed")
         if score > best + 1e-9:
             best, chosen = score, found
@@ -144,7 +165,12 @@ def cluster(points: np.ndarray, settings: ModeSettings) -> np.ndarray:
 
 
 def _role(
-    ids: Sequence[str], labels: np.ndarray, logits: np.ndarray, embeddings: np.ndarray, near_margin: float, order: np.ndarray
+    ids: Sequence[str],
+    labels: np.ndarray,
+    logits: np.ndarray,
+    embeddings: np.ndarray,
+    near_margin: float,
+    order: np.ndarray,
 ) -> _Role:
     labels, logits = np.asarray(labels, np.int64)[order], np.asarray(logits, np.float64)[order]
     hard = difficulty(logits, labels)
@@ -153,7 +179,13 @@ def _role(
     others[np.arange(len(labels)), labels] = -np.inf
     points = np.asarray(embeddings, np.float64)[order]
     return _Role(
-        [ids[i] for i in order], labels, hard.loss, others.argmax(axis=1), wrong, wrong | (hard.margin < near_margin), unit(points)
+        [ids[i] for i in order],
+        labels,
+        hard.loss,
+        others.argmax(axis=1),
+        wrong,
+        wrong | (hard.margin < near_margin),
+        unit(points),
     )
 
 
@@ -164,7 +196,9 @@ def _parted(role: _Role, rows: np.ndarray, settings: ModeSettings) -> list[np.nd
     first = np.sort(rows[np.argsort(-role.loss[rows], kind="stable")][: settings.clustered])
     found = cluster(role.points[first], settings)
     if len(first) < len(rows):
-        centres = np.stack([role.points[first[found == k]].mean(axis=0) for k in range(found.max() + 1)])
+        centres = np.stack(
+            [role.points[first[found == k]].mean(axis=0) for k in range(found.max() + 1)]
+        )
         nearest = (role.points[rows] @ unit(centres).T).argmax(axis=1)
         nearest[np.searchsorted(rows, first)] = found
         found = nearest
@@ -172,7 +206,12 @@ def _parted(role: _Role, rows: np.ndarray, settings: ModeSettings) -> list[np.nd
 
 
 def _mode(
-    role: _Role, k: int, rows: np.ndarray, found: tuple[Finding, ...], classes: Sequence[str], settings: ModeSettings
+    role: _Role,
+    k: int,
+    rows: np.ndarray,
+    found: tuple[Finding, ...],
+    classes: Sequence[str],
+    settings: ModeSettings,
 ) -> Mode:
     errors, points = int(role.wrong[rows].sum()), role.points[rows]
     medoid = rows[(points @ points.sum(axis=0)).round(12).argmax()]
@@ -192,6 +231,9 @@ def _mode(
         share=errors / max(int(role.wrong.sum()), 1),
         members=tuple(role.names[i] for i in rows[np.argsort(-role.loss[rows], kind="stable")]),
         medoid=role.names[medoid],
-        neighbours=tuple(Neighbour(role.names[right[i]], int(role.labels[right[i]]), float(alike[i])) for i in nearest),
+        neighbours=tuple(
+            Neighbour(role.names[right[i]], int(role.labels[right[i]]), float(alike[i]))
+            for i in nearest
+        ),
         attributes=found,
     )

@@ -24,9 +24,14 @@ class Evidence:
 
     def __post_init__(self) -> None:
         m, n, k = self.logits.shape
-        assert m >= 1 and k >= 2 and self.labels.shape == (n,), (self.logits.shape, self.labels.shape)
+        assert m >= 1 and k >= 2 and self.labels.shape == (n,), (
+            self.logits.shape,
+            self.labels.shape,
+        )
         assert np.isfinite(self.logits).all(), "logits that are not finite reached mining"
-        assert self.history is None or (self.history.ndim == 2 and self.history.shape[1] == n), np.shape(self.history)
+        assert self.history is None or (self.history.ndim == 2 and self.history.shape[1] == n), (
+            np.shape(self.history)
+        )
 
 
 Scorer = Callable[[Evidence], np.ndarray]
@@ -58,7 +63,9 @@ def bald(evidence: Evidence) -> np.ndarray:
     """
     members = len(evidence.logits)
     if members < 2:
-        raise UserError(f"scorer bald: {members} classifier; it measures how classifiers disagree: give two or more, or take loss")
+        raise UserError(
+            f"scorer bald: {members} classifier; it measures how classifiers disagree: give two or more, or take loss"
+        )
     own = _entropy(_log_p(evidence.logits)).mean(axis=0)
     return np.maximum(entropy(evidence) - own, 0)  # below 0 by rounding alone: entropy is concave
 
@@ -70,13 +77,21 @@ def forgetting(evidence: Evidence) -> np.ndarray:
     take it as forgotten infinitely often.
     """
     if evidence.history is None:
-        raise UserError("scorer forgetting: no history of right and wrong was recorded in training; take loss")
+        raise UserError(
+            "scorer forgetting: no history of right and wrong was recorded in training; take loss"
+        )
     right = np.asarray(evidence.history, bool)
     events = (right[:-1] & ~right[1:]).sum(axis=0)
     return np.where(right.any(axis=0), events, len(right)).astype(np.float64)
 
 
-SCORERS: dict[str, Scorer] = {"loss": loss, "margin": margin, "entropy": entropy, "bald": bald, "forgetting": forgetting}
+SCORERS: dict[str, Scorer] = {
+    "loss": loss,
+    "margin": margin,
+    "entropy": entropy,
+    "bald": bald,
+    "forgetting": forgetting,
+}
 
 
 def scores(name: str, evidence: Evidence) -> np.ndarray:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adversa import tables
 from adversa.curate.gate import EVERY_REASON, acceptance, acceptance_by_strategy
 from adversa.report.gather import Facts, columns, number
-from adversa.runs import read_json
+from adversa.storage import tables
+from adversa.storage.files import read_json
 
 
 class Judged(NamedTuple):
@@ -77,16 +77,27 @@ class Memory:
 
 def judged(facts: Facts, number: int | None = None) -> list[Judged]:
     """Of every round, or of one. The strategy is the request's where the verdict, of an older version, has none."""
-    folders = sorted(facts.run.root.glob("round-*/verdicts" if number is None else f"round-{number:03d}/verdicts"))
+    folders = sorted(
+        facts.run.root.glob(
+            "round-*/verdicts" if number is None else f"round-{number:03d}/verdicts"
+        )
+    )
     found = []
     for folder in folders:
         rows = columns(folder, ["request_id", *Judged._fields], tables.VERDICTS)
         strategies = rows["strategy"].to_pylist()
         if None in strategies:
-            asked = columns(folder.parent / "requests", ["request_id", "strategy"], tables.REQUESTS).to_pydict()
+            asked = columns(
+                folder.parent / "requests", ["request_id", "strategy"], tables.REQUESTS
+            ).to_pydict()
             known = dict(zip(asked["request_id"], asked["strategy"], strict=True))
-            strategies = [s or known.get(i, "") for s, i in zip(strategies, rows["request_id"].to_pylist(), strict=True)]
-        lists = [strategies if name == "strategy" else rows[name].to_pylist() for name in Judged._fields]
+            strategies = [
+                s or known.get(i, "")
+                for s, i in zip(strategies, rows["request_id"].to_pylist(), strict=True)
+            ]
+        lists = [
+            strategies if name == "strategy" else rows[name].to_pylist() for name in Judged._fields
+        ]
         found += [Judged(*row) for row in zip(*lists, strict=True)]
     return found
 
@@ -104,7 +115,9 @@ def accepted(facts: Facts) -> dict[str, Accepted]:
         for name, row in rows.items():
             lines.append(_line(name, "", row))
             if len(strategies) > 1:
-                lines += [_line(name, strategy, part) for strategy, part in parts.get(name, {}).items()]
+                lines += [
+                    _line(name, strategy, part) for strategy, part in parts.get(name, {}).items()
+                ]
         met = {reason for line in lines for reason in line.rejected}
         shown[arm] = Accepted(lines, [r for r in EVERY_REASON if r in met], strategies)
     return shown
@@ -116,7 +129,9 @@ def _line(name: str, strategy: str, row: dict[str, Any]) -> Line:
 
 def budget(facts: Facts, number: int) -> list[Budget]:
     """A line a class, of round `number`."""
-    hard = tables.read(facts.run.round(number, "hard"), ["label", "reason"], tables.HARD_CASES).to_pylist()
+    hard = tables.read(
+        facts.run.round(number, "hard"), ["label", "reason"], tables.HARD_CASES
+    ).to_pylist()
     taken = Counter((h["label"], h["reason"]) for h in hard)
     painted = Counter((j.label, j.keep) for j in judged(facts, number) if j.arm == facts.after)
     errors = _errors(facts, number)
@@ -126,7 +141,11 @@ def budget(facts: Facts, number: int) -> list[Budget]:
             images=facts.images["mine"][c],
             errors=None if errors is None else float(errors[c]),
             misclassified=taken[c, "misclassified"],
-            near=sum(n for (label, reason), n in taken.items() if label == c and reason != "misclassified"),
+            near=sum(
+                n
+                for (label, reason), n in taken.items()
+                if label == c and reason != "misclassified"
+            ),
             painted=painted[c, True] + painted[c, False],
             kept=painted[c, True],
         )
@@ -136,11 +155,15 @@ def budget(facts: Facts, number: int) -> list[Budget]:
 
 def _errors(facts: Facts, number: int) -> np.ndarray | None:
     """Misclassified images of mine by class, float64 [K], under what mined: its mean over classifiers where there are several."""
-    rows = columns(facts.run.round(number, "scores"), ["arm", "seed", "label", "logits"], tables.PREDICTIONS)
+    rows = columns(
+        facts.run.round(number, "scores"), ["arm", "seed", "label", "logits"], tables.PREDICTIONS
+    )
     if not len(rows):
         return None
     labels = rows["label"].to_numpy()
-    logits = np.concatenate([c.flatten().to_numpy() for c in rows["logits"].chunks]).reshape(len(rows), -1)
+    logits = np.concatenate([c.flatten().to_numpy() for c in rows["logits"].chunks]).reshape(
+        len(rows), -1
+    )
     models = len(set(zip(rows["arm"].to_pylist(), rows["seed"].to_pylist(), strict=True)))
     return np.bincount(labels[logits.argmax(1) != labels], minlength=len(facts.classes)) / models
 
@@ -150,9 +173,15 @@ def memories(facts: Facts, round_number: int) -> dict[str, Memory]:
     told = read_json(facts.run.round(round_number, "verdicts") / "memorisation.json") or {}
     found = {}
     for arm, m in told.items():
-        curve = [tuple(p) for p in (m or {}).get("curve", []) if len(p) == 3 and None not in map(number, p)]
+        curve = [
+            tuple(p)
+            for p in (m or {}).get("curve", [])
+            if len(p) == 3 and None not in map(number, p)
+        ]
         if curve and number(m["nearer"]) is not None:
-            found[arm] = Memory(m["synthetic"], m["held_out"], curve, float(m["nearer"]), float(m["beyond"]))
+            found[arm] = Memory(
+                m["synthetic"], m["held_out"], curve, float(m["nearer"]), float(m["beyond"])
+            )
     return found
 
 

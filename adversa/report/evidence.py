@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from adversa.report.gather import METRICS, Facts, Score, figures, mean_specificity, number, score
-from adversa.runs import read_json
+from adversa.storage.files import read_json
 from adversa.types import BEFORE
 
-MORE = {"worst_class": "worst class", "ece": "ECE", "brier": "Brier"}  # where they were measured; of the last two, less is better
-SHORT = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auroc_macro": "AUROC"} | MORE
+MORE = {
+    "worst_class": "worst class",
+    "ece": "ECE",
+    "brier": "Brier",
+}  # where they were measured; of the last two, less is better
+SHORT = {
+    "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy",
+    "auroc_macro": "AUROC",
+} | MORE
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,11 @@ class Row:
 
     @property
     def change(self) -> float | None:
-        known = self.after is not None and self.after.value is not None and self.before.value is not None
+        known = (
+            self.after is not None
+            and self.after.value is not None
+            and self.before.value is not None
+        )
         return self.after.value - self.before.value if known else None  # type: ignore[union-attr, operator]
 
 
@@ -66,7 +78,11 @@ class Comparison:
     @property
     def needed(self) -> str:
         """Seeds for the effect, in words: one pair of classifiers does not tell what another would do."""
-        return "not told by one seed" if self.seeds == 1 else str(self.seeds_needed or "more than 100, on these lesions")
+        return (
+            "not told by one seed"
+            if self.seeds == 1
+            else str(self.seeds_needed or "more than 100, on these lesions")
+        )
 
     @property
     def on(self) -> str:
@@ -75,7 +91,9 @@ class Comparison:
 
 def overall(facts: Facts, role: str) -> list[Row]:
     """Accuracy, mean sensitivity and specificity, balanced accuracy, AUROC."""
-    specificity = [mean_specificity(facts, arm, role) if arm else None for arm in (BEFORE, facts.after)]
+    specificity = [
+        mean_specificity(facts, arm, role) if arm else None for arm in (BEFORE, facts.after)
+    ]
     return [
         compared(facts, role, "accuracy", "accuracy"),
         compared(facts, role, "sensitivity, mean of classes", "balanced_accuracy"),
@@ -103,8 +121,14 @@ def per_class(facts: Facts) -> dict[str, list[tuple[int, Row]]]:
 
 def arms(facts: Facts, role: str) -> tuple[list[str], dict[str, list[Score]]]:
     """(names of the columns, arm -> its scores); a metric that no arm has on this role is left out."""
-    shown = [m for m in SHORT if m in METRICS or any(m in figures(facts, arm, role) for arm in facts.arms)]
-    return [SHORT[m] for m in shown], {arm: [score(facts, arm, role, m) for m in shown] for arm in facts.arms}
+    shown = [
+        m
+        for m in SHORT
+        if m in METRICS or any(m in figures(facts, arm, role) for arm in facts.arms)
+    ]
+    return [SHORT[m] for m in shown], {
+        arm: [score(facts, arm, role, m) for m in shown] for arm in facts.arms
+    }
 
 
 def groups(facts: Facts) -> dict[str, list[tuple[str, dict[str, Score]]]]:
@@ -113,7 +137,10 @@ def groups(facts: Facts) -> dict[str, list[tuple[str, dict[str, Score]]]]:
     for group in facts.section("evaluate").get("groups") or {}:
         known = dict.fromkeys(m for arm in facts.arms for m in figures(facts, arm, "test"))
         names = sorted((m for m in known if _is_of(m, str(group), facts.classes)), key=_place)
-        rows = [(_title(m, str(group)), {arm: score(facts, arm, "test", m) for arm in facts.arms}) for m in names]
+        rows = [
+            (_title(m, str(group)), {arm: score(facts, arm, "test", m) for arm in facts.arms})
+            for m in names
+        ]
         if rows:
             found[str(group)] = rows
     return found
@@ -159,7 +186,12 @@ def subgroups(found: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, li
         first = next(iter(of_arms.values()), [])
         shown[attribute] = [
             {k: row[k] for k in ("value", "n", "lesions", "small")}
-            | {"scores": {arm: Score(number(rows[i]["value_of"]), *(rows[i]["interval"] or ())) for arm, rows in of_arms.items()}}
+            | {
+                "scores": {
+                    arm: Score(number(rows[i]["value_of"]), *(rows[i]["interval"] or ()))
+                    for arm, rows in of_arms.items()
+                }
+            }
             for i, row in enumerate(first)
         ]
     return {attribute: rows for attribute, rows in shown.items() if rows}
@@ -185,14 +217,17 @@ def within(found: dict[str, Any]) -> dict[str, list[Within]]:
     return {
         attribute: [
             Within(
-                str(row["value"]), row["n"], row["lesions"], row["small"],
+                str(row["value"]),
+                row["n"],
+                row["lesions"],
+                row["small"],
                 *(number(row[k]) for k in ("difference", "low", "high", "p_holm")),
                 row["word"] or ("too few to test" if row["small"] else "no value"),
             )
             for row in rows
         ]
         for attribute, rows in found.get("attributes", {}).items()
-    }  # fmt: skip
+    }
 
 
 def comparisons(found: list[dict[str, Any]]) -> list[Comparison]:
@@ -228,16 +263,29 @@ def reach(rows: list[Comparison]) -> float:
 
 def bar(row: Comparison, end: float) -> Bar | None:
     found = [row.low, row.difference, row.high]
-    return None if any(v is None or not math.isfinite(v) for v in found) else Bar(*(100 * v / end for v in found if v is not None))
+    return (
+        None
+        if any(v is None or not math.isfinite(v) for v in found)
+        else Bar(*(100 * v / end for v in found if v is not None))
+    )
 
 
 def costs(facts: Facts) -> list[tuple[str, float | None, float | None]]:
     """(arm, seconds, device-seconds), in the order of the arms; empty where the run did not record them."""
     found = facts.summary["cost"]
-    return [(a, number(found[a].get("seconds")), number(found[a].get("device_seconds"))) for a in facts.arms if a in found]
+    return [
+        (a, number(found[a].get("seconds")), number(found[a].get("device_seconds")))
+        for a in facts.arms
+        if a in found
+    ]
 
 
 def elsewhere(facts: Facts) -> list[tuple[str, str]]:
     """(name, verdict in one sentence) of each set from elsewhere that the run's classifiers were scored on."""
-    found = [(p.parent.name, read_json(p) or {}) for p in sorted(facts.run.root.glob("external/*/summary.json"))]
-    return [(name, str(told.get("verdict_sentence") or told.get("verdict", ""))) for name, told in found]
+    found = [
+        (p.parent.name, read_json(p) or {})
+        for p in sorted(facts.run.root.glob("external/*/summary.json"))
+    ]
+    return [
+        (name, str(told.get("verdict_sentence") or told.get("verdict", ""))) for name, told in found
+    ]

@@ -14,18 +14,32 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from adversa import tables
 from adversa.curate import gate
 from adversa.report.gather import Facts, columns, number
 from adversa.report.words import fixed
+from adversa.storage import tables
 from adversa.types import ROLES
 
 CASES, OFFSPRING, SAMPLES = 24, 6, 6
-LARGEST, LARGEST_NEAREST, LARGEST_SHEET = 96, 64, 512  # pixels: a larger picture is made smaller, for a page of a few megabytes
+LARGEST, LARGEST_NEAREST, LARGEST_SHEET = (
+    96,
+    64,
+    512,
+)  # pixels: a larger picture is made smaller, for a page of a few megabytes
 LARGEST_PNG = 4096  # bytes: up to here a picture is shown as it is; above, JPEG says the same in a fraction of it
-MARKS = {gate.KEPT: "kept", gate.NOT_PAINTED: "broken", gate.NOT_FINITE: "broken", gate.FLAT: "broken", gate.CLIPPED: "broken"} | {
-    gate.DISAGREES: "disagrees", gate.TRIVIAL: "disagrees", gate.NEAR_COPY: "copy", gate.NEAR_COPY_2: "copy", gate.TWIN: "copy",
-}  # fmt: skip
+MARKS = {
+    gate.KEPT: "kept",
+    gate.NOT_PAINTED: "broken",
+    gate.NOT_FINITE: "broken",
+    gate.FLAT: "broken",
+    gate.CLIPPED: "broken",
+} | {
+    gate.DISAGREES: "disagrees",
+    gate.TRIVIAL: "disagrees",
+    gate.NEAR_COPY: "copy",
+    gate.NEAR_COPY_2: "copy",
+    gate.TWIN: "copy",
+}
 
 
 @dataclass(frozen=True)
@@ -127,11 +141,20 @@ def gallery(facts: Facts, round_number: int) -> Gallery:
     An id is a hash: nobody chose an image by its looks.
     """
     run = facts.run
-    hard = tables.read(run.round(round_number, "hard"), schema=tables.HARD_CASES).sort_by("rank").to_pylist()
+    hard = (
+        tables.read(run.round(round_number, "hard"), schema=tables.HARD_CASES)
+        .sort_by("rank")
+        .to_pylist()
+    )
     shown = hard[:CASES]
     offspring, samples = _asked(facts, round_number, {h["example"] for h in shown})
-    wanted = [r for ids in offspring.values() for r in ids[:OFFSPRING]] + [r for ids in samples.values() for r in ids]
-    verdicts = _verdicts(run.round(round_number, "verdicts"), {r for ids in offspring.values() for r in ids} | set(wanted))
+    wanted = [r for ids in offspring.values() for r in ids[:OFFSPRING]] + [
+        r for ids in samples.values() for r in ids
+    ]
+    verdicts = _verdicts(
+        run.round(round_number, "verdicts"),
+        {r for ids in offspring.values() for r in ids} | set(wanted),
+    )
     neighbours = {n for r in wanted if (n := _neighbour(verdicts.get(r)))}
     real = _real(run.data, {h["example"] for h in shown}, neighbours)
     pictures = _pictures(run.round(round_number, "synthetic"), "request_id", set(wanted))
@@ -139,7 +162,9 @@ def gallery(facts: Facts, round_number: int) -> Gallery:
     def painted(request: str, example: str | None) -> Painted:
         v = verdicts.get(request) or {}
         reason, nearest = v.get("reason") or "no verdict", _nearest(_neighbour(v), real, example)
-        return Painted(pictures.get(request, NONE), reason, bool(v.get("keep")), numbers(v), nearest)
+        return Painted(
+            pictures.get(request, NONE), reason, bool(v.get("keep")), numbers(v), nearest
+        )
 
     found = []
     for i, h in enumerate(shown):
@@ -157,16 +182,28 @@ def gallery(facts: Facts, round_number: int) -> Gallery:
                 kept=sum(bool((verdicts.get(r) or {}).get("keep")) for r in ids),
             )
         )
-    return Gallery(round_number, found, len(hard), {c: [painted(r, None) for r in ids] for c, ids in samples.items()})
+    return Gallery(
+        round_number,
+        found,
+        len(hard),
+        {c: [painted(r, None) for r in ids] for c, ids in samples.items()},
+    )
 
 
-def _asked(facts: Facts, round_number: int, examples: Collection[str]) -> tuple[dict[str, list[str]], dict[int, list[str]]]:
+def _asked(
+    facts: Facts, round_number: int, examples: Collection[str]
+) -> tuple[dict[str, list[str]], dict[int, list[str]]]:
     """(hard case -> all requests of the arm in question, sorted; label -> the first of `unguided`, where that is another arm)."""
-    folder, names = facts.run.round(round_number, "requests"), ["request_id", "example", "label", "arm"]
+    folder, names = (
+        facts.run.round(round_number, "requests"),
+        ["request_id", "example", "label", "arm"],
+    )
     rows = columns(folder, names, tables.REQUESTS).to_pydict()
     offspring: dict[str, list[str]] = {example: [] for example in examples}
     others: dict[int, list[str]] = {}
-    for request, example, label, arm in sorted(zip(*rows.values(), strict=True), key=lambda r: r[0]):
+    for request, example, label, arm in sorted(
+        zip(*rows.values(), strict=True), key=lambda r: r[0]
+    ):
         if arm == facts.after and example in offspring:
             offspring[example].append(request)
         elif arm == "unguided" and arm != facts.after:
@@ -183,8 +220,20 @@ def _verdicts(folder: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
 def numbers(v: dict[str, Any]) -> list[Number]:
     """The numbers of a verdict that are known, with their limits; those that have a limit and are not known are said to be."""
     least, most = number(v.get("agreement_least")), number(v.get("agreement_most"))
-    judge = f"\u2265 {fixed(least, 2)}" if most in (None, 1.0) else f"{fixed(least, 2)} to {fixed(most, 2)}"
-    rows = [("judge", v.get("agreement"), "" if least is None else judge, (gate.DISAGREES, gate.TRIVIAL), 2)]
+    judge = (
+        f"\u2265 {fixed(least, 2)}"
+        if most in (None, 1.0)
+        else f"{fixed(least, 2)} to {fixed(most, 2)}"
+    )
+    rows = [
+        (
+            "judge",
+            v.get("agreement"),
+            "" if least is None else judge,
+            (gate.DISAGREES, gate.TRIVIAL),
+            2,
+        )
+    ]
     for name, value, limit, sign, reason, digits in (
         ("pixels", "similarity", "similarity_limit", "<", gate.NEAR_COPY, 3),
         ("features", "similarity_2", "similarity_2_limit", "<", gate.NEAR_COPY_2, 3),
@@ -196,7 +245,15 @@ def numbers(v: dict[str, Any]) -> list[Number]:
         ("of its source", "place", "quota", "\u2264", gate.QUOTA, 0),
     ):
         bound = number(v.get(limit))
-        rows.append((name, _known(v, value), "" if bound is None else f"{sign} {fixed(bound, digits)}", (reason,), digits))
+        rows.append(
+            (
+                name,
+                _known(v, value),
+                "" if bound is None else f"{sign} {fixed(bound, digits)}",
+                (reason,),
+                digits,
+            )
+        )
     return [
         Number(name, fixed(number(value), digits), limit, v.get("reason") in reasons)
         for name, value, limit, reasons, digits in rows
@@ -207,7 +264,11 @@ def numbers(v: dict[str, Any]) -> list[Number]:
 def _known(v: dict[str, Any], name: str) -> Any:
     """What is not there: a place of 0 (not counted yet), a twin's similarity of -1 (it has none)."""
     value = number(v.get(name))
-    return None if (name == "place" and value == 0) or (name == "twin_similarity" and value == -1) else value
+    return (
+        None
+        if (name == "place" and value == 0) or (name == "twin_similarity" and value == -1)
+        else value
+    )
 
 
 def _neighbour(v: dict[str, Any] | None) -> str:
@@ -217,14 +278,18 @@ def _neighbour(v: dict[str, Any] | None) -> str:
     return (v.get("nearest_2") if v.get("reason") == gate.NEAR_COPY_2 else v.get("nearest")) or ""
 
 
-def _nearest(neighbour: str, real: dict[str, tuple[str, Picture | None]], example: str | None) -> Nearest | None:
+def _nearest(
+    neighbour: str, real: dict[str, tuple[str, Picture | None]], example: str | None
+) -> Nearest | None:
     if neighbour not in real:
         return None
     role, found = real[neighbour]
     return Nearest(role, found, neighbour == example)
 
 
-def _real(data: Path, cases: Collection[str], neighbours: Collection[str]) -> dict[str, tuple[str, Picture | None]]:
+def _real(
+    data: Path, cases: Collection[str], neighbours: Collection[str]
+) -> dict[str, tuple[str, Picture | None]]:
     """id -> (role, picture) of real images; the pictures of test stay closed: only their ids are read."""
     found: dict[str, tuple[str, Picture | None]] = {}
     for role in ROLES:
@@ -238,7 +303,9 @@ def _real(data: Path, cases: Collection[str], neighbours: Collection[str]) -> di
     return found
 
 
-def _pictures(folder: Path, key: str, ids: Collection[str], largest: int = LARGEST) -> dict[str, Picture]:
+def _pictures(
+    folder: Path, key: str, ids: Collection[str], largest: int = LARGEST
+) -> dict[str, Picture]:
     """Pictures of the rows whose `key` is in ids. Of a part, only the groups of rows that hold one are read beyond that column."""
     found: dict[str, Picture] = {}
     for part in tables.parts(folder) if ids else ():
@@ -248,8 +315,15 @@ def _pictures(folder: Path, key: str, ids: Collection[str], largest: int = LARGE
             for group in range(file.num_row_groups):
                 end = start + file.metadata.row_group(group).num_rows
                 if wanted := [i for i in range(start, end) if keys[i] in ids]:
-                    images = file.read_row_group(group, columns=["image"])["image"].take([i - start for i in wanted]).to_pylist()
-                    found |= {keys[i]: picture(image, largest) for i, image in zip(wanted, images, strict=True)}
+                    images = (
+                        file.read_row_group(group, columns=["image"])["image"]
+                        .take([i - start for i in wanted])
+                        .to_pylist()
+                    )
+                    found |= {
+                        keys[i]: picture(image, largest)
+                        for i, image in zip(wanted, images, strict=True)
+                    }
                 start = end
     return found
 

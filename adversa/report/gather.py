@@ -12,19 +12,43 @@ from typing import Any
 
 import pyarrow as pa
 
-from adversa import tables
-from adversa.runs import RunDir, read_json
-from adversa.texts import load_yaml
+from adversa.common.sanitize import load_yaml
+from adversa.run.folder import RunDir
+from adversa.storage import tables
+from adversa.storage.files import read_json
 from adversa.types import ARMS, BEFORE, ROLES, UserError
 
 REQUIRED = {"arms", "classes", "intervals", "notes", "split_hash", "verdict"}
 OPTIONAL: dict[str, Any] = {
-    "run": "", "seed": "", "seeds": None, "rounds": "", "generated": 0, "accepted": 0, "comparisons": [], "verdict_sentence": "",
-    "versions": {}, "seconds": {}, "subgroups": {}, "cost": {}, "overhead_seconds": None, "wall_seconds": None,
-    "device_seconds": None, "test_opened": None, "test_openings": 1, "git": None, "machine": {},
-    "matched": {}, "subgroup_comparisons": {}, "restarts": 0, "restart_seconds": 0.0,
-}  # fmt: skip
-METRICS = {"balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "auroc_macro": "AUROC, mean of classes"}
+    "run": "",
+    "seed": "",
+    "seeds": None,
+    "rounds": "",
+    "generated": 0,
+    "accepted": 0,
+    "comparisons": [],
+    "verdict_sentence": "",
+    "versions": {},
+    "seconds": {},
+    "subgroups": {},
+    "cost": {},
+    "overhead_seconds": None,
+    "wall_seconds": None,
+    "device_seconds": None,
+    "test_opened": None,
+    "test_openings": 1,
+    "git": None,
+    "machine": {},
+    "matched": {},
+    "subgroup_comparisons": {},
+    "restarts": 0,
+    "restart_seconds": 0.0,
+}
+METRICS = {
+    "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy",
+    "auroc_macro": "AUROC, mean of classes",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,9 @@ class Facts:
     @property
     def rounds(self) -> list[int]:
         """The rounds that have hard cases, in order."""
-        found = [int(p.parent.name.removeprefix("round-")) for p in self.run.root.glob("round-*/hard")]
+        found = [
+            int(p.parent.name.removeprefix("round-")) for p in self.run.root.glob("round-*/hard")
+        ]
         return sorted(n for n in found if tables.parts(self.run.round(n, "hard")))
 
     @property
@@ -73,7 +99,9 @@ def read_facts(run_dir: Path) -> Facts:
     """UserError where there is no run, or it is not finished: with the command that finishes it."""
     run = RunDir(run_dir)
     if not run.config.is_file():
-        raise UserError(f"{run_dir} is not a run folder (it has no config.yaml); give the --run-dir of an `adversa loop`")
+        raise UserError(
+            f"{run_dir} is not a run folder (it has no config.yaml); give the --run-dir of an `adversa loop`"
+        )
     config_text = run.config.read_text()
     finish = f"finish it with `{shlex.join(['adversa', 'loop', str(run.config), '--run-dir', str(run_dir)])}`"
     summary = read_json(run.summary)
@@ -81,7 +109,10 @@ def read_facts(run_dir: Path) -> Facts:
         raise UserError(f"{run_dir} is not finished (it has no summary.json); {finish}")
     if lacking := REQUIRED - summary.keys():
         raise UserError(f"{run.summary} lacks {', '.join(sorted(lacking))}; delete it and {finish}")
-    same = {"before": summary["arms"].get("real", {}), "intervals_before": summary["intervals"].get("real", {})}
+    same = {
+        "before": summary["arms"].get("real", {}),
+        "intervals_before": summary["intervals"].get("real", {}),
+    }
     summary = OPTIONAL | same | {"added": summary.get("used", {})} | summary
     classes = [str(c) for c in summary["classes"]]
     images, lesions = _roles(run, len(classes))
@@ -105,14 +136,19 @@ def columns(folder: Path, names: Sequence[str], schema: pa.Schema) -> pa.Table:
     found = [schema.empty_table().select(list(names))]
     for part in tables.parts(folder):
         here = tables.read_part(part, [n for n in names if n in tables.schema_of(part).names])
-        whole = {n: here[n] if n in here.column_names else pa.nulls(len(here), schema.field(n).type) for n in names}
+        whole = {
+            n: here[n] if n in here.column_names else pa.nulls(len(here), schema.field(n).type)
+            for n in names
+        }
         found.append(pa.table(whole, schema=pa.schema([schema.field(n) for n in names])))
     return pa.concat_tables(found)
 
 
 def figures(facts: Facts, arm: str, role: str) -> dict[str, Any]:
     """An arm's means over seeds on a role: metric -> value."""
-    return (facts.summary["before"] if arm == BEFORE else facts.summary["arms"].get(arm, {})).get(role, {})
+    return (facts.summary["before"] if arm == BEFORE else facts.summary["arms"].get(arm, {})).get(
+        role, {}
+    )
 
 
 def score(facts: Facts, arm: str, role: str, metric: str) -> Score:
@@ -120,7 +156,11 @@ def score(facts: Facts, arm: str, role: str, metric: str) -> Score:
     value = number(figures(facts, arm, role).get(metric))
     if value is None:
         return Score(None)
-    intervals = facts.summary["intervals_before"] if arm == BEFORE else facts.summary["intervals"].get(arm, {})
+    intervals = (
+        facts.summary["intervals_before"]
+        if arm == BEFORE
+        else facts.summary["intervals"].get(arm, {})
+    )
     low, high = intervals.get(role, {}).get(metric) or (None, None)
     return Score(value, number(low), number(high))
 
@@ -128,7 +168,11 @@ def score(facts: Facts, arm: str, role: str, metric: str) -> Score:
 def mean_specificity(facts: Facts, arm: str, role: str) -> Score:
     """Mean over classes. It has no interval: the ends of the classes' intervals do not average to it."""
     values = figures(facts, arm, role)
-    return Score(mean([v for c in facts.classes if (v := number(values.get(f"specificity/{c}"))) is not None]))
+    return Score(
+        mean(
+            [v for c in facts.classes if (v := number(values.get(f"specificity/{c}"))) is not None]
+        )
+    )
 
 
 def by_round(facts: Facts, role: str, metric: str) -> dict[int, dict[str, float | None]]:
@@ -136,15 +180,18 @@ def by_round(facts: Facts, role: str, metric: str) -> dict[int, dict[str, float 
     numbers = sorted({c["round"] for c in facts.cards if c["role"] == role})
     return {
         n: {
-            arm: mean([
-                c["metrics"][metric]
-                for c in facts.cards
-                if (c["round"], c["role"], c["arm"]) == (n, role, arm) and metric in c["metrics"]
-            ])
+            arm: mean(
+                [
+                    c["metrics"][metric]
+                    for c in facts.cards
+                    if (c["round"], c["role"], c["arm"]) == (n, role, arm)
+                    and metric in c["metrics"]
+                ]
+            )
             for arm in facts.arms
         }
         for n in numbers
-    }  # fmt: skip
+    }
 
 
 def _roles(run: RunDir, classes: int) -> tuple[dict[str, list[int]], dict[str, int]]:

@@ -18,7 +18,10 @@ STARTS = re.compile(r"^([-+=]|\d+(?=[.)]))")
 def text(value: object) -> str:
     """One line in which nothing is markup, not even a link."""
     line = " ".join(words.printable(str(value)).split())
-    return STARTS.sub(lambda m: "\\" + m[0] if m[0] in "-+=" else m[0] + "\\", SPECIAL.sub(lambda m: "\\" + m[0], line))
+    return STARTS.sub(
+        lambda m: "\\" + m[0] if m[0] in "-+=" else m[0] + "\\",
+        SPECIAL.sub(lambda m: "\\" + m[0], line),
+    )
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -42,12 +45,26 @@ def bullets(found: Iterable[object]) -> list[str]:
 def value(s: Score | None) -> str:
     if s is None:
         return words.DASH
-    return fixed(s.value) + (f" ({fixed(s.low)} to {fixed(s.high)})" if s.low is not None and s.high is not None else "")
+    return fixed(s.value) + (
+        f" ({fixed(s.low)} to {fixed(s.high)})" if s.low is not None and s.high is not None else ""
+    )
 
 
 def render(view: dict[str, Any]) -> str:
     """view: the names that the page's templates use."""
-    parts = (_head, _before_after, _arms, _comparisons, _groups, _within, _confusion, _modes, _budget, _acceptance, _memorisation)
+    parts = (
+        _head,
+        _before_after,
+        _arms,
+        _comparisons,
+        _groups,
+        _within,
+        _confusion,
+        _modes,
+        _budget,
+        _acceptance,
+        _memorisation,
+    )
     parts += (_quality, _calibration, _cost, _origin, _unshown)
     return "\n".join(line for part in parts for line in part(view)).rstrip("\n") + "\n"
 
@@ -56,18 +73,30 @@ def _head(v: dict[str, Any]) -> list[str]:
     s = v["summary"]
     lines = ["# Did painting hard cases help?", ""]
     if s["test_openings"] > 1:
-        lines += [f"**Test was opened {count(s['test_openings'])} times. The figures on it are no longer a first look.**", ""]
+        lines += [
+            f"**Test was opened {count(s['test_openings'])} times. The figures on it are no longer a first look.**",
+            "",
+        ]
     lines += [f"**{text(s['verdict'])}**", ""]
     if s["verdict_sentence"]:
         lines += [text(s["verdict_sentence"]), ""]
     facts = {
-        "run": s["run"], "data": v["facts"].section("data").get("source", ""), "split": s["split_hash"], "seed": s["seed"],
-        "classifiers an arm": s["seeds"] or "", "rounds": s["rounds"],
+        "run": s["run"],
+        "data": v["facts"].section("data").get("source", ""),
+        "split": s["split_hash"],
+        "seed": s["seed"],
+        "classifiers an arm": s["seeds"] or "",
+        "rounds": s["rounds"],
         "synthetic images": f"{count(s['generated'])} painted, {count(s['accepted'])} kept",
         "test opened": words.moment(s["test_opened"]),
-    }  # fmt: skip
+    }
     lines += table(["", ""], [[name, text(found)] for name, found in facts.items() if found != ""])
-    return lines + bullets([*v["notes"], "This is a research result. It is no medical device and no basis for a diagnosis."])
+    return lines + bullets(
+        [
+            *v["notes"],
+            "This is a research result. It is no medical device and no basis for a diagnosis.",
+        ]
+    )
 
 
 def _before_after(v: dict[str, Any]) -> list[str]:
@@ -77,11 +106,22 @@ def _before_after(v: dict[str, Any]) -> list[str]:
         "mine": "**mine: optimistic.** These very images guided the generation. Never quote these as a result.",
     }
     for role in v["roles"]:
-        lines += [told[role], "", *_changes(v, role, [(text(row.name), row) for row in v["overall"][role]])]
-    lines += ["The mean of the classes' sensitivities and balanced accuracy are one figure under two names.", ""]
+        lines += [
+            told[role],
+            "",
+            *_changes(v, role, [(text(row.name), row) for row in v["overall"][role]]),
+        ]
+    lines += [
+        "The mean of the classes' sensitivities and balanced accuracy are one figure under two names.",
+        "",
+    ]
     for kind, rows in v["per_class"].items():
         lines += [f"{kind.capitalize()}, class by class, on test:", ""]
-        lines += _changes(v, "class", [(f"{text(row.name)} ({counted(images, 'image')})", row) for images, row in rows])
+        lines += _changes(
+            v,
+            "class",
+            [(f"{text(row.name)} ({counted(images, 'image')})", row) for images, row in rows],
+        )
     return lines
 
 
@@ -95,20 +135,38 @@ def _changes(v: dict[str, Any], first: str, rows: list[tuple[str, Any]]) -> list
 def _arms(v: dict[str, Any]) -> list[str]:
     lines, matched = ["## Arms", ""], v["summary"]["matched"]
     if matched.get("steps"):
-        lines += [f"Every classifier took {counted(matched['steps'], 'step')} on {counted(matched['images'], 'image')}.", ""]
+        lines += [
+            f"Every classifier took {counted(matched['steps'], 'step')} on {counted(matched['images'], 'image')}.",
+            "",
+        ]
     for role in v["roles"]:
         names, rows = v["arms"][role]
         lines += [f"{role}{' (optimistic)' if role == 'mine' else ''}:", ""]
-        lines += table(["arm", *names], [[text(arm), *map(value, scores)] for arm, scores in rows.items()])
+        lines += table(
+            ["arm", *names], [[text(arm), *map(value, scores)] for arm, scores in rows.items()]
+        )
     arms = v["facts"].arms
     for group, rows in v["groups"].items():
-        lines += [f"{text(group)} against all other classes, on test; thresholds were set on select:", ""]
-        lines += table(["metric", *map(text, arms)], [[name, *(value(scores[a]) for a in arms)] for name, scores in rows])
+        lines += [
+            f"{text(group)} against all other classes, on test; thresholds were set on select:",
+            "",
+        ]
+        lines += table(
+            ["metric", *map(text, arms)],
+            [[name, *(value(scores[a]) for a in arms)] for name, scores in rows],
+        )
     if v["elsewhere"]:
-        lines += ["On sets from elsewhere:", "", *bullets(f"{name}: {told}" for name, told in v["elsewhere"])]
+        lines += [
+            "On sets from elsewhere:",
+            "",
+            *bullets(f"{name}: {told}" for name, told in v["elsewhere"]),
+        ]
     if v["by_round"]:
         lines += ["Balanced accuracy on mine (optimistic), round by round:", ""]
-        lines += table(["round", *map(text, arms)], [[str(n), *(fixed(of[a]) for a in arms)] for n, of in v["by_round"].items()])
+        lines += table(
+            ["round", *map(text, arms)],
+            [[str(n), *(fixed(of[a]) for a in arms)] for n, of in v["by_round"].items()],
+        )
     return lines
 
 
@@ -118,10 +176,20 @@ def _comparisons(v: dict[str, Any]) -> list[str]:
     lines = ["### Arm against arm", ""]
     rows = []
     for c in v["comparisons"]:
-        mcnemar = "; ".join(f"{m['won']} won, {m['lost']} lost, p {p_value(m['p'])}" for m in c.mcnemar)
+        mcnemar = "; ".join(
+            f"{m['won']} won, {m['lost']} lost, p {p_value(m['p'])}" for m in c.mcnemar
+        )
         needed = words.DASH if c.detectable is None else c.needed
         interval = f"{signed(c.low)} to {signed(c.high)}"
-        found = [signed(c.difference), interval, p_value(c.p_holm), text(c.word), fixed(c.detectable), needed, mcnemar]
+        found = [
+            signed(c.difference),
+            interval,
+            p_value(c.p_holm),
+            text(c.word),
+            fixed(c.detectable),
+            needed,
+            mcnemar,
+        ]
         rows.append([text(f"{c.name}, {c.on}"), *found])
     head = ["comparison", "difference", "95% interval", "p (Holm)", "word"]
     return lines + table([*head, "found 4 times in 5", "seeds needed", "McNemar, by seed"], rows)
@@ -132,7 +200,11 @@ def _groups(v: dict[str, Any]) -> list[str]:
     for attribute, rows in v["subgroups"].items():
         arms = list(rows[0]["scores"])
         body = [
-            [text(r["value"]) + (" (too small)" if r["small"] else ""), count(r["n"]), count(r["lesions"])]
+            [
+                text(r["value"]) + (" (too small)" if r["small"] else ""),
+                count(r["n"]),
+                count(r["lesions"]),
+            ]
             + [value(r["scores"][a]) for a in arms]
             for r in rows
         ]
@@ -146,30 +218,67 @@ def _within(v: dict[str, Any]) -> list[str]:
         return []
     of = v["summary"]["subgroup_comparisons"]
     lines = [f"### Subgroups, on test: {text(of['a'])} minus {text(of['b'])}", ""]
-    lines += [f"Balanced accuracy; p values are corrected for the {counted(of['tested'], 'group')} tested.", ""]
+    lines += [
+        f"Balanced accuracy; p values are corrected for the {counted(of['tested'], 'group')} tested.",
+        "",
+    ]
     for attribute, rows in v["within"].items():
         body = [
             [text(r.value), count(r.n), count(r.lesions), signed(r.difference)]
-            + [words.DASH if r.low is None else f"{signed(r.low)} to {signed(r.high)}", p_value(r.p_holm), text(r.word)]
+            + [
+                words.DASH if r.low is None else f"{signed(r.low)} to {signed(r.high)}",
+                p_value(r.p_holm),
+                text(r.word),
+            ]
             for r in rows
         ]
-        lines += table([text(attribute), "images", "lesions", "difference", "95% interval", "p (Holm)", "word"], body)
+        lines += table(
+            [
+                text(attribute),
+                "images",
+                "lesions",
+                "difference",
+                "95% interval",
+                "p (Holm)",
+                "word",
+            ],
+            body,
+        )
     return lines
 
 
 def _confusion(v: dict[str, Any]) -> list[str]:
-    lines, found, names = ["## Confusion, on test", ""], v["confusions"], [text(c) for c in v["facts"].classes]
+    lines, found, names = (
+        ["## Confusion, on test", ""],
+        v["confusions"],
+        [text(c) for c in v["facts"].classes],
+    )
     if found is None:
         return [*lines, "There are no predictions on test in the run folder.", ""]
-    lines += ["Rows: what an image is. Columns: what it is read as. The share of the row, and the number of images.", ""]
+    lines += [
+        "Rows: what an image is. Columns: what it is read as. The share of the row, and the number of images.",
+        "",
+    ]
     digits = 1 if found.seeds > 1 else 0
-    for title, rows in (("before", found.before), (f"after ({v['after']})", found.after), ("after minus before", found.change)):
+    for title, rows in (
+        ("before", found.before),
+        (f"after ({v['after']})", found.after),
+        ("after minus before", found.change),
+    ):
         if rows is not None:
             cells = [
-                [_moved(c, digits) if rows is found.change else f"{fixed(c.share, 2)} ({count(c.count)})" for c in row]
+                [
+                    _moved(c, digits)
+                    if rows is found.change
+                    else f"{fixed(c.share, 2)} ({count(c.count)})"
+                    for c in row
+                ]
                 for row in rows
             ]
-            lines += table([text(title), *names], [[name, *row] for name, row in zip(names, cells, strict=True)])
+            lines += table(
+                [text(title), *names],
+                [[name, *row] for name, row in zip(names, cells, strict=True)],
+            )
     return lines
 
 
@@ -183,18 +292,36 @@ def _modes(v: dict[str, Any]) -> list[str]:
         return [*lines, "None." if found else "The run folder has no failure modes.", ""]
     classes = v["facts"].classes
     rows = [
-        [text(m["name"]), count(m["errors"]), count(m["size"] - m["errors"]), f"{100 * m['share']:.0f}%",
-         ", ".join(f"{text(classes[c])} {n}" for c, n in m["confused"])]
+        [
+            text(m["name"]),
+            count(m["errors"]),
+            count(m["size"] - m["errors"]),
+            f"{100 * m['share']:.0f}%",
+            ", ".join(f"{text(classes[c])} {n}" for c, n in m["confused"]),
+        ]
         for m in found["modes"]
-    ]  # fmt: skip
-    lines += [f"{count(found['errors'])} of {count(found['images'])} images of mine are misclassified.", ""]
+    ]
+    lines += [
+        f"{count(found['errors'])} of {count(found['images'])} images of mine are misclassified.",
+        "",
+    ]
     return lines + table(["mode", "errors", "near misses", "of all errors", "taken for"], rows)
 
 
 def _budget(v: dict[str, Any]) -> list[str]:
     lines = ["## Budget and acceptance", ""]
     head = ["class", "images of mine", "errors", "hard cases taken", "painted", "kept"]
-    rows = [[text(b.name), count(b.images), count(b.errors), count(b.taken), count(b.painted), count(b.kept)] for b in v["budget"]]
+    rows = [
+        [
+            text(b.name),
+            count(b.images),
+            count(b.errors),
+            count(b.taken),
+            count(b.painted),
+            count(b.kept),
+        ]
+        for b in v["budget"]
+    ]
     return lines + (table(head, rows) if rows else [])
 
 
@@ -203,7 +330,12 @@ def _acceptance(v: dict[str, Any]) -> list[str]:
     for arm, found in v["accepted"].items():
         head = [text(arm), "strategy", "painted", "kept", "share", *map(text, found.reasons)]
         rows = [
-            [text(x.name), text(x.strategy or ", ".join(found.strategies)), count(x.painted), count(x.kept)]
+            [
+                text(x.name),
+                text(x.strategy or ", ".join(found.strategies)),
+                count(x.painted),
+                count(x.kept),
+            ]
             + [f"{share(x.kept, x.painted):.1f}%" if x.painted else words.DASH]
             + [count(x.rejected.get(r, 0)) for r in found.reasons]
             for x in found.lines
@@ -222,17 +354,27 @@ def _quality(v: dict[str, Any]) -> list[str]:
     if not q:
         return []
     rows = [
-        [name, count(q["images"][key]), f"{fixed(1000 * row['kid'], 2)} \u00b1 {fixed(1000 * row['kid_std'], 2)}"]
+        [
+            name,
+            count(q["images"][key]),
+            f"{fixed(1000 * row['kid'], 2)} \u00b1 {fixed(1000 * row['kid_std'], 2)}",
+        ]
         + [fixed(row[m]) for m in v["measures"]]
-        for name, key, row in (("samples", "sample", q["samples"]), ("real images of train", "train", q["train"]))
+        for name, key, row in (
+            ("samples", "sample", q["samples"]),
+            ("real images of train", "train", q["train"]),
+        )
     ]
     rows += [
-        [f"{text(name)} ({counted(row['real'], 'real image')})", count(row["fake"]), "", *(fixed(row[m]) for m in v["measures"])]
+        [
+            f"{text(name)} ({counted(row['real'], 'real image')})",
+            count(row["fake"]),
+            "",
+            *(fixed(row[m]) for m in v["measures"]),
+        ]
         for name, row in q["samples"]["classes"].items()
     ]
-    against = (
-        f"Against {counted(q['images']['real'], 'real image')} it was not trained on, in the features of {text(q['features'])}."
-    )
+    against = f"Against {counted(q['images']['real'], 'real image')} it was not trained on, in the features of {text(q['features'])}."
     lines = ["## How good the denoiser's samples are", "", against, ""]
     return lines + table(["", "images", "KID x 1000", *v["measures"]], rows)
 
@@ -244,25 +386,51 @@ def _calibration(v: dict[str, Any]) -> list[str]:
     lines += bullets(v["calibration_sentences"])
     for arm, (c, _) in v["calibrations"].items():
         rows = [
-            [f"{b.low:.2f} to {b.high:.2f}", count(b.n), fixed(b.confidence), fixed(b.accuracy)] for b in c.bins if b.n
-        ]  # fmt: skip
-        lines += table([arm if arm == BEFORE else f"after ({text(arm)})", "images", "mean probability", "right"], rows)
+            [f"{b.low:.2f} to {b.high:.2f}", count(b.n), fixed(b.confidence), fixed(b.accuracy)]
+            for b in c.bins
+            if b.n
+        ]
+        lines += table(
+            [
+                arm if arm == BEFORE else f"after ({text(arm)})",
+                "images",
+                "mean probability",
+                "right",
+            ],
+            rows,
+        )
     return lines
 
 
 def _cost(v: dict[str, Any]) -> list[str]:
     s, steps = v["summary"], v["steps"]
-    again = f" Work was taken up again {s['restarts']} time{'s' * (s['restarts'] > 1)} after a death; "
+    again = (
+        f" Work was taken up again {s['restarts']} time{'s' * (s['restarts'] > 1)} after a death; "
+    )
     again = f"{again}{duration(s['restart_seconds'])} passed in between." if s["restarts"] else ""
-    lines = ["## Seconds and cost", "", f"{duration(s['wall_seconds'] or sum(t for _, t in steps))} in all.{again}"]
+    lines = [
+        "## Seconds and cost",
+        "",
+        f"{duration(s['wall_seconds'] or sum(t for _, t in steps))} in all.{again}",
+    ]
     if s["device_seconds"] is not None:
         lines.append(f"{duration(s['device_seconds'])} of devices, a core or a GPU each.")
     lines.append("")
     if v["costs"]:
-        rows = [[text(arm), *(words.DASH if t is None else duration(t) for t in times)] for arm, *times in v["costs"]]
+        rows = [
+            [text(arm), *(words.DASH if t is None else duration(t) for t in times)]
+            for arm, *times in v["costs"]
+        ]
         lines += table(["arm", "time", "device time"], rows)
-    gains = [[text(c.name), signed(c.gain["gain"]), f"{signed(c.gain['low'])} to {signed(c.gain['high'])}"]
-             for c in v["comparisons"] if c.gain]  # fmt: skip
+    gains = [
+        [
+            text(c.name),
+            signed(c.gain["gain"]),
+            f"{signed(c.gain['low'])} to {signed(c.gain['high'])}",
+        ]
+        for c in v["comparisons"]
+        if c.gain
+    ]
     if gains:
         lines += table(["gain a device-hour", "", "95% interval"], gains)
     return lines + table(["step", "time"], [[text(name), duration(t)] for name, t in steps])
@@ -271,12 +439,27 @@ def _cost(v: dict[str, Any]) -> list[str]:
 def _origin(v: dict[str, Any]) -> list[str]:
     facts, s = v["facts"], v["summary"]
     how = "by lesion" if v["grouped"] else "one by one: a lesion may have several roles"
-    lines = ["## Split, configuration, versions", "", f"Images are split {how}. The split is {text(s['split_hash'])}.", ""]
-    rows = [[text(name), *(count(n[c]) for n in facts.images.values())] for c, name in enumerate(facts.classes)]
-    rows += [["all", *(count(sum(n)) for n in facts.images.values())], ["lesions", *map(count, facts.lesions.values())]]
+    lines = [
+        "## Split, configuration, versions",
+        "",
+        f"Images are split {how}. The split is {text(s['split_hash'])}.",
+        "",
+    ]
+    rows = [
+        [text(name), *(count(n[c]) for n in facts.images.values())]
+        for c, name in enumerate(facts.classes)
+    ]
+    rows += [
+        ["all", *(count(sum(n)) for n in facts.images.values())],
+        ["lesions", *map(count, facts.lesions.values())],
+    ]
     lines += table(["images", *facts.images], rows)
     made = s["versions"] | ({"commit": s["git"]} if s["git"] else {}) | s["machine"]
-    lines += table(["made with", "version"], [[text(name), text(found)] for name, found in made.items()]) if made else []
+    lines += (
+        table(["made with", "version"], [[text(name), text(found)] for name, found in made.items()])
+        if made
+        else []
+    )
     return [*lines, *block(facts.config_text)]
 
 
@@ -285,11 +468,20 @@ def _unshown(v: dict[str, Any]) -> list[str]:
     lines = ["## What was not shown", "", *bullets(u.comparisons)]
     if u.arms:
         lines += ["Arms that were not trained, so the run cannot tell:", "", *bullets(u.arms)]
-    groups = [f"Fewer than 30 lesions of test, by {attribute}: {found}." for attribute, found in u.small.items()]
-    groups += [f"No image of test has {listed(u.unknown)}: nothing is known about them."] if u.unknown else []
+    groups = [
+        f"Fewer than 30 lesions of test, by {attribute}: {found}."
+        for attribute, found in u.small.items()
+    ]
+    groups += (
+        [f"No image of test has {listed(u.unknown)}: nothing is known about them."]
+        if u.unknown
+        else []
+    )
     groups += [f"No image of test is of {listed(u.empty)}."] if u.empty else []
     lines += bullets(groups)
     if u.checks:
         lines += ["Checks that were off:", "", *bullets(u.checks)]
     last = "The figures on test are of the archive that the run was trained on. Another camera or clinic may give others"
-    return lines + bullets([*v["notes"], last + ("." if v["elsewhere"] else "; no set from elsewhere was scored.")])
+    return lines + bullets(
+        [*v["notes"], last + ("." if v["elsewhere"] else "; no set from elsewhere was scored.")]
+    )

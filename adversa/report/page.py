@@ -7,20 +7,23 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from adversa.places import place
 from adversa.report import curation, evidence, markdown, plots, predictions, words
 from adversa.report import gallery as pictures
 from adversa.report.gather import Facts, by_round, read_facts
 from adversa.report.unshown import unshown
 from adversa.report.words import duration, fixed, signed
-from adversa.runs import read_json, writing
-from adversa.tables import replace_bytes
+from adversa.storage.files import read_json, replace_bytes, writing
+from adversa.storage.path import place
 
 __all__ = ["duration", "environment", "fixed", "signed", "view", "write"]
 
 ROLES_SHOWN = ("test", "mine")
 MEASURES = ("precision", "recall", "density", "coverage")
-TONES = {"better": "better", "worse": "worse", "not shown": "unclear"}  # verdict -> its colour in the style sheet
+TONES = {
+    "better": "better",
+    "worse": "worse",
+    "not shown": "unclear",
+}  # verdict -> its colour in the style sheet
 
 
 def write(run_dir: Path) -> Path:
@@ -82,13 +85,21 @@ def view(facts: Facts) -> dict[str, Any]:
         "elsewhere": evidence.elsewhere(facts),
         "by_round": by_round(facts, "mine", "balanced_accuracy") if len(rounds) > 1 else {},
         "confusions": predictions.confusions(facts, said),
-        "modes": read_json(facts.run.round(last, "hard") / "modes.json") if last is not None else None,
+        "modes": read_json(facts.run.round(last, "hard") / "modes.json")
+        if last is not None
+        else None,
         "gallery": pictures.gallery(facts, last) if last is not None else None,
         "most": pictures.OFFSPRING,
         "budget": curation.budget(facts, last) if last is not None else [],
         "accepted": accepted,
         "memories": {
-            arm: (m, plots.curves(m.curve), curation.memory_sentence(arm, m, accepted[arm].strategies if arm in accepted else ()))
+            arm: (
+                m,
+                plots.curves(m.curve),
+                curation.memory_sentence(
+                    arm, m, accepted[arm].strategies if arm in accepted else ()
+                ),
+            )
             for arm, m in memories.items()
         },
         "quality": facts.quality,

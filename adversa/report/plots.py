@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 from adversa.evaluate.calibration import ReliabilityBin
 
-LEFT, TOP, WIDTH, HEIGHT = 34.0, 10.0, 250.0, 190.0  # of the area that is plotted in, in units of the SVG
+LEFT, TOP, WIDTH, HEIGHT = (
+    34.0,
+    10.0,
+    250.0,
+    190.0,
+)  # of the area that is plotted in, in units of the SVG
 COUNTS = 46.0  # height of the bars under a reliability curve
 GAP = 12.0
 
@@ -56,7 +61,9 @@ def reliability(bins: Sequence[ReliabilityBin]) -> Reliability:
     ]
     foot, tall = TOP + HEIGHT + GAP + COUNTS, [round(COUNTS * b.n / most, 2) for b in bins]
     bars = [
-        (x_of(b.low) + 0.5, foot - h, round(WIDTH * (b.high - b.low) - 1, 2), h) for b, h in zip(bins, tall, strict=True) if b.n
+        (x_of(b.low) + 0.5, foot - h, round(WIDTH * (b.high - b.low) - 1, 2), h)
+        for b, h in zip(bins, tall, strict=True)
+        if b.n
     ]
     return Reliability(points, " ".join(f"{x},{y}" for x, y, _ in points), bars, most)
 
@@ -70,7 +77,11 @@ def curves(points: Sequence[tuple[float, float, float]]) -> Curves:
     def line(column: int) -> str:
         return " ".join(f"{x_of((p[column] - low) / span)},{y_of(p[0])}" for p in points)
 
-    return Curves(line(1), line(2), [Tick(x_of((t - low) / span), f"{t:.10g}".replace("-", "\u2212")) for t in ticks])
+    return Curves(
+        line(1),
+        line(2),
+        [Tick(x_of((t - low) / span), f"{t:.10g}".replace("-", "\u2212")) for t in ticks],
+    )
 
 
 def nice(low: float, high: float, about: int = 5) -> list[float]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 
-from adversa import tables
 from adversa.evaluate.calibration import ReliabilityBin, expected_calibration_error, reliability
 from adversa.evaluate.scores import softmax
 from adversa.report.gather import Facts, Score, score
+from adversa.storage import tables
 from adversa.types import BEFORE
 
 
@@ -61,15 +61,29 @@ def of_test(facts: Facts) -> dict[str, Said]:
     """BEFORE, and the arm in question, to what it says of `test`; empty where the predictions are gone."""
     rows = tables.read(facts.run.test, ["id", "arm", "seed", "label", "logits"], tables.PREDICTIONS)
     known = set(rows["arm"].unique().to_pylist())
-    wanted = {BEFORE: BEFORE if BEFORE in known else "real"} | ({facts.after: facts.after} if facts.after else {})
+    wanted = {BEFORE: BEFORE if BEFORE in known else "real"} | (
+        {facts.after: facts.after} if facts.after else {}
+    )
     found = {}
     for name, arm in wanted.items():
-        chosen = rows.filter(pc.equal(rows["arm"], arm)).sort_by([("seed", "ascending"), ("id", "ascending")])
+        chosen = rows.filter(pc.equal(rows["arm"], arm)).sort_by(
+            [("seed", "ascending"), ("id", "ascending")]
+        )
         seeds, classes = len(chosen["seed"].unique()), len(facts.classes)
         if len(chosen):
-            logits = np.concatenate([c.flatten().to_numpy() for c in chosen["logits"].chunks]).astype(np.float64)
-            assert len(logits) == len(chosen) * classes and len(chosen) % seeds == 0, (arm, len(logits), len(chosen), seeds)
-            found[name] = Said(logits.reshape(seeds, -1, classes), chosen["label"].to_numpy()[: len(chosen) // seeds])
+            logits = np.concatenate(
+                [c.flatten().to_numpy() for c in chosen["logits"].chunks]
+            ).astype(np.float64)
+            assert len(logits) == len(chosen) * classes and len(chosen) % seeds == 0, (
+                arm,
+                len(logits),
+                len(chosen),
+                seeds,
+            )
+            found[name] = Said(
+                logits.reshape(seeds, -1, classes),
+                chosen["label"].to_numpy()[: len(chosen) // seeds],
+            )
     return found
 
 
@@ -100,7 +114,9 @@ def confusions(facts: Facts, said: dict[str, Said]) -> Confusions | None:
 def _counts(said: Said, classes: int) -> np.ndarray:
     """Images by true and predicted class, mean over seeds, float64 [K, K]."""
     flat = said.labels * classes + said.logits.argmax(2)
-    return np.bincount(flat.ravel(), minlength=classes**2).reshape(classes, classes) / len(said.logits)
+    return np.bincount(flat.ravel(), minlength=classes**2).reshape(classes, classes) / len(
+        said.logits
+    )
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
@@ -112,10 +128,16 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 def _cells(counts: np.ndarray, shares: np.ndarray, tints: np.ndarray) -> list[list[Cell]]:
     known = np.isfinite(shares)
     return [
-        [Cell(float(counts[i, j]), float(shares[i, j]) if known[i, j] else None, float(tints[i, j]) if known[i, j] else 0.0)
-         for j in range(counts.shape[1])]
+        [
+            Cell(
+                float(counts[i, j]),
+                float(shares[i, j]) if known[i, j] else None,
+                float(tints[i, j]) if known[i, j] else 0.0,
+            )
+            for j in range(counts.shape[1])
+        ]
         for i in range(len(counts))
-    ]  # fmt: skip
+    ]
 
 
 def calibrations(facts: Facts, said: dict[str, Said]) -> dict[str, Calibration]:
@@ -129,7 +151,10 @@ def calibrations(facts: Facts, said: dict[str, Said]) -> dict[str, Calibration]:
         ece = np.mean([expected_calibration_error(reliability(x, s.labels)) for x in s.logits])
         brier = ((probability - truth) ** 2).sum(2).mean()
         found[arm] = Calibration(
-            bins=[ReliabilityBin(b.low, b.high, b.n / seeds, b.confidence, b.accuracy) for b in together],  # type: ignore[arg-type]
+            bins=[
+                ReliabilityBin(b.low, b.high, b.n / seeds, b.confidence, b.accuracy)
+                for b in together
+            ],  # type: ignore[arg-type]
             ece=_or_own(score(facts, arm, "test", "ece"), float(ece)),
             brier=_or_own(score(facts, arm, "test", "brier"), float(brier)),
             surplus=float(probability.max(2).mean() - (s.logits.argmax(2) == s.labels).mean()),

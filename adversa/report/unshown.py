@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from adversa import tables
 from adversa.report.evidence import Comparison
 from adversa.report.gather import Facts, columns
 from adversa.report.words import count, counted, fixed, listed, signed
+from adversa.storage import tables
 from adversa.types import ARMS
 
 WHY = {  # arm -> what it would tell
@@ -51,7 +51,9 @@ def unshown(facts: Facts, compared: list[Comparison], rounds: list[int]) -> Unsh
     return Unshown(
         comparisons=[sentence(c) for c in compared if c.word == "not shown"],
         arms=[f"{arm}: {WHY[arm]}" for arm in ARMS if arm in WHY and arm not in facts.arms],
-        small={a: text for a, arms in groups.items() if (text := _small(next(iter(arms.values()), [])))},
+        small={
+            a: text for a, arms in groups.items() if (text := _small(next(iter(arms.values()), [])))
+        },
         unknown=[str(a) for a in asked if a not in groups] if groups or asked else [],
         empty=[name for name, n in zip(facts.classes, facts.images["test"], strict=True) if not n],
         checks=checks_off(facts, painted[-1]) if painted else [],
@@ -63,13 +65,19 @@ def sentence(c: Comparison) -> str:
     parts = [f"{c.name}: {signed(c.difference)} ({signed(c.low)} to {signed(c.high)}), {c.on}."]
     if c.detectable is not None:
         where = f"With {counted(c.seeds or 1, 'seed')} and {counted(c.lesions or 0, 'lesion')}"
-        parts.append(f"{where} an effect of {fixed(c.detectable)} is found 4 times in 5; a smaller one may be there.")
+        parts.append(
+            f"{where} an effect of {fixed(c.detectable)} is found 4 times in 5; a smaller one may be there."
+        )
         if c.seeds_needed:
-            parts.append(f"An effect of {fixed(c.effect, 2)} would take {counted(c.seeds_needed, 'seed')}.")
+            parts.append(
+                f"An effect of {fixed(c.effect, 2)} would take {counted(c.seeds_needed, 'seed')}."
+            )
         elif c.seeds == 1:
             parts.append("One seed does not tell how many it would take.")
         else:
-            parts.append(f"For an effect of {fixed(c.effect, 2)} a hundred seeds are not enough: it takes more lesions.")
+            parts.append(
+                f"For an effect of {fixed(c.effect, 2)} a hundred seeds are not enough: it takes more lesions."
+            )
     return " ".join(parts)
 
 
@@ -82,6 +90,12 @@ def checks_off(facts: Facts, round_number: int) -> list[str]:
     folder = facts.run.round(round_number, "verdicts")
     rows = columns(folder, [*OFF, "agreement_most"], tables.VERDICTS)
     old = all(rows[name].null_count == len(rows) for name in rows.column_names)
-    found = [name for column, name in OFF.items() if rows[column].null_count == len(rows) and not (old and column in ALWAYS)]
+    found = [
+        name
+        for column, name in OFF.items()
+        if rows[column].null_count == len(rows) and not (old and column in ALWAYS)
+    ]
     most = pc.min(rows["agreement_most"]).as_py()
-    return found if most is not None and most < 1 else [*found, "images that are trivial to the judge"]
+    return (
+        found if most is not None and most < 1 else [*found, "images that are trivial to the judge"]
+    )

@@ -9,14 +9,18 @@ from typing import Any
 
 from markupsafe import Markup
 
-from adversa import texts
+from adversa.common import sanitize
 
 MINUS, DASH = "\u2212", "\u2013"
 
 
 def printable(value: Any) -> Any:
     """As texts.printable; what is no text, or is HTML of ours, stays as it is."""
-    return texts.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return (
+        sanitize.printable(value)
+        if isinstance(value, str) and not isinstance(value, Markup)
+        else value
+    )
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
@@ -70,12 +74,20 @@ def duration(seconds: float) -> str:
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def moment(text: str | None) -> str:
     """An ISO time as 2026-01-02 03:04 UTC."""
     try:
-        return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC") if text else "not recorded"
+        return (
+            datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+            if text
+            else "not recorded"
+        )
     except ValueError:
         return str(text)

@@ -6,10 +6,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adversa.classify.augment import ERASED, augment, colour, erase, placement, rectangles, symmetry, turn, warp
+from adversa.classify.augment import (
+    ERASED,
+    augment,
+    colour,
+    erase,
+    placement,
+    rectangles,
+    symmetry,
+    turn,
+    warp,
+)
 from adversa.config import Augment
 
-OFF = Augment(flips=False, rotate=0, zoom=0, shift=0, brightness=0, contrast=0, saturation=0, tint=0, erase=0)
+OFF = Augment(
+    flips=False, rotate=0, zoom=0, shift=0, brightness=0, contrast=0, saturation=0, tint=0, erase=0
+)
 ALL_ON = Augment(rotate=180, erase=0.5)
 
 
@@ -30,15 +42,26 @@ def test_the_generator_decides_all() -> None:
     torch.manual_seed(0)
     a = augment(x, ALL_ON, generator(1))
     torch.manual_seed(1)
-    assert torch.equal(a, augment(x, ALL_ON, generator(1))) and not torch.equal(a, augment(x, ALL_ON, generator(2)))
+    assert torch.equal(a, augment(x, ALL_ON, generator(1))) and not torch.equal(
+        a, augment(x, ALL_ON, generator(2))
+    )
 
 
-@pytest.mark.parametrize("config", [Augment(), ALL_ON, only(flips=True), only(brightness=0.9, contrast=0.9), only(erase=1.0)])
+@pytest.mark.parametrize(
+    "config",
+    [Augment(), ALL_ON, only(flips=True), only(brightness=0.9, contrast=0.9), only(erase=1.0)],
+)
 def test_shape_range_layout_and_input_kept(config: Augment) -> None:
     x = pictures()
     before = x.clone()
     y = augment(x, config, generator())
-    assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1 and torch.equal(x, before) and not torch.equal(x, y)
+    assert (
+        y.shape == x.shape
+        and y.min() >= 0
+        and y.max() <= 1
+        and torch.equal(x, before)
+        and not torch.equal(x, y)
+    )
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -51,14 +74,17 @@ def test_an_image_is_changed_alike_on_however_many_workers() -> None:
     x = pictures(9)
     whole = augment(x, ALL_ON, generator(3))
     for rows in (slice(0, 4), slice(4, 9)):
-        assert torch.allclose(augment(x[rows], ALL_ON, generator(3), 9, rows), whole[rows], atol=1e-6)
+        assert torch.allclose(
+            augment(x[rows], ALL_ON, generator(3), 9, rows), whole[rows], atol=1e-6
+        )
 
 
 def test_one_kind_does_not_move_the_draws_of_another() -> None:
     x = pictures()
     turned = augment(x, only(flips=True), generator(5))
     assert torch.equal(
-        augment(turned, only(brightness=0.3), generator(5)), augment(x, only(flips=True, brightness=0.3), generator(5))
+        augment(turned, only(brightness=0.3), generator(5)),
+        augment(x, only(flips=True, brightness=0.3), generator(5)),
     )
 
 
@@ -78,7 +104,9 @@ def test_the_resampling_does_the_symmetry_too() -> None:
     x, u = pictures(), torch.rand(4, 64, generator=generator(1))
     which = torch.arange(64) % 8
     moved = warp(x, placement(Augment(), u, None), x.shape[-1])
-    assert torch.allclose(warp(x, placement(Augment(), u, which), x.shape[-1]), turn(moved, which), atol=1e-5)
+    assert torch.allclose(
+        warp(x, placement(Augment(), u, which), x.shape[-1]), turn(moved, which), atol=1e-5
+    )
     assert torch.allclose(warp(x, placement(OFF, u, which), x.shape[-1]), turn(x, which), atol=1e-5)
 
 
@@ -87,8 +115,13 @@ def test_placement_reaches_the_strengths_asked_for() -> None:
     low, high = placement(only(rotate=90), u, None)
     assert torch.allclose(low, torch.tensor([[0.0, 1, 0], [-1, 0, 0]]), atol=1e-6)
     assert torch.allclose(high, torch.tensor([[0.0, -1, 0], [1, 0, 0]]), atol=1e-6)
-    assert placement(only(zoom=0.5), u, None)[:, 0, 0].tolist() == pytest.approx([math.exp(-0.5), math.exp(0.5)])
-    assert placement(only(shift=0.1), u, None)[:, :, 2].tolist() == [pytest.approx([-0.2] * 2), pytest.approx([0.2] * 2)]
+    assert placement(only(zoom=0.5), u, None)[:, 0, 0].tolist() == pytest.approx(
+        [math.exp(-0.5), math.exp(0.5)]
+    )
+    assert placement(only(shift=0.1), u, None)[:, :, 2].tolist() == [
+        pytest.approx([-0.2] * 2),
+        pytest.approx([0.2] * 2),
+    ]
 
 
 def test_any_angle_comes_up() -> None:
@@ -101,10 +134,15 @@ def test_any_angle_comes_up() -> None:
 
 def test_warp_keeps_a_flat_picture_and_scales_areas() -> None:
     flat = torch.full((8, 3, 16, 16), 0.3)
-    assert torch.allclose(augment(flat, only(rotate=180, zoom=0.15, shift=0.06), generator()), flat, atol=1e-5)
+    assert torch.allclose(
+        augment(flat, only(rotate=180, zoom=0.15, shift=0.06), generator()), flat, atol=1e-5
+    )
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     disc = ((x - 15.5) ** 2 + (y - 15.5) ** 2 < 64).float().expand(256, 3, 32, 32)
-    area = augment(disc, only(rotate=20, zoom=0.15, shift=0.06), generator()).mean((1, 2, 3)) / disc[0].mean()
+    area = (
+        augment(disc, only(rotate=20, zoom=0.15, shift=0.06), generator()).mean((1, 2, 3))
+        / disc[0].mean()
+    )
     assert 0.6 < area.min() < 0.85 and 1.15 < area.max() < 1.6  # exp(+-2 * 0.15)
 
 
@@ -117,7 +155,9 @@ def test_colour_is_its_steps_one_after_the_other() -> None:
     y = torch.lerp(y.mean((1, 2, 3), keepdim=True), y, 1 + config.contrast * v[4])
     y = torch.lerp(y.mean(1, keepdim=True), y, 1 + config.saturation * v[5])
     assert torch.allclose(colour(x, config, u), y, atol=1e-5)
-    assert torch.allclose(colour(x.contiguous(memory_format=torch.channels_last), config, u), y, atol=1e-5)
+    assert torch.allclose(
+        colour(x.contiguous(memory_format=torch.channels_last), config, u), y, atol=1e-5
+    )
 
 
 def test_colour_changes_each_picture_as_a_whole_within_its_strength() -> None:
@@ -127,7 +167,9 @@ def test_colour_changes_each_picture_as_a_whole_within_its_strength() -> None:
     level = y.mean((1, 2, 3))
     assert 0.425 - 1e-5 <= level.min() < 0.43 and 0.57 < level.max() <= 0.575 + 1e-5
     tinted = augment(flat, only(tint=0.04), generator())
-    assert (tinted.amax((1, 2, 3)) - tinted.amin((1, 2, 3))).max() > 0.02 and abs(tinted - 0.5).max() <= 0.02 + 1e-5
+    assert (tinted.amax((1, 2, 3)) - tinted.amin((1, 2, 3))).max() > 0.02 and abs(
+        tinted - 0.5
+    ).max() <= 0.02 + 1e-5
 
 
 def test_erasing_takes_rectangles_of_the_published_sizes_as_often_as_asked() -> None:
@@ -140,28 +182,39 @@ def test_erasing_takes_rectangles_of_the_published_sizes_as_often_as_asked() -> 
     assert share.min() > 0.8 * ERASED[0] and share.max() < 1.1 * ERASED[1]  # rounding to pixels
     assert share.mean().item() == pytest.approx(sum(ERASED) / 2, abs=0.01)
     rows, columns = gone[hit].any(2), gone[hit].any(1)
-    assert torch.equal(gone[hit], rows[:, :, None] & columns[:, None, :])  # a rectangle, and a full one
+    assert torch.equal(
+        gone[hit], rows[:, :, None] & columns[:, None, :]
+    )  # a rectangle, and a full one
     ratio = rows.sum(1) / columns.sum(1)
     assert ratio.min() < 0.4 and ratio.max() > 2.5 and ratio.min() > 0.25 and ratio.max() < 4
     everywhere = gone[hit].float().mean(0)
     assert everywhere.min() > 0 and everywhere[12:20, 12:20].mean() > everywhere[0, 0]
     inside = y[hit].flatten(2)
-    assert (inside.masked_fill(inside == 2, 0).amax(2) - inside.amin(2)).max() < 1e-6  # one colour a rectangle
+    assert (
+        inside.masked_fill(inside == 2, 0).amax(2) - inside.amin(2)
+    ).max() < 1e-6  # one colour a rectangle
     assert torch.equal(erase(x, 0.0, torch.rand(8, 4000, generator=generator())), x)
 
 
 def test_rectangles_are_half_open() -> None:
     one = torch.tensor
     mask = rectangles(one([1, 2]), one([3, 2]), one([0, 0]), one([2, 4]), 4)
-    assert mask[0, 0].int().tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]] and not mask[1].any()
+    assert (
+        mask[0, 0].int().tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+        and not mask[1].any()
+    )
 
 
 def test_a_smaller_side_shows_the_same_picture() -> None:
     """Progressive resizing: every second pixel of a smooth picture, whatever the other strengths."""
     ramp = torch.linspace(0, 1, 64)
-    x = torch.stack([ramp[None].expand(64, 64), ramp[:, None].expand(64, 64), (ramp[None] + ramp[:, None]) / 2])[None]
+    x = torch.stack(
+        [ramp[None].expand(64, 64), ramp[:, None].expand(64, 64), (ramp[None] + ramp[:, None]) / 2]
+    )[None]
     small = augment(x, OFF, generator(), side=32)
     assert small.shape == (1, 3, 32, 32)
     assert torch.allclose(small, F.avg_pool2d(x, 2), atol=1e-5)
     large, small = augment(x, Augment(), generator(3)), augment(x, Augment(), generator(3), side=48)
-    assert torch.allclose(F.interpolate(large, (48, 48), mode="bilinear", antialias=True), small, atol=0.03)
+    assert torch.allclose(
+        F.interpolate(large, (48, 48), mode="bilinear", antialias=True), small, atol=0.03
+    )

@@ -18,9 +18,13 @@ from adversa.classify.depthwise import Depthwise, fast_depthwise
 @pytest.mark.parametrize("same", [False, True])
 def test_gradients_are_the_plain_convolutions(kernel: int, stride: int, same: bool) -> None:
     torch.manual_seed(kernel * stride)
-    conv = (Conv2dSame if same else nn.Conv2d)(6, 6, kernel, stride, 0 if same else kernel // 2, groups=6, bias=False)
+    conv = (Conv2dSame if same else nn.Conv2d)(
+        6, 6, kernel, stride, 0 if same else kernel // 2, groups=6, bias=False
+    )
     fast = Depthwise(copy.deepcopy(conv), same).bfloat16()
-    x = torch.randn(3, 6, 15, 18).bfloat16().float()  # odd and even sides; what bf16 holds, so that only the arithmetic differs
+    x = (
+        torch.randn(3, 6, 15, 18).bfloat16().float()
+    )  # odd and even sides; what bf16 holds, so that only the arithmetic differs
     conv.weight.data = fast.weight.data.float()
     a, b = x.clone().requires_grad_(), x.bfloat16().requires_grad_()
     out, quick = conv(a), fast(b)
@@ -53,7 +57,9 @@ def test_a_network_keeps_its_names_and_its_answer() -> None:
     a.float().square().mean().backward()
     b.float().square().mean().backward()
     for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
-        assert torch.allclose(p.grad, q.grad, rtol=0.05, atol=0.05 * p.grad.abs().max().item()), name
+        assert torch.allclose(p.grad, q.grad, rtol=0.05, atol=0.05 * p.grad.abs().max().item()), (
+            name
+        )
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,17 @@ def test_pretrained_features_are_the_trunks_own_embedding_in_float32(weights, im
 
 
 def test_features_do_not_hang_on_chance_or_on_neighbours(weights, images):
-    space = features.Space("x", config=Classifier(model="resnet10t", model_args=SMALL, weights=str(weights)))
+    space = features.Space(
+        "x", config=Classifier(model="resnet10t", model_args=SMALL, weights=str(weights))
+    )
     before = torch.random.get_rng_state()
     first = features.make_features(space, 32)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(9)
     again = features.make_features(space, 32)
-    assert (first(images) == again(images)).all() and (first(images)[5:9] == first(images[5:9])).all()
+    assert (first(images) == again(images)).all() and (
+        first(images)[5:9] == first(images[5:9])
+    ).all()
 
 
 def test_a_timm_model_sees_images_at_its_own_size():

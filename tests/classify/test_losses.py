@@ -33,16 +33,26 @@ def test_a_mixed_target_has_the_mixed_loss() -> None:
     for name in ("cross_entropy", "logit_adjusted"):
         loss = make_loss(config(loss=name, label_smoothing=0.1), [4, 3, 2, 1], [0.4, 0.3, 0.2, 0.1])
         a, b = F.one_hot(labels, 4).float(), F.one_hot((labels + 1) % 4, 4).float()
-        assert torch.allclose(loss(logits, 0.3 * a + 0.7 * b), 0.3 * loss(logits, a) + 0.7 * loss(logits, b), atol=1e-5)
+        assert torch.allclose(
+            loss(logits, 0.3 * a + 0.7 * b),
+            0.3 * loss(logits, a) + 0.7 * loss(logits, b),
+            atol=1e-5,
+        )
 
 
 def test_logit_adjusted_is_menons_equation_10() -> None:
     # log(1 + sum over y' != y of (pi_y' / pi_y)^tau exp(f_y' - f_y))
     logits, labels = drawn()
     priors, tau = torch.tensor([0.7, 0.2, 0.09, 0.01]), 1.3
-    loss = make_loss(config(loss="logit_adjusted", adjust=tau), None, (priors * 5).tolist())  # scaled to shares
-    for f, y, found in zip(logits, labels.tolist(), loss(logits, F.one_hot(labels, 4).float()), strict=True):
-        others = sum((priors[k] / priors[y]) ** tau * torch.exp(f[k] - f[y]) for k in range(4) if k != y)
+    loss = make_loss(
+        config(loss="logit_adjusted", adjust=tau), None, (priors * 5).tolist()
+    )  # scaled to shares
+    for f, y, found in zip(
+        logits, labels.tolist(), loss(logits, F.one_hot(labels, 4).float()), strict=True
+    ):
+        others = sum(
+            (priors[k] / priors[y]) ** tau * torch.exp(f[k] - f[y]) for k in range(4) if k != y
+        )
         assert found.item() == pytest.approx(math.log(1 + others), abs=1e-5)
 
 
@@ -85,9 +95,15 @@ def test_effective_weights_by_the_formula() -> None:
     raw = np.array([(1 - beta) / (1 - beta**n) for n in counts])
     plain = np.array(counts) / sum(counts)
     as_they_come = effective_weights(counts, plain, beta)
-    assert np.allclose(as_they_come / as_they_come[0], raw / raw[0]) and plain @ as_they_come == pytest.approx(1)
-    assert np.allclose(priors * w, plain * as_they_come)  # however drawn, a class has the same share of the loss
-    assert np.allclose(priors * effective_weights(counts, priors, 0.0), plain)  # beta 0: as they come
+    assert np.allclose(
+        as_they_come / as_they_come[0], raw / raw[0]
+    ) and plain @ as_they_come == pytest.approx(1)
+    assert np.allclose(
+        priors * w, plain * as_they_come
+    )  # however drawn, a class has the same share of the loss
+    assert np.allclose(
+        priors * effective_weights(counts, priors, 0.0), plain
+    )  # beta 0: as they come
     limit = effective_weights(counts, priors, 1 - 1e-9)  # beta to 1: every class the same share
     assert np.allclose(limit * priors, 0.25, atol=1e-4)
     assert effective_weights([10, 0], [1.0, 0.0], beta).tolist() == [1.0, 0.0]

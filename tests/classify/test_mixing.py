@@ -13,7 +13,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def numbered(n: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """Image i is flat at i, target i is its own class: what a mixed row is made of can be read off both."""
-    return torch.arange(float(n))[:, None, None, None].expand(n, 3, size, size).contiguous(), torch.eye(n)
+    return torch.arange(float(n))[:, None, None, None].expand(
+        n, 3, size, size
+    ).contiguous(), torch.eye(n)
 
 
 @pytest.mark.parametrize("kinds", [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
@@ -21,7 +23,9 @@ def test_targets_keep_their_mass_and_say_what_is_in_the_image(kinds: tuple[float
     x, t = numbered(64)
     y, mixed = mix(x, t, *kinds, generator())
     assert torch.allclose(mixed.sum(1), torch.ones(64)) and mixed.min() >= 0
-    assert torch.allclose(y.mean((1, 2, 3)), mixed @ torch.arange(64.0), atol=1e-4)  # the pixels' share is the target's
+    assert torch.allclose(
+        y.mean((1, 2, 3)), mixed @ torch.arange(64.0), atol=1e-4
+    )  # the pixels' share is the target's
     rows = torch.arange(64)
     others = mixed.clone()
     others[rows, rows] = others[rows, rows ^ 1] = 0
@@ -43,7 +47,8 @@ def test_mixup_blends_and_cutmix_cuts() -> None:
 def test_of_two_kinds_each_batch_gets_one() -> None:
     x, t = numbered(8)
     spread = [
-        (y.amax((1, 2, 3)) - y.amin((1, 2, 3))).max().item() for y, _ in (mix(x, t, 1.0, 1.0, generator(s)) for s in range(60))
+        (y.amax((1, 2, 3)) - y.amin((1, 2, 3))).max().item()
+        for y, _ in (mix(x, t, 1.0, 1.0, generator(s)) for s in range(60))
     ]
     assert 15 < sum(s > 0 for s in spread) < 45
 
@@ -64,9 +69,14 @@ def test_the_workers_slices_are_the_whole_batch(kinds: tuple[float, float]) -> N
     for rows in (share_of(12, rank, world) for world in range(1, 7) for rank in range(world)):
         y, mixed = mix(x[rows], t[rows], *kinds, generator(4), 12, rows)
         assert torch.equal(y, whole[rows]) and torch.equal(mixed, targets[rows])
-    for rows, alone in ((slice(0, 5), 4), (slice(5, 12), 5)):  # cut between partners: these two stay as they are
+    for rows, alone in (
+        (slice(0, 5), 4),
+        (slice(5, 12), 5),
+    ):  # cut between partners: these two stay as they are
         y, mixed = mix(x[rows], t[rows], *kinds, generator(4), 12, rows)
-        assert torch.equal(y[alone - rows.start], x[alone]) and torch.equal(mixed[alone - rows.start], t[alone])
+        assert torch.equal(y[alone - rows.start], x[alone]) and torch.equal(
+            mixed[alone - rows.start], t[alone]
+        )
         rest = [i for i in range(rows.start, rows.stop) if i != alone]
         assert torch.equal(y[[i - rows.start for i in rest]], whole[rest])
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from adversa.classify.model import build, load, to_pixels
 from adversa.classify.score import forward, make_scorer
 from adversa.config import Classifier
+from adversa.storage.weights import save_model
 from adversa.types import UserError
-from adversa.weights import save_model
 
 TINY = Classifier(model="test_resnet")
 
@@ -25,14 +25,20 @@ def images(n: int, size: int = 32) -> np.ndarray:
 def saved(folder: Path, config: Classifier = TINY) -> Path:
     network = build(config, 5, 32)
     torch.nn.init.normal_(network.head.weight)
-    save_model(folder, network.state_dict(), {"config": config.model_dump(), "num_classes": 5, "resolution": 32})
+    save_model(
+        folder,
+        network.state_dict(),
+        {"config": config.model_dump(), "num_classes": 5, "resolution": 32},
+    )
     return folder
 
 
 def test_pixels_are_the_same_numbers_in_another_order() -> None:
     x = images(2)
     pixels = to_pixels(x)
-    assert pixels.shape == (2, 3, 32, 32) and pixels.is_contiguous(memory_format=torch.channels_last)
+    assert pixels.shape == (2, 3, 32, 32) and pixels.is_contiguous(
+        memory_format=torch.channels_last
+    )
     assert pixels[1, 2, 3, 4] == torch.tensor(x[1, 3, 4, 2] / 255, dtype=torch.float32)
     x.flags.writeable = False
     assert torch.equal(to_pixels(x), pixels)
@@ -57,22 +63,32 @@ def test_images_are_resized_to_input_size() -> None:
     assert seen == [(2, 3, 48, 48)]
 
 
-@pytest.mark.parametrize("model", ["resnet10t", "tf_efficientnet_lite0", "tf_mobilenetv3_small_minimal_100"])
+@pytest.mark.parametrize(
+    "model", ["resnet10t", "tf_efficientnet_lite0", "tf_mobilenetv3_small_minimal_100"]
+)
 def test_resizing_is_the_models_own_interpolation(model: str) -> None:
     network = build(Classifier(model=model, model_args={}, input_size=64), 3, 48).eval()
     mode = timm.data.resolve_model_data_config(network.trunk)["interpolation"]
     pixels, seen = to_pixels(images(2, 48)), []
     network.trunk.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     network(pixels)
-    resized = torch.nn.functional.interpolate(pixels, (64, 64), mode=mode, antialias=True).clamp(0, 1)
-    assert mode in ("bicubic", "bilinear") and torch.allclose(seen[0], (resized - network.mean) / network.std, atol=1e-6)
+    resized = torch.nn.functional.interpolate(pixels, (64, 64), mode=mode, antialias=True).clamp(
+        0, 1
+    )
+    assert mode in ("bicubic", "bilinear") and torch.allclose(
+        seen[0], (resized - network.mean) / network.std, atol=1e-6
+    )
 
 
 def test_an_image_scores_the_same_whatever_its_neighbours(tmp_path: Path) -> None:
     x = images(70)
     score = make_scorer(saved(tmp_path), embed=True)
     logits, embedding = score(x)
-    assert logits.shape == (70, 5) and logits.dtype == embedding.dtype == np.float32 and embedding.shape[1] > 5
+    assert (
+        logits.shape == (70, 5)
+        and logits.dtype == embedding.dtype == np.float32
+        and embedding.shape[1] > 5
+    )
     order = np.random.default_rng(1).permutation(70)
     assert (score(x[order])[0] == logits[order]).all()
     assert (np.concatenate([score(x[i : i + 1])[0] for i in range(5)]) == logits[:5]).all()
@@ -93,7 +109,9 @@ def test_the_network_only_ever_sees_batches_of_one_shape() -> None:
 @pytest.mark.parametrize("views", [1, 2, 4, 8])
 def test_views_average_over_the_symmetries(tmp_path: Path, views: int) -> None:
     x = images(5)
-    score = make_scorer(saved(tmp_path, TINY.model_copy(update={"views": views, "amp": False})), embed=True)
+    score = make_scorer(
+        saved(tmp_path, TINY.model_copy(update={"views": views, "amp": False})), embed=True
+    )
     network, *_ = load(tmp_path)
     mirrored = [x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]]
     seen = [*mirrored, *(m.swapaxes(1, 2) for m in mirrored)][:views]
@@ -143,8 +161,14 @@ def test_building_leaves_batchnorm_and_mode_alone() -> None:
     [
         ({"model": "resnet18x"}, "no timm model; did you mean .*resnet18"),
         ({"model_args": {"no_such": 1}}, "model_args.*no_such"),
-        ({"model_args": {"pretrained": True}}, "model_args pretrained: weights are given as classifier.weights"),
-        ({"model_args": {"checkpoint_path": "/x.pth"}}, "model_args checkpoint_path: weights are given as classifier.weights"),
+        (
+            {"model_args": {"pretrained": True}},
+            "model_args pretrained: weights are given as classifier.weights",
+        ),
+        (
+            {"model_args": {"checkpoint_path": "/x.pth"}},
+            "model_args checkpoint_path: weights are given as classifier.weights",
+        ),
         ({"model": "vit_tiny_patch16_224"}, "32 px .*classifier.input_size"),
         ({"input_size": 16}, "shrinks images of 16 px to one pixel"),
         ({"weights": "/nowhere/x.safetensors"}, "/nowhere/x.safetensors: no readable"),
@@ -157,9 +181,14 @@ def test_what_cannot_be_built(settings: dict[str, object], message: str) -> None
 
 
 def test_the_default_arguments_are_the_default_models_own() -> None:
-    assert Classifier().model_args and Classifier(model="resnet10t").model_args == Classifier().model_args
+    assert (
+        Classifier().model_args
+        and Classifier(model="resnet10t").model_args == Classifier().model_args
+    )
     assert Classifier(model="test_resnet").model_args == {}
-    assert Classifier(model="resnet18", model_args={"layers": [1, 1, 1, 1]}).model_args == {"layers": [1, 1, 1, 1]}
+    assert Classifier(model="resnet18", model_args={"layers": [1, 1, 1, 1]}).model_args == {
+        "layers": [1, 1, 1, 1]
+    }
     network = build(Classifier(), 3, 32)
     assert sum(p.numel() for p in network.parameters()) < 1.5e6 and network.head.in_features == 256
 
@@ -177,7 +206,9 @@ def test_a_folder_of_a_trained_classifier_gives_its_trunk(tmp_path: Path) -> Non
     source = build(TINY, 5, 32)
     save_model(tmp_path, source.state_dict(), {"kind": "classifier"})
     network = build(TINY.model_copy(update={"weights": str(tmp_path)}), 3, 32)
-    assert all(torch.equal(v, source.trunk.state_dict()[k]) for k, v in network.trunk.state_dict().items())
+    assert all(
+        torch.equal(v, source.trunk.state_dict()[k]) for k, v in network.trunk.state_dict().items()
+    )
     assert network.head.out_features == 3
     save_model(tmp_path, {"net.x": torch.zeros(1)}, {"kind": "denoiser"})
     with pytest.raises(UserError, match="holds no classifier"):
@@ -205,7 +236,9 @@ def test_weights_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -
         return create(name, **more)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match="from the hub .no route to host.; give a local safetensors file"):
+    with pytest.raises(
+        UserError, match="from the hub .no route to host.; give a local safetensors file"
+    ):
         build(TINY.model_copy(update={"weights": "imagenet"}), 3, 32)
 
 
@@ -224,8 +257,13 @@ def test_a_hub_that_cannot_be_reached_is_told_in_one_line(
             raise OSError("a text that misleads") from e
 
     monkeypatch.setattr(timm, "create_model", offline)
-    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)  # so that caplog would see it
-    with pytest.raises(UserError, match="from the hub .it cannot be reached from here.; give a local safetensors file"):
+    monkeypatch.setattr(
+        logging.getLogger("huggingface_hub"), "propagate", True
+    )  # so that caplog would see it
+    with pytest.raises(
+        UserError,
+        match="from the hub .it cannot be reached from here.; give a local safetensors file",
+    ):
         build(TINY.model_copy(update={"weights": "imagenet"}), 3, 32)
     assert "Retrying" not in caplog.text
 
@@ -236,7 +274,10 @@ def test_imagenet_weights_of_a_file_are_the_trunks(imagenet_weights: Path) -> No
     state = load_file(imagenet_weights)
     trunk = network.trunk.state_dict()
     assert len(trunk) > 200 and all(torch.equal(v, state[k]) for k, v in trunk.items())
-    assert set(state) - set(trunk) == {"classifier.weight", "classifier.bias"}  # the old head, and nothing else
+    assert set(state) - set(trunk) == {
+        "classifier.weight",
+        "classifier.bias",
+    }  # the old head, and nothing else
     assert network.head.weight.shape == (7, state["classifier.weight"].shape[1])
     logits, _ = forward(network.eval(), images(2, 64), True)
     assert np.isfinite(logits).all()

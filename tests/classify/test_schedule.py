@@ -7,11 +7,20 @@ import timm
 import torch
 
 from adversa.classify.model import build
-from adversa.classify.schedule import evaluation_steps, learning_rate, parameter_groups, set_rates, thaw, training_side
+from adversa.classify.schedule import (
+    evaluation_steps,
+    learning_rate,
+    parameter_groups,
+    set_rates,
+    thaw,
+    training_side,
+)
 from adversa.config import Classifier
 
 
-def scales(model: str, decay: float, size: int = 64) -> tuple[torch.nn.Module, dict[str, tuple[float, float]]]:
+def scales(
+    model: str, decay: float, size: int = 64
+) -> tuple[torch.nn.Module, dict[str, tuple[float, float]]]:
     """(network, parameter name -> (its part of the rate, its weight decay))."""
     config = Classifier(model=model, layer_decay=decay, weight_decay=0.1)
     network = build(config, 3, size)
@@ -27,7 +36,9 @@ def test_schedule() -> None:
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[-1] == pytest.approx(0.01)
     assert all(a > b for a, b in pairwise(rates[9:]))
     assert rates[54] == pytest.approx((1 + 0.01) / 2)
-    assert learning_rate(1, config.model_copy(update={"warmup": 0.0})) == pytest.approx(1.0, abs=1e-3)
+    assert learning_rate(1, config.model_copy(update={"warmup": 0.0})) == pytest.approx(
+        1.0, abs=1e-3
+    )
 
 
 def test_evaluations_are_even_and_include_the_last_step() -> None:
@@ -37,7 +48,9 @@ def test_evaluations_are_even_and_include_the_last_step() -> None:
 
 def test_a_thawed_trunk_warms_up_anew() -> None:
     config = Classifier(steps=100, warmup=0.1, head_steps=20)
-    assert [thaw(s, config) for s in (1, 20, 21, 25, 30, 31)] == pytest.approx([0, 0, 0.1, 0.5, 1, 1])
+    assert [thaw(s, config) for s in (1, 20, 21, 25, 30, 31)] == pytest.approx(
+        [0, 0, 0.1, 0.5, 1, 1]
+    )
     assert thaw(1, config.model_copy(update={"head_steps": 0})) == 1
 
 
@@ -73,12 +86,27 @@ def test_what_a_model_fixes_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_rates_are_the_schedule_times_the_groups_scale() -> None:
-    config = Classifier(model="test_resnet", layer_decay=0.5, steps=10, warmup=0.2, lr=0.1, head_steps=4)
+    config = Classifier(
+        model="test_resnet", layer_decay=0.5, steps=10, warmup=0.2, lr=0.1, head_steps=4
+    )
     network = build(config, 3, 32)
     optimizer = torch.optim.AdamW(parameter_groups(network, config), lr=config.lr)
-    layers = max(timm.models.group_parameters(network.trunk, network.trunk.group_matcher(), reverse=True).values()) + 1
-    stem = next(g for g in optimizer.param_groups if any(p is network.trunk.conv1[0].weight for p in g["params"]))
-    head = next(g for g in optimizer.param_groups if any(p is network.head.weight for p in g["params"]))
+    layers = (
+        max(
+            timm.models.group_parameters(
+                network.trunk, network.trunk.group_matcher(), reverse=True
+            ).values()
+        )
+        + 1
+    )
+    stem = next(
+        g
+        for g in optimizer.param_groups
+        if any(p is network.trunk.conv1[0].weight for p in g["params"])
+    )
+    head = next(
+        g for g in optimizer.param_groups if any(p is network.head.weight for p in g["params"])
+    )
     for step, part in ((3, 0.0), (5, 0.5), (9, 1.0)):
         set_rates(optimizer, step, config)
         assert head["lr"] == learning_rate(step, config)
@@ -88,9 +116,16 @@ def test_rates_are_the_schedule_times_the_groups_scale() -> None:
 def test_training_images_grow_to_the_full_side() -> None:
     config = Classifier(steps=100, first_size=64)
     sides = [training_side(step, config, 128) for step in range(1, 101)]
-    assert sides[0] == 64 and sides[70] == 128 and set(sides) == {64, 80, 96, 112, 128} and sides == sorted(sides)
+    assert (
+        sides[0] == 64
+        and sides[70] == 128
+        and set(sides) == {64, 80, 96, 112, 128}
+        and sides == sorted(sides)
+    )
     config = Classifier(steps=100, first_size=64, input_size=96)
     assert {training_side(step, config, 64) for step in range(1, 101)} == {64, 80, 96}
     assert {training_side(step, Classifier(steps=100), 128) for step in (1, 50, 100)} == {128}
     config = Classifier(steps=100, first_size=64)
-    assert max(training_side(step, config, 100) for step in range(1, 101)) == 100  # not above the resolution by rounding
+    assert (
+        max(training_side(step, config, 100) for step in range(1, 101)) == 100
+    )  # not above the resolution by rounding

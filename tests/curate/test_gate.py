@@ -21,18 +21,36 @@ GOOD = [0.2, 0.7, 0.1]
 
 K = 3
 LIMITS = Limits(
-    near_copy=0.4, least_agreement=0.2, most_agreement=0.9, realism=(1.5, 2.0, 1.0), realism_2=(3.0, 3.0, 3.0),
-    near_copy_features=0.95, twin=0.5, quota=2,
-)  # fmt: skip
+    near_copy=0.4,
+    least_agreement=0.2,
+    most_agreement=0.9,
+    realism=(1.5, 2.0, 1.0),
+    realism_2=(3.0, 3.0, 3.0),
+    near_copy_features=0.95,
+    twin=0.5,
+    quota=2,
+)
 
 
 def painted(n: int = 1, **changes: object) -> Painted:
     images = np.random.default_rng(0).integers(60, 200, (n, 8, 8, 3), dtype=np.uint8)
     good = Painted(
-        [f"q{i:02d}" for i in range(n)], ["guided"] * n, [1] * n, ["vary"] * n, [f"e{i}" for i in range(n)], [True] * n,
-        [None] * n, images, np.tile(GOOD, (n, 1)), np.full(n, 1.0), np.full(n, 2.0), np.full(n, 0.1), ["real"] * n,
-        np.full(n, 0.5), ["real2"] * n,
-    )  # fmt: skip
+        [f"q{i:02d}" for i in range(n)],
+        ["guided"] * n,
+        [1] * n,
+        ["vary"] * n,
+        [f"e{i}" for i in range(n)],
+        [True] * n,
+        [None] * n,
+        images,
+        np.tile(GOOD, (n, 1)),
+        np.full(n, 1.0),
+        np.full(n, 2.0),
+        np.full(n, 0.1),
+        ["real"] * n,
+        np.full(n, 0.5),
+        ["real2"] * n,
+    )
     return replace(good, **changes)
 
 
@@ -43,16 +61,36 @@ def entered(p: Painted, limits: Limits = LIMITS) -> list[Verdict]:
 def test_a_finding_has_every_number_and_limit() -> None:
     (f,) = entered(painted())
     assert f.keep and f.reason == "kept"
-    got = (f.agreement, f.agreement_least, f.agreement_most, f.realism, f.realism_limit, f.realism_2, f.realism_2_limit)
+    got = (
+        f.agreement,
+        f.agreement_least,
+        f.agreement_most,
+        f.realism,
+        f.realism_limit,
+        f.realism_2,
+        f.realism_2_limit,
+    )
     assert got == pytest.approx((0.7, 0.2, 0.9, 1.0, 2.0, 2.0, 3.0))
     assert (f.nearest, f.similarity, f.similarity_limit) == ("real", 0.1, 0.4)
     assert (f.nearest_2, f.similarity_2, f.similarity_2_limit) == ("real2", 0.5, 0.95)
-    assert (f.contrast_limit, f.clipped, f.clipped_limit, f.twin_limit, f.place, f.quota) == (2.0, 0.0, 0.5, 0.5, 1, 2)
+    assert (f.contrast_limit, f.clipped, f.clipped_limit, f.twin_limit, f.place, f.quota) == (
+        2.0,
+        0.0,
+        0.5,
+        0.5,
+        1,
+        2,
+    )
     assert f.contrast == pytest.approx(painted().images[0].mean(axis=2).std())
 
 
 NAN = float("nan")
-HALVES = np.where(np.arange(8)[None, :, None, None] < 4, 255, 0).repeat(8, 2).repeat(3, 3).astype(np.uint8)
+HALVES = (
+    np.where(np.arange(8)[None, :, None, None] < 4, 255, 0)
+    .repeat(8, 2)
+    .repeat(3, 3)
+    .astype(np.uint8)
+)
 FAILING = [
     ({"faults": ["out of memory"]}, "not painted"),
     ({"finite": [False]}, "not finite"),
@@ -73,7 +111,7 @@ FAILING = [
     ({"similarity": None, "nearest": None}, "near copy"),
     ({"similarity_2": np.array([0.95])}, "near copy in features"),
     ({"similarity_2": None, "nearest_2": None}, "near copy in features"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "reason"), FAILING)
@@ -93,13 +131,21 @@ def test_the_first_check_that_fails_is_the_reason() -> None:
 
 
 def test_limits_of_realism_are_the_class_s() -> None:
-    p = painted(3, labels=[0, 1, 2], probs=np.full((3, K), 1 / 3), ratio=np.full(3, 1.2), strategies=["vary"] * 3)
+    p = painted(
+        3,
+        labels=[0, 1, 2],
+        probs=np.full((3, K), 1 / 3),
+        ratio=np.full(3, 1.2),
+        strategies=["vary"] * 3,
+    )
     assert [f.reason for f in entered(p)] == ["kept", "kept", "unlike real images"]
 
 
 def test_a_check_that_is_off_rejects_nothing_but_a_limit_that_is_no_number_stops() -> None:
     bare = Limits(near_copy=None, contrast=None, clipped=None)
-    nothing = painted(ratio=None, ratio_2=None, similarity=None, nearest=None, similarity_2=None, nearest_2=None)
+    nothing = painted(
+        ratio=None, ratio_2=None, similarity=None, nearest=None, similarity_2=None, nearest_2=None
+    )
     assert entered(nothing, bare)[0].keep
     for name in ("near_copy", "least_agreement", "twin", "contrast"):
         with pytest.raises(AssertionError):
@@ -134,8 +180,21 @@ def test_a_rejected_picture_is_nobody_s_twin_and_takes_no_place() -> None:
 
 
 def test_quota_is_of_a_source_in_an_arm() -> None:
-    p = painted(8, sources=["e"] * 4 + ["f", None, None, None], arms=["guided", "guided", "guided", "replay"] + ["guided"] * 4)
-    assert [f.reason for f in entered(p)] == ["kept", "kept", "over quota", "kept", "kept", "kept", "kept", "kept"]
+    p = painted(
+        8,
+        sources=["e"] * 4 + ["f", None, None, None],
+        arms=["guided", "guided", "guided", "replay"] + ["guided"] * 4,
+    )
+    assert [f.reason for f in entered(p)] == [
+        "kept",
+        "kept",
+        "over quota",
+        "kept",
+        "kept",
+        "kept",
+        "kept",
+        "kept",
+    ]
 
 
 def test_order_and_parts_make_no_difference() -> None:
@@ -143,7 +202,11 @@ def test_order_and_parts_make_no_difference() -> None:
     n = 60
     probs = rng.dirichlet(np.ones(K), n)
     p = painted(
-        n, probs=probs, similarity=rng.uniform(0, 0.5, n), ratio=rng.uniform(0, 2.4, n), sources=[f"e{i % 7}" for i in range(n)]
+        n,
+        probs=probs,
+        similarity=rng.uniform(0, 0.5, n),
+        ratio=rng.uniform(0, 2.4, n),
+        sources=[f"e{i % 7}" for i in range(n)],
     )
     twins = [(f"q{a:02d}", f"q{b:02d}", 0.7) for a, b in rng.choice(n, (30, 2)) if a != b]
     whole = settle(inspect(p, LIMITS), p.request_ids, twins, LIMITS)
@@ -153,8 +216,15 @@ def test_order_and_parts_make_no_difference() -> None:
     def rows(x: object, take: np.ndarray) -> object:
         return x[take] if isinstance(x, np.ndarray) else [x[i] for i in take]
 
-    parts = [Painted(*(rows(x, take) for x in vars(p).values())) for take in np.array_split(order, 4)]
-    again = settle([f for part in parts for f in inspect(part, LIMITS)], order_ids(p, order), twins[::-1], LIMITS)
+    parts = [
+        Painted(*(rows(x, take) for x in vars(p).values())) for take in np.array_split(order, 4)
+    ]
+    again = settle(
+        [f for part in parts for f in inspect(part, LIMITS)],
+        order_ids(p, order),
+        twins[::-1],
+        LIMITS,
+    )
     assert sorted(map(repr, again)) == sorted(map(repr, whole))
 
 
@@ -163,7 +233,12 @@ def order_ids(p: Painted, order: np.ndarray) -> list[str]:
 
 
 def test_acceptance_counts_every_image_once() -> None:
-    p = painted(4, similarity=np.array([0.1, 0.1, 0.9, 0.1]), finite=[True, True, True, False], labels=[1, 1, 1, 0])
+    p = painted(
+        4,
+        similarity=np.array([0.1, 0.1, 0.9, 0.1]),
+        finite=[True, True, True, False],
+        labels=[1, 1, 1, 0],
+    )
     assert acceptance(entered(p), ["a", "b", "c"]) == {
         "guided": {
             "a": {"generated": 1, "accepted": 0, "rejected": {"not finite": 1}},
@@ -179,7 +254,12 @@ def test_rows_must_match() -> None:
 
 
 def test_acceptance_by_arm_class_strategy_and_reason() -> None:
-    p = painted(4, strategies=["vary", "sample", "vary", "vary"], similarity=np.array([0.1, 0.1, 0.9, 0.1]), labels=[1, 1, 1, 0])
+    p = painted(
+        4,
+        strategies=["vary", "sample", "vary", "vary"],
+        similarity=np.array([0.1, 0.1, 0.9, 0.1]),
+        labels=[1, 1, 1, 0],
+    )
     assert acceptance_by_strategy(entered(p), ["a", "b", "c"]) == {
         "guided": {
             "a": {"vary": {"generated": 1, "accepted": 1, "rejected": {}}},

@@ -22,7 +22,12 @@ def pictures(n: int, side: int = 32, seed: int = 0) -> np.ndarray:
     """Smooth random pictures, about as alike as photographs of different things."""
     random = np.random.default_rng(seed)
     coarse = random.integers(30, 220, (n, 6, 6, 3), dtype=np.uint8)
-    return np.stack([np.asarray(Image.fromarray(c).resize((side, side), Image.Resampling.BILINEAR)) for c in coarse])
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(c).resize((side, side), Image.Resampling.BILINEAR))
+            for c in coarse
+        ]
+    )
 
 
 def names(n: int) -> list[str]:
@@ -41,7 +46,10 @@ def halves(phantoms) -> tuple[NearCopy, float, np.ndarray, np.ndarray]:
     """(index of about 3/4 of the lesions, its threshold, the pictures indexed, those of the other lesions)."""
     lesions, images = phantoms
     held = np.array([int(digest("held", g), 16) % 4 == 0 for g in lesions])
-    ids, groups = names(int((~held).sum())), [g for g, h in zip(lesions, held, strict=True) if not h]
+    ids, groups = (
+        names(int((~held).sum())),
+        [g for g, h in zip(lesions, held, strict=True) if not h],
+    )
     index = NearCopy(ids, images[~held])
     return index, index.threshold(ids, groups, 0.995), images[~held], images[held]
 
@@ -59,7 +67,9 @@ def test_planted_copies_of_phantoms_are_caught(halves, kind: str) -> None:
 def test_other_lesions_of_phantoms_are_not_flagged(halves) -> None:
     index, threshold, _, other = halves
     similarity, _ = index.nearest(other)
-    assert len(other) > 100 and np.sum(similarity >= threshold) <= 4  # 1% of 125 and three standard deviations
+    assert (
+        len(other) > 100 and np.sum(similarity >= threshold) <= 4
+    )  # 1% of 125 and three standard deviations
 
 
 def test_copies_of_two_kinds_at_once_are_caught(halves) -> None:
@@ -85,12 +95,19 @@ def test_the_planted_kinds_are_what_they_say() -> None:
     moved = plant(np.stack([one] * 200), "shifted")
     assert max(np.abs(m[8:-8, 8:-8].astype(int) - one[8:-8, 8:-8]).max() for m in moved) > 0
     assert all(
-        any((m[4:-4, 4:-4] == one[4 + y : 36 + y, 4 + x : 36 + x]).all() for y in range(-3, 4) for x in range(-3, 4)) for m in moved
+        any(
+            (m[4:-4, 4:-4] == one[4 + y : 36 + y, 4 + x : 36 + x]).all()
+            for y in range(-3, 4)
+            for x in range(-3, 4)
+        )
+        for m in moved
     )
 
 
 def test_area_average_is_the_mean_of_each_cell() -> None:
-    np.testing.assert_allclose(win.area_average(64) @ np.arange(64), np.arange(64).reshape(32, 2).mean(axis=1))
+    np.testing.assert_allclose(
+        win.area_average(64) @ np.arange(64), np.arange(64).reshape(32, 2).mean(axis=1)
+    )
     for size in (32, 48, 40, 150, 7):
         np.testing.assert_allclose(win.area_average(size).sum(axis=1), 1, rtol=1e-6)
     # 48 pixels: the first cell is pixel 0 and half of pixel 1
@@ -102,14 +119,19 @@ def test_a_window_moved_sees_the_picture_moved() -> None:
     middle = win.window(1, 0)
     moved = np.roll(x, (2, -1), axis=(2, 3))  # what was at row i is at row i + 2
     np.testing.assert_allclose(
-        win.coefficients(moved, win.window(1, 2), win.window(1, -1)), win.coefficients(x, middle, middle), atol=1e-3
+        win.coefficients(moved, win.window(1, 2), win.window(1, -1)),
+        win.coefficients(x, middle, middle),
+        atol=1e-3,
     )
     # The window's own numbers are the orthonormal DCT of its 26 x 26 pixels: all of them would have the pixels' power.
     low = np.cos(np.pi * 2 * (np.arange(26) + 0.5) / 26)
     wave = np.zeros((1, 3, 32, 32), np.float32)
     wave[0, 0, 3:29, 3:29] = np.outer(np.ones(26), low)
     c = win.coefficients(wave, middle, middle)[0]
-    assert np.abs(c).max() == pytest.approx(np.sqrt((low**2).sum() * 26), rel=1e-5) and np.sum(np.abs(c) > 1e-4) == 1
+    assert (
+        np.abs(c).max() == pytest.approx(np.sqrt((low**2).sum() * 26), rel=1e-5)
+        and np.sum(np.abs(c) > 1e-4) == 1
+    )
 
 
 def test_evidence_is_the_log_ratio_of_the_two_densities(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +143,10 @@ def test_evidence_is_the_log_ratio_of_the_two_densities(monkeypatch: pytest.Monk
     real = rng.normal(0, np.sqrt(signal))
     query = 1.2 * real + rng.normal(0, np.sqrt(noise))
     gain = (query * real / noise).sum() / (real**2 / noise).sum()
-    expected = norm.logpdf(query, gain * real, np.sqrt(noise)).sum() - norm.logpdf(query, 0, np.sqrt(signal + noise)).sum()
+    expected = (
+        norm.logpdf(query, gain * real, np.sqrt(noise)).sum()
+        - norm.logpdf(query, 0, np.sqrt(signal + noise)).sum()
+    )
     value, residue = win.evidence(query[None], real[None], signal, noise)
     assert value[0] == pytest.approx(expected, rel=1e-9) and gain == pytest.approx(1.2, abs=0.02)
     assert residue[0] == pytest.approx(np.sqrt(((query - gain * real) ** 2).sum() / 26**2 / 3))
@@ -132,7 +157,9 @@ def test_evidence_is_the_log_ratio_of_the_two_densities(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("side", [32, 24, 40])
 def test_exact_copies_have_similarity_one_at_any_size(side: int) -> None:
     real = pictures(60, side)
-    similarity, nearest = NearCopy(names(60), real).nearest(np.stack([np.rot90(real[i], i % 4) for i in range(20)]))
+    similarity, nearest = NearCopy(names(60), real).nearest(
+        np.stack([np.rot90(real[i], i % 4) for i in range(20)])
+    )
     assert nearest == names(20) and (similarity == 1).all()
 
 
@@ -179,8 +206,12 @@ def test_pictures_of_the_same_lesion_do_not_set_the_threshold() -> None:
     ids = names(120)
     found = NearCopy(ids, twins)
     assert found.threshold(ids, [f"g{i % 60}" for i in range(120)], 0.99) < 0.6
-    assert found.threshold(ids, ids, 0.99) == LARGEST_THRESHOLD  # every picture has its twin in another group
-    assert found.threshold(ids, ["g"] * 120, 0.99) == LARGEST_THRESHOLD  # no pair of different lesions
+    assert (
+        found.threshold(ids, ids, 0.99) == LARGEST_THRESHOLD
+    )  # every picture has its twin in another group
+    assert (
+        found.threshold(ids, ["g"] * 120, 0.99) == LARGEST_THRESHOLD
+    )  # no pair of different lesions
 
 
 def test_pairs_are_the_near_copies_within(halves) -> None:
@@ -234,7 +265,9 @@ def ham(path: Path, count: int) -> tuple[list[str], list[str], np.ndarray]:
         images = []
         for row in rows:
             image = Image.open(io.BytesIO(archive.read(member[row["image_id"]])))
-            images.append(np.asarray(image.crop((25, 0, 175, 150)).resize((32, 32), Image.Resampling.BOX)))
+            images.append(
+                np.asarray(image.crop((25, 0, 175, 150)).resize((32, 32), Image.Resampling.BOX))
+            )
     return [r["image_id"] for r in rows], [r["lesion_id"] for r in rows], np.stack(images)
 
 
@@ -250,8 +283,15 @@ def test_real_lesions_are_flagged_at_the_stated_rate_and_copies_caught(ham_zip: 
     for quantile in (0.995, 0.95):
         threshold = found.threshold([ids[i] for i in known], [lesions[i] for i in known], quantile)
         rate, expected = np.mean(similarity >= threshold), 1 - quantile
-        assert abs(rate - expected) < 4 * np.sqrt(expected * quantile / len(fresh)), (rate, threshold)
-    threshold = found.threshold([ids[i] for i in known], [lesions[i] for i in known], 0.993)  # the default
+        assert abs(rate - expected) < 4 * np.sqrt(expected * quantile / len(fresh)), (
+            rate,
+            threshold,
+        )
+    threshold = found.threshold(
+        [ids[i] for i in known], [lesions[i] for i in known], 0.993
+    )  # the default
     for kind in KINDS:
         similarity, _ = found.nearest(plant(images[known[:300]], kind))
-        assert np.mean(similarity >= threshold) >= 0.985, kind  # 99% and a standard deviation of 300
+        assert np.mean(similarity >= threshold) >= 0.985, (
+            kind
+        )  # 99% and a standard deviation of 300

@@ -13,7 +13,9 @@ def cloud(n: int, seed: int, width: float = 1.0) -> np.ndarray:
 def test_ratio_is_the_paper_s_by_hand() -> None:
     # On a line, third neighbours: radii 3, 2, 2, 3, 90; median 3: the outlier's ball is left out.
     found = Manifold(np.array([[0.0], [1], [2], [3], [93]]), list("abcde"), 3)
-    np.testing.assert_allclose(found.ratio(np.array([[1.5], [5.0], [93.0]])), [0.25, 2 / 3, 30.0], rtol=1e-4)
+    np.testing.assert_allclose(
+        found.ratio(np.array([[1.5], [5.0], [93.0]])), [0.25, 2 / 3, 30.0], rtol=1e-4
+    )
 
 
 def test_a_lesion_s_own_pictures_do_not_make_its_ball_small() -> None:
@@ -48,7 +50,9 @@ def test_order_makes_no_difference() -> None:
     x, p = cloud(200, 0), np.random.default_rng(0).permutation(200)
     groups = [f"g{i // 2}" for i in range(200)]
     q = cloud(30, 5)
-    np.testing.assert_allclose(Manifold(x, groups).ratio(q), Manifold(x[p], [groups[i] for i in p]).ratio(q), atol=2e-5)
+    np.testing.assert_allclose(
+        Manifold(x, groups).ratio(q), Manifold(x[p], [groups[i] for i in p]).ratio(q), atol=2e-5
+    )
 
 
 def test_too_few_lesions_say_so() -> None:

@@ -18,13 +18,24 @@ def decode(data, mask=None, tmp=None, **config):
     path.write_bytes(data)
     if mask is not None:
         (tmp / "m").write_bytes(mask)
-    record = Record("", "x", f"file:{path}", "a", "g", mask_uri=f"file:{tmp / 'm'}" if mask is not None else None)
+    record = Record(
+        "",
+        "x",
+        f"file:{path}",
+        "a",
+        "g",
+        mask_uri=f"file:{tmp / 'm'}" if mask is not None else None,
+    )
     settings = dict(source="csv", path="x", resolution=16) | config
     return images.make_decoder(Data(**settings), ["a"])([record])[0]
 
 
 def encoded(array_or_image, kind="PNG", **options):
-    image = array_or_image if isinstance(array_or_image, Image.Image) else Image.fromarray(array_or_image)
+    image = (
+        array_or_image
+        if isinstance(array_or_image, Image.Image)
+        else Image.fromarray(array_or_image)
+    )
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -34,10 +45,17 @@ def bomb():
     """A PNG of 60,000 x 60,000 pixels in a few bytes."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 PHOTO = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -109,15 +127,21 @@ def test_exif_orientation(tmp_path):
     upright[:10] = 200
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to show
-    turned = decode(encoded(np.rot90(upright).copy(), "JPEG", quality=95, exif=exif), tmp=tmp_path).image
+    turned = decode(
+        encoded(np.rot90(upright).copy(), "JPEG", quality=95, exif=exif), tmp=tmp_path
+    ).image
     plain = decode(encoded(upright, "JPEG", quality=95), tmp=tmp_path).image
-    assert np.abs(turned.astype(int) - plain).mean() < 3 and plain[0].mean() > 150 > plain[-1].mean()
+    assert (
+        np.abs(turned.astype(int) - plain).mean() < 3 and plain[0].mean() > 150 > plain[-1].mean()
+    )
 
 
 def test_crop_policies(tmp_path):
     wide = np.zeros((32, 64, 3), np.uint8)
     wide[:, :12] = 255  # outside the central square
-    centre, pad, squash = (decode(encoded(wide), tmp=tmp_path, crop=c).image for c in ("center", "pad", "squash"))
+    centre, pad, squash = (
+        decode(encoded(wide), tmp=tmp_path, crop=c).image for c in ("center", "pad", "squash")
+    )
     assert centre.max() <= 1
     assert pad[:3].max() == 0 and pad[8, 0].min() > 240 and pad[8, -1].max() < 5
     assert (squash[:, 0] > 250).all() and (squash[:, 5:] < 10).all()
@@ -135,16 +159,28 @@ def test_masks_stay_binary_and_follow_the_crop(tmp_path):
     got = decode(encoded(picture), encoded(picture[..., 0]), tmp=tmp_path)
     assert set(np.unique(got.mask)) == {0, 255}
     assert ((got.image[..., 0] > 127) == (got.mask == 255)).mean() > 0.95
-    small = decode(encoded(picture), encoded(picture[::2, ::2, 0].copy()), tmp=tmp_path)  # a mask of another size
+    small = decode(
+        encoded(picture), encoded(picture[::2, ::2, 0].copy()), tmp=tmp_path
+    )  # a mask of another size
     assert (small.mask == got.mask).mean() > 0.9
-    ones = decode(encoded(picture), encoded(picture[..., 0] // 255), tmp=tmp_path)  # 0 and 1 in place of 0 and 255
+    ones = decode(
+        encoded(picture), encoded(picture[..., 0] // 255), tmp=tmp_path
+    )  # 0 and 1 in place of 0 and 255
     assert np.array_equal(ones.mask, got.mask)
-    other = decode(encoded(picture), encoded(picture[:, :20, 0].copy()), tmp=tmp_path, on_error="skip")
-    assert other.problem == "its mask has 20 x 40 pixels, the picture 60 x 40: no size of the same picture"
+    other = decode(
+        encoded(picture), encoded(picture[:, :20, 0].copy()), tmp=tmp_path, on_error="skip"
+    )
+    assert (
+        other.problem
+        == "its mask has 20 x 40 pixels, the picture 60 x 40: no size of the same picture"
+    )
 
 
 def test_ids_come_from_pixels(tmp_path):
-    a, b = decode(encoded(PHOTO), tmp=tmp_path), decode(encoded(PHOTO, "BMP"), tmp=tmp_path, crop="pad", resolution=32)
+    a, b = (
+        decode(encoded(PHOTO), tmp=tmp_path),
+        decode(encoded(PHOTO, "BMP"), tmp=tmp_path, crop="pad", resolution=32),
+    )
     assert a.id == b.id and a.phash == b.phash and len(a.id) == 32
     other = PHOTO.copy()
     other[0, 0, 0] ^= 1
@@ -170,7 +206,9 @@ def test_phantom_decodes_with_its_attributes():
     listing = sources.list_records(config)
     got = images.make_decoder(config, listing.classes)(listing.records[:3])
     assert all(d.image.shape == (24, 24, 3) and d.mask.shape == (24, 24) for d in got)
-    assert {"mode", "fitzpatrick", "ita", "hair", "bubbles", "ruler"} <= got[0].record.attributes.keys()
+    assert {"mode", "fitzpatrick", "ita", "hair", "bubbles", "ruler"} <= got[
+        0
+    ].record.attributes.keys()
     again = images.make_decoder(config, listing.classes)(listing.records[2:3])[0]
     assert again.id == got[2].id and (again.image == got[2].image).all()
 

@@ -3,8 +3,8 @@ import os
 import numpy as np
 import pytest
 
-from adversa import tables
 from adversa.data.loader import ImageTable, draw_order
+from adversa.storage import tables
 from adversa.types import Example, SyntheticImage, UserError
 
 
@@ -20,7 +20,9 @@ def folders(tmp_path):
         table = tables.to_table(real[p * 300 : (p + 1) * 300], tables.EXAMPLES)
         tables.write_part(tmp_path / "real" / tables.part_name(p), table)
     made = [SyntheticImage(f"s{k}", "guided", 0, png(k + 7), True, "f") for k in range(40)]
-    tables.write_part(tmp_path / "synthetic" / tables.part_name(0), tables.to_table(made, tables.SYNTHETIC))
+    tables.write_part(
+        tmp_path / "synthetic" / tables.part_name(0), tables.to_table(made, tables.SYNTHETIC)
+    )
     return [tmp_path / "real", tmp_path / "synthetic"]
 
 
@@ -42,7 +44,9 @@ def test_the_file_is_bounded_and_holds_every_group_that_fits(folders, monkeypatc
     decoded = []
     table = ImageTable(folders, disk_bytes=2 * 256 * 8 * 8 * 3)
     decode = table._decode
-    monkeypatch.setattr(table, "_decode", lambda column: decoded.append(len(column)) or decode(column))
+    monkeypatch.setattr(
+        table, "_decode", lambda column: decoded.append(len(column)) or decode(column)
+    )
     for k in (0, 299, 0, 300, 0, 299, 300):
         assert (table.fetch([f"r{k}"])[0] == k % 251).all()
     # 0 and 299 are decoded and kept; 300 takes the place of 299, used longer ago than 0; 299 then that of 300; 300 that of 0.
@@ -80,7 +84,9 @@ def test_draw_order_is_floor_or_ceil_in_every_pass():
     assert order.dtype == np.int64 and order.shape == (1000,)
     for p in range(5):
         counts = np.bincount(order[p * 200 : (p + 1) * 200], minlength=200)
-        assert (counts >= np.floor(expected - 1e-9)).all() and (counts <= np.ceil(expected + 1e-9)).all()
+        assert (counts >= np.floor(expected - 1e-9)).all() and (
+            counts <= np.ceil(expected + 1e-9)
+        ).all()
     assert not np.isin(order, np.arange(5)).any()
 
 

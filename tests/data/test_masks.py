@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from adversa import tables
 from adversa.config import Data, Phantom
 from adversa.data import images, masks, phantom, sources
+from adversa.storage import tables
 from adversa.types import UserError
 
 
@@ -20,7 +20,9 @@ def disk(side=32, r=8.0, at=None):
 def skin(mask, seed=0, lesion=(120, 70, 60)):
     """A picture of noisy skin with a lesion where the mask is."""
     rng = np.random.default_rng(seed)
-    picture = np.where(mask[..., None], lesion, (225, 180, 165)) + rng.normal(0, 4, (*mask.shape, 3))
+    picture = np.where(mask[..., None], lesion, (225, 180, 165)) + rng.normal(
+        0, 4, (*mask.shape, 3)
+    )
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
@@ -50,7 +52,10 @@ def ham(ham_zip):
 def test_masks_of_ham10000_are_near_the_doctors(ham, side, n):
     pictures, given = ham(side, n)
     found, fell_back = masks.found(pictures)
-    overlap, baseline = jaccard(found, given).mean(), jaccard(masks.ellipse(side, side)[None], given).mean()
+    overlap, baseline = (
+        jaccard(found, given).mean(),
+        jaccard(masks.ellipse(side, side)[None], given).mean(),
+    )
     assert baseline < 0.55 and overlap > baseline + 0.25 and overlap > 0.8, (overlap, baseline)
     assert np.median(jaccard(found, given)) > 0.86 and fell_back.mean() < 0.02
 
@@ -58,7 +63,10 @@ def test_masks_of_ham10000_are_near_the_doctors(ham, side, n):
 def test_masks_of_the_phantom_hold_for_every_skin_type():
     config = Phantom(images=400)
     drawn = [phantom.picture(i, config, 64) for i in range(150)]
-    given, types = np.stack([d[1] for d in drawn]) > 0, np.array([d[4]["fitzpatrick"] for d in drawn])
+    given, types = (
+        np.stack([d[1] for d in drawn]) > 0,
+        np.array([d[4]["fitzpatrick"] for d in drawn]),
+    )
     overlap = jaccard(masks.found(np.stack([d[0] for d in drawn]))[0], given)
     baseline = jaccard(masks.ellipse(64, 64)[None], given)
     assert overlap.mean() > baseline.mean() + 0.2
@@ -111,7 +119,9 @@ NOISE = np.random.default_rng(0).normal(180, 3, (64, 64, 3)).astype(np.uint8)
 
 
 @pytest.mark.parametrize(
-    "picture", [FLAT, NOISE, np.zeros_like(FLAT), np.full_like(FLAT, 255)], ids=["flat", "noise", "black", "white"]
+    "picture",
+    [FLAT, NOISE, np.zeros_like(FLAT), np.full_like(FLAT, 255)],
+    ids=["flat", "noise", "black", "white"],
 )
 def test_where_nothing_is_found_the_row_says_so_and_has_an_ellipse(picture):
     lesion = disk(64, 14)
@@ -133,7 +143,11 @@ def test_a_mask_is_the_same_shape_at_any_resolution():
     for side in (32, 128, 320):
         big = np.asarray(Image.fromarray(lesion).resize((side, side), Image.Resampling.NEAREST))
         found, fell_back = masks.found(skin(big)[None])
-        assert not fell_back[0] and found.shape == (1, side, side) and jaccard(found, big[None])[0] > 0.8
+        assert (
+            not fell_back[0]
+            and found.shape == (1, side, side)
+            and jaccard(found, big[None])[0] > 0.8
+        )
     wide = np.pad(lesion, ((0, 0), (16, 16)))
     assert jaccard(masks.found(skin(wide)[None])[0], wide[None])[0] > 0.8
 
@@ -154,9 +168,15 @@ def png(mask):
 
 def test_of_rows_takes_given_masks_and_makes_the_others():
     lesion, other = disk(64, 14), disk(64, 9, (20, 20))
-    out, origin = masks.of_rows([png(other), None, None], np.stack([skin(lesion), skin(lesion), FLAT]))
+    out, origin = masks.of_rows(
+        [png(other), None, None], np.stack([skin(lesion), skin(lesion), FLAT])
+    )
     assert origin == [masks.GIVEN, masks.FOUND, masks.ELLIPSE]
-    assert (out[0] == other).all() and jaccard(out[1:2], lesion[None])[0] > 0.8 and (out[2] == masks.ellipse(64, 64)).all()
+    assert (
+        (out[0] == other).all()
+        and jaccard(out[1:2], lesion[None])[0] > 0.8
+        and (out[2] == masks.ellipse(64, 64)).all()
+    )
     assert masks.of_rows([], np.zeros((0, 64, 64, 3), np.uint8))[1] == []
 
 
@@ -172,7 +192,9 @@ def test_of_rows_refuses_bad_masks_by_name():
     for reason, data in bad.items():
         with pytest.raises(UserError) as e:
             masks.of_rows([data], pictures, names=["ISIC_7"])
-        assert "mask of ISIC_7" in str(e.value) and reason in str(e.value) and "\n" not in str(e.value)
+        assert (
+            "mask of ISIC_7" in str(e.value) and reason in str(e.value) and "\n" not in str(e.value)
+        )
     with pytest.raises(UserError, match="row 0"):
         masks.of_rows([b""], pictures)
 
@@ -197,7 +219,9 @@ def test_feather_is_exactly_zero_outside_and_rises_to_one_inside():
     rng = np.random.default_rng(0)
     known, painted = rng.random((2, 1, 32, 32), np.float32)
     blend = painted * weight + known * (1 - weight)
-    assert (blend[~mask] == known[~mask]).all() and (blend[weight == 1] == painted[weight == 1]).all()
+    assert (blend[~mask] == known[~mask]).all() and (
+        blend[weight == 1] == painted[weight == 1]
+    ).all()
 
 
 def test_feather_of_empty_full_and_thin_masks():
@@ -209,7 +233,9 @@ def test_feather_of_empty_full_and_thin_masks():
     weight = masks.feather(row, 8)
     assert (weight[0] == 0).all() and (weight[1] == 1).all()
     assert weight[2, 5, 5] == 1 and weight[2].sum() == 1
-    assert weight[3, 14, 14] == 1 and weight[3, 2, 6] == pytest.approx(1 / 5) and weight[3, 6, 6] == 1
+    assert (
+        weight[3, 14, 14] == 1 and weight[3, 2, 6] == pytest.approx(1 / 5) and weight[3, 6, 6] == 1
+    )
     for hard in (0, 0.5, 1):
         assert (masks.feather(row, hard) == row).all()
     assert masks.feather(row[:0], 3).shape == (0, 16, 16)
@@ -225,7 +251,11 @@ def test_feather_leaves_the_pictures_border_alone():
 def test_grow_adds_a_round_margin():
     one = np.zeros((1, 17, 17), bool)
     one[0, 8, 8] = True
-    assert (masks.grow(one, 0) == one).all() and masks.grow(one, 1).sum() == 5 and masks.grow(one, 1.5).sum() == 9
+    assert (
+        (masks.grow(one, 0) == one).all()
+        and masks.grow(one, 1).sum() == 5
+        and masks.grow(one, 1.5).sum() == 9
+    )
     assert (masks.grow(one, 3)[0] == disk(17, 3)).all()
     both = np.stack([np.zeros((17, 17), bool), np.ones((17, 17), bool)])
     assert (masks.grow(both, 4) == both).all() and masks.grow(both[:0], 4).shape == (0, 17, 17)

@@ -15,7 +15,9 @@ def thumb(image):
 
 @lru_cache
 def pictures(n=12, size=192):
-    return [Image.fromarray(phantom.picture(i, Phantom(images_per_lesion=1), size)[0]) for i in range(n)]
+    return [
+        Image.fromarray(phantom.picture(i, Phantom(images_per_lesion=1), size)[0]) for i in range(n)
+    ]
 
 
 def jpeg(image, quality):
@@ -48,7 +50,11 @@ def test_copies_are_found_and_nothing_else(name):
     assert near.near_identical(ids, near.perceptual_hash(thumbs), thumbs, groups, bits=-1) == []
     order = np.random.default_rng(0).permutation(16)
     again = near.near_identical(
-        [ids[i] for i in order], near.perceptual_hash(thumbs)[order], thumbs[order], [groups[i] for i in order], bits=8
+        [ids[i] for i in order],
+        near.perceptual_hash(thumbs)[order],
+        thumbs[order],
+        [groups[i] for i in order],
+        bits=8,
     )
     assert again == found
 
@@ -65,9 +71,14 @@ def test_one_spot_in_the_same_place_is_no_copy():
     rng = np.random.default_rng(0)
     y, x = np.indices((32, 32)) - 15.5
     blob = 200 - 120 * np.exp(-(x**2 + y**2) / 60)
-    thumbs = np.stack([np.clip(blob + rng.normal(0, 6, (32, 32)), 0, 255).astype(np.uint8) for _ in range(2)])
+    thumbs = np.stack(
+        [np.clip(blob + rng.normal(0, 6, (32, 32)), 0, 255).astype(np.uint8) for _ in range(2)]
+    )
     assert np.corrcoef(thumbs[0].ravel(), thumbs[1].ravel())[0, 1] > 0.9
-    assert near.near_identical(["a", "b"], near.perceptual_hash(thumbs), thumbs, ["a", "b"], bits=16) == []
+    assert (
+        near.near_identical(["a", "b"], near.perceptual_hash(thumbs), thumbs, ["a", "b"], bits=16)
+        == []
+    )
 
 
 def test_hash_ignores_brightness_and_contrast():
@@ -87,10 +98,19 @@ def test_detail_has_none_of_the_low_frequencies():
 
 def test_ham_pair_that_is_one_picture(ham_zip):
     """ISIC_0025226 and ISIC_0030074 are one photograph in two colours; lookalikes beside them are not merged."""
-    names = {"ISIC_0025226", "ISIC_0030074", "ISIC_0032568", "ISIC_0032999", "ISIC_0030431", "ISIC_0025279"}
+    names = {
+        "ISIC_0025226",
+        "ISIC_0030074",
+        "ISIC_0032568",
+        "ISIC_0032999",
+        "ISIC_0030431",
+        "ISIC_0025279",
+    }
     config = Data(source="ham10000", path=str(ham_zip))
     listing = sources.list_records(config)
-    got = images.make_decoder(config, listing.classes)([r for r in listing.records if r.id in names])
+    got = images.make_decoder(config, listing.classes)(
+        [r for r in listing.records if r.id in names]
+    )
     hashes, thumbs = np.array([d.phash for d in got], np.uint64), np.stack([d.thumb for d in got])
     ids = [d.record.id for d in got]
     found = near.near_identical(ids, hashes, thumbs, [d.record.group for d in got], bits=16)

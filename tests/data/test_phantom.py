@@ -97,7 +97,9 @@ def test_no_two_lesions_are_near_identical():
     assert len(set(ids)) == 160
     hashes = np.array([d.phash for d in decoded], np.uint64)
     thumbs = np.stack([d.thumb for d in decoded])
-    assert near.near_identical(ids, hashes, thumbs, [d.record.group for d in decoded], bits=16) == []
+    assert (
+        near.near_identical(ids, hashes, thumbs, [d.record.group for d in decoded], bits=16) == []
+    )
 
 
 def test_contact_sheet(tmp_path):
@@ -107,10 +109,23 @@ def test_contact_sheet(tmp_path):
 
 def test_honeycomb_and_arcs_closed_forms():
     x, y = np.array([[0.0, 2 * np.pi / 10]]), np.zeros((1, 2))
-    assert draw.honeycomb(x, y, 10.0)[0, 0] == pytest.approx(0)  # all three waves are 1 at the origin: a hole
+    assert draw.honeycomb(x, y, 10.0)[0, 0] == pytest.approx(
+        0
+    )  # all three waves are 1 at the origin: a hole
     gx, gy = draw.grid(64)
-    line = draw.arcs(gx, gy, 2 / 64, np.array([[-2.0, 0.0]]), np.zeros(1), np.zeros(1), np.full(1, 99.0), np.full(1, 0.1))
-    assert line.sum() / 64**2 == pytest.approx(0.1, abs=0.012)  # width 0.2 of 2, 15% wider at the root
+    line = draw.arcs(
+        gx,
+        gy,
+        2 / 64,
+        np.array([[-2.0, 0.0]]),
+        np.zeros(1),
+        np.zeros(1),
+        np.full(1, 99.0),
+        np.full(1, 0.1),
+    )
+    assert line.sum() / 64**2 == pytest.approx(
+        0.1, abs=0.012
+    )  # width 0.2 of 2, 15% wider at the root
     assert (line[:20] == 0).all()
 
 

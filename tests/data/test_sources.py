@@ -51,7 +51,11 @@ def test_csv_good(table):
     listing = sources.list_records(Data(source="csv", path=str(table(table.rows))))
     assert listing.classes == ["a", "b"] and listing.problems == [] and len(listing.records) == 6
     first = listing.records[0]
-    assert first.source == "pictures/0.png" and first.group == "g0" and first.attributes == {"age": "30"}
+    assert (
+        first.source == "pictures/0.png"
+        and first.group == "g0"
+        and first.attributes == {"age": "30"}
+    )
     assert first.uri == f"file:{(table.root / 'pictures/0.png').resolve()}"
 
 
@@ -84,13 +88,20 @@ def test_csv_labels(table):
     assert sources.list_records(Data(source="csv", path=path)).classes == ["a", "b", "c"]
     listing = check(Data(source="csv", path=path, labels=["b", "a"]), "unknown label 'c'", (1, 6))
     assert listing.classes == ["b", "a"]
-    listing = check(Data(source="csv", path=path, labels=["a", "b", "c", "d"]), "d: this class has no picture", (1, 7))
+    listing = check(
+        Data(source="csv", path=path, labels=["a", "b", "c", "d"]),
+        "d: this class has no picture",
+        (1, 7),
+    )
     assert listing.classes == ["a", "b", "c"]
     check(Data(source="csv", path=path, labels=["a", "a"]), "names a class twice")
 
 
 def test_csv_one_class_only(table):
-    check(Data(source="csv", path=str(table([r for r in table.rows if ",a," in r]))), "only one class, 'a'")
+    check(
+        Data(source="csv", path=str(table([r for r in table.rows if ",a," in r]))),
+        "only one class, 'a'",
+    )
 
 
 def test_messages_name_what_gave_the_path(table, tmp_path):
@@ -98,9 +109,11 @@ def test_messages_name_what_gave_the_path(table, tmp_path):
     assert sources.list_records(config, "--on", least=1).classes == ["a"]
     (tmp_path / "empty").mkdir()
     for source, path, text in (
-        ("csv", tmp_path, "is not a file"), ("folder", tmp_path / "empty", "has no sub-folder"),
-        ("ham10000", tmp_path / "empty", "holds no HAM"), ("csv", tmp_path / "none", "no such file"),
-    ):  # fmt: skip
+        ("csv", tmp_path, "is not a file"),
+        ("folder", tmp_path / "empty", "has no sub-folder"),
+        ("ham10000", tmp_path / "empty", "holds no HAM"),
+        ("csv", tmp_path / "none", "no such file"),
+    ):
         with pytest.raises(UserError, match=f"^--on {path}:? {text}"):
             sources.list_records(Data(source=source, path=str(path)), "--on")
 
@@ -109,7 +122,10 @@ def test_csv_ids_patients_masks_and_no_groups(table):
     paint(table.root / "masks/0.png")
     columns = Columns(group=None, patient="who", mask="seg", id="key")
     config = Data(source="csv", path=str(table.root / "data.csv"), columns=columns)
-    rows = [f"pictures/{i}.png,{'ab'[i % 2]},p{i},{'masks/0.png' if i == 0 else ''},k{i}" for i in range(4)]
+    rows = [
+        f"pictures/{i}.png,{'ab'[i % 2]},p{i},{'masks/0.png' if i == 0 else ''},k{i}"
+        for i in range(4)
+    ]
     header = "path,label,who,seg,key"
     table(rows, header)
     records = sources.list_records(config).records
@@ -137,7 +153,10 @@ def test_csv_ids_patients_masks_and_no_groups(table):
         (b"path,label\npictures/0.png,a\n", "no column group"),
         (b"path,label,group,label\npictures/0.png,a,g,b\n", "two columns named label"),
         (b'path,label,group\n"pictures/0.png,a,g\n', "not a valid CSV"),
-        (b"path;label;group\npictures/0.png;a;1,5\n", "separated by semicolons, not by commas; save it as comma-separated"),
+        (
+            b"path;label;group\npictures/0.png;a;1,5\n",
+            "separated by semicolons, not by commas; save it as comma-separated",
+        ),
         (b'\n"path";"label";"group"\n"pictures/0.png";"a";"g"\n', "separated by semicolons"),
         (b"path\tlabel\tgroup\npictures/0.png\ta\tg\n", "separated by tabs"),
     ],
@@ -160,7 +179,14 @@ def test_missing_path(tmp_path, source):
 
 
 def test_folder(tmp_path):
-    for name in ("a/l1_1.png", "a/l1_2.png", "a/deep/l2_1.PNG", "b/l3_1.png", "b/notes.txt", "b/.hidden.png"):
+    for name in (
+        "a/l1_1.png",
+        "a/l1_2.png",
+        "a/deep/l2_1.PNG",
+        "b/l3_1.png",
+        "b/notes.txt",
+        "b/.hidden.png",
+    ):
         paint(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("x")
     config = Data(source="folder", path=str(tmp_path), group_regex=r"(l\d+)_")
     listing = sources.list_records(config)
@@ -170,7 +196,15 @@ def test_folder(tmp_path):
         ("a/l1_2.png", "a", "l1"),
         ("b/l3_1.png", "b", "l3"),
     ]
-    assert len({r.group for r in sources.list_records(Data(source="folder", path=str(tmp_path))).records}) == 4
+    assert (
+        len(
+            {
+                r.group
+                for r in sources.list_records(Data(source="folder", path=str(tmp_path))).records
+            }
+        )
+        == 4
+    )
 
     (tmp_path / "c").mkdir()
     assert check(config, "c: this class has no picture", (1, 4)).classes == ["a", "b"]
@@ -201,10 +235,16 @@ def ham(root, rows, folders=("",), images=()):
     return root
 
 
-ROWS = ["L1,I1,nv,histo,50.0,male,back", "L1,I2,nv,histo,50.0,male,back", "L2,I3,mel,histo,,female,"]
+ROWS = [
+    "L1,I1,nv,histo,50.0,male,back",
+    "L1,I2,nv,histo,50.0,male,back",
+    "L2,I3,mel,histo,,female,",
+]
 
 
-@pytest.mark.parametrize("folders", [("images",), ("",), ("HAM10000_images_part_1", "HAM10000_images_part_2")])
+@pytest.mark.parametrize(
+    "folders", [("images",), ("",), ("HAM10000_images_part_1", "HAM10000_images_part_2")]
+)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("top", ["", "archive"])
 def test_ham_layouts(tmp_path, folders, packed, top):
@@ -218,40 +258,79 @@ def test_ham_layouts(tmp_path, folders, packed, top):
             for p in (tmp_path / "d").rglob("*"):
                 z.write(p, p.relative_to(tmp_path / "d"))
     listing = sources.list_records(Data(source="ham10000", path=str(path)))
-    assert listing.classes == ["mel", "nv"] and listing.merged == [("L2", "L1", "duplicate_lesion_pairs.csv")]
+    assert listing.classes == ["mel", "nv"] and listing.merged == [
+        ("L2", "L1", "duplicate_lesion_pairs.csv")
+    ]
     first, _, third = listing.records
     assert (first.id, first.source, first.group, first.label) == ("I1", "I1.jpg", "L1", "nv")
-    assert first.attributes == {"age": "50.0", "sex": "male", "localization": "back", "dx_type": "histo"}
+    assert first.attributes == {
+        "age": "50.0",
+        "sex": "male",
+        "localization": "back",
+        "dx_type": "histo",
+    }
     assert third.attributes == {"sex": "female", "dx_type": "histo"}
-    assert first.mask_uri and third.mask_uri is None and first.uri.startswith("zip:" if packed else "file:")
+    assert (
+        first.mask_uri
+        and third.mask_uri is None
+        and first.uri.startswith("zip:" if packed else "file:")
+    )
 
 
 def test_ham_faults(tmp_path):
     def fresh(name, rows, images=("I1", "I2", "I3")):
         return Data(source="ham10000", path=str(ham(tmp_path / name, rows, ("images",), images)))
 
-    check(fresh("a", [*ROWS, "L9,I9,nv,histo,,,"]), "I9: in HAM10000_metadata.csv, but there is no such image", (1, 3))
-    check(fresh("b", ROWS, ("I1", "I2", "I3", "I4")), "images/I4.jpg: not in HAM10000_metadata.csv", (1, 3))
+    check(
+        fresh("a", [*ROWS, "L9,I9,nv,histo,,,"]),
+        "I9: in HAM10000_metadata.csv, but there is no such image",
+        (1, 3),
+    )
+    check(
+        fresh("b", ROWS, ("I1", "I2", "I3", "I4")),
+        "images/I4.jpg: not in HAM10000_metadata.csv",
+        (1, 3),
+    )
     check(fresh("c", [*ROWS, "L9,I3,mel,histo,,,"]), "duplicate id I3", (1, 3))
-    check(fresh("d", [*ROWS, ",I4,mel,histo,,,"], ("I1", "I2", "I3", "I4")), "I4: lesion_id is blank", (1, 3))
-    check(fresh("e", [*ROWS, "L9,I4,,histo,,,"], ("I1", "I2", "I3", "I4")), "I4: dx is blank", (1, 3))
+    check(
+        fresh("d", [*ROWS, ",I4,mel,histo,,,"], ("I1", "I2", "I3", "I4")),
+        "I4: lesion_id is blank",
+        (1, 3),
+    )
+    check(
+        fresh("e", [*ROWS, "L9,I4,,histo,,,"], ("I1", "I2", "I3", "I4")), "I4: dx is blank", (1, 3)
+    )
     config = fresh("f", ROWS)
     (tmp_path / "f" / "HAM10000_metadata.csv").unlink()
     check(config, "holds no HAM10000_metadata.csv")
     (tmp_path / "g.zip").write_bytes(b"PK not a zip")
     check(Data(source="ham10000", path=str(tmp_path / "g.zip")), "cannot be read")
-    check(Data(source="ham10000", path=str(tmp_path / "f" / "images" / "I1.jpg")), "neither a folder nor a .zip")
+    check(
+        Data(source="ham10000", path=str(tmp_path / "f" / "images" / "I1.jpg")),
+        "neither a folder nor a .zip",
+    )
 
 
 def test_ham_complete(ham_zip):
     listing = sources.list_records(Data(source="ham10000", path=str(ham_zip)))
     counts = Counter(r.label for r in listing.records)
     assert counts == dict(nv=6705, mel=1113, bkl=1099, bcc=514, akiec=327, vasc=142, df=115)
-    assert len({r.group for r in listing.records}) == 7470 and len(listing.merged) == 18 and listing.problems == []
+    assert (
+        len({r.group for r in listing.records}) == 7470
+        and len(listing.merged) == 18
+        and listing.problems == []
+    )
     assert all(r.mask_uri for r in listing.records)
 
 
 def test_phantom_lists_without_painting():
     listing = sources.list_records(Data())
-    assert len(listing.records) == 1600 and len(listing.classes) == 5 and listing.records[3].uri == "phantom:3"
-    assert {r.attributes["mode"] for r in listing.records if r.label == "melanoma"} == {"typical", "amelanotic"}
+    assert (
+        len(listing.records) == 1600
+        and len(listing.classes) == 5
+        and listing.records[3].uri == "phantom:3"
+    )
+    assert {r.attributes["mode"] for r in listing.records if r.label == "melanoma"} == {
+        "typical",
+        "amelanotic",
+    }

@@ -20,7 +20,9 @@ def leaking(groups, roles):
 
 def roles_of(listing, config, grouped):
     """As `prepare` does it: known pairs merged, then split by lesion; or, with grouped off, each image for itself."""
-    lesions = merge_groups([r.group for r in listing.records], [(a, b) for a, b, _ in listing.merged])
+    lesions = merge_groups(
+        [r.group for r in listing.records], [(a, b) for a, b, _ in listing.merged]
+    )
     merged = [lesions[r.group] for r in listing.records]
     units = merged if grouped else [r.uri for r in listing.records]
     return merged, split([r.label for r in listing.records], units, config.split, listing.classes)
@@ -46,7 +48,9 @@ def test_no_lesion_has_two_roles_ham(ham_zip, grouped):
     if grouped:
         assert all(role[a] == role[b] for a, b, _ in listing.merged)
         for label in listing.classes:  # stratified
-            share = Counter(r for x, r in zip(listing.records, roles, strict=True) if x.label == label)
+            share = Counter(
+                r for x, r in zip(listing.records, roles, strict=True) if x.label == label
+            )
             assert share["train"] / share.total() == pytest.approx(0.55, abs=0.08)
 
 

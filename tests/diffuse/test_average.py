@@ -13,7 +13,9 @@ WIDTH = cfg.Denoiser(ema_width=0.1)
 @pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.25, 0.28])
 def test_exponent_gives_the_width_back(width: float) -> None:
     g = average.power_exponent(width)
-    assert ((g + 1) / ((g + 2) ** 2 * (g + 3))) ** 0.5 == pytest.approx(width, rel=1e-9)  # Karras et al. 2024, equation 123
+    assert ((g + 1) / ((g + 2) ** 2 * (g + 3))) ** 0.5 == pytest.approx(
+        width, rel=1e-9
+    )  # Karras et al. 2024, equation 123
 
 
 def test_the_paper_s_own_numbers() -> None:

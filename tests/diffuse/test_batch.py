@@ -31,9 +31,17 @@ def course(plan: Plan, guided: int = 0, hard: float = 0.0) -> Course:
     return Course(plan, np.where(first, 2.0, 1.0), first, first * hard, np.zeros(len(plan)))
 
 
-def row(key: int, steps: int, guided: int = 0, top: float = 10.0, solver=dpmpp_2m, **more: object) -> Row:
+def row(
+    key: int, steps: int, guided: int = 0, top: float = 10.0, solver=dpmpp_2m, **more: object
+) -> Row:
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(key))
-    return Row(key, top * noise, course(solver(karras_sigmas(top, 0.05, 7.0, steps)), guided), key % 3, **more)  # type: ignore[arg-type]
+    return Row(
+        key,
+        top * noise,
+        course(solver(karras_sigmas(top, 0.05, 7.0, steps)), guided),
+        key % 3,
+        **more,
+    )  # type: ignore[arg-type]
 
 
 def batch(denoiser: object, size: int = 4, **more: object) -> Batch:
@@ -110,7 +118,9 @@ def test_the_oldest_goes_first_and_none_starves() -> None:
 
 def test_a_row_is_the_same_to_the_bit_whatever_its_neighbours() -> None:
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16)
+    )
 
     def denoiser(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         s = sigma.view(-1, 1, 1, 1)

@@ -13,11 +13,11 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 
 from adversa import config as cfg
-from adversa import weights
 from adversa.diffuse import codec, codec_fit, edm, pretrained
 from adversa.diffuse.codec_fit import fit_codec, learning_rate, losses, resume_step, turned
 from adversa.diffuse.paint import paint
 from adversa.diffuse.strategy import Sources
+from adversa.storage import weights
 from adversa.types import GenerationRequest, UserError
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -27,7 +27,11 @@ TINY = cfg.Codec(kind="tiny", width=16, halvings=2, steps=7, batch_size=4, check
 def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:
     """Smooth colours with one bright square: uint8 [count, side, side, 3]."""
     rng = np.random.default_rng(seed)
-    x = np.broadcast_to(rng.integers(40, 200, (count, 1, 1, 3)), (count, side, side, 3)).astype(np.uint8).copy()
+    x = (
+        np.broadcast_to(rng.integers(40, 200, (count, 1, 1, 3)), (count, side, side, 3))
+        .astype(np.uint8)
+        .copy()
+    )
     for i, (a, b) in enumerate(rng.integers(0, side - 5, (count, 2))):
         x[i, a : a + 5, b : b + 5] = rng.integers(0, 255, 3)
     return x
@@ -35,7 +39,11 @@ def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:
 
 def batches(first: int = 0, steps: int = 7, size: int = 4) -> Iterator[dict[str, Any]]:
     for step in range(first, steps):
-        yield {"id": [f"img{step}-{i}" for i in range(size)], "image": pictures(size, step), "label": np.zeros(size, np.int64)}
+        yield {
+            "id": [f"img{step}-{i}" for i in range(size)],
+            "image": pictures(size, step),
+            "label": np.zeros(size, np.int64),
+        }
 
 
 def run(out: Path, feed: Any, config: cfg.Codec = TINY, **given: Any) -> dict[str, Any]:
@@ -46,17 +54,24 @@ def run(out: Path, feed: Any, config: cfg.Codec = TINY, **given: Any) -> dict[st
 def tiny_vae() -> AutoencoderTiny:
     torch.manual_seed(0)
     return AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1), latent_channels=2,
-    )  # fmt: skip
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=2,
+    )
 
 
 def kl_vae(**more: Any) -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16),
-        norm_num_groups=4, latent_channels=4, **more,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        **more,
+    )
 
 
 def given(kind: str, path: Path | str) -> cfg.Codec:
@@ -81,8 +96,12 @@ def test_a_local_folder_becomes_a_codec_that_answers_as_diffusers(
         theirs = found.latent_dist.mean if kind == "kl" else found.latents
         back = model.decode(theirs).sample
     torch.testing.assert_close(z, theirs, rtol=1e-4, atol=1e-5)
-    assert (loaded.meta["channels"], loaded.meta["factor"]) == (z.shape[1], factor) and z.shape[2] == 16 // factor
-    assert np.abs(loaded.decode(loaded.to_space(images)).astype(int) - edm.to_images(back)).max() <= 1
+    assert (loaded.meta["channels"], loaded.meta["factor"]) == (z.shape[1], factor) and z.shape[
+        2
+    ] == 16 // factor
+    assert (
+        np.abs(loaded.decode(loaded.to_space(images)).astype(int) - edm.to_images(back)).max() <= 1
+    )
 
 
 def test_a_latent_does_not_hang_on_its_neighbours(tmp_path: Path) -> None:
@@ -93,9 +112,13 @@ def test_a_latent_does_not_hang_on_its_neighbours(tmp_path: Path) -> None:
     for part in (loaded.model.encoder, loaded.model.decoder):
         part.register_forward_hook(lambda module, given, answer: sizes.append(len(answer)))
     whole = loaded.encode(images)
-    assert torch.equal(loaded.encode(images[3:4]), whole[3:4]) and torch.equal(loaded.encode(images[::-1]).flip(0), whole)
+    assert torch.equal(loaded.encode(images[3:4]), whole[3:4]) and torch.equal(
+        loaded.encode(images[::-1]).flip(0), whole
+    )
     assert np.array_equal(loaded.decode(whole)[2], loaded.decode(whole[2:3])[0])
-    assert set(sizes) == {codec.ROWS}  # other numbers of rows may take other kernels, with other last bits
+    assert set(sizes) == {
+        codec.ROWS
+    }  # other numbers of rows may take other kernels, with other last bits
 
 
 @pytest.mark.parametrize(
@@ -106,7 +129,9 @@ def test_a_latent_does_not_hang_on_its_neighbours(tmp_path: Path) -> None:
         ({"scaling_factor": 0.5, "latents_mean": (1.0,) * 4, "latents_std": (2.0,) * 4}, 1.0, 0.25),
     ],
 )
-def test_the_autoencoders_own_scaling_and_a_measured_one(tmp_path: Path, more: dict[str, Any], shift: float, scale: float) -> None:
+def test_the_autoencoders_own_scaling_and_a_measured_one(
+    tmp_path: Path, more: dict[str, Any], shift: float, scale: float
+) -> None:
     kl_vae(**more).save_pretrained(tmp_path / "theirs")
     fingerprint = codec.fetch(given("kl", tmp_path / "theirs"), 16, tmp_path / "codec")
     own, images = codec.load(tmp_path / "codec"), pictures(6)
@@ -127,7 +152,9 @@ def test_a_codec_folder_of_another_run_can_be_given(tmp_path: Path) -> None:
     first = run(tmp_path / "fitted", batches())
     again = codec.fetch(given("tiny", tmp_path / "fitted"), 16, tmp_path / "copy")
     images = pictures(2)
-    assert torch.equal(codec.load(tmp_path / "fitted").encode(images), codec.load(tmp_path / "copy").encode(images))
+    assert torch.equal(
+        codec.load(tmp_path / "fitted").encode(images), codec.load(tmp_path / "copy").encode(images)
+    )
     assert again == first["fingerprint"]  # so that a denoiser of that run may go on with it
     with pytest.raises(UserError, match="wants AutoencoderKL"):
         codec.fetch(given("kl", tmp_path / "fitted"), 16, tmp_path / "no")
@@ -140,7 +167,10 @@ def test_the_hash_of_local_weights_changes_with_them(tmp_path: Path) -> None:
     with torch.no_grad():
         next(model.parameters()).add_(1)
     model.save_pretrained(tmp_path / "theirs")
-    assert codec.source(given("tiny", tmp_path / "theirs")) != before and codec.source(given("tiny", "owner/name")) == {}
+    assert (
+        codec.source(given("tiny", tmp_path / "theirs")) != before
+        and codec.source(given("tiny", "owner/name")) == {}
+    )
 
 
 def damaged(p: Path) -> None:
@@ -166,7 +196,11 @@ def pickled(p: Path) -> None:
 
 def a_unet(p: Path) -> None:
     UNet2DModel(
-        sample_size=8, block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
     ).save_pretrained(p)
 
 
@@ -181,13 +215,18 @@ def no_object(p: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
-        (damaged, "cannot be read"), (no_weights, "cannot be read"), (lacking, "lack or misfit 1 tensors"),
+        (damaged, "cannot be read"),
+        (no_weights, "cannot be read"),
+        (lacking, "lack or misfit 1 tensors"),
         (pickled, "cannot be read"),
-        (a_unet, "is of class UNet2DModel; it must be AutoencoderTiny"), (not_json, "cannot be read"),
+        (a_unet, "is of class UNet2DModel; it must be AutoencoderTiny"),
+        (not_json, "cannot be read"),
         (no_object, "cannot be read .its config.json holds a list"),
     ],
-)  # fmt: skip
-def test_a_folder_that_is_no_codec_is_refused_in_one_line(tmp_path: Path, spoil: Any, text: str) -> None:
+)
+def test_a_folder_that_is_no_codec_is_refused_in_one_line(
+    tmp_path: Path, spoil: Any, text: str
+) -> None:
     tiny_vae().save_pretrained(tmp_path / "theirs")
     spoil(tmp_path / "theirs")
     with pytest.raises(UserError, match=text) as caught:
@@ -209,7 +248,9 @@ def test_kind_channels_and_resolution_must_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./no-such", "justaname", "a/b/c"])
 def test_a_path_that_is_not_there(path: str) -> None:
-    with pytest.raises(UserError, match="no such folder; give a local diffusers folder, or a hub id"):
+    with pytest.raises(
+        UserError, match="no such folder; give a local diffusers folder, or a hub id"
+    ):
         codec.source(given("kl", path))
 
 
@@ -218,22 +259,30 @@ def test_a_hub_id_offline_says_so_at_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"cannot be had from the hub \(HF_HUB_OFFLINE is set\).*give a local") as caught:
+    with pytest.raises(
+        UserError, match=r"cannot be had from the hub \(HF_HUB_OFFLINE is set\).*give a local"
+    ) as caught:
         codec.fetch(given("tiny", "nobody-adversa/no-such-model"), 16, tmp_path / "codec")
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_cannot_be_reached_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name, value in {"ENDPOINT": NOWHERE, "HUGGINGFACE_CO_URL_TEMPLATE": NOWHERE + "/{repo_id}/{revision}/{filename}"}.items():
+    for name, value in {
+        "ENDPOINT": NOWHERE,
+        "HUGGINGFACE_CO_URL_TEMPLATE": NOWHERE + "/{repo_id}/{revision}/{filename}",
+    }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between its tries
     with pytest.raises(
-        UserError, match=r"no such folder, and the hub cannot be reached .*; give a local diffusers folder$"
+        UserError,
+        match=r"no such folder, and the hub cannot be reached .*; give a local diffusers folder$",
     ) as caught:
         codec.fetch(given("tiny", "nobody-adversa/no-such-model"), 16, tmp_path / "codec")
     assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
@@ -258,8 +307,20 @@ def test_painting_in_latents_starts_from_the_encoded_case_and_is_decoded(tmp_pat
 
     asked = [GenerationRequest("r", 0, "guided", "vary", 0, "case", 0.5, 1.0, 1)]
     config = cfg.Generate(batch_size=4, steps=3)
-    found = paint(perfect, asked, Sources({"case": case[0]}), config, meta, encode=loaded.to_space, decode=loaded.decode)
-    assert np.array_equal(found[0].image, loaded.decode(place[None])[0]) and found[0].finite and len(found) == 1
+    found = paint(
+        perfect,
+        asked,
+        Sources({"case": case[0]}),
+        config,
+        meta,
+        encode=loaded.to_space,
+        decode=loaded.decode,
+    )
+    assert (
+        np.array_equal(found[0].image, loaded.decode(place[None])[0])
+        and found[0].finite
+        and len(found) == 1
+    )
     nan = paint(
         lambda x, s, y: x * float("nan"),
         asked,
@@ -294,7 +355,13 @@ def test_a_fit_that_is_killed_ends_like_an_undisturbed_one(tmp_path: Path, amp: 
     out, steps = tmp_path / "out", []
     for after, finished in ((5, 4), (1, 4), (2, 6)):
         with pytest.raises(Killed):
-            run(out, dying(batches(resume_step(out)), after), config, committed=steps.append, **select)
+            run(
+                out,
+                dying(batches(resume_step(out)), after),
+                config,
+                committed=steps.append,
+                **select,
+            )
         assert resume_step(out) == finished
         torch.manual_seed(after)  # the global generator plays no part
     assert run(out, batches(resume_step(out)), config, committed=steps.append, **select) == whole
@@ -310,42 +377,65 @@ def test_fitting_lowers_the_error_on_pictures_it_has_not_seen(tmp_path: Path) ->
     longer = config.model_copy(update={"steps": 100, "batch_size": 8, "checkpoint_steps": 1000})
     far = run(tmp_path / "b", batches(0, 100, 8), longer, select=lambda: held)
     assert far["psnr"] > short["psnr"] + 5, (short["psnr"], far["psnr"])
-    rows = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [50, 100] and rows[-1]["loss"] == far["loss"] < rows[0]["loss"]
+    rows = [
+        json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [r["step"] for r in rows] == [50, 100] and rows[-1]["loss"] == far["loss"] < rows[0][
+        "loss"
+    ]
     loaded = codec.load(tmp_path / "b")
-    assert codec.psnr(held[0]["image"], loaded.decode(loaded.to_space(held[0]["image"]))) == pytest.approx(far["psnr"], abs=1e-6)
+    assert codec.psnr(
+        held[0]["image"], loaded.decode(loaded.to_space(held[0]["image"]))
+    ) == pytest.approx(far["psnr"], abs=1e-6)
 
 
 @pytest.mark.parametrize("lr", [1e30])
 def test_a_loss_that_is_not_finite_stops_naming_step_and_images(tmp_path: Path, lr: float) -> None:
-    with pytest.raises(UserError, match=r"codec training is not finite.* at step [1-6] \(images img[1-6]-0, img") as caught:
+    with pytest.raises(
+        UserError, match=r"codec training is not finite.* at step [1-6] \(images img[1-6]-0, img"
+    ) as caught:
         run(tmp_path, batches(), TINY.model_copy(update={"lr": lr, "warmup": 0.0}))
     assert "\n" not in str(caught.value) and not (tmp_path / weights.MODEL).exists()
 
 
 def test_a_weight_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
-    config = TINY.model_copy(update={"lr": 1e39, "warmup": 0.0, "steps": 1})  # the loss is looked at before the only step
+    config = TINY.model_copy(
+        update={"lr": 1e39, "warmup": 0.0, "steps": 1}
+    )  # the loss is looked at before the only step
     with pytest.raises(
-        UserError, match=r"a weight is not finite at step 0 \(images img0-0, img0-1, img0-2, img0-3\); lower codec.lr"
+        UserError,
+        match=r"a weight is not finite at step 0 \(images img0-0, img0-1, img0-2, img0-3\); lower codec.lr",
     ):
         run(tmp_path, batches(0, 1), config)
     assert not (tmp_path / weights.MODEL).exists() and not (tmp_path / weights.CHECKPOINT).exists()
 
 
-def test_the_images_whose_loss_is_not_finite_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_images_whose_loss_is_not_finite_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def poisoned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return losses(x, y) / torch.tensor([1.0, 1.0, 0.0, 1.0])
 
     monkeypatch.setattr(codec_fit, "losses", poisoned)
-    with pytest.raises(UserError, match=r"loss inf, .* at step 0 \(images img0-2\); lower codec.lr"):
+    with pytest.raises(
+        UserError, match=r"loss inf, .* at step 0 \(images img0-2\); lower codec.lr"
+    ):
         run(tmp_path, batches())
 
 
-@pytest.mark.parametrize(("update", "more"), [({"lr": 1e-3}, {}), ({"latent_channels": 3}, {}), ({}, {"seed": 1})], ids=str)
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, update: dict[str, Any], more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("update", "more"),
+    [({"lr": 1e-3}, {}), ({"latent_channels": 3}, {}), ({}, {"seed": 1})],
+    ids=str,
+)
+def test_a_checkpoint_of_other_settings_is_refused(
+    tmp_path: Path, update: dict[str, Any], more: dict[str, Any]
+) -> None:
     with pytest.raises(Killed):
         run(tmp_path, dying(batches(), 3))
-    with pytest.raises(UserError, match=f"^{tmp_path} holds an unfinished training with other settings; delete") as caught:
+    with pytest.raises(
+        UserError, match=f"^{tmp_path} holds an unfinished training with other settings; delete"
+    ) as caught:
         run(tmp_path, batches(2), TINY.model_copy(update=update), **more)
     assert "\n" not in str(caught.value) and resume_step(tmp_path) == 2
     assert run(tmp_path, batches(2), TINY.model_copy(update={"checkpoint_steps": 5}))["steps"] == 7
@@ -355,7 +445,9 @@ def test_the_loss_of_known_differences() -> None:
     x = torch.zeros(2, 3, 8, 8)
     y = x.clone()
     y[0] += 0.5  # a constant error: no difference between neighbours
-    y[1, :, :, 4:] = 1.0  # a step: half the pixels err by 1; of 7 differences along a row one is 1, of 3 at half the resolution one
+    y[1, :, :, 4:] = (
+        1.0  # a step: half the pixels err by 1; of 7 differences along a row one is 1, of 3 at half the resolution one
+    )
     torch.testing.assert_close(losses(x, y), torch.tensor([0.5, 0.5 + 1 / 7 + 1 / 3]))
 
 
@@ -373,10 +465,16 @@ def test_symmetries_are_eight_and_those_of_the_feed_are_those_of_the_fit() -> No
 
 def test_psnr() -> None:
     a = np.full((2, 4, 4, 3), 100, np.uint8)
-    assert codec.psnr(a, a) == 100.0 and codec.psnr(a, a + 5) == pytest.approx(20 * np.log10(255 / 5))
+    assert codec.psnr(a, a) == 100.0 and codec.psnr(a, a + 5) == pytest.approx(
+        20 * np.log10(255 / 5)
+    )
 
 
 def test_learning_rate_rises_then_falls() -> None:
     config = TINY.model_copy(update={"steps": 100, "warmup": 0.1})
     rates = [learning_rate(config, step) for step in range(100)]
-    assert rates.index(max(rates)) == 10 and max(rates) == pytest.approx(config.lr) and rates[-1] < 0.01 * config.lr
+    assert (
+        rates.index(max(rates)) == 10
+        and max(rates) == pytest.approx(config.lr)
+        and rates[-1] < 0.01 * config.lr
+    )

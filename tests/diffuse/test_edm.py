@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from adversa import config as cfg
-from adversa import weights
 from adversa.diffuse import edm
+from adversa.storage import weights
 from adversa.types import UserError
 
 TINY = cfg.Denoiser(architecture="unet", channels=[16, 16], patch=2, attention=True, weights=None)
@@ -21,7 +21,9 @@ def test_input_and_target_have_unit_variance_at_every_noise_level() -> None:
     s = 0.37
     g = torch.Generator().manual_seed(0)
     for sigma in (0.01, 0.3, 1.0, 20.0):
-        y, n = torch.randn(2, 200_000, generator=g, dtype=torch.float64) * torch.tensor([[s], [sigma]])
+        y, n = torch.randn(2, 200_000, generator=g, dtype=torch.float64) * torch.tensor(
+            [[s], [sigma]]
+        )
         c = edm.coefficients(torch.tensor(sigma, dtype=torch.float64), s)
         assert float((c.inp * (y + n)).var()) == pytest.approx(1, rel=0.02)
         assert float(((y - c.skip * (y + n)) / c.out).var()) == pytest.approx(1, rel=0.02)
@@ -38,14 +40,22 @@ def test_c_skip_minimises_c_out() -> None:
         return (1 - skip) ** 2 * s**2 + skip**2 * sigma**2
 
     assert amplification(float(c.skip)) == pytest.approx(float(c.out) ** 2, rel=1e-5)
-    assert all(amplification(float(c.skip) + d) > amplification(float(c.skip)) for d in (-0.05, 0.05))
+    assert all(
+        amplification(float(c.skip) + d) > amplification(float(c.skip)) for d in (-0.05, 0.05)
+    )
 
 
 @pytest.mark.parametrize(("config", "channels"), [(TINY, 3), (TOKENS, 3), (TINY, 4), (TOKENS, 4)])
-def test_fresh_denoiser_is_the_linear_one_and_answers_each_row_for_itself(config: cfg.Denoiser, channels: int) -> None:
+def test_fresh_denoiser_is_the_linear_one_and_answers_each_row_for_itself(
+    config: cfg.Denoiser, channels: int
+) -> None:
     torch.manual_seed(0)
     denoiser = edm.build(config, 3, 16, channels).eval()
-    x, sigma, label = torch.randn(4, channels, 16, 16), torch.tensor([0.1, 1.0, 5.0, 40.0]), torch.tensor([0, 1, 2, 3])
+    x, sigma, label = (
+        torch.randn(4, channels, 16, 16),
+        torch.tensor([0.1, 1.0, 5.0, 40.0]),
+        torch.tensor([0, 1, 2, 3]),
+    )
     with torch.no_grad():
         fresh = denoiser(x, sigma, label)
         torch.testing.assert_close(fresh, edm.coefficients(sigma, 0.5).skip.view(-1, 1, 1, 1) * x)
@@ -56,19 +66,27 @@ def test_fresh_denoiser_is_the_linear_one_and_answers_each_row_for_itself(config
         other[1:] = 0
         assert torch.equal(denoiser(other, sigma, label)[0], out[0])
         changed = denoiser(x, sigma, torch.tensor([1, 1, 2, 3]))
-    assert out.dtype == torch.float32 and not torch.equal(changed[0], out[0]) and torch.equal(changed[1:], out[1:])
+    assert (
+        out.dtype == torch.float32
+        and not torch.equal(changed[0], out[0])
+        and torch.equal(changed[1:], out[1:])
+    )
 
 
 def test_patch_is_undone_exactly() -> None:
     class Echo(torch.nn.Module):
-        def forward(self, h: torch.Tensor, t: torch.Tensor, label: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        def forward(
+            self, h: torch.Tensor, t: torch.Tensor, label: torch.Tensor, return_dict: bool
+        ) -> tuple[torch.Tensor]:
             assert h.shape[1:] == (12, 4, 4)
             return (h,)
 
     x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 2.0])
     c = edm.coefficients(sigma, 0.5)
     expected = (c.skip + c.out * c.inp).view(-1, 1, 1, 1) * x
-    torch.testing.assert_close(edm.Denoiser(Echo(), 0.5, 3, 2)(x, sigma, torch.tensor([0, 3])), expected)
+    torch.testing.assert_close(
+        edm.Denoiser(Echo(), 0.5, 3, 2)(x, sigma, torch.tensor([0, 3])), expected
+    )
 
 
 def test_images_survive_the_round_trip() -> None:
@@ -93,14 +111,23 @@ def test_an_impossible_architecture_is_refused(change: dict[str, object], word: 
 
 
 @pytest.mark.parametrize(("config", "channels"), [(TINY, 3), (TOKENS, 4)])
-def test_load_gives_back_what_was_saved(tmp_path: Path, config: cfg.Denoiser, channels: int) -> None:
+def test_load_gives_back_what_was_saved(
+    tmp_path: Path, config: cfg.Denoiser, channels: int
+) -> None:
     torch.manual_seed(1)
     denoiser = edm.build(config, 3, 16, channels)
-    fingerprint = weights.save_model(tmp_path, denoiser.state_dict(), edm.describe(config, CLASSES, 16, channels, init="scratch"))
+    fingerprint = weights.save_model(
+        tmp_path, denoiser.state_dict(), edm.describe(config, CLASSES, 16, channels, init="scratch")
+    )
     before = torch.get_rng_state()
     loaded, meta, same = edm.load(tmp_path)
     assert torch.equal(before, torch.get_rng_state()) and meta["channels"] == channels
-    assert same == fingerprint and meta["classes"] == CLASSES and meta["init"] == "scratch" and not loaded.training
+    assert (
+        same == fingerprint
+        and meta["classes"] == CLASSES
+        and meta["init"] == "scratch"
+        and not loaded.training
+    )
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in denoiser.state_dict().items())
     weights.save_model(tmp_path, {}, {"kind": "classifier"})
     with pytest.raises(UserError, match="not a denoiser"):
@@ -110,7 +137,11 @@ def test_load_gives_back_what_was_saved(tmp_path: Path, config: cfg.Denoiser, ch
 def test_weights_that_do_not_fit_the_run_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(1)
     denoiser = edm.build(TINY, 3, 16)
-    weights.save_model(tmp_path, {k: v.half() for k, v in denoiser.state_dict().items()}, edm.describe(TINY, CLASSES, 16))
+    weights.save_model(
+        tmp_path,
+        {k: v.half() for k, v in denoiser.state_dict().items()},
+        edm.describe(TINY, CLASSES, 16),
+    )
     config = TINY.model_copy(update={"weights": str(tmp_path)})
     fresh = edm.build(TINY, 3, 16)
     assert edm.start_from(fresh, config, CLASSES, 16) == str(tmp_path)
@@ -119,9 +150,11 @@ def test_weights_that_do_not_fit_the_run_are_refused(tmp_path: Path) -> None:
     other = {"width": 512, "loss": "min_snr"}  # nothing that a UNet's weights hang on
     assert edm.start_from(fresh, config.model_copy(update=other), CLASSES, 16) == str(tmp_path)
     for classes, resolution, update, word in [
-        (["a", "c", "b"], 16, {}, "classes"), (CLASSES, 32, {}, "resolution 16, this run 32"),
-        (CLASSES, 16, {"channels": [16, 32]}, "denoiser.channels"), (CLASSES, 16, {"sigma_data": 0.4}, "denoiser.sigma_data"),
-    ]:  # fmt: skip
+        (["a", "c", "b"], 16, {}, "classes"),
+        (CLASSES, 32, {}, "resolution 16, this run 32"),
+        (CLASSES, 16, {"channels": [16, 32]}, "denoiser.channels"),
+        (CLASSES, 16, {"sigma_data": 0.4}, "denoiser.sigma_data"),
+    ]:
         with pytest.raises(UserError, match=word):
             edm.start_from(fresh, config.model_copy(update=update), classes, resolution)
     with pytest.raises(UserError, match="channels 3, this run 4"):
@@ -129,9 +162,13 @@ def test_weights_that_do_not_fit_the_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="codec pixels, this run abc"):
         edm.start_from(fresh, config, CLASSES, 16, 3, {"fingerprint": "abc"})
     with pytest.raises(UserError, match="denoiser.architecture unet, this run transformer"):
-        edm.start_from(fresh, config.model_copy(update={"architecture": "transformer"}), CLASSES, 16)
+        edm.start_from(
+            fresh, config.model_copy(update={"architecture": "transformer"}), CLASSES, 16
+        )
     with pytest.raises(UserError, match="holds no model"):
-        edm.start_from(fresh, config.model_copy(update={"weights": str(tmp_path / "none")}), CLASSES, 16)
+        edm.start_from(
+            fresh, config.model_copy(update={"weights": str(tmp_path / "none")}), CLASSES, 16
+        )
 
 
 def test_a_config_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -31,12 +31,18 @@ def test_explicit_attention_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_fresh_block_is_the_identity_and_its_gates_learn() -> None:
     torch.manual_seed(0)
-    block, x, condition = build_network(TOKENS, 3, 16, 5).blocks[1], torch.randn(2, 9, 48), torch.randn(2, 48)
+    block, x, condition = (
+        build_network(TOKENS, 3, 16, 5).blocks[1],
+        torch.randn(2, 9, 48),
+        torch.randn(2, 48),
+    )
     out = block(x, condition)
     assert torch.equal(out, x)
     out.square().sum().backward()
     gates = block.modulation.weight.grad.view(6, 48, 48)
-    assert float(gates[2].abs().sum()) > 0 and float(gates[5].abs().sum()) > 0  # the rest waits for them
+    assert (
+        float(gates[2].abs().sum()) > 0 and float(gates[5].abs().sum()) > 0
+    )  # the rest waits for them
     assert float(gates[[0, 1, 3, 4]].abs().sum()) == 0
 
 
@@ -47,19 +53,32 @@ def test_tokens_know_their_place_and_see_each_other() -> None:
         out = made(h, t, label, return_dict=False)[0]
         assert out.shape == h.shape
         moved = made(h.roll(1, 3), t, label)[0]
-        assert not torch.allclose(moved, out.roll(1, 3), atol=1e-3)  # without places it would be the same
+        assert not torch.allclose(
+            moved, out.roll(1, 3), atol=1e-3
+        )  # without places it would be the same
         other = h.clone()
         other[:, :, 0, 0] += 1
         assert float((made(other, t, label)[0] - out)[:, :, 7, 7].abs().max()) > 1e-6
-        assert not torch.allclose(made(h, t + 50, label)[0], out) and not torch.allclose(made(h, t, label + 1)[0], out)
+        assert not torch.allclose(made(h, t + 50, label)[0], out) and not torch.allclose(
+            made(h, t, label + 1)[0], out
+        )
 
 
 def test_gradients_reach_every_weight_but_the_labels_not_seen() -> None:
     made = shaken().train()
-    made(torch.randn(2, 12, 8, 8), torch.tensor([30.0, -80.0]), torch.tensor([0, 5]))[0].square().mean().backward()
-    silent = [name for name, p in made.named_parameters() if p.grad is None or float(p.grad.abs().sum()) == 0]
+    made(torch.randn(2, 12, 8, 8), torch.tensor([30.0, -80.0]), torch.tensor([0, 5]))[
+        0
+    ].square().mean().backward()
+    silent = [
+        name
+        for name, p in made.named_parameters()
+        if p.grad is None or float(p.grad.abs().sum()) == 0
+    ]
     assert silent == []
-    assert torch.equal(made.label.weight.grad.abs().sum(1) > 0, torch.tensor([True, False, False, False, False, True]))
+    assert torch.equal(
+        made.label.weight.grad.abs().sum(1) > 0,
+        torch.tensor([True, False, False, False, False, True]),
+    )
 
 
 def test_bf16_autocast_stays_close_to_float32() -> None:
@@ -82,7 +101,11 @@ def test_the_unet_is_diffusers_own() -> None:
     theirs = UNet2DModel.from_config(ours.config).eval()
     theirs.load_state_dict(ours.state_dict())
     for rows in (3, 64):
-        h, t, label = torch.randn(rows, 12, 8, 8), torch.linspace(-100, 100, rows), torch.arange(rows) % 6
+        h, t, label = (
+            torch.randn(rows, 12, 8, 8),
+            torch.linspace(-100, 100, rows),
+            torch.arange(rows) % 6,
+        )
         with torch.no_grad():
             out = ours(h.to(memory_format=torch.channels_last), t, label, return_dict=False)[0]
             torch.testing.assert_close(out, theirs(h, t, label, return_dict=False)[0])

@@ -32,11 +32,15 @@ class Ideal(nn.Module):
         return (S**2 / (S**2 + sigma**2)).view(-1, 1, 1, 1) * x
 
 
-def rows(config: cfg.Denoiser, seed: int, count: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rows(
+    config: cfg.Denoiser, seed: int, count: int = 512
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(sigma, loss, error), each [count], of the ideal denoiser."""
     x = S * torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1000 + seed))
     d = draw(tuple(x.shape), config, seed, CPU)
-    return d.sigma, *Objective(Ideal(), config)(x, d.sigma, d.noise, torch.zeros(count, dtype=torch.long))
+    return d.sigma, *Objective(Ideal(), config)(
+        x, d.sigma, d.noise, torch.zeros(count, dtype=torch.long)
+    )
 
 
 def test_loss_of_the_ideal_denoiser_for_gaussian_data() -> None:
@@ -52,16 +56,22 @@ def test_draws_follow_the_configured_distribution() -> None:
     config = cfg.Denoiser(null_probability=0.25, p_mean=-0.5, p_std=0.9)
     d = draw((8000, 1, 2, 2), config, 3, CPU)
     log_sigma = d.sigma.log()
-    assert float(log_sigma.mean()) == pytest.approx(-0.5, abs=0.04) and float(log_sigma.std()) == pytest.approx(0.9, rel=0.03)
+    assert float(log_sigma.mean()) == pytest.approx(-0.5, abs=0.04) and float(
+        log_sigma.std()
+    ) == pytest.approx(0.9, rel=0.03)
     assert float(d.dropped.float().mean()) == pytest.approx(0.25, abs=0.02)
-    assert float(d.flips.float().mean()) == pytest.approx(0.5, abs=0.02) and float(d.noise.std()) == pytest.approx(1, rel=0.02)
+    assert float(d.flips.float().mean()) == pytest.approx(0.5, abs=0.02) and float(
+        d.noise.std()
+    ) == pytest.approx(1, rel=0.02)
     other = draw((8000, 1, 2, 2), config, 4, CPU)
     assert not torch.equal(other.noise, d.noise)
 
 
 def test_a_worker_s_draws_are_its_rows_of_the_whole_batch_s() -> None:
     whole = draw((10, 3, 4, 4), cfg.Denoiser(), 3, CPU)
-    parts = [draw((10, 3, 4, 4), cfg.Denoiser(), 3, CPU, rows) for rows in (slice(0, 3), slice(3, 10))]
+    parts = [
+        draw((10, 3, 4, 4), cfg.Denoiser(), 3, CPU, rows) for rows in (slice(0, 3), slice(3, 10))
+    ]
     for name in ("sigma", "noise", "dropped"):
         assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name
     assert torch.equal(torch.cat([p.flips for p in parts], 1), whole.flips)
@@ -84,7 +94,9 @@ def test_min_snr_loss_of_the_ideal_denoiser() -> None:
     sigma, loss, error = rows(config, 0)
     expected = torch.minimum(sigma**-2, torch.tensor(5.0)) * S**2 * sigma**2 / (S**2 + sigma**2)
     assert float((loss / expected).mean()) == pytest.approx(1, rel=0.005)
-    assert float(error.mean()) == pytest.approx(1, rel=0.005)  # what is reported does not hang on the weighting
+    assert float(error.mean()) == pytest.approx(
+        1, rel=0.005
+    )  # what is reported does not hang on the weighting
 
 
 def test_uncertainty_becomes_the_log_of_the_loss_at_each_level() -> None:

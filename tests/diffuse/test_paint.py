@@ -38,7 +38,16 @@ SOURCES = Sources(
 def request(i: int, strategy: str = "sample", **change: object) -> GenerationRequest:
     start = 40.0 if strategy in ("sample", "inpaint", "outpaint", "inout") else 2.0
     r = GenerationRequest(
-        f"r{i}", 0, "guided", strategy, i % 3, None if strategy == "sample" else "case", start, 2.0, 1000 + i, "other"
+        f"r{i}",
+        0,
+        "guided",
+        strategy,
+        i % 3,
+        None if strategy == "sample" else "case",
+        start,
+        2.0,
+        1000 + i,
+        "other",
     )
     return replace(r, **change)  # type: ignore[arg-type]
 
@@ -47,7 +56,11 @@ def request(i: int, strategy: str = "sample", **change: object) -> GenerationReq
 def denoiser() -> edm.Denoiser:
     torch.manual_seed(0)
     model = (
-        edm.build(cfg.Denoiser(architecture="unet", channels=[16, 16], patch=2, attention=True), 3, 16).eval().requires_grad_(False)
+        edm.build(
+            cfg.Denoiser(architecture="unet", channels=[16, 16], patch=2, attention=True), 3, 16
+        )
+        .eval()
+        .requires_grad_(False)
     )
     for p in model.parameters():
         p.add_(0.05 * torch.randn_like(p))
@@ -59,7 +72,9 @@ def images(found: list[Painted]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("amp", [True, False])
-def test_same_image_alone_in_a_batch_and_in_another_order(denoiser: edm.Denoiser, amp: bool) -> None:
+def test_same_image_alone_in_a_batch_and_in_another_order(
+    denoiser: edm.Denoiser, amp: bool
+) -> None:
     config = CONFIG.model_copy(update={"amp": amp})
     asked = [request(i, s) for i, s in enumerate(STRATEGIES)]
     whole = images(paint(denoiser, asked, SOURCES, config, META))
@@ -67,26 +82,36 @@ def test_same_image_alone_in_a_batch_and_in_another_order(denoiser: edm.Denoiser
     assert len({p.tobytes() for p in whole.values()}) == 6
     for r in asked:
         alone = images(paint(denoiser, [r], SOURCES, config, META))[r.request_id]
-        assert np.array_equal(alone, whole[r.request_id]) and np.array_equal(alone, backwards[r.request_id])
+        assert np.array_equal(alone, whole[r.request_id]) and np.array_equal(
+            alone, backwards[r.request_id]
+        )
 
 
 @pytest.mark.parametrize("kind", ["pixels", "features"])
 def test_steered_images_do_not_hang_on_their_neighbours(denoiser: edm.Denoiser, kind: str) -> None:
     torch.manual_seed(1)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(196, 3))
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, 2), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(196, 3)
+    )
     from adversa.diffuse.guidance import hardness
 
     def pixels(z: Tensor) -> Tensor:
         return (z + 1) / 2
 
-    steering = Steering(hardness(net, pixels, "margin"), net if kind == "features" else None, pixels)
+    steering = Steering(
+        hardness(net, pixels, "margin"), net if kind == "features" else None, pixels
+    )
     config = CONFIG.model_copy(update={"likeness_kind": kind, "hardness_every": 2})
     asked = [request(i, "vary", hardness=0.5 * (i % 2), likeness=0.3 * (i % 3)) for i in range(5)]
     whole = images(paint(denoiser, asked, SOURCES, config, META, steering=steering))
     for r in asked:
         alone = images(paint(denoiser, [r], SOURCES, config, META, steering=steering))[r.request_id]
         assert np.array_equal(alone, whole[r.request_id])
-    unsteered = images(paint(denoiser, [replace(r, hardness=0.0, likeness=0.0) for r in asked], SOURCES, config, META))
+    unsteered = images(
+        paint(
+            denoiser, [replace(r, hardness=0.0, likeness=0.0) for r in asked], SOURCES, config, META
+        )
+    )
     assert np.array_equal(unsteered["r0"], whole["r0"])  # strength 0 is unguided, to the bit
     assert all(not np.array_equal(unsteered[f"r{i}"], whole[f"r{i}"]) for i in range(1, 5))
 
@@ -101,31 +126,48 @@ def test_a_compiled_denoiser_paints_the_same_in_any_order() -> None:
     except InvalidCxxCompiler as e:
         pytest.skip(f"torch.compile needs a C++ compiler ({e})")
     torch.manual_seed(0)
-    denoiser = edm.build(cfg.Denoiser(width=32, depth=1, patch=4), 3, 16).eval().requires_grad_(False)
+    denoiser = (
+        edm.build(cfg.Denoiser(width=32, depth=1, patch=4), 3, 16).eval().requires_grad_(False)
+    )
     for p in denoiser.parameters():
         p.add_(0.05 * torch.randn_like(p))
     loaded = Painter(denoiser, None, META, "f", torch.device("cpu"))
     asked = [request(i, strategy=STRATEGIES[i % 3]) for i in range(7)]
     slow, fast = (CONFIG.model_copy(update={"compile": c, "amp": False}) for c in (False, True))
-    eager, compiled, turned = (images(loaded.paint(r, SOURCES, c)) for r, c in ((asked, slow), (asked, fast), (asked[::-1], fast)))
-    assert loaded.compiled(CONFIG.batch_size, False) is loaded.compiled(CONFIG.batch_size, False) is not denoiser
+    eager, compiled, turned = (
+        images(loaded.paint(r, SOURCES, c))
+        for r, c in ((asked, slow), (asked, fast), (asked[::-1], fast))
+    )
+    assert (
+        loaded.compiled(CONFIG.batch_size, False)
+        is loaded.compiled(CONFIG.batch_size, False)
+        is not denoiser
+    )
     for name, image in compiled.items():
         assert np.array_equal(image, turned[name])
         assert np.abs(image.astype(int) - eager[name]).max() <= 1
 
 
-def test_where_nothing_compiles_that_is_one_line(denoiser: edm.Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_compiles_that_is_one_line(
+    denoiser: edm.Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch._dynamo.exc import BackendCompilerFailed
 
     def failing(*args: object, **kwargs: object) -> object:
         def run(*_: object) -> Tensor:
-            raise BackendCompilerFailed(None, RuntimeError("No working C++ compiler found\nand more"), None)  # type: ignore[arg-type]
+            raise BackendCompilerFailed(
+                None, RuntimeError("No working C++ compiler found\nand more"), None
+            )  # type: ignore[arg-type]
 
         return run
 
     monkeypatch.setattr(torch, "compile", failing)
-    with pytest.raises(UserError, match="generate.compile: .*set generate.compile=false, or install a C") as told:
-        Painter(denoiser, None, META, "f", torch.device("cpu")).canvas(CONFIG.model_copy(update={"compile": True}))
+    with pytest.raises(
+        UserError, match="generate.compile: .*set generate.compile=false, or install a C"
+    ) as told:
+        Painter(denoiser, None, META, "f", torch.device("cpu")).canvas(
+            CONFIG.model_copy(update={"compile": True})
+        )
     assert "\n" not in str(told.value)
 
 
@@ -158,10 +200,16 @@ def test_rows_start_where_their_strategies_say() -> None:
     torch.testing.assert_close(sample.start, 40 * n)
     _, vary, n = made("vary", sigma_start=0.5)
     torch.testing.assert_close(vary.start, places["case"] + 0.5 * n)
-    assert vary.course.plan.sigma[0] == 0.5 and len(vary.course.plan) < len(sample.course.plan) == 8 and vary.known is None
+    assert (
+        vary.course.plan.sigma[0] == 0.5
+        and len(vary.course.plan) < len(sample.course.plan) == 8
+        and vary.known is None
+    )
     _, filled, n = made("inpaint")
     torch.testing.assert_close(filled.start, places["case"] + 40 * n)
-    assert torch.equal(filled.known, places["case"]) and torch.equal(filled.soft[0], torch.from_numpy(disc()))
+    assert torch.equal(filled.known, places["case"]) and torch.equal(
+        filled.soft[0], torch.from_numpy(disc())
+    )
     _, outer, _ = made("outpaint")
     assert torch.equal(outer.soft[0], torch.from_numpy(1 - disc()))
     _, mixed, n = made("blend")
@@ -169,12 +217,18 @@ def test_rows_start_where_their_strategies_say() -> None:
     assert 0.3 <= share.nanmedian() <= 0.7 and (share - share.nanmedian()).abs().nanmedian() < 1e-4
 
 
-def test_inpainting_keeps_the_skin_and_outpainting_the_lesion_exactly(denoiser: edm.Denoiser) -> None:
+def test_inpainting_keeps_the_skin_and_outpainting_the_lesion_exactly(
+    denoiser: edm.Denoiser,
+) -> None:
     asked = [request(0, "inpaint"), request(1, "outpaint"), request(2, "inout")]
     new, skin, both = (p.image for p in paint(denoiser, asked, SOURCES, CONFIG, META))
     case, inside = SOURCES.images["case"], disc()
-    assert np.array_equal(new[inside == 0], case[inside == 0]) and not np.array_equal(new[inside == 1], case[inside == 1])
-    assert np.array_equal(skin[inside == 1], case[inside == 1]) and not np.array_equal(skin[inside == 0], case[inside == 0])
+    assert np.array_equal(new[inside == 0], case[inside == 0]) and not np.array_equal(
+        new[inside == 1], case[inside == 1]
+    )
+    assert np.array_equal(skin[inside == 1], case[inside == 1]) and not np.array_equal(
+        skin[inside == 0], case[inside == 0]
+    )
     differs = (both != case).any(2)
     assert differs[inside == 0].mean() > 0.9 and differs[inside == 1].mean() > 0.9
 
@@ -191,7 +245,9 @@ def test_the_seam_is_blended() -> None:
 
 def test_a_little_noise_and_a_perfect_denoiser_give_the_case_back() -> None:
     perfect = edm.to_tensor(SOURCES.images["case"][None])
-    (found,) = paint(lambda x, s, y: perfect.expand_as(x), [request(1, "vary")], SOURCES, CONFIG, META)
+    (found,) = paint(
+        lambda x, s, y: perfect.expand_as(x), [request(1, "vary")], SOURCES, CONFIG, META
+    )
     assert np.array_equal(found.image, SOURCES.images["case"])
 
 
@@ -205,11 +261,20 @@ def test_a_row_that_is_not_finite_is_marked_and_spoils_no_other(denoiser: edm.De
     found = paint(broken, asked, Sources(), CONFIG, META)
     assert [p.finite for p in found] == [True, False, True] and not found[1].image.any()
     good = paint(denoiser, asked, Sources(), CONFIG, META)
-    assert np.array_equal(found[0].image, good[0].image) and np.array_equal(found[2].image, good[2].image)
+    assert np.array_equal(found[0].image, good[0].image) and np.array_equal(
+        found[2].image, good[2].image
+    )
 
 
 def test_courses_ask_for_guidance_in_its_interval_alone() -> None:
-    config = cfg.Generate(steps=16, guidance_low=0.3, guidance_high=5.0, hardness_low=0.3, hardness_high=2.0, hardness_every=3)
+    config = cfg.Generate(
+        steps=16,
+        guidance_low=0.3,
+        guidance_high=5.0,
+        hardness_low=0.3,
+        hardness_high=2.0,
+        hardness_every=3,
+    )
     c = course(request(0, guidance=3.0), 40.0, config)
     inside = (c.plan.sigma > 0.3) & (c.plan.sigma <= 5)
     assert inside.any() and not inside.all()
@@ -220,7 +285,9 @@ def test_courses_ask_for_guidance_in_its_interval_alone() -> None:
     due = np.flatnonzero(c.hardness)
     steers = np.flatnonzero((c.plan.sigma > 0.3) & (c.plan.sigma <= 2.0))
     assert np.array_equal(due, steers[::3]) and set(c.hardness[due]) == {0.7}
-    assert np.array_equal(np.flatnonzero(c.second), due)  # its size is measured in classifier-free corrections
+    assert np.array_equal(
+        np.flatnonzero(c.second), due
+    )  # its size is measured in classifier-free corrections
     assert not course(request(0, hardness=0.0), 40.0, config).hardness.any()
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from adversa import config as cfg
-from adversa import weights
 from adversa.data import phantom
 from adversa.data.images import make_decoder
 from adversa.data.sources import list_records
 from adversa.diffuse import edm
+from adversa.storage import weights
 from adversa.types import UserError
 
 
@@ -19,7 +19,9 @@ def test_small_and_of_another_seed() -> None:
     assert (edm.SHIPPED / weights.MODEL).stat().st_size < 4_000_000
     _, meta, _ = weights.read_model(edm.SHIPPED)
     assert meta["pretraining"]["phantom_seed"] != cfg.Phantom().seed
-    assert meta["classes"] == sorted(phantom.CLASSES) and meta["resolution"] == cfg.Data().resolution
+    assert (
+        meta["classes"] == sorted(phantom.CLASSES) and meta["resolution"] == cfg.Data().resolution
+    )
 
 
 def test_the_defaults_fit_them_and_other_classes_do_not() -> None:
@@ -44,7 +46,12 @@ def test_they_denoise_the_demo_pictures_and_tell_the_classes_apart() -> None:
 
     def errors(sigma: float, label: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return (denoiser(x + sigma * noise, torch.full((50,), sigma), label) - x).square().flatten(1).mean(1)
+            return (
+                (denoiser(x + sigma * noise, torch.full((50,), sigma), label) - x)
+                .square()
+                .flatten(1)
+                .mean(1)
+            )
 
     # The best linear denoiser of white data with sigma_data = 0.5 errs by 0.2 at sigma = 1; one that knows skin, by a tenth.
     assert float(errors(1.0, label).mean()) < 0.02

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from adversa.diffuse.solver import Plan, advance, dpmpp_2m, heun, karras_sigmas, share_of_steps, solve
+from adversa.diffuse.solver import (
+    Plan,
+    advance,
+    dpmpp_2m,
+    heun,
+    karras_sigmas,
+    share_of_steps,
+    solve,
+)
 
 MEAN, SPREAD = 0.3, 0.5
 
@@ -43,18 +51,33 @@ def test_a_start_further_down_takes_its_share_of_the_steps(rho: float) -> None:
     whole = karras_sigmas(40.0, 0.02, rho, 16)
     for i in (1, 5, 12):  # from a level of the whole schedule: the steps that are left of it
         assert share_of_steps(whole[i], 40.0, 0.02, rho, 15) == 15 - i
-    assert share_of_steps(40.0, 40.0, 0.02, rho, 15) == 15 and share_of_steps(0.021, 40.0, 0.02, rho, 15) == 2
+    assert (
+        share_of_steps(40.0, 40.0, 0.02, rho, 15) == 15
+        and share_of_steps(0.021, 40.0, 0.02, rho, 15) == 2
+    )
 
 
 @pytest.mark.parametrize("solver", [dpmpp_2m, heun])
 def test_second_order_towards_the_closed_form(solver: Callable[[np.ndarray], Plan]) -> None:
     x = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    start, end = torch.tensor([10.0, 3.0], dtype=torch.float64), torch.tensor([0.1, 0.05], dtype=torch.float64)
+    start, end = (
+        torch.tensor([10.0, 3.0], dtype=torch.float64),
+        torch.tensor([0.1, 0.05], dtype=torch.float64),
+    )
     x = x * start.view(-1, 1, 1, 1)
     errors = []
     for steps in (40, 80, 160):
-        plans = [solver(karras_sigmas(float(a), float(b), 7.0, steps + 1)[:-1]) for a, b in zip(start, end, strict=True)]
-        errors.append(float((solve(ideal, x, plans, torch.zeros(2, dtype=torch.long)) - exact(x, start, end)).abs().max()))
+        plans = [
+            solver(karras_sigmas(float(a), float(b), 7.0, steps + 1)[:-1])
+            for a, b in zip(start, end, strict=True)
+        ]
+        errors.append(
+            float(
+                (solve(ideal, x, plans, torch.zeros(2, dtype=torch.long)) - exact(x, start, end))
+                .abs()
+                .max()
+            )
+        )
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     assert ((orders > 1.8) & (orders < 2.6)).all(), (errors, orders)
 
@@ -62,7 +85,9 @@ def test_second_order_towards_the_closed_form(solver: Callable[[np.ndarray], Pla
 @pytest.mark.parametrize("solver", [dpmpp_2m, heun])
 def test_ends_at_the_data_from_any_start(solver: Callable[[np.ndarray], Plan]) -> None:
     start = torch.tensor([40.0, 2.0, 0.5])
-    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * start.view(-1, 1, 1, 1)
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * start.view(
+        -1, 1, 1, 1
+    )
     plans = [solver(karras_sigmas(float(s), 0.01, 7.0, 60)) for s in start]
     out = solve(ideal, x, plans, torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(out, exact(x, start, torch.zeros(3)), atol=5e-3, rtol=0)
@@ -99,9 +124,15 @@ def test_agrees_with_diffusers() -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(
-        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", prediction_type="sample", use_karras_sigmas=True,
-        final_sigmas_type="zero", lower_order_final=True, thresholding=False,
-    )  # fmt: skip
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        prediction_type="sample",
+        use_karras_sigmas=True,
+        final_sigmas_type="zero",
+        lower_order_final=True,
+        thresholding=False,
+    )
     scheduler.set_timesteps(12)
 
     def curved(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
@@ -109,7 +140,10 @@ def test_agrees_with_diffusers() -> None:
         return torch.tanh(x / (1 + s)) + 0.1 * torch.sin(3 * x / (1 + s))
 
     sigmas = scheduler.sigmas.double()
-    start = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * sigmas[0]
+    start = (
+        torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        * sigmas[0]
+    )
     ours = solve(curved, start, [dpmpp_2m(sigmas.numpy())] * 2, torch.zeros(2, dtype=torch.long))
     # diffusers carries x / sqrt(1 + sigma^2) (variance preserving) for this scheduler.
     theirs = start / (1 + sigmas[0] ** 2).sqrt()

@@ -14,24 +14,36 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from adversa import config as cfg
-from adversa import weights, workers
 from adversa.diffuse import fit
+from adversa.storage import weights
+from adversa.training import process_group
 from adversa.types import UserError
 
 SIZE = 5  # of a batch: two rows for one worker, three for the other
 PLAIN = cfg.Denoiser(
-    architecture="unet", channels=[16, 16], patch=2, steps=8, batch_size=SIZE, lr=2e-3, checkpoint_steps=4, amp=False
+    architecture="unet",
+    channels=[16, 16],
+    patch=2,
+    steps=8,
+    batch_size=SIZE,
+    lr=2e-3,
+    checkpoint_steps=4,
+    amp=False,
 )
 CASES = {
     "plain": PLAIN,
-    "uncertainty": PLAIN.model_copy(update={"loss": "uncertainty", "ema_width": 0.1, "flips": False}),
-    "transformer": PLAIN.model_copy(update={"architecture": "transformer", "width": 32, "depth": 2, "loss": "min_snr"}),
+    "uncertainty": PLAIN.model_copy(
+        update={"loss": "uncertainty", "ema_width": 0.1, "flips": False}
+    ),
+    "transformer": PLAIN.model_copy(
+        update={"architecture": "transformer", "width": 32, "depth": 2, "loss": "min_snr"}
+    ),
 }
 
 
 def batches(first: int, last: int, nan_at: int | None = None) -> Iterator[dict[str, Any]]:
     """This worker's rows of them."""
-    rows = workers.rows(SIZE)
+    rows = process_group.rows(SIZE)
     for step in range(first, last):
         rng = np.random.default_rng(step)
         latent = rng.normal(0, 0.5, (SIZE, 3, 16, 16)).astype(np.float32)
@@ -39,25 +51,42 @@ def batches(first: int, last: int, nan_at: int | None = None) -> Iterator[dict[s
             latent[SIZE - 1, 0, 0, 0] = np.nan
         image = rng.integers(0, 255, (SIZE, 16, 16, 3)).astype(np.uint8)
         data = {"image": image[rows]} if nan_at is None else {"latent": latent[rows]}
-        yield {"id": [f"{step}-{i}" for i in range(SIZE)][rows], "label": np.arange(SIZE)[rows] % 2, "size": SIZE} | data
+        yield {
+            "id": [f"{step}-{i}" for i in range(SIZE)][rows],
+            "label": np.arange(SIZE)[rows] % 2,
+            "size": SIZE,
+        } | data
 
 
-def run(out: Path, config: cfg.Denoiser, last: int = 8, nan_at: int | None = None, **more: Any) -> dict[str, Any]:
+def run(
+    out: Path, config: cfg.Denoiser, last: int = 8, nan_at: int | None = None, **more: Any
+) -> dict[str, Any]:
     fit.LOG_STEPS = 1  # every step's loss in metrics.jsonl
     source = batches(fit.resume_step(out), last, nan_at)
     return fit.fit(
-        source, config=config, num_classes=2, resolution=16, classes=["a", "b"], out=out, seed=3, report=lambda _: None, threads=1,
-        select=lambda: batches(100, 102), **more,
-    )  # fmt: skip
+        source,
+        config=config,
+        num_classes=2,
+        resolution=16,
+        classes=["a", "b"],
+        out=out,
+        seed=3,
+        report=lambda _: None,
+        threads=1,
+        select=lambda: batches(100, 102),
+        **more,
+    )
 
 
 def train_all(root: Path) -> dict[str, Any]:
     told: list[int] = []
-    found: dict[str, Any] = {name: run(root / name, config, committed=told.append) for name, config in CASES.items()}
+    found: dict[str, Any] = {
+        name: run(root / name, config, committed=told.append) for name, config in CASES.items()
+    }
     assert told == [4, 8] * len(CASES)
     with pytest.raises(AssertionError, match="the batches ended at step 6"):
         run(root / "killed", CASES["uncertainty"], last=6)
-    workers.barrier()
+    process_group.barrier()
     assert fit.resume_step(root / "killed") == 4
     found["killed"] = run(root / "killed", CASES["uncertainty"])
     with pytest.raises(UserError) as caught:
@@ -85,11 +114,16 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_one_and_two_workers_have_the_same_loss_curve(both: tuple[Path, Path]) -> None:
     for name in CASES:
-        one, two = ([json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()] for root in both)
+        one, two = (
+            [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+            for root in both
+        )
         assert [row["step"] for row in one if "loss" in row] == list(range(1, 9))
         assert sum("validation_loss" in row for row in one) == 5
         for a, b in zip(one, two, strict=True):
-            assert a.keys() == b.keys() and list(a.values()) == pytest.approx(list(b.values()), rel=1e-4), name
+            assert a.keys() == b.keys() and list(a.values()) == pytest.approx(
+                list(b.values()), rel=1e-4
+            ), name
 
 
 def test_all_workers_return_the_same_and_the_lead_writes_it(both: tuple[Path, Path]) -> None:
@@ -98,16 +132,27 @@ def test_all_workers_return_the_same_and_the_lead_writes_it(both: tuple[Path, Pa
     for name in CASES:
         assert weights.read_model(both[1] / name)[2] == first[name]["fingerprint"]
         a, b = (weights.read_model(root / name)[0] for root in both)
-        apart = sum(float((a[k] - b[k]).square().sum()) for k in a) / sum(float(v.square().sum()) for v in a.values())
-        assert apart**0.5 < 1e-3  # single weights may differ more: Adam divides a gradient near 0 by itself
+        apart = sum(float((a[k] - b[k]).square().sum()) for k in a) / sum(
+            float(v.square().sum()) for v in a.values()
+        )
+        assert (
+            apart**0.5 < 1e-3
+        )  # single weights may differ more: Adam divides a gradient near 0 by itself
 
 
 def test_two_killed_workers_go_on_to_the_same_weights(both: tuple[Path, Path]) -> None:
     for root in both:
-        assert (root / "killed/model.safetensors").read_bytes() == (root / "uncertainty/model.safetensors").read_bytes()
-        assert (root / "killed/metrics.jsonl").read_bytes() == (root / "uncertainty/metrics.jsonl").read_bytes()
+        assert (root / "killed/model.safetensors").read_bytes() == (
+            root / "uncertainty/model.safetensors"
+        ).read_bytes()
+        assert (root / "killed/metrics.jsonl").read_bytes() == (
+            root / "uncertainty/metrics.jsonl"
+        ).read_bytes()
 
 
 def test_both_name_the_image_that_only_one_has_seen(both: tuple[Path, Path]) -> None:
     for path in (both[0] / "0.json", both[1] / "0.json", both[1] / "1.json"):
-        assert "loss nan" in (text := json.loads(path.read_text())["nan"]) and "at step 2 (images 2-4);" in text
+        assert (
+            "loss nan" in (text := json.loads(path.read_text())["nan"])
+            and "at step 2 (images 2-4);" in text
+        )

@@ -29,13 +29,23 @@ ray.shutdown()
 """
 
 
-def test_an_embedded_ray_listens_on_loopback_and_takes_no_module_from_the_folder_one_is_in(tmp_path):
+def test_an_embedded_ray_listens_on_loopback_and_takes_no_module_from_the_folder_one_is_in(
+    tmp_path,
+):
     """Whoever reaches its ports can run code; and workers would look for modules in the current folder first."""
     (tmp_path / "colorsys.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     words = [sys.executable, "-P", "-c", SCRIPT]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "PYTHONPATH": str(ROOT)
+    }
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["listening"] and all(ip.removeprefix("::ffff:") in ("127.0.0.1", "::1") for ip in said["listening"]), said
-    assert not said["dashboard"] and not said["module"].startswith(str(tmp_path)) and not (tmp_path / "executed").exists()
+    assert said["listening"] and all(
+        ip.removeprefix("::ffff:") in ("127.0.0.1", "::1") for ip in said["listening"]
+    ), said
+    assert (
+        not said["dashboard"]
+        and not said["module"].startswith(str(tmp_path))
+        and not (tmp_path / "executed").exists()
+    )

@@ -16,11 +16,13 @@ import psutil
 import pytest
 import requests
 
-from adversa import console, control, lease, runs
+from adversa.cli import view
 from adversa.config import dump
-from adversa.loop.stages import COMMANDS
-from adversa.loop.vitals import NAMES
-from adversa.runs import RunDir
+from adversa.pipeline.metrics import NAMES
+from adversa.pipeline.stages import COMMANDS
+from adversa.run import control, run_lock
+from adversa.run.folder import RunDir
+from adversa.storage import files
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -41,7 +43,9 @@ cluster.shutdown()
 
 
 def results(run):
-    spec = importlib.util.spec_from_file_location("kill_and_resume", ROOT / "tools" / "kill_and_resume.py")
+    spec = importlib.util.spec_from_file_location(
+        "kill_and_resume", ROOT / "tools" / "kill_and_resume.py"
+    )
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     return tool.results(run)
@@ -58,11 +62,22 @@ def cluster(tmp_path_factory):
     """RAY_ADDRESS of a cluster."""
     import tempfile
 
-    before = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "RAY_AUTH_MODE": "disabled"}
-    with tempfile.TemporaryDirectory(prefix="adv", ignore_cleanup_errors=True) as folder:  # short: sockets lie in it
+    before = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    with tempfile.TemporaryDirectory(
+        prefix="adv", ignore_cleanup_errors=True
+    ) as folder:  # short: sockets lie in it
         metrics = str(free_port())
         command = [sys.executable, "-c", HEAD, str(free_port()), folder, metrics, str(free_port())]
-        head = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | before)
+        head = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | before,
+        )
         try:
             address = ""
             while ":" not in address or " " in address.strip():
@@ -87,18 +102,31 @@ def go(cluster, finished, tmp_path):
     started, run = [], RunDir(tmp_path / "run")
 
     def start(*more, command="loop"):
-        words = [sys.executable, "-m", "adversa.cli", command, str(tmp_path / "tiny.yaml"), "--run-dir", str(run.root), *more]
+        words = [
+            sys.executable,
+            "-m",
+            "adversa.cli",
+            command,
+            str(tmp_path / "tiny.yaml"),
+            "--run-dir",
+            str(run.root),
+            *more,
+        ]
         environment = os.environ | cluster | {"COLUMNS": "200"}
-        started.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment))
+        started.append(
+            subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            )
+        )
         return started[-1]
 
     yield start, run
     for process in started:
         process.kill()
         process.communicate()
-    if console.state_of(run)[0] in ("running", "paused"):
+    if view.state_of(run)[0] in ("running", "paused"):
         control.wish(run, control.STOP)
-        wait_for(lambda: console.state_of(run)[0] not in ("running", "paused"))
+        wait_for(lambda: view.state_of(run)[0] not in ("running", "paused"))
 
 
 def wait_for(condition, seconds=300):
@@ -114,7 +142,7 @@ def has(run, pattern):
 
 def worker_of(run):
     """The coordinator's process, as the lease has it."""
-    return lease.place_of(run).read().pid
+    return run_lock.place_of(run).read().pid
 
 
 def served(cluster):
@@ -135,9 +163,17 @@ def test_the_run_goes_on_without_its_command_and_the_same_command_follows_it(go,
     stage = re.search(r'ray_adversa_stage\{.*run="run".*\} (\S+)', served(cluster))
     assert float(stage[1]) == COMMANDS.index("train") + 1
     other = subprocess.run(
-        [*first.args, "--engine", "local"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, timeout=120
+        [*first.args, "--engine", "local"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+        timeout=120,
     )
-    assert other.returncode == 2 and "is being worked on by coordinator-" in other.stderr and other.stderr.count("\n") == 1
+    assert (
+        other.returncode == 2
+        and "is being worked on by coordinator-" in other.stderr
+        and other.stderr.count("\n") == 1
+    )
     first.send_signal(signal.SIGSTOP)  # a laptop that goes to sleep
     stopped, before = time.monotonic(), len(list(run.root.rglob("manifest.json")))
     wait_for(lambda: len(list(run.root.rglob("manifest.json"))) > before)  # and the run goes on
@@ -148,7 +184,7 @@ def test_the_run_goes_on_without_its_command_and_the_same_command_follows_it(go,
     assert again.returncode == 0, text
     assert "is worked on already; following it" in text and "report: " in text
     assert results(run.root) == results(finished[1].root)
-    assert control.restarts(run)[0] == 0 and lease.place_of(run).read() is None
+    assert control.restarts(run)[0] == 0 and run_lock.place_of(run).read() is None
 
 
 def test_a_coordinator_that_is_killed_comes_back_and_ends_the_same(go, finished):
@@ -160,7 +196,9 @@ def test_a_coordinator_that_is_killed_comes_back_and_ends_the_same(go, finished)
         killed.append(worker_of(run))
         before = {p: p.stat().st_mtime_ns for p in run.root.rglob("manifest.json")}
         os.kill(killed[-1], signal.SIGKILL)
-        wait_for(lambda: (found := lease.place_of(run).read()) is None or found.pid != killed[-1])
+        wait_for(
+            lambda: (found := run_lock.place_of(run).read()) is None or found.pid != killed[-1]
+        )
         assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     text = said(command)
     assert command.returncode == 0, text
@@ -177,12 +215,18 @@ def test_pause_resume_stop_and_errors(go):
 
     def adversa(command, *more):
         wide = os.environ | {"COLUMNS": "200"}
-        done = subprocess.run([*words, command, str(run.root), *more], capture_output=True, text=True, timeout=200, env=wide)
+        done = subprocess.run(
+            [*words, command, str(run.root), *more],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=wide,
+        )
         return done.returncode, done.stdout + done.stderr
 
     wait_for(has(run, "data/progress.json"))
     assert adversa("pause")[0] == 0
-    wait_for(lambda: runs.read_json(run.status)["state"] == "paused")
+    wait_for(lambda: files.read_json(run.status)["state"] == "paused")
     assert "paused" in adversa("status")[1].splitlines()[0]
     manifests = sorted(run.root.rglob("manifest.json"))
     time.sleep(2)
@@ -190,7 +234,7 @@ def test_pause_resume_stop_and_errors(go):
     code, text = adversa("resume", "--set", "mine.budget=6")
     assert code == 0 and "from round 1 on: mine.budget 6" in text and "goes on" in text
     following = start()
-    wait_for(lambda: runs.read_json(run.status)["state"] == "running")
+    wait_for(lambda: files.read_json(run.status)["state"] == "running")
     code, text = adversa("stop")
     assert code == 0 and "is stopped" in text
     text = said(following)
@@ -199,5 +243,9 @@ def test_pause_resume_stop_and_errors(go):
 
     wrong = start("--set", "cluster.sampler_threads=64")  # found by the engine, in the actor
     text = said(wrong)
-    assert wrong.returncode == 2 and "error: cluster.sampler_threads 64: there are 2 CPUs" in text and "Traceback" not in text
+    assert (
+        wrong.returncode == 2
+        and "error: cluster.sampler_threads 64: there are 2 CPUs" in text
+        and "Traceback" not in text
+    )
     assert "failed" in adversa("status")[1].splitlines()[0]

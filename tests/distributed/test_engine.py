@@ -9,11 +9,13 @@ from functools import partial
 import pytest
 import ray
 
-from adversa import runs, tables
-from adversa.loop import cycle
-from adversa.loop.engine import LocalEngine, Part
-from adversa.loop.stages import stages
+from adversa.engine.local import LocalEngine
+from adversa.engine.tasks import Part
+from adversa.pipeline import loop
+from adversa.pipeline.stages import stages
 from adversa.report import page
+from adversa.run import step_folder
+from adversa.storage import files, tables
 from adversa.types import UserError
 
 pytestmark = pytest.mark.ray
@@ -23,8 +25,8 @@ pytestmark = pytest.mark.ray
 def by_ray(tiny, ray_engine, tmp_path_factory):
     """The run of `finished`, on Ray."""
     config = tiny()
-    run = cycle.open_run(config, tmp_path_factory.mktemp("by-ray") / "run")
-    cycle.run(config, run, ray_engine, page.write)
+    run = loop.open_run(config, tmp_path_factory.mktemp("by-ray") / "run")
+    loop.run(config, run, ray_engine, page.write)
     return run
 
 
@@ -36,8 +38,8 @@ def same(a, b, folder, columns):
 @pytest.mark.slow
 def test_ray_and_local_ask_for_the_same_and_paint_the_same(finished, by_ray):
     config, local = finished
-    assert runs.fingerprint(local.data) == runs.fingerprint(by_ray.data)
-    assert runs.read_json(local.data / "split.json") == runs.read_json(by_ray.data / "split.json")
+    assert step_folder.fingerprint(local.data) == step_folder.fingerprint(by_ray.data)
+    assert files.read_json(local.data / "split.json") == files.read_json(by_ray.data / "split.json")
     for role in ("train", "mine", "select", "test"):
         assert same(local, by_ray, f"data/{role}", ["id", "group", "image"])
     assert same(local, by_ray, "round-001/requests", None)
@@ -52,13 +54,15 @@ def test_ray_and_local_train_the_same_weights(finished, by_ray):
         for folder in stage.folders:
             if (folder / "model.safetensors").exists():
                 name = local.name_of(folder)
-                assert runs.fingerprint(folder) == runs.fingerprint(by_ray.root / name), name
+                assert step_folder.fingerprint(folder) == step_folder.fingerprint(
+                    by_ray.root / name
+                ), name
 
 
 @pytest.mark.slow
 def test_ray_and_local_report_the_same_figures(finished, by_ray):
     _, local = finished
-    assert runs.read_json(local.summary)["arms"] == runs.read_json(by_ray.summary)["arms"]
+    assert files.read_json(local.summary)["arms"] == files.read_json(by_ray.summary)["arms"]
 
 
 def make_failing(message):
@@ -70,17 +74,26 @@ def make_failing(message):
 
 def test_a_fault_the_user_can_mend_comes_home_from_ray_data(ray_engine, tmp_path):
     with pytest.raises(UserError, match="^picture 7 is truncated; replace it$"):
-        ray_engine.map_batches(partial(make_failing, "picture 7 is truncated; replace it"), [Part(0, 1)], tmp_path, lambda s: None)
+        ray_engine.map_batches(
+            partial(make_failing, "picture 7 is truncated; replace it"),
+            [Part(0, 1)],
+            tmp_path,
+            lambda s: None,
+        )
 
 
-def test_a_fault_the_user_can_mend_comes_home_from_ray_train_and_nothing_is_lost(finished, ray_engine, tiny, tmp_path):
+def test_a_fault_the_user_can_mend_comes_home_from_ray_train_and_nothing_is_lost(
+    finished, ray_engine, tiny, tmp_path
+):
     """A learning rate that explodes: one line that names the step, no model, and what was finished before stays."""
     config = tiny(classifier={"lr": 1e30}, mix={"arms": ["real"]})
-    run = cycle.open_run(config, tmp_path / "run")
+    run = loop.open_run(config, tmp_path / "run")
     with pytest.raises(UserError, match="step") as e:
-        cycle.run(config, run, ray_engine, page.write)
+        loop.run(config, run, ray_engine, page.write)
     assert "\n" not in str(e.value)
-    assert runs.is_finished(run.data) and not runs.is_finished(run.arm(0, "real", 0) / "classifier")
+    assert step_folder.is_finished(run.data) and not step_folder.is_finished(
+        run.arm(0, "real", 0) / "classifier"
+    )
 
 
 def test_only_processes_of_ray_are_looked_for(ray_engine):
@@ -102,7 +115,9 @@ def test_engines_offer_the_same_methods(ray_engine):
 
 
 def test_a_model_of_ray_train_keeps_no_checkpoint(by_ray):
-    assert list(by_ray.root.rglob("model.safetensors")) and not list(by_ray.root.rglob("checkpoint.pt"))
+    assert list(by_ray.root.rglob("model.safetensors")) and not list(
+        by_ray.root.rglob("checkpoint.pt")
+    )
 
 
 def make_nothing():

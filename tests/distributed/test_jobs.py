@@ -55,11 +55,25 @@ class Head:
         # The head's `python` and `adversa` are this environment's. A busy machine must not take it for dead.
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-            "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.secret, "RAY_health_check_timeout_ms": "120000",
-            "RAY_health_check_failure_threshold": "20", "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
-        }  # fmt: skip
-        start = [BIN / "ray", "start", "--head", "--port", free_port(), "--dashboard-port", self.address.rsplit(":", 1)[1]]
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PYTHONPATH": "",
+            "OMP_NUM_THREADS": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.secret,
+            "RAY_health_check_timeout_ms": "120000",
+            "RAY_health_check_failure_threshold": "20",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
+        }
+        start = [
+            BIN / "ray",
+            "start",
+            "--head",
+            "--port",
+            free_port(),
+            "--dashboard-port",
+            self.address.rsplit(":", 1)[1],
+        ]
         start += [
             "--dashboard-host",
             "127.0.0.1",
@@ -68,7 +82,15 @@ class Head:
             "--ray-client-server-port",
             free_port(),
         ]
-        start += ["--temp-dir", folder / "ray", "--num-cpus", 2, "--include-dashboard", "true", "--block"]
+        start += [
+            "--temp-dir",
+            folder / "ray",
+            "--num-cpus",
+            2,
+            "--include-dashboard",
+            "true",
+            "--block",
+        ]
         start += ["--object-store-memory", 200 << 20]
         self.log = open(folder / "head.log", "w")  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -85,22 +107,44 @@ class Head:
         }
         self.cluster = folder / "cluster.yaml"
         asks = {"address": self.address, "run_storage": str(folder / "runs"), "training_workers": 1}
-        tree = {"cluster_name": "test", "provider": {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []}}
+        tree = {
+            "cluster_name": "test",
+            "provider": {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []},
+        }
         self.cluster.write_text(yaml.safe_dump({**tree, "metadata": {"adversa": asks}}))
 
     def answers(self) -> bool:
         try:
             headers = {"Authorization": f"Bearer {self.secret}"}
-            return requests.get(f"{self.address}/api/version", headers=headers, timeout=5).status_code == 200
+            return (
+                requests.get(f"{self.address}/api/version", headers=headers, timeout=5).status_code
+                == 200
+            )
         except requests.exceptions.RequestException:
             return False
 
     def adversa(self, *words: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-u", "-m", "adversa.cli", *map(str, words), "--cluster", str(self.cluster)]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "adversa.cli",
+            *map(str, words),
+            "--cluster",
+            str(self.cluster),
+        ]
         out = subprocess.PIPE
         # Ctrl-C as in a terminal: a shell starts what is in the background deaf to it, these tests too.
         heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        return subprocess.Popen(command, cwd=self.folder, env=self.shell, stdout=out, stderr=subprocess.STDOUT, text=True, **heard)
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.shell,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **heard,
+        )
 
     def run(self, *words: object) -> tuple[int, str]:
         process = self.adversa(*words)
@@ -108,10 +152,18 @@ class Head:
 
     def close(self) -> None:
         """End what we started, by id: the command, then whatever of its children is left."""
-        family = [self.process, *psutil.Process(self.process.pid).children(recursive=True)] if self.process.poll() is None else []
+        family = (
+            [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+            if self.process.poll() is None
+            else []
+        )
         self.process.send_signal(signal.SIGTERM)
         psutil.wait_procs([p for p in family if isinstance(p, psutil.Process)], timeout=20)
-        for process in [p for p in psutil.process_iter(["cmdline"]) if str(self.folder) in " ".join(p.info["cmdline"] or [])]:
+        for process in [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if str(self.folder) in " ".join(p.info["cmdline"] or [])
+        ]:
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
                 process.kill()
         self.process.wait(30)
@@ -135,7 +187,11 @@ def reads(process: subprocess.Popen[str], words: str) -> str:
 
 @pytest.fixture(scope="module")
 def head():
-    for tries_left in (2, 1, 0):  # Ray gives its own processes a minute to start, which a busy machine may not have
+    for tries_left in (
+        2,
+        1,
+        0,
+    ):  # Ray gives its own processes a minute to start, which a busy machine may not have
         folder = Path(tempfile.mkdtemp(prefix="adv"))  # short: Ray puts sockets below it
         started = Head(folder)
         try:
@@ -152,25 +208,43 @@ def head():
 @pytest.fixture(scope="module")
 def config(tiny, head) -> Path:
     """A run that trains until it is stopped; with SHORT, one of seconds."""
-    arms = {"mix": {"arms": ["real"]}, "evaluate": {"bootstrap": 100}, "data": {"phantom": {"images": 120}}}
+    arms = {
+        "mix": {"arms": ["real"]},
+        "evaluate": {"bootstrap": 100},
+        "data": {"phantom": {"images": 120}},
+    }
     path = head.folder / "tiny.yaml"
     path.write_text(dump(tiny(classifier={"steps": 100_000, "checkpoint_steps": 100_000}, **arms)))
     return path
 
 
 # Nothing hangs on the number of steps before the first checkpoint: a run may be resumed with another.
-SHORT = ["--set", "classifier.steps=4", "--set", "classifier.checkpoint_steps=4", "--set", "classifier.evaluations=1"]
+SHORT = [
+    "--set",
+    "classifier.steps=4",
+    "--set",
+    "classifier.checkpoint_steps=4",
+    "--set",
+    "classifier.evaluations=1",
+]
 
 
 def test_submit_detach_find_again_stop_resume(head, config):
     run, begin = head.folder / "runs" / NAME, ["loop", config, "--run-dir", NAME]
     first = head.adversa(*begin)
     said = reads(first, r"\d\d:\d\d:\d\d train")
-    assert re.search(r"submitted adversa-ham-touch-executed-touch-executed-\w{8}-1, run ", said) and "prepare" in said
+    assert (
+        re.search(r"submitted adversa-ham-touch-executed-touch-executed-\w{8}-1, run ", said)
+        and "prepare" in said
+    )
 
     first.send_signal(signal.SIGINT)  # the laptop's lid
     code, said = ended(first)
-    assert code == 130 and "goes on. Come back: adversa watch" in said and "Stop it: adversa stop" in said, said
+    assert (
+        code == 130
+        and "goes on. Come back: adversa watch" in said
+        and "Stop it: adversa stop" in said
+    ), said
     data = (run / "data" / "manifest.json").read_text()
 
     code, said = head.run("status", NAME)
@@ -190,7 +264,9 @@ def test_submit_detach_find_again_stop_resume(head, config):
     assert code == 0 and "is stopped; everything finished is kept" in said
     code, said = ended(second)
     assert code == 143 and "was stopped" in said
-    assert json.loads((run / "status.json").read_text())["state"] == "stopped"  # it had the time to leave its folder in order
+    assert (
+        json.loads((run / "status.json").read_text())["state"] == "stopped"
+    )  # it had the time to leave its folder in order
     code, said = head.run("stop", NAME)  # the run's own folder is asked, on the cluster
     assert code == 2 and "is stopped: there is nothing to stop; go on with: adversa loop " in said
 
@@ -224,7 +300,9 @@ def test_faults_on_this_side_are_one_line_and_submit_nothing(head, config):
 
 
 def test_a_plan_is_made_where_the_run_would_work(head, config):
-    code, said = head.run("plan", config, "--run-dir", "planned", *SHORT, "--json", head.folder / "plan.json")
+    code, said = head.run(
+        "plan", config, "--run-dir", "planned", *SHORT, "--json", head.folder / "plan.json"
+    )
     assert code == 0 and "Where it runs" in said and "How long" in said, said
     figures = json.loads((head.folder / "plan.json").read_text())
     assert [s["stage"] for s in figures["stages"]][:2] == ["prepare", "train"]
@@ -237,10 +315,28 @@ def test_rays_own_tool_submits_it_too(head, config):
     """`ray job submit --working-dir . -- adversa ...` from a checkout."""
     run = head.folder / "runs" / "submitted"
     shutil.copy(config, head.folder / "runs" / "tiny.yaml")
-    command = [BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", ROOT, "--", "adversa", "prepare"]
+    command = [
+        BIN / "ray",
+        "job",
+        "submit",
+        "--address",
+        head.address,
+        "--working-dir",
+        ROOT,
+        "--",
+        "adversa",
+        "prepare",
+    ]
     command += [head.folder / "runs" / "tiny.yaml", "--run-dir", run]
     env = head.env | {"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "0"}
-    done = subprocess.run([str(w) for w in command], cwd=head.folder, env=env, capture_output=True, text=True, timeout=ENOUGH)
+    done = subprocess.run(
+        [str(w) for w in command],
+        cwd=head.folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=ENOUGH,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "data" / "manifest.json").is_file()
     code, said = head.run("status", run)

@@ -19,9 +19,9 @@ import pytest
 import ray
 import requests
 
-from adversa import cli_cluster, cluster_file
-from adversa.cluster_file import Asks
-from adversa.distributed import jobs, launcher
+from adversa.cli import cluster as cli_cluster
+from adversa.distributed import cluster_file, jobs, launcher
+from adversa.distributed.cluster_file import Asks
 from adversa.types import UserError
 
 HOSTILE = "/runs/a b; touch executed $(touch executed) `touch executed` '\"\n&& touch executed #"
@@ -39,7 +39,11 @@ class Server:
                 outer.asked.append((self.path, self.headers.get("Authorization")))
                 status, body = answers.get(self.path.partition("?")[0], (404, "not here"))
                 if secret is not None and self.headers.get("Authorization") != f"Bearer {secret}":
-                    status, body = (403, "wrong") if self.headers.get("Authorization") else (401, "who are you")
+                    status, body = (
+                        (403, "wrong")
+                        if self.headers.get("Authorization")
+                        else (401, "who are you")
+                    )
                 data = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
@@ -58,8 +62,22 @@ def answers(ray_version=ray.__version__, python=None):
     about = {"version": "4", "ray_version": ray_version, "ray_commit": "0", "session_name": "s"}
     return {
         "/api/version": (200, about),
-        "/api/v0/cluster_metadata": (200, {"result": True, "data": {"pythonVersion": python or platform.python_version()}}),
-        "/nodes": (200, {"data": {"summary": [{"raylet": {"state": "ALIVE"}}, {"raylet": {"state": "DEAD"}}, {"raylet": {}}]}}),
+        "/api/v0/cluster_metadata": (
+            200,
+            {"result": True, "data": {"pythonVersion": python or platform.python_version()}},
+        ),
+        "/nodes": (
+            200,
+            {
+                "data": {
+                    "summary": [
+                        {"raylet": {"state": "ALIVE"}},
+                        {"raylet": {"state": "DEAD"}},
+                        {"raylet": {}},
+                    ]
+                }
+            },
+        ),
         "/api/jobs/": (200, []),
     }
 
@@ -80,7 +98,13 @@ def serve():
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch, tmp_path):
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+    for name in (
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_AUTH_MODE",
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -125,9 +149,13 @@ def test_a_head_that_accepts_and_says_nothing(monkeypatch):
         assert "no Ray head answers at" in refusal(f"http://127.0.0.1:{s.getsockname()[1]}")
 
 
-@pytest.mark.parametrize("answer", [(404, "not here"), (200, "<html>hello</html>"), (200, {"version": "1"}), (500, "oh")])
+@pytest.mark.parametrize(
+    "answer", [(404, "not here"), (200, "<html>hello</html>"), (200, {"version": "1"}), (500, "oh")]
+)
 def test_a_wrong_port_where_another_web_server_answers(serve, answer):
-    assert "is no Ray jobs server; give the dashboard's port" in refusal(serve({"/api/version": answer}).address)
+    assert "is no Ray jobs server; give the dashboard's port" in refusal(
+        serve({"/api/version": answer}).address
+    )
 
 
 def test_a_wrong_port_where_something_else_answers():
@@ -149,7 +177,9 @@ def test_a_wrong_port_where_something_else_answers():
 
 def test_another_ray(serve):
     said = refusal(serve(answers("2.40.0")).address)
-    assert f"runs Ray 2.40.0, this machine {ray.__version__}; install the same minor version" in said
+    assert (
+        f"runs Ray 2.40.0, this machine {ray.__version__}; install the same minor version" in said
+    )
 
 
 def test_another_python(serve):
@@ -160,7 +190,12 @@ def test_another_python(serve):
 
 def test_another_patch_level_is_no_other_version(serve):
     minor = ".".join(ray.__version__.split(".")[:2])
-    jobs.connect(serve(answers(f"{minor}.99", ".".join(platform.python_version().split(".")[:2]) + ".99")).address, "")
+    jobs.connect(
+        serve(
+            answers(f"{minor}.99", ".".join(platform.python_version().split(".")[:2]) + ".99")
+        ).address,
+        "",
+    )
 
 
 def test_the_token_is_told_to_who_asks_for_it_alone(serve, monkeypatch):
@@ -189,16 +224,22 @@ def test_a_token_that_is_nowhere(serve, tmp_path):
 def test_where_a_run_lies(tmp_path):
     from pathlib import Path
 
-    from adversa.places import place
+    from adversa.storage.path import place
 
     shared, none = Asks(run_storage="/shared/"), Asks()
     assert cli_cluster.place(Path("configs/ham.yaml"), None, shared) == "/shared/ham"
     assert cli_cluster.place(None, None, shared) == "/shared/demo"
     assert cli_cluster.place(None, Path("mine/one"), shared) == "/shared/mine/one"
-    assert cli_cluster.place(None, Path("/runs/one"), none) == cli_cluster.place(None, Path("/runs/one"), shared) == "/runs/one"
+    assert (
+        cli_cluster.place(None, Path("/runs/one"), none)
+        == cli_cluster.place(None, Path("/runs/one"), shared)
+        == "/runs/one"
+    )
     assert cli_cluster.place(None, place("s3://bucket/ham"), none) == "s3://bucket/ham"
     assert cli_cluster.place(None, Path("x"), Asks(run_storage="gs://bucket")) == "gs://bucket/x"
-    with pytest.raises(UserError, match="--run-dir mine is relative, and the cluster file names no run_storage"):
+    with pytest.raises(
+        UserError, match="--run-dir mine is relative, and the cluster file names no run_storage"
+    ):
         cli_cluster.place(None, Path("mine"), none)
     with pytest.raises(UserError, match="no --run-dir, and the cluster file names no run_storage"):
         cli_cluster.place(Path("ham.yaml"), None, none)
@@ -231,7 +272,10 @@ def test_ids_name_the_run_and_nothing_else():
     assert jobs.base_id("/shared/Ham 10000!").startswith("adversa-ham-10000-")
     assert jobs.base_id("/a/ham") != jobs.base_id("/b/ham")
     for run in (HOSTILE, "/", "s3://b/x", "/" + "x" * 300, "/runs/日本"):
-        assert set(jobs.base_id(run)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and len(jobs.base_id(run)) < 64
+        assert (
+            set(jobs.base_id(run)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+            and len(jobs.base_id(run)) < 64
+        )
 
 
 @pytest.mark.parametrize(
@@ -254,10 +298,18 @@ def test_jobs_that_others_submitted_are_known_by_their_command(entrypoint, run):
 
 def test_a_job_whose_command_did_not_wait_is_known():
     details = SimpleNamespace(
-        submission_id="j", status=SimpleNamespace(value="SUCCEEDED"), message="", driver_exit_code=0, start_time=1, end_time=2,
+        submission_id="j",
+        status=SimpleNamespace(value="SUCCEEDED"),
+        message="",
+        driver_exit_code=0,
+        start_time=1,
+        end_time=2,
         entrypoint="adversa loop --detach --run-dir /x",
-    )  # fmt: skip
-    assert jobs._job(details, "/x").detached and cli_cluster._state(jobs._job(details, "/x")) == "detached"
+    )
+    assert (
+        jobs._job(details, "/x").detached
+        and cli_cluster._state(jobs._job(details, "/x")) == "detached"
+    )
     details.entrypoint = "adversa loop --run-dir /x"
     assert cli_cluster._state(jobs._job(details, "/x")) == "finished"
 
@@ -274,9 +326,15 @@ class Cluster:
     def _details(self, job_id, status, run="/r"):
         code = {"SUCCEEDED": 0, "FAILED": 3}.get(status)
         return SimpleNamespace(
-            submission_id=job_id, status=jobs.JobStatus(status), message="a\nb", driver_exit_code=code, start_time=1000,
-            end_time=None, metadata={jobs.RUN: run}, entrypoint="",
-        )  # fmt: skip
+            submission_id=job_id,
+            status=jobs.JobStatus(status),
+            message="a\nb",
+            driver_exit_code=code,
+            start_time=1000,
+            end_time=None,
+            metadata={jobs.RUN: run},
+            entrypoint="",
+        )
 
     def list_jobs(self):
         return [self._details(job_id, script[0][0]) for job_id, script in self.scripts.items()]
@@ -295,7 +353,9 @@ class Cluster:
 
     def submit_job(self, entrypoint, submission_id, runtime_env, metadata):
         if submission_id in self.scripts:
-            raise RuntimeError(f"Request failed\nValueError: Job with submission_id {submission_id} already exists.\n.")
+            raise RuntimeError(
+                f"Request failed\nValueError: Job with submission_id {submission_id} already exists.\n."
+            )
         self.scripts[submission_id] = [("PENDING", "")]
         self.submitted.append((submission_id, entrypoint, runtime_env, metadata))
 
@@ -304,7 +364,11 @@ class Cluster:
 def no_waiting(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(
-        jobs, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s))
+        jobs,
+        "time",
+        SimpleNamespace(
+            monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)
+        ),
     )
 
 
@@ -315,15 +379,36 @@ def followed(script, patience=300.0):
 
 
 def test_following_shows_each_line_once_and_ends_with_the_job(no_waiting):
-    script = [("PENDING", ""), ("RUNNING", "one\ntw"), ("RUNNING", "one\ntwo\n"), ("FAILED", "one\ntwo\nthree")]
+    script = [
+        ("PENDING", ""),
+        ("RUNNING", "one\ntw"),
+        ("RUNNING", "one\ntwo\n"),
+        ("FAILED", "one\ntwo\nthree"),
+    ]
     job, lines = followed(script)
-    assert lines == ["one", "two", "three"] and (job.status, job.code, job.message) == ("FAILED", 3, "a b")
+    assert lines == ["one", "two", "three"] and (job.status, job.code, job.message) == (
+        "FAILED",
+        3,
+        "a b",
+    )
 
 
 def test_following_outlives_a_head_that_is_away_for_a_while(no_waiting):
     lost = requests.exceptions.ConnectionError("gone")
-    job, lines = followed([("RUNNING", "one\n"), lost, lost, ("RUNNING", RuntimeError("500")), ("SUCCEEDED", "one\ntwo\n")])
-    assert job.code == 0 and lines == ["one", "the cluster does not answer; waiting for it, 300 s at most", "two"]
+    job, lines = followed(
+        [
+            ("RUNNING", "one\n"),
+            lost,
+            lost,
+            ("RUNNING", RuntimeError("500")),
+            ("SUCCEEDED", "one\ntwo\n"),
+        ]
+    )
+    assert job.code == 0 and lines == [
+        "one",
+        "the cluster does not answer; waiting for it, 300 s at most",
+        "two",
+    ]
 
 
 def test_following_gives_up_on_a_head_that_stays_away(no_waiting):
@@ -332,8 +417,15 @@ def test_following_gives_up_on_a_head_that_stays_away(no_waiting):
 
 
 def test_following_a_job_that_a_new_head_knows_nothing_of(no_waiting):
-    with pytest.raises(UserError, match="no longer knows the job j; run the same command again to resume"):
-        followed([("RUNNING", "one\n"), RuntimeError("Request failed with status code 404: Job j does not exist.")])
+    with pytest.raises(
+        UserError, match="no longer knows the job j; run the same command again to resume"
+    ):
+        followed(
+            [
+                ("RUNNING", "one\n"),
+                RuntimeError("Request failed with status code 404: Job j does not exist."),
+            ]
+        )
 
 
 def test_following_ends_where_the_log_died_with_its_node(no_waiting):
@@ -349,27 +441,39 @@ def test_the_exit_code_of_a_job_that_has_none(status, code):
 def test_a_second_command_follows_the_first_and_a_third_makes_a_new_attempt(tmp_path):
     cluster = Cluster()
     first, new = jobs.submit(cluster, "/r", "run it", "seed: 0\n", tmp_path)
-    assert new and first.id == f"{jobs.base_id('/r')}-1" and (tmp_path / "config.yaml").read_text() == "seed: 0\n"
+    assert (
+        new
+        and first.id == f"{jobs.base_id('/r')}-1"
+        and (tmp_path / "config.yaml").read_text() == "seed: 0\n"
+    )
     again, new = jobs.submit(cluster, "/r", "run it", "seed: 0\n", tmp_path)
     assert not new and again.id == first.id and len(cluster.submitted) == 1
     cluster.scripts[first.id] = [("STOPPED", "")]
     third, new = jobs.submit(cluster, "/r", "run it", "seed: 0\n", tmp_path)
     assert new and third.id == f"{jobs.base_id('/r')}-2"
     job_id, entrypoint, environment, metadata = cluster.submitted[0]
-    assert (entrypoint, metadata) == ("run it", {jobs.RUN: "/r"}) and environment["working_dir"] == str(tmp_path)
+    assert (entrypoint, metadata) == ("run it", {jobs.RUN: "/r"}) and environment[
+        "working_dir"
+    ] == str(tmp_path)
     assert [m.rsplit("/", 1)[-1] for m in environment["py_modules"]] == ["adversa"]
 
 
 def test_two_commands_at_the_same_moment_share_a_job(tmp_path, monkeypatch):
     cluster = Cluster()
     jobs.submit(cluster, "/r", "run it", "", tmp_path)
-    monkeypatch.setattr(jobs, "of_run", lambda client, run: [])  # it looked before the other had submitted
+    monkeypatch.setattr(
+        jobs, "of_run", lambda client, run: []
+    )  # it looked before the other had submitted
     job, new = jobs.submit(cluster, "/r", "run it", "", tmp_path)
     assert not new and job.id == f"{jobs.base_id('/r')}-1"
 
 
 def test_a_head_that_is_too_young_to_take_jobs_is_waited_for(tmp_path, no_waiting):
-    cluster, refused = Cluster(), [RuntimeError("status code 500: No available agent to submit job, please try again later.")] * 3
+    cluster, refused = (
+        Cluster(),
+        [RuntimeError("status code 500: No available agent to submit job, please try again later.")]
+        * 3,
+    )
     take = cluster.submit_job
 
     def submit_job(**kwargs):
@@ -435,7 +539,9 @@ def cluster(tmp_path):
     folder = tmp_path / "a $(touch executed); b"
     folder.mkdir()
     path = folder / "--cluster.yaml"
-    path.write_text("cluster_name: mine; touch executed\nprovider: {type: local, head_ip: 10.0.0.1, worker_ips: [10.0.0.2]}\n")
+    path.write_text(
+        "cluster_name: mine; touch executed\nprovider: {type: local, head_ip: 10.0.0.1, worker_ips: [10.0.0.2]}\n"
+    )
     return cluster_file.read(path)
 
 
@@ -447,7 +553,10 @@ def test_the_head_is_found_and_reached_through_a_tunnel(pretend, cluster):
         opened = [c for c in psutil.Process().children() if "dashboard" in c.cmdline()]
         assert len(opened) == 1
     path = str(cluster.path.resolve())
-    assert asked() == [["get-head-ip", path], ["dashboard", path, "--port", str(port), "--remote-port", "8265"]]
+    assert asked() == [
+        ["get-head-ip", path],
+        ["dashboard", path, "--port", str(port), "--remote-port", "8265"],
+    ]
     assert not opened[0].is_running()
 
 
@@ -459,7 +568,10 @@ def test_the_head_is_found_and_reached_through_a_tunnel(pretend, cluster):
             "Head node of cluster .mine. not found",
         ),
         ({"out": "None"}, "no head of the cluster mine; touch executed is up"),
-        ({"out": "10.0.0.1", "no_tunnel": True}, "no ssh tunnel to the head of .*ssh: no route to host"),
+        (
+            {"out": "10.0.0.1", "no_tunnel": True},
+            "no ssh tunnel to the head of .*ssh: no route to host",
+        ),
     ],
 )
 def test_a_head_that_cannot_be_reached_is_one_line(pretend, cluster, said, line):
@@ -494,7 +606,10 @@ def test_it_waits_for_the_machines_that_the_file_wants(pretend, cluster, monkeyp
 def test_a_cluster_that_falls_silent_is_one_line(serve, cluster):
     server = serve(answers())
     known = dataclasses.replace(cluster, asks=Asks(address=server.address))
-    with pytest.raises(UserError, match=r"has stopped answering \(ConnectionError\)"), launcher.session(known) as client:
+    with (
+        pytest.raises(UserError, match=r"has stopped answering \(ConnectionError\)"),
+        launcher.session(known) as client,
+    ):
         server.http.shutdown()
         server.http.server_close()
         jobs.jobs(client)
@@ -504,7 +619,12 @@ def test_a_manifest_needs_an_address_and_kubectl(tmp_path):
     path = tmp_path / "k.yaml"
     path.write_text("apiVersion: ray.io/v1\nkind: RayJob\nmetadata: {name: a}\n")
     manifest = cluster_file.read(path)
-    with pytest.raises(UserError, match="no address in the annotation adversa; `kubectl port-forward"), launcher.session(manifest):
+    with (
+        pytest.raises(
+            UserError, match="no address in the annotation adversa; `kubectl port-forward"
+        ),
+        launcher.session(manifest),
+    ):
         pass
     with pytest.raises(UserError, match="--up: .* use `kubectl apply -f"):
         launcher.up(manifest)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adversa.distributed import nodes
-from adversa.loop import measure
-from adversa.loop.sizes import Node
+from adversa.engine.resources import Node
+from adversa.estimate import measure
 
 
 def listed(key, name, resources, alive=True):
@@ -22,8 +22,10 @@ def test_nodes_are_those_that_are_up_with_names_of_their_own(monkeypatch):
     ]
     monkeypatch.setattr(nodes.ray, "nodes", lambda: table)
     assert nodes.there() == [
-        Node("head", 2, 0, 1000, id="aaaa1"), Node("box-bbbb", 8, 2, gpu_type="T4", id="bbbb1"), Node("box-cccc", 8, id="cccc1"),
-    ]  # fmt: skip
+        Node("head", 2, 0, 1000, id="aaaa1"),
+        Node("box-bbbb", 8, 2, gpu_type="T4", id="bbbb1"),
+        Node("box-cccc", 8, id="cccc1"),
+    ]
 
 
 def test_a_gpus_memory_is_that_of_its_kind(monkeypatch):
@@ -37,4 +39,6 @@ def test_a_measurement_on_each_kind_of_node(ray_engine, tiny):
     config = tiny(mix={"arms": ["real"]})
     there = nodes.there()
     found = nodes.measured(config, there, 0.1)
-    assert set(found) == {n.kind for n in there} and set(found[there[0].kind].timings) == set(measure.kinds_of(config))
+    assert set(found) == {n.kind for n in there} and set(found[there[0].kind].timings) == set(
+        measure.kinds_of(config)
+    )

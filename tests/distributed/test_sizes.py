@@ -43,7 +43,10 @@ def test_no_more_samplers_than_fit(monkeypatch, asked, samplers):
     monkeypatch.setattr(module.ray, "nodes", lambda: [node])
     assert engine.samplers() == engine._samplers_wanted() == samplers
     node["Alive"] = False
-    with pytest.raises(UserError, match="^Ray on this machine has died; run the same command again, finished parts are kept$"):
+    with pytest.raises(
+        UserError,
+        match="^Ray on this machine has died; run the same command again, finished parts are kept$",
+    ):
         engine._samplers_wanted()
 
 
@@ -51,26 +54,39 @@ def test_no_more_samplers_than_fit(monkeypatch, asked, samplers):
     ("asked", "nodes", "room", "wanted"),
     [
         (dict(), [(4, 0), (2, 0)], 6, 6),
-        (dict(sampler_threads=3), [(4, 0), (2, 0), (3, 0)], 2, 2),  # not 9 // 3: none lies on two nodes
+        (
+            dict(sampler_threads=3),
+            [(4, 0), (2, 0), (3, 0)],
+            2,
+            2,
+        ),  # not 9 // 3: none lies on two nodes
         (dict(samplers=16), [(4, 0)], 4, 16),  # the others join when nodes come
         (dict(gpus=1), [(8, 0), (8, 1), (1, 4)], 2, 2),
         (dict(gpus=1, gpus_per_sampler=2), [(8, 1), (8, 3)], 1, 1),
     ],
 )
-def test_a_cluster_is_looked_at_node_by_node_and_as_it_is_now(monkeypatch, asked, nodes, room, wanted):
+def test_a_cluster_is_looked_at_node_by_node_and_as_it_is_now(
+    monkeypatch, asked, nodes, room, wanted
+):
     from adversa.distributed import engine as module
 
     table = [{"Alive": True, "Resources": {"CPU": float(c), "GPU": float(g)}} for c, g in nodes]
-    monkeypatch.setattr(module.ray, "nodes", lambda: [*table, {"Alive": False, "Resources": {"CPU": 64.0}}])
+    monkeypatch.setattr(
+        module.ray, "nodes", lambda: [*table, {"Alive": False, "Resources": {"CPU": 64.0}}]
+    )
     engine = engine_of(99, **asked)
     engine.embedded = False
     assert (engine.samplers(), engine._samplers_wanted()) == (room, wanted)
 
 
 def test_a_share_of_gpus_that_cannot_be_had_is_refused(started):
-    with pytest.raises(UserError, match="cluster.gpus_per_sampler 2: there are 1 GPUs; take at most so many"):
+    with pytest.raises(
+        UserError, match="cluster.gpus_per_sampler 2: there are 1 GPUs; take at most so many"
+    ):
         started({"CPU": 4.0, "GPU": 1.0}, gpus_per_sampler=2)
-    with pytest.raises(ValueError, match="gpus_per_sampler 1.5 must be a whole number, or at most 1"):
+    with pytest.raises(
+        ValueError, match="gpus_per_sampler 1.5 must be a whole number, or at most 1"
+    ):
         Cluster(gpus_per_sampler=1.5)
 
 
@@ -96,7 +112,9 @@ def test_a_training_leaves_a_cpu_for_the_stream_that_feeds_it(cpus, gpus, worker
     engine = engine_of(cpus, gpus, training_workers=workers)
     engine.embedded = workers <= cpus
     assert engine.group().resources == resources and workers * resources.get("CPU", 0) <= cpus - 1
-    if share := resources.get("CPU"):  # as Ray's elastic policy counts how many workers there is room for
+    if share := resources.get(
+        "CPU"
+    ):  # as Ray's elastic policy counts how many workers there is room for
         assert workers * share // share == workers
 
 
@@ -110,7 +128,9 @@ def test_a_training_that_may_shrink_has_a_least_and_a_most():
 def test_more_workers_than_an_embedded_ray_has_room_for_are_refused(cpus, gpus, what):
     engine = engine_of(cpus, gpus, training_workers=3)
     engine.embedded = True
-    with pytest.raises(UserError, match=f"training_workers 3: there are {what}; take at most so many"):
+    with pytest.raises(
+        UserError, match=f"training_workers 3: there are {what}; take at most so many"
+    ):
         engine.group()
     engine.embedded = False  # a cluster may grow
     assert engine.group().workers == (3, 3)
@@ -131,14 +151,18 @@ def started(monkeypatch):
 
 
 def test_a_sampler_that_asks_for_more_threads_than_cpus_is_refused(started):
-    with pytest.raises(UserError, match="cluster.sampler_threads 4: there are 2 CPUs; take at most so many"):
+    with pytest.raises(
+        UserError, match="cluster.sampler_threads 4: there are 2 CPUs; take at most so many"
+    ):
         started({"CPU": 2.0}, sampler_threads=4)
     assert started({"CPU": 4.0}, sampler_threads=4).samplers() == 1
     assert started({"CPU": 2.0, "GPU": 1.0}, sampler_threads=4).samplers() == 1
 
 
 @pytest.mark.parametrize(("deaths", "launches"), [(0, 1), (2, 3), (3, 3)])
-def test_a_launch_whose_controller_dies_is_made_anew_with_what_is_left(started, monkeypatch, deaths, launches):
+def test_a_launch_whose_controller_dies_is_made_anew_with_what_is_left(
+    started, monkeypatch, deaths, launches
+):
     from adversa.distributed import engine as module
 
     engine, left, asked = started({"CPU": 2.0}, training_attempts=3), ["a", "b", "c"], []
@@ -155,7 +179,10 @@ def test_a_launch_whose_controller_dies_is_made_anew_with_what_is_left(started, 
     monkeypatch.setattr(module.training, "fit", fit)
     engine.fit(left) if deaths < 3 else left.append("d")
     if deaths == 3:
-        with pytest.raises(UserError, match=r"Ray Train was lost 3 times \(its node died\); run the same command again"):
+        with pytest.raises(
+            UserError,
+            match=r"Ray Train was lost 3 times \(its node died\); run the same command again",
+        ):
             engine.fit(left)
     assert len(asked) == launches and asked[0][0] == "a" and (deaths == 0 or asked[1][0] == "b")
 
@@ -170,5 +197,8 @@ def test_a_head_that_is_down_is_told_at_once(monkeypatch):
         nobody = f"127.0.0.1:{s.getsockname()[1]}"
     monkeypatch.setenv("RAY_ADDRESS", nobody)
     monkeypatch.setattr(start.ray, "is_initialized", lambda: False)
-    with pytest.raises(UserError, match=rf"no Ray cluster answers at RAY_ADDRESS={nobody} \(.*refused.*\); see whether"):
+    with pytest.raises(
+        UserError,
+        match=rf"no Ray cluster answers at RAY_ADDRESS={nobody} \(.*refused.*\); see whether",
+    ):
         start.start(Cluster(), False)

@@ -9,9 +9,9 @@ import pytest
 
 from adversa.distributed.errors import NoRetry, user_error
 from adversa.distributed.worker import Ahead, Held, Loop, fed
-from adversa.loop.engine import FitJob
-from adversa.loop.feed import Feed
-from adversa.runs import Recipe, begin, finish
+from adversa.engine.batches import Feed
+from adversa.engine.interface import FitJob
+from adversa.run.step_folder import Recipe, begin, finish
 from adversa.types import UserError
 
 
@@ -91,7 +91,10 @@ def test_a_fault_of_a_select_role_comes_out_where_it_is_read():
 
 def test_steps_before_the_trainings_own_are_passed_over_and_the_next_stream_starts_before_the_last():
     called = []
-    got = [(b["step"], len(called)) for b in fed(steps_of(3, 4, 5, 6), 7, 5, lambda: called.append(True))]
+    got = [
+        (b["step"], len(called))
+        for b in fed(steps_of(3, 4, 5, 6), 7, 5, lambda: called.append(True))
+    ]
     assert got == [(5, 0), (6, 1)]
 
 
@@ -103,7 +106,13 @@ def test_a_stream_that_is_not_where_the_training_is_stops_the_run(steps):
 
 def test_workers_that_replace_ones_that_had_finished_everything_go_home(tmp_path, monkeypatch):
     recipe = Recipe("classifier", 1, {}, {})
-    job = FitJob(tmp_path / "model", recipe, fit=None, resume=None, feed=Feed((tmp_path,), batch_size=4, mix=tmp_path, steps=3))
+    job = FitJob(
+        tmp_path / "model",
+        recipe,
+        fit=None,
+        resume=None,
+        feed=Feed((tmp_path,), batch_size=4, mix=tmp_path, steps=3),
+    )
     job.out.mkdir()
     begin(job.out, recipe)
     finish(job.out, recipe, rows=12)
@@ -114,10 +123,14 @@ def test_workers_that_replace_ones_that_had_finished_everything_go_home(tmp_path
 def test_what_would_fail_again_is_not_tried_again():
     callback = NoRetry()
     with pytest.raises(UserError, match="^lower classifier.lr$"):
-        callback.after_exception(None, {0: RuntimeError("connection closed"), 1: UserError("lower classifier.lr")})
+        callback.after_exception(
+            None, {0: RuntimeError("connection closed"), 1: UserError("lower classifier.lr")}
+        )
     with pytest.raises(AssertionError):
         callback.after_exception(None, {0: AssertionError("saw 3 images")})
-    callback.after_exception(None, {0: RuntimeError("connection closed by peer")})  # a neighbour died
+    callback.after_exception(
+        None, {0: RuntimeError("connection closed by peer")}
+    )  # a neighbour died
 
 
 def test_a_user_error_is_found_in_what_ray_train_wraps_around_it():

@@ -45,18 +45,26 @@ def test_groups_agree_with_scikit_learn_and_isic_2024(seed: int, floor: float) -
         assert found[f"auroc/{group}"] == pytest.approx(roc_auc_score(positive, score), abs=1e-9)
         expected = isic_2024(positive, score, floor)
         assert found[f"pauc@{floor:.2f}/{group}"] == pytest.approx(expected, abs=1e-9)
-        assert found[f"pauc_norm@{floor:.2f}/{group}"] == pytest.approx(expected / (1 - floor), abs=1e-9)
+        assert found[f"pauc_norm@{floor:.2f}/{group}"] == pytest.approx(
+            expected / (1 - floor), abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sensitivity_at_specificity_is_the_best_point_of_the_curve(seed: int) -> None:
     logits, labels = predictions(seed)
-    found = metrics(logits, labels, CLASSES, MEASURES, thresholds(logits, labels, CLASSES, MEASURES))
+    found = metrics(
+        logits, labels, CLASSES, MEASURES, thresholds(logits, labels, CLASSES, MEASURES)
+    )
     for group, inside in MEASURES.groups.items():
         k = [CLASSES.index(c) for c in inside]
-        fpr, tpr, _ = roc_curve(np.isin(labels, k), softmax(logits)[:, k].sum(1), drop_intermediate=False)
+        fpr, tpr, _ = roc_curve(
+            np.isin(labels, k), softmax(logits)[:, k].sum(1), drop_intermediate=False
+        )
         for target in (0.80, 0.90, 0.95):
-            assert found[f"sensitivity@{target:.2f}/{group}"] == pytest.approx(tpr[fpr <= 1 - target + 1e-12].max(), abs=1e-9)
+            assert found[f"sensitivity@{target:.2f}/{group}"] == pytest.approx(
+                tpr[fpr <= 1 - target + 1e-12].max(), abs=1e-9
+            )
             assert found[f"specificity@{target:.2f}/{group}"] >= target - 1e-12
 
 
@@ -65,10 +73,15 @@ def test_agrees_with_torchmetrics(seed: int) -> None:
     torch = pytest.importorskip("torch")
     tm = pytest.importorskip("torchmetrics.functional.classification")
     logits, labels = predictions(seed)
-    found = metrics(logits, labels, CLASSES, MEASURES, thresholds(logits, labels, CLASSES, MEASURES))
+    found = metrics(
+        logits, labels, CLASSES, MEASURES, thresholds(logits, labels, CLASSES, MEASURES)
+    )
     p, y = torch.tensor(softmax(logits)), torch.tensor(labels)
     k = [CLASSES.index(c) for c in MALIGNANT]
-    score, positive = torch.tensor(softmax(logits)[:, k].sum(1)), torch.tensor(np.isin(labels, k).astype(int))
+    score, positive = (
+        torch.tensor(softmax(logits)[:, k].sum(1)),
+        torch.tensor(np.isin(labels, k).astype(int)),
+    )
     of_class = {c: tm.multiclass_recall(p, y, 7, average=None)[i] for i, c in enumerate(CLASSES)}
     specificity = tm.multiclass_specificity(p, y, 7, average=None)
     at_90, _ = tm.binary_sensitivity_at_specificity(score, positive, 0.90)
@@ -83,8 +96,12 @@ def test_agrees_with_torchmetrics(seed: int) -> None:
         **{f"sensitivity/{c}": v for c, v in of_class.items()},
         **{f"specificity/{c}": specificity[i] for i, c in enumerate(CLASSES)},
     }
-    assert {name: found[name] for name in expected} == pytest.approx({k: float(v) for k, v in expected.items()}, abs=1e-6)
-    assert expected_calibration_error(reliability(logits, labels)) == pytest.approx(found["ece"], abs=1e-12)
+    assert {name: found[name] for name in expected} == pytest.approx(
+        {k: float(v) for k, v in expected.items()}, abs=1e-6
+    )
+    assert expected_calibration_error(reliability(logits, labels)) == pytest.approx(
+        found["ece"], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -97,12 +114,18 @@ def test_agrees_with_the_isic_challenge_s_scorer(seed: int) -> None:
     # The files' parser calls what pandas 3 no longer has; the scorer itself takes the tables.
     truth = pd.DataFrame(np.eye(7)[labels], columns=CLASSES)
     given = pd.DataFrame(softmax(logits), columns=CLASSES)
-    weights = pd.DataFrame({"score_weight": np.ones(len(labels)), "validation_weight": np.ones(len(labels))})
-    score = isic.ClassificationScore(truth, given, weights, isic.ClassificationMetric.BALANCED_ACCURACY)
+    weights = pd.DataFrame(
+        {"score_weight": np.ones(len(labels)), "validation_weight": np.ones(len(labels))}
+    )
+    score = isic.ClassificationScore(
+        truth, given, weights, isic.ClassificationMetric.BALANCED_ACCURACY
+    )
     assert found["balanced_accuracy"] == pytest.approx(score.overall, abs=1e-6)
     assert found["auroc_macro"] == pytest.approx(score.macro_average["auc"], abs=1e-6)
     for i, c in enumerate(CLASSES):
-        assert found[f"auroc/{c}"] == pytest.approx(score.per_category["auc"][i if i in score.per_category.index else c], abs=1e-6)
+        assert found[f"auroc/{c}"] == pytest.approx(
+            score.per_category["auc"][i if i in score.per_category.index else c], abs=1e-6
+        )
         fpr, tpr, _ = roc_curve(labels == i, softmax(logits)[:, i], drop_intermediate=False)
         after = int(np.searchsorted(tpr, 0.8))
         share = (0.8 - tpr[after - 1]) / (tpr[after] - tpr[after - 1])

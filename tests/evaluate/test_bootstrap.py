@@ -14,7 +14,9 @@ from adversa.types import UserError
 CLASSES = ["a", "b", "c", "d"]
 
 
-def scores(n: int = 400, k: int = 4, seed: int = 0, signal: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def scores(
+    n: int = 400, k: int = 4, seed: int = 0, signal: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = rng.choice(k, size=n, p=np.array([8, 4, 2, 1][:k]) / sum([8, 4, 2, 1][:k]))
     logits = rng.normal(size=(n, k)).round(1)  # rounded: ties occur
@@ -32,18 +34,25 @@ def binary(rng: np.random.Generator, n: int, accuracy: float) -> tuple[np.ndarra
     return np.eye(2)[np.where(rng.random(n) < accuracy, labels, 1 - labels)], labels
 
 
-def test_every_resample_is_what_sklearn_says_of_the_repeated_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_resample_is_what_sklearn_says_of_the_repeated_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(weighted, "_CELLS", 1000)  # several blocks
     logits, labels = scores(n=300)
     index, weights = resample(names(300, 2), 5, seed=3)
     auroc = weighted.auroc_macro(softmax(logits), labels, index, weights)
-    balanced = weighted.from_confusion(weighted.confusions(logits, labels, index, weights), CLASSES)["balanced_accuracy"]
+    balanced = weighted.from_confusion(
+        weighted.confusions(logits, labels, index, weights), CLASSES
+    )["balanced_accuracy"]
     for r in range(5):
         rows = np.repeat(np.arange(300), weights[r].astype(int)[index])
         assert auroc[r] == pytest.approx(
-            roc_auc_score(labels[rows], softmax(logits)[rows], multi_class="ovr", average="macro"), abs=1e-9
+            roc_auc_score(labels[rows], softmax(logits)[rows], multi_class="ovr", average="macro"),
+            abs=1e-9,
         )
-        assert balanced[r] == pytest.approx(balanced_accuracy_score(labels[rows], logits[rows].argmax(1)), abs=1e-9)
+        assert balanced[r] == pytest.approx(
+            balanced_accuracy_score(labels[rows], logits[rows].argmax(1)), abs=1e-9
+        )
 
 
 def test_resamples_draw_as_many_groups_as_there_are() -> None:
@@ -55,7 +64,10 @@ def test_resamples_draw_as_many_groups_as_there_are() -> None:
 
 def test_intervals_hold_the_value_for_every_metric() -> None:
     logits, labels = scores(n=1000)
-    found, values = intervals(logits, labels, names(1000), CLASSES, 500, 0), metrics(logits, labels, CLASSES)
+    found, values = (
+        intervals(logits, labels, names(1000), CLASSES, 500, 0),
+        metrics(logits, labels, CLASSES),
+    )
     assert found.keys() == values.keys()
     for name, (low, high) in found.items():
         assert low < values[name] < high, name
@@ -73,7 +85,9 @@ def test_coverage() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for i in range(200):
-        right = np.repeat(rng.random(150) < 0.7, 2)  # both pictures of a lesion right, or both wrong
+        right = np.repeat(
+            rng.random(150) < 0.7, 2
+        )  # both pictures of a lesion right, or both wrong
         labels = rng.integers(0, 2, 300)
         logits = np.eye(2)[np.where(right, labels, 1 - labels)]
         low, high = intervals(logits, labels, names(300, 2), ["x", "y"], 300, i)["accuracy"]
@@ -107,11 +121,18 @@ def test_comparison_is_the_mean_over_seeds_and_turns_with_its_arms() -> None:
     found = compare(a, b, labels, names(400), 500, 0)
     gap = [metrics(z, labels, CLASSES)["balanced_accuracy"] for z in (strong, weak)]
     assert found.difference == pytest.approx((gap[0] - gap[1]) / 2, abs=1e-9)
-    assert word(found.low, found.high) == "not shown"  # one pair differs, the other does not: two seeds are no evidence
+    assert (
+        word(found.low, found.high) == "not shown"
+    )  # one pair differs, the other does not: two seeds are no evidence
     a, b = np.stack([strong] * 3), np.stack([weak] * 3)
-    found, back = compare(a, b, labels, names(400), 500, 0), compare(b, a, labels, names(400), 500, 0)
+    found, back = (
+        compare(a, b, labels, names(400), 500, 0),
+        compare(b, a, labels, names(400), 500, 0),
+    )
     assert word(found.low, found.high) == "better" and found.p < 0.01
-    assert (back.low, back.high) == pytest.approx((-found.high, -found.low)) and word(back.low, back.high) == "worse"
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low)) and word(
+        back.low, back.high
+    ) == "worse"
 
 
 def test_pairing_narrows_the_interval() -> None:
@@ -144,7 +165,9 @@ def test_every_metric_of_a_resample_is_that_of_the_repeated_rows() -> None:
     lesions = names(300, 2)
     drawn, count = draws(logits, labels, lesions, 4, 3, CLASSES, MALIGNANT, limits)
     index, weights = resample(lesions, 4, 3)
-    assert count == 150 and drawn.keys() == metrics(logits, labels, CLASSES, MALIGNANT, limits).keys()
+    assert (
+        count == 150 and drawn.keys() == metrics(logits, labels, CLASSES, MALIGNANT, limits).keys()
+    )
     for r in range(4):
         rows = np.repeat(np.arange(300), weights[r].astype(int)[index])
         expected = metrics(logits[rows], labels[rows], CLASSES, MALIGNANT, limits)
@@ -168,7 +191,9 @@ def test_several_seeds_hold_the_luck_of_training() -> None:
     alike = intervals(np.stack([weak] * 3), labels, names(400), CLASSES, 400, 0)
     spread = intervals(np.stack([weak, strong, weak]), labels, names(400), CLASSES, 400, 0)
     width = [x["accuracy"][1] - x["accuracy"][0] for x in (one, alike, spread)]
-    assert width[1] == pytest.approx(width[0], rel=1e-6)  # one classifier three times: its lesions' luck, no more, no less
+    assert width[1] == pytest.approx(
+        width[0], rel=1e-6
+    )  # one classifier three times: its lesions' luck, no more, no less
     assert width[2] > 2 * width[0]
 
 
@@ -176,8 +201,13 @@ def test_a_comparison_at_a_target_specificity_uses_each_classifier_s_thresholds(
     (a, labels), (b, _) = scores(signal=2.0), scores(signal=0.5, seed=0)
     ta, tb = (thresholds(z, labels, CLASSES, MALIGNANT) for z in (a, b))
     metric = "sensitivity@0.90/malignant"
-    found = compare(a[None], b[None], labels, names(400), 200, 0, metric, CLASSES, MALIGNANT, [ta], [tb])
-    gap = metrics(a, labels, CLASSES, MALIGNANT, ta)[metric] - metrics(b, labels, CLASSES, MALIGNANT, tb)[metric]
+    found = compare(
+        a[None], b[None], labels, names(400), 200, 0, metric, CLASSES, MALIGNANT, [ta], [tb]
+    )
+    gap = (
+        metrics(a, labels, CLASSES, MALIGNANT, ta)[metric]
+        - metrics(b, labels, CLASSES, MALIGNANT, tb)[metric]
+    )
     assert found.difference == pytest.approx(gap) and word(found.low, found.high) == "better"
 
 
@@ -186,11 +216,19 @@ def test_what_cannot_be_compared_is_said() -> None:
     with pytest.raises(UserError, match="'f1' is not measured"):
         compare(logits[None], logits[None], labels, names(400), 100, 0, "f1")
     with pytest.raises(UserError, match="auroc_macro has no value"):
-        compare(logits[None, :9], logits[None, :9], np.zeros(9, int), names(9), 100, 0, "auroc_macro")
+        compare(
+            logits[None, :9], logits[None, :9], np.zeros(9, int), names(9), 100, 0, "auroc_macro"
+        )
 
 
 def test_one_lesion_shows_nothing() -> None:
     labels = np.zeros(4, int)
-    found = compare(np.eye(2)[labels][None], np.eye(2)[1 - labels][None], labels, ["x"] * 4, 100, 0, "accuracy")
-    assert (found.difference, found.p, word(found.low, found.high)) == (1, 1, "not shown") and "one lesion" in found.note
+    found = compare(
+        np.eye(2)[labels][None], np.eye(2)[1 - labels][None], labels, ["x"] * 4, 100, 0, "accuracy"
+    )
+    assert (found.difference, found.p, word(found.low, found.high)) == (
+        1,
+        1,
+        "not shown",
+    ) and "one lesion" in found.note
     assert intervals(np.eye(2)[labels], labels, ["x"] * 4, ["a", "b"], 100, 0) == {}

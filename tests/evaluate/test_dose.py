@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, isotonic_regression
 
-from adversa.evaluate.dose import KNEE_SHARE, Curve, Response, Worth, fit, real_curve, response, seed_draws, worth
+from adversa.evaluate.dose import (
+    KNEE_SHARE,
+    Curve,
+    Response,
+    Worth,
+    fit,
+    real_curve,
+    response,
+    seed_draws,
+    worth,
+)
 
 DOSES = np.array([0, 1, 2.5, 5, 10, 20, 50])
 COUNTS = np.array([250, 500, 1000, 2000, 4000])
@@ -30,18 +40,35 @@ def line(rise: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def trials(
-    rng: np.random.Generator, truth: Callable, seeds: int, sd: float, doses: np.ndarray = DOSES, lesions: float = 0.0
+    rng: np.random.Generator,
+    truth: Callable,
+    seeds: int,
+    sd: float,
+    doses: np.ndarray = DOSES,
+    lesions: float = 0.0,
 ) -> np.ndarray:
     """[D, S]: truth, the seed's luck, the rest; lesions: sd of the luck of lesions at each dose, on 2.5 times that at all."""
     shared = lesions * (2.5 * rng.normal() + rng.normal(size=len(doses)))
     luck = ALIKE * rng.normal(size=seeds) + sd * rng.normal(size=(len(doses), seeds))
-    return truth(doses)[:, None] + shared[..., None] + luck if lesions else truth(doses)[:, None] + luck
+    return (
+        truth(doses)[:, None] + shared[..., None] + luck
+        if lesions
+        else truth(doses)[:, None] + luck
+    )
 
 
-def sweeps(truth: Callable, seeds: int, sd: float, doses: np.ndarray = DOSES, seed: int = 0) -> list[Response]:
+def sweeps(
+    truth: Callable, seeds: int, sd: float, doses: np.ndarray = DOSES, seed: int = 0
+) -> list[Response]:
     rng = np.random.default_rng(seed)
     return [
-        response(doses, trials(rng, truth, seeds, sd, doses), seed=i, resamples=RESAMPLES, grid=[0, 3, 30 * doses[-1] / 50])
+        response(
+            doses,
+            trials(rng, truth, seeds, sd, doses),
+            seed=i,
+            resamples=RESAMPLES,
+            grid=[0, 3, 30 * doses[-1] / 50],
+        )
         for i in range(SWEEPS)
     ]
 
@@ -92,11 +119,18 @@ def test_the_fit_is_the_least_squares_one() -> None:
 @pytest.mark.parametrize("scale", [0.5, 4.0, 40.0, 4e6])
 def test_the_knee_is_where_root_finding_puts_it(scale: float, low: float, share: float) -> None:
     curve = Curve(0.7, -0.4, scale, low, 50.0, 0.0)
-    root = brentq(lambda x: curve.at(x) - curve.base - share * (curve.at(50.0) - curve.base), low, 50.0, xtol=1e-12)
+    root = brentq(
+        lambda x: curve.at(x) - curve.base - share * (curve.at(50.0) - curve.base),
+        low,
+        50.0,
+        xtol=1e-12,
+    )
     assert curve.knee(share) == pytest.approx(root, abs=1e-4)
     assert curve.rise == pytest.approx(curve.at(50.0) - curve.at(low))
     if scale > 1e6:
-        assert curve.knee(share) == pytest.approx(low + share * (50 - low), rel=1e-4)  # a straight line
+        assert curve.knee(share) == pytest.approx(
+            low + share * (50 - low), rel=1e-4
+        )  # a straight line
 
 
 def test_the_order_of_doses_and_a_row_of_single_scores_make_no_difference() -> None:
@@ -104,14 +138,19 @@ def test_the_order_of_doses_and_a_row_of_single_scores_make_no_difference() -> N
     scores, order = trials(rng, saturating(0.08, 4.0).at, 3, 0.01), rng.permutation(len(DOSES))
     draws = scores.mean(1) + 0.01 * rng.normal(size=(200, len(DOSES)))
     assert response(DOSES, scores, draws) == response(DOSES[order], scores[order], draws[:, order])
-    assert list(asdict(fit(DOSES, scores)).values()) == pytest.approx(list(asdict(fit(DOSES, scores.mean(1))).values()), rel=1e-6)
+    assert list(asdict(fit(DOSES, scores)).values()) == pytest.approx(
+        list(asdict(fit(DOSES, scores.mean(1))).values()), rel=1e-6
+    )
 
 
 def test_outside_the_doses_there_is_no_curve() -> None:
     curve = saturating(0.08, 4.0)
     assert curve.at(np.array([0.0, 50.0])).shape == (2,) and isinstance(curve.at(3), float)
     for wrong in (50.1, -0.1, float("nan"), np.array([1.0, 60.0])):
-        with pytest.raises(ValueError, match=r"^dose (50\.1|-0\.1|nan|60) lies outside the measured doses 0 to 50; .*$"):
+        with pytest.raises(
+            ValueError,
+            match=r"^dose (50\.1|-0\.1|nan|60) lies outside the measured doses 0 to 50; .*$",
+        ):
             curve.at(wrong)
     with pytest.raises(ValueError, match="dose 51 lies outside"):
         response(DOSES, trials(np.random.default_rng(0), curve.at, 3, 0.01), grid=[0, 51])
@@ -126,7 +165,9 @@ def test_a_missing_trial_of_a_lucky_seed_does_not_lower_its_dose() -> None:
     scores[2, 0] = scores[4, 2] = np.nan
     assert fit(DOSES, scores).scale == pytest.approx(4.0, rel=1e-6)
     assert fit(DOSES, np.nanmean(scores, 1)).scale != pytest.approx(4.0, rel=0.1)
-    assert fit(DOSES, np.hstack([scores, np.full((7, 1), np.nan)])) == fit(DOSES, scores)  # a seed without a trial
+    assert fit(DOSES, np.hstack([scores, np.full((7, 1), np.nan)])) == fit(
+        DOSES, scores
+    )  # a seed without a trial
 
 
 def test_replicates_spread_as_the_seeds_do_and_are_wider_for_few() -> None:
@@ -134,20 +175,28 @@ def test_replicates_spread_as_the_seeds_do_and_are_wider_for_few() -> None:
     scores = 0.1 * rng.normal(size=40) + 0.02 * rng.normal(size=(7, 40))
     drawn = seed_draws(scores, 4000, rng)
     assert drawn.mean(0) == pytest.approx(scores.mean(1), abs=0.002)
-    assert (drawn.std(0) * np.sqrt(40)).mean() == pytest.approx(scores.std(1, ddof=1).mean(), rel=0.1)
-    assert (drawn[:, 6] - drawn[:, 0]).std() == pytest.approx(0.02 * np.sqrt(2 / 40), rel=0.15)  # the seeds' luck is in both
+    assert (drawn.std(0) * np.sqrt(40)).mean() == pytest.approx(
+        scores.std(1, ddof=1).mean(), rel=0.1
+    )
+    assert (drawn[:, 6] - drawn[:, 0]).std() == pytest.approx(
+        0.02 * np.sqrt(2 / 40), rel=0.15
+    )  # the seeds' luck is in both
     few = seed_draws(scores[:, :2], 4000, rng)
     plain = scores[:, :2][:, rng.integers(0, 2, (4000, 2))].mean(2).T
     width, narrow = (np.subtract(*np.percentile(d[:, 0], [97.5, 2.5])) for d in (few, plain))
     assert width > 3 * narrow
     lesions = 0.3 * rng.normal(size=(4000, 1)) + np.zeros(7)
-    assert seed_draws(scores, 0, rng, lesions).std(0) == pytest.approx(np.full(7, np.hypot(0.3, drawn[:, 0].std())), rel=0.05)
+    assert seed_draws(scores, 0, rng, lesions).std(0) == pytest.approx(
+        np.full(7, np.hypot(0.3, drawn[:, 0].std())), rel=0.05
+    )
 
 
 def test_seeds_of_their_own_at_each_dose_are_not_taken_for_pairs() -> None:
     rng, scores = np.random.default_rng(4), np.full((7, 21), np.nan)
     for d in range(7):
-        scores[d, 3 * d : 3 * d + 3] = saturating(0.08, 4.0).at(DOSES[d]) + 0.01 * rng.normal(size=3)
+        scores[d, 3 * d : 3 * d + 3] = saturating(0.08, 4.0).at(DOSES[d]) + 0.01 * rng.normal(
+            size=3
+        )
     drawn = seed_draws(scores, 4000, rng)
     assert abs(np.corrcoef(drawn[:, 0], drawn[:, 6])[0, 1]) < 0.1
     assert drawn.mean(0) == pytest.approx(np.nanmean(scores, 1), abs=1e-3)
@@ -165,23 +214,35 @@ def test_the_interval_holds_the_knee_and_refusals_are_rare(scale: float, seeds: 
     assert share_held(found, truth.knee()) >= 0.92
     assert kinds(found)["knee"] >= 0.97 * SWEEPS
     # counted against it: sweeps without a knee are not held either
-    assert sum(r.knee is not None and r.knee_low <= truth.knee() <= r.knee_high for r in found) >= 0.9 * SWEEPS
+    assert (
+        sum(r.knee is not None and r.knee_low <= truth.knee() <= r.knee_high for r in found)
+        >= 0.9 * SWEEPS
+    )
     assert np.mean([r.gain_low <= truth.rise <= r.gain_high for r in found]) >= 0.9
     assert np.mean([r.measured_low <= truth.rise <= r.measured_high for r in found]) >= 0.92
     for k, x in enumerate(found[0].grid):
         assert np.mean([r.low[k] <= truth.at(x) <= r.high[k] for r in found]) >= 0.9
-    assert np.median([r.knee_high - r.knee_low for r in found if r.knee is not None]) < 0.4 * DOSES[-1]
+    assert (
+        np.median([r.knee_high - r.knee_low for r in found if r.knee is not None]) < 0.4 * DOSES[-1]
+    )
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("scale", [1.5, 8.0])
-def test_small_gains_and_noisy_seeds_give_wide_intervals_or_none_but_not_wrong_ones(scale: float, seeds: int) -> None:
+def test_small_gains_and_noisy_seeds_give_wide_intervals_or_none_but_not_wrong_ones(
+    scale: float, seeds: int
+) -> None:
     truth = saturating(0.05, scale)
     found = sweeps(truth.at, seeds, 0.015)
     assert share_held(found, truth.knee()) >= 0.91
     assert kinds(found)["knee"] >= (0.95 if scale < 2 else 0.75 if seeds < 5 else 0.95) * SWEEPS
-    bounded = [r for r in found if r.knee_low is not None]  # the unclear and the rising too, whose intervals have no upper end
-    assert all((r.knee is None) == (r.knee_high is None) == (r.kind in ("unclear", "rising")) for r in bounded)
+    bounded = [
+        r for r in found if r.knee_low is not None
+    ]  # the unclear and the rising too, whose intervals have no upper end
+    assert all(
+        (r.knee is None) == (r.knee_high is None) == (r.kind in ("unclear", "rising"))
+        for r in bounded
+    )
     assert np.mean([r.knee_low <= truth.knee() <= (r.knee_high or np.inf) for r in bounded]) >= 0.92
 
 
@@ -201,7 +262,9 @@ def test_the_luck_of_lesions_is_in_the_intervals_that_are_given_it() -> None:
         for given in found:
             draws = seed_draws(scores, RESAMPLES, rng, scores.mean(1) + luck if given else None)
             found[given].append(response(DOSES, scores, draws, grid=3))
-    assert share_held(found[True], truth.knee()) >= 0.92 and kinds(found[True])["knee"] >= 0.9 * SWEEPS
+    assert (
+        share_held(found[True], truth.knee()) >= 0.92 and kinds(found[True])["knee"] >= 0.9 * SWEEPS
+    )
     assert share_held(found[False], truth.knee()) < 0.8  # so the test could have failed
 
 
@@ -209,26 +272,42 @@ def test_the_luck_of_lesions_is_in_the_intervals_that_are_given_it() -> None:
 def test_flat_scores_have_no_knee(seeds: int) -> None:
     found = sweeps(line(0.0), seeds, 0.012)
     none = [r for r in found if r.reason in ("no knee: no gain shown", "no knee: the score falls")]
-    assert len(none) >= 0.95 * SWEEPS and all(r.knee is r.knee_low is r.knee_high is None for r in none)
+    assert len(none) >= 0.95 * SWEEPS and all(
+        r.knee is r.knee_low is r.knee_high is None for r in none
+    )
     assert kinds(found)["no gain"] >= 0.93 * SWEEPS and kinds(found)["knee"] <= 0.03 * SWEEPS
-    assert any(0.0 in (r.gain_low, r.gain_high) for r in found)  # intervals that the test against a flat row has drawn out to 0
+    assert any(
+        0.0 in (r.gain_low, r.gain_high) for r in found
+    )  # intervals that the test against a flat row has drawn out to 0
     assert all((r.gain_low > 0) == (r.kind not in ("no gain", "falls")) for r in found)
 
 
-@pytest.mark.parametrize("truth", [saturating(-0.06, 4.0).at, line(-0.06)], ids=["soon", "steadily"])
+@pytest.mark.parametrize(
+    "truth", [saturating(-0.06, 4.0).at, line(-0.06)], ids=["soon", "steadily"]
+)
 def test_falling_scores_have_none_and_are_said_to_fall(truth: Callable) -> None:
     found = sweeps(truth, 3, 0.012)
     assert not any(r.knee for r in found) and kinds(found)["falls"] >= 0.95 * SWEEPS
-    assert all(r.reason == "no knee: the score falls" and r.gain_high < 0 for r in found if r.kind == "falls")
+    assert all(
+        r.reason == "no knee: the score falls" and r.gain_high < 0
+        for r in found
+        if r.kind == "falls"
+    )
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_a_steady_rise_puts_the_knee_beyond_the_data(seeds: int) -> None:
     found = sweeps(line(0.08), seeds, 0.01)
     assert kinds(found)["rising"] >= 0.92 * SWEEPS
-    assert all(r.knee is None and r.knee_low >= 20 and "beyond the data" in r.reason for r in found if r.kind == "rising")
+    assert all(
+        r.knee is None and r.knee_low >= 20 and "beyond the data" in r.reason
+        for r in found
+        if r.kind == "rising"
+    )
     told = [r for r in found if r.knee is not None]  # wrongly, as one in 20 intervals may be
-    assert len(told) <= 0.05 * SWEEPS and all(r.knee_high > 40 and r.knee_high - r.knee_low > 3 for r in told)
+    assert len(told) <= 0.05 * SWEEPS and all(
+        r.knee_high > 40 and r.knee_high - r.knee_low > 3 for r in told
+    )
 
 
 def test_where_the_knee_may_be_anywhere_it_is_said_so() -> None:
@@ -236,13 +315,23 @@ def test_where_the_knee_may_be_anywhere_it_is_said_so() -> None:
     rng = np.random.default_rng(6)
     draws = np.array([0.7, 0.75, 0.8]) + rng.normal(size=(400, 3)) * [0.005, 0.05, 0.005]
     found = response([0, 10, 20], [0.7, 0.75, 0.8], draws)
-    assert found.kind == "unclear" and found.gain_low > 0 and found.knee is None and found.knee_low < 10
-    assert found.reason == f"no knee told: it may lie anywhere from dose {found.knee_low:.3g} to beyond the data"
+    assert (
+        found.kind == "unclear"
+        and found.gain_low > 0
+        and found.knee is None
+        and found.knee_low < 10
+    )
+    assert (
+        found.reason
+        == f"no knee told: it may lie anywhere from dose {found.knee_low:.3g} to beyond the data"
+    )
 
 
 def test_a_rise_and_fall_is_no_saturating_curve() -> None:
     found = sweeps(lambda x: 0.7 + 0.08 * (1 - np.exp(-x / 2)) - 0.0012 * x, 5, 0.01)
-    assert kinds(found)["misfit"] >= 0.95 * SWEEPS and all("do not follow" in r.reason for r in found if r.kind == "misfit")
+    assert kinds(found)["misfit"] >= 0.95 * SWEEPS and all(
+        "do not follow" in r.reason for r in found if r.kind == "misfit"
+    )
     assert kinds(sweeps(saturating(0.08, 4.0).at, 5, 0.01, seed=1))["misfit"] <= 0.03 * SWEEPS
 
 
@@ -252,10 +341,19 @@ def test_a_response_is_json_and_the_same_for_the_same_seed() -> None:
     text = json.dumps(asdict(found), allow_nan=False)
     assert json.loads(text)["curve"]["scale"] == found.curve.scale
     assert found == response(DOSES, scores, seed=1) != response(DOSES, scores, seed=2)
-    assert found.knee == found.curve.knee() and found.reason == "" and found.gain == found.curve.rise
-    assert f"90% of it by dose {found.knee:.3g} (95%, if the curve is exponential: {found.knee_low:.3g} to" in found.words
+    assert (
+        found.knee == found.curve.knee() and found.reason == "" and found.gain == found.curve.rise
+    )
+    assert (
+        f"90% of it by dose {found.knee:.3g} (95%, if the curve is exponential: {found.knee_low:.3g} to"
+        in found.words
+    )
     wide = response(DOSES, scores, seed=1, level=0.99)
-    assert wide.knee_low < found.knee_low and wide.knee_high > found.knee_high and wide.gain_low < found.gain_low
+    assert (
+        wide.knee_low < found.knee_low
+        and wide.knee_high > found.knee_high
+        and wide.gain_low < found.gain_low
+    )
 
 
 def test_two_thousand_replicates_take_well_below_a_second() -> None:
@@ -279,19 +377,36 @@ def power(n: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("equivalent", [250, 600, 1000, 1500, 4000])
 def test_worth_is_exact_without_noise(equivalent: float) -> None:
     order = np.random.default_rng(9).permutation(5)
-    found = worth(COUNTS[order], np.tile(log_line(COUNTS), (2, 1)).T[order], 500, 2000, np.full(2, log_line(equivalent)))
-    assert found.equivalent == pytest.approx(equivalent) and found.side == "" and found.bound is None
+    found = worth(
+        COUNTS[order],
+        np.tile(log_line(COUNTS), (2, 1)).T[order],
+        500,
+        2000,
+        np.full(2, log_line(equivalent)),
+    )
+    assert (
+        found.equivalent == pytest.approx(equivalent) and found.side == "" and found.bound is None
+    )
     for value in (found.worth, found.low, found.high):
-        assert value == pytest.approx((equivalent - 500) / 2000)  # below 0 where synthetic images hurt
+        assert value == pytest.approx(
+            (equivalent - 500) / 2000
+        )  # below 0 where synthetic images hurt
     assert found.above == found.below == 0 and "beyond" not in found.words
 
 
 @pytest.mark.parametrize(
-    "score, side, bound, words", [(0.9, "at least", 1.75, "beyond the data: "), (0.5, "at most", -0.125, "below the data: ")]
+    "score, side, bound, words",
+    [(0.9, "at least", 1.75, "beyond the data: "), (0.5, "at most", -0.125, "below the data: ")],
 )
-def test_worth_outside_the_real_scores_is_a_bound(score: float, side: str, bound: float, words: str) -> None:
+def test_worth_outside_the_real_scores_is_a_bound(
+    score: float, side: str, bound: float, words: str
+) -> None:
     found = worth(COUNTS, np.tile(log_line(COUNTS), (2, 1)).T, 500, 2000, [score, score])
-    assert found.worth is None and found.equivalent is None and (found.side, found.bound) == (side, bound)
+    assert (
+        found.worth is None
+        and found.equivalent is None
+        and (found.side, found.bound) == (side, bound)
+    )
     assert found.words.startswith(f"{words}one synthetic image is worth {side} {bound:.3g} real")
     assert (found.low, found.high) == ((bound, None) if side == "at least" else (None, bound))
     assert (found.above, found.below) == ((1, 0) if side == "at least" else (0, 1))
@@ -302,10 +417,23 @@ def test_an_interval_that_leaves_the_real_scores_has_no_such_end() -> None:
     noise = 0.01 * np.random.default_rng(10).normal(size=1000)
     draws = np.tile(log_line(COUNTS), (1000, 1))
     high, low = (
-        worth(COUNTS, log_line(COUNTS), 500, 2000, s, draws, s + noise) for s in (float(log_line(3900)), float(log_line(260)))
+        worth(COUNTS, log_line(COUNTS), 500, 2000, s, draws, s + noise)
+        for s in (float(log_line(3900)), float(log_line(260)))
     )
-    assert high.worth is not None and high.high is None and high.low > 0.5 and high.above > 0.025 and "at least" in high.words
-    assert low.worth is not None and low.low is None and low.high < 0 and low.below > 0.025 and "at most" in low.words
+    assert (
+        high.worth is not None
+        and high.high is None
+        and high.low > 0.5
+        and high.above > 0.025
+        and "at least" in high.words
+    )
+    assert (
+        low.worth is not None
+        and low.low is None
+        and low.high < 0
+        and low.below > 0.025
+        and "at most" in low.words
+    )
     both = worth(COUNTS, log_line(COUNTS), 500, 2000, 0.7, draws, 0.7 + 20 * noise)
     assert both.low is both.high is None and "not bounded by these data" in both.words
 
@@ -313,12 +441,24 @@ def test_an_interval_that_leaves_the_real_scores_has_no_such_end() -> None:
 def test_the_real_curve_is_the_isotonic_regression() -> None:
     means = np.random.default_rng(11).normal(size=(200, 6))
     assert real_curve(means) == pytest.approx(np.array([isotonic_regression(m).x for m in means]))
-    dip = worth([100, 200, 400, 800], [0.5, 0.7, 0.6, 0.8], 100, 100, 0.7, np.full((50, 4), 0.5), np.full(50, 0.5))
-    assert dip.equivalent == pytest.approx(400 * 2**0.3333333)  # 0.65 at 200 and at 400, then up to 0.8
+    dip = worth(
+        [100, 200, 400, 800],
+        [0.5, 0.7, 0.6, 0.8],
+        100,
+        100,
+        0.7,
+        np.full((50, 4), 0.5),
+        np.full(50, 0.5),
+    )
+    assert dip.equivalent == pytest.approx(
+        400 * 2**0.3333333
+    )  # 0.65 at 200 and at 400, then up to 0.8
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("truth, equivalent", [(log_line, 1414.0), (power, 1500.0), (power, 300.0), (power, 3500.0)])
+@pytest.mark.parametrize(
+    "truth, equivalent", [(log_line, 1414.0), (power, 1500.0), (power, 300.0), (power, 3500.0)]
+)
 def test_the_interval_holds_the_worth(truth: Callable, equivalent: float, seeds: int) -> None:
     """An end that is not bounded holds all on its side; away from the ends of the data there are both in nearly all studies."""
     found, rng = [], np.random.default_rng(12)
@@ -326,10 +466,18 @@ def test_the_interval_holds_the_worth(truth: Callable, equivalent: float, seeds:
         scores = trials(rng, truth, seeds, 0.01, np.append(COUNTS, equivalent))
         found.append(worth(COUNTS, scores[:-1], 500, 2500, scores[-1], seed=i, resamples=RESAMPLES))
     true = (equivalent - 500) / 2500
-    assert np.mean([(w.low is None or w.low <= true) and (w.high is None or true <= w.high) for w in found]) >= 0.9
+    assert (
+        np.mean(
+            [(w.low is None or w.low <= true) and (w.high is None or true <= w.high) for w in found]
+        )
+        >= 0.9
+    )
     if 1000 < equivalent < 2000:
         assert np.mean([w.low is not None and w.high is not None for w in found]) >= 0.95
-        assert np.median([w.high - w.low for w in found if w.low is not None and w.high is not None]) < 0.6
+        assert (
+            np.median([w.high - w.low for w in found if w.low is not None and w.high is not None])
+            < 0.6
+        )
     if equivalent == 300 and seeds == 5:
         assert np.mean([w.high is not None and w.high < 0 for w in found]) >= 0.9  # harm is seen
 
@@ -339,7 +487,10 @@ def test_pairing_narrows_the_worth() -> None:
     rng = np.random.default_rng(13)
     luck = 0.03 * rng.normal(size=(1000, 1))
     real, cell = log_line(COUNTS) + luck, 0.7 + luck[:, 0]
-    paired, loose = (worth(COUNTS, log_line(COUNTS), 500, 2000, 0.7, real, c) for c in (cell, rng.permutation(cell)))
+    paired, loose = (
+        worth(COUNTS, log_line(COUNTS), 500, 2000, 0.7, real, c)
+        for c in (cell, rng.permutation(cell))
+    )
     assert paired.high - paired.low < 1e-6 and (loose.high is None or loose.high - loose.low > 0.5)
 
 
@@ -366,8 +517,14 @@ PAIR = np.stack([ROW, ROW + 0.01 * np.sin(np.arange(7))], 1)
         (lambda: fit(DOSES, ROW, ROW * 0), "one above 0 for each of the 7 doses"),
         (lambda: response(DOSES, ROW), "train a second seed"),
         (lambda: seed_draws(ROW, 9, np.random.default_rng(0)), r"give \[doses, seeds\]"),
-        (lambda: response(DOSES, PAIR, np.zeros((500, 6))), r"draws of shape \(500, 6\); give \[replicates, 7\]"),
-        (lambda: response(DOSES, PAIR, np.full((500, 7), np.nan)), "0 replicates; an interval at 0.95 needs at least 40"),
+        (
+            lambda: response(DOSES, PAIR, np.zeros((500, 6))),
+            r"draws of shape \(500, 6\); give \[replicates, 7\]",
+        ),
+        (
+            lambda: response(DOSES, PAIR, np.full((500, 7), np.nan)),
+            "0 replicates; an interval at 0.95 needs at least 40",
+        ),
         (lambda: response(DOSES, PAIR, resamples=39), "39 replicates"),
         (lambda: response(DOSES, PAIR, level=95), "level 95; it lies between 0 and 1"),
         (lambda: worth([100], [0.5], 100, 100, 0.5), "at least 2"),
@@ -377,10 +534,15 @@ PAIR = np.stack([ROW, ROW + 0.01 * np.sin(np.arange(7))], 1)
         (lambda: worth(DOSES + 1, PAIR, 100, 9, 0.5), "1 scores for 2 seeds; give the same seeds"),
         (lambda: worth(DOSES + 1, PAIR, 100, 9, [np.nan, np.nan]), "give the cell's score"),
         (lambda: worth(DOSES + 1, PAIR, 100, 9, [0.7, 0.7], np.zeros((50, 7))), "which are paired"),
-        (lambda: worth(DOSES + 1, PAIR, 100, 9, 0.7, np.zeros((50, 7)), np.zeros(49)), r"give \[B, 7\] and \[B\]"),
+        (
+            lambda: worth(DOSES + 1, PAIR, 100, 9, 0.7, np.zeros((50, 7)), np.zeros(49)),
+            r"give \[B, 7\] and \[B\]",
+        ),
     ],
 )
-def test_what_does_not_fit_is_one_clear_line(call: Callable[[], Curve | Response | Worth], words: str) -> None:
+def test_what_does_not_fit_is_one_clear_line(
+    call: Callable[[], Curve | Response | Worth], words: str
+) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)

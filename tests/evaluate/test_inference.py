@@ -24,7 +24,9 @@ def test_the_parts_of_the_variance_are_found_again() -> None:
     seeds, resamples, common, apart = 4, 200_000, 4.0, 9.0
     drawn = 2 * rng.normal(size=resamples) + 3 * rng.normal(size=(seeds, resamples))
     found = spread(np.array([1.0, 2.0, 3.0, 4.0]), drawn, 500)
-    assert found.common == pytest.approx(common, rel=0.02) and found.apart == pytest.approx(apart, rel=0.02)
+    assert found.common == pytest.approx(common, rel=0.02) and found.apart == pytest.approx(
+        apart, rel=0.02
+    )
     assert found.of_lesions == pytest.approx(np.var(drawn.mean(0)), rel=0.02)
     assert found.between == pytest.approx(np.var([1, 2, 3, 4], ddof=1))
 
@@ -35,12 +37,16 @@ def test_where_lesions_cost_nothing_it_is_the_paired_t_test_over_seeds() -> None
     expected = ttest_1samp(x, 0)
     assert s.p(x.mean()) == pytest.approx(expected.pvalue, rel=1e-4)
     low, high = expected.confidence_interval(0.95)
-    assert 2 * s.half() == pytest.approx(high - low, rel=1e-6) and s.se == pytest.approx(x.std(ddof=1) / np.sqrt(3))
+    assert 2 * s.half() == pytest.approx(high - low, rel=1e-6) and s.se == pytest.approx(
+        x.std(ddof=1) / np.sqrt(3)
+    )
 
 
 def test_where_seeds_agree_it_is_no_less_than_lesions_alone() -> None:
     s = Spread(3, 101, 1e-4, 3e-4, 0.0)
-    assert s.se == pytest.approx(np.sqrt(2e-4)) and s.half() == pytest.approx(t.isf(0.025, 100) * np.sqrt(2e-4))
+    assert s.se == pytest.approx(np.sqrt(2e-4)) and s.half() == pytest.approx(
+        t.isf(0.025, 100) * np.sqrt(2e-4)
+    )
     assert s.p(s.half()) == pytest.approx(0.05)
 
 
@@ -52,7 +58,15 @@ def test_p_and_interval_tell_the_same() -> None:
 
 def test_few_lesions_cannot_have_a_small_p() -> None:
     labels = np.zeros(4, int)
-    found = compare(np.eye(2)[labels][None], np.eye(2)[1 - labels][None], labels, list("abcd"), 100, 0, "accuracy")
+    found = compare(
+        np.eye(2)[labels][None],
+        np.eye(2)[1 - labels][None],
+        labels,
+        list("abcd"),
+        100,
+        0,
+        "accuracy",
+    )
     assert found.difference == 1 and found.p == 0.125  # all four for a: the sign test's p
 
 
@@ -67,17 +81,24 @@ def test_seeds_needed_is_the_first_number_that_is_enough() -> None:
     assert needed is not None and s.detectable(needed) <= 0.03 < s.detectable(needed - 1)
     assert s.seeds_needed(-0.03) == needed
     assert s.seeds_needed(0.008) is None  # lesions alone: 2.8 * sqrt(1e-5) = 0.0089
-    assert Spread(1, 300, 1e-5, 0.0, None).seeds_needed(0.5) is None and Spread(1, 300, 1e-5, 0.0, None).detectable(3) is None
+    assert (
+        Spread(1, 300, 1e-5, 0.0, None).seeds_needed(0.5) is None
+        and Spread(1, 300, 1e-5, 0.0, None).detectable(3) is None
+    )
 
 
 def test_a_comparison_says_what_it_holds() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 200)
     logits = rng.normal(size=(2, 3, 200, 3))
-    one, three = (compare(logits[0, :k], logits[1, :k], labels, list(range(200)), 200, 0) for k in (1, 3))
+    one, three = (
+        compare(logits[0, :k], logits[1, :k], labels, list(range(200)), 200, 0) for k in (1, 3)
+    )
     assert one.seeds == 1 and "not the luck of training" in one.note and one.spread.between is None
     assert three.seeds == 3 and three.note == "" and len(three.each) == 3 and three.lesions == 200
-    assert three.difference == pytest.approx(np.mean(three.each)) and three.detectable > 2 * three.se
+    assert (
+        three.difference == pytest.approx(np.mean(three.each)) and three.detectable > 2 * three.se
+    )
     assert (three.low + three.high) / 2 == pytest.approx(three.difference)
 
 
@@ -105,7 +126,13 @@ def test_arms_that_answer_alike_say_nothing_of_what_could_be_seen() -> None:
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(3, 60, 2)), rng.integers(0, 2, 60)
     c = compare(logits, logits, labels, np.arange(60), 100, 0)
-    assert (c.difference, c.low, c.high, c.p, c.detectable) == (0, 0, 0, 1, None) and c.seeds_needed(0.02) is None
+    assert (c.difference, c.low, c.high, c.p, c.detectable) == (
+        0,
+        0,
+        0,
+        1,
+        None,
+    ) and c.seeds_needed(0.02) is None
     assert "answer alike" in c.note
 
 

@@ -10,23 +10,35 @@ from adversa.evaluate.quality import kid, mmd2, prdc, prdc_by_class
 
 
 def double_sum(a, b):
-    k = lambda x, y: (float(x @ y) / len(x) + 1) ** 3  # noqa: E731
+    def k(x, y):
+        return (float(x @ y) / len(x) + 1) ** 3
+
+    def within(s):
+        pairs = [k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j]
+        return sum(pairs) / len(pairs)
+
     n, m = len(a), len(b)
-    within = lambda s: sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j) / (len(s) * (len(s) - 1))  # noqa: E731
     return within(a) + within(b) - 2 * sum(k(x, y) for x in a for y in b) / (n * m)
 
 
 def brute_force(real, fake, k):
     """The definitions of Naeem et al. 2020, one pair at a time."""
-    d = lambda x, y: float(np.sqrt(((x - y) ** 2).sum()))  # noqa: E731
-    radius = lambda s: [sorted(d(x, y) for j, y in enumerate(s) if j != i)[k - 1] for i, x in enumerate(s)]  # noqa: E731
+
+    def d(x, y):
+        return float(np.sqrt(((x - y) ** 2).sum()))
+
+    def radius(s):
+        return [sorted(d(x, y) for j, y in enumerate(s) if j != i)[k - 1] for i, x in enumerate(s)]
+
     r, f = radius(real), radius(fake)
     inside = np.array([[d(x, y) < r[i] for y in fake] for i, x in enumerate(real)])
     recalled = [any(d(x, y) < f[j] for j, y in enumerate(fake)) for x in real]
     return {
-        "precision": inside.any(0).mean(), "recall": np.mean(recalled), "density": inside.sum() / (k * len(fake)),
+        "precision": inside.any(0).mean(),
+        "recall": np.mean(recalled),
+        "density": inside.sum() / (k * len(fake)),
         "coverage": inside.any(1).mean(),
-    }  # fmt: skip
+    }
 
 
 def test_mmd_of_two_and_two_points_by_hand():
@@ -56,7 +68,15 @@ def test_kid_is_unbiased_for_one_distribution():
     found = []
     for seed in range(300):
         rng = np.random.default_rng([7, seed])
-        found.append(kid(rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), subsets=5, subset_size=30, seed=seed)[0])
+        found.append(
+            kid(
+                rng.normal(size=(60, 8)),
+                rng.normal(size=(60, 8)),
+                subsets=5,
+                subset_size=30,
+                seed=seed,
+            )[0]
+        )
     found = np.array(found)
     assert abs(found.mean()) < 3 * found.std() / np.sqrt(len(found))
     assert (found < 0).mean() > 0.2
@@ -94,12 +114,22 @@ def test_identical_sets(offset):
     """Each point lies in its own ball and in those of the points it is among the k - 1 nearest of: density is exactly 1."""
     real = np.random.default_rng(0).normal(size=(50, 6)) + offset
     shuffled = real[np.random.default_rng(1).permutation(50)]
-    assert prdc(real, shuffled, 4) == {"precision": 1.0, "recall": 1.0, "density": 1.0, "coverage": 1.0}
+    assert prdc(real, shuffled, 4) == {
+        "precision": 1.0,
+        "recall": 1.0,
+        "density": 1.0,
+        "coverage": 1.0,
+    }
 
 
 def test_disjoint_sets():
     real = np.random.default_rng(0).normal(size=(30, 4))
-    assert prdc(real, real + 1000, 3) == {"precision": 0.0, "recall": 0.0, "density": 0.0, "coverage": 0.0}
+    assert prdc(real, real + 1000, 3) == {
+        "precision": 0.0,
+        "recall": 0.0,
+        "density": 0.0,
+        "coverage": 0.0,
+    }
 
 
 def test_points_on_a_line():
@@ -107,7 +137,9 @@ def test_points_on_a_line():
     real, fake = np.array([[0.0], [1], [2], [3], [10]]), np.array([[0.5], [0.6], [3.5], [50.0]])
     # 0.5 and 0.6 lie in the balls of 0 and 1; 3.5 in those of 3 and 10; 50 in none: 6 of 4 points' balls.
     # Recall: 1, 2 and 3 lie in the ball of 3.5; 10 in that of 50; 0 in none. Coverage: all but 2.
-    assert prdc(real, fake, 1) == pytest.approx({"precision": 0.75, "recall": 0.8, "density": 6 / 4, "coverage": 0.8})
+    assert prdc(real, fake, 1) == pytest.approx(
+        {"precision": 0.75, "recall": 0.8, "density": 6 / 4, "coverage": 0.8}
+    )
 
 
 def test_a_collapsed_model_is_precise_and_covers_little():
@@ -120,7 +152,12 @@ def test_a_collapsed_model_is_precise_and_covers_little():
 
 def test_copies_of_one_point_are_in_no_open_ball():
     point = np.full((10, 3), 7.0)
-    assert prdc(point, point, 2) == {"precision": 0.0, "recall": 0.0, "density": 0.0, "coverage": 0.0}
+    assert prdc(point, point, 2) == {
+        "precision": 0.0,
+        "recall": 0.0,
+        "density": 0.0,
+        "coverage": 0.0,
+    }
 
 
 def test_classes_without_enough_images_are_counted_and_left_open():
@@ -130,7 +167,11 @@ def test_classes_without_enough_images_are_counted_and_left_open():
     found = prdc_by_class(real, real_labels, fake, fake_labels, 3, ["a", "b", "c"])
     assert found["a"] == {"real": 30, "fake": 32, **prdc(real[:30], fake[:32], 3)}
     nothing = dict.fromkeys(quality.MEASURES)
-    assert found["b"] == {"real": 10, "fake": 3, **nothing} and found["c"] == {"real": 0, "fake": 0, **nothing}
+    assert found["b"] == {"real": 10, "fake": 3, **nothing} and found["c"] == {
+        "real": 0,
+        "fake": 0,
+        **nothing,
+    }
 
 
 def test_float32_features_of_large_offset_lose_nothing():

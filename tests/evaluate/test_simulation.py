@@ -40,16 +40,23 @@ class World:
         """The difference in balanced accuracy over all lesions and all seeds."""
         return float(np.mean(norm.cdf((self.skill + self.shift) / self.total) - SENSITIVITY))
 
-    def study(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def study(
+        self, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(logits of a [S, N, K], of b, labels [N], lesions [N]), 1 to 3 images a lesion."""
         k = len(LESIONS)
         lesion_label = np.repeat(np.arange(k), LESIONS)
-        lesion = np.repeat(np.arange(len(lesion_label)), rng.choice([1, 2, 3], len(lesion_label), p=[0.6, 0.25, 0.15]))
-        labels, n, s = lesion_label[lesion], len(lesion), self.seeds
-        shared = SD["lesion"] * rng.normal(size=len(lesion_label))[lesion] + SD["image"] * rng.normal(size=n)
-        own = SD["own_lesion"] * rng.normal(size=(2, s, len(lesion_label)))[..., lesion] + SD["own_image"] * rng.normal(
-            size=(2, s, n)
+        lesion = np.repeat(
+            np.arange(len(lesion_label)),
+            rng.choice([1, 2, 3], len(lesion_label), p=[0.6, 0.25, 0.15]),
         )
+        labels, n, s = lesion_label[lesion], len(lesion), self.seeds
+        shared = SD["lesion"] * rng.normal(size=len(lesion_label))[lesion] + SD[
+            "image"
+        ] * rng.normal(size=n)
+        own = SD["own_lesion"] * rng.normal(size=(2, s, len(lesion_label)))[..., lesion] + SD[
+            "own_image"
+        ] * rng.normal(size=(2, s, n))
         luck = self.seed[0] * rng.normal(size=(2, s, 1)) + self.seed[1] * rng.normal(size=(2, s, k))
         margin = self.skill[labels] + shared + own + luck[..., labels]
         margin[0] += self.shift
@@ -73,7 +80,9 @@ def share(found: list[Comparison], *words: str) -> float:
 
 # One seed: the two classifiers are equally good on all lesions, since its interval holds nothing else (see below).
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [World(1, (0.0, 0.0)), World(3), World(5), World(3, (0.15, 0.15))], ids=str)
+@pytest.mark.parametrize(
+    "world", [World(1, (0.0, 0.0)), World(3), World(5), World(3, (0.15, 0.15))], ids=str
+)
 def test_no_effect_is_called_one_in_at_most_6_percent_of_studies(world: World) -> None:
     assert share(run(world, 1000, world.seeds), "better", "worse") <= 0.06
 
@@ -81,7 +90,9 @@ def test_no_effect_is_called_one_in_at_most_6_percent_of_studies(world: World) -
 @pytest.mark.slow
 def test_one_seed_takes_the_luck_of_training_for_an_effect_and_says_so() -> None:
     found = run(World(1), 300, 0)
-    assert share(found, "better", "worse") > 0.08 and all("not the luck of training" in c.note for c in found)
+    assert share(found, "better", "worse") > 0.08 and all(
+        "not the luck of training" in c.note for c in found
+    )
 
 
 @pytest.mark.slow

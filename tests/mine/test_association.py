@@ -11,7 +11,9 @@ from adversa.mine.association import Count, attainable, columns, count, holm, ov
 
 def brute(inside: int, size: int, everywhere: int, total: int) -> float:
     """P(at least `inside` of the `everywhere` images with the value fall in a subset of `size`), by counting subsets."""
-    hits = sum(sum(i < everywhere for i in chosen) >= inside for chosen in combinations(range(total), size))
+    hits = sum(
+        sum(i < everywhere for i in chosen) >= inside for chosen in combinations(range(total), size)
+    )
     return hits / comb(total, size)
 
 
@@ -45,7 +47,9 @@ def test_correction_spans_all_subsets_and_values() -> None:
     tables = [Count(s, "a", v, 5, 5, 10, 100) for s in (0, 1) for v in "xy"]
     found, tests = over_represented(tables, 2)
     assert tests == 4
-    assert [f.corrected / f.p for s in found for f in s] == pytest.approx([4, 4, 4, 4])  # equal p: each gets the first's factor
+    assert [f.corrected / f.p for s in found for f in s] == pytest.approx(
+        [4, 4, 4, 4]
+    )  # equal p: each gets the first's factor
 
 
 def test_effect_sizes() -> None:
@@ -53,7 +57,9 @@ def test_effect_sizes() -> None:
     (f,) = found[0]
     assert f.lift == pytest.approx(0.9 / 0.2)
     assert f.low < f.odds_ratio < f.high
-    assert 30 < f.odds_ratio < 9 * 79 / (1 * 11)  # the conditional estimate is shrunk against the sample's 64.6
+    assert (
+        30 < f.odds_ratio < 9 * 79 / (1 * 11)
+    )  # the conditional estimate is shrunk against the sample's 64.6
     (whole,) = over_represented([Count(0, "sex", "male", 10, 10, 20, 100)], 1)[0][0]
     assert np.isinf(whole.odds_ratio) and np.isinf(whole.high) and whole.low > 1
 
@@ -74,15 +80,28 @@ def test_unknown_is_no_value() -> None:
 
 
 def test_ages_and_other_numbers_are_banded_and_few_numbers_are_not() -> None:
-    ages = columns([{"age": a} for a in ("5.0", "29", "30", "44", "45", "60", "74", "75.0", "90", "")])["age"]
+    ages = columns(
+        [{"age": a} for a in ("5.0", "29", "30", "44", "45", "60", "74", "75.0", "90", "")]
+    )["age"]
     assert ages.tolist() == [
-        "below 30", "below 30", "30 to below 45", "30 to below 45", "45 to below 60", "60 to below 75", "60 to below 75",
-        "75 or more", "75 or more", "",
-    ]  # fmt: skip
+        "below 30",
+        "below 30",
+        "30 to below 45",
+        "30 to below 45",
+        "45 to below 60",
+        "60 to below 75",
+        "60 to below 75",
+        "75 or more",
+        "75 or more",
+        "",
+    ]
     ita = columns([{"ita": str(i)} for i in range(20)])["ita"]
     assert {v: ita.tolist().count(v) for v in set(ita)} == {
-        "below 4.75": 5, "4.75 to below 9.5": 5, "9.5 to below 14.25": 5, "14.25 or more": 5,
-    }  # fmt: skip
+        "below 4.75": 5,
+        "4.75 to below 9.5": 5,
+        "9.5 to below 14.25": 5,
+        "14.25 or more": 5,
+    }
     mostly = columns([{"n": str(i)} for i in [0] * 40 + list(range(1, 10))])["n"]
     assert set(mostly) == {"below 1", "1 or more"}
     assert set(columns([{"type": str(i % 6)} for i in range(30)])["type"]) == set("012345")

@@ -14,7 +14,9 @@ def logits_of(p: list[list[float]]) -> np.ndarray:
     return np.log(np.array(p))
 
 
-def planted(n: int = 300, classes: int = 4, seed: int = 0) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+def planted(
+    n: int = 300, classes: int = 4, seed: int = 0
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     labels = random.integers(0, classes, n)
     logits = random.normal(size=(n, classes))
@@ -26,7 +28,10 @@ def test_difficulty_is_the_closed_form() -> None:
     hard = difficulty(logits_of([[0.7, 0.2, 0.1], [0.25, 0.5, 0.25]]), np.array([0, 2]))
     np.testing.assert_allclose(hard.loss, [-np.log(0.7), -np.log(0.25)])
     np.testing.assert_allclose(hard.margin, [0.5, -0.25])
-    np.testing.assert_allclose(hard.entropy, [-(0.7 * np.log(0.7) + 0.2 * np.log(0.2) + 0.1 * np.log(0.1)), 1.5 * np.log(2)])
+    np.testing.assert_allclose(
+        hard.entropy,
+        [-(0.7 * np.log(0.7) + 0.2 * np.log(0.2) + 0.1 * np.log(0.1)), 1.5 * np.log(2)],
+    )
     assert hard.predicted.tolist() == [0, 1]
 
 
@@ -81,14 +86,18 @@ def test_farthest_first_takes_one_of_a_cluster_of_duplicates_and_never_a_row_twi
 
 def test_hard_cases_are_the_wrong_and_the_nearly_wrong() -> None:
     p = [[0.9, 0.1], [0.54, 0.46], [0.3, 0.7], [0.45, 0.55], [0.1, 0.9]]
-    cases = hard_cases(list("abcde"), np.array([0, 0, 0, 1, 1]), logits_of(p), np.eye(5), Mine(near_margin=0.1001))
+    cases = hard_cases(
+        list("abcde"), np.array([0, 0, 0, 1, 1]), logits_of(p), np.eye(5), Mine(near_margin=0.1001)
+    )
     assert {(c.example, c.reason, c.predicted) for c in cases} == {
         ("b", NEAR_MISS, 0),
         ("c", MISCLASSIFIED, 1),
         ("d", NEAR_MISS, 1),
     }
     by_id = {c.example: c for c in cases}
-    assert by_id["c"].loss == pytest.approx(-np.log(0.3)) and by_id["c"].margin == pytest.approx(-0.4)
+    assert by_id["c"].loss == pytest.approx(-np.log(0.3)) and by_id["c"].margin == pytest.approx(
+        -0.4
+    )
 
 
 def test_a_perfect_classifier_has_no_hard_cases() -> None:
@@ -101,7 +110,9 @@ def test_budget_follows_the_error_rate_not_the_size_of_the_class() -> None:
     predicted = labels.copy()
     predicted[:30], predicted[1000:1030] = 1, 0
     ids = [f"{i:05d}" for i in range(1100)]
-    cases = hard_cases(ids, labels, 5.0 * np.eye(2)[predicted], np.zeros((1100, 0)), Mine(budget=11))
+    cases = hard_cases(
+        ids, labels, 5.0 * np.eye(2)[predicted], np.zeros((1100, 0)), Mine(budget=11)
+    )
     assert [sum(c.label == k for c in cases) for k in (0, 1)] == [1, 10]
 
 
@@ -117,7 +128,10 @@ def test_budget_is_kept_or_all_are_taken(budget: int) -> None:
 
 def test_order_of_rows_makes_no_difference() -> None:
     ids, labels, logits, embeddings = planted()
-    logits[40:80], labels[40:80] = [9, 0, 0, 0], 1  # equally and badly wrong: only their ids tell them apart
+    logits[40:80], labels[40:80] = (
+        [9, 0, 0, 0],
+        1,
+    )  # equally and badly wrong: only their ids tell them apart
     p = np.random.default_rng(1).permutation(len(ids))
     first = hard_cases(ids, labels, logits, embeddings, Mine(budget=40))
     again = hard_cases([ids[i] for i in p], labels[p], logits[p], embeddings[p], Mine(budget=40))
@@ -130,9 +144,14 @@ def test_one_failure_mode_does_not_fill_the_list() -> None:
     labels = np.array([0] * 44 + [1] * 10)
     embeddings = np.array([[1, 0.0]] * 40 + [[0, 1.0]] * 4 + [[1, 1]] * 10)
     ids = [f"{i:03d}" for i in range(54)]
-    taken = {c.example for c in hard_cases(ids, labels, logits, embeddings, Mine(budget=4, candidates=11))}
+    taken = {
+        c.example
+        for c in hard_cases(ids, labels, logits, embeddings, Mine(budget=4, candidates=11))
+    }
     assert taken & {f"{i:03d}" for i in range(40, 44)}
-    hardest = {c.example for c in hard_cases(ids, labels, logits, embeddings, Mine(budget=4, candidates=1))}
+    hardest = {
+        c.example for c in hard_cases(ids, labels, logits, embeddings, Mine(budget=4, candidates=1))
+    }
     assert hardest == {"036", "037", "038", "039"}
 
 

@@ -16,7 +16,9 @@ def simulated(seed: int = 0, rare: int = 12, n: int = 300) -> dict:
     random = np.random.default_rng(seed)
     labels = random.choice(3, n, p=[0.6, 0.25, 0.15])
     centres = np.eye(12)[:4] * 3
-    predicted = np.where(random.random(n) < 0.15, (labels + 1 + (random.random(n) < 0.5)) % 3, labels)
+    predicted = np.where(
+        random.random(n) < 0.15, (labels + 1 + (random.random(n) < 0.5)) % 3, labels
+    )
     points = (centres[labels] + centres[predicted]) / 2
     amelanotic = np.flatnonzero(labels == 1)[:rare]
     predicted[amelanotic] = 2
@@ -24,24 +26,41 @@ def simulated(seed: int = 0, rare: int = 12, n: int = 300) -> dict:
     points = points + random.normal(scale=0.35, size=points.shape)
     logits = 4 * np.eye(3)[predicted] + random.normal(scale=0.3, size=(n, 3))
     attributes = [
-        {"mode": "typical", "sex": str(random.choice(["male", "female"])), "age": str(random.integers(20, 90)), "site": str(s)}
+        {
+            "mode": "typical",
+            "sex": str(random.choice(["male", "female"])),
+            "age": str(random.integers(20, 90)),
+            "site": str(s),
+        }
         for s in random.choice(["back", "face", "leg", "arm"], n)
     ]
     for i in amelanotic:
         attributes[i]["mode"] = "amelanotic"
     ids = [f"i{i:04d}" for i in random.permutation(n)]
-    return {"ids": ids, "labels": labels, "logits": logits, "embeddings": points, "classes": CLASSES, "attributes": attributes}
+    return {
+        "ids": ids,
+        "labels": labels,
+        "logits": logits,
+        "embeddings": points,
+        "classes": CLASSES,
+        "attributes": attributes,
+    }
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_planted_mode_comes_out_by_name(seed: int) -> None:
     data = simulated(seed)
     found = failure_modes(**data)
-    planted = {i for i, a in zip(data["ids"], data["attributes"], strict=True) if a["mode"] == "amelanotic"}
+    planted = {
+        i for i, a in zip(data["ids"], data["attributes"], strict=True) if a["mode"] == "amelanotic"
+    }
     (mode,) = [m for m in found.modes if any(f.value == "amelanotic" for f in m.attributes)]
     assert len(planted & set(mode.members)) >= 0.8 * len(planted)
     assert len(planted & set(mode.members)) >= 0.8 * mode.size
-    assert mode.name.startswith("melanoma, mode=amelanotic (") and CLASSES[mode.confused[0][0]] == "vascular"
+    assert (
+        mode.name.startswith("melanoma, mode=amelanotic (")
+        and CLASSES[mode.confused[0][0]] == "vascular"
+    )
     assert mode.medoid in planted
     assert mode.share == pytest.approx(mode.errors / found.errors)
 
@@ -49,7 +68,11 @@ def test_the_planted_mode_comes_out_by_name(seed: int) -> None:
 def test_modes_hold_every_hard_image_once_and_neighbours_are_right() -> None:
     data = simulated()
     found = failure_modes(**data)
-    wrong = {i for i, y, z in zip(data["ids"], data["labels"], data["logits"], strict=True) if z.argmax() != y}
+    wrong = {
+        i
+        for i, y, z in zip(data["ids"], data["labels"], data["logits"], strict=True)
+        if z.argmax() != y
+    }
     members = [i for m in found.modes for i in m.members]
     assert len(members) == len(set(members)) and wrong <= set(members)
     assert sum(m.errors for m in found.modes) == found.errors == len(wrong)
@@ -58,7 +81,9 @@ def test_modes_hold_every_hard_image_once_and_neighbours_are_right() -> None:
         assert {labels[i] for i in mode.members} == {mode.label} and mode.medoid in mode.members
         assert not {n.example for n in mode.neighbours} & wrong
         assert all(labels[n.example] == n.label for n in mode.neighbours)
-        assert [n.similarity for n in mode.neighbours] == sorted((n.similarity for n in mode.neighbours), reverse=True)
+        assert [n.similarity for n in mode.neighbours] == sorted(
+            (n.similarity for n in mode.neighbours), reverse=True
+        )
 
 
 def test_order_of_rows_makes_no_difference() -> None:
@@ -84,8 +109,14 @@ def test_no_false_name_where_nothing_is_associated() -> None:
     subsets = [np.sort([row[i] for i in m.members]) for m in modes]
     false, tests = 0, 0
     for _ in range(200):
-        sex, site, age = random.integers(0, 2, 120), random.integers(0, 8, 120), random.integers(15, 95, 120)
-        known = association.columns([{"sex": str(sex[i]), "site": str(site[i]), "age": str(age[i])} for i in lesion])
+        sex, site, age = (
+            random.integers(0, 2, 120),
+            random.integers(0, 8, 120),
+            random.integers(15, 95, 120),
+        )
+        known = association.columns(
+            [{"sex": str(sex[i]), "site": str(site[i]), "age": str(age[i])} for i in lesion]
+        )
         tables = association.count(known, subsets, data["labels"], lesion)
         findings, tested = association.over_represented(tables, len(subsets))
         false, tests = false + any(findings), tests + tested
@@ -131,8 +162,15 @@ def test_more_than_are_clustered_join_the_nearest_mode() -> None:
 
 def test_rows_lines_and_json_say_the_same() -> None:
     found = failure_modes(**simulated())
-    table, said, kept = explain.rows(found, CLASSES), "\n".join(explain.lines(found, CLASSES)), explain.plain(found)
+    table, said, kept = (
+        explain.rows(found, CLASSES),
+        "\n".join(explain.lines(found, CLASSES)),
+        explain.plain(found),
+    )
     assert all(len(row) == len(explain.HEADER) for row in table)
-    assert all(row[0] in said for row in table) and f"corrected by Holm for {found.tests} tests" in said
+    assert (
+        all(row[0] in said for row in table)
+        and f"corrected by Holm for {found.tests} tests" in said
+    )
     assert isinstance(found, FailureModes) and len(json.dumps(kept, allow_nan=False)) > 100
     assert [m["name"] for m in kept["modes"]] == [row[0] for row in table]

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from adversa import tables
 from adversa.report import curation, evidence, page, plots, predictions
 from adversa.report.gather import Facts, read_facts, score
 from adversa.report.unshown import unshown
+from adversa.storage import tables
 from adversa.types import BEFORE
 
 
@@ -30,15 +30,31 @@ def test_confusions_are_means_over_seeds(facts: Facts) -> None:
     """4 images a class; `real` reads every fourth image, from 0 with seed 0 and from 1 with seed 1, as the next class."""
     found = predictions.confusions(facts, predictions.of_test(facts))
     assert found is not None and found.after is not None and found.change is not None
-    wrong = np.array([[[(i % 4 == s) and (i % 3 == c) for i in range(12)] for c in range(3)] for s in range(2)]).sum((0, 2)) / 2
+    wrong = (
+        np.array(
+            [
+                [[(i % 4 == s) and (i % 3 == c) for i in range(12)] for c in range(3)]
+                for s in range(2)
+            ]
+        ).sum((0, 2))
+        / 2
+    )
     for c in range(3):
         row = found.before[c]
-        assert row[c].count == 4 - wrong[c] and row[(c + 1) % 3].count == wrong[c] and row[(c + 2) % 3].count == 0
+        assert (
+            row[c].count == 4 - wrong[c]
+            and row[(c + 1) % 3].count == wrong[c]
+            and row[(c + 2) % 3].count == 0
+        )
         assert row[c].share == row[c].tint == row[c].count / 4
         for after, change, before in zip(found.after[c], found.change[c], row, strict=True):
-            assert change.count == after.count - before.count and change.share == pytest.approx(after.share - before.share)
+            assert change.count == after.count - before.count and change.share == pytest.approx(
+                after.share - before.share
+            )
     tints = [cell.tint for row in found.change for cell in row]
-    assert max(map(abs, tints)) == 1 and found.reach == max(abs(cell.share or 0) for row in found.change for cell in row)
+    assert max(map(abs, tints)) == 1 and found.reach == max(
+        abs(cell.share or 0) for row in found.change for cell in row
+    )
     assert (found.images, found.seeds) == ([4, 4, 4], 2)
 
 
@@ -57,7 +73,10 @@ def test_calibration_is_that_of_the_predictions(facts: Facts) -> None:
     assert list(found) == [BEFORE, "guided"]
     c = found[BEFORE]
     assert sum(b.n for b in c.bins) == 12 and c.seeds == 2  # a mean over seeds
-    assert (c.ece.value, c.ece.low) == (0.05, pytest.approx(0.01))  # the run's own figure, with its interval
+    assert (c.ece.value, c.ece.low) == (
+        0.05,
+        pytest.approx(0.01),
+    )  # the run's own figure, with its interval
     probability = np.exp(said[BEFORE].logits) / np.exp(said[BEFORE].logits).sum(2, keepdims=True)
     right = (said[BEFORE].logits.argmax(2) == said[BEFORE].labels).mean()
     assert right == 0.75 and c.surplus == pytest.approx(probability.max(2).mean() - right)
@@ -70,20 +89,30 @@ def test_a_run_without_these_metrics_has_its_own(facts: Facts) -> None:
     bare = dataclasses.replace(facts, summary=facts.summary | {"before": {"test": {}}})
     c = predictions.calibrations(bare, predictions.of_test(bare))[BEFORE]
     assert c.ece.low is None and c.ece.value != 0.05
-    assert c.ece.value == pytest.approx(sum(b.n * abs(b.accuracy - b.confidence) for b in c.bins if b.n) / 12, abs=0.1)
-    probability = np.exp(x := predictions.of_test(bare)[BEFORE].logits) / np.exp(x).sum(2, keepdims=True)
+    assert c.ece.value == pytest.approx(
+        sum(b.n * abs(b.accuracy - b.confidence) for b in c.bins if b.n) / 12, abs=0.1
+    )
+    probability = np.exp(x := predictions.of_test(bare)[BEFORE].logits) / np.exp(x).sum(
+        2, keepdims=True
+    )
     truth = np.eye(3)[predictions.of_test(bare)[BEFORE].labels]
     assert c.brier.value == pytest.approx(((probability - truth) ** 2).sum(2).mean())
 
 
 def test_points_lie_where_they_belong() -> None:
-    bins = [predictions.ReliabilityBin(0.0, 0.5, 0, None, None), predictions.ReliabilityBin(0.5, 1.0, 8, 0.75, 0.25)]
+    bins = [
+        predictions.ReliabilityBin(0.0, 0.5, 0, None, None),
+        predictions.ReliabilityBin(0.5, 1.0, 8, 0.75, 0.25),
+    ]
     drawn = plots.reliability(bins)
     assert drawn.points == [(plots.LEFT + 0.75 * plots.WIDTH, plots.TOP + 0.75 * plots.HEIGHT, 6.0)]
     assert len(drawn.bars) == 1 and drawn.bars[0][3] == plots.COUNTS and drawn.most == 8
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.45, 0.9), (0.913, 0.9131), (-3.0, 250.0), (0.5, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.0, 1.0), (0.45, 0.9), (0.913, 0.9131), (-3.0, 250.0), (0.5, 0.5), (0.0, 0.0)],
+)
 def test_ticks_enclose_what_is_shown(low: float, high: float) -> None:
     ticks = plots.nice(low, high)
     assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9 and 2 <= len(ticks) <= 8
@@ -96,19 +125,34 @@ def test_memorisation_in_words(facts: Facts) -> None:
     assert list(curation.memories(facts, 1)) == ["unguided"]  # null: not measured
     m = curation.memories(facts, 1)["unguided"]
     assert (m.nearer, m.held_out, len(m.curve)) == (0.52, 40, 21)
-    assert "lie no nearer to real images than held-out ones do: there is no sign of copying." in curation.memory_sentence(
-        "unguided", m, ["sample"]
+    assert (
+        "lie no nearer to real images than held-out ones do: there is no sign of copying."
+        in curation.memory_sentence("unguided", m, ["sample"])
     )
     near, far = (dataclasses.replace(m, nearer=x) for x in (0.9, 0.1))
-    assert "may repeat what the denoiser was trained on" in curation.memory_sentence("unguided", near, ["sample"])
-    assert "painted from a real one must" in curation.memory_sentence("guided", near, ["sample", "vary"])
+    assert "may repeat what the denoiser was trained on" in curation.memory_sentence(
+        "unguided", near, ["sample"]
+    )
+    assert "painted from a real one must" in curation.memory_sentence(
+        "guided", near, ["sample", "vary"]
+    )
     assert "lie farther from real images" in curation.memory_sentence("unguided", far, ["sample"])
 
 
 def test_groups_compared_say_what_was_not_tested(facts: Facts) -> None:
     female, few, empty = evidence.within(facts.summary["subgroup_comparisons"])["sex"]
-    assert (female.difference, female.low, female.p_holm, female.word) == (0.1, 0.02, 0.012, "better")
-    assert few.small and few.difference is None and few.word == "too few to test" and empty.word == "no value"
+    assert (female.difference, female.low, female.p_holm, female.word) == (
+        0.1,
+        0.02,
+        0.012,
+        "better",
+    )
+    assert (
+        few.small
+        and few.difference is None
+        and few.word == "too few to test"
+        and empty.word == "no value"
+    )
     assert evidence.within({}) == {}
 
 
@@ -123,9 +167,11 @@ def test_the_budget_is_set_against_the_errors(facts: Facts) -> None:
 def test_the_groups_of_classes(facts: Facts) -> None:
     rows = evidence.groups(facts)["malignant"]
     assert [name for name, _ in rows] == [
-        "AUROC", "partial AUC above sensitivity 0.80, of the 0.20 possible", "sensitivity at specificity 0.90",
+        "AUROC",
+        "partial AUC above sensitivity 0.80, of the 0.20 possible",
+        "sensitivity at specificity 0.90",
         "specificity reached there (0.90 was set on select)",
-    ]  # fmt: skip
+    ]
     assert rows[2][1]["guided"] == score(facts, "guided", "test", "sensitivity@0.90/malignant")
     assert rows[2][1]["guided"].low == pytest.approx(0.66)
 
@@ -137,13 +183,24 @@ def test_what_was_not_shown(facts: Facts, finished: Path) -> None:
         "0.066 is found 4 times in 5; a smaller one may be there. An effect of 0.02 would take 31 seeds."
     ]
     assert [a.partition(":")[0] for a in told.arms] == ["resample", "replay"]
-    assert list(told.small) == ["sex"] and told.small["sex"].endswith("(7)") and "female" not in told.small["sex"]
+    assert (
+        list(told.small) == ["sex"]
+        and told.small["sex"].endswith("(7)")
+        and "female" not in told.small["sex"]
+    )
     assert "age" in told.unknown and "sex" not in told.unknown
     assert told.checks == [
-        "distance to the real images, second feature space", "near copies in features", "images that are trivial to the judge",
-    ]  # fmt: skip
+        "distance to the real images, second feature space",
+        "near copies in features",
+        "images that are trivial to the judge",
+    ]
     text = page.write(finished).with_suffix(".html").read_text()
-    assert text.index('id="unshown"') > text.index('id="origin"') > text.index('id="calibration"') > text.index('id="gallery"')
+    assert (
+        text.index('id="unshown"')
+        > text.index('id="origin"')
+        > text.index('id="calibration"')
+        > text.index('id="gallery"')
+    )
 
 
 def test_a_run_of_an_older_version(make_run: Callable[..., Path]) -> None:
@@ -157,31 +214,67 @@ def test_a_run_of_an_older_version(make_run: Callable[..., Path]) -> None:
     shutil.rmtree(run / "test")
     shutil.rmtree(run / "round-001/scores")
     summary = json.loads((run / "summary.json").read_text())
-    for key in ("cost", "subgroups", "device_seconds", "matched", "seeds", "seconds", "versions", "wall_seconds"):
+    for key in (
+        "cost",
+        "subgroups",
+        "device_seconds",
+        "matched",
+        "seeds",
+        "seconds",
+        "versions",
+        "wall_seconds",
+    ):
         del summary[key]
     for row in summary["comparisons"]:
-        for key in ("detectable", "seeds", "lesions", "seeds_needed", "effect", "note", "mcnemar", "gain_per_device_hour"):
+        for key in (
+            "detectable",
+            "seeds",
+            "lesions",
+            "seeds_needed",
+            "effect",
+            "note",
+            "mcnemar",
+            "gain_per_device_hour",
+        ):
             row.pop(key, None)
     (run / "summary.json").write_text(json.dumps(summary))
     facts = read_facts(run)
     assert curation.accepted(facts)["guided"].strategies == ["inpaint", "vary"]  # from the requests
     text = page.write(run).read_text()
-    assert "There are no predictions on test" in text and "It was not measured" in text and "near copies in pixels" not in text
+    assert (
+        "There are no predictions on test" in text
+        and "It was not measured" in text
+        and "near copies in pixels" not in text
+    )
     assert "near twins among the synthetic" in text
 
 
 def test_twenty_thousand_verdicts_take_seconds(make_run: Callable[..., Path]) -> None:
     run = make_run(cases=2, per_case=1)
     folder = run / "round-001"
-    for name, schema, key in (("verdicts", tables.VERDICTS, "request_id"), ("requests", tables.REQUESTS, "request_id")):
+    for name, schema, key in (
+        ("verdicts", tables.VERDICTS, "request_id"),
+        ("requests", tables.REQUESTS, "request_id"),
+    ):
         rows = tables.read(folder / name, schema=schema).take(pa.array(np.arange(20_000) % 4))
         ids = pa.array([f"{i:020d}" for i in range(20_000)])
-        tables.write_part(folder / name / tables.part_name(9), rows.set_column(rows.schema.get_field_index(key), key, ids))
+        tables.write_part(
+            folder / name / tables.part_name(9),
+            rows.set_column(rows.schema.get_field_index(key), key, ids),
+        )
     started = time.process_time()
     path = page.write(run)
     assert time.process_time() - started < 10
     assert path.stat().st_size < 3_000_000
-    assert sum(line.painted for a in curation.accepted(read_facts(run)).values() for line in a.lines if not line.strategy) == 20_004
+    assert (
+        sum(
+            line.painted
+            for a in curation.accepted(read_facts(run)).values()
+            for line in a.lines
+            if not line.strategy
+        )
+        == 20_004
+    )
 
 
 def test_pictures_of_test_are_not_opened(make_run: Callable[..., Path]) -> None:
@@ -200,22 +293,43 @@ def test_a_second_opening_is_said_at_the_very_top(make_run: Callable[..., Path])
     (run / "summary.json").write_text(json.dumps(summary))
     text = page.write(run).read_text()
     assert 0 < text.index(mark) < text.index("<h1>") and "no longer a first look" in text
-    assert "**Test was opened 3 times. The figures on it are no longer a first look.**" in (run / "report.md").read_text()
+    assert (
+        "**Test was opened 3 times. The figures on it are no longer a first look.**"
+        in (run / "report.md").read_text()
+    )
 
 
 def test_the_samples_of_the_denoiser_where_they_were_judged(make_run: Callable[..., Path]) -> None:
     run = make_run(cases=1, per_case=1)
-    row = {"kid": 0.0123, "kid_std": 0.001, "precision": 0.5, "recall": 0.25, "density": 0.75, "coverage": 0.625}
+    row = {
+        "kid": 0.0123,
+        "kid_std": 0.001,
+        "precision": 0.5,
+        "recall": 0.25,
+        "density": 0.75,
+        "coverage": 0.625,
+    }
     found = {
-        "images": {"sample": 2000, "real": 300, "train": 900}, "guidance": 1.0, "held_out": ["mine", "select"],
-        "features": "a|model", "not_finite": 0, "samples": row | {"classes": {"nevus": row | {"real": 200, "fake": 900}}},
-        "train": row, "grid": "grid.png",
-    }  # fmt: skip
+        "images": {"sample": 2000, "real": 300, "train": 900},
+        "guidance": 1.0,
+        "held_out": ["mine", "select"],
+        "features": "a|model",
+        "not_finite": 0,
+        "samples": row | {"classes": {"nevus": row | {"real": 200, "fake": 900}}},
+        "train": row,
+        "grid": "grid.png",
+    }
     (run / "quality.json").write_text(json.dumps(found))
     (run / "grid.png").write_bytes(tables.encode_png(np.zeros((64, 64, 3), np.uint8)))
     html, text = page.write(run).read_text(), (run / "report.md").read_text()
-    assert "12.30<small>\u00b1 1.00</small>" in html and "Samples of the denoiser, a row for each class" in html
-    assert "| samples | 2,000 | 12.30 \u00b1 1.00 | 0.500 | 0.250 |" in text and "| nevus (200 real images) | 900 |" in text
+    assert (
+        "12.30<small>\u00b1 1.00</small>" in html
+        and "Samples of the denoiser, a row for each class" in html
+    )
+    assert (
+        "| samples | 2,000 | 12.30 \u00b1 1.00 | 0.500 | 0.250 |" in text
+        and "| nevus (200 real images) | 900 |" in text
+    )
     assert "the features of a\\|model" in text
 
 
@@ -227,7 +341,10 @@ def test_a_set_from_elsewhere_is_named(make_run: Callable[..., Path]) -> None:
         json.dumps({"verdict": "worse", "verdict_sentence": "Worse: by <b>much</b>."})
     )
     html = page.write(run).read_text()
-    assert "<bdi>clinic</bdi>: Worse: by &lt;b&gt;much&lt;/b&gt;." in html and "no set from elsewhere" not in html
+    assert (
+        "<bdi>clinic</bdi>: Worse: by &lt;b&gt;much&lt;/b&gt;." in html
+        and "no set from elsewhere" not in html
+    )
     assert "- clinic: Worse: by \\<b\\>much\\</b\\>." in (run / "report.md").read_text()
 
 
@@ -245,7 +362,13 @@ def test_how_many_seeds_it_would_take_is_said_only_where_it_is_known(
     run = make_run()
     summary = json.loads((run / "summary.json").read_text())
     for c in summary["comparisons"]:
-        c |= {"seeds": seeds, "seeds_needed": needed, "word": "not shown", "detectable": 0.05, "effect": 0.02}
+        c |= {
+            "seeds": seeds,
+            "seeds_needed": needed,
+            "word": "not shown",
+            "detectable": 0.05,
+            "effect": 0.02,
+        }
     (run / "summary.json").write_text(json.dumps(summary))
     page.write(run)
     for name in ("report.html", "report.md"):

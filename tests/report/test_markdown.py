@@ -20,23 +20,41 @@ def told(finished: Path) -> str:
 def test_it_has_the_sections_of_the_page(told: str, finished: Path) -> None:
     html = (finished / "report.html").read_text()
     assert re.findall(r"^## (.*)$", told, re.M) == [
-        "Before and after", "Arms", "Confusion, on test", "Failure modes", "Budget and acceptance", "Memorisation",
-        "Calibration, on test", "Seconds and cost", "Split, configuration, versions", "What was not shown",
-    ]  # fmt: skip
+        "Before and after",
+        "Arms",
+        "Confusion, on test",
+        "Failure modes",
+        "Budget and acceptance",
+        "Memorisation",
+        "Calibration, on test",
+        "Seconds and cost",
+        "Split, configuration, versions",
+        "What was not shown",
+    ]
     assert all(f">{title}</h2>" in html for title in re.findall(r"^## (.*)$", told, re.M))
 
 
 def test_it_says_the_same(told: str, finished: Path) -> None:
     for words in (
-        "**not shown**", "| split | 9c1d55ab20 |",
+        "**not shown**",
+        "| split | 9c1d55ab20 |",
         "| balanced accuracy | 0.600 (0.560 to 0.640) | 0.645 (0.605 to 0.685) | +0.045 |",
-        "| sensitivity, mean of classes | 0.600", "| specificity, mean of classes | 0.880", "mine: optimistic.",
+        "| sensitivity, mean of classes | 0.600",
+        "| specificity, mean of classes | 0.880",
+        "mine: optimistic.",
         "| guided minus unguided, balanced accuracy, test | +0.035 | \u22120.012 to +0.081 | 0.210 | not shown | 0.066 | 31 |",
-        "| sensitivity at specificity 0.90 | 0.700 (0.660 to 0.740) |", "+1.250", "| guided | 1 min 30 s | 2 min 30 s |",
-        "Every classifier took 600 steps on 38,400 images.", "no sign of copying", "An effect of 0.02 would take 31 seeds",
-        "near_copy_quantile: 0.99", "Brier 0.400", "### Subgroups, on test: guided minus unguided",
-        "| female | 42 | 40 | +0.100 | +0.020 to +0.180 | 0.012 | better |", "| 7 | \u2013 | \u2013 | \u2013 | too few to test |",
-    ):  # fmt: skip
+        "| sensitivity at specificity 0.90 | 0.700 (0.660 to 0.740) |",
+        "+1.250",
+        "| guided | 1 min 30 s | 2 min 30 s |",
+        "Every classifier took 600 steps on 38,400 images.",
+        "no sign of copying",
+        "An effect of 0.02 would take 31 seeds",
+        "near_copy_quantile: 0.99",
+        "Brier 0.400",
+        "### Subgroups, on test: guided minus unguided",
+        "| female | 42 | 40 | +0.100 | +0.020 to +0.180 | 0.012 | better |",
+        "| 7 | \u2013 | \u2013 | \u2013 | too few to test |",
+    ):
         assert words in told, words
     again = "Work was taken up again 2 times after a death; 45.0 s passed in between."
     assert again in told and again in (finished / "report.html").read_text()
@@ -53,7 +71,11 @@ def test_tables_have_as_many_cells_as_columns(told: str) -> None:
 
 
 def test_hostile_names_are_text(told: str, made_up: SimpleNamespace) -> None:
-    assert "<script" not in told.replace("\\<script", "") and "\u202e" not in told and "\x07" not in told
+    assert (
+        "<script" not in told.replace("\\<script", "")
+        and "\u202e" not in told
+        and "\x07" not in told
+    )
     assert '\\<script\\>alert("x")\\</script\\> \\& \\<b\\>\ufffdgnissim\\</b\\>\ufffd' in told
 
 
@@ -84,4 +106,7 @@ def test_a_run_without_anything_painted(make_run: Callable[..., Path]) -> None:
     shutil.rmtree(run / "round-001")
     page.write(run)
     text = (run / "report.md").read_text()
-    assert "There are no verdicts in the run folder." in text and "It was not measured in this run." in text
+    assert (
+        "There are no verdicts in the run folder." in text
+        and "It was not measured in this run." in text
+    )

@@ -1,0 +1,21 @@
+"""The terminal, for text that others may have written: a name cannot move the cursor, set the title or copy to the clipboard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from adversa.common.sanitize import printable
+
+
+class Screen(Console):
+    """rich's console, which writes escape sequences of its own and none that stand in what is shown."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield segment if text == segment.text else segment._replace(text=text)

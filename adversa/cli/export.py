@@ -1,0 +1,76 @@
+"""The command `export`: what a run made, as a data set and as models. `cli.py` declares it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from adversa.config import load
+from adversa.run.folder import RunDir
+from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from adversa.export.run import Plan, Published
+
+
+def export(
+    run: Path,
+    out: Path,
+    form: str,
+    what: str,
+    arm: str | None,
+    number: int | None,
+    rejected: bool,
+    shard_mb: float,
+    screen: Console,
+) -> None:
+    """`adversa export`: kept images with a dataset card, classifiers with model cards, into a folder."""
+    from adversa.export import run as export_run
+
+    saved = RunDir(run.absolute())
+    if not saved.config.is_file():
+        raise UserError(f"{run} is not a run (it has no config.yaml); give a run's folder")
+    if not 0 < shard_mb < float("inf"):
+        raise UserError(f"--shard-mb {shard_mb:g}: give a number of megabytes above 0")
+    chosen = export_run.plan(
+        load(saved.config),
+        saved,
+        export_run.Selection(what, form, arm, number, rejected, int(shard_mb * 1e6)),
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bars:
+        tasks = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name)
+            bars.update(tasks[name], completed=done, total=total)
+
+        found = export_run.publish(chosen, out, show)
+    for line in _told(found, chosen, out):
+        screen.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _told(found: Published, chosen: Plan, out: Path) -> list[str]:
+    lines = []
+    if found.images is not None:
+        counts = ", ".join(f"{n} {name}" for name, n in found.by_class.items())
+        lines.append(f"{found.images} images in {out}" + (f": {counts}" if counts else ""))
+    elif chosen.selection.what == "all":
+        lines.append(f"no images: {chosen.selection.arm or 'the run'} paints none")
+    if found.models:
+        lines.append(f"{len(found.models)} models in {out}: {', '.join(found.models)}")
+    return [
+        *lines,
+        f"{found.written} files written"
+        if found.written
+        else "nothing was missing: no file written",
+    ]

@@ -1,0 +1,238 @@
+"""The commands about single images, without a loop: to order, again, and how fast. `cli.py` declares them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from adversa.cli import view
+from adversa.config import Config, load
+from adversa.run import environment, file_lock, status, step_folder
+from adversa.run.folder import RunDir
+from adversa.storage import files
+from adversa.types import STRATEGIES, UserError
+
+MakeEngine = Callable[[Config, RunDir], Any]
+
+
+def settings(run: RunDir | None, overrides: list[str]) -> Config:
+    """The run's configuration, or the demo's defaults, under --set; of it `generate` and `cluster` are used."""
+    return load(run.config if run is not None else None, overrides)
+
+
+def source(run: Path | None, denoiser: Path | None) -> tuple[RunDir | None, Path]:
+    """(the run, if one is given; the denoiser's folder). UserError for none, both, or a run whose denoiser is not trained."""
+    if (run is None) == (denoiser is None):
+        raise UserError("give a run's folder, or --denoiser FOLDER: one of the two")
+    if denoiser is not None:
+        return None, denoiser
+    assert run is not None
+    found = RunDir(run.absolute())
+    if not found.config.is_file():
+        raise UserError(
+            f"{run} is not a run (it has no config.yaml); give a run's folder, or --denoiser FOLDER"
+        )
+    if not step_folder.is_finished(found.denoiser):
+        raise UserError(
+            f"{run} has no finished denoiser; train it with: adversa train --run-dir {run}"
+        )
+    return found, found.denoiser
+
+
+def order(
+    run: Path | None,
+    denoiser: Path | None,
+    labels: str,
+    strategy: str | None,
+    out: Path | None,
+    form: str,
+    seed: int,
+    overrides: list[str],
+    make_engine: MakeEngine,
+    screen: Console,
+) -> None:
+    """`adversa generate --labels`: so many images of each class, into a folder."""
+    from adversa.export import images
+    from adversa.generation import job
+
+    saved, folder = source(run, denoiser)
+    config = settings(saved, overrides)
+    classes = job.classes_of(folder)
+    strategy = strategy or "sample"
+    if strategy not in STRATEGIES:
+        raise UserError(
+            f"--strategy {strategy}: there is no such strategy; give one of {', '.join(STRATEGIES)}"
+        )
+    if out is None:
+        raise UserError("--labels needs --out FOLDER: where the images go")
+    wanted = job.Order(
+        folder,
+        images.parse_labels(labels, classes),
+        strategy,
+        seed,
+        config.generate,
+        out,
+        form,
+        saved,
+    )
+    job.check(wanted)
+    if job.finished(wanted):
+        screen.print(
+            f"{out} holds this order already; nothing to do",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    with files.writing(out, "--out"):
+        wanted.work.root.mkdir(parents=True, exist_ok=True)
+    with file_lock.lock(wanted.work):
+        status.set_status(wanted.work, "running", "order", command="order")
+        try:
+            found = _painted(wanted, config, make_engine, screen)
+        except KeyboardInterrupt:
+            status.set_status(wanted.work, "stopped")
+            raise
+        status.set_status(wanted.work, "finished")
+    counts = ", ".join(f"{n} {name}" for name, n in found.by_class.items())
+    left = [
+        f"{n} {what}"
+        for n, what in ((found.not_finite, "not finite"), (found.unpainted, "not painted"))
+        if n
+    ]
+    text = f"{found.images} images in {out}: {counts}" + (
+        f"; left out: {', '.join(left)}" if left else ""
+    )
+    screen.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _painted(wanted: Any, config: Config, make_engine: MakeEngine, screen: Console) -> Any:
+    from adversa.generation import job
+
+    try:
+        with view.Watch(screen, config, wanted.work):
+            engine = make_engine(config, wanted.work)
+            try:
+                return job.paint(wanted, engine)
+            finally:
+                engine.close()
+    except UserError as e:  # the folder of the steps is a run's to them
+        raise UserError(str(e).replace("--run-dir", "--out")) from None
+
+
+def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) -> None:
+    """`adversa regenerate`: one image of a run again."""
+    from PIL import Image
+
+    from adversa.generation import regenerate
+
+    saved, _ = source(run, None)
+    assert saved is not None
+    with files.writing(out or saved.root, "--out"):
+        if out is not None and out.is_dir():
+            raise UserError(f"--out {out} is a folder; give the name of a PNG file")
+    with tempfile.TemporaryDirectory() as temporary:
+        found = regenerate.regenerate(load(saved.config), saved, request_id, Path(temporary))
+    r = found.request
+    values, largest = found.difference
+    verdict = (
+        "identical"
+        if found.identical
+        else (
+            f"not identical: {values} of {found.image.size} values differ, by at most {largest} of 255"
+        )
+    )
+    where = f"{found.device}, {found.batch_size} rows a batch"
+    screen.print(
+        f"request {request_id}: round {r.round}, arm {r.arm}, strategy {r.strategy}, class {r.label}, "
+        f"sigma_start {r.sigma_start:g}, guidance {r.guidance:g}, seed {r.seed}\npainted again on {where}: {verdict}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if out is not None:
+        with files.writing(out.parent, "--out"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(found.image).save(out, format="PNG")
+
+
+def bench(
+    run: Path | None,
+    denoiser: Path | None,
+    images: int,
+    rounds: int,
+    samplers: str | None,
+    record: Path | None,
+    overrides: list[str],
+    make_engine: MakeEngine,
+    screen: Console,
+) -> None:
+    """`adversa bench generate`: rates, costs of guidance, share of the device's peak, scaling, memory."""
+    import torch
+
+    from adversa.diffuse import edm
+    from adversa.generation import benchmark
+    from adversa.pipeline import generate, stages
+
+    saved, folder = source(run, denoiser) if run or denoiser else (None, edm.SHIPPED)
+    config = settings(saved, overrides)
+    counts = _counts(samplers)
+    attacked = stages.attacked_in(config, saved, 1) if saved is not None else None
+    torch.set_num_threads(config.cluster.sampler_threads)
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "value", "unit"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    rows = []
+    # In the run's folder, where there is one: all nodes of a cluster see it.
+    beside = saved.root if saved is not None and isinstance(saved.root, Path) else None
+    with (
+        tempfile.TemporaryDirectory(prefix=".bench-", dir=beside) as temporary,
+        screen.status("measuring") as status,
+    ):
+        at = RunDir(Path(temporary) / "run")
+
+        def engine(n: int | None) -> Any:
+            return make_engine(
+                config.model_copy(
+                    update={"cluster": config.cluster.model_copy(update={"samplers": n})}
+                ),
+                at,
+            )
+
+        engines = {n: (lambda n=n: engine(n)) for n in counts}
+        for row in benchmark.generate(
+            folder, attacked, config.generate, engines, images, rounds, Path(temporary)
+        ):
+            rows.append(row)
+            status.update(f"measured: {row.name}")
+            table.add_row(
+                row.name, f"{row.value:.3g}" if row.value < 1000 else f"{row.value:.0f}", row.unit
+            )
+    screen.print(table)
+    if record is not None:
+        told = {
+            "denoiser": generate.fingerprint(folder),
+            "machine": environment.machine(),
+            "generate": config.generate.model_dump(mode="json"),
+        }
+        with files.writing(record.parent, "--json"):
+            files.write_json(record, told | {"results": [asdict(r) for r in rows]})
+
+
+def _counts(samplers: str | None) -> list[int | None]:
+    """ "1,2,4" to numbers of samplers; None: one, and as many as there is room for (None)."""
+    if samplers is None:
+        return [1, None]
+    words = [w.strip() for w in samplers.split(",")]
+    if not all(re.fullmatch("[0-9]{1,6}", w) and int(w) > 0 for w in words):
+        raise UserError(
+            f"--samplers {samplers}: write numbers above 0 with commas between, for example 1,2,4"
+        )
+    return sorted({int(w) for w in words})

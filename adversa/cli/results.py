@@ -1,0 +1,329 @@
+"""The commands that use a finished run's classifiers on pictures from elsewhere. `cli.py` declares them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from adversa.config import Config, load
+from adversa.engine.interface import Engine
+from adversa.engine.tasks import Done, Make, Part, Report
+from adversa.pipeline import stages
+from adversa.run import file_lock, status
+from adversa.run.folder import RunDir, check_links
+from adversa.storage import files
+from adversa.storage.path import place
+from adversa.types import ARMS, BEFORE, UserError
+
+if TYPE_CHECKING:
+    from adversa.external.cohort import External
+
+MakeEngine = Callable[[Config, RunDir], Any]
+CROPS = ("center", "pad", "squash")
+ON_ERROR = ("fail", "skip")
+LOG_SECONDS = 15.0
+SHOWN = ("balanced_accuracy", "accuracy", "auroc_macro", "sensitivity/", "auroc/", "sensitivity@")
+NAMES = {
+    "decoded": "reading the pictures",
+    ".looks": "reading the run's own pictures",
+    "scores": "scoring",
+    "predicted": "scoring",
+}
+
+
+def run_of(
+    words: Sequence[str] | None,
+    on: Path | None,
+    run_dir: Path | None,
+    with_on: dict[str, Any],
+    without: dict[str, Any],
+) -> Path | None:
+    """The run that `adversa evaluate` is to score on another set; None: the command is about a configuration, as without --on.
+
+    with_on, without: options that go with --on only, and those that do not go with it.
+    """
+    words = words or []
+    if on is None:
+        if given := [name for name, value in with_on.items() if value is not None]:
+            raise UserError(f"{given[0]} goes with --on CSV_OR_FOLDER: what to score the run on")
+        if len(words) == 1 and (place(words[0]) / "config.yaml").is_file():
+            raise UserError(
+                f"{words[0]} is a run: go on with it by --run-dir {words[0]}, or say with --on SET what to score it on"
+            )
+        return None
+    if given := [name for name, value in without.items() if value is not None]:
+        raise UserError(f"{given[0]} does not go with --on: a finished run is scored as it is")
+    roots = [*map(place, words), *([run_dir] if run_dir else [])]
+    if len(roots) != 1:
+        raise UserError(
+            "--on scores one finished run; write adversa evaluate RUN --on CSV_OR_FOLDER"
+        )
+    return roots[0]
+
+
+def _opened(root: Path, overrides: Sequence[str] = ()) -> tuple[RunDir, Config]:
+    """UserError where the folder is no run."""
+    run = RunDir(root.absolute())
+    if not run.config.is_file():
+        raise UserError(f"{root} is not a run (it has no config.yaml); give a run's folder")
+    return run, load(run.config, list(overrides))
+
+
+def _one_of(option: str, value: str | None, known: Sequence[str]) -> None:
+    if value is not None and value not in known:
+        raise UserError(
+            f"{option} {value}: there is no such way; give {', '.join(known[:-1])} or {known[-1]}"
+        )
+
+
+def evaluate_on(
+    root: Path,
+    on: Path,
+    labels_map: Path | None,
+    crop: str | None,
+    name: str | None,
+    overrides: list[str],
+    make_engine: MakeEngine,
+    screen: Console,
+) -> None:
+    """`adversa evaluate RUN --on SET`: every arm's classifiers on a set from elsewhere."""
+    from adversa.external import cohort, evaluate, labels, report
+    from adversa.report import page
+    from adversa.run.folder import classes_of
+
+    _one_of("--crop", crop, CROPS)
+    cohort.check_overrides(overrides)
+    run, config = _opened(root, overrides)
+    evaluate.models(config, run)
+    translation = labels.read(labels_map, classes_of(run.data))
+    data = cohort.section(config, on, overrides, crop)
+    outside = cohort.listing(data, translation)
+    asked = evaluate.External(run, config, data, translation, _named(name, on), outside)
+    check_links(run.root, "external")
+    with files.writing(asked.folder, "RUN"):
+        asked.folder.mkdir(parents=True, exist_ok=True)
+    work = RunDir(asked.folder)
+    with file_lock.lock(work), files.writing(asked.folder, "RUN"):
+        status.set_status(work, "running", "external")  # who holds the lock
+        try:
+            _score(asked, make_engine, screen)
+        except BaseException:
+            evaluate.forget(asked)
+            raise
+        found = report.told(asked)
+        if found is None:
+            screen.print("computing figures and intervals", highlight=False)
+            found = report.write(asked)
+            if run.summary.exists() and not file_lock.is_locked(run):
+                page.write(run.root)  # the run's own report names the set
+        status.set_status(work, "finished", "external")
+    show_external(screen, found)
+    screen.print(
+        f"report: {asked.folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def _score(asked: External, make_engine: MakeEngine, screen: Console) -> None:
+    from adversa.external import evaluate
+
+    if not evaluate.is_scored(asked):
+        with _shown(screen) as show, _engine(make_engine, asked.config, asked.run) as engine:
+            evaluate.score(asked, _Told(engine, show), show.say)
+
+
+def _named(name: str | None, on: Path) -> str:
+    if name is None:
+        return re.sub(r"[^\w.-]+", "-", on.absolute().stem)[:100].strip(".-") or "set"
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise UserError(
+            f"--name {name}: give letters, digits, `-`, `_` and `.`, at most 100, the first a letter or digit"
+        )
+    return name
+
+
+def show_external(screen: Console, found: dict[str, Any]) -> None:
+    """A table of the arms, the comparisons' words, and the notes."""
+    from adversa.external import report
+    from adversa.external.clusters import counted
+
+    arms = [arm for arm in ARMS if arm in found["arms"]]
+    if found["before"] != found["arms"]["real"]:
+        arms = [BEFORE, *arms]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for arm in arms:
+        table.add_column(
+            Text("real (before)" if arm == BEFORE else arm), min_width=len("(0.00-0.00)")
+        )
+    for metric, title in report.rows(found):
+        if metric.startswith(SHOWN):
+            table.add_row(Text(title), *(report.value(found, arm, metric) for arm in arms))
+    unit, n = found["clusters"]["by"], found["clusters"]["n"]
+    text = f"{found['run']} on {found['set']}: {counted(found['images']['scored'], 'image')}"
+    text += f", {counted(n, unit)}" if unit != "image" else ""
+    screen.print(Text(text, "italic"))
+    screen.print(table)
+    for line in [found["verdict_sentence"], *(f"note: {note}" for note in found["notes"])]:
+        screen.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def predict(
+    root: Path,
+    names: Sequence[str],
+    arm: str | None,
+    out: Path,
+    crop: str | None,
+    on_error: str,
+    force: bool,
+    make_engine: MakeEngine,
+    screen: Console,
+    aside: Console,
+) -> None:
+    """`adversa predict RUN IMAGES...`: probabilities to a CSV. aside: where what is not the result is said (stderr)."""
+    from adversa.external import evaluate, predict
+    from adversa.run.folder import classes_of
+
+    _one_of("--crop", crop, CROPS)
+    _one_of("--on-error", on_error, ON_ERROR)
+    run, config = _opened(root)
+    chosen = _arm(arm, config, run)
+    with files.writing(out, "--out"):
+        if out.is_dir():
+            raise UserError(f"--out {out} is a folder; give the name of a CSV file")
+        if out.exists() and not force:
+            raise UserError(
+                f"--out {out} is there already; give another name, or --force to overwrite it"
+            )
+    models = [folder for a, _, folder in evaluate.models(config, run) if a == chosen]
+    paths = predict.listed(names)
+    _may_overwrite(out, paths, run)
+    classes = classes_of(run.data)
+    data = config.data.model_copy(update={"crop": crop or config.data.crop})
+    out = out.absolute()
+    with files.writing(out.parent, "--out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the result, which can be written: the run may be on a disk that cannot. All nodes of a cluster must see it.
+        with (
+            tempfile.TemporaryDirectory(prefix=".predict-", dir=out.parent) as temporary,
+            _shown(aside) as show,
+            _engine(make_engine, config, run) as engine,
+        ):
+            parts = Path(temporary) / "predicted"
+            found = predict.predict(
+                _Told(engine, show), models, data, paths, parts, on_error, lambda _: None
+            )
+        files.replace_bytes(out, predict.table(found, classes).encode())
+    seeds = f"{len(models)} classifier{'s' if len(models) > 1 else ''}"
+    why = "" if arm else ", the arm the run is about"
+    aside.print(
+        f"arm {chosen}{why}: {seeds}, the mean of their probabilities",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    screen.print(f"{len(found.paths)} images: {out}", highlight=False, markup=False, soft_wrap=True)
+    if found.problems:
+        lines = [
+            f"left out: {len(found.problems)} files that cannot be read",
+            *(f"  {path}: {why}" for path, why in found.problems),
+        ]
+        for line in lines:
+            aside.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _may_overwrite(out: Path, paths: Sequence[Any], run: RunDir) -> None:
+    """UserError where --force would destroy one of the images, a file of the run, or what is no file at all."""
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out {out} is no file; give the name of a CSV file")
+    if any(out.exists() and Path(p).exists() and out.samefile(p) for p in paths):
+        raise UserError(f"--out {out} is one of the images; give another name")
+    if isinstance(run.root, Path) and out.absolute().resolve().is_relative_to(run.root.resolve()):
+        raise UserError(f"--out {out} lies in the run's folder; give a place outside of it")
+
+
+def _arm(arm: str | None, config: Config, run: RunDir) -> str:
+    from adversa.pipeline import results
+
+    known = list(config.mix.arms)
+    if stages.home(config, "real", stages.last_round(config)):
+        known.append(BEFORE)
+    if arm is not None and arm not in known:
+        raise UserError(f"--arm {arm}: {run.root.name} has no such arm; give {', '.join(known)}")
+    return arm or results.candidate(known) or "real"
+
+
+# ---- progress ----------------------------------------------------------------------------------------------------------
+
+
+class _Told:
+    """An engine that tells a `show` how far its work is."""
+
+    def __init__(self, engine: Engine, show: _Show) -> None:
+        self.engine, self.show, self.name = engine, show, engine.name
+
+    def map_batches(
+        self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False
+    ) -> list[Done]:
+        def both(state: dict[str, Any]) -> None:
+            report(state)
+            self.show.progress(NAMES.get(out.name, out.name), state["done"], state["total"])
+
+        return self.engine.map_batches(make, parts, out, both, model)
+
+    def tasks(self, model: bool = False) -> int:
+        return self.engine.tasks(model)
+
+
+class _Show:
+    """Progress: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, screen: Console, bar: Progress) -> None:
+        self.screen, self.bar, self.tasks, self.spoken = (
+            screen,
+            bar,
+            dict[str, Any](),
+            time.monotonic(),
+        )
+
+    def progress(self, what: str, done: float, total: float) -> None:
+        if self.screen.is_terminal:
+            if what not in self.tasks:
+                self.tasks[what] = self.bar.add_task(what, total=total)
+            self.bar.update(self.tasks[what], completed=done)
+        elif time.monotonic() - self.spoken > LOG_SECONDS:
+            self.spoken = time.monotonic()
+            self.say(f"{what}: {done:.0f} of {total:.0f} images")
+
+    def say(self, text: str) -> None:
+        self.screen.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _shown(screen: Console) -> Iterator[_Show]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        yield _Show(screen, bar)
+
+
+@contextmanager
+def _engine(make_engine: MakeEngine, config: Config, run: RunDir) -> Iterator[Engine]:
+    engine = make_engine(config, run)
+    try:
+        yield engine
+    finally:
+        engine.close()

@@ -1,0 +1,176 @@
+"""`adversa sweep`: how much synthetic data helps. torch and ray are imported inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adversa.cli.run import STARTED, engine_of, hold
+from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from adversa.config import Config
+    from adversa.estimate.plan import Range
+    from adversa.run.folder import RunDir
+
+
+def sweep(
+    path: Path | None,
+    run_dir: Path | None,
+    overrides: list[str],
+    seed: int | None,
+    engine_name: str,
+    verbose: bool,
+    screen: Any,
+) -> None:
+    """Run a sweep, or go on with it."""
+    from adversa.run import file_lock
+    from adversa.sweep import grid, report, view
+    from adversa.sweep import run as sweeps
+
+    config, root = settings(path, run_dir, overrides, seed)
+    if engine_name not in ("ray", "local"):
+        raise UserError(f"--engine {engine_name}: use ray or local")
+    if config.sweep.search is not None and engine_name == "local":
+        raise UserError(
+            "--engine local: sweep.search is Ray Tune's; use --engine ray, or the grid (sweep.search: null)"
+        )
+    if engine_name == "local" and config.cluster.training_workers > 1:
+        many = config.cluster.training_workers
+        raise UserError(
+            f"cluster.training_workers {many}: --engine local trains in this process alone; set 1, or use --engine ray"
+        )
+    run = sweeps.open_run(config, root)
+    if config.sweep.search is not None and _searched(config, run):
+        page = run.root / grid.SEARCHED
+    elif config.sweep.search is None and sweeps.is_finished(
+        config, run
+    ):  # its figures may be asked for anew: another metric
+        with file_lock.lock(run):
+            sweeps.settle(config, run)
+            page = report.write(config, run)
+        screen.print(
+            f"sweep: no trial left to do in {run.root}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    else:
+        work = partial(_work, config, run, engine_name, verbose, screen)
+        page = hold(sweeps.COMMAND, run, screen, work, lambda: "finished", command=sweeps.COMMAND)
+    view.closing(screen, config, run, page)
+
+
+def _searched(config: Config, run: RunDir) -> bool:
+    from adversa.distributed import explore
+
+    return explore.is_finished(config, run)
+
+
+def settings(
+    path: Path | None, run_dir: Path | None, overrides: list[str], seed: int | None
+) -> tuple[Config, Path]:
+    """(configuration, the sweep's folder). UserError for a grid that makes no sense, before anything is written."""
+    from adversa.config import load, packaged
+    from adversa.data import sources
+    from adversa.sweep import grid
+
+    path = path or packaged("phantom-sweep.yaml")
+    config = load(path, overrides, seed=seed)
+    grid.check(config)
+    if config.sweep.search is not None:
+        from adversa.distributed import explore
+
+        explore.check(config)
+    if config.sweep.scarce == "fail":
+        counts: dict[str, int] = {}
+        for record in sources.list_records(config.data).records:
+            counts[record.label] = counts.get(record.label, 0) + 1
+        grid.check_counts(config, counts, exact=False)
+    return config, run_dir or Path("runs") / path.stem
+
+
+def _work(config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any) -> Path:
+    from adversa.cli import view as cli_view
+    from adversa.run import status
+    from adversa.sweep import grid, report
+    from adversa.sweep import run as sweeps
+
+    status.set_status(run, "running", "starting", command=sweeps.COMMAND)
+    with cli_view.Watch(screen, config, run):
+        engine = engine_of(engine_name, config, run, verbose)
+        try:
+            if config.sweep.search is None:
+                return sweeps.run(config, run, engine, report.write, STARTED)
+            from adversa.distributed import explore
+
+            explore.run(config, run, engine, STARTED)
+            return run.root / grid.SEARCHED
+        finally:
+            engine.close()
+
+
+# ---- before a sweep ----------------------------------------------------------------------------------------------------
+
+
+def dry_run(config: Config, run: RunDir, screen: Console, seconds: float) -> None:
+    """Print the number of trials and an estimate of time and device-hours, from a short measurement. Writes nothing."""
+    from adversa import distributed
+    from adversa.cli.plan import _clock, _hours, _measured, _nodes, _range, _table
+    from adversa.engine import resources
+    from adversa.estimate import measure
+    from adversa.sweep import estimate
+
+    amounts, there = estimate.amounts(config, run), distributed.address() is not None
+    nodes = _nodes(config)
+    resources.refuse(resources.faults(nodes, config.cluster, grows=there))
+    lanes, asked = resources.trials_at_once(config.cluster, nodes), estimate.measurable(config)
+    with screen.status(
+        "measuring"
+    ):  # a lane has one thread; of several kinds of machines the slowest counts
+        every = (
+            list(_measured(asked, nodes, seconds)[0].values())
+            if there
+            else [measure.measure(asked, 1, seconds)]
+        )
+    found = max(every, key=lambda m: m.timings["classifier"].seconds)
+    costs = estimate.costs(amounts, found)
+    table = _table("How much", ["what", "how many", "amount", "device-hours", "range"], right=1)
+    for cost in costs:
+        table.add_row(
+            cost.what,
+            str(cost.count),
+            cost.amount,
+            _hours(cost.seconds.mid),
+            _device_range(cost.seconds),
+        )
+    wall, device = estimate.total(costs, lanes)
+    table.add_row(
+        "in all", str(amounts.trials), "", _hours(device.mid), _device_range(device), style="bold"
+    )
+    screen.print(table)
+    for line in _notes(amounts, lanes, found, _clock(wall.mid), _range(wall)):
+        screen.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _device_range(r: Range) -> str:
+    from adversa.cli.plan import _hours
+
+    return f"{_hours(r.low)}-{_hours(r.high)}"
+
+
+def _notes(amounts: Any, lanes: int, found: Any, middle: str, span: str) -> Sequence[str]:
+    what = "GPU" if found.device != "cpu" else "CPU"
+    lines = [
+        f"{amounts.trials} trials in {amounts.cells} cells, {lanes} at a time (one {what} each): about {middle} ({span}), from "
+        f"{found.seconds:.0f} s of measurement.",
+    ]
+    if amounts.images:
+        lines.append(
+            f"Painted images are {amounts.overdraw:g} times those wanted; {amounts.images} in all."
+        )
+    return [*lines, *amounts.notes]

@@ -1,0 +1,1 @@
+"""What several packages need: small functions without a subject of their own."""

@@ -1,0 +1,83 @@
+"""Reading a configuration from YAML and from --set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    ValidationError,
+)
+
+from adversa.common.sanitize import load_yaml
+from adversa.config.faults import explain
+from adversa.config.root import Config
+from adversa.types import UserError
+
+
+def packaged(name: str) -> Path:
+    """The path of a configuration that comes with adversa: `configs/` in a checkout, `adversa/configs/` when installed."""
+    here = Path(__file__).parents[1]
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"no packaged configuration {name}; known: {', '.join(sorted(p.name for p in (here.parent / 'configs').glob('*.yaml')))}"
+    )
+
+
+def load(path: Path | None, overrides: list[str] | tuple[str, ...] = (), **top: Any) -> Config:
+    """Read a YAML file (None: the packaged demo), apply `key.sub=value` overrides, check everything. UserError on any fault."""
+    path = packaged("demo.yaml") if path is None else path
+    try:
+        tree = load_yaml(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"no configuration at {path}; give a YAML file, or none for the demo"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+    except yaml.YAMLError as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{path} must hold sections (key: value), but holds a {type(tree).__name__}"
+        )
+    for override in overrides:
+        _override(tree, override)
+    tree.update({k: v for k, v in top.items() if v is not None})
+    return check(tree, str(path))
+
+
+def check(tree: dict[str, Any], where: str) -> Config:
+    """A tree of plain values to a Config; UserError with every fault, the nearest valid key for an unknown one."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise UserError(f"{where}: " + "; ".join(explain(err) for err in e.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, sections in order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set {text}: write key.sub=value, for example data.resolution=64")
+    try:
+        parsed = load_yaml(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is not valid YAML; quote it") from None
+    *sections, last = name.split(".")
+    for i, section in enumerate(sections):
+        node = tree.setdefault(section, {})
+        if node is None:
+            node = tree[section] = {}
+        if not isinstance(node, dict):
+            raise UserError(f"--set {text}: {'.'.join(sections[: i + 1])} is not a section")
+        tree = node
+    tree[last] = parsed

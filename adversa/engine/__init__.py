@@ -1,0 +1,1 @@
+"""How work is carried out, without Ray: one interface, the engine of this process, tasks, worker pool."""

@@ -1,0 +1,91 @@
+"""What carries work out: `Engine`, the one seam between the pipeline and where it runs, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from adversa.engine.batches import Feed
+from adversa.engine.tasks import (
+    Done,
+    Make,
+    Name,
+    Part,
+    Report,
+    Share,
+    row_name,
+)
+from adversa.run.step_folder import Recipe
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """One training: `fit(batches, out=, report=, threads=, committed=[, select=])` writes a model folder.
+
+    Batches start at `resume(out)`; metrics["steps"] of what it returns were done. committed(step): a training state is on disk.
+    """
+
+    out: Path
+    recipe: Recipe
+    fit: Callable[..., dict[str, Any]]
+    resume: Callable[[Path], int]
+    feed: Feed
+    select: Feed | None = None
+
+
+class Engine(Protocol):
+    """Where work runs. Every method returns when its work is done and raises UserError for what a user can mend."""
+
+    name: str
+
+    def map_batches(
+        self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False
+    ) -> list[Done]:
+        """Stateless work over data, each part once (Ray Data). model: it holds a model, and wants a GPU where there is one."""
+        ...
+
+    def map_parts(
+        self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name
+    ) -> list[Share]:
+        """Long work with a loaded model on a pool of workers that may die (Ray actors). What each worker did comes back.
+
+        A row that fails every time is given up: its part is worked on once more, with the row in `Part.skip`. name: of such a
+        row. RuntimeError where too many fail (task_queue.py).
+        """
+        ...
+
+    def fit(self, jobs: Sequence[FitJob]) -> None:
+        """Train each job that is not finished, in order (Ray Train fed by Ray Data)."""
+        ...
+
+    def search(self, trials: Sequence[Trial], report: Report) -> None:
+        """Do every trial that is not finished, as many at a time as there are lanes (Ray Tune). UserError where some failed."""
+        ...
+
+    def tasks(self, model: bool = False) -> int:
+        """How many parts `map_batches` does at the same time."""
+        ...
+
+    def samplers(self) -> int:
+        """How many parts `map_parts` does at the same time."""
+        ...
+
+    def close(self) -> None: ...
+
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`work(engine, tell)` fills `out`, with the engine of the lane it runs on (one torch thread, or one GPU).
+
+    needs: step folders that must be finished first. tell takes a training's progress while it goes on. name: for people.
+    """
+
+    name: str
+    out: Path
+    work: Callable[[Engine, Tell], Any]
+    needs: tuple[Path, ...] = ()

@@ -1,0 +1,70 @@
+"""A step is a function from folders to a folder. Recipe first, parts, manifest last: so running it again is how it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adversa.engine.tasks import Done
+from adversa.run import control, step_folder
+from adversa.run.step_folder import Progress, Recipe
+from adversa.storage import files
+
+Facts = dict[str, Any]
+
+
+def run_step(folder: Path, recipe: Recipe, body: Callable[[Progress], Facts]) -> None:
+    """Run `body` unless the step is finished; it must write every part and return at least `rows`.
+
+    UserError where the folder was made by another recipe, or cannot be written.
+    """
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if step_folder.is_finished(folder) and step_folder.begin(folder, recipe):
+            return
+        reins = control.reins()
+        reins.look()
+        step_folder.begin(folder, recipe)
+        progress = Watched(folder, reins)
+        facts = body(progress)
+        seconds = progress.elapsed
+        compute = seconds - facts.pop("waited", 0.0)
+        if (lanes := facts.pop("lanes", 0)) and "device_seconds" in facts:
+            facts["device_seconds"] += (
+                progress.before * lanes
+            )  # of attempts that were cut off nothing finer is known
+        reins.check()
+        step_folder.finish(
+            folder,
+            recipe,
+            **({"seconds": seconds, "compute_seconds": compute, "device_seconds": compute} | facts),
+        )
+
+
+class Watched(Progress):
+    """Progress of a step that may be told to pause or to stop after each part."""
+
+    def __init__(self, folder: Path, reins: control.Free | control.Reins) -> None:
+        super().__init__(folder)
+        self.reins = reins
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        super().__call__(state)
+        self.reins.look()
+
+
+def cost(done: Sequence[Done], workers: int, wall: float) -> Facts:
+    """What a call of the engine cost: `device_seconds` in all, and the seconds of its wall time `waited` for anything but compute.
+
+    Compute is taken as the parts shared evenly among the workers. lanes: how many those are, for `run_step`, which adds the time of
+    attempts that were cut off as if all of them had been at work.
+    """
+    total = sum(d.seconds for d in done)
+    waited = max(0.0, wall - total / max(1, min(workers, len(done))))
+    return {"waited": waited, "device_seconds": total, "lanes": workers}
+
+
+def inputs(**folders: Path) -> dict[str, str]:
+    """The fingerprints of what a step reads."""
+    return {name: step_folder.fingerprint(folder) for name, folder in folders.items()}

@@ -1,0 +1,363 @@
+"""The workers of `map_parts`: kept at the number asked for, kept busy, replaced when they die. No Ray: a Backend stands for it.
+
+A worker gets several parts in one call when parts are short, so that a call takes about a second, and its next call before it
+has ended this one. It commits each part itself; what comes back is a sum. So the driver does the same work a second for
+any number of parts, and a worker that dies loses the parts it had not committed: they are handed out again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from adversa.engine.task_queue import Leases, Order
+from adversa.engine.tasks import Failed, Name, Part, Report, Share, missing, row_name
+from adversa.engine.worker import Returned
+from adversa.run import control
+from adversa.storage import tables
+
+LEASE_SECONDS = 1.0  # of work in a call
+MOST = 1000  # parts in a call
+LOOK_SECONDS = 5.0  # between two questions how many workers there should be
+WAIT_SECONDS = 1.0  # for news, before the progress is told again
+NO_ROOM_SECONDS = 30.0  # without any worker placed, before that is said
+RATE_SECONDS = 30.0  # rates are over so long
+STARTS = 5  # of a worker that dies each time while it starts; four times as many where one has come up: then somebody kills them
+
+
+class Lost(Exception):
+    """A worker died, or cannot be used any more; the message is one line, the trace a note."""
+
+
+class Backend(Protocol):
+    """Where workers (sampler.Sampler) run."""
+
+    def start(self) -> Any:
+        """A new worker. It may take any time until there is room for it: it answers `place` then."""
+        ...
+
+    def place(self, worker: Any) -> Any: ...
+
+    def load(self, worker: Any, place: int) -> Any: ...
+
+    def do(self, worker: Any, orders: Sequence[Order]) -> Any:
+        """These three return at once, with what stands for the answer. A worker answers its calls in order."""
+        ...
+
+    def wait(self, calls: Sequence[Any], seconds: float) -> Sequence[Any]:
+        """Those of the calls that are answered, in the order of `calls`; none, if none is after so many seconds."""
+        ...
+
+    def answer(self, call: Any) -> Any:
+        """Of an answered call. Lost where the worker is; UserError of the work as itself."""
+        ...
+
+    def stop(self, worker: Any) -> None:
+        """At once, whatever it does."""
+        ...
+
+
+@dataclass
+class Member:
+    """A worker in its slot. machine: once there is room for it, place: its number there; up: takes leases; pace: seconds a part."""
+
+    slot: int
+    worker: Any
+    machine: str | None = None
+    place: int = -1
+    up: bool = False
+    pace: float | None = None
+    leases: deque[tuple[Order, ...]] = field(default_factory=deque)
+
+
+@dataclass
+class Tally:
+    """What the workers of one slot did. Of a lease that a death cut off: the parts and rows, not the seconds and evaluations."""
+
+    parts: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    evaluations: int = 0
+    failed: tuple[Failed, ...] = ()
+
+
+class Crew:
+    """size: how many workers there should be at this time; committed: whether a part's file is there."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        leases: Leases,
+        size: Callable[[], int],
+        committed: Callable[[Part], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.backend, self.leases, self.size, self.committed, self.clock = (
+            backend,
+            leases,
+            size,
+            committed,
+            clock,
+        )
+        self.members: dict[int, Member] = {}
+        self.calls: dict[
+            Any, tuple[Member, bool]
+        ] = {}  # not answered, oldest first; and whether it is a lease
+        self.tallies: dict[int, Tally] = {}
+        self.came_up = False  # any worker, ever
+        self.failed_starts: dict[int, int] = {}  # of a slot, since it last had a worker that was up
+        self.rest_until: dict[int, float] = {}
+        self.wanted, self.look_at, self.placed_at = 1, float("-inf"), clock()
+        self.pace: float | None = None
+        self.samples: deque[tuple[float, int, int]] = deque()
+
+    def run(self, tell: Callable[[dict[str, Any]], None]) -> list[Share]:
+        """Until every part is committed. tell: is given `state()` after all news, and each WAIT_SECONDS without.
+
+        Where it raises control.Pause, the parts that workers have are brought home before that is passed on.
+        """
+        try:
+            while self.leases.left:
+                self._staff()
+                self._hand_out()
+                tell(self.state())
+                for call in self.backend.wait(list(self.calls), WAIT_SECONDS):
+                    if call in self.calls:  # its worker may have been lost a moment ago
+                        self._answered(call)
+            tell(self.state())
+        except control.Pause:
+            self._bring_home()
+            raise
+        finally:
+            for member in self.members.values():
+                self.backend.stop(member.worker)
+        return [
+            Share(t.parts, t.rows, t.seconds, t.evaluations, t.failed)
+            for _, t in sorted(self.tallies.items())
+        ]
+
+    def _bring_home(self) -> None:
+        """Wait for the leases that are out; no more are handed out."""
+        while any(member.leases for member in self.members.values()):
+            for call in self.backend.wait(list(self.calls), WAIT_SECONDS):
+                if call in self.calls:
+                    self._answered(call)
+
+    # ---- how many workers -------------------------------------------------------------------------------------------------
+
+    def _staff(self) -> None:
+        now = self.clock()
+        if now >= self.look_at:
+            self.wanted, self.look_at = max(1, self.size()), now + LOOK_SECONDS
+            self.failed_starts = {
+                slot: n for slot, n in self.failed_starts.items() if slot < self.wanted
+            }
+        wanted = min(self.wanted, self.leases.left)
+        resting = {slot for slot, until in self.rest_until.items() if until > now}
+        while len(self.members) + len(resting) < wanted:
+            slot = next(i for i in itertools.count() if i not in self.members and i not in resting)
+            member = self.members[slot] = Member(slot, self.backend.start())
+            self.calls[self.backend.place(member.worker)] = (member, False)
+        waiting = [m for m in self.members.values() if m.machine is None]
+        if len(waiting) < len(self.members):
+            self.placed_at = now
+        for member in waiting[
+            : max(0, len(self.members) - wanted)
+        ]:  # fewer are wanted, and these found no room yet
+            self._forget(member)
+
+    def _forget(self, member: Member) -> None:
+        del self.members[member.slot]
+        self.calls = {
+            call: (m, lease) for call, (m, lease) in self.calls.items() if m is not member
+        }
+        self.backend.stop(member.worker)
+
+    # ---- leases -----------------------------------------------------------------------------------------------------------
+
+    def _hand_out(self) -> None:
+        up = [m for m in self.members.values() if m.up]
+        speeds = {m.slot: 1 / pace for m in up if (pace := m.pace or self.pace) is not None}
+        speed = sum(speeds.values())
+        for member in up:
+            if not member.leases:
+                self._lease(
+                    member,
+                    self.leases.take(
+                        member.slot, self._count(member, speeds, speed), alone=len(up) == 1
+                    ),
+                )
+        for member in up:  # a second lease, while there is plenty for all and the first is short
+            if len(member.leases) == 1 and self.leases.waiting > len(up) and self._is_short(member):
+                self._lease(member, self.leases.take_fresh(self._count(member, speeds, speed)))
+
+    def _lease(self, member: Member, orders: tuple[Order, ...]) -> None:
+        if orders:
+            member.leases.append(orders)
+            self.calls[self.backend.do(member.worker, orders)] = (member, True)
+
+    def _count(self, member: Member, speeds: dict[int, float], speed: float) -> int:
+        """As many parts as take LEASE_SECONDS, but at most half the worker's share of what is left, by its speed.
+
+        So leases shrink towards the end and the last are single parts: the workers end at about the same time.
+        """
+        if member.slot not in speeds:
+            return 1
+        mine = speeds[member.slot]
+        return max(
+            1, min(int(LEASE_SECONDS * mine), int(self.leases.waiting * mine / speed / 2), MOST)
+        )
+
+    def _is_short(self, member: Member) -> bool:
+        pace = member.pace or self.pace
+        return pace is not None and pace * len(member.leases[0]) <= 2 * LEASE_SECONDS
+
+    # ---- answers ----------------------------------------------------------------------------------------------------------
+
+    def _answered(self, call: Any) -> None:
+        member, lease = self.calls.pop(call)
+        try:
+            found = self.backend.answer(call)
+        except Lost as e:
+            self._lost(member, e)
+            return
+        if lease:
+            self._returned(member, found)
+        elif member.machine is None:
+            member.machine = found
+            taken = {m.place for m in self.members.values() if m.machine == found}
+            member.place = next(i for i in range(len(self.members) + 1) if i not in taken)
+            self.calls[self.backend.load(member.worker, member.place)] = (member, False)
+        else:
+            member.up = self.came_up = True
+            self.failed_starts.pop(member.slot, None)
+
+    def _returned(self, member: Member, found: Returned) -> None:
+        orders, tally = member.leases.popleft(), self.tallies.setdefault(member.slot, Tally())
+        tally.seconds += found.seconds
+        tally.evaluations += found.evaluations
+        failures = {f.position: f for f in found.failures}
+        for i, order in enumerate(orders):
+            if (failure := failures.get(i)) is not None:
+                self.leases.failed(order, member.slot, failure.reason, failure.trace)
+            else:
+                self._credit(tally, order)
+        if not failures and not orders[0].trial:
+            pace = max(found.seconds / len(orders), 1e-6)
+            member.pace = pace if member.pace is None else (member.pace + pace) / 2
+            self.pace = pace if self.pace is None else (self.pace + pace) / 2
+
+    def _credit(self, tally: Tally, order: Order) -> None:
+        failed = self.leases.succeeded(order)
+        if not order.trial:
+            tally.parts, tally.rows, tally.failed = (
+                tally.parts + 1,
+                tally.rows + order.part.rows,
+                tally.failed + failed,
+            )
+
+    def _lost(self, member: Member, error: Lost) -> None:
+        """The first part that it has not committed is the one it was at: that part is charged, the others were not begun."""
+        self._forget(member)
+        if not member.up:
+            self._start_failed(member.slot, error)
+            return
+        tally, charged, left = self.tallies.setdefault(member.slot, Tally()), False, []
+        for order in (order for orders in member.leases for order in orders):
+            if not order.trial and self.committed(order.part):
+                self._credit(tally, order)
+            elif charged:
+                left.append(order)
+            else:
+                charged = True
+                self.leases.failed(
+                    order, member.slot, str(error), "".join(getattr(error, "__notes__", []))
+                )
+        self.leases.give_back(left)
+
+    def _start_failed(self, slot: int, error: Lost) -> None:
+        """Tried again after a rest. An error where no worker is up, and every one that there was room for died too often."""
+        failed = self.failed_starts[slot] = self.failed_starts.get(slot, 0) + 1
+        self.rest_until[slot] = self.clock() + min(60.0, 2.0 ** (failed - 2))
+        hopeful = any(
+            m.up or (m.machine is not None and m.slot not in self.failed_starts)
+            for m in self.members.values()
+        )
+        most = STARTS * (4 if self.came_up else 1)
+        if not hopeful and min(self.failed_starts.values()) >= most:
+            raise RuntimeError(
+                f"no worker comes up, each died {most} times while it started; the last: {error}"
+            ) from error
+
+    # ---- what is told -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Of this call: rows, evaluations, both a second, workers that are up, rows by slot, how many rows were given up."""
+        now, up, tallies = (
+            self.clock(),
+            sum(m.up for m in self.members.values()),
+            sorted(self.tallies.items()),
+        )
+        rows, evaluations = sum(t.rows for _, t in tallies), sum(t.evaluations for _, t in tallies)
+        found: dict[str, Any] = {
+            "rows": rows,
+            "evaluations": evaluations,
+            "workers": up,
+            "failed": len(self.leases.given_up),
+        }
+        found |= {"shares": {slot: t.rows for slot, t in tallies}} | self._rates(
+            now, up, rows, evaluations
+        )
+        if self.leases.given_up:
+            found["last_failed"] = (
+                f"{self.leases.given_up[-1].name}: {self.leases.given_up[-1].reason}"
+            )
+        if now - self.placed_at > NO_ROOM_SECONDS:
+            found["note"] = f"no room for a worker for {now - self.placed_at:.0f} s"
+        return found
+
+    def _rates(self, now: float, up: int, rows: int, evaluations: int) -> dict[str, float]:
+        if up and (not self.samples or now - self.samples[-1][0] >= WAIT_SECONDS):
+            self.samples.append((now, rows, evaluations))
+            while now - self.samples[1 if len(self.samples) > 1 else 0][0] > RATE_SECONDS:
+                self.samples.popleft()
+        if not self.samples or now == self.samples[0][0]:
+            return {"images_per_second": 0.0, "evaluations_per_second": 0.0}
+        then, rows_then, evaluations_then = self.samples[0]
+        return {
+            "images_per_second": (rows - rows_then) / (now - then),
+            "evaluations_per_second": (evaluations - evaluations_then) / (now - then),
+        }
+
+
+def work_off(
+    backend: Backend,
+    parts: Sequence[Part],
+    out: Path,
+    report: Report,
+    size: Callable[[], int],
+    attempts: int,
+    name: Name = row_name,
+) -> list[Share]:
+    """Do every missing part of a step with the workers of a backend.
+
+    UserError of the work as itself; RuntimeError where the step is broken (Leases) or no worker comes up.
+    """
+    todo, total = missing(parts, out), sum(p.rows for p in parts)
+    before = total - sum(p.rows for p in todo)
+    crew = Crew(
+        backend,
+        Leases(todo, total, attempts, name),
+        size,
+        lambda part: (out / tables.part_name(part.index)).exists(),
+    )
+
+    def tell(state: dict[str, Any]) -> None:
+        report({"done": before + state.pop("rows"), "total": total, "unit": "image"} | state)
+
+    return crew.run(tell)

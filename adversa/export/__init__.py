@@ -1,0 +1,1 @@
+"""Images, models and their cards, for use elsewhere."""

@@ -1,0 +1,1 @@
+"""Image sets from elsewhere: read, map labels, score, report; predictions."""

@@ -1,0 +1,101 @@
+"""A finished run's classifiers on a set from elsewhere (another camera, another clinic), with the figures and words of `test`.
+
+RUN/external/NAME holds set.json (what the set was), the steps pictures/ (decoded, without those the run has seen) and scores/,
+then summary.json and report.md. Thresholds come from the run's `select`; the set chooses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from adversa import config as cfg
+from adversa.engine.interface import Engine
+from adversa.external import cohort
+from adversa.external.cohort import External
+from adversa.external.prepare import prepare
+from adversa.pipeline import evaluate
+from adversa.pipeline.stages import last_round, models_of
+from adversa.run import differences, step_folder
+from adversa.run.folder import RunDir
+from adversa.storage import files
+from adversa.storage.path import rmtree
+from adversa.types import UserError
+
+
+def models(config: cfg.Config, run: RunDir) -> list[tuple[str, int, Path]]:
+    """(arm, seed, folder) of every arm's classifiers after the last round, and of those before the first where they differ.
+
+    UserError where one is not finished.
+    """
+    found = [
+        (arm, seed, folder) for arm, seed, _, folder in models_of(config, run, last_round(config))
+    ]
+    if missing := [folder for _, _, folder in found if not step_folder.is_finished(folder)]:
+        raise UserError(
+            f"{run.root} is not finished ({run.name_of(missing[0])} is missing); finish it with: "
+            f"adversa loop {run.config} --run-dir {run.root}"
+        )
+    return found
+
+
+def check(asked: External) -> bool:
+    """Whether this very set is prepared. UserError where the folder holds another one, or the same set asked otherwise.
+
+    What a cut-off or refused attempt left of another set is taken away: nothing was scored on it.
+    """
+    folder, records = asked.folder, asked.outside.records
+    looks = cohort.looks_unchanged(records)
+    saved = files.read_json(folder / "set.json")
+    settings = asked.settings()
+    if saved is not None and saved["settings"] == settings and saved["looks"] == looks:
+        return step_folder.is_finished(asked.pictures)
+    content = cohort.content(records)
+    if saved is not None and step_folder.is_finished(asked.pictures):
+        changed = differences.differences(saved["settings"], settings)
+        if not changed and content != saved["content"]:
+            changed = [
+                f"its rows or pictures have changed, {saved['images']} pictures then, {len(records)} now"
+            ]
+        if changed:
+            raise UserError(
+                f"{folder} holds another evaluation ({'; '.join(changed)}); give this one its own --name, or delete that folder"
+            )
+    if saved is not None and saved["content"] != content:
+        rmtree(asked.pictures, missing_ok=True)
+    files.write_json(
+        folder / "set.json",
+        {
+            "path": asked.data.path,
+            "settings": settings,
+            "looks": looks,
+            "content": content,
+            "images": len(records),
+        },
+    )
+    return step_folder.is_finished(asked.pictures)
+
+
+def score(asked: External, engine: Engine, say: Callable[[str], None] = lambda _: None) -> None:
+    """Fill pictures/ and scores/. Called again after a cut it goes on where it was."""
+    chosen = models(asked.config, asked.run)
+    check(asked)
+    prepare(asked, engine, say)
+    evaluate.score(engine, chosen, asked.pictures, asked.pictures, False, asked.scores)
+
+
+def forget(asked: External) -> None:
+    """Take away the set's folder where nothing was made in it: recipes and progress alone. The caller holds its lock."""
+    kept = {"set.json", "status.json", ".lock", step_folder.RECIPE, step_folder.PROGRESS}
+    if any(p.is_file() and p.name not in kept for p in asked.folder.rglob("*")):
+        return
+    rmtree(asked.folder, missing_ok=True)
+    with contextlib.suppress(
+        OSError
+    ):  # another set lies beside it; and what failed before is what the user must hear of
+        asked.folder.parent.rmdir()
+
+
+def is_scored(asked: External) -> bool:
+    return check(asked) and step_folder.is_finished(asked.scores)

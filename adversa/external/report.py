@@ -1,0 +1,403 @@
+"""What a set from elsewhere says of a run: summary.json with the keys of the run's own, and report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from adversa import config as cfg
+from adversa.data.files import printable
+from adversa.evaluate.metrics import absent
+from adversa.evaluate.operating import thresholds
+from adversa.external import cohort
+from adversa.external.clusters import Clusters, clusters, counted
+from adversa.external.cohort import External
+from adversa.external.prepare import LEFT_OUT, WHY
+from adversa.pipeline import results, summary
+from adversa.pipeline.results import Scored
+from adversa.run import environment, step_folder
+from adversa.run.folder import run_id, split_hash
+from adversa.storage import files, predictions, tables
+from adversa.storage.files import replace_bytes
+from adversa.types import ARMS, BEFORE, digest
+
+VERSION = 2  # of what is in summary.json: another one is written anew
+FIGURES = (
+    ("balanced_accuracy", "balanced accuracy"),
+    ("accuracy", "accuracy"),
+    ("worst_class", "worst class's sensitivity"),
+    ("auroc_macro", "macro AUROC"),
+    ("brier", "Brier score"),
+    ("ece", "calibration error (ECE)"),
+)
+NAMED = {  # of groups
+    "auroc": "AUROC",
+    "pauc_norm": "partial AUC above {} (1 is perfect)",
+    "sensitivity": "sensitivity at specificity {}",
+    "specificity": "specificity reached for {}",
+}
+UNTOLD = (
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "se",
+    "detectable",
+    "seeds_needed",
+    "gain_per_device_hour",
+)  # where no interval can be had
+PER_CLASS = ("sensitivity/", "specificity/")  # and not of a group at a threshold
+
+
+def told(asked: External) -> dict[str, Any] | None:
+    """summary.json where it says what would be said now."""
+    found = files.read_json(asked.folder / "summary.json")
+    there = (
+        found is not None
+        and (asked.folder / "report.md").exists()
+        and found["asked"] == _asked(asked)
+    )
+    return found if there else None
+
+
+def write(asked: External) -> dict[str, Any]:
+    """Figures, comparisons and words from scores/; written as summary.json and report.md."""
+    found = told(asked)
+    if found is None:
+        found = _summary(asked)
+        replace_bytes(asked.folder / "report.md", markdown(found).encode())
+        files.write_json(asked.folder / "summary.json", found)
+    return found
+
+
+def _asked(asked: External) -> str:
+    e = asked.config.evaluate.model_dump(mode="json")
+    return digest(
+        VERSION,
+        step_folder.fingerprint(asked.scores),
+        sorted(e.items()),
+        asked.config.seed,
+        asked.config.mix.arms,
+    )
+
+
+def scored(asked: External, config: cfg.Config) -> dict[str, Scored]:
+    """Each arm, and `before`, in scored classes; thresholds from the run's `select`. config: its groups are of scored classes."""
+    t, run = asked.translation, asked.run
+    rows = tables.read(asked.scores, schema=tables.PREDICTIONS)
+    select = results.read(run.select)
+    known = set(rows["arm"].unique().to_pylist())
+    names = {BEFORE: BEFORE if BEFORE in known else "real"} | {arm: arm for arm in config.mix.arms}
+    measures, seeds, columns = results.measures(config.evaluate), config.evaluate.seeds, t.columns()
+    found = {}
+    for name, arm in names.items():
+        on = results.scored(rows, None, arm, seeds, t.names, measures)
+        limits = None
+        if select is not None and measures.groups:
+            chosen = [predictions.predictions(select, arm, s) for s in range(seeds)]
+            limits = [
+                thresholds(t.logits(p.logits), columns[p.labels], t.names, measures) for p in chosen
+            ]
+        found[name] = replace(on, logits=t.logits(on.logits), limits=limits)
+    return found
+
+
+def _summary(asked: External) -> dict[str, Any]:
+    run, t, facts = asked.run, asked.translation, step_folder.manifest(asked.pictures)
+    groups, lost = t.groups(asked.config.evaluate.groups)
+    config = asked.config.model_copy(
+        update={"evaluate": asked.config.evaluate.model_copy(update={"groups": groups})}
+    )
+    arms = scored(asked, config)
+    figures = {
+        name: results.figures(of, t.names, config.evaluate, "external") for name, of in arms.items()
+    }
+    spread = clusters(arms["real"].groups, arms["real"].labels, t.names, groups)
+    figures = {
+        name: (values, {m: v for m, v in ends.items() if spread.tell(m)})
+        for name, (values, ends) in figures.items()
+    }
+    own = files.read_json(run.summary) or {}
+    spent = own.get("cost") or results.costs(config, run)
+    compared = results.comparisons(config, arms, spent, "external")
+    unit = asked.outside.unit
+    for row in compared:
+        row["note"] = row["note"].replace(cohort.LESION, unit)
+        if not spread.tell(results.HEADLINE):
+            row |= dict.fromkeys(UNTOLD) | {"word": "not shown", "note": ""}
+    word, sentence = summary.verdict(compared, config, f"external ({asked.name})")
+    missing = absent(arms["real"].labels, t.names)
+    left = files.read_json(asked.pictures / LEFT_OUT) or {}
+    return {
+        "asked": _asked(asked),
+        "set": asked.name,
+        "path": asked.data.path,
+        "content": (files.read_json(asked.folder / "set.json") or {})["content"],
+        "run": run.root.resolve().name,
+        "run_id": run_id((files.read_json(run.recipe) or {})["recipe"]),
+        "split_hash": split_hash(run.data),
+        "seed": config.seed,
+        "seeds": config.evaluate.seeds,
+        "classes": t.names,
+        "classes_absent": missing,
+        "run_classes": list(t.given),
+        "merged": {c: t.merged(c) for c in t.given} if t.merges else {},
+        "images": {
+            "listed": facts["listed"],
+            "scored": facts["rows"],
+            "by_class": facts["by_class"],
+        },
+        "clusters": {"by": unit, "n": facts["clusters"]},
+        "left_out": {
+            "labels": left["labels"],
+            "problems": facts["problems"],
+            "copies": facts["copies"],
+            "known": facts["known"],
+        },
+        "resolution": asked.data.resolution,
+        "crop": asked.data.crop,
+        "arms": {arm: figures[arm][0] for arm in config.mix.arms},
+        "intervals": {arm: figures[arm][1] for arm in config.mix.arms},
+        "before": figures[BEFORE][0],
+        "intervals_before": figures[BEFORE][1],
+        "test": _own(own, config, bool(missing) or t.merges),
+        "comparisons": compared,
+        "verdict": word,
+        "verdict_sentence": sentence,
+        "subgroups": results.subgroups(config, asked.pictures, arms, t.names),
+        "notes": notes(asked, config, facts, left, missing, lost, spread),
+        "versions": environment.versions(),
+        "git": environment.git_commit(),
+        "machine": environment.machine(),
+    }
+
+
+def _own(own: dict[str, Any], config: cfg.Config, other: bool) -> dict[str, Any]:
+    """The headline on the run's own `test`, arm by arm: (value, interval); empty where other classes are averaged over."""
+    if other or "arms" not in own:
+        return {}
+    values = {BEFORE: own["before"]} | {arm: own["arms"][arm] for arm in config.mix.arms}
+    ranges = {BEFORE: own["intervals_before"]} | {
+        arm: own["intervals"][arm] for arm in config.mix.arms
+    }
+    metric = results.HEADLINE
+    return {
+        arm: {"value": of["test"][metric], "interval": ranges[arm]["test"].get(metric)}
+        for arm, of in values.items()
+    }
+
+
+def notes(
+    asked: External,
+    config: cfg.Config,
+    facts: dict[str, Any],
+    left: dict[str, Any],
+    missing: Sequence[str],
+    lost: Sequence[str],
+    spread: Clusters,
+) -> list[str]:
+    """What a reader must know before believing the figures."""
+    unit, t, n = asked.outside.unit, asked.translation, facts["clusters"]
+    found = [
+        f"clustered by {unit}: intervals and comparisons resample {counted(n, unit)}, of {counted(facts['rows'], 'image')}"
+    ]
+    if unit == cohort.IMAGE:
+        found = [
+            "clustered by image: the set names neither patients nor lesions; where one lesion has several images, the intervals "
+            f"are too narrow (look-alikes are taken for one image: {n} of {facts['rows']} are resampled)"
+        ]
+    if unit == cohort.PATIENT and facts["without_patient"]:
+        several = facts["without_patient"] != 1
+        found.append(
+            f"{counted(facts['without_patient'], 'image')} name{'' if several else 's'} no patient: each "
+            f"{'of their lesions' if several else 'such lesion'} is taken for one"
+        )
+    if spread.few:
+        whose = (
+            f"{', '.join(spread.few)} {'is' if len(spread.few) == 1 else 'are'} of one {unit} alone"
+        )
+        found.append(
+            f"{whose}: one {unit} says nothing of others, so what is made of it has no interval and is not compared"
+        )
+    if missing:
+        there = len(t.names) - len(missing)
+        found.append(
+            f"the set has no {', '.join(missing)}: balanced accuracy and AUROC are over the {there} classes that are there, and an "
+            "answer that is not among them counts as wrong"
+        )
+    if t.merges:
+        members = {c: [g for g in t.given if t.merged(g) == c] for c in t.names}
+        merged = "; ".join(f"{c} = {' + '.join(of)}" for c, of in members.items() if of != [c])
+        found.append(f"classes of the run merged, probabilities added: {merged}")
+    if lost:
+        found.append(
+            f"evaluate.groups {', '.join(lost)} cannot be told from the rest in these classes, and are not given"
+        )
+    if config.evaluate.groups:
+        found.append("thresholds of groups were set on the run's select, not on this set")
+    if left["labels"]:
+        told = ", ".join(f"{count} {printable(label)}" for label, count in left["labels"].items())
+        found.append(f"left out by the labels map: {told}")
+    if known := sum(facts["known"].values()):
+        why = ", ".join(
+            f"{facts['known'][reason]} {reason}" for reason in WHY if facts["known"][reason]
+        )
+        found.append(
+            f"left out, for the run has seen them (train, mine or select): {counted(known, 'image')} ({why})"
+        )
+    if facts["copies"]:
+        found.append(f"left out, copies within the set: {counted(facts['copies'], 'image')}")
+    if facts["problems"]:
+        found.append(
+            f"left out, unreadable or at odds: {facts['problems']}; pictures/{LEFT_OUT} names each"
+        )
+    if asked.outside.unused:
+        found.append(
+            f"the labels map names {', '.join(map(printable, asked.outside.unused))}, which the set does not have"
+        )
+    if asked.data.crop != config.data.crop:
+        found.append(
+            f"made square by {asked.data.crop}, the run's own pictures by {config.data.crop}"
+        )
+    if config.evaluate.seeds == 1:
+        found.append(
+            f"one seed an arm: the intervals hold the choice of {unit}s, not the luck of training"
+        )
+    return found
+
+
+# ---- report.md ---------------------------------------------------------------------------------------------------------
+
+
+def markdown(found: dict[str, Any]) -> str:
+    arms = [BEFORE, *(arm for arm in ARMS if arm in found["arms"])]
+    unit = found["clusters"]["by"]
+    lines = [
+        f"# {_cell(found['run'])} on {_cell(found['set'])}",
+        "",
+        f"**{_cell(found['verdict_sentence'])}**",
+        "",
+        f"{counted(found['images']['scored'], 'image')} of {counted(found['clusters']['n'], unit)}, {found['resolution']} px, "
+        f"crop {found['crop']}; {counted(found['seeds'], 'classifier')} an arm. "
+        f"Mean over them, with 95% intervals that resample {unit}s.",
+        "",
+    ]
+    lines += [f"- {_cell(note)}" for note in found["notes"]]
+    lines += [
+        "",
+        "## Figures",
+        "",
+        *_table(
+            ["", *arms], [[name, *(value(found, a, m) for a in arms)] for m, name in rows(found)]
+        ),
+    ]
+    if found["test"]:
+        own = [
+            f"on the run's own test: {results.HEADLINE.replace('_', ' ')}",
+            *(_with(**found["test"][a]) for a in arms),
+        ]
+        lines.append(_row(own))
+    counts = [[c, str(found["images"]["by_class"][c])] for c in found["classes"]]
+    lines += ["", "## Images", "", *_table(["class", "images"], counts)]
+    if found["comparisons"]:
+        lines += ["", "## Comparisons", "", *_compared(found["comparisons"], unit)]
+    for attribute, by_arm in found["subgroups"].items():
+        lines += ["", f"## By {_cell(attribute)}", "", *_subgroups(by_arm, unit)]
+    lines += [
+        "",
+        "## Where it comes from",
+        "",
+        f"- set: {_cell(found['path'])}, content {found['content']}",
+        f"- run: {_cell(found['run'])} ({found['run_id']}), split {found['split_hash']}, seed {found['seed']}",
+        f"- adversa {found['versions'].get('adversa', 'unknown')}, commit {found['git'] or 'unknown'}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """(metric, its name for people) of what any arm has a value of: the classes that are there, groups with their thresholds."""
+    there = found["before"]
+    named = [(m, name) for m, name in FIGURES if m in there]
+    named += [
+        (f"sensitivity/{c}", f"sensitivity, {c}")
+        for c in found["classes"]
+        if f"sensitivity/{c}" in there
+    ]
+    for metric in sorted(
+        m
+        for m in there
+        if m.partition("/")[0].partition("@")[0] in NAMED and not m.startswith(PER_CLASS)
+    ):
+        kind, _, group = metric.partition("/")
+        kind, _, at = kind.partition("@")
+        named.append((metric, f"{NAMED[kind].format(at)}, {group}"))
+    return named
+
+
+def value(found: dict[str, Any], arm: str, metric: str) -> str:
+    """A figure of an arm with its interval, a dash in place of what is not known."""
+    values, ranges = (
+        (found["before"], found["intervals_before"])
+        if arm == BEFORE
+        else (found["arms"][arm], found["intervals"][arm])
+    )
+    return _with(values[metric], ranges.get(metric)) if metric in values else "-"
+
+
+def _with(value: float, interval: Sequence[float] | None) -> str:
+    return f"{value:.3f} ({interval[0]:.2f}-{interval[1]:.2f})" if interval else f"{value:.3f} (-)"
+
+
+def _compared(compared: list[dict[str, Any]], unit: str) -> list[str]:
+    head = [
+        "",
+        "difference",
+        "95% interval",
+        "p",
+        "p (Holm)",
+        f"McNemar, {unit}s won - lost",
+        "detectable",
+        "word",
+    ]
+    body = [
+        [
+            f"{c['a']} - {c['b']}",
+            f"{c['difference']:+.3f}",
+            "-" if c["low"] is None else f"{c['low']:+.3f} to {c['high']:+.3f}",
+            *("-" if c[p] is None else f"{c[p]:.3g}" for p in ("p", "p_holm")),
+            ", ".join(f"{m['won']} - {m['lost']} (p {m['p']:.2g})" for m in c["mcnemar"]),
+            "-" if c["detectable"] is None else f"{c['detectable']:.3f}",
+            c["word"],
+        ]
+        for c in compared
+    ]
+    said = list(dict.fromkeys(c["note"] for c in compared if c["note"]))
+    return [*_table(head, body), *(f"\n{note}" for note in said)]
+
+
+def _subgroups(by_arm: dict[str, list[dict[str, Any]]], unit: str) -> list[str]:
+    names = list(by_arm)
+    head = ["", "images", f"{unit}s", *names]
+    body = []
+    for at in zip(*by_arm.values(), strict=True):
+        shown = ["-" if g["value_of"] is None else _with(g["value_of"], g["interval"]) for g in at]
+        few = " (few: not tested)" if at[0]["small"] else ""
+        body.append([at[0]["value"] + few, str(at[0]["n"]), str(at[0]["lesions"]), *shown])
+    return [f"{results.HEADLINE.replace('_', ' ').capitalize()}:", "", *_table(head, body)]
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [_row(head), "|" + " --- |" * len(head), *(_row(row) for row in body)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_cell(c) for c in cells) + " |"
+
+
+def _cell(text: str) -> str:
+    """Text that a set's author wrote, harmless in Markdown: no markup, no new cell, one line."""
+    text = printable(str(text), 2000)
+    for mark in "\\`*_[]|":
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("<", "&lt;")

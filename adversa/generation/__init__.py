@@ -1,0 +1,1 @@
+"""Images on demand, regeneration by id, the generation benchmark."""

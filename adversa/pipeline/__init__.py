@@ -1,0 +1,1 @@
+"""The loop: its stages, one module a step, arms, ratio, results."""

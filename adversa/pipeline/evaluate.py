@@ -1,0 +1,154 @@
+"""Scoring a role with trained classifiers, and the scorecards of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from adversa import config as cfg
+from adversa.engine.interface import Engine
+from adversa.engine.step import Facts, cost, inputs, run_step
+from adversa.engine.tasks import Part, Work
+from adversa.run import step_folder
+from adversa.run.folder import RunDir, classes_of
+from adversa.run.step_folder import Progress, Recipe
+from adversa.storage import files, tables
+from adversa.storage.path import place
+from adversa.storage.predictions import predictions
+from adversa.types import BEFORE, Scorecard, seed_of
+
+# ---- scoring -----------------------------------------------------------------------------------------------------------
+
+
+def score(
+    engine: Engine,
+    models: Sequence[tuple[str, int, Path]],
+    examples: Path,
+    data: Path,
+    embed: bool,
+    out: Path,
+) -> None:
+    """Logits (and embeddings) of every image of a role under each model (arm, seed, folder): tables.PREDICTIONS."""
+    names = inputs(data=data) | {
+        f"{arm}-{seed}": step_folder.fingerprint(folder) for arm, seed, folder in models
+    }
+    recipe = Recipe("score", 1, {"role": examples.name, "embed": embed}, names)
+
+    def body(progress: Progress) -> Facts:
+        return _score(engine, models, examples, embed, out, progress)
+
+    run_step(out, recipe, body)
+
+
+def _score(
+    engine: Engine,
+    models: Sequence[tuple[str, int, Path]],
+    examples: Path,
+    embed: bool,
+    out: Path,
+    progress: Progress,
+) -> Facts:
+    paths = tables.parts(examples)
+    rows = [tables.count(p) * len(models) for p in paths]
+    parts = [Part(i, n, {"path": str(p)}) for i, (p, n) in enumerate(zip(paths, rows, strict=True))]
+    started = time.perf_counter()
+    done = engine.map_batches(
+        partial(make_score, tuple(models), embed), parts, out, progress, model=True
+    )
+    return cost(done, engine.tasks(model=True), time.perf_counter() - started) | {"rows": sum(rows)}
+
+
+def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:
+    from adversa.classify.score import make_scorer
+
+    scorers = [(arm, seed, make_scorer(folder, embed=embed)) for arm, seed, folder in models]
+
+    def work(part: Part, path: Path) -> int:
+        examples = tables.read_part(place(part.payload["path"]), ["id", "label", "group", "image"])
+        images = tables.decode_images(examples["image"])
+        scored = []
+        for arm, seed, scorer in scorers:
+            logits, embedding = scorer(images)
+            scored.append(
+                pa.table(
+                    {
+                        "id": examples["id"],
+                        "arm": [arm] * len(images),
+                        "seed": [seed] * len(images),
+                        "label": examples["label"],
+                        "group": examples["group"],
+                        "logits": list(logits),
+                        "embedding": list(embedding),
+                    },
+                    schema=tables.PREDICTIONS,
+                )
+            )
+        tables.write_part(path, pa.concat_tables(scored))
+        return sum(len(t) for t in scored)
+
+    return work
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    engine: Engine,
+    run: RunDir,
+    models: Sequence[tuple[str, int, int, Path]],
+    role: str,
+    config: cfg.Evaluate,
+    out: Path,
+    opening: Callable[[], None] | None = None,
+) -> None:
+    """Predictions of each model (arm, seed, round, folder) on a role, and its scorecard beside it.
+
+    opening: called before a classifier sees the first image (for `test`, which is opened once, and that is written down; only the
+    near-copy gate has read it before, and that can but remove a synthetic image).
+    """
+    names = inputs(data=run.data) | {
+        f"{arm}-{seed}": step_folder.fingerprint(folder) for arm, seed, _, folder in models
+    }
+    recipe = Recipe("evaluate", 1, {"role": role, "bootstrap": config.bootstrap}, names)
+    classes = classes_of(run.data)
+
+    def body(progress: Progress) -> Facts:
+        if opening is not None:
+            opening()
+        facts = _score(
+            engine, [(a, s, f) for a, s, _, f in models], run.data / role, False, out, progress
+        )
+        rows = tables.read(out, schema=tables.PREDICTIONS)
+        for arm, seed, number, folder in models:
+            card = scorecard(rows, arm, seed, number, role, classes, config)
+            files.write_json(folder.parent / f"scorecard-{role}.json", asdict(card))
+        return facts
+
+    run_step(out, recipe, body)
+
+
+def scorecard(
+    rows: pa.Table,
+    arm: str,
+    seed: int,
+    number: int,
+    role: str,
+    classes: list[str],
+    config: cfg.Evaluate,
+) -> Scorecard:
+    from adversa.evaluate.bootstrap import intervals
+    from adversa.evaluate.metrics import metrics
+
+    p = predictions(rows, arm, seed)
+    ranges = intervals(
+        p.logits, p.labels, p.groups, classes, config.bootstrap, seed_of("bootstrap", role)
+    )
+    name = "real" if arm == BEFORE else arm
+    return Scorecard(
+        name, seed, number, role, len(p.labels), metrics(p.logits, p.labels, classes), ranges
+    )

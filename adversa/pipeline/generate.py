@@ -1,0 +1,585 @@
+"""Painting: what to paint for each hard case, at which noise level, and the pool of painters that does it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from adversa import config as cfg
+from adversa.engine.interface import Engine
+from adversa.engine.step import Facts, cost, inputs, run_step
+from adversa.engine.tasks import Painted, Part, Work
+from adversa.run import step_folder
+from adversa.run.step_folder import Progress, Recipe
+from adversa.storage import files, tables
+from adversa.storage.path import place
+from adversa.storage.predictions import softmax
+from adversa.storage.weights import CONFIG
+from adversa.types import (
+    FILLING,
+    PAINTED,
+    GenerationRequest,
+    UserError,
+    digest,
+    request_id,
+    seed_of,
+)
+
+Row = dict[str, Any]
+
+# ---- planning ----------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    hard: Path,
+    levels: Path | None,
+    run: str,
+    number: int,
+    arm_names: Sequence[str],
+    config: cfg.Generate,
+    out: Path,
+    attacked: tuple[Path, int],
+    without: Collection[int] = (),
+) -> None:
+    """Requests for each synthetic arm, part_size a part. The unguided arm asks for as many images of each class as the guided.
+
+    levels: of adaptive noise, a noise level for each hard case; attacked: the classifier that found the hard cases, and the round
+    in which it was trained. without: classes (labels) that get no more images; the requests of the others are as they would be.
+    """
+    names = inputs(hard=hard) | (inputs(levels=levels) if levels else {})
+    by = {"classifier": step_folder.fingerprint(attacked[0]), "classifier_round": attacked[1]}
+    section = config.model_dump(mode="json") | {
+        "run": run,
+        "round": number,
+        "arms": list(arm_names),
+    }
+    recipe = Recipe("plan", 3, section | ({"without": sorted(without)} if without else {}), names)
+
+    def body(progress: Progress) -> Facts:
+        cases = _cases(hard, without)
+        starts = (
+            {
+                r["example"]: r["sigma_start"]
+                for r in tables.read(levels, schema=tables.LEVELS).to_pylist()
+            }
+            if levels
+            else {}
+        )
+        index = rows = alone = 0
+        for arm in [a for a in arm_names if a in PAINTED]:
+            found = partners(cases) if arm == "guided" and config.strategy == "blend" else {}
+            asked = (
+                replace(
+                    request(
+                        run,
+                        number,
+                        arm,
+                        case,
+                        k,
+                        config,
+                        starts.get(case["example"]),
+                        found.get(case["example"]),
+                    ),
+                    **by,
+                )
+                for case in cases
+                for k in range(config.per_case)
+            )
+            while chunk := list(
+                itertools.islice(asked, config.part_size)
+            ):  # one part is in memory at a time
+                tables.write_part(
+                    out / tables.part_name(index), tables.to_table(chunk, tables.REQUESTS)
+                )
+                index, rows = index + 1, rows + len(chunk)
+                alone += sum(config.strategy == "blend" and r.strategy == "vary" for r in chunk)
+        return {"rows": rows, "without_partner": alone}
+
+    run_step(out, recipe, body)
+
+
+def _cases(hard: Path, without: Collection[int]) -> list[Row]:
+    """The hard cases in their order, but those of some classes."""
+    return [
+        c
+        for c in tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
+        if c["label"] not in without
+    ]
+
+
+def partners(cases: Sequence[Row]) -> dict[str, str]:
+    """For `blend`: the next hard case of the same class in their order, the last one's the first. A class's only one has none."""
+    by_class: dict[int, list[str]] = {}
+    for case in cases:
+        by_class.setdefault(case["label"], []).append(case["example"])
+    return {
+        a: b
+        for names in by_class.values()
+        if len(names) > 1
+        for a, b in zip(names, names[1:] + names[:1], strict=True)
+    }
+
+
+def request(
+    run: str,
+    number: int,
+    arm: str,
+    case: Row,
+    replicate: int,
+    config: cfg.Generate,
+    level: float | None = None,
+    partner: str | None = None,
+) -> GenerationRequest:
+    """The replicate-th request for a hard case. The unguided arm takes the case's label and nothing else of it.
+
+    A hard case with no partner to blend with is varied.
+    """
+    guided = arm == "guided"
+    strategy = config.strategy if guided else "sample"
+    if strategy == "blend" and partner is None:
+        strategy = "vary"
+    start = {
+        "sample": config.sigma_max,
+        "vary": level or config.sigma_start,
+        "blend": config.sigma_start,
+    }
+    key = request_id(run, number, arm, case["example"], strategy, replicate)
+    return GenerationRequest(
+        request_id=key,
+        round=number,
+        arm=arm,
+        strategy=strategy,
+        label=case["label"],
+        example=case["example"] if guided else None,
+        sigma_start=start.get(strategy, config.fill_sigma),
+        guidance=config.guidance,
+        seed=seed_of(key),
+        partner=partner,
+        hardness=config.hardness if guided else 0.0,
+        likeness=config.likeness if guided else 0.0,
+    )
+
+
+# ---- adaptive noise ----------------------------------------------------------------------------------------------------
+
+
+def levels(
+    engine: Engine,
+    hard: Path,
+    data: Path,
+    denoiser: Path,
+    judges: Sequence[Path],
+    config: cfg.Generate,
+    run: str,
+    out: Path,
+    without: Collection[int] = (),
+) -> None:
+    """For each hard case the largest of config.levels at which the judges, averaged, still see the label in what is painted from it
+    (tables.LEVELS); the least where it sees it at none. without: as of `plan`."""
+    section = config.model_dump(mode="json", exclude={"per_case", "hardness", "likeness"}) | {
+        "run": run
+    }
+    section |= {"without": sorted(without)} if without else {}
+    names = inputs(
+        hard=hard, denoiser=denoiser, data=data, **{f"judge-{k}": f for k, f in enumerate(judges)}
+    )
+    if config.weak:
+        names |= {"weak": fingerprint(place(config.weak))}
+    recipe = Recipe("levels", 2, section, names)
+
+    def body(progress: Progress) -> Facts:
+        cases = _cases(hard, without)
+        chunks = [cases[i : i + config.part_size] for i in range(0, len(cases), config.part_size)]
+        parts = [
+            Part(i, len(c), {"cases": [(r["example"], r["label"]) for r in c], "run": run})
+            for i, c in enumerate(chunks)
+        ]
+        started = time.perf_counter()
+        done = engine.map_parts(
+            partial(make_levels, denoiser, data / "mine", tuple(judges), config),
+            parts,
+            out,
+            progress,
+        )
+        return cost(done, engine.samplers(), time.perf_counter() - started) | {"rows": len(cases)}
+
+    run_step(out, recipe, body)
+
+
+def make_levels(
+    denoiser: Path, examples: Path, judges: Sequence[Path], config: cfg.Generate
+) -> Work:
+    from adversa.classify.score import make_scorer
+    from adversa.diffuse import painter
+    from adversa.diffuse.strategy import Sources
+
+    loaded, pictures = painter.load(denoiser, device_name()), Pictures(examples)
+    scorers = [make_scorer(judge) for judge in judges]
+    guide = steering(loaded, None, config)
+
+    def work(part: Part, path: Path) -> int:
+        """A case in part.skip has no row: it starts at config.sigma_start."""
+        cases = [
+            (str(e), int(label))
+            for i, (e, label) in enumerate(part.payload["cases"])
+            if i not in part.skip
+        ]
+        sources = Sources(pictures.images([e for e, _ in cases]))
+        tried = sorted(config.levels)
+        asked = [
+            probe(part.payload["run"], e, label, level, config)
+            for e, label in cases
+            for level in tried
+        ]
+        painted = loaded.paint(asked, sources, config, guide)
+        if not painted:
+            tables.write_part(path, tables.LEVELS.empty_table())
+            return 0
+        images = np.stack([p.image for p in painted])
+        p = np.mean([softmax(score(images)[0]) for score in scorers], axis=0)
+        agreement = p[np.arange(len(p)), [r.label for r in asked]] * [x.finite for x in painted]
+        rows = []
+        for (example, _), seen in zip(
+            cases, agreement.reshape(len(cases), len(tried)), strict=True
+        ):
+            at = largest(seen, config.adaptive_agreement)
+            rows.append(
+                {"example": example, "sigma_start": tried[at], "agreement": float(seen[at])}
+            )
+        tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.LEVELS))
+        return len(rows)
+
+    return work
+
+
+def probe(
+    run: str, example: str, label: int, level: float, config: cfg.Generate
+) -> GenerationRequest:
+    key = digest("level", run, example, level, size=10)
+    return GenerationRequest(
+        key, 0, "levels", "vary", label, example, level, config.guidance, seed_of(key)
+    )
+
+
+def largest(agreement: np.ndarray, least: float) -> int:
+    """Of noise levels in rising order the index of the largest with at least this agreement; 0 where none has it."""
+    seen = np.flatnonzero(agreement >= least)
+    return int(seen[-1]) if len(seen) else 0
+
+
+# ---- painting ----------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    engine: Engine,
+    requests: Path,
+    data: Path | None,
+    denoiser: Path,
+    attacked: Path | None,
+    config: cfg.Generate,
+    out: Path,
+) -> None:
+    """Paint every request; part i of the requests becomes part i of the images.
+
+    data: where the examples of requests are, in the role mine; None where they have none. attacked: the classifier whose
+    weaknesses steer (config.hardness, and likeness in features); None where nothing does.
+    """
+    steers = attacked is not None and steering_needs_classifier(config)
+    names = (
+        inputs(requests=requests)
+        | {"denoiser": fingerprint(denoiser)}
+        | (inputs(data=data) if data else {})
+    )
+    names |= inputs(attacked=attacked) if attacked and steers else {}
+    if config.weak:
+        names |= {"weak": fingerprint(place(config.weak))}
+    recipe = Recipe("generate", 2, config.model_dump(mode="json"), names)
+
+    def body(progress: Progress) -> Facts:
+        if data is not None:
+            check_denoiser(denoiser, data)
+            check_masks(requests, data)
+        paths = tables.parts(requests)
+        counts = tables.each(tables.count, paths)
+        parts = [
+            Part(i, n, {"path": str(p)}) for i, (p, n) in enumerate(zip(paths, counts, strict=True))
+        ]
+        started = time.perf_counter()
+        make = partial(
+            make_paint,
+            denoiser,
+            data / "mine" if data else None,
+            attacked if steers else None,
+            config,
+        )
+        done = engine.map_parts(make, parts, out, progress, request_name)
+        spent = cost(done, engine.samplers(), time.perf_counter() - started)
+        failed = [asdict(f) for share in done for f in share.failed]
+        return (
+            spent
+            | ({"failed": failed} if failed else {})
+            | {"rows": sum(p.rows for p in parts)}
+            | _totals(out)
+        )
+
+    run_step(out, recipe, body)
+
+
+def _totals(out: Path) -> Facts:
+    rows = tables.read(out, ["evaluations", "skipped", "finite", "fault"], tables.SYNTHETIC)
+    return {
+        "evaluations": pc.sum(rows["evaluations"]).as_py() or 0,
+        "gradients_skipped": pc.sum(rows["skipped"]).as_py() or 0,
+        "not_finite": len(rows) - (pc.sum(rows["finite"]).as_py() or 0),
+        "faults": len(rows) - rows["fault"].null_count,
+    }
+
+
+def fingerprint(denoiser: Path) -> str:
+    """Of a denoiser's folder, whether a run trained it or it came alone."""
+    from adversa.diffuse import painter
+
+    return (
+        step_folder.fingerprint(denoiser)
+        if step_folder.is_finished(denoiser)
+        else painter.fingerprint(denoiser)
+    )
+
+
+def check_denoiser(denoiser: Path, data: Path) -> None:
+    """UserError where a denoiser's classes or size are not those of the run's pictures."""
+    meta = files.read_json(denoiser / CONFIG) or {}
+    theirs, ours = (
+        meta.get("classes"),
+        (files.read_json(data / "classes.json") or {}).get("classes"),
+    )
+    mend = "give the denoiser that was trained on these pictures"
+    if theirs != ours:
+        raise UserError(f"{denoiser} has the classes {theirs}, the run's pictures {ours}; {mend}")
+    codec = files.read_json(denoiser.parent / "codec" / CONFIG) or {} if meta.get("codec") else {}
+    side = meta["resolution"] * codec.get("factor", 1)
+    first = next(iter(tables.parts(data / "mine")), None)
+    if first is None or not (rows := next(tables.batches(first, ["image"], 1))).num_rows:
+        return
+    if (picture := tables.decode_png(rows["image"][0].as_py()).shape[0]) != side:
+        raise UserError(
+            f"{denoiser} paints {side} x {side} pixels, the run's pictures have {picture} x {picture}; {mend}"
+        )
+
+
+def check_masks(requests: Path, data: Path) -> None:
+    """UserError where a picture that is to be filled in has a mask of its own that cannot be used."""
+    asked = tables.read(requests, ["example", "strategy"], tables.REQUESTS)
+    wanted = asked.filter(pc.is_in(asked["strategy"], pa.array(FILLING)))["example"].unique()
+    if len(wanted):
+        Pictures(data / "mine").check_masks(wanted.to_pylist())
+
+
+def steering_needs_classifier(config: cfg.Generate) -> bool:
+    return config.hardness > 0 or (config.likeness > 0 and config.likeness_kind == "features")
+
+
+def make_paint(
+    denoiser: Path, examples: Path | None, attacked: Path | None, config: cfg.Generate
+) -> Work:
+    from adversa.diffuse import painter
+
+    loaded = painter.load(denoiser, device_name())
+    canvas = loaded.canvas(config, steering(loaded, attacked, config))
+    pictures = Pictures(examples)
+
+    def work(part: Part, path: Path) -> Painted:
+        requests = read_requests(place(part.payload["path"]))
+        given = sources([r for i, r in enumerate(requests) if i not in part.skip], pictures, config)
+        faults = dict(part.skip)  # a reason may be empty: of rows that a trial leaves out
+        faults |= {
+            i: why
+            for i, r in enumerate(requests)
+            if i not in faults and (why := unpaintable(r, given)) is not None
+        }
+        wanted = [r for i, r in enumerate(requests) if i not in faults]
+        loaded.check(wanted, config)
+        painted = {p.request.request_id: p for p in canvas.stream(wanted, given)}
+        if len(painted) > 1 and not any(p.finite for p in painted.values()):
+            raise UserError(
+                f"none of the {len(painted)} images of a part is finite: the denoiser {denoiser} answers with NaN or infinity; "
+                "train it anew with a lower denoiser.lr, or try generate.amp=false"
+            )
+        rows = [
+            _row(r, painted.get(r.request_id), faults.get(i), loaded)
+            for i, r in enumerate(requests)
+        ]
+        tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
+        return Painted(len(rows), sum(p.evaluations for p in painted.values()))
+
+    return work
+
+
+def unpaintable(request: GenerationRequest, given: Any) -> str | None:
+    """Why there is nothing to paint: around a lesion that fills the picture."""
+    if request.strategy not in ("outpaint", "inout") or request.example not in given.outside:
+        return None
+    return (
+        None
+        if given.outside[request.example].any()
+        else "the lesion fills the picture: there is no skin to paint"
+    )
+
+
+def read_requests(path: Path) -> list[GenerationRequest]:
+    return [GenerationRequest(**r) for r in tables.read_part(path).to_pylist()]
+
+
+def request_name(part: Part, row: int) -> str:
+    """Of a request that could not be painted, for messages."""
+    return f"request {read_requests(place(part.payload['path']))[row].request_id}"
+
+
+def _row(request: GenerationRequest, painted: Any, fault: str | None, loaded: Any) -> Row:
+    """Of tables.SYNTHETIC; black and not finite where it was not painted."""
+    side = loaded.side
+    image = painted.image if painted is not None else np.zeros((side, side, 3), np.uint8)
+    return {
+        "request_id": request.request_id,
+        "arm": request.arm,
+        "label": request.label,
+        "image": tables.encode_png(image),
+        "finite": painted is not None and painted.finite,
+        "denoiser": loaded.fingerprint,
+        "evaluations": painted.evaluations if painted is not None else 0,
+        "skipped": painted.skipped if painted is not None else 0,
+        "fault": fault,
+    }
+
+
+def device_name() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def steering(loaded: Any, attacked: Path | None, config: cfg.Generate) -> Any:
+    """What steers these requests, in float32: the classifier under attack, the weak denoiser."""
+    from adversa.classify.model import load
+    from adversa.diffuse.guidance import hardness
+    from adversa.diffuse.paint import Steering
+
+    weak = _weak(loaded, config.weak) if config.weak else None
+    if attacked is None:
+        return Steering(weak=weak)
+    network = load(attacked, loaded.device)[0].requires_grad_(False)
+    if (classes := network.head.out_features) != len(loaded.meta["classes"]):
+        raise UserError(
+            f"{attacked} knows {classes} classes, the denoiser {len(loaded.meta['classes'])}; give one of the same classes"
+        )
+    gradient = (
+        hardness(lambda p: network(p)[0], loaded.pixels, config.hardness_kind)
+        if config.hardness
+        else None
+    )
+    features = (
+        (lambda p: network(p)[1])
+        if config.likeness and config.likeness_kind == "features"
+        else None
+    )
+    return Steering(gradient, features, loaded.pixels, weak)
+
+
+def _weak(loaded: Any, name: str) -> Any:
+    """The denoiser of autoguidance. UserError where it is not one of the same classes and space."""
+    from adversa.diffuse import painter
+
+    denoiser, meta, _ = painter.read(place(name), loaded.device)
+    for key, default in (("classes", None), ("resolution", None), ("channels", 3), ("codec", None)):
+        theirs, ours = meta.get(key, default), loaded.meta.get(key, default)
+        if theirs != ours:
+            raise UserError(
+                f"generate.weak {name} has {key} {theirs}, the run's denoiser {ours}; give one of the same run"
+            )
+    return denoiser
+
+
+def sources(requests: Sequence[GenerationRequest], pictures: Pictures, config: cfg.Generate) -> Any:
+    """The images and masks that requests refer to."""
+    from adversa.diffuse.strategy import Sources
+
+    wanted = {
+        r.example
+        for r in requests
+        if r.example is not None and (r.strategy != "sample" or r.likeness)
+    }
+    wanted |= {r.partner for r in requests if r.partner is not None}
+    filled = sorted(
+        {r.example for r in requests if r.example is not None and r.strategy in FILLING}
+    )
+    inside, outside = pictures.masks(filled, config.margin, config.feather) if filled else ({}, {})
+    return Sources(pictures.images(sorted(wanted)), inside, outside)
+
+
+class Pictures:
+    """Examples of a role by id: their images, and the masks of their lesions."""
+
+    def check_masks(self, ids: Sequence[str]) -> None:
+        """UserError where a mask that the data set gave can't be read, is empty or has another size than its picture."""
+        from adversa.data import masks
+
+        rows = self._rows(ids, ["id", "mask", "image"]).filter(pc.field("mask").is_valid())
+        for batch in rows.to_batches(tables.ROW_GROUP):
+            if batch.num_rows:
+                pixels = tables.decode_images(batch.column("image"))
+                masks.of_rows(
+                    batch.column("mask").to_pylist(), pixels, batch.column("id").to_pylist()
+                )
+
+    def _rows(self, ids: Sequence[str], columns: list[str]) -> pa.Table:
+        assert self.folder is not None, "masks of no examples"
+        wanted = pc.field("id").isin(list(ids))
+        return pa.concat_tables(
+            tables.read_part(p, columns, wanted) for p in tables.parts(self.folder)
+        )
+
+    def __init__(self, folder: Path | None) -> None:
+        from adversa.data.loader import ImageTable
+
+        self.folder, self.table = folder, ImageTable([folder] if folder else [])
+
+    @cached_property
+    def _given(self) -> dict[str, bytes]:
+        """The data set's own masks, of a kilobyte each: read once, not with every part of the requests."""
+        assert self.folder is not None, "masks of no examples"
+        rows = pa.concat_tables(
+            tables.read_part(p, ["id", "mask"]) for p in tables.parts(self.folder)
+        )
+        rows = rows.filter(pc.field("mask").is_valid())
+        return dict(zip(rows["id"].to_pylist(), rows["mask"].to_pylist(), strict=True))
+
+    def images(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """uint8 [R, R, 3] of each."""
+        return dict(zip(ids, self.table.fetch(ids), strict=True)) if ids else {}
+
+    def masks(
+        self, ids: Sequence[str], margin: float, feather: float
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(what inpainting paints, what outpainting paints), float32 [R, R] in [0, 1] of each: the lesion, grown by a margin, and
+        all but the lesion so grown. margin, feather: shares of the side. The data set's own masks, or masks that were found."""
+        from adversa.data import masks
+
+        images = self.images(ids)
+        pixels = np.stack([images[i] for i in ids])
+        lesion, _ = masks.of_rows([self._given.get(i) for i in ids], pixels, list(ids))
+        side = pixels.shape[1]
+        grown = masks.grow(lesion, margin * side)
+        inside, outside = (
+            masks.feather(grown, feather * side),
+            masks.feather(~grown, feather * side),
+        )
+        return dict(zip(ids, inside, strict=True)), dict(zip(ids, outside, strict=True))

@@ -1,0 +1,161 @@
+"""A step's folder: its recipe, its progress, and the manifest that says it is finished."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from adversa.run.differences import _versions_apart, differences, flatten
+from adversa.run.environment import git_commit, machine, now, versions
+from adversa.storage.files import read_json, write_json, writing
+from adversa.storage.path import Place, Remote
+from adversa.types import UserError, digest
+
+RECIPE, MANIFEST, PROGRESS, OPENED = "recipe.json", "manifest.json", "progress.json", "opened.json"
+
+
+SHAPELESS = ("order",)  # steps whose recipes have as many fields as were asked for
+
+
+def _advice(apart: list[str], made: Place) -> str:
+    """What to do about a recipe that differs. apart: of _versions_apart; made: a folder whose manifest may name who made it."""
+    if not apart:
+        return "use those values again, or another --run-dir"
+    known = read_json(made / MANIFEST) or {}
+    version, commit = known.get("versions", {}).get("adversa"), known.get("git")
+    named = ", ".join([f"adversa {version}"] * bool(version) + [f"commit {commit}"] * bool(commit))
+    that = f"that version ({named})" if named else "that version"
+    return f"another version of adversa made it: {', '.join(apart)}; finish it with {that}, or give another --run-dir"
+
+
+# ---- steps -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a step was asked: its own section of the configuration and the fingerprints of what it reads."""
+
+    step: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "version": self.version,
+            "config": self.config,
+            "inputs": self.inputs,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(json.dumps(self.to_json(), sort_keys=True))
+
+
+def begin(folder: Place, recipe: Recipe) -> bool:
+    """True where the step is finished already. Writes the recipe; UserError with the fields where another one is there."""
+    asked, saved = recipe.to_json(), read_json(folder / RECIPE)
+    if saved is None:
+        assert not (folder / MANIFEST).exists(), f"{folder} has a manifest and no recipe"
+        write_json(folder / RECIPE, asked)
+    elif (changed := differences(saved, asked)) and not _begun(folder):
+        write_json(folder / RECIPE, asked)
+    elif changed:
+        advice = _advice(_steps_apart(saved, asked), folder)
+        raise UserError(f"{folder} was made by another recipe ({'; '.join(changed)}); {advice}")
+    return is_finished(folder)
+
+
+def _steps_apart(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """As _versions_apart, of a step's recipe: it has another number in another version, and what it reads has other names in other
+    settings. Some steps (codec, denoiser) have recipes of two shapes, which differ in a field that both have as well."""
+    a, b = (flatten(json.loads(json.dumps(r.get("config", {})))) for r in (saved, asked))
+    same = all(a[k] == b[k] for k in a.keys() & b.keys()) and asked["step"] not in SHAPELESS
+    apart = _versions_apart(saved.get("config", {}), asked["config"]) if same else []
+    if saved.get("version") != asked["version"]:
+        apart.append(
+            f"its step {asked['step']} has number {saved.get('version')}, here it has {asked['version']}"
+        )
+    return apart
+
+
+def _begun(folder: Place) -> bool:
+    """Whether a step has anything to lose: a part, a model, training state, or its manifest."""
+    return any(
+        next(folder.rglob(p), None) for p in ("*.parquet", "*.safetensors", "*.pt", MANIFEST)
+    )
+
+
+def is_finished(folder: Place) -> bool:
+    return (folder / MANIFEST).exists()
+
+
+def finish(folder: Place, recipe: Recipe, **facts: Any) -> dict[str, Any]:
+    """Mark a step complete: the manifest is the last thing written.
+
+    facts: at least seconds, compute_seconds, device_seconds and rows.
+    """
+    manifest = {"step": recipe.step, "fingerprint": recipe.fingerprint, "finished": now()}
+    manifest |= {"versions": versions(), "git": git_commit(), "machine": machine()} | facts
+    (folder / PROGRESS).unlink(missing_ok=True)
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def manifest(folder: Place) -> dict[str, Any]:
+    found = read_json(folder / MANIFEST)
+    assert found is not None, f"{folder} is not finished"
+    return found
+
+
+def fingerprint(folder: Place) -> str:
+    return manifest(folder)["fingerprint"]
+
+
+REMOTE_SECONDS = 2.0  # a put takes tens of milliseconds, and costs
+
+
+class Progress:
+    """Writes progress.json into a step's folder, at most twice a second: the one source of the live view and of `status`.
+
+    On an object store every REMOTE_SECONDS.
+
+    `elapsed` carries on from an attempt that was cut off, so that the manifest's seconds are the step's whole cost.
+    """
+
+    def __init__(self, folder: Place, interval: float = 0.5) -> None:
+        self.folder, self.interval = (
+            folder,
+            max(interval, REMOTE_SECONDS) if isinstance(folder, Remote) else interval,
+        )
+        self.started = time.monotonic()
+        self.before = float((read_json(folder / PROGRESS) or {}).get("elapsed", 0.0))
+        self.first: tuple[float, float] | None = (
+            None  # when, and how much was done, at the first report of this attempt
+        )
+        self.written = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        t = time.monotonic()
+        if self.first is None:
+            self.first = (t, float(state.get("done", 0)))
+        if t - self.written < self.interval:
+            return
+        self.written = t
+        rate = (
+            (float(state.get("done", 0)) - self.first[1]) / (t - self.first[0])
+            if t > self.first[0]
+            else 0.0
+        )
+        with writing(self.folder):
+            write_json(
+                self.folder / PROGRESS,
+                state | {"elapsed": self.elapsed, "rate": rate, "updated": time.time()},
+            )

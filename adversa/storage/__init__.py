@@ -1,0 +1,1 @@
+"""Paths (local and object stores), tables, weights, the hub."""

@@ -1,0 +1,118 @@
+"""Small files: JSON, whole replacement of a file, and file-system errors as errors of the user."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from adversa.storage.path import Place, Remote
+from adversa.types import UserError
+
+
+def read_json(path: Place) -> dict[str, Any] | None:
+    """The JSON object of a file, or None where there is none (or it is being replaced on a file system without atomic rename)."""
+    try:
+        value = json.loads(_fresh(path))
+    except (
+        FileNotFoundError,
+        IsADirectoryError,
+        NotADirectoryError,
+        ValueError,
+        RecursionError,
+    ):  # ValueError: no JSON, no UTF-8
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _fresh(path: Place) -> str:
+    """Of a network file system: a file that another machine replaces while it is read is a stale handle, once or twice."""
+    for _ in range(3):
+        try:
+            return path.read_text()
+        except OSError as e:
+            if e.errno != errno.ESTALE:
+                raise
+    return path.read_text()
+
+
+def write_json(path: Place, value: dict[str, Any] | list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+# {option}: what says where to write; {kept}: that the same command goes on where it was.
+FIXES = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again{kept}",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again{kept}",
+    errno.EIO: "the disk fails (input/output error); check it, then run the same command again{kept}",
+    errno.ESTALE: "the network file system has lost it; mount it again, then run the same command again{kept}",
+    errno.EBUSY: "something else holds it; wait for that to end and run the same command again, or give another {option}",
+    errno.EROFS: "the file system is read-only; give a {option} that can be written",
+    errno.EACCES: "permission denied; give a {option} that can be written",
+    errno.EPERM: "permission denied; give a {option} that can be written",
+    errno.ENOTDIR: "a file is in the way; give another {option}",
+    errno.EEXIST: "a file is in the way; give another {option}",
+    errno.EISDIR: "a folder is in the way; give another {option}",
+    errno.ELOOP: "symbolic links lead in a circle; give another {option}",
+    errno.ENAMETOOLONG: "the name is too long; give another {option}, a shorter one",
+    errno.EFBIG: "the file system takes no file so large; give another {option}",
+    errno.ENOENT: "the folder cannot be made, or is gone; see whether it was deleted or unmounted, or give another {option}",
+}
+
+
+@contextlib.contextmanager
+def writing(folder: Place, option: str = "--run-dir") -> Iterator[None]:
+    """Turn the faults of a file system that a user can mend into a UserError. option: what the user gave the folder by."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in FIXES or _is_ours(folder, e):
+            raise
+        kept = ", finished parts are kept" if option == "--run-dir" else ""
+        where = (
+            e.filename2 or e.filename or folder
+        )  # of two names (a rename) the second is where it was to go
+        raise UserError(
+            f"cannot write to {where}: {FIXES[e.errno].format(option=option, kept=kept)}"
+        ) from None
+
+
+def _is_ours(folder: Place, error: OSError) -> bool:
+    """Whether it is a fault of ours: a file missing in a folder that is there, or something in the way elsewhere."""
+    if isinstance(folder, Remote):
+        return True  # what a store refuses is told by it
+    named = Path(error.filename) if isinstance(error.filename, str) else folder
+    near = named == folder or folder in named.parents or named in folder.parents
+    if error.errno == errno.ENOENT:
+        return os.path.exists(folder) or not near
+    return error.errno in (errno.EEXIST, errno.EISDIR) and not near
+
+
+def replace_bytes(path: Place, data: bytes | memoryview) -> None:
+    """Write a whole file, or leave the old one: to a temporary name beside it, flushed, then renamed; or by one put."""
+    if isinstance(path, Remote):
+        path.write_bytes(data)
+        return
+    temporary = _beside(path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    """Where a file is made before it takes its place. Nothing lies there: a link of that name, in a stranger's folder, would be
+    written through."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    return temporary

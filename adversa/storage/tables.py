@@ -1,0 +1,350 @@
+"""How each noun lies on disk: Parquet parts with a fixed schema, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from adversa.storage.files import _beside
+from adversa.storage.path import Place, Remote, asking, source
+from adversa.types import UserError
+
+MOST_PIXELS = (
+    1 << 26
+)  # of a picture in a table: far more than any that adversa writes (sheets of samples are the largest)
+
+# Small row groups, so that one image can be read without decoding thousands of neighbours.
+ROW_GROUP = 256
+AT_ONCE = 16  # looks into parts on an object store: each waits tens of milliseconds for two answers or three
+T = TypeVar("T")
+
+_text, _int, _real, _flag, _bytes = pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.binary()
+
+EXAMPLES = pa.schema(
+    {
+        "id": _text,
+        "source": _text,
+        "label": _int,
+        "group": _text,
+        "patient": _text,
+        "attributes": pa.map_(_text, _text),
+        "image": _bytes,
+        "mask": _bytes,
+    }
+)
+HARD_CASES = pa.schema(
+    {
+        "example": _text,
+        "label": _int,
+        "predicted": _int,
+        "loss": _real,
+        "margin": _real,
+        "reason": _text,
+        "rank": _int,
+    }
+)
+REQUESTS = pa.schema(
+    {
+        "request_id": _text,
+        "round": _int,
+        "arm": _text,
+        "strategy": _text,
+        "label": _int,
+        "example": _text,
+        "sigma_start": _real,
+        "guidance": _real,
+        "seed": _int,
+        "partner": _text,
+        "hardness": _real,
+        "likeness": _real,
+        "classifier": _text,
+        "classifier_round": _int,
+    }
+)
+LEVELS = pa.schema({"example": _text, "sigma_start": _real, "agreement": _real})
+# evaluations: rows of the denoiser it took; skipped: steering gradients that were not finite; fault: why it was not painted.
+SYNTHETIC = pa.schema(
+    {
+        "request_id": _text,
+        "arm": _text,
+        "label": _int,
+        "image": _bytes,
+        "finite": _flag,
+        "denoiser": _text,
+        "evaluations": _int,
+        "skipped": _int,
+        "fault": _text,
+    }
+)
+_numbers = [
+    "contrast",
+    "clipped",
+    "agreement",
+    "realism",
+    "realism_2",
+    "similarity",
+    "similarity_2",
+    "twin_similarity",
+]
+_limits = [
+    "contrast_limit",
+    "clipped_limit",
+    "agreement_least",
+    "agreement_most",
+    "realism_limit",
+    "realism_2_limit",
+]
+_limits += ["similarity_limit", "similarity_2_limit", "twin_limit"]
+VERDICTS = pa.schema(
+    {
+        "request_id": _text,
+        "arm": _text,
+        "label": _int,
+        "strategy": _text,
+        "source": _text,
+        "keep": _flag,
+        "reason": _text,
+    }
+    | dict.fromkeys(["nearest", "nearest_2", "twin"], _text)
+    | dict.fromkeys([*_numbers, *_limits], _real)
+    | {"place": _int, "quota": _int}
+)
+# Of real images, once a run: what two classifiers of other architectures make of them, and each judge's p[label]. Of `test`, which
+# is not opened yet, the first of them alone, for the near-copy gate: no label, no judge.
+FEATURES = pa.schema(
+    {
+        "id": _text,
+        "label": _int,
+        "group": _text,
+        "classifier": pa.list_(pa.float32()),
+        "judge": pa.list_(pa.float32()),
+        "agreement": pa.list_(pa.float32()),
+    }
+)
+# A row with b for each pair; one without for each image whose pairs were looked for.
+TWINS = pa.schema({"a": _text, "b": _text, "similarity": _real})
+MIX = pa.schema({"id": _text, "kind": _text, "label": _int, "weight": _real})
+# One row an image and a classifier. `logits` has one entry a class, `embedding` is empty where it was not asked for.
+PREDICTIONS = pa.schema(
+    {
+        "id": _text,
+        "arm": _text,
+        "seed": _int,
+        "label": _int,
+        "group": _text,
+        "logits": pa.list_(pa.float32()),
+        "embedding": pa.list_(pa.float32()),
+    }
+)
+
+
+def latents_schema(views: int, channels: int, side: int) -> pa.Schema:
+    """Of the latents of `views` symmetries of each image, as the codec gives them: `latent` is float16 [views, C, side, side]."""
+    return pa.schema(
+        {
+            "id": _text,
+            "label": _int,
+            "latent": pa.fixed_shape_tensor(pa.float16(), (views, channels, side, side)),
+        }
+    )
+
+
+def latents_table(ids: Sequence[str], labels: Sequence[int], latents: np.ndarray) -> pa.Table:
+    """float16 [N, views, C, side, side] to rows of latents_schema."""
+    assert latents.dtype == np.float16 and latents.ndim == 5, (latents.dtype, latents.shape)
+    schema = latents_schema(latents.shape[1], latents.shape[2], latents.shape[3])
+    kind = schema.field("latent").type
+    flat = pa.FixedSizeListArray.from_arrays(
+        pa.array(latents.reshape(-1)), int(np.prod(latents.shape[1:]))
+    )
+    return pa.table(
+        [list(ids), pa.array(labels, pa.int64()), pa.ExtensionArray.from_storage(kind, flat)],
+        schema=schema,
+    )
+
+
+def decode_latents(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of latents to float16 [N, views, C, side, side]."""
+    return column.combine_chunks().to_numpy_ndarray()
+
+
+def part_name(index: int) -> str:
+    return f"part-{index:05d}.parquet"
+
+
+def to_table(rows: Iterable[object], schema: pa.Schema) -> pa.Table:
+    """Dataclasses (of the noun the schema is for) to a table."""
+    return pa.Table.from_pylist(
+        [{f.name: getattr(r, f.name) for f in dataclasses.fields(r)} for r in rows], schema=schema
+    )
+
+
+def write_part(path: Place, table: pa.Table) -> None:
+    """Commit one part: a temporary name (hidden from readers), flushed, then renamed; on an object store one put.
+
+    A failed write leaves nothing behind.
+    """
+    if isinstance(path, Remote):
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, row_group_size=ROW_GROUP, compression="zstd")
+        path.write_bytes(memoryview(buffer.getvalue()))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def parts(folder: Place) -> list[Place]:
+    """The committed parts of a folder, in the order of their numbers: places as `folder` is one."""
+    found = (p for p in folder.glob("*.parquet") if not p.name.startswith("."))
+    return sorted(found, key=lambda p: (len(p.name), p.name))  # part-100000 comes after part-99999
+
+
+def each(look: Callable[[Place], T], paths: Sequence[Place]) -> list[T]:
+    """What `look` gives of each place, in order; on an object store AT_ONCE of them wait for their answers at the same time."""
+    if not paths or not isinstance(paths[0], Remote):
+        return [look(p) for p in paths]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(look, paths))
+
+
+def read_part(path: Place, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:
+    """The rows of one part; filters: of pyarrow.parquet.read_table."""
+    with _reading(path), asking(path):
+        table = pq.read_table(
+            source(path), columns=list(columns) if columns else None, filters=filters
+        )
+        _check_types(table.schema, path)
+        return table
+
+
+def count(path: Place) -> int:
+    """The rows of one part, from its end alone."""
+    with _reading(path), asking(path):
+        return pq.read_metadata(source(path)).num_rows
+
+
+def schema_of(path: Place) -> pa.Schema:
+    """The columns of one part."""
+    with _reading(path), asking(path):
+        return pq.read_schema(source(path))
+
+
+@contextlib.contextmanager
+def opened(path: Place) -> Iterator[pq.ParquetFile]:
+    """A part to read from group by group."""
+    with (
+        _reading(path),
+        asking(path),
+        pq.ParquetFile(source(path), pre_buffer=isinstance(path, Remote)) as file,
+    ):
+        _check_types(file.schema_arrow, path)
+        yield file
+
+
+@contextlib.contextmanager
+def _reading(path: Place) -> Iterator[None]:
+    """UserError for a part that is no Parquet, or is torn; a file that is missing stays what it is."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as e:
+        if isinstance(e, UserError) or getattr(e, "errno", None) is not None:
+            raise
+        raise UserError(
+            f"{path} is damaged, or no Parquet file ({' '.join(str(e).split())[:200]}); delete it, or make it anew"
+        ) from None
+
+
+PLAIN = frozenset({"arrow.fixed_shape_tensor"})  # the extension types that adversa writes
+
+
+def _check_types(schema: pa.Schema, path: Place) -> None:
+    """UserError for a column of a type that a library adds to Arrow: Ray's `arrow_pickled_object` unpickles each value it shows."""
+    for field in schema:
+        if strange := [
+            t
+            for t in _types(field.type)
+            if isinstance(t, pa.BaseExtensionType) and t.extension_name not in PLAIN
+        ]:
+            raise UserError(
+                f"{path}: column {field.name!r} is of type {strange[0].extension_name}, which adversa never writes; not read"
+            )
+
+
+def _types(kind: pa.DataType) -> Iterator[pa.DataType]:
+    yield kind
+    if isinstance(kind, pa.BaseExtensionType):
+        yield from _types(kind.storage_type)
+    elif pa.types.is_dictionary(kind):
+        yield from _types(kind.value_type)
+    else:
+        for i in range(kind.num_fields):
+            yield from _types(kind.field(i).type)
+
+
+def batches(
+    path: Place, columns: Sequence[str] | None = None, size: int = ROW_GROUP
+) -> Iterator[pa.RecordBatch]:
+    """The rows of one part, `size` at a time."""
+    with opened(path) as file:
+        yield from file.iter_batches(size, columns=list(columns) if columns else None)
+
+
+def read(
+    folder: Place, columns: Sequence[str] | None = None, schema: pa.Schema | None = None
+) -> pa.Table:
+    """All rows of a folder, parts in order. An empty folder gives an empty table of `schema` (required then)."""
+    tables = each(lambda p: read_part(p, columns), parts(folder))
+    if tables:
+        return pa.concat_tables(tables)
+    if schema is None:
+        raise FileNotFoundError(f"no parquet parts in {folder}")
+    return schema.empty_table().select(list(columns)) if columns else schema.empty_table()
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] or [H, W] to PNG (lossless)."""
+    assert image.dtype == np.uint8, image.dtype
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """The inverse of `encode_png`. UserError for what is no PNG (of other formats one starts a program), or would fill memory."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        if image.width * image.height > MOST_PIXELS:
+            raise UserError(
+                f"a picture of {image.width} x {image.height} pixels in a run's table: adversa writes none so large"
+            )
+        return np.asarray(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(
+            f"a picture in a run's table is no PNG that can be read ({' '.join(str(e).split())[:100]})"
+        ) from None
+
+
+def decode_images(column: pa.ChunkedArray | Sequence[bytes]) -> np.ndarray:
+    """A column of PNGs of one size to uint8 [N, H, W, 3] (or [N, H, W] for masks)."""
+    data = column.to_pylist() if isinstance(column, pa.ChunkedArray | pa.Array) else column
+    return np.stack([decode_png(d) for d in data])

@@ -1,0 +1,1 @@
+"""Data regimes x arms x ratios x seeds: trials, dose-response, report."""

@@ -1,0 +1,104 @@
+"""`sweep.html`: what a sweep found, in one file as report.html is (page.py): nothing fetched, no script, everything escaped."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adversa.config import Config
+from adversa.report import evidence, page, words
+from adversa.run.folder import RunDir
+from adversa.storage.files import replace_bytes, writing
+from adversa.storage.path import Place
+from adversa.sweep import plots, results, wording
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FEW = 24  # rows of a table that is open without being asked
+
+
+def write(config: Config, run: RunDir) -> Path:
+    """Write sweep.json, sweep.parquet, figures/ and sweep.html into the sweep's folder, finished or not; the path of the page."""
+    known = results.write(config, run)
+    chosen, metric = plots.panels(known), known["what"]["metric"]
+    whole = {"dose": plots.dose_figure(chosen, metric), "learning": plots.learning_figure(known)}
+    html = (
+        environment()
+        .get_template("sweep.html.j2")
+        .render(
+            view(known)
+            | {
+                "panels": [(p, uri(plots.dose_figure([p], metric)), caption(p)) for p in chosen],
+                "learning": uri(whole["learning"]),
+                "trials": results.table(config, run)
+                .drop_columns(["metrics", "added_by_class"])
+                .to_pylist(),
+            }
+        )
+    )
+    path = run.root / "sweep.html"
+    with writing(run.root):
+        _figures(run.root / "figures", whole)
+        replace_bytes(path, html.encode())  # last: the report is done where it is there
+    return path
+
+
+def _figures(folder: Place, whole: dict[str, Figure]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in whole.items():
+        replace_bytes(folder / f"{name}.png", plots.png(figure))
+        replace_bytes(folder / f"{name}.svg", plots.svg(figure))
+
+
+def uri(figure: Figure) -> str:
+    """As a picture: the page's policy lets it run and fetch nothing, and no name in it meets another's."""
+    return "data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure)).decode()
+
+
+def environment() -> Any:
+    found = page.environment()
+    found.globals |= {"title": wording.title, "evidence_bar": evidence.bar}
+    return found
+
+
+def view(known: dict[str, Any]) -> dict[str, Any]:
+    """The names that the template uses, but for the figures."""
+    what, compared = known["what"], evidence.comparisons(known["contrasts"])
+    rows = list(zip(known["contrasts"], compared, strict=True))
+    return {
+        "known": known,
+        "what": what,
+        "metric": wording.NAMES[what["metric"]],
+        "few": FEW,
+        "tones": page.TONES | {"mixed": "unclear"},
+        "notes": [words.sentence(note) for note in known["notes"]],
+        "questions": [
+            (asked, text, of, evidence.reach([c for _, c in of]), tally([c for c, _ in of]))
+            for asked, text in known["questions"].items()
+            if (of := [(c, row) for c, row in rows if c["question"] == asked])
+        ],
+        "worths": {
+            name: of
+            for name in what["variants"]
+            if (of := [w for w in known["worth"] if w["variant"] == name])
+        },
+        "cost": known["what"]["cost"],
+    }
+
+
+def tally(rows: Sequence[dict[str, Any]]) -> str:
+    """2 better, 0 worse, 16 not shown."""
+    counts = Counter(r["word"] for r in rows)
+    return ", ".join(f"{counts[w]} {w}" for w in page.TONES)
+
+
+def caption(panel: plots.Panel) -> list[tuple[str, str]]:
+    """(arm, what its curve says) of a panel."""
+    return [
+        (c["variant"], c["response"]["words"] if c["response"] else f"no curve: {c['why']}")
+        for c in panel.curves
+    ]

@@ -1,0 +1,544 @@
+"""sweep.json and sweep.parquet: what a sweep found, from the folders of its trials. Of an unfinished one: what is there.
+
+All trials answer for the same images of `select`, and all see the same resamples of its lesions, drawn once: curves, contrasts and
+worths are paired over arms, ratios and cells by their seeds and lesions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from adversa.config import Config
+from adversa.evaluate import dose
+from adversa.evaluate.bootstrap import difference, draws, holm, interval, word
+from adversa.evaluate.inference import ALPHA
+from adversa.pipeline import train
+from adversa.run import environment, status, step_folder
+from adversa.run.folder import RunDir, classes_of, split_hash
+from adversa.storage import files, tables
+from adversa.sweep import grid, regimes, wording
+from adversa.sweep import run as sweep_run
+from adversa.sweep.grid import Cell, Point, Variant
+from adversa.types import UserError, digest, seed_of
+
+ROLE = "select"  # `test` stays closed
+METRICS = (
+    "balanced_accuracy",
+    "accuracy",
+    "auroc_macro",
+    "worst_class",
+)  # with a column of their own
+REAL = Variant("real")
+POINTS = 80  # of a curve, as many again at the doses
+FEWEST = 3  # doses of a curve
+AT_ONCE = 64  # trials whose logits are in memory
+# What is asked of two arms; the p values of each are one family, over all cells and ratios.
+QUESTIONS = {
+    "replay": "painted images against as many repeats of the hard cases",
+    "unguided": "guided against unguided",
+    "sees": "the denoiser saw the cell's images alone, against all of train",
+    "real": "something added against nothing added",
+}
+
+
+class Dose(NamedTuple):
+    """Trials that differ by their seed alone."""
+
+    cell: Cell
+    variant: Variant
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Trials:
+    """rows: of `sweep.table`, of finished trials. drawn: [1 + R], the metric on select as it is, then in each resample of its
+    `lesions`, the same ones for all; resamples without a value for some trial are left out for all."""
+
+    config: Config
+    rows: dict[Point, dict[str, Any]]
+    drawn: dict[Point, np.ndarray]
+    lesions: int
+    images: int
+
+    @cached_property
+    def asked(self) -> list[Point]:
+        return grid.points(self.config)
+
+    def of(self, d: Dose) -> dict[int, Point]:
+        """Finished trials by seed."""
+        every = (Point(d.cell, d.variant, d.ratio, seed) for seed in range(self.config.sweep.seeds))
+        return {p.seed: p for p in every if p in self.drawn}
+
+    def row(self, d: Dose) -> dict[str, Any]:
+        """What all seeds share: counts."""
+        return self.rows[next(iter(self.of(d).values()))]
+
+    def reached(self, d: Dose) -> float:
+        """Images added for each real one of train."""
+        row = self.row(d)
+        return row["added"] / row["real"]
+
+    def matrix(self, d: Dose, seeds: Iterable[int] | None = None) -> np.ndarray:
+        """[S, 1 + R] of the seeds asked for, or of all finished ones."""
+        found = self.of(d)
+        return np.stack([self.drawn[found[s]] for s in (found if seeds is None else seeds)])
+
+    def scores(self, doses: Sequence[Dose]) -> np.ndarray:
+        """[D, S], NaN where a trial is missing."""
+        found = np.full((len(doses), self.config.sweep.seeds), np.nan)
+        for i, d in enumerate(doses):
+            for seed, p in self.of(d).items():
+                found[i, seed] = self.drawn[p][0]
+        return found
+
+    def replicates(self, doses: Sequence[Dose], name: str) -> tuple[np.ndarray, bool]:
+        """([B, D] of the mean over seeds, whether the luck of seeds is in them); of lesions it always is, those shared by all."""
+        lesions = np.stack([self.matrix(d)[:, 1:].mean(0) for d in doses], 1)
+        rng = np.random.default_rng(seed_of("sweep", self.config.seed, name))
+        try:
+            return dose.seed_draws(self.scores(doses), len(lesions), rng, lesions), True
+        except UserError:  # no dose has a second seed
+            return lesions, False
+
+    def doses(self, cell: Cell, variant: Variant) -> tuple[list[Dose], list[tuple[float, float]]]:
+        """(the finished ones, ascending, ratio 0 first, those that reached the same count once; (ratio, the smaller one that it is
+        the same as))."""
+        every = [Dose(cell, variant if r else REAL, r) for r in sorted(self.config.sweep.ratios)]
+        found: dict[int, Dose] = {}
+        same = []
+        for d in (d for d in every if self.of(d)):
+            if (first := found.setdefault(self.row(d)["added"], d)) is not d:
+                same.append((d.ratio, first.ratio))
+        return sorted(found.values(), key=self.reached), same
+
+
+def write(config: Config, run: RunDir) -> dict[str, Any]:
+    """Write sweep.parquet and sweep.json into the sweep's folder; returns what the latter holds."""
+    found = results(config, run)
+    with files.writing(run.root):
+        tables.write_part(run.root / "sweep.parquet", table(config, run))
+        files.write_json(run.root / "sweep.json", found)
+    return found
+
+
+def table(config: Config, run: RunDir) -> pa.Table:
+    """sweep.table, with reached = added / real and a column for each of METRICS (null where a trial has no value)."""
+    rows = sweep_run.table(config, run)
+    reached = pc.divide(rows["added"].cast(pa.float64()), rows["real"].cast(pa.float64()))
+    rows = rows.append_column("reached", reached)
+    values = [dict(m) for m in rows["metrics"].to_pylist()]
+    for name in METRICS:
+        rows = rows.append_column(name, pa.array([v.get(name) for v in values], pa.float64()))
+    return rows
+
+
+def results(config: Config, run: RunDir) -> dict[str, Any]:
+    """Everything a sweep says, for JSON. UserError where the metric has no value on `select`."""
+    found = read(config, run)
+    pools = [
+        pool(run, cell, v)
+        for cell in _cells(config)
+        for v in grid.variants(config, cell)
+        if v.paints
+    ]
+    known = {
+        "run": run.root.name,
+        "what": what(config, run, found, pools),
+        "questions": QUESTIONS,
+        "points": points(found),
+        "curves": curves(found),
+        "contrasts": contrasts(found),
+        "real": real(found),
+        "worth": worths(found),
+    }
+    verdicts = wording.verdicts(known)
+    return known | {
+        "verdicts": verdicts,
+        "sentences": [v["sentence"] for v in verdicts],
+        "notes": wording.notes(config, known),
+        "versions": environment.versions(),
+        "git": environment.git_commit(),
+        "machine": environment.machine(),
+    }
+
+
+def read(config: Config, run: RunDir) -> Trials:
+    """Scores of all finished trials."""
+    known = {_key(r): r for r in sweep_run.table(config, run).to_pylist()}
+    rows = {
+        p: row
+        for p in grid.points(config)
+        if (row := known.get(_key(sweep_run.describe(p)))) is not None
+    }
+    done, metric, drawn = list(rows), config.sweep.metric, {}
+    ids: list[str] = []
+    lesions = 0
+    for start in range(0, len(done), AT_ONCE):
+        some = done[start : start + AT_ONCE]
+        said = sweep_run.logits_of(config, run, some)
+        assert ids in ([], said.ids), f"{some[0].name} was scored on other images"
+        ids = said.ids
+        values, lesions = draws(
+            said.logits,
+            said.labels,
+            said.groups,
+            config.sweep.bootstrap,
+            seed_of("bootstrap", "sweep", ROLE),
+            classes_of(run.data),
+            only=metric,
+        )
+        if metric not in values or not np.isfinite(values[metric][:, 0]).all():
+            raise UserError(
+                f"sweep.metric {metric} has no value on select's {len(said.labels)} images; ask for another metric"
+            )
+        drawn |= dict(zip(some, values[metric], strict=True))
+    if drawn:
+        fine = np.isfinite(np.stack(list(drawn.values()))).all(0)
+        drawn = {p: x[fine] for p, x in drawn.items()}
+    return Trials(config, rows, drawn, lesions, len(ids))
+
+
+def _key(told: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(told[k] for k in ("cell", "arm", "strategy", "sees", "ratio", "seed"))
+
+
+# ---- what was swept ----------------------------------------------------------------------------------------------------
+
+
+def what(config: Config, run: RunDir, found: Trials, pools: list[dict[str, Any]]) -> dict[str, Any]:
+    classes, asked = classes_of(run.data), found.asked
+    missing = [p.name for p in asked if p not in found.drawn]
+    split = files.read_json(run.data / "split.json") or {}
+    return {
+        "classes": classes,
+        "split_hash": split_hash(run.data),
+        "metric": config.sweep.metric,
+        "role": ROLE,
+        "images": found.images or sum(split.get("images", {}).get(ROLE, {}).values()),
+        "lesions": found.lesions,
+        "seed": config.seed,
+        "seeds": config.sweep.seeds,
+        "subset_seed": config.sweep.subset_seed,
+        "source": config.data.source,
+        "resamples": config.sweep.bootstrap,
+        "ratios": sorted(config.sweep.ratios),
+        "variants": list(
+            {v.name: None for c in grid.cells(config.sweep) for v in grid.variants(config, c)}
+        ),
+        "cells": [cell_facts(config, run, c, len(classes)) for c in _cells(config)],
+        "pools": pools,
+        "trials": {
+            "asked": len(asked),
+            "done": len(found.drawn),
+            "missing": len(missing),
+            "names": missing,
+        },
+        "cost": cost(run),
+    }
+
+
+def cell_facts(config: Config, run: RunDir, cell: Cell, classes: int) -> dict[str, Any]:
+    """Counts, by class; None where the cell isn't made yet. judges: whether they had a say in its gate (grid.gate_of)."""
+    d = grid.cell_dir(run, cell)
+    made, hard = files.read_json(d.data / step_folder.MANIFEST), d.round(regimes.ROUND, "hard")
+    mined = None
+    if step_folder.is_finished(hard):
+        cases = set(
+            train.pairs(tables.read(hard, ["example", "label"], tables.HARD_CASES), "example")
+        )
+        mined = np.bincount([label for _, label in cases], minlength=classes).tolist()
+    counts = {k: made[k] if made else None for k in ("real", "lesions")}
+    return {
+        "cell": cell.name,
+        "count": cell.count,
+        "title": wording.title(cell.name),
+        **counts,
+        "mined": mined,
+        "judges": grid.gate_of(config.curate, made["lesions"]) == config.curate if made else None,
+    }
+
+
+def pool(run: RunDir, cell: Cell, variant: Variant) -> dict[str, Any]:
+    """asked, kept and why the rest was turned down; None where it isn't painted and judged yet."""
+    d = grid.pool_dir(run, cell, variant)
+    facts: dict[str, Any] = {"cell": cell.name, "variant": variant.name, "sees": variant.sees}
+    if not step_folder.is_finished(regimes.verdicts_of(d)):
+        return facts | dict.fromkeys(("asked", "kept", "share", "reasons"))
+    rows = tables.read(regimes.verdicts_of(d), ["keep", "reason"], tables.VERDICTS)
+    reasons = Counter(rows.filter(pc.invert(rows["keep"]))["reason"].to_pylist())
+    asked, kept = step_folder.manifest(d / "requests")["rows"], len(rows) - reasons.total()
+    told = {"asked": asked, "kept": kept, "share": kept / asked if asked else None}
+    return facts | told | {"reasons": dict(sorted(reasons.items(), key=lambda r: (-r[1], r[0])))}
+
+
+def cost(run: RunDir) -> dict[str, Any]:
+    """Device-seconds of finished steps (a core or a GPU each) by what they are for, and wall time. A trial's result repeats its
+    classifier's seconds, which may be gone."""
+    spent = {}
+    for name in ("data", "cells", "pools", "trials"):
+        made = [
+            p
+            for p in (run.root / name).rglob(step_folder.MANIFEST)
+            if name != "trials" or p.parent.name != "classifier"
+        ]
+        spent[name] = sum(
+            float((m or {}).get("device_seconds", 0.0)) for m in tables.each(files.read_json, made)
+        )
+    return {
+        "device_hours": sum(spent.values()) / 3600,
+        "device_seconds": spent,
+        "wall_seconds": status.wall_seconds(run),
+    }
+
+
+# ---- points and curves -------------------------------------------------------------------------------------------------
+
+
+def _told(d: Dose) -> dict[str, Any]:
+    """cell, variant and ratio in plain words."""
+    v = d.variant
+    return {
+        "cell": d.cell.name,
+        "variant": v.name,
+        "arm": v.arm,
+        "strategy": v.strategy,
+        "sees": v.sees,
+        "ratio": d.ratio,
+    }
+
+
+def _every(found: Trials) -> list[Dose]:
+    order = _cells(found.config)
+    every = dict.fromkeys(Dose(p.cell, p.variant, p.ratio) for p in found.asked)
+    return sorted(every, key=lambda d: order.index(d.cell))
+
+
+def points(found: Trials) -> list[dict[str, Any]]:
+    """Every point of the grid; without finished trials its figures are None. low, high: 95%, over seeds and lesions."""
+    rows = []
+    for d in _every(found):
+        done = found.of(d)
+        facts: dict[str, Any] = dict.fromkeys(
+            (
+                "real",
+                "mined",
+                "added",
+                "synthetic",
+                "added_by_class",
+                "reached",
+                "mean",
+                "low",
+                "high",
+            )
+        )
+        if done:
+            values = found.matrix(d)
+            ends = interval(found.config.sweep.metric, values, found.lesions) or (None, None)
+            facts |= {k: found.row(d)[k] for k in facts if k in found.row(d)}
+            facts |= {
+                "reached": found.reached(d),
+                "mean": float(values[:, 0].mean()),
+                "low": ends[0],
+                "high": ends[1],
+            }
+        rows.append(
+            _told(d) | facts | {"seeds": len(done), "missing": found.config.sweep.seeds - len(done)}
+        )
+    return rows
+
+
+def _cells(config: Config) -> list[Cell]:
+    """The smallest first."""
+    return grid.cells(config.sweep)[::-1]
+
+
+def _arms(found: Trials) -> list[tuple[Cell, Variant]]:
+    return [(c, v) for c in _cells(found.config) for v in grid.variants(found.config, c)]
+
+
+def _added(found: Trials) -> list[Dose]:
+    """Doses above 0, each once, with finished trials."""
+    return [
+        d
+        for c, v in _arms(found)
+        for d in found.doses(c, v)[0]
+        if d.ratio and found.row(d)["added"]
+    ]
+
+
+def curves(found: Trials) -> list[dict[str, Any]]:
+    """Of each cell and arm: dose.Response over what was reached, or None and why."""
+    return [curve(found, cell, variant) for cell, variant in _arms(found)]
+
+
+def curve(found: Trials, cell: Cell, variant: Variant) -> dict[str, Any]:
+    doses, same = found.doses(cell, variant)
+    reached = [found.reached(d) for d in doses]
+    facts = {k: v for k, v in _told(Dose(cell, variant, 0.0)).items() if k != "ratio"} | {
+        "ratios": [d.ratio for d in doses],
+        "reached": reached,
+        "same": same,
+        "response": None,
+        "seeds_vary": False,
+        "why": "",
+    }
+    if len(doses) < FEWEST:
+        return facts | {"why": f"{len(doses)} of the {FEWEST} doses that a curve needs"}
+    replicates, vary = found.replicates(doses, f"{cell.name}/{variant.name}")
+    try:
+        response = dose.response(
+            reached, found.scores(doses), replicates, grid=_grid(reached).tolist()
+        )
+    except UserError as e:  # too few resamples have a value
+        return facts | {"why": str(e)}
+    words = response.words.replace(f"dose {response.doses[-1]:g}", f"dose {response.doses[-1]:.3g}")
+    return facts | {"response": asdict(response) | {"words": words}, "seeds_vary": vary}
+
+
+def _grid(doses: Sequence[float]) -> np.ndarray:
+    """Doses at which a curve is told: close where the doses are."""
+    low, high = doses[0], doses[-1]
+    inner = low + np.geomspace((doses[1] - low) / 10, high - low, POINTS)
+    return np.unique(np.clip(np.concatenate([doses, inner]), low, high))
+
+
+# ---- one arm against another -------------------------------------------------------------------------------------------
+
+
+def contrasts(found: Trials) -> list[dict[str, Any]]:
+    """Paired differences a minus b within a cell and a ratio, over the seeds that both have; QUESTIONS. Two ratios that reached the
+    same count are one, and where nothing could be added nothing is compared."""
+    rows: list[dict[str, Any]] = []
+    for d in _added(found):
+        rows += [
+            row
+            for asked, b in _against(found, d)
+            if (row := contrast(found, asked, d, b)) is not None
+        ]
+    for asked in QUESTIONS:
+        family = [r for r in rows if r["question"] == asked]
+        for row, p in zip(family, holm([r["p"] for r in family]), strict=True):
+            row |= {
+                "p_holm": p,
+                "family": len(family),
+                "word": word(row["low"], row["high"]) if p < ALPHA else "not shown",
+            }
+    return rows
+
+
+def _against(found: Trials, a: Dose) -> list[tuple[str, Dose]]:
+    """What a point is held against, where the grid has it."""
+    known, v = grid.variants(found.config, a.cell), a.variant
+    asked = [("replay", Variant("replay"))] if v.paints else []
+    asked += [("unguided", Variant("unguided", "", v.sees))] if v.arm == "guided" else []
+    asked += [("sees", replace(v, sees=grid.ALL))] if v.paints and v.sees != grid.ALL else []
+    return [(name, a._replace(variant=b)) for name, b in asked if b in known] + [
+        ("real", Dose(a.cell, REAL, 0.0))
+    ]
+
+
+def contrast(found: Trials, asked: str, a: Dose, b: Dose) -> dict[str, Any] | None:
+    """None where no seed of both is finished."""
+    seeds = sorted(found.of(a).keys() & found.of(b).keys())
+    c = difference(found.matrix(a, seeds), found.matrix(b, seeds), found.lesions) if seeds else None
+    if c is None:
+        return None
+    return {
+        "question": asked,
+        "cell": a.cell.name,
+        "ratio": a.ratio,
+        "reached": found.reached(a),
+        "a": a.variant.name,
+        "b": b.variant.name,
+        "metric": found.config.sweep.metric,
+        "role": ROLE,
+        "difference": c.difference,
+        "low": c.low,
+        "high": c.high,
+        "p": c.p,
+        "se": c.se,
+        "detectable": c.detectable,
+        "seeds": c.seeds,
+        "lesions": c.lesions,
+        "each": list(c.each),
+        "note": c.note,
+    }
+
+
+# ---- in real images ----------------------------------------------------------------------------------------------------
+
+
+def real_doses(found: Trials) -> tuple[list[Dose], list[str]]:
+    """(ratio 0 of each cell by its number of real images in training, hard cases too; cells with as many as one before)."""
+    every = [d for c in _cells(found.config) if found.of(d := Dose(c, REAL, 0.0))]
+    first: dict[int, Dose] = {}
+    for d in every:
+        first.setdefault(_count(found, d), d)
+    return [first[n] for n in sorted(first)], [
+        d.cell.name for d in every if d not in first.values()
+    ]
+
+
+def _count(found: Trials, d: Dose) -> int:
+    row = found.row(d)
+    return row["real"] + row["mined"]
+
+
+def real(found: Trials) -> dict[str, Any]:
+    """The score of real images alone by their number, with a 95% band; isotonic: what `worth` reads (dose.real_curve)."""
+    doses, same = real_doses(found)
+    facts: dict[str, Any] = {
+        "cells": [d.cell.name for d in doses],
+        "counts": [_count(found, d) for d in doses],
+        "same": same,
+    }
+    if not doses:
+        return facts | {"mean": [], "low": [], "high": [], "isotonic": [], "seeds_vary": False}
+    replicates, vary = found.replicates(doses, "real")
+    mean = np.nanmean(found.scores(doses), axis=1)
+    low, high = mean + np.percentile(
+        replicates - replicates.mean(0), [100 * ALPHA / 2, 100 * (1 - ALPHA / 2)], axis=0
+    )
+    return facts | {
+        "mean": mean.tolist(),
+        "low": np.clip(low, 0, mean).tolist(),
+        "high": np.clip(high, mean, 1).tolist(),
+        "isotonic": dose.real_curve(mean[None])[0].tolist(),
+        "seeds_vary": vary,
+    }
+
+
+def worths(found: Trials) -> list[dict[str, Any]]:
+    """dose.Worth of each cell, arm and dose above 0; none where fewer than two counts of real images were scored."""
+    doses, _ = real_doses(found)
+    if len(doses) < 2:
+        return []
+    return [
+        _told(d) | {"reached": found.reached(d)} | worth(found, doses, d) for d in _added(found)
+    ]
+
+
+def worth(found: Trials, doses: Sequence[Dose], d: Dose) -> dict[str, Any]:
+    """As dose.Worth, with words for what was added."""
+    name = digest("worth", d.cell.name, d.variant.name, d.ratio, size=8)
+    replicates, vary = found.replicates([*doses, d], name)
+    counts = [_count(found, x) for x in doses]
+    w = dose.worth(
+        counts,
+        found.scores(doses),
+        _count(found, d),
+        found.row(d)["added"],
+        found.scores([d])[0],
+        replicates[:, :-1],
+        replicates[:, -1],
+    )
+    added = "one synthetic image" if d.variant.paints else "one repeat"
+    return asdict(w) | {"words": w.words.replace("one synthetic image", added), "seeds_vary": vary}

@@ -1,0 +1,438 @@
+"""`adversa sweep`: a grid of trials over real images, ratio, arm and seed. Running it again on the same folder is how it resumes.
+
+Every trial trains the same classifier for the same number of steps and is scored on `select`; `test` is never opened (but by the
+near-copy gate). Within a cell, arms are matched class by class, in every ratio; trials share painted images by request id.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from adversa.config import Config, dump
+from adversa.engine.interface import Engine, Trial
+from adversa.engine.step import Facts, inputs, run_step
+from adversa.pipeline import arms, evaluate, latents, prepare, train
+from adversa.pipeline.train import pairs
+from adversa.run import control, run_lock, status, step_folder, tracking
+from adversa.run import create as run_create
+from adversa.run.folder import RunDir, classes_of, remove_partial_files, run_id
+from adversa.run.status import Clock
+from adversa.run.step_folder import Progress, Recipe
+from adversa.storage import files, predictions, tables
+from adversa.storage.path import rmtree
+from adversa.storage.predictions import Predictions
+from adversa.sweep import grid, regimes
+from adversa.sweep.grid import Cell, Point, Variant
+from adversa.types import digest, seed_of
+
+# What may change in a sweep's folder. Not the arms: all of a cell take as many images as the poorest of them has.
+FREE = ("real", "seeds", "ratios", "max_trials", "bootstrap", "metric", "keep_models", "search")
+COMMAND = "sweep"
+METRICS = "metrics.jsonl"  # of a training, by classify.fit
+Pairs = list[tuple[str, int]]
+
+
+def recipe_of(config: Config) -> dict[str, object]:
+    """What makes a sweep this sweep. A grid may grow in the same folder (FREE), up to the largest ratio, for which images were
+    painted."""
+    outside = {"cluster", "tracking", "quality", "mix", "evaluate", "rounds"}
+    tree = config.model_dump(mode="json", exclude=outside)
+    kept = {k: v for k, v in tree["sweep"].items() if k not in FREE}
+    return tree | {"sweep": kept | {"largest_ratio": max(config.sweep.ratios)}}
+
+
+def open_run(config: Config, root: Path) -> RunDir:
+    """Create or check the sweep's folder. UserError where it holds something else, or the grid makes no sense."""
+    grid.check(config)
+    return run_create.open_run(
+        root.absolute(), recipe_of(config), dump(config), busy=run_lock.is_worked_on
+    )
+
+
+def is_finished(config: Config, run: RunDir) -> bool:
+    return all(step_folder.is_finished(grid.result_dir(run, p)) for p in grid.points(config))
+
+
+def run(
+    config: Config,
+    run: RunDir,
+    engine: Engine,
+    write: Callable[[Config, RunDir], Path],
+    since: float | None = None,
+) -> Path:
+    """Do what is left of a sweep; returns what `write` does (the report's place). The caller holds the run's lock."""
+    remove_partial_files(run)
+    settle(config, run)
+    with tracking.Follow(config.tracking, run.root), Clock(run, since) as clock:
+        told = {"command": COMMAND}
+        while True:
+            try:
+                control.reins().look(force=True)
+                status.set_status(run, "running", "prepare", **told)
+                prepare.prepare(engine, config.data, run.data)
+                found = trials(config, run)
+                status.set_status(run, "running", COMMAND, **told)
+                engine.search(found, Progress(run.root / "trials"))
+                (run.root / "trials" / step_folder.PROGRESS).unlink(missing_ok=True)
+                break
+            except control.Pause:
+                status.set_status(run, "paused", COMMAND, **told)
+                control.reins().rest()
+        status.set_status(run, "running", "report", **told)
+        clock.tick()
+        return write(config, run)
+
+
+def settle(config: Config, run: RunDir) -> None:
+    """Before any work, by the holder of the run's lock: config.yaml says which grid is worked on now; UserError for weights and
+    autoencoders that are not there."""
+    if run.config.read_text() != dump(config):
+        files.replace_bytes(run.config, dump(config).encode())
+    train.check_weights(config)
+    if _has_codec(config):
+        latents.check_codec(config.codec, config.data.resolution)
+
+
+def _has_codec(config: Config) -> bool:
+    return grid.paints(config.sweep) and config.codec.kind != "pixels"
+
+
+def trials(config: Config, run: RunDir) -> list[Trial]:
+    """All work after `prepare`, the longest first. Makes each cell's images and first mix. UserError where a class has too few."""
+    s = config.sweep
+    split = files.read_json(run.data / "split.json") or {}
+    grid.check_counts(config, split["images"]["train"], exact=True)
+    trained, painted, points = [], [], []
+    paints = grid.paints(s)
+    for cell in grid.sources(s):
+        d = grid.cell_dir(run, cell)
+        regimes.subset(run.data, cell, s.subset_seed, d.data)
+        regimes.first_mix(d)
+        if _has_codec(config) and not config.codec.is_fitted:
+            latents.fetch(d.data, config.codec, config.data.resolution, d.codec)
+        if paints and ("subset" in s.denoiser_sees or cell.count is None):
+            trained.append(
+                Trial(f"{cell.name}/denoiser", d.denoiser, partial(regimes.denoise, config, d))
+            )
+        if cell in grid.cells(s):
+            trained.append(
+                Trial(
+                    f"{cell.name}/hard cases",
+                    regimes.attacked(config, d),
+                    partial(regimes.attack, config, d),
+                )
+            )
+    for cell in grid.cells(s):
+        painted += _pools(config, run, cell)
+    for p in grid.points(config):
+        needs = [
+            regimes.attacked(config, grid.cell_dir(run, p.cell)),
+            *(regimes.verdicts_of(x) for x in pools(config, run, p.cell)),
+        ]
+        points.append(
+            Trial(p.name, grid.result_dir(run, p), partial(trial, config, run, p), tuple(needs))
+        )
+    train.check_models(
+        config, classes_of(run.data), paints, grid.cell_dir(run, grid.sources(s)[0]).codec
+    )
+    return [*trained, *painted, *points]
+
+
+def pools(config: Config, run: RunDir, cell: Cell) -> list[Path]:
+    """Of all painting arms of a cell: every trial of the cell takes as many images as the poorest of them has."""
+    return [grid.pool_dir(run, cell, v) for v in grid.variants(config, cell) if v.paints]
+
+
+def whose(config: Config, cell: Cell, variant: Variant) -> str:
+    """What request ids are made of, beside the hard case and a number: the sweep, the cell, the arm (one strategy falls back
+    on another)."""
+    asks = recipe_of(config) | {"sweep": {"subset_seed": config.sweep.subset_seed}}
+    return digest(run_id(asks), cell.name, variant.sees, variant.strategy, size=8)
+
+
+def _pools(config: Config, run: RunDir, cell: Cell) -> list[Trial]:
+    d, found = grid.cell_dir(run, cell), []
+    for v in grid.variants(config, cell):
+        if not v.paints:
+            continue
+        denoiser = grid.cell_dir(run, Cell(None) if v.sees == grid.ALL else cell).denoiser
+        out = grid.pool_dir(run, cell, v)
+        work = partial(
+            regimes.paint,
+            config,
+            d,
+            denoiser,
+            v,
+            whose(config, cell, v),
+            max(config.sweep.ratios),
+            out,
+        )
+        found.append(
+            Trial(
+                f"{cell.name}/{v.name}/images", regimes.verdicts_of(out), work, (d.limits, denoiser)
+            )
+        )
+    return found
+
+
+# ---- a trial -----------------------------------------------------------------------------------------------------------
+
+
+def trial(
+    config: Config, run: RunDir, point: Point, engine: Engine, tell: Any = None
+) -> dict[str, float]:
+    """Train and score one point of the grid; returns its metrics on `select`."""
+    own = (
+        {point.variant.name: grid.pool_dir(run, point.cell, point.variant)}
+        if point.variant.paints
+        else {}
+    )
+    source = Source(
+        grid.cell_dir(run, point.cell),
+        pools(config, run, point.cell),
+        {p: 1.0 for p in own.values()},
+    )
+    return fit_and_score(
+        config,
+        source,
+        point.variant.arm,
+        point.ratio,
+        point.seed,
+        grid.trial_dir(run, point),
+        engine,
+        describe(point),
+    )
+
+
+def describe(point: Point) -> dict[str, Any]:
+    v = point.variant
+    return {
+        "cell": point.cell.name,
+        "count": point.cell.count,
+        "arm": v.arm,
+        "strategy": v.strategy,
+        "sees": v.sees,
+        "ratio": point.ratio,
+        "seed": point.seed,
+    }
+
+
+class Source:
+    """Where a trial's images are. cell: of the sweep; pools: of all painting arms of it, the counts' limits; taken: the pools that
+    this arm's images come from, and the share of each."""
+
+    def __init__(self, cell: RunDir, pools: Sequence[Path], taken: dict[Path, float]) -> None:
+        assert set(taken) <= set(pools), (taken, pools)
+        self.cell, self.pools, self.taken = cell, tuple(pools), taken
+
+    @property
+    def hard(self) -> Path:
+        return self.cell.round(regimes.ROUND, "hard")
+
+
+def fit_and_score(
+    config: Config,
+    source: Source,
+    arm: str,
+    ratio: float,
+    seed: int,
+    out: Path,
+    engine: Engine,
+    told: dict[str, Any],
+) -> dict[str, float]:
+    """The step folders mix, classifier, select and, last, result below `out`. told: of the trial, for its manifest."""
+    d, result = source.cell, out / "result"
+    if step_folder.is_finished(result):
+        return dict(step_folder.manifest(result)["metrics"])
+    began = time.monotonic()
+    mix(source, arm, ratio, out / "mix")
+    added = [d.data / "mine", *(p / "synthetic" for p in source.taken)]
+    job = train.classifier_job(
+        d.data,
+        out / "mix",
+        added,
+        config.classifier,
+        seed_of("classifier", config.seed, seed),
+        config.data.resolution,
+        out / "classifier",
+    )
+    engine.fit([job])
+    evaluate.score(
+        engine, [(arm, seed, out / "classifier")], d.data / "select", d.data, False, out / "select"
+    )
+    made, mixed = step_folder.manifest(out / "classifier"), step_folder.manifest(out / "mix")
+    recipe = Recipe(
+        "trial",
+        1,
+        told,
+        inputs(select=out / "select", mix=out / "mix", classifier=out / "classifier"),
+    )
+
+    def body(progress: Progress) -> Facts:
+        from adversa.evaluate.metrics import metrics
+
+        p = predictions.predictions(
+            tables.read(out / "select", schema=tables.PREDICTIONS), arm, seed
+        )
+        facts = {k: mixed[k] for k in ("real", "mined", "synthetic", "added", "added_by_class")}
+        return {
+            "rows": len(p.labels),
+            "metrics": metrics(p.logits, p.labels, classes_of(d.data)),
+            "trial": told,
+            **facts,
+            "steps": made["metrics"]["steps"],
+            "images": made["rows"],
+            "device_seconds": made["device_seconds"],
+            "wall_seconds": time.monotonic() - began,
+            "evaluations": evaluations(out / "classifier"),
+        }
+
+    run_step(result, recipe, body)
+    if not config.sweep.keep_models:
+        rmtree(out / "classifier", missing_ok=True)
+    return dict(step_folder.manifest(result)["metrics"])
+
+
+def evaluations(classifier: Path) -> list[tuple[int, float]]:
+    """(step, balanced accuracy on select) at each evaluation of a training."""
+    lines = [json.loads(line) for line in (classifier / METRICS).read_text().splitlines()]
+    return [(x["step"], x["select_balanced_accuracy"]) for x in lines]
+
+
+def mix(source: Source, arm: str, ratio: float, out: Path) -> None:
+    """tables.MIX of a trial: the cell's images of train and its hard cases, and of each class ratio x the former on top, as many as
+    every painting arm of the cell has."""
+    d = source.cell
+    shares = {f"{p.parent.name}/{p.name}": w for p, w in source.taken.items()}
+    names = inputs(data=d.data, hard=source.hard)
+    names |= {
+        f"{p.parent.name}/{p.name}": step_folder.fingerprint(regimes.verdicts_of(p))
+        for p in source.pools
+    }
+
+    def body(progress: Progress) -> Facts:
+        real = pairs(tables.read(d.data / "train", ["id", "label"], tables.EXAMPLES), "id")
+        mined = sorted(set(pairs(tables.read(source.hard, schema=tables.HARD_CASES), "example")))
+        kept = {p: accepted(p) for p in source.pools}
+        classes = len(classes_of(d.data))
+        own = _count(real, classes)
+        most = (
+            np.min([_count(k, classes) for k in kept.values()], axis=0)
+            if kept
+            else np.full(classes, np.iinfo(np.int64).max)
+        )
+        most = np.where(
+            _count(mined, classes) > 0, most, 0
+        )  # a class without a hard case has nothing to repeat or to paint from
+        counts = (
+            np.minimum(grid.wanted(own, ratio), most).tolist() if arm != "real" else [0] * classes
+        )
+        table = arms.mix(
+            arm,
+            real,
+            mined,
+            chosen({p: kept[p] for p in source.taken}, source.taken, counts),
+            counts,
+        )
+        tables.write_part(out / tables.part_name(0), table)
+        drawn = len(table) - len(real) - len(mined)
+        return {
+            "rows": len(table),
+            "real": len(real),
+            "mined": len(mined),
+            "synthetic": drawn,
+            "added": sum(counts),
+            "added_by_class": counts,
+        }
+
+    run_step(
+        out, Recipe("trial mix", 1, {"arm": arm, "ratio": ratio, "shares": shares}, names), body
+    )
+
+
+def accepted(pool: Path) -> Pairs:
+    """(request id, label) of what the gate kept."""
+    rows = tables.read(regimes.verdicts_of(pool), ["request_id", "label", "keep"], tables.VERDICTS)
+    return pairs(rows.filter(pc.field("keep")), "request_id")
+
+
+def chosen(kept: dict[Path, Pairs], shares: dict[Path, float], counts: Sequence[int]) -> Pairs:
+    """counts[c] images of each class from several pools by their shares (what one lacks, the others give), the first by id of each:
+    a smaller ratio's are among a larger one's."""
+    found: Pairs = []
+    order = sorted(kept, key=str)
+    for c, count in enumerate(counts if order else []):
+        of_class = [sorted(r for r in kept[p] if r[1] == c) for p in order]
+        for rows, n in zip(
+            of_class,
+            arms.shares([shares[p] for p in order], count, [len(r) for r in of_class]),
+            strict=True,
+        ):
+            found += rows[:n]
+    return found
+
+
+def _count(rows: Pairs, classes: int) -> np.ndarray:
+    return np.bincount(np.array([label for _, label in rows], dtype=np.int64), minlength=classes)
+
+
+# ---- what came of it ---------------------------------------------------------------------------------------------------
+
+
+ROWS = pa.schema(
+    {
+        "cell": pa.string(),
+        "count": pa.int64(),
+        "arm": pa.string(),
+        "strategy": pa.string(),
+        "sees": pa.string(),
+        "ratio": pa.float64(),
+        "seed": pa.int64(),
+        "real": pa.int64(),
+        "mined": pa.int64(),
+        "synthetic": pa.int64(),
+        "added": pa.int64(),
+        "added_by_class": pa.list_(pa.int64()),
+        "steps": pa.int64(),
+        "images": pa.int64(),
+        "metrics": pa.map_(pa.string(), pa.float64()),
+        "device_seconds": pa.float64(),
+        "wall_seconds": pa.float64(),
+    }
+)
+
+
+def table(config: Config, run: RunDir) -> pa.Table:
+    """ROWS, one for each finished trial, in the order of the grid. ratio: as asked; added / real is what was reached."""
+    found = []
+    for point in grid.points(config):
+        made = files.read_json(grid.result_dir(run, point) / step_folder.MANIFEST)
+        if made is not None:
+            row = made["trial"] | {
+                k: made[k] for k in ROWS.names if k in made and k not in made["trial"]
+            }
+            found.append(row | {"metrics": list(made["metrics"].items())})
+    return pa.Table.from_pylist(found, schema=ROWS)
+
+
+def logits_of(config: Config, run: RunDir, points: Sequence[Point]) -> Predictions:
+    """Of trials, on `select`: logits [S, N, K] with rows in order of ids."""
+    found = [
+        predictions.predictions(
+            tables.read(grid.trial_dir(run, p) / "select", schema=tables.PREDICTIONS),
+            p.variant.arm,
+            p.seed,
+        )
+        for p in points
+    ]
+    assert len({tuple(f.ids) for f in found}) == 1, "trials were scored on different images"
+    return found[0]._replace(logits=np.stack([f.logits for f in found]))

@@ -1,0 +1,219 @@
+"""Wishes and settings in the run folder, and what holds a run: the lock, the lease and the thread that keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import asdict
+
+import pytest
+
+from adversa.run import control, run_lock, status
+from adversa.run import create as run_create
+from adversa.run.control import Pause, Stop
+from adversa.run.run_lock import LeaseLost, Times
+from adversa.storage import files
+from adversa.types import UserError
+
+TIMES = Times(beat=0.1, expiry=1.0, settle=0.3)
+OWN = {"mine.budget": 64, "mix.synthetic_ratio": 0.5, "seed": 0}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_create.open_run(tmp_path / "run", {}, "")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(control, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(control, "LOOK_SECONDS", 0.05)
+
+
+def never():
+    raise AssertionError("nobody was to be interrupted")
+
+
+def hold(run, interrupt=never, **more):
+    return control.held(run, "test", interrupt, times=TIMES, **more)
+
+
+# ---- wishes ------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_wants_anything_at_first_and_the_newest_wish_counts(run):
+    assert control.read(run) == control.Wishes(control.GO, {})
+    control.wish(run, control.PAUSE, {"mine.budget": 3})
+    control.wish(run, control.GO, {"mix.synthetic_ratio": 1.0})
+    assert control.read(run) == control.Wishes(
+        control.GO, {"mine.budget": 3, "mix.synthetic_ratio": 1.0}
+    )
+
+
+def test_a_look_raises_what_is_wished_and_rest_ends_with_the_wish(run, quick):
+    with hold(run) as reins:
+        assert control.reins() is reins
+        reins.look(force=True)
+        control.wish(run, control.PAUSE)
+        with pytest.raises(Pause):
+            reins.look(force=True)
+        threading.Timer(0.3, control.wish, (run, control.GO)).start()
+        started = time.monotonic()
+        reins.rest()
+        assert time.monotonic() - started > 0.2
+        control.wish(run, control.STOP)
+        with pytest.raises(Stop):
+            reins.rest()
+        time.sleep(0.6)  # the work knows: it is not interrupted as well
+    assert control.reins() is control.FREE
+
+
+def test_looks_read_no_file_more_often_than_said(run, monkeypatch):
+    with hold(run) as reins:
+        reins.look()
+        monkeypatch.setattr(control, "read", lambda run: pytest.fail("read again"))
+        for _ in range(1000):
+            reins.look()
+        reins.over.set()
+
+
+def test_work_that_does_not_look_is_interrupted_after_a_grace(run, quick):
+    called = threading.Event()
+    with hold(run, called.set):
+        control.wish(run, control.STOP)
+        assert called.wait(10)
+
+
+def test_a_wish_that_is_taken_back_in_time_interrupts_nobody(run, monkeypatch):
+    monkeypatch.setattr(control, "GRACE_SECONDS", 1.0)
+    with hold(run):
+        control.wish(run, control.STOP)
+        time.sleep(0.3)
+        control.wish(run, control.GO)
+        time.sleep(1.2)
+
+
+@pytest.mark.parametrize("afresh", [True, False])
+def test_old_wishes_hold_for_one_that_comes_back_and_for_no_new_start(run, afresh):
+    control.wish(run, control.PAUSE, {"mine.budget": 3})
+    with hold(run, afresh=afresh):
+        assert control.read(run) == control.Wishes(
+            control.GO if afresh else control.PAUSE, {"mine.budget": 3}
+        )
+
+
+# ---- holding -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_holder_is_told_who_has_the_run(run):
+    with (
+        hold(run),
+        pytest.raises(
+            UserError, match=rf"{run.root} is being worked on by test-\w+ on .* for \d+ s"
+        ),
+        hold(run),
+    ):
+        pass
+
+
+def test_a_run_is_let_go_of_and_the_next_waits_for_nothing(run):
+    with hold(run):
+        time.sleep(0.3)
+        assert run_lock.place_of(run).read().beat > 1  # the thread
+    assert run_lock.place_of(run).read() is None
+    started = time.monotonic()
+    with hold(run):
+        assert time.monotonic() - started < TIMES.expiry
+
+
+def test_a_holder_that_is_overtaken_is_interrupted_and_may_not_commit(run, quick):
+    called = threading.Event()
+    with hold(run, called.set) as reins:
+        place = run_lock.place_of(run)
+        with reins.lease.writing:  # or the thread's next heartbeat may come on top
+            place.write(
+                run_lock.replace(place.read(), owner="elsewhere", host="far", machine="far")
+            )
+        assert called.wait(10)
+        for act in (reins.check, lambda: reins.look(force=True)):
+            with pytest.raises(LeaseLost, match="elsewhere on far"):
+                act()
+    assert place.read().owner == "elsewhere"
+
+
+# ---- restarts ----------------------------------------------------------------------------------------------------------
+
+
+def test_deaths_are_counted_with_the_time_between_and_ends_are_not(run):
+    clock = run.root / "clock.json"
+    files.write_json(clock, {"wall_seconds": 1.0})
+    control.note_start(run)
+    assert control.restarts(run) == (0, 0.0)
+    then = clock.stat().st_mtime - 30
+    for state, count in (("running", 1), ("stopped", 1), ("failed", 1), ("paused", 2)):
+        status.set_status(run, state)
+        os.utime(clock, (then, then))
+        control.note_start(run)
+        assert control.restarts(run)[0] == count
+    assert 60 <= control.restarts(run)[1] < 90
+
+
+# ---- settings of rounds ------------------------------------------------------------------------------------------------
+
+
+def test_settings_hold_for_rounds_that_have_not_begun(run):
+    control.enter_round(run, 1, OWN)
+    run.round(1).mkdir()
+    control.wish(run, None, {"mine.budget": 20})
+    control.enter_round(run, 1, OWN)  # again, after a kill
+    assert control.recorded(run) == {}
+    control.enter_round(run, 2, OWN)
+    run.round(2).mkdir()
+    control.wish(run, None, {"mine.budget": 30})
+    control.enter_round(run, 2, OWN)
+    control.enter_round(run, 3, OWN)
+    assert control.recorded(run) == {2: {"mine.budget": 20}, 3: {"mine.budget": 30}}
+    assert control.notes(run) == [
+        "round 2 was made with mine.budget 20, set by hand",
+        "round 3 was made with mine.budget 30, set by hand",
+    ]
+
+
+def test_a_round_that_was_entered_and_not_begun_may_still_change_its_mind(run):
+    control.wish(run, None, {"mine.budget": 20})
+    control.enter_round(run, 1, OWN)
+    control.wish(run, None, {"mine.budget": 64})
+    control.enter_round(run, 1, OWN)
+    assert control.recorded(run) == {}
+
+
+def test_what_may_not_change_does_not_even_where_the_file_says_so(run):
+    (run.root / control.CONTROL).write_text(
+        json.dumps({"settings": {"seed": 7, "mine.budget": 20}})
+    )
+    control.enter_round(run, 1, OWN)
+    assert control.recorded(run) == {1: {"mine.budget": 20}}
+
+
+def test_ids_of_rounds_differ_from_a_changed_round_on(run):
+    control.wish(run, None, {"mine.budget": 20})
+    run.round(1).mkdir()
+    control.enter_round(run, 2, OWN)
+    assert control.run_id("name", run, 1) == "name"
+    assert control.run_id("name", run, 2) == control.run_id("name", run, 3) != "name"
+
+
+def test_what_is_wished_while_one_waits_for_the_lease_is_heard(run, quick):
+    """Only what was wished before it came is of the past."""
+    control.wish(run, control.STOP)
+    with hold(run) as reins:
+        reins.look(force=True)
+    place = run_lock.place_of(run)
+    files.write_json(
+        place.path, {**asdict(reins.lease.record), "machine": "far"}
+    )  # left by one that died elsewhere
+    threading.Timer(0.4, control.wish, (run, control.STOP)).start()
+    with hold(run) as reins, pytest.raises(Stop):
+        reins.look(force=True)

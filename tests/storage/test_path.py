@@ -1,0 +1,601 @@
+"""Runs on an object store: names, refusals, faults, and whole runs on S3 (moto on loopback), cut off and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from adversa.config import dump
+from adversa.engine import tasks
+from adversa.engine.local import LocalEngine
+from adversa.pipeline import loop
+from adversa.report import page
+from adversa.run import control, file_lock, run_lock, step_folder
+from adversa.run import create as run_create
+from adversa.run.folder import RunDir
+from adversa.storage import files, tables, weights
+from adversa.storage.path import Remote, StoreError, append, move, names, place, rmtree, scratch
+from adversa.sweep import report as sweep_page
+from adversa.sweep import run as sweep_run
+from adversa.types import UserError
+
+spec = importlib.util.spec_from_file_location("s3", Path(__file__).parents[1] / "s3.py")
+s3 = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(s3)
+
+ROWS = pa.table(
+    {"id": ["a", "b"], "kind": ["real", "real"], "label": [0, 1], "weight": [1.0, 0.5]},
+    schema=tables.MIX,
+)
+URI = "s3://bucket/runs/ham?endpoint_override=127.0.0.1:9000&scheme=http"
+
+
+@pytest.fixture(scope="module")
+def proxy():
+    """A proxy before an S3 server, and the credentials in the environment."""
+    with pytest.MonkeyPatch.context() as patch, s3.server() as upstream:
+        for name, value in s3.ENVIRONMENT.items():
+            patch.setenv(name, value)
+        found = s3.Proxy(upstream)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def store(proxy, request):
+    """A folder of its own on the store; no fault stays after the test."""
+    yield address(proxy, request.node.name)
+    proxy.fault = s3._none
+
+
+def address(proxy, folder, bucket=s3.BUCKET):
+    return place(
+        f"s3://{bucket}/{folder.replace('[', '-').rstrip(']')}?endpoint_override={proxy.at}&scheme=http"
+    )
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text and s3.SECRET not in text and s3.KEY not in text and "; " in text
+    return text
+
+
+# ---- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_local_path_stays_pathlibs():
+    assert place("runs/demo") == Path("runs/demo") and isinstance(place("file:///tmp/a%20b"), Path)
+    assert str(place("file:///tmp/a%20b")) == "/tmp/a b"
+    assert place(Path("x")) == Path("x")
+
+
+def test_a_remote_place_has_the_names_that_pathlib_gives():
+    here, like = place(URI), PurePosixPath("/bucket/runs/ham")
+    below, beside = here / "round-001" / "part-0.parquet", like / "round-001" / "part-0.parquet"
+    assert (below.name, below.stem, below.suffix) == (beside.name, beside.stem, beside.suffix)
+    assert (
+        below.parent.name == "round-001"
+        and below.parents[1] == here
+        and below.parent.parent == here
+    )
+    assert (
+        below.relative_to(here) == beside.relative_to(like)
+        and below.is_relative_to(here)
+        and not here.is_relative_to(below)
+    )
+    assert not below.is_relative_to(Path.cwd()) and below.with_suffix(".csv").name == "part-0.csv"
+    assert below.with_name("x") == below.parent / "x" and here.absolute() == here.resolve() == here
+    assert sorted([here / "b", here / "a"]) == [here / "a", here / "b"]
+    with pytest.raises(ValueError):
+        below.relative_to(place("s3://other/runs/ham"))
+
+
+def test_a_remote_place_is_its_uri_and_travels_by_it():
+    here = place(URI)
+    assert (
+        place(str(here)) == here
+        and hash(place(str(here))) == hash(here)
+        and place(str(here / "a")) == here / "a"
+    )
+    assert pickle.loads(pickle.dumps(RunDir(here))) == RunDir(here)
+    assert here != place("s3://bucket/runs/ham") and str(place("s3://bucket")) == "s3://bucket"
+    with pytest.raises(TypeError):  # never mistaken for a local path
+        open(here)  # noqa: SIM115
+    with pytest.raises(TypeError):
+        Path(here)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"s3://{s3.KEY}:{s3.SECRET}@bucket/x", "must not carry credentials"),
+        (f"s3://{s3.KEY}@bucket/x", "must not carry credentials"),
+        (f"abfs://box:{s3.SECRET}@account/x", "must not carry credentials"),
+        (f"s3://bucket/x?access_key={s3.KEY}&secret_key={s3.SECRET}", "unknown option access_key"),
+        (f"s3://bucket/x?{s3.KEY}", "unknown option (not a name)"),
+        (f"s3://bucket/x?endpoint_override=u:{s3.SECRET}@host", "has an @"),
+        ("s3:///x", "names no bucket"),
+        ("hdfs://host/x", "an object store (s3://, gs://"),
+    ],
+)
+def test_an_address_that_cannot_be_used_or_carries_credentials_is_refused_without_showing_them(
+    text, says
+):
+    with pytest.raises(UserError) as e:
+        place(text)
+    shown = str(e.value)
+    assert says in shown and s3.KEY not in shown and s3.SECRET not in shown and "\n" not in shown
+
+
+def test_the_command_line_keeps_both_slashes_and_shows_no_credentials(adversa, monkeypatch):
+    from adversa.cli.options import run_place
+
+    assert run_place("s3://bucket/x") == place("s3://bucket/x") and run_place("runs/x") == Path(
+        "runs/x"
+    )
+    for command in (["status"], ["report"], ["predict"], ["loop", "--run-dir"]):
+        done = adversa(*command, f"s3://{s3.KEY}:{s3.SECRET}@bucket/x")
+        assert (
+            done.exit_code == 2
+            and "must not carry" in done.output
+            and s3.SECRET not in done.output
+            and s3.KEY not in done.output
+        )
+
+
+# ---- what lies there ---------------------------------------------------------------------------------------------------
+
+
+def test_files_and_folders_behave_as_pathlibs(store):
+    for name in ("a/b.json", "a/c.parquet", "round-001/hard/x", "round-002/verdicts/x"):
+        (store / name).write_bytes(name.encode())
+    assert (
+        (store / "a/b.json").read_text() == "a/b.json"
+        and (store / "a/b.json").is_file()
+        and not (store / "a/b.json").is_dir()
+    )
+    assert (store / "a").is_dir() and (store / "a").exists() and not (store / "z").exists()
+    assert [p.name for p in store.iterdir()] == ["a", "round-001", "round-002"]
+    assert list(store.glob("a/*.json")) == [store / "a/b.json"] and list(
+        store.glob("round-*/hard")
+    ) == [store / "round-001/hard"]
+    assert list(store.glob("*/*/x")) == [store / "round-001/hard/x", store / "round-002/verdicts/x"]
+    assert (
+        list(store.rglob("x")) == list(store.glob("*/*/x")) and list((store / "z").glob("*")) == []
+    )
+    assert names(store / "a") == {"b.json", "c.parquet"} and names(store / "z") == set()
+    append(store / "log", "1\n"), append(store / "log", "2\n")
+    assert (store / "log").read_text() == "1\n2\n"
+    for call in (
+        (store / "z").read_bytes,
+        (store / "z").unlink,
+        lambda: list((store / "z").iterdir()),
+        lambda: rmtree(store / "z"),
+    ):
+        with pytest.raises(FileNotFoundError) as e:
+            call()
+        assert e.value.filename == str(store / "z")
+    (store / "z").unlink(missing_ok=True), rmtree(store / "z", missing_ok=True)
+    (store / "a/b.json").unlink()
+    assert names(store / "a") == {"c.parquet"}
+    rmtree(store / "a")
+    assert not list(store.rglob("c.parquet"))
+
+
+def test_a_folder_is_moved_file_by_file_and_a_cut_move_goes_on(store, monkeypatch):
+    for name in ("opened.json", "part-0", "part-1", "sub/x"):
+        (store / "test" / name).write_bytes(name.encode())
+    real, done = Remote.store.fget, []
+
+    def cut(self):
+        if self.name == "part-1" and not done:
+            done.append(self)
+            raise StoreError("cut; again")
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "store", property(cut))
+        with pytest.raises(StoreError):
+            move(store / "test", store / "kept", "opened.json")
+    assert names(store / "test") == {"opened.json", "part-1", "sub"} and names(store / "kept") == {
+        "part-0"
+    }
+    move(store / "test", store / "kept", "opened.json")
+    assert (
+        names(store / "kept") == {"opened.json", "part-0", "part-1", "sub"}
+        and names(store / "test") == set()
+    )
+
+
+def test_parts_models_and_training_states_read_back(store):
+    import torch
+
+    tables.write_part(store / "x" / tables.part_name(1), ROWS)
+    tables.write_part(store / "x" / tables.part_name(0), ROWS)
+    assert [p.name for p in tables.parts(store / "x")] == [
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
+    assert (
+        tables.read(store / "x").equals(pa.concat_tables([ROWS, ROWS]))
+        and tables.count(store / "x" / tables.part_name(0)) == 2
+    )
+    assert tables.read_part(
+        store / "x" / tables.part_name(0), ["label"], [("id", "in", ["b"])]
+    ).to_pylist() == [{"label": 1}]
+    assert [b.num_rows for b in tables.batches(store / "x" / tables.part_name(0), ["id"], 1)] == [
+        1,
+        1,
+    ]
+    state = {"w": torch.arange(6.0).reshape(2, 3)}
+    fingerprint = weights.save_model(store / "m", state, {"a": 1})
+    again, config, same = weights.read_model(store / "m")
+    assert torch.equal(again["w"], state["w"]) and config == {"a": 1} and same == fingerprint
+    weights.save_checkpoint(store / "m", {"step": 7, "w": state["w"]})
+    assert weights.committed_step(store / "m") == 7 and torch.equal(
+        weights.load_checkpoint(store / "m")["w"], state["w"]
+    )
+    weights.drop_checkpoint(store / "m")
+    assert weights.load_checkpoint(store / "m") is None and weights.committed_step(store / "m") == 0
+    with pytest.raises(UserError, match="holds no model"):
+        weights.read_model(store / "none")
+
+
+def test_scratch_files_are_local(store, tmp_path):
+    with scratch(tmp_path) as here:
+        assert here == tmp_path
+    with scratch(store) as here:
+        assert here.is_dir() and isinstance(here, Path)
+    assert not here.exists()
+
+
+def test_listings_do_not_grow_with_the_files(store, proxy):
+    out = store / "out"
+    for i in range(12):
+        tables.write_part(out / tables.part_name(i), ROWS)
+    for call, lists in (
+        (lambda: tasks.missing([tasks.Part(i, 2) for i in range(20)], out), 1),
+        (lambda: tables.read(out), 1),
+        (lambda: list(store.glob("*/*.parquet")), 2),
+        (lambda: list(store.rglob("part-*")), 1),
+    ):
+        before = proxy.count("GET", "list-type")
+        call()
+        assert proxy.count("GET", "list-type") - before == lists
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_put_that_fails_once_is_made_again(store, proxy):
+    proxy.fault = lambda method, path, before: 500 if method == "PUT" and before == 0 else None
+    tables.write_part(store / tables.part_name(0), ROWS)
+    assert tables.read(store).equals(ROWS)
+
+
+def test_a_put_that_fails_for_ever_is_one_line_and_leaves_the_old_file(store, proxy):
+    files.write_json(store / "a.json", {"old": 1})
+    proxy.fault = lambda method, path, before: 500 if method == "PUT" else None
+    with pytest.raises(UserError) as e, files.writing(store):
+        files.write_json(store / "a.json", {"new": 1})
+    assert "a.json" in one_line(e) and "run the same command again" in str(e.value)
+    with pytest.raises(UserError), files.writing(store):
+        tables.write_part(store / tables.part_name(0), ROWS)
+    proxy.fault = s3._none
+    assert files.read_json(store / "a.json") == {"old": 1} and tables.parts(store) == []
+
+
+def test_a_connection_cut_within_a_put_leaves_no_object(store, proxy):
+    data = np.random.default_rng(0).bytes(200_000)
+    proxy.fault = lambda method, path, before: "cut" if method == "PUT" else None
+    with pytest.raises(StoreError, match="cannot be reached") as e:
+        (store / "x").write_bytes(data)
+    one_line(e)
+    proxy.fault = s3._none
+    assert not (store / "x").exists() and names(store) == set()
+    proxy.fault = lambda method, path, before: "cut" if method == "PUT" and before < 5 else None
+    (store / "x").write_bytes(data)
+    assert (store / "x").read_bytes() == data
+
+
+def test_of_a_large_file_whose_second_half_cannot_be_put_nothing_is_there(store, proxy):
+    data = bytes(21 << 20)  # pyarrow puts it in parts
+    proxy.fault = lambda method, path, before: 500 if "partNumber=2" in path else None
+    with pytest.raises(StoreError) as e:
+        (store / "x").write_bytes(data)
+    one_line(e)
+    assert not (store / "x").exists() and names(store) == set()
+    proxy.fault = s3._none
+    (store / "x").write_bytes(data)
+    assert (store / "x").read_bytes() == data
+
+
+def test_what_is_interrupted_while_it_puts_ends_with_the_whole_file(store, proxy):
+    """As by Ctrl-C: sent to a process of its own while the store takes its time with the answer."""
+    proxy.fault = lambda method, path, before: 3.0 if method == "PUT" else None
+    code = (
+        "import os, signal, sys, threading; from adversa.storage.path import place; p = place(sys.argv[1]); list(p.glob('*'))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell starts what is in the background without
+        "threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "try: p.write_bytes(b'x' * 1000)\n"
+        "except KeyboardInterrupt: print(len(p.read_bytes()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(store / "x")], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "1000\n", done.stderr
+
+
+def test_a_slow_listing_is_waited_for(store, proxy):
+    tables.write_part(store / tables.part_name(0), ROWS)
+    proxy.fault = lambda method, path, before: (
+        5.0 if "list-type" in path else None
+    )  # pyarrow's own patience is 3 seconds
+    before = proxy.count("GET", "list-type")
+    assert len(tables.parts(store)) == 1 and proxy.count("GET", "list-type") - before == 1
+
+
+def test_what_a_store_refuses_is_one_line_with_what_to_do(store, proxy, tiny):
+    proxy.fault = lambda method, path, before: 403
+    with pytest.raises(
+        UserError, match="access denied in HeadObject; the credentials of the environment"
+    ) as e:
+        loop.open_run(tiny(), store)
+    one_line(e)
+    proxy.fault = s3._none
+    with pytest.raises(UserError, match="there is no such bucket in PutObject; make it") as e:
+        loop.open_run(tiny(), address(proxy, "x", bucket="no-such-bucket"))
+    one_line(e)
+    with pytest.raises(
+        UserError, match="cannot be reached in HeadObject; look at the network"
+    ) as e:
+        loop.open_run(tiny(), place("s3://bucket/x?endpoint_override=127.0.0.1:1&scheme=http"))
+    one_line(e)
+
+
+def test_the_endpoint_may_stand_in_the_environment(store, proxy, monkeypatch):
+    (store / "x").write_bytes(b"1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.at}")
+    assert place(f"s3://{s3.BUCKET}/{store.key}/x").read_bytes() == b"1"
+
+
+def test_services_that_write_piece_by_piece_are_refused(store):
+    from adversa.run import tracking
+
+    with pytest.raises(UserError, match="object store; leave it out") as e:
+        tracking.Follow(["tensorboard"], store)
+    assert "tensorboard" in one_line(e)
+
+
+# ---- a whole run -------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What stands for kill -9 in this process: nothing after it is done."""
+
+
+def same(run, undisturbed):
+    """That two runs painted the same, kept the same, trained the same and say the same."""
+    for name in ("requests", "synthetic", "verdicts"):
+        ours, theirs = (tables.read(r.round(1, name)).to_pylist() for r in (run, undisturbed))
+        assert repr(ours) == repr(theirs), name  # repr: what was not measured is not a number
+    models = [undisturbed.name_of(p.parent) for p in undisturbed.root.rglob(weights.MODEL)]
+    assert len(models) > 5
+    for name in models:
+        assert step_folder.fingerprint(run.root / name) == step_folder.fingerprint(
+            undisturbed.root / name
+        ), name
+        metrics = [f.root / name / "metrics.jsonl" for f in (run, undisturbed)]
+        assert metrics[0].exists() == metrics[1].exists() and (
+            not metrics[1].exists() or metrics[0].read_text() == metrics[1].read_text()
+        )
+    ours, theirs = (json.loads(r.summary.read_text()) for r in (run, undisturbed))
+    told = (
+        "accepted",
+        "generated",
+        "rejected",
+        "arms",
+        "intervals",
+        "verdict",
+        "split_hash",
+        "run_id",
+    )
+    assert {k: ours[k] for k in told} == {k: theirs[k] for k in told}
+
+
+def no_secret_in(root):
+    files = [p for p in root.rglob("*") if p.is_file()]
+    assert len(files) > 50
+    assert not [
+        p
+        for p in files
+        if s3.SECRET.encode() in (data := p.read_bytes()) or s3.KEY.encode() in data
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_on_s3_that_is_cut_off_again_and_again_ends_as_one_in_a_folder(
+    finished, store, proxy, monkeypatch, adversa
+):
+    """Killed in a training and in the generation; then the store fails in the gate, and the same command goes on."""
+    config, undisturbed = finished
+    put, cuts = Remote.write_bytes, {"classifier/checkpoint.json", "synthetic/part-00001.parquet"}
+
+    def killing(self, data):
+        if (at := f"{self.parent.name}/{self.name}") in cuts:
+            cuts.remove(at)
+            raise Killed(at)
+        put(self, data)
+
+    def work():
+        run = loop.open_run(config, store)
+        loop.run(config, run, LocalEngine(1, 1), page.write)
+        return run
+
+    monkeypatch.setattr(Remote, "write_bytes", killing)
+    for at in ("classifier/checkpoint.json", "synthetic/part-00001.parquet"):
+        with pytest.raises(Killed, match=at):
+            work()
+    painted = names(store / "round-001" / "synthetic")
+    assert "part-00000.parquet" in painted and "part-00001.parquet" not in painted
+    proxy.fault = lambda method, path, before: (
+        503 if method == "PUT" and "verdicts/part" in path else None
+    )
+    with pytest.raises(UserError, match="run the same command again") as e:
+        work()
+    one_line(e)
+    assert not tables.parts(store / "round-001" / "verdicts")
+    assert not step_folder.is_finished(store / "round-001" / "verdicts")
+    proxy.fault = s3._none
+    before = proxy.count("PUT", "synthetic/part-00000")
+    run = work()
+    assert proxy.count("PUT", "synthetic/part-00000") == before, (
+        "what was painted is not painted again"
+    )
+    same(run, undisturbed)
+    no_secret_in(store)
+    status = adversa("status", store)
+    assert status.exit_code == 0 and "report" in status.output
+    (store / "report.html").unlink()
+    assert adversa("report", store).exit_code == 0
+    assert len((store / "report.html").read_text()) > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_on_ray_and_s3_is_that_of_the_local_engine(finished, store, proxy, tmp_path):
+    """Pool, streams and Ray Train of a command of its own: its Ray has the credentials of its environment, and nothing else."""
+    config, undisturbed = finished
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus": 2})})
+    (tmp_path / "tiny.yaml").write_text(dump(config))
+    command = [
+        sys.executable,
+        "-m",
+        "adversa.cli",
+        "loop",
+        str(tmp_path / "tiny.yaml"),
+        "--run-dir",
+        str(store),
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=800, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert s3.SECRET not in done.stdout + done.stderr and not [
+        p for p in tmp_path.iterdir() if p.name != "tiny.yaml"
+    ]
+    same(RunDir(store), undisturbed)
+    no_secret_in(store)
+    assert not (store / ".ray-train").exists()
+
+
+def test_a_sweep_on_s3_is_that_of_a_folder(tiny_sweep, store, tmp_path):
+    config = tiny_sweep(real=[2], ratios=[0, 1], arms=["guided"])
+    found = []
+    for root in (store, tmp_path / "run"):
+        run = sweep_run.open_run(config, root)
+        sweep_run.run(config, run, LocalEngine(1, 1), sweep_page.write)
+        assert {"sweep.html", "sweep.json", "sweep.parquet"} <= names(
+            run.root
+        ) and "dose.svg" in names(run.root / "figures")
+        found.append(sweep_run.table(config, run).drop_columns(["device_seconds", "wall_seconds"]))
+    assert len(found[0]) == 2 and found[0].equals(found[1])
+    no_secret_in(store)
+
+
+def test_a_second_command_on_a_run_in_a_store_is_refused_from_wherever_it_comes(
+    store, monkeypatch, tmp_path
+):
+    """From this machine by its lock, from another by the heartbeat; whoever died is followed, and nothing is left in the end."""
+    run, quick = (
+        run_create.open_run(store, {}, ""),
+        run_lock.Times(beat=0.3, expiry=3.0, settle=0.8),
+    )
+
+    def hold(name):
+        return control.held(run, name, lambda: None, times=quick)
+
+    def elsewhere(folder):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / folder))
+
+    with hold("first") as reins:
+        assert file_lock.is_locked(run)
+        with pytest.raises(UserError, match="is being worked on by first-"), hold("second"):
+            pass
+        elsewhere("far")
+        assert not file_lock.is_locked(run)
+        with pytest.raises(UserError, match="is being worked on by first-"), hold("third"):
+            pass
+        reins.check()
+        reins.over.set()  # it dies: no more heartbeats
+        reins.thread.join()
+        said = []
+        with control.held(run, "fourth", lambda: None, said.append, times=quick):
+            assert len(said) == 1 and "watching its heartbeat for 3 s" in said[0]
+            with pytest.raises(run_lock.LeaseLost, match="fourth-.* has taken it over"):
+                reins.check()
+    assert run_lock.place_of(run).read() is None
+
+
+def test_another_recipe_changes_nothing_while_another_machine_works_on_the_run(
+    store, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(run_lock, "STORE_TIMES", run_lock.Times(beat=0.3, expiry=3.0, settle=0.8))
+    run = run_create.open_run(store, {"seed": 1}, "seed: 1")
+    with control.held(run, "first", lambda: None):
+        (tmp_path / "far").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "far"))
+        with pytest.raises(UserError, match="seed: 1 -> 2"):
+            run_create.open_run(store, {"seed": 2}, "seed: 2", busy=run_lock.is_worked_on)
+        assert (store / "config.yaml").read_text() == "seed: 1"
+    run_create.open_run(store, {"seed": 2}, "seed: 2", busy=run_lock.is_worked_on)
+    assert (store / "config.yaml").read_text() == "seed: 2"
+
+
+def test_a_command_works_on_a_run_in_a_store(store, tiny, tmp_path, adversa):
+    (tmp_path / "tiny.yaml").write_text(dump(tiny(data={"phantom": {"images": 60}})))
+    done = adversa("prepare", tmp_path / "tiny.yaml", "--run-dir", store, "--engine", "local")
+    assert done.exit_code == 0 and f"prepare is done in {store}" in done.output, done.output
+    assert step_folder.is_finished(store / "data") and adversa("status", store).exit_code == 0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_following_a_job_shows_the_live_view_of_a_run_that_can_be_read(
+    store, tiny, tmp_path, terminal
+):
+    import io
+
+    from adversa.cli.cluster import _View
+    from adversa.cli.console import Screen
+
+    screen = Screen(file=io.StringIO(), force_terminal=terminal, width=100)
+    for at in (str(store), str(tmp_path / "elsewhere")):
+        with _View(at, screen) as view:
+            view.show("10:00:00 before there is a run")
+            if at == str(store):
+                loop.open_run(tiny(), store)
+            view.show("10:00:01 prepare: data")
+            view.show("report: there")
+    said = screen.file.getvalue()
+    assert said.count("before there is a run") == 2 and said.count("report: there") == 2
+    assert (
+        said.count("10:00:01 prepare: data") == (1 if terminal else 2)
+        and ("to do" in said) == terminal
+    )
+
+
+def test_a_recipe_of_a_run_knows_nothing_of_where_it_lies(tiny):
+    assert "s3://" not in json.dumps(loop.recipe_of(tiny())) and dataclasses.is_dataclass(Remote)
