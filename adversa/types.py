@@ -1,4 +1,6 @@
-"""The nouns that steps hand to each other. Plain frozen dataclasses; `storage.tables` says how each lies on disk."""
+"""The nouns that steps hand to each other. Plain frozen dataclasses; `storage.tables` says how each
+lies on disk.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from dataclasses import dataclass, field
 
 ROLES = ("train", "mine", "select", "test")
 ARMS = ("real", "resample", "replay", "unguided", "guided")
-BEFORE = "before"  # the classifiers of arm `real` before the first round, where folded images change that arm
+# the classifiers of arm `real` before the first round, where folded images change that arm
+BEFORE = "before"
 PAINTED = ("unguided", "guided")  # the arms that have synthetic images
 FILLING = (
     "inpaint",
@@ -19,11 +22,15 @@ STRATEGIES = ("sample", "vary", "inpaint", "outpaint", "inout", "blend")
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line: what, the value, the fix. The command exits with 2."""
+    """Something the user can mend. The message is one line: what, the value, the fix. The command
+    exits with 2.
+    """
 
 
 def digest(*parts: object, size: int = 16) -> str:
-    """Hex digest (2 * `size` characters) of the parts' text; parts are separated, so ("ab", "c") differs from ("a", "bc")."""
+    """Hex digest (2 * `size` characters) of the parts' text; parts are separated, so ("ab", "c")
+    differs from ("a", "bc").
+    """
     h = hashlib.blake2b(digest_size=size)
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode()
@@ -38,11 +45,13 @@ def seed_of(*parts: object) -> int:
 
 
 def share_of(size: int, rank: int, world: int) -> slice:
-    """Worker `rank`'s rows of a batch of `size`: contiguous, all `world` workers' together the whole.
+    """Worker `rank`'s rows of a batch of `size`: contiguous, all `world` workers' together the
+    whole.
 
-    Cut between pairs of rows, so that rows 2 i and 2 i + 1 lie on one worker (what partners are in classify/mixing.py) and shares
-    differ by 2 at most. Only a batch of fewer pairs than workers is cut anywhere, with shares that differ by 1 at most: each worker
-    has a row as long as there are as many rows as workers, and with fewer the first workers have none.
+    Cut between pairs of rows, so that rows 2 i and 2 i + 1 lie on one worker (what partners are in
+    classify/mixing.py) and shares differ by 2 at most. Only a batch of fewer pairs than workers is
+    cut anywhere, with shares that differ by 1 at most: each worker has a row as long as there are
+    as many rows as workers, and with fewer the first workers have none.
     """
     unit = 2 if (size + 1) // 2 >= world else 1
     units = -(-size // unit)  # of an odd batch the last pair is one row
@@ -52,7 +61,9 @@ def share_of(size: int, rank: int, world: int) -> slice:
 
 @dataclass(frozen=True)
 class Example:
-    """A real image. `image` is lossless PNG at the run's resolution; `mask` likewise (one channel, 0 or 255) or None."""
+    """A real image. `image` is lossless PNG at the run's resolution; `mask` likewise (one channel,
+    0 or 255) or None.
+    """
 
     id: str
     source: str
@@ -66,7 +77,9 @@ class Example:
 
 @dataclass(frozen=True)
 class HardCase:
-    """A real image of the mine role that the classifier gets wrong, or nearly. loss in nats; margin = p[label] - max other p."""
+    """A real image of the mine role that the classifier gets wrong, or nearly. loss in nats; margin
+    = p[label] - max other p.
+    """
 
     example: str
     label: int
@@ -79,13 +92,16 @@ class HardCase:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One image to paint. `example` is the hard case it starts from or stands for; None for unguided requests.
+    """One image to paint. `example` is the hard case it starts from or stands for; None for
+    unguided requests.
 
-    sigma_start is the EDM noise level (in units of data scaled to [-1, 1]) at which sampling starts; guidance is the
-    classifier-free scale w in  x_uncond + w (x_cond - x_uncond): 1 means no guidance. partner: the second hard case of `blend`.
-    hardness, likeness: how strongly it is steered towards what the classifier under attack finds hard, and towards its hard
-    case; 0 means not at all. classifier: fingerprint of the one that found the hard case and steers, trained in the round
-    classifier_round: the guidance is as many rounds stale as lie between. "" and 0 where no classifier had a say.
+    sigma_start is the EDM noise level (in units of data scaled to [-1, 1]) at which sampling
+    starts; guidance is the classifier-free scale w in  x_uncond + w (x_cond - x_uncond): 1 means no
+    guidance. partner: the second hard case of `blend`. hardness, likeness: how strongly it is
+    steered towards what the classifier under attack finds hard, and towards its hard case; 0 means
+    not at all. classifier: fingerprint of the one that found the hard case and steers, trained in
+    the round classifier_round: the guidance is as many rounds stale as lie between. "" and 0 where
+    no classifier had a say.
     """
 
     request_id: str
@@ -119,13 +135,16 @@ class SyntheticImage:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a painted image may enter training, and why not, with every number and its limit (curate.gate).
+    """Whether a painted image may enter training, and why not, with every number and its limit
+    (curate.gate).
 
-    A number is NaN where it is not known, a limit None where the check is off. contrast: standard deviation of brightness, grey
-    levels; clipped: share of values that are 0 or 255; agreement: the judge's p[label], to lie in [least, most] (least None: there
-    was no judge); realism and realism_2: distance to the manifold of real images in two feature spaces (curate.realism);
-    similarity: to the `nearest` real image in pixels, similarity_2: to nearest_2 in features; twin: the synthetic image of the same
-    arm that it repeats; place: which of its source's images it is, from 1, in the order of ids.
+    A number is NaN where it is not known, a limit None where the check is off. contrast: standard
+    deviation of brightness, grey levels; clipped: share of values that are 0 or 255; agreement: the
+    judge's p[label], to lie in [least, most] (least None: there was no judge); realism and
+    realism_2: distance to the manifold of real images in two feature spaces (curate.realism);
+    similarity: to the `nearest` real image in pixels, similarity_2: to nearest_2 in features; twin:
+    the synthetic image of the same arm that it repeats; place: which of its source's images it is,
+    from 1, in the order of ids.
     """
 
     request_id: str
@@ -161,7 +180,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Scorecard:
-    """The metrics of one classifier on one role. intervals: 95%, by a bootstrap clustered by lesion; absent where not computed."""
+    """The metrics of one classifier on one role. intervals: 95%, by a bootstrap clustered by
+    lesion; absent where not computed.
+    """
 
     arm: str
     seed: int
@@ -173,5 +194,7 @@ class Scorecard:
 
 
 def request_id(run: str, round: int, arm: str, example: str, strategy: str, replicate: int) -> str:
-    """The id of a request: a pure function of what is asked, so that any machine, any order, any batch agrees on it."""
+    """The id of a request: a pure function of what is asked, so that any machine, any order, any
+    batch agrees on it.
+    """
     return digest(run, round, arm, example, strategy, replicate, size=10)

@@ -1,8 +1,10 @@
-"""Which part of the loop makes or loses the effect? `python benchmarks/ablation.py RUN`, of a finished phantom run that painted.
+"""Which part of the loop makes or loses the effect? `python benchmarks/ablation.py RUN`, of a
+finished phantom run that painted.
 
-Each variation changes one thing of what the arm `guided` is trained on, and trains the run's classifier with the run's seeds for
-the run's steps. All are scored on fresh phantoms of another seed, which no role of the run holds: `test` is not opened again.
-Run it again to resume. `oracle` has real pictures of yet another seed in place of painted ones: what a perfect denoiser could give.
+Each variation changes one thing of what the arm `guided` is trained on, and trains the run's
+classifier with the run's seeds for the run's steps. All are scored on fresh phantoms of another
+seed, which no role of the run holds: `test` is not opened again. Run it again to resume. `oracle`
+has real pictures of yet another seed in place of painted ones: what a perfect denoiser could give.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ AGAINST = "replay"
 
 
 def world(engine: Engine, config: Config, seed: int, images: int, out: Path) -> Path:
-    """Phantoms of another seed, nearly all of them in the role `test` of a data folder of their own."""
+    """Phantoms of another seed, nearly all of them in the role `test` of a data folder of their
+    own.
+    """
     phantom = config.data.phantom.model_copy(
         update={"seed": config.data.phantom.seed + seed, "images": images}
     )
@@ -77,7 +81,9 @@ def verdicts(run: RunDir, config: Config, arm: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Variation:
-    """What is added: images, how many of each class, the folder they lie in where not the run's own; the arm it is a kind of."""
+    """What is added: images, how many of each class, the folder they lie in where not the run's
+    own; the arm it is a kind of.
+    """
 
     added: Pairs
     counts: list[int]
@@ -88,7 +94,9 @@ class Variation:
 def variations(
     run: RunDir, config: Config, counts: Sequence[int], oracle: Path
 ) -> dict[str, Variation]:
-    """By name. Each is compared with a replay of as many images of each class: the run's own, or one of its own number."""
+    """By name. Each is compared with a replay of as many images of each class: the run's own, or
+    one of its own number.
+    """
     guided = verdicts(run, config, "guided")
     kept = [(v["request_id"], v["label"]) for v in guided if v["keep"]]
     every = [

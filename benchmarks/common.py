@@ -18,7 +18,9 @@ from adversa.run import environment
 
 @dataclass(frozen=True)
 class Result:
-    """A measured figure; bar: what it must reach, as text; holds: whether it does (None: no bar)."""
+    """A measured figure; bar: what it must reach, as text; holds: whether it does (None: no
+    bar).
+    """
 
     name: str
     value: float
@@ -28,7 +30,9 @@ class Result:
 
 
 class Memory:
-    """Largest sum of the proportional set sizes (shared pages counted once) of a process and its descendants, in bytes."""
+    """Largest sum of the proportional set sizes (shared pages counted once) of a process and its
+    descendants, in bytes.
+    """
 
     def __init__(self, pid: int, seconds: float = 1.0) -> None:
         """seconds: between two looks; what comes and goes between them is not seen."""

@@ -1,7 +1,9 @@
-"""How long the gate takes on a prepared run's real images: `python benchmarks/curation.py RUN --images 20000`.
+"""How long the gate takes on a prepared run's real images: `python benchmarks/curation.py RUN
+--images 20000`.
 
-Stand-ins for painted images: the mean of two real ones chosen at random, which is a copy of neither. The classifier and the judges
-are trained for two steps: what they say is of no account here, and takes as long. Every step runs on Ray, as in a loop.
+Stand-ins for painted images: the mean of two real ones chosen at random, which is a copy of
+neither. The classifier and the judges are trained for two steps: what they say is of no account
+here, and takes as long. Every step runs on Ray, as in a loop.
 """
 
 from __future__ import annotations

@@ -5,10 +5,12 @@
     python benchmarks/denoiser.py ... --set loss=min_snr --label min-snr             other settings of the denoiser, for all of them
     python benchmarks/denoiser.py --quick
 
---data is a run folder that is prepared (`adversa prepare`). Each architecture is timed first (CPU seconds a step over --threads,
-which other work on the machine changes least), and given as many steps as fit into --minutes, with its learning rate falling to
-zero at their end. Trained in this process from `Feed`, without Ray; stopped and started again it goes on from its last checkpoint.
-Each finished one appends a line to OUT/rows.jsonl and is not done again. The row `real images of train` is the KID within reach.
+--data is a run folder that is prepared (`adversa prepare`). Each architecture is timed first (CPU
+seconds a step over --threads, which other work on the machine changes least), and given as many
+steps as fit into --minutes, with its learning rate falling to zero at their end. Trained in this
+process from `Feed`, without Ray; stopped and started again it goes on from its last checkpoint.
+Each finished one appends a line to OUT/rows.jsonl and is not done again. The row `real images of
+train` is the KID within reach.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ from adversa.run import folder as run_folder
 from adversa.storage import files, tables
 from adversa.types import digest, seed_of
 
-# The first three cost about the same: 4.6, 5.4 and 5.4 ms of one core for an image of 32 px in training (batches of 64, bf16).
+# The first three cost about the same: 4.6, 5.4 and 5.4 ms of one core for an image of 32 px in
+# training (batches of 64, bf16).
 PRESETS: dict[str, dict[str, Any]] = {
     "unet": {"architecture": "unet", "channels": [64, 128, 128], "patch": 2, "lr": 2e-3},
     "unet-patch4": {
@@ -74,7 +77,9 @@ MOST_VALIDATED = 1024
 
 
 class Clock:
-    """An iterable of batches that notes the CPU seconds of this process from each to the next: of all steps but the last."""
+    """An iterable of batches that notes the CPU seconds of this process from each to the next: of
+    all steps but the last.
+    """
 
     def __init__(self, batches: Iterable[fit.Batch]) -> None:
         self.batches = batches
@@ -218,7 +223,9 @@ class Real:
 
     @property
     def train_images(self) -> np.ndarray:
-        """As many images of `train` as samples are drawn, in the same proportions of classes, as far as there are so many."""
+        """As many images of `train` as samples are drawn, in the same proportions of classes, as
+        far as there are so many.
+        """
         images, labels = self.read("train")
         return np.concatenate([images[labels == k][:n] for k, n in enumerate(self.counts)])
 
@@ -268,7 +275,9 @@ def row(args: argparse.Namespace, preset: str, name: str, data: Path, real: Real
 
 
 def plan(args: argparse.Namespace, preset: str, out: Path, data: Path, real: Real) -> float:
-    """Seconds a step, measured once: started again, a training must have the same number of steps."""
+    """Seconds a step, measured once: started again, a training must have the same number of
+    steps.
+    """
     noted = out / "step.json"
     if not noted.exists():
         with tempfile.TemporaryDirectory() as temporary:
@@ -316,8 +325,10 @@ def train(
 
 
 def sample(denoiser: edm.Denoiser, meta: dict[str, Any], real: Real) -> tuple[np.ndarray, float]:
-    """(uint8 [N, R, R, 3], CPU milliseconds of an image and evaluation of the network over the threads). The noise of a sample
-    is that of its class and number, so that all denoisers are compared on the same draws."""
+    """(uint8 [N, R, R, 3], CPU milliseconds of an image and evaluation of the network over the
+    threads). The noise of a sample is that of its class and number, so that all denoisers are
+    compared on the same draws.
+    """
     generate, guidance = cfg.Generate(solver="dpmpp_2m"), cfg.Quality().guidance
     asked = [
         request(k, i, guidance, generate.sigma_max)

@@ -1,11 +1,13 @@
-"""How fast images are painted, beside what a user would write with diffusers and Ray: ratios of images a second.
+"""How fast images are painted, beside what a user would write with diffusers and Ray: ratios of
+images a second.
 
     python benchmarks/generation.py                                            the shipped denoiser: no KID
     python benchmarks/generation.py --denoiser FOLDER --classifier FOLDER --data RUN --features tf_efficientnet_lite0 --weights FILE
     python benchmarks/generation.py --quick
 
-The same weights, machine and run; each ratio is the median over the rounds of the ratio within a round, each rate that of the work
-without start-up (processes, imports, loading). On one process all CPUs of the machine; on the pool and on Ray Data one actor a CPU.
+The same weights, machine and run; each ratio is the median over the rounds of the ratio within a
+round, each rate that of the work without start-up (processes, imports, loading). On one process all
+CPUs of the machine; on the pool and on Ray Data one actor a CPU.
 
     ddim      a diffusers pipeline as it comes: DDIM, 50 steps, classifier-free guidance at every step, float32
     dpm       the best single-process diffusers loop: DPMSolverMultistep with Karras' levels, as many steps as ours, bf16 autocast
@@ -47,7 +49,7 @@ from adversa.types import GenerationRequest, seed_of
 BATCH = 64
 
 
-# ---- in one process ----------------------------------------------------------------------------------------------------
+# ---- in one process ------------------------------------------------------------------------------
 
 
 def rival(
@@ -71,11 +73,13 @@ def rival(
     return count / (time.perf_counter() - started)
 
 
-# ---- over actors -------------------------------------------------------------------------------------------------------
+# ---- over actors ---------------------------------------------------------------------------------
 
 
 class Diffusers:
-    """What `map_batches` runs: a batch cut into groups that start at one noise level, each by the dpm loop."""
+    """What `map_batches` runs: a batch cut into groups that start at one noise level, each by the
+    dpm loop.
+    """
 
     def __init__(self, denoiser: Path, steps: int, threads: int, stamps: Path) -> None:
         from rivals import Epsilon
@@ -139,7 +143,7 @@ def ray_data(
     return benchmark.stamped(stamps)
 
 
-# ---- what is compared --------------------------------------------------------------------------------------------------
+# ---- what is compared ----------------------------------------------------------------------------
 
 BARS = {"ddim": 8.0, "dpm": 1.25, "ray data": 1.3, "two actors": 1.0, "hardness": 1.25}
 

@@ -3,11 +3,13 @@
     python benchmarks/idle.py             three nodes of one sampler, 600 parts of half a second
     python benchmarks/idle.py --quick     60 parts
 
-A part sleeps for its time in place of painting (log-normal, sigma 0.5, around --seconds), so that three nodes on one machine do not
-fight for its cores; everything else is as in a run: actors, leases, commits and progress, on a Ray of three raylets.
+A part sleeps for its time in place of painting (log-normal, sigma 0.5, around --seconds), so that
+three nodes on one machine do not fight for its cores; everything else is as in a run: actors,
+leases, commits and progress, on a Ray of three raylets.
 
-idle: 1 - the time in parts / the time from when each sampler was ready to when the last part was committed.
-joins: with half of the parts done a fourth node comes; seconds from when Ray lists it to the start of its first part.
+idle: 1 - the time in parts / the time from when each sampler was ready to when the last part was
+committed. joins: with half of the parts done a fourth node comes; seconds from when Ray lists it to
+the start of its first part.
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ def make_sleeper(log: Path) -> Callable[[Part, Path], Painted]:
 
 
 def measure(parts: list[Part], folder: Path) -> tuple[list[Times], float]:
-    """(times of each sampler, the one of the node that joined last; seconds from its joining to its first part)"""
+    """(times of each sampler, the one of the node that joined last; seconds from its joining to its
+    first part)
+    """
     from ray.cluster_utils import Cluster as Nodes
 
     from adversa.config import Cluster

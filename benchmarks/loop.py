@@ -1,4 +1,5 @@
-"""Seconds per step of a run of the loop, memory of all its processes together, and the share of its time that is not compute.
+"""Seconds per step of a run of the loop, memory of all its processes together, and the share of its
+time that is not compute.
 
     python benchmarks/loop.py                       the built-in demo, on Ray, from nothing
     python benchmarks/loop.py --quick               a loop of seconds: the same measurements

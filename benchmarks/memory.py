@@ -1,12 +1,14 @@
-"""Peak memory of `adversa prepare` and of streaming training batches, with few and with ten times as many images.
+"""Peak memory of `adversa prepare` and of streaming training batches, with few and with ten times
+as many images.
 
     python benchmarks/memory.py                     10,000 and 100,000 phantom images of 32 px, on Ray: tens of minutes
     python benchmarks/memory.py --quick             400 and 800: the same measurements, no bar
     python benchmarks/memory.py --images 10000 40000
 
-Memory is the sum of the proportional set sizes of all processes of a command, those of Ray and its object store included. The bar
-on the ratio alone hides what is small beside Ray: 20% of the base, spread over the images that were added, is that many bytes an
-image. It is printed beside the growth that was measured, in the same unit.
+Memory is the sum of the proportional set sizes of all processes of a command, those of Ray and its
+object store included. The bar on the ratio alone hides what is small beside Ray: 20% of the base,
+spread over the images that were added, is that many bytes an image. It is printed beside the growth
+that was measured, in the same unit.
 """
 
 from __future__ import annotations
@@ -114,7 +116,9 @@ def watched(command: list[str]) -> tuple[int, float]:
 
 
 def stream(root: Path, steps: int) -> None:
-    """What a training of the prepared run reads, through Ray Train and Ray Data, by a training that does nothing with it."""
+    """What a training of the prepared run reads, through Ray Train and Ray Data, by a training that
+    does nothing with it.
+    """
     from adversa.config import Mix, load
     from adversa.distributed.engine import RayEngine
     from adversa.engine.batches import Feed

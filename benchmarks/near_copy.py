@@ -1,7 +1,9 @@
-"""The near-copy gate: planted copies caught, different lesions flagged, and seconds. `python benchmarks/near_copy.py --help`.
+"""The near-copy gate: planted copies caught, different lesions flagged, and seconds. `python
+benchmarks/near_copy.py --help`.
 
-Real images: a prepared run's folder (its data/<role>), or the phantom. A quarter of the lesions is held out of the
-index and out of the threshold: the share of their pictures that is flagged is the false rate.
+Real images: a prepared run's folder (its data/<role>), or the phantom. A quarter of the lesions is
+held out of the index and out of the threshold: the share of their pictures that is flagged is the
+false rate.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def rates(real: Real, copies: int, quantile: float) -> dict[str, object]:
 
 
 def timing(real: Real, queries: int) -> dict[str, float]:
-    """CPU and wall seconds of building the index, the threshold, and of `queries` pictures like no indexed one.
+    """CPU and wall seconds of building the index, the threshold, and of `queries` pictures like no
+    indexed one.
 
     Random pairs of real pictures, averaged, stand for synthetic ones.
     """

@@ -4,13 +4,15 @@
     python benchmarks/pool.py --rows 16   the same requests in parts of 16: 6,250 parts, over in about a second
     python benchmarks/pool.py --quick     8 actors, 4,000 requests
 
-A part sleeps for 10 ms, whatever its number of requests, and commits an empty file: what Parquet costs is the sampler's, not the
-pool's. Everything else is as in a run: the same actors, leases, commits and progress.
+A part sleeps for 10 ms, whatever its number of requests, and commits an empty file: what Parquet
+costs is the sampler's, not the pool's. Everything else is as in a run: the same actors, leases,
+commits and progress.
 
-share of ideal: ideal is parts x 10 ms / actors; it is divided by the time from when the actors were up (they wait for each other;
-how long that took is told apart) until the call came back. Beside it the same share for as many processes that sleep and
-write the same files in a plain loop, without a pool: what the machine itself leaves of the ideal.
-driver memory: by how much the driver's own memory (anonymous pages) grew at most after a tenth of the parts were done.
+share of ideal: ideal is parts x 10 ms / actors; it is divided by the time from when the actors were
+up (they wait for each other; how long that took is told apart) until the call came back. Beside it
+the same share for as many processes that sleep and write the same files in a plain loop, without a
+pool: what the machine itself leaves of the ideal. driver memory: by how much the driver's own
+memory (anonymous pages) grew at most after a tenth of the parts were done.
 """
 
 from __future__ import annotations
@@ -176,7 +178,9 @@ class Watch:
 
 
 def without_pool(processes: int, parts: int, out: Path) -> float:
-    """Seconds that so many processes take for the same sleeps and files, each its part of them in a loop."""
+    """Seconds that so many processes take for the same sleeps and files, each its part of them in a
+    loop.
+    """
     out.mkdir()
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(processes + 1)

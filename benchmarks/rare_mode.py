@@ -1,15 +1,16 @@
-"""Does guidance reach a rare mode? On phantoms: melanomas painted from hard cases of the planted amelanotic mode, beside melanomas
-that are sampled from noise.
+"""Does guidance reach a rare mode? On phantoms: melanomas painted from hard cases of the planted
+amelanotic mode, beside melanomas that are sampled from noise.
 
     python benchmarks/rare_mode.py                       trains a denoiser (some minutes), then paints at several noise levels
     python benchmarks/rare_mode.py --denoiser FOLDER     one that was trained on phantoms
     python benchmarks/rare_mode.py --quick
 
-The denoiser goes on from the shipped weights on phantoms of which one melanoma in twenty is amelanotic. Mode and class are told by
-two models outside the loop, of phantoms of other seeds at balanced proportions, half of the melanomas amelanotic: the mode by a
-logistic regression on optical densities about the middle, the class by a network as the demo's. What they say of the real hard
-cases is told too. Bars, at the default noise level: the mode at least 5 times as often as by sampling, at a label agreement of at
-least 0.9 of it.
+The denoiser goes on from the shipped weights on phantoms of which one melanoma in twenty is
+amelanotic. Mode and class are told by two models outside the loop, of phantoms of other seeds at
+balanced proportions, half of the melanomas amelanotic: the mode by a logistic regression on optical
+densities about the middle, the class by a network as the demo's. What they say of the real hard
+cases is told too. Bars, at the default noise level: the mode at least 5 times as often as by
+sampling, at a label agreement of at least 0.9 of it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def draw(seed: int, count: int, rare: float) -> Phantoms:
 
 
 def density(images: np.ndarray) -> np.ndarray:
-    """Optical density against the rim of each picture, by rings: uint8 [N, R, R, 3] to [N, F]. In linear light, gamma 2.2."""
+    """Optical density against the rim of each picture, by rings: uint8 [N, R, R, 3] to [N, F]. In
+    linear light, gamma 2.2.
+    """
     light = (images / 255.0) ** 2.2 + 0.01
     y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
     radius = np.hypot(y, x)
@@ -81,7 +84,9 @@ def density(images: np.ndarray) -> np.ndarray:
 
 
 class Outsiders:
-    """Who tells mode and class: fitted to phantoms that neither the denoiser nor a hard case comes from."""
+    """Who tells mode and class: fitted to phantoms that neither the denoiser nor a hard case comes
+    from.
+    """
 
     def __init__(self, count: int, folder: Path, epochs: int) -> None:
         known, new = draw(7001, count, 0.5), draw(7002, count // 2, 0.5)
@@ -185,7 +190,9 @@ def asked(
 def measure(
     loaded: Painter, outsiders: Outsiders, config: cfg.Generate, count: int
 ) -> dict[float | None, tuple[float, float]]:
-    """Noise level (None: sampled, 0: the hard cases themselves) to (share of the mode, share of melanomas)."""
+    """Noise level (None: sampled, 0: the hard cases themselves) to (share of the mode, share of
+    melanomas).
+    """
     new = draw(7003, max(400, 10 * count // 4), 0.5)
     cases = new.images[new.rare & (new.label == phantom.RARE_CLASS)][:count]
     found = {

@@ -1,7 +1,9 @@
-"""What a user would write with diffusers to sample the same denoiser: the loops that benchmarks/generation.py compares with.
+"""What a user would write with diffusers to sample the same denoiser: the loops that
+benchmarks/generation.py compares with.
 
-A denoiser of EDM kind is shown to diffusers as an epsilon-prediction model of a variance-preserving process:
-x = x_vp sqrt(1 + sigma^2), epsilon = (x - D(x; sigma)) / sigma, sigma = sqrt((1 - abar) / abar) (Karras et al. 2022, Table 1).
+A denoiser of EDM kind is shown to diffusers as an epsilon-prediction model of a variance-preserving
+process: x = x_vp sqrt(1 + sigma^2), epsilon = (x - D(x; sigma)) / sigma, sigma = sqrt((1 - abar) /
+abar) (Karras et al. 2022, Table 1).
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Epsilon(nn.Module):
 
 
 def scheduler(kind: str, steps: int) -> Any:
-    """diffusers' DDIM as it comes, or its DPMSolverMultistep with Karras' noise levels; ready for `steps` steps."""
+    """diffusers' DDIM as it comes, or its DPMSolverMultistep with Karras' noise levels; ready for
+    `steps` steps.
+    """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     made: Any
@@ -58,10 +62,11 @@ def loop(
     amp: bool,
     start: tuple[np.ndarray, float] | None = None,
 ) -> np.ndarray:
-    """One batch as a diffusers pipeline does it: conditional and null class in one doubled pass at every step.
+    """One batch as a diffusers pipeline does it: conditional and null class in one doubled pass at
+    every step.
 
-    labels int64 [B]; one seed an image; start: (images uint8 [B, R, R, 3], sigma) of image-to-image, from the first noise level at
-    most sigma on. uint8 [B, R, R, 3].
+    labels int64 [B]; one seed an image; start: (images uint8 [B, R, R, 3], sigma) of
+    image-to-image, from the first noise level at most sigma on. uint8 [B, R, R, 3].
     """
     plan, label = scheduler(kind, steps), torch.from_numpy(labels)
     null = torch.full_like(label, model.denoiser.num_classes)

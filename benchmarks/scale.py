@@ -1,21 +1,24 @@
-"""What planning, handing out, committing and judging cost as images become many: 458,920, on 1 to 64 simulated samplers.
+"""What planning, handing out, committing and judging cost as images become many: 458,920, on 1 to
+64 simulated samplers.
 
     python benchmarks/scale.py            28,680 to 458,920 images, about ten minutes on a core
     python benchmarks/scale.py --quick    1,800 to 7,200
 
-The run is real but for two things: nobody paints and nobody looks (simulated.py). The hard cases, the plan, the leases, the crew,
-the parts, the manifests, the verdicts and the mix are made by adversa's own code; a sampler reads its part's requests, commits a
-real part at once, with one small picture in all rows, and says that it took 20 ms an image. Its clock is simulated: a call ends
-when it would, and the seconds that the coordinator itself takes pass on that clock too. Every phase is a process of its own, as if
-the coordinator had just been started anew: its memory is the largest resident set less what it began with (below 8 MiB: 8), its
-seconds are of CPU.
+The run is real but for two things: nobody paints and nobody looks (simulated.py). The hard cases,
+the plan, the leases, the crew, the parts, the manifests, the verdicts and the mix are made by
+adversa's own code; a sampler reads its part's requests, commits a real part at once, with one small
+picture in all rows, and says that it took 20 ms an image. Its clock is simulated: a call ends when
+it would, and the seconds that the coordinator itself takes pass on that clock too. Every phase is a
+process of its own, as if the coordinator had just been started anew: its memory is the largest
+resident set less what it began with (below 8 MiB: 8), its seconds are of CPU.
 
-Exponents: the slope of log(quantity) over log(images), over sizes 16 times apart (on S3 4 times, to a quarter of the images). The
-bar is 1.1: a sort (n log n) has 1.09 there, and a fifth more on one end's seconds makes 0.07; n^1.25 does not pass. Fixed costs
-only make it smaller. With --quick seconds have no bar. What is known to grow faster (docs/scale.md) comes last, without one.
+Exponents: the slope of log(quantity) over log(images), over sizes 16 times apart (on S3 4 times, to
+a quarter of the images). The bar is 1.1: a sort (n log n) has 1.09 there, and a fifth more on one
+end's seconds makes 0.07; n^1.25 does not pass. Fixed costs only make it smaller. With --quick
+seconds have no bar. What is known to grow faster (docs/scale.md) comes last, without one.
 
-S3 is moto's server behind a proxy that counts requests: its seconds say little of a real store. At 30 ms a request, tables.AT_ONCE
-at a time, the counts say how long that takes.
+S3 is moto's server behind a proxy that counts requests: its seconds say little of a real store. At
+30 ms a request, tables.AT_ONCE at a time, the counts say how long that takes.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ LISTED = (1_000, 4_000, 16_000, 39_063)  # files of a folder; the last: 10 milli
 Took = dict[str, float]
 
 
-# ---- phases, each in a process of its own --------------------------------------------------------------------------------
+# ---- phases, each in a process of its own --------------------------------------------------------
 
 
 def plan(run: RunDir, samplers: int) -> Took:
@@ -98,7 +101,9 @@ def generate(run: RunDir, samplers: int) -> Took:
 
 
 def resume(run: RunDir, samplers: int) -> Took:
-    """Killed between the last part and the manifest: the coordinator finds out that nothing is left to do."""
+    """Killed between the last part and the manifest: the coordinator finds out that nothing is left
+    to do.
+    """
     folder = run.round(1, "synthetic")
     (folder / step_folder.MANIFEST).unlink()
     pipeline_generate.generate(
@@ -215,7 +220,7 @@ def phase(name: str, root: object, samplers: int = SAMPLERS) -> Took:
     return took
 
 
-# ---- what is measured ----------------------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
 def exponent(sizes: list[float], values: list[float]) -> float:
@@ -269,7 +274,9 @@ def samplers(cases: int, counts: list[int], base: Path) -> list[Result]:
 
 
 def on_s3(sizes: list[int]) -> dict[str, list[float]]:
-    """Requests to the store of the plan, of painting with 64 samplers, and of a resume with nothing left to do."""
+    """Requests to the store of the plan, of painting with 64 samplers, and of a resume with nothing
+    left to do.
+    """
     found: dict[str, list[float]] = {}
     with store() as (proxy, address):
         for cases in sizes:
@@ -319,7 +326,9 @@ def listed(counts: tuple[int, ...]) -> tuple[list[Result], float]:
 
 
 def search(counts: tuple[int, ...], queries: int) -> list[Result]:
-    """The twin search's seconds a picture, by one thread, as an arm becomes larger; the pictures are noise, smoothed."""
+    """The twin search's seconds a picture, by one thread, as an arm becomes larger; the pictures
+    are noise, smoothed.
+    """
     import faiss
 
     from adversa.curate.near_copy import NearCopy
@@ -381,7 +390,7 @@ def mining(budgets: tuple[int, ...]) -> list[Result]:
     return [Result("mining: exponent in the budget", slope, ""), *ends]
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def rows(sizes: list[float], found: dict[str, list[float]], quick: bool) -> list[Result]:

@@ -45,7 +45,7 @@ PICTURE = tables.encode_png(np.random.default_rng(0).integers(0, 255, (SIDE, SID
 FACTS = {"seconds": 0.0, "compute_seconds": 0.0, "device_seconds": 0.0, "rows": 0}
 
 
-# ---- a run without models ----------------------------------------------------------------------------------------------
+# ---- a run without models ------------------------------------------------------------------------
 
 
 def finished(folder: storage_path.Place) -> None:
@@ -170,14 +170,16 @@ def pair(inspected: storage_path.Place) -> Callable[[Part, storage_path.Place], 
     return work
 
 
-# ---- simulated samplers ------------------------------------------------------------------------------------------------
+# ---- simulated samplers --------------------------------------------------------------------------
 
 
 @dataclass
 class Fleet:
-    """The Backend (engine/worker_pool.py) of samplers that commit at once and are done when they would be; one process, one thread.
+    """The Backend (engine/worker_pool.py) of samplers that commit at once and are done when they
+    would be; one process, one thread.
 
-    clock: simulated seconds; working: real seconds of the samplers' own work, of which CPU is `working_cpu`.
+    clock: simulated seconds; working: real seconds of the samplers' own work, of which CPU is
+    `working_cpu`.
     """
 
     out: storage_path.Place
@@ -240,7 +242,9 @@ class Fleet:
 
 
 class Simulated:
-    """The Engine of the simulation: its `map_parts` is the crew with a Fleet, its `map_batches` the local one."""
+    """The Engine of the simulation: its `map_parts` is the crew with a Fleet, its `map_batches` the
+    local one.
+    """
 
     name = "simulated"
 

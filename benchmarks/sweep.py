@@ -1,12 +1,15 @@
-"""What a trial of a sweep costs beside its compute: in a lane that is used again, and as a launch of Ray Train of its own.
+"""What a trial of a sweep costs beside its compute: in a lane that is used again, and as a launch
+of Ray Train of its own.
 
     python benchmarks/sweep.py             two lanes, 12 and 24 trials of 200 steps; 3 launches
     python benchmarks/sweep.py --quick     6 and 12 trials of 60 steps; 2 launches
 
-The same trial each time: a classifier on a small cell of phantoms, scored on `select`. In lanes: the wall time by which the longer
-search exceeds the shorter one, times the lanes, over its further trials, less their mean compute (the seconds of training and of
-evaluating on `select`, from their manifests), so the start of Ray's processes and of the lanes is not in it; it is told by itself.
-A launch: the wall time of `RayEngine.fit` of one such training, less its compute, the launches after the first.
+The same trial each time: a classifier on a small cell of phantoms, scored on `select`. In lanes:
+the wall time by which the longer search exceeds the shorter one, times the lanes, over its further
+trials, less their mean compute (the seconds of training and of evaluating on `select`, from their
+manifests), so the start of Ray's processes and of the lanes is not in it; it is told by itself. A
+launch: the wall time of `RayEngine.fit` of one such training, less its compute, the launches after
+the first.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ def trials(config: Config, run: RunDir, engine: RayEngine) -> list[Trial]:
 
 
 def searched(engine: RayEngine, some: list[Trial]) -> tuple[float, float, float]:
-    """(wall seconds of a search, mean compute of its trials, seconds until its first trial was done)."""
+    """(wall seconds of a search, mean compute of its trials, seconds until its first trial was
+    done).
+    """
     began, first = time.perf_counter(), [float("nan")]
 
     def look(state: dict[str, Any]) -> None:

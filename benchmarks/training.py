@@ -1,4 +1,5 @@
-"""What Ray Train and Ray Data cost a training: images a second beside the same loop without them, seconds before the first step.
+"""What Ray Train and Ray Data cost a training: images a second beside the same loop without them,
+seconds before the first step.
 
     python benchmarks/training.py                    the demo's classifier and denoiser, one worker
     python benchmarks/training.py --quick
@@ -10,11 +11,13 @@ Three processes train the same model on the same batches:
     core    the core's fit function over batches in memory
     ray     the same fit function as a job of a Ray Train launch, fed by Ray Data, with all the processes that Ray has
 
-They take turns, a window of a few seconds each while the others are stopped (SIGSTOP), so that what else the machine does falls on
-all of them: its speed changes by half within minutes. A window counts from its second step to its last whole one. The bar, ray
-against bare, is on the median over the turns of the ratio within a turn. Core against bare is what the recipe itself costs, ray
-against core what Ray does. All have the same number of torch threads; no evaluation is in it. The start-up is of launches that
-nothing else ran beside; the first is the classifier's, and they are the two in turn.
+They take turns, a window of a few seconds each while the others are stopped (SIGSTOP), so that what
+else the machine does falls on all of them: its speed changes by half within minutes. A window
+counts from its second step to its last whole one. The bar, ray against bare, is on the median over
+the turns of the ratio within a turn. Core against bare is what the recipe itself costs, ray against
+core what Ray does. All have the same number of torch threads; no evaluation is in it. The start-up
+is of launches that nothing else ran beside; the first is the classifier's, and they are the two in
+turn.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ ENDLESS = 10**6  # steps of a process that is ended from outside
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A fit function that notes when each batch was asked for and when it came: a line a batch in `out`.times."""
+    """A fit function that notes when each batch was asked for and when it came: a line a batch in
+    `out`.times.
+    """
 
     fit: Any
 
@@ -83,7 +88,7 @@ def read_times(out: Path) -> list[tuple[float, float]]:
     return [(float(a), float(b)) for a, b in (line.split() for line in lines)]
 
 
-# ---- the two that need no Ray ------------------------------------------------------------------------------------------
+# ---- the two that need no Ray --------------------------------------------------------------------
 
 
 def alone(how: str, what: str, job: FitJob, config: cfg.Config, classes: int, threads: int) -> None:
@@ -164,7 +169,9 @@ def _update(optimizer: Any, loss: Any) -> float:
 
 
 class Processes:
-    """When Ray's processes were created during a launch: {title of the process: time}, of several of one title the last."""
+    """When Ray's processes were created during a launch: {title of the process: time}, of several
+    of one title the last.
+    """
 
     def __init__(self) -> None:
         self.seen: dict[int, tuple[str, float]] = {}
@@ -192,7 +199,7 @@ class Processes:
         return found
 
 
-# ---- taking turns ------------------------------------------------------------------------------------------------------
+# ---- taking turns --------------------------------------------------------------------------------
 
 
 class Turns:
@@ -264,7 +271,9 @@ def rates(
 def launch(
     engine: Any, job: FitJob, others: dict[str, subprocess.Popen[bytes]]
 ) -> tuple[dict[str, float], Turns]:
-    """Train on Ray, in turns with the others; seconds from the call to each stage of its start-up."""
+    """Train on Ray, in turns with the others; seconds from the call to each stage of its
+    start-up.
+    """
     watch, called = Processes(), time.time()
     turns = Turns(job.out, others)
     try:
@@ -396,7 +405,9 @@ def start_alone(args: Any, run: RunDir, how: str, what: str, out: Path) -> subpr
 
 
 def waiting(times: list[tuple[float, float]], windows: list[Window]) -> float:
-    """Share of its windows that `ray` waits for data; the first window is that of the launch's own first batches."""
+    """Share of its windows that `ray` waits for data; the first window is that of the launch's own
+    first batches.
+    """
     own = [(a, b) for who, a, b in windows if who == "ray"][1:]
     waited = sum(
         came - asked for asked, came in times if any(a <= asked and came <= b for a, b in own)

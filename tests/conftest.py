@@ -1,4 +1,6 @@
-"""What tests share: real data where it is, one Ray session, a tiny configuration of the whole loop."""
+"""What tests share: real data where it is, one Ray session, a tiny configuration of the whole
+loop.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported: processes of two threads each, on two cores, wait for each other at every layer.
+# Before torch is imported: processes of two threads each, on two cores, wait for each other at
+# every layer.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(items):
-    """Files that start a Ray come first: they take longest and mostly wait. (`--dist loadfile` keeps a file in one process.)"""
+    """Files that start a Ray come first: they take longest and mostly wait. (`--dist loadfile`
+    keeps a file in one process.)
+    """
     ray = {
         item.path
         for item in items
@@ -128,7 +133,9 @@ SWEEP = {
 
 @pytest.fixture(scope="session")
 def tiny_sweep(tiny):
-    """Builds the configuration of a sweep of seconds: tiny_sweep(real=[2]); cluster: of that section."""
+    """Builds the configuration of a sweep of seconds: tiny_sweep(real=[2]); cluster: of that
+    section.
+    """
 
     def build(cluster=None, **changes):
         return tiny(
@@ -144,7 +151,9 @@ def tiny_sweep(tiny):
 
 @pytest.fixture(scope="session")
 def swept(tiny_sweep, tmp_path_factory):
-    """(config, run) of a tiny sweep on the local engine, 14 trials, without its report. Read only."""
+    """(config, run) of a tiny sweep on the local engine, 14 trials, without its report. Read
+    only.
+    """
     from adversa.engine.local import LocalEngine
     from adversa.sweep import run as sweep_run
 

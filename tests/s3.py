@@ -1,4 +1,6 @@
-"""An S3 server on loopback (moto), and a proxy before it that does what networks do: fails, cuts, dawdles."""
+"""An S3 server on loopback (moto), and a proxy before it that does what networks do: fails, cuts,
+dawdles.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ ENVIRONMENT = {
 }
 BUCKET = "adversa-test"
 CODES = {403: "AccessDenied", 503: "SlowDown"}
-# (method, path with query, how often it came before) -> None: passed on; a status to answer with; "cut"; seconds to wait
+# (method, path with query, how often it came before) -> None: passed on; a status to answer with;
+# "cut"; seconds to wait
 Fault = Callable[[str, str, int], "int | str | float | None"]
 
 

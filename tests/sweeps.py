@@ -1,4 +1,6 @@
-"""A sweep's folder as `adversa sweep` leaves it, made by hand: a function says what each trial gets right, nothing is trained."""
+"""A sweep's folder as `adversa sweep` leaves it, made by hand: a function says what each trial gets
+right, nothing is trained.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,11 @@ def build(
     skip: Callable[[Point], bool] = lambda p: False,
     **asked: Any,
 ) -> tuple[Config, RunDir]:
-    """right(cell, point, reached) -> the share of select's images that are read right, in each class: the first so many.
+    """right(cell, point, reached) -> the share of select's images that are read right, in each
+    class: the first so many.
 
-    have: of a cell, images of each class that its poorest pool kept (default: enough). skip: trials that are missing.
+    have: of a cell, images of each class that its poorest pool kept (default: enough). skip: trials
+    that are missing.
     """
     tree = {"data": {"source": "phantom", "resolution": 32}, "generate": {"strategy": "vary"}}
     settings = config.check(tree | {"sweep": {"bootstrap": 200, "seeds": 2} | asked}, "test")
@@ -95,7 +99,9 @@ def _cell(
 
 
 def _pool(out: Path, variant: grid.Variant, asked: int, kept: int) -> None:
-    """One refusal of each class; of what was kept a row each, up to 20 of a class: only their number is read."""
+    """One refusal of each class; of what was kept a row each, up to 20 of a class: only their
+    number is read.
+    """
     rows = []
     for c in (0, 1):
         for i in range(min(kept, 20) + 1):

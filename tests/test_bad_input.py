@@ -1,4 +1,6 @@
-"""Bad input, end to end through `adversa prepare` and `train`: one line and exit code 2, or a counted skip; nothing lost."""
+"""Bad input, end to end through `adversa prepare` and `train`: one line and exit code 2, or a
+counted skip; nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def refused(result, *parts):
 
 @dataclass
 class Source:
-    """Eight good pictures of each of two classes below `root`, listed the way `kind` wants it, to be spoiled by a test."""
+    """Eight good pictures of each of two classes below `root`, listed the way `kind` wants it, to
+    be spoiled by a test.
+    """
 
     kind: str
     root: Path
@@ -121,7 +125,7 @@ def leaks(out):
     return json.loads((out / "data/leaks.json").read_text())
 
 
-# ---- one picture or row is bad: fail says which, skip leaves it out and counts it ------------------------------------------------
+# ---- one picture or row is bad: fail says which, skip leaves it out and counts it ----------------
 
 
 def truncated(s):
@@ -277,7 +281,7 @@ def test_what_is_left_out_does_not_move_the_others(source, tmp_path):
     assert all(some[i]["image"] == everything[i]["image"] for i in some)
 
 
-# ---- the source as a whole is bad: an error under fail and under skip ----------------------------------------------------------
+# ---- the source as a whole is bad: an error under fail and under skip ----------------------------
 
 
 def missing_folder(s):
@@ -376,7 +380,7 @@ def test_one_picture_under_two_labels(source, tmp_path):
     assert len(leaks(tmp_path / "skip")["problems"]) == 2 and len(prepared(tmp_path / "skip")) == 15
 
 
-# ---- unusual pictures are converted --------------------------------------------------------------------------------------------
+# ---- unusual pictures are converted --------------------------------------------------------------
 
 
 def cmyk(path):
@@ -418,7 +422,7 @@ def test_unusual_pictures_are_converted(source, tmp_path, save):
     assert leaks(tmp_path / "run")["problems"] == []
 
 
-# ---- a mended source, a full disk, a folder that cannot be written --------------------------------------------------------------
+# ---- a mended source, a full disk, a folder that cannot be written -------------------------------
 
 
 def test_the_same_command_goes_on_once_the_picture_is_mended(source, tmp_path):
@@ -433,7 +437,9 @@ def test_the_same_command_goes_on_once_the_picture_is_mended(source, tmp_path):
 
 
 def test_nothing_old_survives_when_the_table_is_mended(source, tmp_path):
-    """The first rows were decoded and committed before the bad picture stopped the run; their labels are then corrected."""
+    """The first rows were decoded and committed before the bad picture stopped the run; their
+    labels are then corrected.
+    """
     s = source("csv")
     picture = s.root / "pictures/15.jpg"
     good = picture.read_bytes()
@@ -542,7 +548,7 @@ def test_a_run_folder_that_has_become_read_only(source, tmp_path, monkeypatch, c
     assert len(prepared(tmp_path / "run")) == 16
 
 
-# ---- training that diverges ------------------------------------------------------------------------------------------------------
+# ---- training that diverges ----------------------------------------------------------------------
 
 TRAIN = {
     "data.phantom.images": 120,

@@ -1,4 +1,6 @@
-"""A run folder from a stranger: no command runs code from it, writes outside of it, or passes on what a terminal obeys."""
+"""A run folder from a stranger: no command runs code from it, writes outside of it, or passes on
+what a terminal obeys.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Touch:
 
 @pytest.fixture
 def home(tmp_path):
-    """What surrounds the run, and must stay as it is: a file and a folder of the user's, and no mark."""
+    """What surrounds the run, and must stay as it is: a file and a folder of the user's, and no
+    mark.
+    """
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/letter.txt").write_text("dear")
     (tmp_path / "diary.txt").write_text("today")
@@ -77,7 +81,9 @@ def unharmed(home, run, mark):
 
 
 def tame(result, *codes):
-    """One of the exit codes (0 or 2), a line where it is 2, no traceback, and nothing that a terminal obeys."""
+    """One of the exit codes (0 or 2), a line where it is 2, no traceback, and nothing that a
+    terminal obeys.
+    """
     assert result.exit_code in (codes or (0, 2)), (
         result.exit_code,
         result.output,
@@ -112,7 +118,7 @@ def first_request(run):
     return tables.read(run.round(1, "requests"), ["request_id"])["request_id"][0].as_py()
 
 
-# ---- names --------------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def test_names_are_text_wherever_they_are_shown(adversa, run, home, mark, unharmed):
@@ -162,7 +168,7 @@ def test_escapes_in_what_a_live_view_shows(run):
     assert not set(said) & set("\x07\x9b\r\u202e")
 
 
-# ---- files that could hold code ----------------------------------------------------------------------------------------
+# ---- files that could hold code ------------------------------------------------------------------
 
 
 def commands(run, home):
@@ -252,7 +258,9 @@ def pickled_column(run, mark):
 
 
 def postscript(run, mark):
-    """Pictures of a format for which Pillow starts another program; and one that says it is huge."""
+    """Pictures of a format for which Pillow starts another program; and one that says it is
+    huge.
+    """
     eps = (
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(%pipe%touch "
         + str(mark).encode()
@@ -408,7 +416,7 @@ def test_a_model_is_a_name_that_timm_knows(tmp_path, mark, model):
     assert not mark.exists()
 
 
-# ---- places -------------------------------------------------------------------------------------------------------------
+# ---- places --------------------------------------------------------------------------------------
 
 
 def links(run, home):
@@ -457,7 +465,7 @@ def test_a_run_names_no_file_outside_of_itself(adversa, run, home, unharmed, nam
     unharmed()
 
 
-# ---- YAML ---------------------------------------------------------------------------------------------------------------
+# ---- YAML ----------------------------------------------------------------------------------------
 
 PAIRS = zip("abcdefg", "bcdefgh", strict=True)
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -499,7 +507,7 @@ def test_yaml_reads_what_it_should():
     assert printable("plain, \u00e4\u00f6\u00fc\n\t") == "plain, \u00e4\u00f6\u00fc\n\t"
 
 
-# ---- the folder one is in ----------------------------------------------------------------------------------------------
+# ---- the folder one is in ------------------------------------------------------------------------
 
 
 def test_the_folder_a_command_is_started_in_lends_no_modules(run, mark, unharmed):

@@ -1,4 +1,6 @@
-"""What would grow faster than the images, or hold all of them at once, counted; benchmarks/scale.py measures it in seconds."""
+"""What would grow faster than the images, or hold all of them at once, counted; benchmarks/scale.py
+measures it in seconds.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from adversa.types import HardCase, Verdict
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often functions were called: calls(module, name) begins to count, and gives the arguments of each call so far."""
+    """How often functions were called: calls(module, name) begins to count, and gives the arguments
+    of each call so far.
+    """
 
     def count(module, name):
         seen, real = [], getattr(module, name)
@@ -217,7 +221,9 @@ def test_parts_are_in_the_order_of_their_numbers_beyond_100_000(tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 5, 7, 12, 100])
 def test_verdicts_are_settled_alike_in_parts_of_any_size(tmp_path, monkeypatch, rows):
-    """All that the first pass wrote is still there; a part has at least so many rows, but for the last."""
+    """All that the first pass wrote is still there; a part has at least so many rows, but for the
+    last.
+    """
     reasons = [gate.PENDING, gate.FLAT, gate.PENDING]
     told = [
         Verdict(

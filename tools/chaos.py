@@ -1,13 +1,15 @@
-"""Kill parts of a three-node Ray cluster with -9 while a run works on it; the run must end like an undisturbed one.
+"""Kill parts of a three-node Ray cluster with -9 while a run works on it; the run must end like an
+undisturbed one.
 
     python tools/chaos.py --out FOLDER                          the built-in demo: 4 victims x 5 stages, 20 kills
     python tools/chaos.py --out FOLDER --config tiny.yaml --victims coordinator,head --stages train,generate
 
-The nodes are raylets on this machine, of one CPU each. Each victim gets a run of its own, in which it dies once in every stage:
-a worker process (one that is at work), a worker node's raylet with all below it (a new node joins ten seconds later), the
-coordinator, the whole head (a new cluster is started, and the same command again). Prints a line a kill and a Markdown table at the
-end; exit code 1 where a run's requests, images, accepted set or metrics differ from the undisturbed run's, or where something
-finished was done again.
+The nodes are raylets on this machine, of one CPU each. Each victim gets a run of its own, in which
+it dies once in every stage: a worker process (one that is at work), a worker node's raylet with all
+below it (a new node joins ten seconds later), the coordinator, the whole head (a new cluster is
+started, and the same command again). Prints a line a kill and a Markdown table at the end; exit
+code 1 where a run's requests, images, accepted set or metrics differ from the undisturbed run's, or
+where something finished was done again.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
 from kill_and_resume import finished_files, results  # noqa: E402
 
-# stage: (what must be there at the kill, what must not): in the middle of the work, never at its edge.
+# stage: (what must be there at the kill, what must not): in the middle of the work, never at its
+# edge.
 STAGES = {
     "prepare": ("data/decoded/part-*.parquet", "data/manifest.json"),
     "train": ("denoiser/checkpoint.json", "denoiser/model.safetensors"),
@@ -68,13 +71,16 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
     "COLUMNS": "160",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # after which a raylet whose head has died gives up
+    # after which a raylet whose head has died gives up
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
 }
 
 
 @dataclass
 class Kill:
-    """moved: seconds from the death to the next sign of work (a part, a checkpoint, progress) in the run's folder."""
+    """moved: seconds from the death to the next sign of work (a part, a checkpoint, progress) in
+    the run's folder.
+    """
 
     victim: str
     stage: str
@@ -93,7 +99,8 @@ class Nodes:
         self.folder = tempfile.TemporaryDirectory(
             prefix="adv", ignore_cleanup_errors=True
         )  # short: sockets lie in it
-        # Ray Train asks the dashboard whether a training's controller has died, and frees what that held.
+        # Ray Train asks the dashboard whether a training's controller has died, and frees what that
+        # held.
         dashboard = {
             "include_dashboard": True,
             "dashboard_host": "127.0.0.1",
@@ -246,7 +253,8 @@ class Scene:
             time.sleep(0.1)
         kill.moved = moved
         self.say(
-            f"{self.victim} in {stage}: {what} killed; work went on after {kill.moved:.1f} s; {kill.kept} files must stay"
+            f"{self.victim} in {stage}: {what} killed; work went on after {kill.moved:.1f} "
+            f"s; {kill.kept} files must stay"
         )
 
     def wait_for(self, stage: str) -> None:
@@ -278,12 +286,15 @@ class Scene:
         return self.nodes.kill_node() if self.victim == "node" else self.nodes.kill_head()
 
     def join(self, stage: str) -> None:
-        """What a cloud does when it has taken a machine away. In generation the new one is watched until it has work."""
+        """What a cloud does when it has taken a machine away. In generation the new one is watched
+        until it has work.
+        """
         node, joined = self.nodes.renew(), time.monotonic()
         while stage == "generate" and not any(self.run.glob(STAGES[stage][1])):
             if any(p.pid in below(node) for p in self.nodes.working()):
                 self.say(
-                    f"  the new node has a sampler {time.monotonic() - joined:.1f} s after it joined"
+                    f"  the new node has a sampler {time.monotonic() - joined:.1f} s after "
+                    "it joined"
                 )
                 return
             time.sleep(0.05)
@@ -342,7 +353,9 @@ class Scene:
 
 
 def undisturbed(config: Path, out: Path, say: Callable[[str], None]) -> tuple[Path, float]:
-    """A run that nobody disturbs, on the same kind of cluster, and its seconds (of one that is there already: nan)."""
+    """A run that nobody disturbs, on the same kind of cluster, and its seconds (of one that is
+    there already: nan).
+    """
     run = out / "undisturbed"
     if (run / "summary.json").exists():
         return run, float("nan")
@@ -384,7 +397,8 @@ def disturbed(
         "different": different,
     }
     say(
-        f"{victim}: exit code {code}, {found['seconds']:.0f} s, different: {', '.join(different) or 'nothing'}"
+        f"{victim}: exit code {code}, {found['seconds']:.0f} s, different: "
+        f"{', '.join(different) or 'nothing'}"
     )
     return found | {"kills": [asdict(k) for k in scene.kills]}
 
@@ -397,7 +411,8 @@ def table(found: list[dict[str, Any]]) -> str:
     for kill in (k for run in found for k in run["kills"]):
         again = ", ".join(kill["again"][:2]) or "none"
         lines.append(
-            f"| {kill['victim']} | {kill['stage']} | {kill['moved']:.1f} s | {kill['kept']} | {again} |"
+            f"| {kill['victim']} | {kill['stage']} | {kill['moved']:.1f} s | "
+            f"{kill['kept']} | {again} |"
         )
     return "\n".join(lines)
 

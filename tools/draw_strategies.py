@@ -2,8 +2,9 @@
 
     python tools/draw_strategies.py --run RUN --denoiser FOLDER --classifier FOLDER --out docs/
 
-RUN is a prepared run of HAM10000; the classifier was trained on its role `train`. Hard cases are what mining takes from the role
-`mine` by this classifier. Writes ham10000-strategies.png and vary-similarity.png, and prints the similarities.
+RUN is a prepared run of HAM10000; the classifier was trained on its role `train`. Hard cases are
+what mining takes from the role `mine` by this classifier. Writes ham10000-strategies.png and
+vary-similarity.png, and prints the similarities.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ ROWS = 8
 MASKED = (
     0.05,
     0.6,
-)  # share of the picture: a smaller or larger lesion shows little of what is painted in or around it
+    # share of the picture: a smaller or larger lesion shows little of what is painted in or around
+    # it
+)
 ENLARGED, GAP, SIDE_TEXT, TOP_TEXT = 3, 4, 64, 46
 INK, PAPER, GRID, LINES = (
     (40, 40, 40),
@@ -58,7 +61,9 @@ class Scene:
     def paint(
         self, cases: Sequence[HardCase], strategy: str, sigma: float | None, repeat: int = 0
     ) -> np.ndarray:
-        """uint8 [N, R, R, 3]: one image for each case. sigma: the noise it starts from; None: the default of `fill_sigma`."""
+        """uint8 [N, R, R, 3]: one image for each case. sigma: the noise it starts from; None: the
+        default of `fill_sigma`.
+        """
         start = self.config.fill_sigma if sigma is None else sigma
         asked = [
             GenerationRequest(
@@ -99,11 +104,13 @@ def mined(data: Path, classifier: Path, pictures: generate.Pictures, budget: int
     return hard_cases(ids, labels, logits, embeddings, cfg.Mine(budget=budget))
 
 
-# ---- the grid ----------------------------------------------------------------------------------------------------------
+# ---- the grid ------------------------------------------------------------------------------------
 
 
 def chosen(cases: Sequence[HardCase], scene: Scene) -> list[HardCase]:
-    """Of each class its first hard cases in turn, as mining ranks them, whose lesion has a size to be seen by; ROWS in all."""
+    """Of each class its first hard cases in turn, as mining ranks them, whose lesion has a size to
+    be seen by; ROWS in all.
+    """
     shares = scene.masks(cases).mean((1, 2))
     fit = [c for c, share in zip(cases, shares, strict=True) if MASKED[0] <= share <= MASKED[1]]
     turn = {c.example: sum(d.label == c.label for d in fit[:i]) for i, c in enumerate(fit)}
@@ -152,12 +159,14 @@ def grid(cases: Sequence[HardCase], scene: Scene, classes: Sequence[str]) -> Ima
     return sheet
 
 
-# ---- similarity --------------------------------------------------------------------------------------------------------
+# ---- similarity ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Curve:
-    """values [levels, N]: of each image to its own hard case; floor: the mean of other hard cases of the same class to it."""
+    """values [levels, N]: of each image to its own hard case; floor: the mean of other hard cases
+    of the same class to it.
+    """
 
     name: str
     values: np.ndarray
@@ -199,7 +208,9 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def chart(found: Sequence[Curve], size: tuple[int, int] = (1200, 720)) -> Image.Image:
-    """Mean and standard deviation against the noise level, on a logarithmic axis. Drawn twice as large, then reduced."""
+    """Mean and standard deviation against the noise level, on a logarithmic axis. Drawn twice as
+    large, then reduced.
+    """
     w, h = 2 * size[0], 2 * size[1]
     sheet = Image.new("RGB", (w, h), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(44)

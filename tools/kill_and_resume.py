@@ -1,8 +1,10 @@
-"""Kill a run with -9, process tree and all, at five points; the same command must finish it, like an undisturbed run.
+"""Kill a run with -9, process tree and all, at five points; the same command must finish it, like
+an undisturbed run.
 
     python tools/kill_and_resume.py --run-dir RUN --undisturbed OTHER_RUN -- adversa loop configs/demo.yaml
 
-Prints a line a kill, then what is equal and what is not; exit code 1 where anything differs or finished work was done again.
+Prints a line a kill, then what is equal and what is not; exit code 1 where anything differs or
+finished work was done again.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import psutil
 
 from adversa.storage import tables
 
-# name: (what must be there at the kill, what must not): in the middle of a part of the work, never at its edge.
+# name: (what must be there at the kill, what must not): in the middle of a part of the work, never
+# at its edge.
 POINTS = {
     "prepare: some images decoded": ("data/decoded/part-*.parquet", "data/manifest.json"),
     "train: first classifier begun": (
@@ -36,7 +39,8 @@ POINTS = {
     ),
 }
 
-# Steps that workers fill part by part: what is committed stays, finished or not. The others write all they have in one go.
+# Steps that workers fill part by part: what is committed stays, finished or not. The others write
+# all they have in one go.
 BY_PARTS = ("scores", "synthetic", "inspected", "verdicts", "evaluate", "test")
 
 
@@ -45,7 +49,8 @@ def kill_at(
 ) -> float:
     """Start the command, kill its tree as soon as `there` matches a file; seconds it lived.
 
-    RuntimeError if the command ended before, or if `missing` is there after all: then the kill came too late.
+    RuntimeError if the command ended before, or if `missing` is there after all: then the kill came
+    too late.
     """
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -62,7 +67,8 @@ def kill_at(
     process.wait()
     if any(run.glob(missing)):
         raise RuntimeError(
-            f"the kill came too late: {missing} is there already; take more steps, or checkpoints closer together"
+            f"the kill came too late: {missing} is there already; take more steps, or "
+            "checkpoints closer together"
         )
     return time.monotonic() - started
 
@@ -78,9 +84,11 @@ def kill_tree(pid: int) -> None:
 
 
 def finished_files(run: Path) -> dict[Path, int]:
-    """What must never be written again, with the time of its last change: manifests, models, and committed parts.
+    """What must never be written again, with the time of its last change: manifests, models, and
+    committed parts.
 
-    Staging (data/decoded) and the training state may go; the parts of data/<role> count once `data` has its manifest.
+    Staging (data/decoded) and the training state may go; the parts of data/<role> count once `data`
+    has its manifest.
     """
     files = [
         *run.rglob("part-*.parquet"),

@@ -1,11 +1,13 @@
-"""Kill samplers with -9 while they paint, or the driver; all images must arrive, once each, the same as undisturbed.
+"""Kill samplers with -9 while they paint, or the driver; all images must arrive, once each, the
+same as undisturbed.
 
     python tools/kill_sampler.py                        every 5 seconds a random sampler actor dies
     python tools/kill_sampler.py --driver --runs 3      the driver dies at a random moment, and the same is started again
 
-Paints with the shipped phantom denoiser, from noise, on an embedded Ray. With --driver the second start must leave the parts alone
-that were complete when the first was killed: it starts at once, while actors of the dead driver may still be about. Exit code 1
-where an image is missing, there twice, or differs; where a complete part was painted again; or a process outlives its driver.
+Paints with the shipped phantom denoiser, from noise, on an embedded Ray. With --driver the second
+start must leave the parts alone that were complete when the first was killed: it starts at once,
+while actors of the dead driver may still be about. Exit code 1 where an image is missing, there
+twice, or differs; where a complete part was painted again; or a process outlives its driver.
 """
 
 from __future__ import annotations
@@ -37,12 +39,15 @@ from adversa.pipeline import generate
 from adversa.run.step_folder import RECIPE
 from adversa.storage import tables
 
-ACTOR = "ray::Actor"  # Ray names an actor's process by its class, and by the method it is in: ray::Actor.do
+# Ray names an actor's process by its class, and by the method it is in: ray::Actor.do
+ACTOR = "ray::Actor"
 OUTLIVE = 30.0  # seconds that the processes of a dead driver have to end
 
 
 def noting(make: Make, log: Path, out: Path) -> Work:
-    """The work of `make`, with a line in `log` for each part it begins; a file named by its process says that it is ready."""
+    """The work of `make`, with a line in `log` for each part it begins; a file named by its process
+    says that it is ready.
+    """
     work = make()
     log.with_suffix(".ready").mkdir(exist_ok=True)
     (log.with_suffix(".ready") / str(os.getpid())).touch()
@@ -116,7 +121,9 @@ def ray_engine(args: argparse.Namespace, base: Path) -> Any:
 
 
 def compared(base: Path, out: str) -> tuple[str, list[str]]:
-    """What is to be said of a folder of images, and what is wrong with it, beside the undisturbed one and the requests."""
+    """What is to be said of a folder of images, and what is wrong with it, beside the undisturbed
+    one and the requests.
+    """
     ours, theirs = (
         tables.read(base / out, schema=tables.SYNTHETIC),
         tables.read(base / "undisturbed", schema=tables.SYNTHETIC),
@@ -142,7 +149,7 @@ def compared(base: Path, out: str) -> tuple[str, list[str]]:
     )
 
 
-# ---- actors ------------------------------------------------------------------------------------------------------------
+# ---- actors --------------------------------------------------------------------------------------
 
 
 def kill_often(
@@ -153,7 +160,9 @@ def kill_often(
     stop: threading.Event,
     killed: list[str],
 ) -> None:
-    """A random sampler each `every` s, or as soon after as one is there; notes what it was at. anyone: also who is not ready."""
+    """A random sampler each `every` s, or as soon after as one is there; notes what it was at.
+    anyone: also who is not ready.
+    """
     from adversa.distributed.engine import ray_processes
 
     while not stop.wait(every):
@@ -208,7 +217,8 @@ def actors_die(args: argparse.Namespace, base: Path) -> list[str]:
     victims = ", ".join(f"{n} {what}" for what, n in Counter(killed).items())
     print(f"{len(killed)} kills of {args.actors} actors ({victims}): {said}")
     print(
-        f"{seconds:.1f} s with kills, {undisturbed:.1f} s without; {parts} parts, {again} begun again, {trials} trials of rows"
+        f"{seconds:.1f} s with kills, {undisturbed:.1f} s without; {parts} parts, {again} "
+        f"begun again, {trials} trials of rows"
     )
     wrong += [f"{late} complete parts were painted again"] if late else []
     return wrong + (
@@ -216,7 +226,7 @@ def actors_die(args: argparse.Namespace, base: Path) -> list[str]:
     )
 
 
-# ---- the driver --------------------------------------------------------------------------------------------------------
+# ---- the driver ----------------------------------------------------------------------------------
 
 
 def start(args: argparse.Namespace, base: Path, out: str, log: str) -> subprocess.Popen[bytes]:
@@ -236,7 +246,9 @@ def finished(process: subprocess.Popen[bytes]) -> None:
 def kill_at(
     process: subprocess.Popen[bytes], out: Path, parts: int, delay: float
 ) -> list[psutil.Process] | None:
-    """-9 to a driver `delay` s after so many parts are complete, and to it alone; what it had started. None: it had ended."""
+    """-9 to a driver `delay` s after so many parts are complete, and to it alone; what it had
+    started. None: it had ended.
+    """
     while process.poll() is None and not (
         (out / RECIPE).exists() and len(tables.parts(out)) >= parts
     ):
@@ -293,7 +305,8 @@ def again(
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
             wrong.append(
-                f"the killed driver's process {process.pid} lives on ({' '.join(process.cmdline()[:3])}, {process.status()})"
+                f"the killed driver's process {process.pid} lives on "
+                f"({' '.join(process.cmdline()[:3])}, {process.status()})"
             )
             process.kill()
     there = f"driver killed with {len(complete)} of {parts} parts complete"

@@ -1,12 +1,14 @@
-"""Kill a training worker with -9 at a random moment, many times; each run must end like one that nobody disturbed.
+"""Kill a training worker with -9 at a random moment, many times; each run must end like one that
+nobody disturbed.
 
     python tools/kill_training_worker.py                         ten kills of a classifier
     python tools/kill_training_worker.py --what denoiser --runs 3 --workers 2
 
-Trains on Ray, on small phantoms. The worker is killed a random time after it was given the batch of a random step, wherever it is
-by then: in the forward or backward pass, in a commit, an evaluation, the writing of the model. Prints a line a run: where it was
-killed, how many steps were done again, whether weights and metrics are equal; exit code 1 where any differs, or where more steps
-were done again than lie between two checkpoints. With two workers a random one of them dies.
+Trains on Ray, on small phantoms. The worker is killed a random time after it was given the batch of
+a random step, wherever it is by then: in the forward or backward pass, in a commit, an evaluation,
+the writing of the model. Prints a line a run: where it was killed, how many steps were done again,
+whether weights and metrics are equal; exit code 1 where any differs, or where more steps were done
+again than lie between two checkpoints. With two workers a random one of them dies.
 """
 
 from __future__ import annotations
@@ -34,14 +36,16 @@ from adversa.run import folder as run_folder
 from adversa.run import step_folder
 from adversa.storage.weights import read_model
 
-# The longest wait between a step's batch and the kill, in mean times of a step. The mean has a share of commits and evaluations in
-# it, which take longer than a step: so the death may fall into any of these, and into one of the next steps.
+# The longest wait between a step's batch and the kill, in mean times of a step. The mean has a
+# share of commits and evaluations in it, which take longer than a step: so the death may fall into
+# any of these, and into one of the next steps.
 SPAN = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Killed:
-    """A fit function that notes each step it takes, and kills its own process `delay` s after the batch of step `at` (None: never).
+    """A fit function that notes each step it takes, and kills its own process `delay` s after the
+    batch of step `at` (None: never).
 
     Once: `.killed` beside the model's folder says that it happened, and where.
     """
@@ -145,7 +149,9 @@ def taken(out: Path, rank: int) -> list[int]:
 
 
 def differences(out: Path, undisturbed: Path) -> list[str]:
-    """What of a run differs from the undisturbed one: weights (to the bit), metrics of the manifest, the lines of metrics.jsonl."""
+    """What of a run differs from the undisturbed one: weights (to the bit), metrics of the
+    manifest, the lines of metrics.jsonl.
+    """
     ours, theirs = read_model(out)[0], read_model(undisturbed)[0]
     equal = {
         "weights": ours.keys() == theirs.keys()
@@ -210,7 +216,8 @@ def main() -> None:
                 if at is None:
                     step_seconds = step_folder.manifest(out)["seconds"] / args.steps
                     print(
-                        f"undisturbed: {len(found)} steps in {seconds:.1f} s, {1000 * step_seconds:.0f} ms each",
+                        f"undisturbed: {len(found)} steps in {seconds:.1f} s, "
+                        f"{1000 * step_seconds:.0f} ms each",
                         flush=True,
                     )
                     continue
@@ -218,16 +225,21 @@ def main() -> None:
                     len(found) - args.steps,
                     differences(out, base / f"{args.what}-0"),
                 )
-                said = f"{'DIFFERENT: ' + ', '.join(different) if different else 'equal'}, {seconds:.1f} s"
+                said = (
+                    f"{'DIFFERENT: ' + ', '.join(different) if different else 'equal'}, "
+                    f"{seconds:.1f} s"
+                )
                 if (died := out.with_suffix(".killed")).exists():
                     kills += 1
                     print(
-                        f"worker {rank} killed {died.read_text()}: {again} steps done again, {said}",
+                        f"worker {rank} killed {died.read_text()}: {again} steps done "
+                        f"again, {said}",
                         flush=True,
                     )
                 else:
                     print(
-                        f"worker {rank} was done before its end after step {at}, another is drawn: {said}",
+                        f"worker {rank} was done before its end after step {at}, another "
+                        f"is drawn: {said}",
                         flush=True,
                     )
                 faults += [f"run {i - 1}: {what}" for what in different]

@@ -1,9 +1,11 @@
-"""Make the phantom denoiser that adversa ships (adversa/diffuse/phantom), from phantom pictures no run ever sees.
+"""Make the phantom denoiser that adversa ships (adversa/diffuse/phantom), from phantom pictures no
+run ever sees.
 
     python tools/pretrain_phantom.py --out adversa/diffuse/phantom
 
-The pictures come from another phantom seed than a run's, so that none of them is a picture of the demo. About 15 minutes on two
-cores with bf16; run again whenever adversa/data/phantom.py changes its pictures. `--steps`, `--images` make it shorter for a look.
+The pictures come from another phantom seed than a run's, so that none of them is a picture of the
+demo. About 15 minutes on two cores with bf16; run again whenever adversa/data/phantom.py changes
+its pictures. `--steps`, `--images` make it shorter for a look.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ MOST_BYTES = 4_000_000
 
 
 def render(images: int, seed: int, resolution: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """uint8 [N, R, R, 3], labels int64 [N], classes: as `adversa prepare` would make them, all classes equally frequent."""
+    """uint8 [N, R, R, 3], labels int64 [N], classes: as `adversa prepare` would make them, all
+    classes equally frequent.
+    """
     data = cfg.Data(
         resolution=resolution,
         phantom=cfg.Phantom(images=images, seed=seed, tail=1.0, images_per_lesion=1.0),
@@ -47,7 +51,9 @@ def render(images: int, seed: int, resolution: int) -> tuple[np.ndarray, np.ndar
 def batches(
     pictures: np.ndarray, labels: np.ndarray, size: int, first: int, steps: int
 ) -> Iterator[dict[str, Any]]:
-    """Batch k holds pictures drawn by a generator seeded by k: a run that is resumed sees the batches it has missed."""
+    """Batch k holds pictures drawn by a generator seeded by k: a run that is resumed sees the
+    batches it has missed.
+    """
     for step in range(first, steps):
         rows = np.random.default_rng([SEED, step]).integers(0, len(labels), size)
         yield {"id": [str(i) for i in rows], "image": pictures[rows], "label": labels[rows]}
@@ -83,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     pictures, labels, classes = render(args.images, args.seed, args.resolution)
     seconds = time.monotonic() - began
     print(
-        f"{len(labels)} pictures of phantom seed {args.seed} in {seconds:.0f} s; training state in {work}",
+        f"{len(labels)} pictures of phantom seed {args.seed} in {seconds:.0f} s; training "
+        f"state in {work}",
         flush=True,
     )
     config = cfg.Denoiser(
@@ -100,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     def report(p: dict[str, Any]) -> None:
         if p["done"] % 50 < 2:
             print(
-                f"step {p['done']}/{p['total']} loss {p['loss']:.3f} {time.monotonic() - began:.0f} s",
+                f"step {p['done']}/{p['total']} loss {p['loss']:.3f} "
+                f"{time.monotonic() - began:.0f} s",
                 flush=True,
             )
 
@@ -125,11 +133,13 @@ def main(argv: list[str] | None = None) -> None:
     fingerprint = weights.save_model(args.out, half_precision(state), meta)
     size = (args.out / weights.MODEL).stat().st_size
     print(
-        f"{args.out}: {result['parameters']} parameters, {size / 1e6:.2f} MB, loss {result['loss']:.4f}, {fingerprint}"
+        f"{args.out}: {result['parameters']} parameters, {size / 1e6:.2f} MB, loss "
+        f"{result['loss']:.4f}, {fingerprint}"
     )
     if size > MOST_BYTES:
         sys.exit(
-            f"{size} bytes are more than the {MOST_BYTES} that may be shipped; take fewer denoiser.channels"
+            f"{size} bytes are more than the {MOST_BYTES} that may be shipped; take fewer "
+            "denoiser.channels"
         )
 
 

@@ -1,7 +1,9 @@
-"""Augmentation of a whole batch at once: tensor operations with one generator, so that (seed, step) decides it all.
+"""Augmentation of a whole batch at once: tensor operations with one generator, so that (seed, step)
+decides it all.
 
-On the training worker and on the critical path, so few passes over the pixels: the square's symmetries are folded into the one
-resampling, and every colour change is affine in a pixel's three channels, so one 3x3 matrix an image does them all.
+On the training worker and on the critical path, so few passes over the pixels: the square's
+symmetries are folded into the one resampling, and every colour change is affine in a pixel's three
+channels, so one 3x3 matrix an image does them all.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ def augment(
     rows: slice = ALL,
     side: int | None = None,
 ) -> Tensor:
-    """pixels [B, 3, S, S] in [0, 1] -> [B, 3, side, side] (None: S) in [0, 1], channels last. A strength of 0 costs nothing.
+    """pixels [B, 3, S, S] in [0, 1] -> [B, 3, side, side] (None: S) in [0, 1], channels last. A
+    strength of 0 costs nothing.
 
-    size, rows: `pixels` are these rows of a batch of `size` images (None: all); the draws are made for the whole batch, so
-    an image is changed alike on however many workers. generator: on the CPU, whatever the device of the pixels.
+    size, rows: `pixels` are these rows of a batch of `size` images (None: all); the draws are made
+    for the whole batch, so an image is changed alike on however many workers. generator: on the
+    CPU, whatever the device of the pixels.
     """
     size = len(pixels) if size is None else size
     u = torch.rand(19, size, generator=generator)[:, rows]
@@ -49,7 +53,9 @@ def augment(
 
 
 def symmetry(pixels: Tensor, k: int) -> Tensor:
-    """The k-th of the square's eight symmetries, exactly: bit 0 mirrors left-right, bit 1 top-bottom, bit 2 transposes, last."""
+    """The k-th of the square's eight symmetries, exactly: bit 0 mirrors left-right, bit 1
+    top-bottom, bit 2 transposes, last.
+    """
     mirrored = pixels.flip([d for d, bit in ((3, 1), (2, 2)) if k & bit]) if k & 3 else pixels
     return mirrored.transpose(2, 3) if k & 4 else mirrored
 
@@ -66,7 +72,8 @@ def turn(pixels: Tensor, which: Tensor) -> Tensor:
 
 
 def placement(config: Augment, u: Tensor, which: Tensor | None) -> Tensor:
-    """u [4, B] in [0, 1) -> [B, 2, 3]: from a place in the output to one in the input, the side being [-1, 1].
+    """u [4, B] in [0, 1) -> [B, 2, 3]: from a place in the output to one in the input, the side
+    being [-1, 1].
 
     Rotation, zoom and shift first, then symmetry which[i] of the result.
     """
@@ -84,7 +91,8 @@ def placement(config: Augment, u: Tensor, which: Tensor | None) -> Tensor:
 
 
 def warp(pixels: Tensor, theta: Tensor, side: int) -> Tensor:
-    """Bilinear resampling to [B, 3, side, side] at the places theta [B, 2, 3]; what lies outside is mirrored in.
+    """Bilinear resampling to [B, 3, side, side] at the places theta [B, 2, 3]; what lies outside is
+    mirrored in.
 
     There is no filter against aliasing: `side` is meant to be above half of the pictures' own.
     """
@@ -97,10 +105,12 @@ def warp(pixels: Tensor, theta: Tensor, side: int) -> Tensor:
 
 
 def colour(pixels: Tensor, config: Augment, u: Tensor) -> Tensor:
-    """Brightness, white balance, contrast about the image's mean and saturation about a pixel's grey, in this order.
+    """Brightness, white balance, contrast about the image's mean and saturation about a pixel's
+    grey, in this order.
 
-    u [6, B] in [0, 1). With gains g (diagonal G), contrast c, saturation s and image mean m, a pixel x becomes
-    s y + (1 - s) mean(y), y = c G x + (1 - c) m; that is c S G x + (1 - c) m, S = s I + (1 - s) / 3, whose rows add up to 1.
+    u [6, B] in [0, 1). With gains g (diagonal G), contrast c, saturation s and image mean m, a
+    pixel x becomes s y + (1 - s) mean(y), y = c G x + (1 - c) m; that is c S G x + (1 - c) m, S = s
+    I + (1 - s) / 3, whose rows add up to 1.
     """
     u = (2 * u - 1).to(pixels.device)
     gain = (1 + config.brightness * u[0])[:, None] * (1 + config.tint * u[1:4].T)
@@ -119,10 +129,12 @@ def colour(pixels: Tensor, config: Augment, u: Tensor) -> Tensor:
 
 
 def erase(pixels: Tensor, probability: float, u: Tensor) -> Tensor:
-    """Random erasing (Zhong et al. 2020, algorithm 1): a rectangle of one random colour, with this probability. u [8, B].
+    """Random erasing (Zhong et al. 2020, algorithm 1): a rectangle of one random colour, with this
+    probability. u [8, B].
 
-    Its share of the area is uniform in ERASED, the log of its aspect uniform; aspects that do not fit the square are left
-    out beforehand, in place of drawing again until it fits. One colour, not noise: that costs no draw a pixel.
+    Its share of the area is uniform in ERASED, the log of its aspect uniform; aspects that do not
+    fit the square are left out beforehand, in place of drawing again until it fits. One colour, not
+    noise: that costs no draw a pixel.
     """
     side = pixels.shape[-1]
     share = ERASED[0] + (ERASED[1] - ERASED[0]) * u[1]
@@ -138,7 +150,9 @@ def erase(pixels: Tensor, probability: float, u: Tensor) -> Tensor:
 
 
 def rectangles(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, side: int) -> Tensor:
-    """bool [B, 1, S, S]: rows top ... bottom - 1 and columns left ... right - 1 of image i, all [B] of integers."""
+    """bool [B, 1, S, S]: rows top ... bottom - 1 and columns left ... right - 1 of image i, all [B]
+    of integers.
+    """
     at = torch.arange(side)
     rows = (at >= top[:, None]) & (at < bottom[:, None])
     columns = (at >= left[:, None]) & (at < right[:, None])

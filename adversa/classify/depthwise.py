@@ -1,9 +1,10 @@
 """Depthwise convolutions whose bf16 backward pass is fast on a CPU.
 
-oneDNN 3.x has fast bf16 kernels for the forward pass of a depthwise convolution, for its gradients at stride 1 and for a 3x3
-kernel. The gradient of the input at stride 2 and that of a 5x5 kernel fall to reference code, half of the training time of an
-EfficientNet (benchmarks/LOG.md). So a strided convolution is differentiated as the unstrided one whose other outputs have no
-gradient, and the gradient of a 5x5 kernel is taken in float32.
+oneDNN 3.x has fast bf16 kernels for the forward pass of a depthwise convolution, for its gradients
+at stride 1 and for a 3x3 kernel. The gradient of the input at stride 2 and that of a 5x5 kernel
+fall to reference code, half of the training time of an EfficientNet (benchmarks/LOG.md). So a
+strided convolution is differentiated as the unstrided one whose other outputs have no gradient, and
+the gradient of a 5x5 kernel is taken in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ FAST_KERNEL = 3  # the largest with a fast bf16 weight gradient
 
 
 class Depthwise(nn.Module):
-    """A depthwise nn.Conv2d without bias (same: with TensorFlow's padding) under the same parameter name, for bf16 on a CPU."""
+    """A depthwise nn.Conv2d without bias (same: with TensorFlow's padding) under the same parameter
+    name, for bf16 on a CPU.
+    """
 
     def __init__(self, conv: nn.Conv2d, same: bool) -> None:
         super().__init__()
@@ -43,7 +46,9 @@ class Depthwise(nn.Module):
 
 
 def fast_depthwise(module: nn.Module) -> None:
-    """Replace in place every depthwise convolution with a square kernel of odd side, no bias and no dilation."""
+    """Replace in place every depthwise convolution with a square kernel of odd side, no bias and no
+    dilation.
+    """
     for parent in list(module.modules()):
         for name, conv in list(parent.named_children()):
             if type(conv) in (nn.Conv2d, Conv2dSame) and _is_plain_depthwise(conv):

@@ -1,4 +1,6 @@
-"""Features of images for comparing sets of them: the embedding of a network, without augmentation, in float32."""
+"""Features of images for comparing sets of them: the embedding of a network, without augmentation,
+in float32.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from adversa.types import UserError
 
 @dataclass(frozen=True)
 class Space:
-    """Whose embedding. folder: of a trained classifier; else config: a timm model with its weights, nothing of it trained here."""
+    """Whose embedding. folder: of a trained classifier; else config: a timm model with its weights,
+    nothing of it trained here.
+    """
 
     name: str
     folder: Path | None = None
@@ -28,7 +32,9 @@ class Space:
 
 
 def pretrained(name: str, weights: str) -> Space:
-    """A timm model with given weights, which sees images at its own size. UserError for an unknown tag; see `network`."""
+    """A timm model with given weights, which sees images at its own size. UserError for an unknown
+    tag; see `network`.
+    """
     known = timm.is_model(name.split(".")[0])
     try:
         settings = timm.models.get_pretrained_cfg(name) if known else None
@@ -42,14 +48,17 @@ def pretrained(name: str, weights: str) -> Space:
 
 
 def network(space: Space, resolution: int) -> model.Network:
-    """The network of a space, on the CPU. UserError: the folder holds no classifier, or the model or its weights cannot be had."""
+    """The network of a space, on the CPU. UserError: the folder holds no classifier, or the model
+    or its weights cannot be had.
+    """
     try:
         if space.folder is not None:
             meta = files.read_json(space.folder / CONFIG)
             if meta is not None and meta.get("kind") != "classifier":
                 kind = f"a model of kind {meta.get('kind')!r}"
                 raise UserError(
-                    f"{space.folder} holds {kind}; give the folder of a classifier, or a timm model by name"
+                    f"{space.folder} holds {kind}; give the folder of a classifier, or a "
+                    "timm model by name"
                 )
             return model.load(space.folder)[0]
         assert space.config is not None
@@ -63,7 +72,9 @@ def network(space: Space, resolution: int) -> model.Network:
 
 
 def make_features(space: Space, resolution: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Load the network once; the callable maps uint8 [N, R, R, 3] to float32 [N, D], image by image whatever the neighbours."""
+    """Load the network once; the callable maps uint8 [N, R, R, 3] to float32 [N, D], image by image
+    whatever the neighbours.
+    """
     loaded = network(space, resolution).to("cuda" if torch.cuda.is_available() else "cpu")
 
     def features(images: np.ndarray) -> np.ndarray:

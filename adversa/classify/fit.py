@@ -1,7 +1,9 @@
-"""Fit the classifier: AdamW, warm-up and cosine, averaged weights, the checkpoint chosen on `select`, exact resume.
+"""Fit the classifier: AdamW, warm-up and cosine, averaged weights, the checkpoint chosen on
+`select`, exact resume.
 
-On one worker or on several (adversa.workers): each sees its rows of every batch, all draws are made for the whole batch but the
-masks of dropout and stochastic depth, which each worker draws for its rows.
+On one worker or on several (adversa.workers): each sees its rows of every batch, all draws are made
+for the whole batch but the masks of dropout and stochastic depth, which each worker draws for its
+rows.
 """
 
 from __future__ import annotations
@@ -41,14 +43,17 @@ from adversa.storage.weights import load_checkpoint, replace_bytes, save_checkpo
 from adversa.training import process_group
 from adversa.types import UserError, digest, seed_of
 
-# "id": list[str], "image": uint8 [B, H, W, 3], "label": int64 [B], and "size": int where these are a worker's rows of a larger one
+# "id": list[str], "image": uint8 [B, H, W, 3], "label": int64 [B], and "size": int where these are
+# a worker's rows of a larger one
 Batch = dict[str, Any]
 METRICS = "metrics.jsonl"
 
 
 @dataclass
 class State:
-    """All that a step reads and changes. From `step` on, and of the first three: what `_pack` commits, `_unpack` brings back."""
+    """All that a step reads and changes. From `step` on, and of the first three: what `_pack`
+    commits, `_unpack` brings back.
+    """
 
     model: Network
     average: Network
@@ -82,18 +87,20 @@ def fit(
     committed: Callable[[int], None] = lambda _: None,
     threads: int | None = None,
 ) -> dict[str, float]:
-    """Train for `config.steps` steps, one batch a step, and write the model folder `out`; metrics["steps"] were done.
+    """Train for `config.steps` steps, one batch a step, and write the model folder `out`;
+    metrics["steps"] were done.
 
-    batches: from step resume_step(out) on (that many are already done), drawn and balanced by the caller.
-    select: yields the select role's batches, each time anew; scored `config.evaluations` times, evenly spaced, the last
-    step included. The averaged weights with the highest balanced accuracy are kept; of equals, the later. With
-    config.patience, training ends once so many evaluations in a row were no better than the best.
-    counts, priors [K]: weight of each class in the training set, and its share of the draws; see losses.make_loss.
-    committed: called on every worker, with the step, once a checkpoint is on disk.
-    Killed and called again with the same arguments, it ends with bit-identical weights: the initial weights depend on
-    `seed` alone, augmentation and mixing on (seed, step) alone, dropout and stochastic depth on (seed, step, worker).
-    torch's global generator is left as it was.
-    UserError: a loss, gradient or weight that is not finite (step and ids), a checkpoint of other settings.
+    batches: from step resume_step(out) on (that many are already done), drawn and balanced by the
+    caller. select: yields the select role's batches, each time anew; scored `config.evaluations`
+    times, evenly spaced, the last step included. The averaged weights with the highest balanced
+    accuracy are kept; of equals, the later. With config.patience, training ends once so many
+    evaluations in a row were no better than the best. counts, priors [K]: weight of each class in
+    the training set, and its share of the draws; see losses.make_loss. committed: called on every
+    worker, with the step, once a checkpoint is on disk. Killed and called again with the same
+    arguments, it ends with bit-identical weights: the initial weights depend on `seed` alone,
+    augmentation and mixing on (seed, step) alone, dropout and stochastic depth on (seed, step,
+    worker). torch's global generator is left as it was. UserError: a loss, gradient or weight that
+    is not finite (step and ids), a checkpoint of other settings.
     """
     device = (
         torch.device("cuda", torch.cuda.current_device())
@@ -178,7 +185,8 @@ def balanced_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 def clip_gradient(parameters: Iterable[nn.Parameter], most: float) -> float:
     """The norm of all gradients together; scaled to `most` where it is above.
 
-    The very numbers of nn.utils.clip_grad_norm_, without its multiplication by 1 below: a third of its time (benchmarks/LOG.md).
+    The very numbers of nn.utils.clip_grad_norm_, without its multiplication by 1 below: a third of
+    its time (benchmarks/LOG.md).
     """
     given = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in given])
@@ -190,9 +198,11 @@ def clip_gradient(parameters: Iterable[nn.Parameter], most: float) -> float:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """average <- d average + (1 - d) model, weights and BatchNorm statistics alike; counters are copied.
+    """average <- d average + (1 - d) model, weights and BatchNorm statistics alike; counters are
+    copied.
 
-    d = min(decay, (1 + step) / (10 + step)), so that the random initial weights are soon forgotten. decay = 0 copies.
+    d = min(decay, (1 + step) / (10 + step)), so that the random initial weights are soon forgotten.
+    decay = 0 copies.
     """
     d = min(decay, (1 + step) / (10 + step)) if decay else 0.0
     new, old = model.state_dict(), average.state_dict()
@@ -214,8 +224,10 @@ def _start(
 
 
 def _phase(state: State, config: Classifier) -> None:
-    """Freeze the trunk for the first head_steps, let it go after them. Frozen: no gradient, so AdamW neither moves nor decays
-    it; eval mode, so BatchNorm's statistics stay. The wrapper is made anew: it takes no other set of parameters later."""
+    """Freeze the trunk for the first head_steps, let it go after them. Frozen: no gradient, so
+    AdamW neither moves nor decays it; eval mode, so BatchNorm's statistics stay. The wrapper is
+    made anew: it takes no other set of parameters later.
+    """
     frozen = state.step < config.head_steps
     state.model.train()
     for module in state.model.modules():
@@ -272,14 +284,18 @@ def _step(state: State, batch: Batch, config: Classifier, criterion: Loss) -> fl
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """torch.manual_seed of the devices that are used: it notes a stack trace for each kind of device that is not, at every call."""
+    """torch.manual_seed of the devices that are used: it notes a stack trace for each kind of
+    device that is not, at every call.
+    """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
 def _check_weights(state: State, batch: Batch, config: Classifier) -> None:
-    """Before weights are scored or kept: nothing in them that is not finite, BatchNorm's statistics included."""
+    """Before weights are scored or kept: nothing in them that is not finite, BatchNorm's statistics
+    included.
+    """
     kept = [
         v
         for m in (state.model, state.average)
@@ -294,14 +310,17 @@ def _check_weights(state: State, batch: Batch, config: Classifier) -> None:
 def _diverged(what: str, step: int, ids: list[str], config: Classifier) -> UserError:
     shown = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
     return UserError(
-        f"training diverged at step {step}: {what}; lower classifier.lr ({config.lr:g}), or look at the batch's images: {shown}"
+        f"training diverged at step {step}: {what}; lower classifier.lr ({config.lr:g}), "
+        f"or look at the batch's images: {shown}"
     )
 
 
 def _evaluate(
     state: State, batches: Iterable[Batch], config: Classifier, out: Path
 ) -> dict[str, float]:
-    """Score `select` with the averaged weights, keep them when they are the best so far; the line added to metrics.jsonl."""
+    """Score `select` with the averaged weights, keep them when they are the best so far; the line
+    added to metrics.jsonl.
+    """
     logits, labels = score_batches(state.average, batches, config.amp, config.views)
     assert len(labels), "the select role is empty"
     score = balanced_accuracy(logits, labels)
@@ -345,7 +364,8 @@ def _unpack(state: State, packed: dict[str, Any] | None, recipe: str, out: Path)
         return
     if packed["recipe"] != recipe:
         raise UserError(
-            f"{out} holds an unfinished training with other settings; delete that folder to start it anew"
+            f"{out} holds an unfinished training with other settings; delete that folder "
+            "to start it anew"
         )
     state.model.load_state_dict(packed["model"])
     state.average.load_state_dict(packed["average"])
@@ -389,6 +409,8 @@ def _threads(count: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_generator(device: torch.device) -> Iterator[None]:
-    """Give torch's global generators back as they were: dropout and initialisation know no other."""
+    """Give torch's global generators back as they were: dropout and initialisation know no
+    other.
+    """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

@@ -1,4 +1,6 @@
-"""Mixup and CutMix of a batch with itself: each image and its target with those of its partner, row i with row i ^ 1."""
+"""Mixup and CutMix of a batch with itself: each image and its target with those of its partner, row
+i with row i ^ 1.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,14 @@ def mix(
     size: int | None = None,
     rows: slice = ALL,
 ) -> tuple[Tensor, Tensor]:
-    """pixels [B, 3, S, S], targets [B, K] -> both mixed; alpha 0 turns a kind off, and of two kinds each batch gets one.
+    """pixels [B, 3, S, S], targets [B, K] -> both mixed; alpha 0 turns a kind off, and of two kinds
+    each batch gets one.
 
-    Every row has its own lambda ~ Beta(alpha, alpha), the share it keeps of itself (Zhang et al. 2018; Yun et al. 2019).
-    size, rows: as for `augment`. Rows are random draws already, so the neighbour is as good a partner as any, and lies on the
-    same worker (types.share_of cuts between pairs). A row without its partner stays alone: the last of an odd batch, and those that
-    a cut has parted, which happens only in a batch of fewer pairs than workers.
+    Every row has its own lambda ~ Beta(alpha, alpha), the share it keeps of itself (Zhang et al.
+    2018; Yun et al. 2019). size, rows: as for `augment`. Rows are random draws already, so the
+    neighbour is as good a partner as any, and lies on the same worker (types.share_of cuts between
+    pairs). A row without its partner stays alone: the last of an odd batch, and those that a cut
+    has parted, which happens only in a batch of fewer pairs than workers.
     """
     if not (mixup or cutmix):
         return pixels, targets
@@ -50,9 +54,11 @@ def mix(
 
 
 def _boxes(keep: np.ndarray, centre: np.ndarray, side: int) -> tuple[Tensor, np.ndarray]:
-    """keep [B], centre [2, B] -> (box [B, 1, S, S], the share outside it [B]), Yun et al. 2019, equation 2.
+    """keep [B], centre [2, B] -> (box [B, 1, S, S], the share outside it [B]), Yun et al. 2019,
+    equation 2.
 
-    The box has the share 1 - keep of the area, save what the border cuts off and rounding moves: so the share is counted anew.
+    The box has the share 1 - keep of the area, save what the border cuts off and rounding moves: so
+    the share is counted anew.
     """
     half = np.sqrt(1 - keep) / 2
     top, left = np.rint(np.clip(centre - half, 0, 1) * side).astype(np.int64)

@@ -24,9 +24,10 @@ from adversa.types import UserError
 class Network(nn.Module):
     """pixels [B, 3, H, W] in [0, 1] -> (logits [B, K], embedding [B, D]).
 
-    Resizing to `input_size` (unless `resize` is False) with the interpolation of the model's own data configuration (bilinear or
-    bicubic, antialiased) and normalisation by its mean and standard deviation happen inside, so that no caller can get them
-    wrong. The trunk is built with num_classes=0: every timm model then returns its embedding.
+    Resizing to `input_size` (unless `resize` is False) with the interpolation of the model's own
+    data configuration (bilinear or bicubic, antialiased) and normalisation by its mean and standard
+    deviation happen inside, so that no caller can get them wrong. The trunk is built with
+    num_classes=0: every timm model then returns its embedding.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class Network(nn.Module):
 
 
 def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1], channels last in memory (which is how it lay already)."""
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1], channels last in memory (which is how it
+    lay already).
+    """
     assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3, (
         images.dtype,
         images.shape,
@@ -74,10 +77,12 @@ def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 
 
 def build(config: Classifier, num_classes: int, resolution: int) -> Network:
-    """The untrained (or ImageNet) network, channels last, on the CPU. Weights are drawn from torch's global generator.
+    """The untrained (or ImageNet) network, channels last, on the CPU. Weights are drawn from
+    torch's global generator.
 
-    UserError: unknown model (with the nearest names), arguments the model does not take, weights that are not this
-    model's (with the first mismatches), a model that cannot take images of this size.
+    UserError: unknown model (with the nearest names), arguments the model does not take, weights
+    that are not this model's (with the first mismatches), a model that cannot take images of this
+    size.
     """
     trunk = _trunk(config)
     if config.weights is not None:
@@ -94,7 +99,9 @@ def build(config: Classifier, num_classes: int, resolution: int) -> Network:
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Network, dict[str, Any], str]:
-    """(network in eval mode, meta, fingerprint) of a folder written by `fit`; meta is its config.json."""
+    """(network in eval mode, meta, fingerprint) of a folder written by `fit`; meta is its
+    config.json.
+    """
     state, meta, fingerprint = read_model(folder)
     try:
         config = Classifier.model_validate({**meta["config"], "weights": None})
@@ -123,7 +130,8 @@ def _trunk(config: Classifier) -> nn.Module:
         raise UserError(f"classifier.model {name!r} is no timm model{hint}")
     if asked := [k for k in config.model_args if k.startswith(("pretrained", "checkpoint"))]:
         raise UserError(
-            f"classifier.model_args {asked[0]}: weights are given as classifier.weights, which checks that they fit"
+            f"classifier.model_args {asked[0]}: weights are given as classifier.weights, "
+            "which checks that they fit"
         )
     try:
         return timm.create_model(name, **{**config.model_args, "num_classes": 0})
@@ -147,7 +155,9 @@ def _trunk(config: Classifier) -> nn.Module:
 
 
 def _width(trunk: nn.Module, config: Classifier, size: int) -> int:
-    """D of the embedding, found by a dry run in eval mode (which leaves BatchNorm's statistics alone)."""
+    """D of the embedding, found by a dry run in eval mode (which leaves BatchNorm's statistics
+    alone).
+    """
     training = trunk.training
     starved: list[str] = []
 
@@ -171,10 +181,11 @@ def _width(trunk: nn.Module, config: Classifier, size: int) -> int:
         for hook in hooks:
             hook.remove()
     if starved:
-        # Nothing is left to learn there; and oneDNN 3.13's bf16 weight gradient of such a convolution reads memory that
-        # nobody wrote: NaN now and then, silently wrong otherwise.
+        # Nothing is left to learn there; and oneDNN 3.13's bf16 weight gradient of such a
+        # convolution reads memory that nobody wrote: NaN now and then, silently wrong otherwise.
         raise UserError(
-            f"classifier.model {config.model!r} shrinks images of {size} px to one pixel and goes on ({starved[0]}); "
+            f"classifier.model {config.model!r} shrinks images of {size} px to one pixel "
+            f"and goes on ({starved[0]}); "
             f"set classifier.input_size to {2 * size} or more, or choose a model with fewer strides"
         )
     if not isinstance(embedding, Tensor) or embedding.ndim != 2:
@@ -182,13 +193,16 @@ def _width(trunk: nn.Module, config: Classifier, size: int) -> int:
             tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
         )
         raise UserError(
-            f"classifier.model {config.model!r} gives no embedding but {shape}; choose an image classifier"
+            f"classifier.model {config.model!r} gives no embedding but {shape}; choose an "
+            "image classifier"
         )
     return embedding.shape[1]
 
 
 def _load_trunk(trunk: nn.Module, config: Classifier) -> None:
-    """Put pretrained weights into the trunk, without their head. timm itself would load a foreign file in silence."""
+    """Put pretrained weights into the trunk, without their head. timm itself would load a foreign
+    file in silence.
+    """
     where = str(config.weights)
     state = _imagenet(config) if where == "imagenet" else _local(Path(where))
     classifiers = trunk.pretrained_cfg.get("classifier") or ()
@@ -217,7 +231,9 @@ def _imagenet(config: Classifier) -> dict[str, Tensor]:
 
 
 def _local(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or a folder written by `fit`: then its trunk, for the head is of other classes."""
+    """A safetensors file, or a folder written by `fit`: then its trunk, for the head is of other
+    classes.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -225,7 +241,8 @@ def _local(path: Path) -> dict[str, Tensor]:
         state = read_model(path)[0]
         if not any(k.startswith("trunk.") for k in state):
             raise UserError(
-                f"classifier.weights {path}: the folder holds no classifier; give one, or a safetensors file"
+                f"classifier.weights {path}: the folder holds no classifier; give one, or "
+                "a safetensors file"
             )
         return {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
     try:

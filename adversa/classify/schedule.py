@@ -15,7 +15,9 @@ GROWING = 0.7  # share of the steps until training images have their full size
 
 
 def learning_rate(step: int, config: Classifier) -> float:
-    """Of step 1 ... config.steps: linear to config.lr over the warm-up, then half a cosine to a hundredth of it."""
+    """Of step 1 ... config.steps: linear to config.lr over the warm-up, then half a cosine to a
+    hundredth of it.
+    """
     rise = config.warmup * config.steps
     if step <= rise:
         return config.lr * step / rise
@@ -24,17 +26,21 @@ def learning_rate(step: int, config: Classifier) -> float:
 
 
 def thaw(step: int, config: Classifier) -> float:
-    """Factor of the trunk's rate: after config.head_steps frozen ones it has a warm-up of its own, for Adam's first steps are
-    as long as the rate allows, whatever the gradient. 0 while frozen, 1 throughout where nothing is frozen."""
+    """Factor of the trunk's rate: after config.head_steps frozen ones it has a warm-up of its own,
+    for Adam's first steps are as long as the rate allows, whatever the gradient. 0 while frozen, 1
+    throughout where nothing is frozen.
+    """
     if not config.head_steps:
         return 1.0
     return min(1.0, max(0, step - config.head_steps) / max(1.0, config.warmup * config.steps))
 
 
 def training_side(step: int, config: Classifier, resolution: int) -> int:
-    """Side of the training images of step 1 ... config.steps, in pixels: from config.first_size evenly up to config.input_size
-    (null: the resolution) over the first GROWING of the steps, in multiples of 16 (progressive learning, Tan & Le 2021,
-    section 4.2). Without first_size the resolution: then the network resizes."""
+    """Side of the training images of step 1 ... config.steps, in pixels: from config.first_size
+    evenly up to config.input_size (null: the resolution) over the first GROWING of the steps, in
+    multiples of 16 (progressive learning, Tan & Le 2021, section 4.2). Without first_size the
+    resolution: then the network resizes.
+    """
     if config.first_size is None:
         return resolution
     last, share = config.input_size or resolution, (step - 1) / (GROWING * config.steps)
@@ -48,11 +54,13 @@ def evaluation_steps(steps: int, evaluations: int) -> set[int]:
 
 
 def parameter_groups(network: Network, config: Classifier) -> list[dict[str, Any]]:
-    """AdamW's groups. lr_scale: of the group's rate; trunk: whether it is frozen during config.head_steps.
+    """AdamW's groups. lr_scale: of the group's rate; trunk: whether it is frozen during
+    config.head_steps.
 
-    The trunk's layers are grouped from the input up by timm (`group_matcher`), and the i-th group below the head learns at
-    layer_decay^i of the head's rate (BEiT, Bao et al. 2022). Decay belongs to matrices and kernels; on biases, norms, layer
-    scales and what the model itself names (positions, tokens) it only fights the fit.
+    The trunk's layers are grouped from the input up by timm (`group_matcher`), and the i-th group
+    below the head learns at layer_decay^i of the head's rate (BEiT, Bao et al. 2022). Decay belongs
+    to matrices and kernels; on biases, norms, layer scales and what the model itself names
+    (positions, tokens) it only fights the fit.
     """
     exempt = network.trunk.no_weight_decay() if hasattr(network.trunk, "no_weight_decay") else ()
     layers = param_groups_layer_decay(

@@ -14,15 +14,17 @@ from adversa.classify.augment import symmetry
 from adversa.classify.model import Network, load, to_pixels
 from adversa.training import process_group
 
-# Images scored together. Always this many (the last ones are padded): the kernels, and so the last bit, depend on the
-# shape of the batch, and an image's logits must not depend on how many neighbours it came with.
+# Images scored together. Always this many (the last ones are padded): the kernels, and so the last
+# bit, depend on the shape of the batch, and an image's logits must not depend on how many
+# neighbours it came with.
 CHUNK = 64
 
 Scorer = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def make_scorer(folder: Path, embed: bool = False) -> Scorer:
-    """Load the classifier of a folder once; the callable maps uint8 [N, H, W, 3] to (logits [N, K], embedding [N, D]).
+    """Load the classifier of a folder once; the callable maps uint8 [N, H, W, 3] to (logits [N, K],
+    embedding [N, D]).
 
     Both float32, in the order of the images; D = 0 unless `embed`.
     """
@@ -48,10 +50,12 @@ def make_scorer(folder: Path, embed: bool = False) -> Scorer:
 def forward(
     network: nn.Module, images: np.ndarray, amp: bool, views: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [N, H, W, 3], N > 0 -> (logits [N, K], embedding [N, D]) float32, by a network in eval mode.
+    """uint8 [N, H, W, 3], N > 0 -> (logits [N, K], embedding [N, D]) float32, by a network in eval
+    mode.
 
-    Both are means over the first `views` of the square's eight symmetries (augment.symmetry): the image itself, mirrored left
-    to right, both of these mirrored top to bottom, and those four transposed.
+    Both are means over the first `views` of the square's eight symmetries (augment.symmetry): the
+    image itself, mirrored left to right, both of these mirrored top to bottom, and those four
+    transposed.
     """
     assert not network.training
     device = next(network.parameters()).device

@@ -1,4 +1,6 @@
-"""The commands. torch and ray are imported inside them: `adversa --help` and `adversa status` answer at once."""
+"""The commands. torch and ray are imported inside them: `adversa --help` and `adversa status`
+answer at once.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ from adversa.cli.options import (
 )
 from adversa.cli.run import engines, error, execute, root_of, stoppable
 
-HELP = "Find a classifier's hard cases, paint more of them, retrain, and say honestly whether it helped."
+HELP = (
+    "Find a classifier's hard cases, paint more of them, retrain, and say honestly whether it "
+    "helped."
+)
 app = typer.Typer(
     help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
 )
@@ -49,7 +54,8 @@ EvaluateWords = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[denoiser] [CONFIG] | RUN",
-        help="denoiser: judge its samples (KID, precision, recall). A YAML file; none: the demo. With --on: a run's folder.",
+        help="denoiser: judge its samples (KID, precision, recall). A YAML file; none: the "
+        "demo. With --on: a run's folder.",
     ),
 ]
 
@@ -57,13 +63,16 @@ EvaluateWords = Annotated[
 def _what(
     command: str, words: list[str] | None, known: tuple[str, ...]
 ) -> tuple[str | None, Path | None]:
-    """The words of a command that takes `[WHAT] [CONFIG]`: (WHAT or None, CONFIG or None). UserError for words too many."""
+    """The words of a command that takes `[WHAT] [CONFIG]`: (WHAT or None, CONFIG or None).
+    UserError for words too many.
+    """
     from adversa.types import UserError
 
     what, rest = (words[0], words[1:]) if words and words[0] in known else (None, words or [])
     if len(rest) > 1:
         raise UserError(
-            f"adversa {command} {shlex.join(words or [])}: write adversa {command} [{'|'.join(known)}] [CONFIG]"
+            f"adversa {command} {shlex.join(words or [])}: write adversa {command} "
+            f"[{'|'.join(known)}] [CONFIG]"
         )
     return what, Path(rest[0]) if rest else None
 
@@ -121,7 +130,9 @@ def loop(
         bool, typer.Option("--down", help="--cluster: take it down at the end (ray down).")
     ] = False,
 ) -> None:
-    """Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run it again to resume."""
+    """Run the whole cycle: prepare, train, mine, generate, curate, retrain, evaluate, report. Run
+    it again to resume.
+    """
     from adversa.types import UserError
 
     if cluster is None:
@@ -147,7 +158,8 @@ def loop(
 
     if detach and down:
         raise UserError(
-            "--detach beside --down: nobody would be there at the end to take the cluster down; give one"
+            "--detach beside --down: nobody would be there at the end to take the cluster "
+            "down; give one"
         )
     options = {"rounds": rounds, "seed": seed, "reopen_test": reopen_test, "verbose": verbose}
     with stoppable("a job that was submitted goes on. Follow it with"):
@@ -174,7 +186,9 @@ def sweep(
     engine: EngineName = "ray",
     verbose: Verbose = False,
 ) -> None:
-    """How much synthetic data? A grid of real images x ratio x arm x seed, with dose-response curves. Run it again to resume."""
+    """How much synthetic data? A grid of real images x ratio x arm x seed, with dose-response
+    curves. Run it again to resume.
+    """
     from adversa.cli import sweep as cli_sweep
     from adversa.cli.console import Screen
 
@@ -204,7 +218,9 @@ def plan(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there too.")
     ] = None,
 ) -> None:
-    """Before a run: where its workers and samplers lie, memory, time and device-hours of each stage, from a short measurement."""
+    """Before a run: where its workers and samplers lie, memory, time and device-hours of each
+    stage, from a short measurement.
+    """
     from rich.console import Console
 
     from adversa.cli import plan as cli_plan
@@ -273,7 +289,9 @@ def train(
     engine: EngineName = "ray",
     verbose: Verbose = False,
 ) -> None:
-    """Train the denoiser, the judges and the first classifiers (and what comes before), or the codec alone."""
+    """Train the denoiser, the judges and the first classifiers (and what comes before), or the
+    codec alone.
+    """
     what, config = _what("train", words, ("codec",))
     execute(what or "train", config, run_dir, set_ or [], rounds, seed, engine, verbose)
 
@@ -313,14 +331,17 @@ def generate(
     engine: EngineName = "ray",
     verbose: Verbose = False,
 ) -> None:
-    """Paint images for the hard cases (and what comes before); or, with --labels, so many images of each class."""
+    """Paint images for the hard cases (and what comes before); or, with --labels, so many images of
+    each class.
+    """
     from adversa.cli import images
     from adversa.cli.console import Screen
     from adversa.types import UserError
 
     if labels is None and config is not None and (config / "config.yaml").is_file():
         raise UserError(
-            f"{config} is a run: go on with it by --run-dir {config}, or say with --labels CLASS=N,... what to paint"
+            f"{config} is a run: go on with it by --run-dir {config}, or say with --labels "
+            "CLASS=N,... what to paint"
         )
     if labels is not None and config is not None and run_dir is not None:
         raise UserError(f"--run-dir {run_dir} beside {config}: give one run")
@@ -390,7 +411,9 @@ def export(
         float, typer.Option("--shard-mb", help="webdataset: size of a tar file, at most.")
     ] = 256,
 ) -> None:
-    """Hand on what a run made: the images that passed the gate, each arm's classifiers, with cards for the Hugging Face hub."""
+    """Hand on what a run made: the images that passed the gate, each arm's classifiers, with cards
+    for the Hugging Face hub.
+    """
     from adversa.cli import export as cli_export
     from adversa.cli.console import Screen
 
@@ -429,7 +452,9 @@ def bench_generate(
     engine: EngineName = "ray",
     verbose: Verbose = False,
 ) -> None:
-    """How fast images are painted here: rates, costs of guidance, share of the device's peak, scaling, memory."""
+    """How fast images are painted here: rates, costs of guidance, share of the device's peak,
+    scaling, memory.
+    """
     from adversa.cli import images as cli_images
     from adversa.cli.console import Screen
 
@@ -478,8 +503,8 @@ def evaluate(
     engine: EngineName = "ray",
     verbose: Verbose = False,
 ) -> None:
-    """Retrain every arm and score it on the mine role (and what comes before); or judge the denoiser's samples; or, with --on,
-    score a finished run on a set from elsewhere.
+    """Retrain every arm and score it on the mine role (and what comes before); or judge the
+    denoiser's samples; or, with --on, score a finished run on a set from elsewhere.
     """
     from adversa.cli import results
     from adversa.cli.console import Screen
@@ -545,7 +570,9 @@ def predict(
 @exits
 @reads_run
 def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
-    """Write summary.json, report.html and report.md of a finished run again; of a sweep what there is of its figures so far."""
+    """Write summary.json, report.html and report.md of a finished run again; of a sweep what there
+    is of its figures so far.
+    """
     from adversa.pipeline import summary
     from adversa.pipeline.stages import stages
     from adversa.report import page
@@ -595,7 +622,9 @@ def check(config: ConfigPath = None, set_: Overrides = None) -> None:
 
 
 def main() -> None:
-    """The console script. A mistake on the command line is one line too, where typer would draw a box of several."""
+    """The console script. A mistake on the command line is one line too, where typer would draw a
+    box of several.
+    """
     try:
         code = app(standalone_mode=False)
     except typer.Abort:  # Ctrl-C before there is a run to stop
@@ -610,7 +639,8 @@ def main() -> None:
             typer.echo(text)
         else:
             error(
-                f"{text.rstrip('.')}; `adversa --help` lists the commands, `adversa COMMAND --help` their options"
+                f"{text.rstrip('.')}; `adversa --help` lists the commands, `adversa "
+                "COMMAND --help` their options"
             )
         sys.exit(2)
     sys.exit(code or 0)

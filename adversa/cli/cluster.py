@@ -1,4 +1,6 @@
-"""The commands' `--cluster FILE`: a run on a cluster instead of here; and the views `watch` and `runs`, here or there."""
+"""The commands' `--cluster FILE`: a run on a cluster instead of here; and the views `watch` and
+`runs`, here or there.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,17 @@ PROGRESS = re.compile(r"\d\d:\d\d:\d\d ")  # begins a line that says how far a r
 
 
 def place(path: Path | None, run_dir: Path | None, asks: Asks) -> str:
-    """Where a run lies on the cluster. UserError for a place that would be another on every machine."""
+    """Where a run lies on the cluster. UserError for a place that would be another on every
+    machine.
+    """
     named = str(run_dir) if run_dir is not None else path.stem if path is not None else "demo"
     if cluster_file.is_absolute(named):
         return named
     if asks.run_storage is None:
         given = f"--run-dir {named} is relative" if run_dir is not None else "no --run-dir"
         raise UserError(
-            f"{given}, and the cluster file names no run_storage; give --run-dir an absolute path that every node sees, or set "
+            f"{given}, and the cluster file names no run_storage; give --run-dir an "
+            "absolute path that every node sees, or set "
             "metadata.adversa.run_storage"
         )
     return f"{asks.run_storage.rstrip('/')}/{named}"
@@ -68,7 +73,8 @@ def ready(
     config = load(path, made, rounds=options.get("rounds"), seed=options.get("seed"))
     if config.data.path is not None and not cluster_file.is_absolute(config.data.path):
         raise UserError(
-            f"data.path {config.data.path}: a job on a cluster starts in a folder of its own; give a path that every node sees"
+            f"data.path {config.data.path}: a job on a cluster starts in a folder of its "
+            "own; give a path that every node sees"
         )
     return Asked(cluster, run, made, (path or packaged("demo.yaml")).read_text())
 
@@ -146,7 +152,8 @@ def status(run_dir: Path | None, file: Path, screen: Console) -> None:
         latest = found[-1]
         _say(
             screen,
-            f"{latest.run}  {_state(latest)}  {_age(latest)}  job {latest.id}, attempt {len(found)}",
+            f"{latest.run}  {_state(latest)}  {_age(latest)}  job {latest.id}, attempt "
+            f"{len(found)}",
         )
         if latest.is_over and latest.exit_code is None and latest.status == "FAILED":
             _say(screen, latest.message[:500])
@@ -169,24 +176,30 @@ def stop(run_dir: Path | None, file: Path, screen: Console) -> None:
         ended = jobs.stop(client, latest)
         if not ended.is_over:
             raise UserError(
-                f"{latest.run} has not stopped yet; look again: {_command('status', latest.run, file)}"
+                f"{latest.run} has not stopped yet; look again: "
+                f"{_command('status', latest.run, file)}"
             )
         _say(
             screen,
-            f"{latest.run} is {_state(ended)}; everything finished is kept. Resume with the command that started it",
+            f"{latest.run} is {_state(ended)}; everything finished is kept. Resume with "
+            "the command that started it",
         )
 
 
 def there(
     command: str, run_dir: Path | None, file: Path, settings: list[str], screen: Console
 ) -> None:
-    """Say on the cluster what is wanted of a run; raises typer.Exit with that command's exit code."""
+    """Say on the cluster what is wanted of a run; raises typer.Exit with that command's exit
+    code.
+    """
     with _on(file, run_dir) as (client, found):
         raise typer.Exit(_asked(client, found[-1].run, command, settings, screen))
 
 
 def _asked(client: Client, run: str, command: str, settings: list[str], screen: Console) -> int:
-    """The exit code of a command that runs on the cluster beside the run's own job, its lines shown here."""
+    """The exit code of a command that runs on the cluster beside the run's own job, its lines shown
+    here.
+    """
     from adversa.distributed import jobs
 
     return jobs.follow(
@@ -245,8 +258,9 @@ def _follow(client: Client, job: Job, file: Path, screen: Console) -> Job:
 
 
 class _View:
-    """What a job says; or, as soon as its run can be read from here (an object store) and on a terminal, the live view of the run,
-    and of what the job says its end alone: closing lines, or why it failed.
+    """What a job says; or, as soon as its run can be read from here (an object store) and on a
+    terminal, the live view of the run, and of what the job says its end alone: closing lines, or
+    why it failed.
     """
 
     def __init__(self, run: str, screen: Console) -> None:
@@ -316,11 +330,13 @@ def _age(job: Job) -> str:
     )
 
 
-# ---- runs on this machine -----------------------------------------------------------------------------------------------
+# ---- runs on this machine ------------------------------------------------------------------------
 
 
 def watch_here(config: Any, run: RunDir, screen: Console) -> None:
-    """The live view of a run that another process works on, until it no longer does; raises typer.Exit: 0 when it is finished."""
+    """The live view of a run that another process works on, until it no longer does; raises
+    typer.Exit: 0 when it is finished.
+    """
     from adversa.cli import view
 
     state = view.state_of(run)[0]

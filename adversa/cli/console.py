@@ -1,4 +1,6 @@
-"""The terminal, for text that others may have written: a name cannot move the cursor, set the title or copy to the clipboard."""
+"""The terminal, for text that others may have written: a name cannot move the cursor, set the title
+or copy to the clipboard.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from adversa.common.sanitize import printable
 
 
 class Screen(Console):
-    """rich's console, which writes escape sequences of its own and none that stand in what is shown."""
+    """rich's console, which writes escape sequences of its own and none that stand in what is
+    shown.
+    """
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

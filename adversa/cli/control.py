@@ -1,4 +1,6 @@
-"""`adversa pause | resume | stop`: wishes written into a run's folder, and whether somebody heard them. No Ray, no torch."""
+"""`adversa pause | resume | stop`: wishes written into a run's folder, and whether somebody heard
+them. No Ray, no torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ WAIT_SECONDS = 0.2
 def pause(run: RunDir) -> str:
     _working(run, "pause")
     control.wish(run, control.PAUSE)
-    return f"{run.root} pauses after the parts in flight (a training goes on to its end); go on with: adversa resume {_quoted(run)}"
+    return (
+        f"{run.root} pauses after the parts in flight (a training goes on to its end); go on "
+        f"with: adversa resume {_quoted(run)}"
+    )
 
 
 def resume(run: RunDir, overrides: list[str]) -> str:
@@ -33,7 +38,8 @@ def resume(run: RunDir, overrides: list[str]) -> str:
         )
         if first is None:
             raise UserError(
-                f"--set {overrides[0]}: every round of {run.root} has begun; give a new run another --run-dir"
+                f"--set {overrides[0]}: every round of {run.root} has begun; give a new "
+                "run another --run-dir"
             )
         control.wish(run, None, settings)
         said = f"from round {first} on: {', '.join(f'{k} {v}' for k, v in settings.items())}; "
@@ -51,7 +57,8 @@ def stop(run: RunDir) -> str:
     while view.state_of(run)[0] in ("running", "paused"):
         if time.monotonic() > until:
             raise UserError(
-                f"{run.root} has not stopped after {HEARD_SECONDS:.0f} s; it will when it looks: adversa status {_quoted(run)}"
+                f"{run.root} has not stopped after {HEARD_SECONDS:.0f} s; it will when it "
+                f"looks: adversa status {_quoted(run)}"
             )
         time.sleep(WAIT_SECONDS)
     if view.state_of(run)[0] == "finished":
@@ -67,7 +74,8 @@ def _settings(run: RunDir, overrides: list[str]) -> dict[str, object]:
     names = [o.partition("=")[0] for o in overrides]
     if wrong := [n for n in names if n not in control.CHANGEABLE]:
         raise UserError(
-            f"--set {wrong[0]}: only {' and '.join(control.CHANGEABLE)} may change in a run, for rounds that have not begun; "
+            f"--set {wrong[0]}: only {' and '.join(control.CHANGEABLE)} may change in a "
+            "run, for rounds that have not begun; "
             "give another --run-dir"
         )
     checked: Config = load(run.config, overrides)

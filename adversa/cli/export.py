@@ -27,7 +27,9 @@ def export(
     shard_mb: float,
     screen: Console,
 ) -> None:
-    """`adversa export`: kept images with a dataset card, classifiers with model cards, into a folder."""
+    """`adversa export`: kept images with a dataset card, classifiers with model cards, into a
+    folder.
+    """
     from adversa.export import run as export_run
 
     saved = RunDir(run.absolute())

@@ -1,4 +1,6 @@
-"""The commands about single images, without a loop: to order, again, and how fast. `cli.py` declares them."""
+"""The commands about single images, without a loop: to order, again, and how fast. `cli.py`
+declares them.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ MakeEngine = Callable[[Config, RunDir], Any]
 
 
 def settings(run: RunDir | None, overrides: list[str]) -> Config:
-    """The run's configuration, or the demo's defaults, under --set; of it `generate` and `cluster` are used."""
+    """The run's configuration, or the demo's defaults, under --set; of it `generate` and `cluster`
+    are used.
+    """
     return load(run.config if run is not None else None, overrides)
 
 
 def source(run: Path | None, denoiser: Path | None) -> tuple[RunDir | None, Path]:
-    """(the run, if one is given; the denoiser's folder). UserError for none, both, or a run whose denoiser is not trained."""
+    """(the run, if one is given; the denoiser's folder). UserError for none, both, or a run whose
+    denoiser is not trained.
+    """
     if (run is None) == (denoiser is None):
         raise UserError("give a run's folder, or --denoiser FOLDER: one of the two")
     if denoiser is not None:
@@ -146,13 +152,16 @@ def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) ->
         "identical"
         if found.identical
         else (
-            f"not identical: {values} of {found.image.size} values differ, by at most {largest} of 255"
+            f"not identical: {values} of {found.image.size} values differ, by at most "
+            f"{largest} of 255"
         )
     )
     where = f"{found.device}, {found.batch_size} rows a batch"
     screen.print(
-        f"request {request_id}: round {r.round}, arm {r.arm}, strategy {r.strategy}, class {r.label}, "
-        f"sigma_start {r.sigma_start:g}, guidance {r.guidance:g}, seed {r.seed}\npainted again on {where}: {verdict}",
+        f"request {request_id}: round {r.round}, arm {r.arm}, strategy {r.strategy}, class "
+        f"{r.label}, "
+        f"sigma_start {r.sigma_start:g}, guidance {r.guidance:g}, seed {r.seed}\npainted "
+        f"again on {where}: {verdict}",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -174,7 +183,9 @@ def bench(
     make_engine: MakeEngine,
     screen: Console,
 ) -> None:
-    """`adversa bench generate`: rates, costs of guidance, share of the device's peak, scaling, memory."""
+    """`adversa bench generate`: rates, costs of guidance, share of the device's peak, scaling,
+    memory.
+    """
     import torch
 
     from adversa.diffuse import edm

@@ -21,7 +21,9 @@ T = TypeVar("T")
 
 
 def run_place(text: str) -> Any:
-    """A run's folder, or its address on an object store: pathlib would take the slashes of s3:// for one."""
+    """A run's folder, or its address on an object store: pathlib would take the slashes of s3://
+    for one.
+    """
     if "://" not in text:
         return Path(text)
     from adversa.storage.path import place
@@ -75,7 +77,9 @@ ClusterPath = Annotated[
 
 
 def exits(command: Callable[..., None]) -> Callable[..., None]:
-    """Exit codes: 2 and one line for what the user can mend; anything else that escapes is our fault: a traceback and 1."""
+    """Exit codes: 2 and one line for what the user can mend; anything else that escapes is our
+    fault: a traceback and 1.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -106,8 +110,9 @@ FAULTS = (
 
 
 def reads_run(command: Callable[..., T]) -> Callable[..., T]:
-    """For commands that only look into a run's folder, which may come from anywhere and say anything: where it does not say what
-    adversa writes there, that is told in one line, with the place in the code; the traceback goes into a temporary file.
+    """For commands that only look into a run's folder, which may come from anywhere and say
+    anything: where it does not say what adversa writes there, that is told in one line, with the
+    place in the code; the traceback goes into a temporary file.
     """
 
     @functools.wraps(command)
@@ -127,7 +132,8 @@ def reads_run(command: Callable[..., T]) -> Callable[..., T]:
             what = " ".join(f"{type(e).__name__}: {e}".split())[:200]
             raise UserError(
                 "the folder does not hold what this version of adversa writes there "
-                f"({what}; {Path(at.filename).name}:{at.lineno}); if adversa made it and nothing else changed it, that is a fault "
+                f"({what}; {Path(at.filename).name}:{at.lineno}); if adversa made it and "
+                "nothing else changed it, that is a fault "
                 f"of adversa, and {kept.name} has the traceback"
             ) from None
 

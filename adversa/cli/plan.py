@@ -1,4 +1,6 @@
-"""`adversa plan`: what a run amounts to on the machines there are, before it begins. torch and ray are imported inside."""
+"""`adversa plan`: what a run amounts to on the machines there are, before it begins. torch and ray
+are imported inside.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,11 @@ BUSY = 0.7  # share of a core below which a measurement was held up by other wor
 
 
 def plan(config: Config, run: RunDir, record: Path | None, screen: Console, seconds: float) -> None:
-    """Print the plan of a run on the cluster that RAY_ADDRESS names, or on this machine without starting Ray.
+    """Print the plan of a run on the cluster that RAY_ADDRESS names, or on this machine without
+    starting Ray.
 
-    record: a JSON file for the figures; "-": a line of the output. UserError, after the plan, where the run cannot fit.
+    record: a JSON file for the figures; "-": a line of the output. UserError, after the plan, where
+    the run cannot fit.
     """
     from adversa import distributed
     from adversa.engine import resources
@@ -94,7 +98,9 @@ def _measured(
 
 
 def memory(measured: Mapping[Any, Measured], at: Placement) -> dict[str, int]:
-    """Bytes that each training, and a sampler, takes of what it works on: the most that was measured."""
+    """Bytes that each training, and a sampler, takes of what it works on: the most that was
+    measured.
+    """
     from adversa.estimate.plan import CONTEXT
 
     context = CONTEXT if any(n.gpus >= 1 for n in at.nodes) else 0
@@ -105,7 +111,7 @@ def memory(measured: Mapping[Any, Measured], at: Placement) -> dict[str, int]:
     return found
 
 
-# ---- what is shown ------------------------------------------------------------------------------------------------------
+# ---- what is shown -------------------------------------------------------------------------------
 
 
 def _table(title: str, columns: Sequence[str], right: int = 1) -> Any:
@@ -226,13 +232,16 @@ def notes(
     seconds = max(m.seconds for m in measured.values())
     scaled = sorted({kind for m in measured.values() for kind, t in m.timings.items() if t.scaled})
     found = [
-        f"From {seconds:.0f} s of measurement; {images} images. The range is what measured steps differ by, from 1/{DOUBT:g} to "
-        f"{doubt(measured):g} of it for what so short a look cannot see; its lower end has no painted image, for mining may find "
+        f"From {seconds:.0f} s of measurement; {images} images. The range is what measured "
+        f"steps differ by, from 1/{DOUBT:g} to "
+        f"{doubt(measured):g} of it for what so short a look cannot see; its lower end has "
+        "no painted image, for mining may find "
         "any number up to the bound."
     ]
     if doubt(measured) > DOUBT:
         found.append(
-            "Without a GPU, Ray's processes share the cores with the work: expect the upper half of the range."
+            "Without a GPU, Ray's processes share the cores with the work: expect the "
+            "upper half of the range."
         )
     if scaled:
         found.append(
@@ -242,12 +251,14 @@ def notes(
         share := min((m.share for m in measured.values() if m.device == "cpu"), default=1.0)
     ) < BUSY:
         found.append(
-            f"There was other work on the machine: the measurement had {share:.0%} of a core, and all times are too long for an "
+            f"There was other work on the machine: the measurement had {share:.0%} of a "
+            "core, and all times are too long for an "
             "idle one. Measure again when it is."
         )
     if at.waiting[0] or at.waiting[1]:
         found.append(
-            f"No room yet for {at.waiting[0]} training workers and {at.waiting[1]} samplers: they wait until machines join."
+            f"No room yet for {at.waiting[0]} training workers and {at.waiting[1]} "
+            "samplers: they wait until machines join."
         )
     if any(not m.memory for m in measured.values()):
         found.append(
@@ -259,7 +270,8 @@ def notes(
         else "a worker, a sampler or a task (there are no GPUs)"
     )
     found.append(
-        f"A device is {device}. Memory is counted by tensors, without what a library takes for itself."
+        f"A device is {device}. Memory is counted by tensors, without what a library takes "
+        "for itself."
     )
     return found
 
@@ -298,7 +310,7 @@ def _figures(
     }
 
 
-# ---- on a cluster -------------------------------------------------------------------------------------------------------
+# ---- on a cluster --------------------------------------------------------------------------------
 
 
 def there(

@@ -1,4 +1,6 @@
-"""The commands that use a finished run's classifiers on pictures from elsewhere. `cli.py` declares them."""
+"""The commands that use a finished run's classifiers on pictures from elsewhere. `cli.py` declares
+them.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def run_of(
     with_on: dict[str, Any],
     without: dict[str, Any],
 ) -> Path | None:
-    """The run that `adversa evaluate` is to score on another set; None: the command is about a configuration, as without --on.
+    """The run that `adversa evaluate` is to score on another set; None: the command is about a
+    configuration, as without --on.
 
     with_on, without: options that go with --on only, and those that do not go with it.
     """
@@ -58,7 +61,8 @@ def run_of(
             raise UserError(f"{given[0]} goes with --on CSV_OR_FOLDER: what to score the run on")
         if len(words) == 1 and (place(words[0]) / "config.yaml").is_file():
             raise UserError(
-                f"{words[0]} is a run: go on with it by --run-dir {words[0]}, or say with --on SET what to score it on"
+                f"{words[0]} is a run: go on with it by --run-dir {words[0]}, or say with "
+                "--on SET what to score it on"
             )
         return None
     if given := [name for name, value in without.items() if value is not None]:
@@ -146,7 +150,8 @@ def _named(name: str | None, on: Path) -> str:
         return re.sub(r"[^\w.-]+", "-", on.absolute().stem)[:100].strip(".-") or "set"
     if not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise UserError(
-            f"--name {name}: give letters, digits, `-`, `_` and `.`, at most 100, the first a letter or digit"
+            f"--name {name}: give letters, digits, `-`, `_` and `.`, at most 100, the "
+            "first a letter or digit"
         )
     return name
 
@@ -189,7 +194,9 @@ def predict(
     screen: Console,
     aside: Console,
 ) -> None:
-    """`adversa predict RUN IMAGES...`: probabilities to a CSV. aside: where what is not the result is said (stderr)."""
+    """`adversa predict RUN IMAGES...`: probabilities to a CSV. aside: where what is not the result
+    is said (stderr).
+    """
     from adversa.external import evaluate, predict
     from adversa.run.folder import classes_of
 
@@ -212,7 +219,8 @@ def predict(
     out = out.absolute()
     with files.writing(out.parent, "--out"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the result, which can be written: the run may be on a disk that cannot. All nodes of a cluster must see it.
+        # Beside the result, which can be written: the run may be on a disk that cannot. All nodes
+        # of a cluster must see it.
         with (
             tempfile.TemporaryDirectory(prefix=".predict-", dir=out.parent) as temporary,
             _shown(aside) as show,
@@ -242,7 +250,9 @@ def predict(
 
 
 def _may_overwrite(out: Path, paths: Sequence[Any], run: RunDir) -> None:
-    """UserError where --force would destroy one of the images, a file of the run, or what is no file at all."""
+    """UserError where --force would destroy one of the images, a file of the run, or what is no
+    file at all.
+    """
     if out.exists() and not out.is_file():
         raise UserError(f"--out {out} is no file; give the name of a CSV file")
     if any(out.exists() and Path(p).exists() and out.samefile(p) for p in paths):
@@ -262,7 +272,7 @@ def _arm(arm: str | None, config: Config, run: RunDir) -> str:
     return arm or results.candidate(known) or "real"
 
 
-# ---- progress ----------------------------------------------------------------------------------------------------------
+# ---- progress ------------------------------------------------------------------------------------
 
 
 class _Told:

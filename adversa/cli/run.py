@@ -1,4 +1,6 @@
-"""How a command works on a run: where it works, what stops it, what it says at the end. torch and ray are imported inside."""
+"""How a command works on a run: where it works, what stops it, what it says at the end. torch and
+ray are imported inside.
+"""
 
 from __future__ import annotations
 
@@ -77,22 +79,26 @@ def execute(
     if engine_name == "local" and config.cluster.training_workers > 1:
         many = config.cluster.training_workers
         raise UserError(
-            f"cluster.training_workers {many}: --engine local trains in this process alone; set 1, or use --engine ray"
+            f"cluster.training_workers {many}: --engine local trains in this process "
+            "alone; set 1, or use --engine ray"
         )
     if command == "codec" and not has_codec(config):
         raise UserError(
-            f"codec.kind {config.codec.kind}, mix.arms {config.mix.arms}: no codec to train; set codec.kind=tiny"
+            f"codec.kind {config.codec.kind}, mix.arms {config.mix.arms}: no codec to "
+            "train; set codec.kind=tiny"
         )
     if command == "quality" and not config.mix.paints:
         raise UserError(
-            f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add unguided or guided"
+            f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add "
+            "unguided or guided"
         )
     root = root_of(path, run_dir)
     screen = Screen()
     clustered = engine_name == "ray" and distributed.address() is not None
     if detach and not clustered:
         raise UserError(
-            "--detach: without a cluster the run ends with the command; set RAY_ADDRESS, or leave --detach out"
+            "--detach: without a cluster the run ends with the command; set RAY_ADDRESS, "
+            "or leave --detach out"
         )
     run = loop.open_run(config, root, reopen)
     if loop.todo(config, run, None if command == "loop" else command):
@@ -135,7 +141,9 @@ def _here(
     screen: Any,
     reopen: bool,
 ) -> str:
-    """Work on the run in this process: the title of the last stage it worked on, "" where there was none."""
+    """Work on the run in this process: the title of the last stage it worked on, "" where there was
+    none.
+    """
     worked = hold(
         command,
         run,
@@ -155,7 +163,8 @@ def hold(
     /,
     **told: Any,
 ) -> Any:
-    """What `work()` returns, done while this process holds the run; status.json says how it ended. typer.Exit where it was stopped.
+    """What `work()` returns, done while this process holds the run; status.json says how it ended.
+    typer.Exit where it was stopped.
 
     ended: the state of a run whose work came to its end; told: what else status.json is to say.
     """
@@ -197,7 +206,9 @@ def _on_cluster(
     reopen: bool,
     detach: bool,
 ) -> str:
-    """Let a coordinator on the cluster work on the run, and follow it, or the one that does already. As `_here`."""
+    """Let a coordinator on the cluster work on the run, and follow it, or the one that does
+    already. As `_here`.
+    """
     from adversa.cli import view
     from adversa.config import dump
     from adversa.distributed import coordinator
@@ -218,7 +229,10 @@ def _on_cluster(
             if not verbose:  # which shows what Ray says, as long as this process belongs to it
                 stop()
             if detach:
-                ways = f"the same command follows it, adversa status {root} shows it, adversa stop {root} ends it"
+                ways = (
+                    f"the same command follows it, adversa status {root} shows it, adversa "
+                    f"stop {root} ends it"
+                )
                 _say(screen, f"{run.root} is worked on; {ways}")
                 return ""
             if not new:
@@ -283,7 +297,9 @@ def _stopped(screen: Any, stop: KeyboardInterrupt) -> typer.Exit:
 
 
 def _interrupt() -> None:
-    """From another thread. Not SIGINT: a command that a shell has started in the background ignores that."""
+    """From another thread. Not SIGINT: a command that a shell has started in the background ignores
+    that.
+    """
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
@@ -314,7 +330,9 @@ def _cycle(
 
 
 def _judged(config: Config, run: RunDir) -> dict[str, Any]:
-    """What `evaluate denoiser` found, put where others look for it: quality.json, and the report of a finished run."""
+    """What `evaluate denoiser` found, put where others look for it: quality.json, and the report of
+    a finished run.
+    """
     from adversa.pipeline import sample_quality
     from adversa.report import page
 
@@ -343,7 +361,9 @@ def engine_of(name: str, config: Config, run: RunDir, verbose: bool) -> Engine:
 
 
 def _note_failure(run: RunDir, error: Exception, **told: Any) -> None:
-    """Leave the reason where `status` finds it; a full disk must not hide the first error behind a second."""
+    """Leave the reason where `status` finds it; a full disk must not hide the first error behind a
+    second.
+    """
     from adversa.run import status
     from adversa.types import UserError
 

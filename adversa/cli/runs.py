@@ -1,4 +1,6 @@
-"""The commands that look at a run, or say what is wanted of it: status, watch, pause, resume, stop, runs. No torch, no ray."""
+"""The commands that look at a run, or say what is wanted of it: status, watch, pause, resume, stop,
+runs. No torch, no ray.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ app = typer.Typer()
 @exits
 @reads_run
 def status(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
-    """What a run is doing, or where it stopped; from its folder alone. With --cluster: what the cluster says of its job."""
+    """What a run is doing, or where it stopped; from its folder alone. With --cluster: what the
+    cluster says of its job.
+    """
     from adversa.cli import cluster as cli_cluster
     from adversa.cli import view
     from adversa.cli.console import Screen
@@ -43,7 +47,9 @@ def status(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPa
 @exits
 @reads_run
 def watch(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
-    """Follow a run that works elsewhere (another process, or --cluster), until it ends. Ctrl-C leaves it alone."""
+    """Follow a run that works elsewhere (another process, or --cluster), until it ends. Ctrl-C
+    leaves it alone.
+    """
     from adversa.cli import cluster as cli_cluster
     from adversa.cli.console import Screen
 
@@ -86,7 +92,9 @@ def runs_(
 @exits
 @reads_run
 def pause(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
-    """Let a run rest: what is in flight is finished, then nothing is begun until `adversa resume`."""
+    """Let a run rest: what is in flight is finished, then nothing is begun until `adversa
+    resume`.
+    """
     from adversa.cli import cluster as cli_cluster
     from adversa.cli import control
     from adversa.cli.console import Screen
@@ -107,7 +115,9 @@ def resume(
     set_: Overrides = None,
     cluster: ClusterPath = None,
 ) -> None:
-    """Go on with a paused run; --set changes mix.synthetic_ratio or mine.budget for rounds that have not begun."""
+    """Go on with a paused run; --set changes mix.synthetic_ratio or mine.budget for rounds that
+    have not begun.
+    """
     from adversa.cli import cluster as cli_cluster
     from adversa.cli import control
     from adversa.cli.console import Screen

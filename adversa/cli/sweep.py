@@ -37,12 +37,14 @@ def sweep(
         raise UserError(f"--engine {engine_name}: use ray or local")
     if config.sweep.search is not None and engine_name == "local":
         raise UserError(
-            "--engine local: sweep.search is Ray Tune's; use --engine ray, or the grid (sweep.search: null)"
+            "--engine local: sweep.search is Ray Tune's; use --engine ray, or the grid "
+            "(sweep.search: null)"
         )
     if engine_name == "local" and config.cluster.training_workers > 1:
         many = config.cluster.training_workers
         raise UserError(
-            f"cluster.training_workers {many}: --engine local trains in this process alone; set 1, or use --engine ray"
+            f"cluster.training_workers {many}: --engine local trains in this process "
+            "alone; set 1, or use --engine ray"
         )
     run = sweeps.open_run(config, root)
     if config.sweep.search is not None and _searched(config, run):
@@ -74,7 +76,9 @@ def _searched(config: Config, run: RunDir) -> bool:
 def settings(
     path: Path | None, run_dir: Path | None, overrides: list[str], seed: int | None
 ) -> tuple[Config, Path]:
-    """(configuration, the sweep's folder). UserError for a grid that makes no sense, before anything is written."""
+    """(configuration, the sweep's folder). UserError for a grid that makes no sense, before
+    anything is written.
+    """
     from adversa.config import load, packaged
     from adversa.data import sources
     from adversa.sweep import grid
@@ -114,11 +118,13 @@ def _work(config: Config, run: RunDir, engine_name: str, verbose: bool, screen: 
             engine.close()
 
 
-# ---- before a sweep ----------------------------------------------------------------------------------------------------
+# ---- before a sweep ------------------------------------------------------------------------------
 
 
 def dry_run(config: Config, run: RunDir, screen: Console, seconds: float) -> None:
-    """Print the number of trials and an estimate of time and device-hours, from a short measurement. Writes nothing."""
+    """Print the number of trials and an estimate of time and device-hours, from a short
+    measurement. Writes nothing.
+    """
     from adversa import distributed
     from adversa.cli.plan import _clock, _hours, _measured, _nodes, _range, _table
     from adversa.engine import resources
@@ -166,7 +172,8 @@ def _device_range(r: Range) -> str:
 def _notes(amounts: Any, lanes: int, found: Any, middle: str, span: str) -> Sequence[str]:
     what = "GPU" if found.device != "cpu" else "CPU"
     lines = [
-        f"{amounts.trials} trials in {amounts.cells} cells, {lanes} at a time (one {what} each): about {middle} ({span}), from "
+        f"{amounts.trials} trials in {amounts.cells} cells, {lanes} at a time (one {what} "
+        f"each): about {middle} ({span}), from "
         f"{found.seconds:.0f} s of measurement.",
     ]
     if amounts.images:

@@ -1,4 +1,5 @@
-"""What a person sees of a run: a live view on a terminal, plain lines elsewhere, and `adversa status`.
+"""What a person sees of a run: a live view on a terminal, plain lines elsewhere, and `adversa
+status`.
 
 All of it is read from the run folder.
 """
@@ -39,7 +40,9 @@ MEASURES = ("precision", "recall", "density", "coverage")
 
 @dataclass(frozen=True)
 class Task:
-    """A step folder that is being worked on. details: what else its progress says, of a pool of workers."""
+    """A step folder that is being worked on. details: what else its progress says, of a pool of
+    workers.
+    """
 
     name: str
     done: float
@@ -97,7 +100,9 @@ def tasks(run: RunDir, stage: Stage) -> list[Task]:
 
 
 def details(state: dict[str, Any]) -> tuple[str, ...]:
-    """Of a pool's progress: evaluations a second, each worker's share, rows that were given up, what it waits for."""
+    """Of a pool's progress: evaluations a second, each worker's share, rows that were given up,
+    what it waits for.
+    """
     found = []
     if state.get("evaluations_per_second"):
         found.append(f"{state['evaluations_per_second']:.0f} evaluations/s")
@@ -133,7 +138,9 @@ def shares(rows: dict[str, int], workers: int) -> list[str]:
 
 
 def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
-    """("running" | "paused" | "finished" | "stopped" | "failed" | "killed" | "not started", status.json)."""
+    """("running" | "paused" | "finished" | "stopped" | "failed" | "killed" | "not started",
+    status.json).
+    """
     status = files.read_json(run.status) or {}
     state = status.get("state", "not started")
     if state in ("running", "paused") and not run_lock.is_worked_on(run):
@@ -240,7 +247,9 @@ def view(config: Config, run: RunDir) -> RenderableType:
 
 
 def _reachable() -> contextlib.AbstractContextManager[None]:
-    """A store that cannot be reached now is asked again at the next look; the step that is running says so itself."""
+    """A store that cannot be reached now is asked again at the next look; the step that is running
+    says so itself.
+    """
     return contextlib.suppress(StoreError)
 
 
@@ -287,7 +296,9 @@ class Watch:
                 return
 
     def _look(self, seen: str, spoken: float) -> tuple[str, float]:
-        """Say what is new since `spoken`: (the name of what goes on, when something was said last)."""
+        """Say what is new since `spoken`: (the name of what goes on, when something was said
+        last).
+        """
         status = files.read_json(self.run.status) or {}
         stage = next(
             (s for s in _plan(self.config, self.run) if s.title == status.get("stage")), None
@@ -328,7 +339,9 @@ Column = tuple[
 
 
 def closing(console: Console, run: RunDir) -> None:
-    """The last lines of a finished run: the arms before and after, the verdict, where the report lies."""
+    """The last lines of a finished run: the arms before and after, the verdict, where the report
+    lies.
+    """
     summary = files.read_json(run.summary)
     if summary is None:
         return
@@ -374,7 +387,9 @@ def closing(console: Console, run: RunDir) -> None:
 
 
 def quality(console: Console, run: RunDir, result: dict[str, Any]) -> None:
-    """How good the denoiser's samples are, beside what real images of `train` score: all that is within reach."""
+    """How good the denoiser's samples are, beside what real images of `train` score: all that is
+    within reach.
+    """
     samples, train, images = result["samples"], result["train"], result["images"]
     table = Table(box=None, pad_edge=False)
     for column in ("", "images", "KID x 1000", *MEASURES):
@@ -396,7 +411,8 @@ def quality(console: Console, run: RunDir, result: dict[str, Any]) -> None:
     console.print(table)
     roles = " and ".join(result["held_out"])
     console.print(
-        f"against {images['real']} held-out images ({roles}), features of {result['features']}, guidance {result['guidance']:g}; "
+        f"against {images['real']} held-out images ({roles}), features of "
+        f"{result['features']}, guidance {result['guidance']:g}; "
         f"a class needs more than {result['neighbours']} images on both sides"
         + (
             f"; validation loss {result['validation_loss']:.4f}"
@@ -434,8 +450,9 @@ def _short(path: Path) -> Path:
 
 
 def fitted(names: list[str], columns: list[Column], width: int) -> list[Table]:
-    """A row an arm, a column a metric: in one table, under headings of several lines, in tables of two columns, or at last with the
-    brackets below the values, whichever is the first to fit."""
+    """A row an arm, a column a metric: in one table, under headings of several lines, in tables of
+    two columns, or at last with the brackets below the values, whichever is the first to fit.
+    """
     pairs = [columns[i : i + 2] for i in range(0, len(columns), 2)]
     ways = [
         ([columns], False, False),
@@ -454,7 +471,9 @@ def fitted(names: list[str], columns: list[Column], width: int) -> list[Table]:
 
 
 def _lines(names: list[str], columns: list[Column], tall: bool, stacked: bool) -> list[list[str]]:
-    """Each column's cells, its heading first. tall: a heading has a line a word; stacked: a bracket is below its value."""
+    """Each column's cells, its heading first. tall: a heading has a line a word; stacked: a bracket
+    is below its value.
+    """
     headings = [name.replace(" ", "\n") if tall else name for name, _ in columns]
     cells = [
         [("\n" if stacked else " ").join(filter(None, cell)) for cell in of] for _, of in columns
@@ -479,7 +498,9 @@ def _arms(columns: list[list[str]]) -> Table:
 
 
 def _score(summary: dict[str, Any], arm: str, role: str, metric: str) -> tuple[str, str]:
-    """A metric of an arm and its 95% interval, "" where there is none; specificity is the mean over classes."""
+    """A metric of an arm and its 95% interval, "" where there is none; specificity is the mean over
+    classes.
+    """
     values = summary["before"][role] if arm == BEFORE else summary["arms"][arm][role]
     if metric == "specificity":
         classes = [v for k, v in values.items() if k.startswith("specificity/")]

@@ -1,4 +1,6 @@
-"""What is written by others, and how it may be shown or read: names without control characters, YAML that stays small."""
+"""What is written by others, and how it may be shown or read: names without control characters,
+YAML that stays small.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,16 @@ SHOWN = 200  # characters of a value that is wrong, in the line that says so
 
 
 def unsigned(text: str) -> str:
-    """Without what stands before the @ of an address: it may be a password. (Of abfs:// it is a name; a Path has lost a slash.)"""
+    """Without what stands before the @ of an address: it may be a password. (Of abfs:// it is a
+    name; a Path has lost a slash.)
+    """
     return re.sub(r"\b(?!abfss?:)(\w+:/{1,2})[^/@\s]+@", r"\1***@", text)
 
 
 def printable(text: str) -> str:
-    """Control and surrogate characters (a terminal obeys them, HTML forbids them) and those that turn the writing direction become
-    U+FFFD; tabs and ends of lines stay."""
+    """Control and surrogate characters (a terminal obeys them, HTML forbids them) and those that
+    turn the writing direction become U+FFFD; tabs and ends of lines stay.
+    """
     return (
         text
         if text.isascii() and text.isprintable()
@@ -37,8 +42,10 @@ def shortened(text: str) -> str:
 
 
 def load_yaml(text: str) -> Any:
-    """Plain values alone: tags that would make Python objects are refused. yaml.YAMLError for whatever is wrong with the text, also
-    nesting that is too deep, and aliases that stand for themselves or for more than fits into memory."""
+    """Plain values alone: tags that would make Python objects are refused. yaml.YAMLError for
+    whatever is wrong with the text, also nesting that is too deep, and aliases that stand for
+    themselves or for more than fits into memory.
+    """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()

@@ -13,7 +13,9 @@ from adversa.config.base import Section, WeightPath
 
 
 class Augment(Section):
-    """Batched augmentation of the classifier's training images; a strength of 0 turns one kind off."""
+    """Batched augmentation of the classifier's training images; a strength of 0 turns one kind
+    off.
+    """
 
     flips: bool = Field(True, description="mirror images and quarter turns: a lesion has no up")
     rotate: float = Field(20.0, ge=0, le=180, description="degrees, uniform in +-; 180: any angle")
@@ -59,7 +61,8 @@ class Classifier(Section):
         None,
         ge=16,
         le=1024,
-        description="progressive resizing: training images grow from this side to input_size, or data.resolution; null: off",
+        description="progressive resizing: training images grow from this side to input_size, or "
+        "data.resolution; null: off",
     )
     steps: int = Field(600, ge=1, description="optimizer steps; the same in every arm")
     batch_size: int = Field(64, ge=2)
@@ -115,7 +118,8 @@ class Classifier(Section):
     patience: int | None = Field(
         None,
         ge=1,
-        description="stop after so many evaluations without a better one; null: all steps, which matched arms need",
+        description="stop after so many evaluations without a better one; null: all steps, which "
+        "matched arms need",
     )
     evaluations: int = Field(
         5, ge=1, description="how often `select` is scored to choose the checkpoint"
@@ -127,7 +131,9 @@ class Classifier(Section):
     @model_validator(mode="before")
     @classmethod
     def _other_model(cls, data: Any) -> Any:
-        """Another model, and no arguments given for it: none, for the default ones are the default model's."""
+        """Another model, and no arguments given for it: none, for the default ones are the default
+        model's.
+        """
         default = cls.model_fields["model"].default
         if isinstance(data, dict) and data.get("model", default) != default:
             return {"model_args": {}, **data}

@@ -13,8 +13,9 @@ from adversa.config.base import Section
 class Cluster(Section):
     """How work is spread. No part of a run's recipe: it may change between attempts.
 
-    The ids, the noise and what is asked do not depend on it. The number of threads changes the last bits of a training, so
-    it is recorded in the model's manifest; keep it for a result that is the same to the bit.
+    The ids, the noise and what is asked do not depend on it. The number of threads changes the last
+    bits of a training, so it is recorded in the model's manifest; keep it for a result that is the
+    same to the bit.
     """
 
     cpus: int | None = Field(
@@ -68,6 +69,7 @@ class Cluster(Section):
             )
         if (self.training_workers_min or 1) > self.training_workers:
             raise ValueError(
-                f"training_workers_min {self.training_workers_min} is above training_workers {self.training_workers}"
+                f"training_workers_min {self.training_workers_min} is above "
+                f"training_workers {self.training_workers}"
             )
         return self

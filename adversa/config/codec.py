@@ -13,18 +13,22 @@ from adversa.config.base import Section, WeightPath
 
 
 class Codec(Section):
-    """The space that is diffused: pixels, or the latents of an autoencoder, computed once and kept in Parquet."""
+    """The space that is diffused: pixels, or the latents of an autoencoder, computed once and kept
+    in Parquet.
+    """
 
     kind: Literal["pixels", "tiny", "kl"] = Field(
         "pixels", description="tiny: diffusers' AutoencoderTiny; kl: its AutoencoderKL"
     )
     path: WeightPath = Field(
         None,
-        description="a local diffusers folder, or a hub id; null (tiny only): fitted on the run's own images",
+        description="a local diffusers folder, or a hub id; null (tiny only): fitted on the run's own "
+        "images",
     )
     views: Literal[1, 2, 4, 8] = Field(
         8,
-        description="latents kept of so many symmetries of a training image: a latent cannot be turned; 1 without denoiser.flips",
+        description="latents kept of so many symmetries of a training image: a latent cannot be "
+        "turned; 1 without denoiser.flips",
     )
     width: int = Field(32, ge=8, multiple_of=8, description="fitted codec: channels of every level")
     halvings: int = Field(
@@ -49,7 +53,8 @@ class Codec(Section):
     def _source(self) -> Codec:
         if self.kind == "kl" and self.path is None:
             raise ValueError(
-                "kind kl needs a path (a local diffusers folder or a hub id); only tiny is fitted here"
+                "kind kl needs a path (a local diffusers folder or a hub id); only tiny is "
+                "fitted here"
             )
         if self.kind == "pixels" and self.path is not None:
             raise ValueError(

@@ -40,7 +40,9 @@ class Phantom(Section):
 
 
 class Columns(Section):
-    """Names of columns of the metadata table (source: csv). Every other column becomes an attribute."""
+    """Names of columns of the metadata table (source: csv). Every other column becomes an
+    attribute.
+    """
 
     path: str = "path"
     label: str = "label"
@@ -107,7 +109,8 @@ class Data(Section):
         8,
         ge=-1,
         le=16,
-        description="look-alikes whose 64-bit perceptual hashes differ in at most so many bits are one group; -1: off",
+        description="look-alikes whose 64-bit perceptual hashes differ in at most so many bits are one "
+        "group; -1: off",
     )
     split: Split = Split()
     part_rows: int = Field(512, ge=1, description="images a Parquet part")

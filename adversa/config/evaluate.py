@@ -18,7 +18,8 @@ class Evaluate(Section):
     bootstrap: int = Field(1000, ge=100, description="resamples of the lesions for intervals")
     groups: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(
         {},
-        description="name: classes of a group, told from the rest at fixed specificities, e.g. malignant: [mel, bcc]",
+        description="name: classes of a group, told from the rest at fixed specificities, e.g. "
+        "malignant: [mel, bcc]",
     )
     specificities: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.8, 0.9, 0.95], description="of groups: thresholds are set on select"

@@ -33,7 +33,9 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 def explain(
     err: Any, model: type[BaseModel] = Config, listed: str = "`adversa config show` lists the keys"
 ) -> str:
-    """One of pydantic's faults in words; for an unknown key the nearest of the model's, or where they are listed."""
+    """One of pydantic's faults in words; for an unknown key the nearest of the model's, or where
+    they are listed.
+    """
     key = ".".join(str(p) for p in err["loc"])
     if err["type"] == "extra_forbidden":
         valid = keys(model)

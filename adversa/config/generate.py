@@ -22,7 +22,8 @@ class Generate(Section):
     )
     adaptive: bool = Field(
         False,
-        description="vary: for each hard case the largest of `levels` at which the judge still sees the label, else the least",
+        description="vary: for each hard case the largest of `levels` at which the judge still sees "
+        "the label, else the least",
     )
     levels: list[float] = Field(
         [0.5, 1.0, 2.0, 4.0, 8.0], min_length=1, description="adaptive: noise levels that are tried"
@@ -33,7 +34,8 @@ class Generate(Section):
     fill_sigma: float = Field(
         4.0,
         gt=0,
-        description="inpaint, outpaint, inout: noise to start from; more keeps less of the old colours, sigma_max none",
+        description="inpaint, outpaint, inout: noise to start from; more keeps less of the old "
+        "colours, sigma_max none",
     )
     margin: float = Field(
         0.06,
@@ -56,12 +58,14 @@ class Generate(Section):
     )
     weak: WeightPath = Field(
         None,
-        description="folder of an under-trained denoiser that guidance steers away from, not the null class (Karras et al. 2024)",
+        description="folder of an under-trained denoiser that guidance steers away from, not the null "
+        "class (Karras et al. 2024)",
     )
     hardness: float = Field(
         0.0,
         ge=0,
-        description="guided arm: push towards what the classifier under attack finds hard, in classifier-free corrections",
+        description="guided arm: push towards what the classifier under attack finds hard, in "
+        "classifier-free corrections",
     )
     hardness_kind: Literal["loss", "entropy", "margin"] = Field(
         "margin", description="what is pushed up"
@@ -107,7 +111,8 @@ class Generate(Section):
     amp: bool = True
     compile: bool = Field(
         False,
-        description="torch.compile of the denoiser: half a minute at each sampler's start, then up to twice as fast",
+        description="torch.compile of the denoiser: half a minute at each sampler's start, then up to "
+        "twice as fast",
     )
 
     @model_validator(mode="after")
@@ -120,7 +125,8 @@ class Generate(Section):
         for name, start in starts + [("levels", level) for level in self.levels]:
             if not self.sigma_min < start <= self.sigma_max:
                 raise ValueError(
-                    f"{name} {start:g} must lie in (sigma_min, sigma_max] = ({self.sigma_min:g}, {self.sigma_max:g}]"
+                    f"{name} {start:g} must lie in (sigma_min, sigma_max] = "
+                    f"({self.sigma_min:g}, {self.sigma_max:g}]"
                 )
         if self.adaptive and self.strategy != "vary":
             raise ValueError(
@@ -128,6 +134,7 @@ class Generate(Section):
             )
         if self.batch_size % 2:
             raise ValueError(
-                f"batch_size {self.batch_size} must be even: a guided image takes two evaluations at a time"
+                f"batch_size {self.batch_size} must be even: a guided image takes two "
+                "evaluations at a time"
             )
         return self

@@ -28,12 +28,14 @@ class Mine(Section):
     )
     scorer: Literal["loss", "margin", "entropy", "bald", "forgetting"] = Field(
         "loss",
-        description="what hardest means; bald: over the seeds' classifiers; forgetting: right in one round, wrong in the next",
+        description="what hardest means; bald: over the seeds' classifiers; forgetting: right in one "
+        "round, wrong in the next",
     )
     temperature: float | None = Field(
         None,
         gt=0,
-        description="budget of a class: softmax of its error over this; null: in proportion to its error",
+        description="budget of a class: softmax of its error over this; null: in proportion to its "
+        "error",
     )
     ratio_cap: float | None = Field(
         None, ge=1, description="largest over smallest class's share of the budget, at most"

@@ -16,7 +16,9 @@ from adversa.types import PAINTED
 
 
 def _ratio(value: Any) -> float | str:
-    """One fault in words, where pydantic would tell what each side of the union has against a value."""
+    """One fault in words, where pydantic would tell what each side of the union has against a
+    value.
+    """
     try:
         number = (
             None if isinstance(value, bool | bytes) else float(value)
@@ -51,13 +53,15 @@ class Mix(Section):
     )
     synthetic_ratio: Annotated[float | Literal["auto"], BeforeValidator(_ratio)] = Field(
         0.5,
-        description="at most so many synthetic images (or repeats) a real training image; auto: chosen on select in every round",
+        description="at most so many synthetic images (or repeats) a real training image; auto: chosen "
+        "on select in every round",
     )
     ratios: Ratios = Field([0.0, 0.5, 1.0, 2.5, 5.0], description="auto: the ratios that are tried")
     patience: int | None = Field(
         2,
         ge=1,
-        description="auto: a class gets no more images after so many rounds in a row in which they did not help it; null: never "
+        description="auto: a class gets no more images after so many rounds in a row in which they did "
+        "not help it; null: never "
         "stops",
     )
     fold_mined: Literal["all", "none"] = Field(
@@ -75,6 +79,8 @@ class Mix(Section):
         return any(arm != "real" for arm in self.arms)
 
     def recipe(self) -> dict[str, Any]:
-        """For a run's recipe: without what only auto reads where the ratio is a number, as before there was auto."""
+        """For a run's recipe: without what only auto reads where the ratio is a number, as before
+        there was auto.
+        """
         unread = set() if self.synthetic_ratio == AUTO else {"ratios", "patience"}
         return self.model_dump(mode="json", exclude=unread)

@@ -11,12 +11,16 @@ from adversa.config.base import Section, WeightPath
 
 
 class Quality(Section):
-    """How good the denoiser's samples are: distances between features of samples and of held-out real images."""
+    """How good the denoiser's samples are: distances between features of samples and of held-out
+    real images.
+    """
 
     features: WeightPath = Field(
         None,
-        description="whose embedding: a timm model with `weights` below, or a trained classifier's folder; null: the classifier's "
-        "pretrained weights as they were given, or the run's own classifier of arm real where it starts from scratch",
+        description="whose embedding: a timm model with `weights` below, or a trained classifier's "
+        "folder; null: the classifier's "
+        "pretrained weights as they were given, or the run's own classifier of arm real "
+        "where it starts from scratch",
     )
     weights: WeightPath = Field(
         None,

@@ -17,18 +17,23 @@ from adversa.types import UserError
 
 
 def packaged(name: str) -> Path:
-    """The path of a configuration that comes with adversa: `configs/` in a checkout, `adversa/configs/` when installed."""
+    """The path of a configuration that comes with adversa: `configs/` in a checkout,
+    `adversa/configs/` when installed.
+    """
     here = Path(__file__).parents[1]
     for folder in (here / "configs", here.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
     raise UserError(
-        f"no packaged configuration {name}; known: {', '.join(sorted(p.name for p in (here.parent / 'configs').glob('*.yaml')))}"
+        f"no packaged configuration {name}; known: "
+        f"{', '.join(sorted(p.name for p in (here.parent / 'configs').glob('*.yaml')))}"
     )
 
 
 def load(path: Path | None, overrides: list[str] | tuple[str, ...] = (), **top: Any) -> Config:
-    """Read a YAML file (None: the packaged demo), apply `key.sub=value` overrides, check everything. UserError on any fault."""
+    """Read a YAML file (None: the packaged demo), apply `key.sub=value` overrides, check
+    everything. UserError on any fault.
+    """
     path = packaged("demo.yaml") if path is None else path
     try:
         tree = load_yaml(path.read_text())
@@ -52,7 +57,9 @@ def load(path: Path | None, overrides: list[str] | tuple[str, ...] = (), **top: 
 
 
 def check(tree: dict[str, Any], where: str) -> Config:
-    """A tree of plain values to a Config; UserError with every fault, the nearest valid key for an unknown one."""
+    """A tree of plain values to a Config; UserError with every fault, the nearest valid key for an
+    unknown one.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as e:

@@ -47,24 +47,29 @@ class Config(Section):
         self._check_side()
         if self.denoiser.external and self.denoiser.weights:
             raise ValueError(
-                f"denoiser.external {self.denoiser.external} is used as it is; set denoiser.weights {self.denoiser.weights} to null"
+                f"denoiser.external {self.denoiser.external} is used as it is; set "
+                f"denoiser.weights {self.denoiser.weights} to null"
             )
         if self.denoiser.external and self.codec.is_fitted:
             raise ValueError(
-                "denoiser.external knows no latents of a codec fitted here; give its autoencoder as codec.path"
+                "denoiser.external knows no latents of a codec fitted here; give its "
+                "autoencoder as codec.path"
             )
         if self.denoiser.weights == "phantom" and self.codec.kind != "pixels":
             raise ValueError(
-                f"denoiser.weights phantom is for codec.kind pixels, not {self.codec.kind}; take null or a folder"
+                "denoiser.weights phantom is for codec.kind pixels, not "
+                f"{self.codec.kind}; take null or a folder"
             )
         if self.data.source != "phantom" and not self.data.path:
             raise ValueError(
-                f"data.path is missing; data.source {self.data.source} needs one, say --set data.path=FOLDER"
+                f"data.path is missing; data.source {self.data.source} needs one, say "
+                "--set data.path=FOLDER"
             )
         self._check_architecture()
         if self.denoiser.weights == "phantom" and self.data.source != "phantom":
             raise ValueError(
-                f"denoiser.weights phantom is for data.source phantom, not {self.data.source}; take null or a folder"
+                "denoiser.weights phantom is for data.source phantom, not "
+                f"{self.data.source}; take null or a folder"
             )
         if len(set(self.mix.arms)) != len(self.mix.arms):
             raise ValueError(f"mix.arms {self.mix.arms} names an arm twice")
@@ -75,11 +80,13 @@ class Config(Section):
         self._check_ratio()
         if self.mine.scorer == "bald" and self.evaluate.seeds < 2:
             raise ValueError(
-                f"mine.scorer bald measures how seeds disagree; set evaluate.seeds {self.evaluate.seeds} to 2 or more"
+                "mine.scorer bald measures how seeds disagree; set evaluate.seeds "
+                f"{self.evaluate.seeds} to 2 or more"
             )
         if "replay" in self.mix.arms and self.mix.fold_mined == "none":
             raise ValueError(
-                "mix.arms replay repeats the mined images, which fold_mined none keeps out; set mix.fold_mined=all"
+                "mix.arms replay repeats the mined images, which fold_mined none keeps "
+                "out; set mix.fold_mined=all"
             )
         self._check_classifier("classifier", self.classifier)
         if self.curate.judge is not None:
@@ -88,7 +95,8 @@ class Config(Section):
         self._check_shares()
         if self.classifier.patience is not None and len(self.mix.arms) > 1:
             raise ValueError(
-                f"classifier.patience {self.classifier.patience} would stop the arms {self.mix.arms} at different steps; "
+                f"classifier.patience {self.classifier.patience} would stop the arms "
+                f"{self.mix.arms} at different steps; "
                 "take null, or one arm"
             )
         return self
@@ -97,20 +105,25 @@ class Config(Section):
         ratio, others = self.mix.synthetic_ratio, [arm for arm in self.mix.arms if arm != "real"]
         if ratio == AUTO and not others:
             raise ValueError(
-                "mix.synthetic_ratio auto chooses how many images are added, and mix.arms [real] adds none; give a number, or add "
+                "mix.synthetic_ratio auto chooses how many images are added, and mix.arms "
+                "[real] adds none; give a number, or add "
                 "an arm such as guided"
             )
         if ratio == 0 and others:
             raise ValueError(
-                f"mix.synthetic_ratio 0 leaves the arms {', '.join(others)} without images; give a ratio above 0, auto, or "
+                f"mix.synthetic_ratio 0 leaves the arms {', '.join(others)} without "
+                "images; give a ratio above 0, auto, or "
                 "mix.arms=[real]"
             )
 
     def _check_classifier(self, name: str, section: Classifier) -> None:
-        """Here and not in the section: what a trained model was given is read again with `weights` null (classify.model.load)."""
+        """Here and not in the section: what a trained model was given is read again with `weights`
+        null (classify.model.load).
+        """
         if section.head_steps >= section.steps:
             raise ValueError(
-                f"{name}.head_steps {section.head_steps} leaves none of {name}.steps {section.steps} to train the trunk; take fewer"
+                f"{name}.head_steps {section.head_steps} leaves none of {name}.steps "
+                f"{section.steps} to train the trunk; take fewer"
             )
         gentle = {
             "head_steps": section.head_steps > 0,
@@ -119,7 +132,8 @@ class Config(Section):
         }
         if section.weights is None and (key := next((k for k, on in gentle.items() if on), None)):
             raise ValueError(
-                f"{name}.{key} {str(getattr(section, key)).lower()} keeps what pretrained layers know, but {name}.weights is null: "
+                f"{name}.{key} {str(getattr(section, key)).lower()} keeps what pretrained "
+                f"layers know, but {name}.weights is null: "
                 f"these would be random; give weights, or leave {key} out"
             )
         if section.first_size is None:
@@ -127,7 +141,8 @@ class Config(Section):
         last = section.input_size or self.data.resolution
         if section.first_size % 16:
             raise ValueError(
-                f"{name}.first_size {section.first_size} must be a multiple of 16, as every size on the way up is"
+                f"{name}.first_size {section.first_size} must be a multiple of 16, as "
+                "every size on the way up is"
             )
         if section.first_size > last:
             full = "data.resolution" if section.input_size is None else f"{name}.input_size"
@@ -136,12 +151,15 @@ class Config(Section):
             )
         if 2 * section.first_size < self.data.resolution:
             raise ValueError(
-                f"{name}.first_size {section.first_size} is below half of data.resolution {self.data.resolution}: images "
-                "shrunk so far as they are augmented would lose detail to aliasing; take at least half"
+                f"{name}.first_size {section.first_size} is below half of data.resolution "
+                f"{self.data.resolution}: images "
+                "shrunk so far as they are augmented would lose detail to aliasing; take "
+                "at least half"
             )
         if section.augment is None:
             raise ValueError(
-                f"{name}.first_size needs augmentation on: the images are resized as they are augmented"
+                f"{name}.first_size needs augmentation on: the images are resized as they "
+                "are augmented"
             )
 
     def _check_architecture(self) -> None:
@@ -154,14 +172,17 @@ class Config(Section):
         for key in keys:
             if (value := getattr(c, key)) != Denoiser.model_fields[key].default:
                 raise ValueError(
-                    f"denoiser.{key} {value} belongs to architecture {other}, this is {c.architecture}; "
+                    f"denoiser.{key} {value} belongs to architecture {other}, this is "
+                    f"{c.architecture}; "
                     f"set denoiser.architecture={other}, or leave {key} out"
                 )
         if c.architecture == "unet" and any(n % 8 for n in c.channels):
             raise ValueError(f"denoiser.channels {c.channels} must be multiples of 8")
 
     def _check_null(self) -> None:
-        """Guidance pushes away from the null class, which a denoiser from scratch learns from labels that are dropped."""
+        """Guidance pushes away from the null class, which a denoiser from scratch learns from
+        labels that are dropped.
+        """
         if (
             self.denoiser.null_probability
             or self.denoiser.external
@@ -175,7 +196,8 @@ class Config(Section):
         ):
             if guidance != 1:
                 raise ValueError(
-                    f"denoiser.null_probability 0 teaches no null class, which {key}.guidance {guidance:g} steers away from; "
+                    "denoiser.null_probability 0 teaches no null class, which "
+                    f"{key}.guidance {guidance:g} steers away from; "
                     f"set {key}.guidance=1, or a null_probability such as 0.15"
                 )
 
@@ -191,19 +213,23 @@ class Config(Section):
         for name, section in trained.items():
             if section is not None and section.batch_size < workers:
                 raise ValueError(
-                    f"{name}.batch_size {section.batch_size} cannot be shared among cluster.training_workers {workers}; "
+                    f"{name}.batch_size {section.batch_size} cannot be shared among "
+                    f"cluster.training_workers {workers}; "
                     "take fewer workers or a larger batch"
                 )
 
     def _check_side(self) -> None:
-        """The side that is diffused must divide by the denoiser's patch and levels; a given codec's is known once it is read."""
+        """The side that is diffused must divide by the denoiser's patch and levels; a given codec's
+        is known once it is read.
+        """
         resolution, halvings = (
             self.data.resolution,
             self.codec.halvings if self.codec.is_fitted else 0,
         )
         if resolution % 2**halvings:
             raise ValueError(
-                f"data.resolution {resolution} must be a multiple of 2^codec.halvings = {2**halvings}"
+                f"data.resolution {resolution} must be a multiple of 2^codec.halvings = "
+                f"{2**halvings}"
             )
         if self.denoiser.external or (self.codec.kind != "pixels" and not self.codec.is_fitted):
             return
@@ -213,15 +239,17 @@ class Config(Section):
             latents = f", its latents' side {resolution >> halvings}," if halvings else ""
             levels = " * 2^(levels - 1)" if unet else ""
             raise ValueError(
-                f"data.resolution {resolution}{latents} must be a multiple of denoiser.patch{levels} = {factor}"
+                f"data.resolution {resolution}{latents} must be a multiple of "
+                f"denoiser.patch{levels} = {factor}"
             )
 
 
 def judge_of(config: Config) -> Classifier:
-    """The judges' section: as given, or the classifier's with another architecture that suits a judge from scratch.
+    """The judges' section: as given, or the classifier's with another architecture that suits a
+    judge from scratch.
 
-    A ConvNeXt of four narrow stages (depth-wise convolutions, layer normalisation) beside a residual network; beside a ConvNeXt the
-    classifier's own default.
+    A ConvNeXt of four narrow stages (depth-wise convolutions, layer normalisation) beside a
+    residual network; beside a ConvNeXt the classifier's own default.
     """
     if config.curate.judge is not None:
         return config.curate.judge
@@ -234,7 +262,8 @@ def judge_of(config: Config) -> Classifier:
     return Classifier(**kept | {"model": "convnext_atto", "model_args": args, "lr": default["lr"]})
 
 
-# Of the classifier's section, what says how a pretrained network is tuned, and what fits one architecture alone.
+# Of the classifier's section, what says how a pretrained network is tuned, and what fits one
+# architecture alone.
 _OF_PRETRAINED = (
     "model",
     "model_args",

@@ -14,11 +14,14 @@ from adversa.config.base import Section
 
 
 class Search(Section):
-    """`adversa sweep` as an ordinary search of Ray Tune: one cell, one arm, trials drawn from a space."""
+    """`adversa sweep` as an ordinary search of Ray Tune: one cell, one arm, trials drawn from a
+    space.
+    """
 
     space: dict[str, dict[str, Any]] = Field(
         min_length=1,
-        description="dotted key of classifier or generate, or ratio: {choice: [..]}, {loguniform: [a, b]}, ...: ray.tune's names",
+        description="dotted key of classifier or generate, or ratio: {choice: [..]}, {loguniform: [a, "
+        "b]}, ...: ray.tune's names",
     )
     samples: int = Field(20, ge=1, description="trials")
     searcher: str = Field(
@@ -42,7 +45,9 @@ Ratio = Annotated[float, Field(ge=0)]
 
 
 class Sweep(Section):
-    """`adversa sweep`: how much synthetic data helps, by the number of real images, the ratio and the arm."""
+    """`adversa sweep`: how much synthetic data helps, by the number of real images, the ratio and
+    the arm.
+    """
 
     real: Annotated[list[Count], BeforeValidator(_one_or_many), Field(min_length=1)] = Field(
         [1, 8, 16, 32, 64, 128, "all"],
@@ -74,7 +79,8 @@ class Sweep(Section):
         list[Literal["subset", "all"]], BeforeValidator(_one_or_many), Field(min_length=1)
     ] = Field(
         ["subset"],
-        description="real images a cell's denoiser is trained on: the cell's own, all of train (Sagers et al. 2023), or both",
+        description="real images a cell's denoiser is trained on: the cell's own, all of train (Sagers "
+        "et al. 2023), or both",
     )
     seeds: int = Field(
         3, ge=1, le=100, description="classifiers a point of the grid, paired by seed"
@@ -106,6 +112,7 @@ class Sweep(Section):
                 raise ValueError(f"{name} {values} names a value twice")
         if self.strategies is not None and "guided" not in self.arms:
             raise ValueError(
-                f"strategies {self.strategies} are of the arm guided, which is not in arms {self.arms}; add it"
+                f"strategies {self.strategies} are of the arm guided, which is not in arms "
+                f"{self.arms}; add it"
             )
         return self

@@ -1,9 +1,10 @@
 """A verdict for each synthetic image: may it enter training, and if not, why not.
 
-Two passes. `inspect` looks at each image by itself: a number and a limit for each check, the first check that is not
-passed is the reason. `settle` then looks at all of a round's verdicts: near twins, and a quota for each source image.
-Both fail closed: a number that is not known does not pass, and what `inspect` passed is not kept before `settle` has
-seen it. Neither depends on the order of images or on how they are divided into parts.
+Two passes. `inspect` looks at each image by itself: a number and a limit for each check, the first
+check that is not passed is the reason. `settle` then looks at all of a round's verdicts: near
+twins, and a quota for each source image. Both fail closed: a number that is not known does not
+pass, and what `inspect` passed is not kept before `settle` has seen it. Neither depends on the
+order of images or on how they are divided into parts.
 """
 
 from __future__ import annotations
@@ -57,14 +58,16 @@ EVERY_REASON = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What an image must keep to. None turns a check off (its number is still written where it is known).
+    """What an image must keep to. None turns a check off (its number is still written where it is
+    known).
 
-    agreement: the judge's p[label] must lie in [least, most] (least None: there is no judge). What lies above is trivial: surer
-    than real images are.
-    realism, realism_2: largest ratio to the manifold in each feature space, one number a class [K] (`realism.limits`).
-    near_copy, near_copy_features, twin: similarity from which on (`NearCopy.threshold`, `NearFeatures.threshold`).
-    contrast: least standard deviation of brightness, grey levels; clipped: largest share of values that are 0 or 255.
-    quota: images kept of one source image, within an arm.
+    agreement: the judge's p[label] must lie in [least, most] (least None: there is no judge). What
+    lies above is trivial: surer than real images are. realism, realism_2: largest ratio to the
+    manifold in each feature space, one number a class [K] (`realism.limits`). near_copy,
+    near_copy_features, twin: similarity from which on (`NearCopy.threshold`,
+    `NearFeatures.threshold`). contrast: least standard deviation of brightness, grey levels;
+    clipped: largest share of values that are 0 or 255. quota: images kept of one source image,
+    within an arm.
     """
 
     near_copy: float | None
@@ -95,9 +98,10 @@ class Limits:
 class Painted:
     """What is asked about N images, in their order. None: nobody measured it.
 
-    images uint8 [N, H, W, 3]; probs: the judge's distributions [N, K]; ratio, ratio_2: `realism.Manifold.ratio` in two
-    feature spaces [N]; similarity, nearest: of `NearCopy.nearest`; similarity_2, nearest_2: of `NearFeatures.nearest`.
-    finite: the sampler met no number that is not finite; faults: why it could not paint the image.
+    images uint8 [N, H, W, 3]; probs: the judge's distributions [N, K]; ratio, ratio_2:
+    `realism.Manifold.ratio` in two feature spaces [N]; similarity, nearest: of `NearCopy.nearest`;
+    similarity_2, nearest_2: of `NearFeatures.nearest`. finite: the sampler met no number that is
+    not finite; faults: why it could not paint the image.
     """
 
     request_ids: Sequence[str]
@@ -117,7 +121,8 @@ class Painted:
     nearest_2: Sequence[str] | None = None
 
 
-# In the order in which they are given as the reason. Each holds where the check is passed; with NaN none does.
+# In the order in which they are given as the reason. Each holds where the check is passed; with NaN
+# none does.
 CHECKS: tuple[tuple[str, Callable[[Verdict], bool]], ...] = (
     (FLAT, lambda f: f.contrast_limit is None or f.contrast >= f.contrast_limit),
     (CLIPPED, lambda f: f.clipped_limit is None or f.clipped <= f.clipped_limit),
@@ -131,7 +136,9 @@ CHECKS: tuple[tuple[str, Callable[[Verdict], bool]], ...] = (
 
 
 def inspect(painted: Painted, limits: Limits) -> list[Verdict]:
-    """The first pass: each image by itself. What passes every check is "not settled", and not kept, until `settle`."""
+    """The first pass: each image by itself. What passes every check is "not settled", and not kept,
+    until `settle`.
+    """
     n = len(painted.request_ids)
     for name, value in vars(painted).items():
         assert value is None or len(value) == n, (name, n)
@@ -186,11 +193,13 @@ def settle(
     twins: Iterable[tuple[str, str, float]],
     limits: Limits,
 ) -> list[Verdict]:
-    """The second pass, over all verdicts of a round, in their order; those that `inspect` rejected stay as they are.
+    """The second pass, over all verdicts of a round, in their order; those that `inspect` rejected
+    stay as they are.
 
-    searched: request ids that were compared with the rest of their arm; twins: the (id, id, similarity) found
-    (`NearCopy.pairs`). Of pictures of one arm that twins link the first by request id is kept. With the twin check on,
-    one that was not searched is a "near twin". Then, of each source in each arm, the first `quota` by request id.
+    searched: request ids that were compared with the rest of their arm; twins: the (id, id,
+    similarity) found (`NearCopy.pairs`). Of pictures of one arm that twins link the first by
+    request id is kept. With the twin check on, one that was not searched is a "near twin". Then, of
+    each source in each arm, the first `quota` by request id.
     """
     ids = [f.request_id for f in found]
     assert len(set(ids)) == len(ids), "one verdict for each request"
@@ -243,8 +252,8 @@ def acceptance(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Counts {arm: {class name: {"generated": n, "accepted": n, "rejected": {reason: n}}}}.
 
-    Arms are sorted, classes in the order of `classes` (indexed by a verdict's label). Every class appears under every
-    arm that has a verdict, with zeros where nothing was painted.
+    Arms are sorted, classes in the order of `classes` (indexed by a verdict's label). Every class
+    appears under every arm that has a verdict, with zeros where nothing was painted.
     """
     found = list(found)
     counts: dict[str, dict[str, dict[str, Any]]] = {
@@ -257,7 +266,9 @@ def acceptance(
 def acceptance_by_strategy(
     found: Iterable[Verdict], classes: Sequence[str]
 ) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """Counts {arm: {class name: {strategy: {"generated", "accepted", "rejected": {reason: n}}}}}, of what was painted."""
+    """Counts {arm: {class name: {strategy: {"generated", "accepted", "rejected": {reason: n}}}}},
+    of what was painted.
+    """
     found = sorted(found, key=lambda v: (v.arm, v.label, v.strategy))
     counts: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(_nothing)))
     _count(found, lambda v: counts[v.arm][classes[v.label]][v.strategy])
@@ -296,7 +307,9 @@ def _of_class(limits: tuple[float, ...] | None, label: int) -> float | None:
 
 
 def _agreement(probs: np.ndarray | None, i: int, label: int) -> float:
-    """p[label], or NaN where the row is no distribution (missing, not finite, negative, not adding up to 1)."""
+    """p[label], or NaN where the row is no distribution (missing, not finite, negative, not adding
+    up to 1).
+    """
     row = None if probs is None else np.asarray(probs[i], np.float64)
     if row is None or not np.isfinite(row).all() or (row < 0).any() or abs(row.sum() - 1) > 1e-2:
         return np.nan

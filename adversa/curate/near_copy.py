@@ -1,12 +1,14 @@
 """Is this picture (nearly) a copy of a real one, in pixels or in features?
 
-In pixels two stages. FAISS finds candidates: the low frequencies of a picture's middle, under the 8 mirror images and
-quarter turns, against each real picture's, shifted and cropped a few ways. Each candidate is then aligned (turn, shift,
-crop) and compared: similarity says how much likelier the picture is as a copy that was compressed, made noisy,
-brighter or of more contrast, than as another picture (`window.evidence`). A correlation does not do: noise of 6 grey
-levels takes a faint lesion's correlation with its own copy below that of strong lesions with each other.
+In pixels two stages. FAISS finds candidates: the low frequencies of a picture's middle, under the 8
+mirror images and quarter turns, against each real picture's, shifted and cropped a few ways. Each
+candidate is then aligned (turn, shift, crop) and compared: similarity says how much likelier the
+picture is as a copy that was compressed, made noisy, brighter or of more contrast, than as another
+picture (`window.evidence`). A correlation does not do: noise of 6 grey levels takes a faint
+lesion's correlation with its own copy below that of strong lesions with each other.
 
-What counts as near is measured, not set: it depends on how similar pictures of different lesions are.
+What counts as near is measured, not set: it depends on how similar pictures of different lesions
+are.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from adversa.curate import planted
 from adversa.curate import window as win
 from adversa.types import digest, seed_of
 
-# A copy stays a copy: the largest threshold, below the 1 that a residue under EXACT grey levels is given.
+# A copy stays a copy: the largest threshold, below the 1 that a residue under EXACT grey levels is
+# given.
 LARGEST_THRESHOLD, EXACT = 0.999, 0.5
 NOTHING = -1.0  # the similarity of a flat picture, or where there is no other
-# (zoom, rows, columns) of the windows that each real picture is found by: within a pixel of shifts up to 3 and crops of 90%.
+# (zoom, rows, columns) of the windows that each real picture is found by: within a pixel of shifts
+# up to 3 and crops of 90%.
 VIEWS = [
     (1.0, float(y), float(x))
     for moves in ((-2, 0, 2), (-3, -1, 1, 3))
@@ -47,7 +51,9 @@ _STEPS = np.array(
 
 @dataclass(frozen=True)
 class Scale:
-    """What similarities are measured by, [window.COUNT] each: power of the pictures' coefficients, and of what copying adds."""
+    """What similarities are measured by, [window.COUNT] each: power of the pictures' coefficients,
+    and of what copying adds.
+    """
 
     signal: np.ndarray
     noise: np.ndarray
@@ -56,9 +62,9 @@ class Scale:
 class NearCopy:
     """An index of real images, 13 KB an image, in the order of their ids.
 
-    images: uint8 [N, H, W, 3], or an iterable of such blocks, so that not all of them need be in memory at once. The
-    order of the rows makes no difference. like: the scale of an index whose similarities these are to be comparable with;
-    None: measured here.
+    images: uint8 [N, H, W, 3], or an iterable of such blocks, so that not all of them need be in
+    memory at once. The order of the rows makes no difference. like: the scale of an index whose
+    similarities these are to be comparable with; None: measured here.
     """
 
     def __init__(
@@ -111,10 +117,11 @@ class NearCopy:
                 )
 
     def nearest(self, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """(similarity float64 [M] in [-1, 1], id of the most similar real image [M]) of uint8 images [M, H, W, 3].
+        """(similarity float64 [M] in [-1, 1], id of the most similar real image [M]) of uint8
+        images [M, H, W, 3].
 
-        Similarity is evidence / (|evidence| + number of coefficients): above 0, rather a copy than another picture; 1
-        where no difference is left.
+        Similarity is evidence / (|evidence| + number of coefficients): above 0, rather a copy than
+        another picture; 1 where no difference is left.
         """
         similarity, row = self._search(win.miniatures(images), None, None)
         return similarity, [self.ids[i] for i in row]
@@ -126,10 +133,12 @@ class NearCopy:
         among: Sequence[str] | None = None,
         most: int = SAMPLE,
     ) -> tuple[list[str], np.ndarray]:
-        """(ids, similarity of each to its most similar real image of another group), of up to `most` indexed images.
+        """(ids, similarity of each to its most similar real image of another group), of up to
+        `most` indexed images.
 
-        groups[i] is the lesion of ids[i], for all indexed; among: those that may be drawn (None: all). They are drawn by the hash
-        of their ids: the same for any order. None are given where there is one lesion only.
+        groups[i] is the lesion of ids[i], for all indexed; among: those that may be drawn (None:
+        all). They are drawn by the hash of their ids: the same for any order. None are given where
+        there is one lesion only.
         """
         codes = _codes(self.ids, ids, groups)
         if codes.max(initial=0) == 0:
@@ -141,7 +150,9 @@ class NearCopy:
         )[0]
 
     def threshold(self, ids: Sequence[str], groups: Sequence[str], quantile: float) -> float:
-        """The similarity from which on a picture is a near copy: `quantile` of what `strangers` gives."""
+        """The similarity from which on a picture is a near copy: `quantile` of what `strangers`
+        gives.
+        """
         return threshold(self.strangers(ids, groups)[1], quantile)
 
     def _table(self, zoom: float, move: float) -> np.ndarray:
@@ -152,10 +163,12 @@ class NearCopy:
         return prints / np.maximum(np.linalg.norm(prints, axis=1, keepdims=True), 1e-9)
 
     def pairs(self, threshold: float, rows: slice = slice(None)) -> list[tuple[str, str, float]]:
-        """(id, id, similarity) of indexed pictures that are near copies of each other, sorted, each pair once.
+        """(id, id, similarity) of indexed pictures that are near copies of each other, sorted, each
+        pair once.
 
-        Of many alike not every pair is given, but a chain: each picture with its most similar ones. rows: of the pictures, in the
-        order of their ids, whose pairs are looked for; slices that make up the whole find what the whole does.
+        Of many alike not every pair is given, but a chain: each picture with its most similar ones.
+        rows: of the pictures, in the order of their ids, whose pairs are looked for; slices that
+        make up the whole find what the whole does.
         """
         own = np.arange(len(self.ids))
         asked = own[rows]
@@ -172,7 +185,9 @@ class NearCopy:
     def _search(
         self, small: np.ndarray, query_group: np.ndarray | None, group: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Similarity to the most similar real image (of another group, where groups are given), and its row."""
+        """Similarity to the most similar real image (of another group, where groups are given), and
+        its row.
+        """
         best, row = np.full(len(small), NOTHING), np.zeros(len(small), np.int64)
         for start in range(0, len(small), QUERIES):
             here = slice(start, start + QUERIES)
@@ -188,7 +203,9 @@ class NearCopy:
     def _compared(
         self, small: np.ndarray, query_group: np.ndarray | None, group: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(query, row of the real image, similarity), each [P]: the pairs that were aligned. Flat queries have none."""
+        """(query, row of the real image, similarity), each [P]: the pairs that were aligned. Flat
+        queries have none.
+        """
         n, middle = len(small), self._table(1, 0)
         turns = win.turned(win.planes(small)).reshape(8 * n, 3, win.SIDE, win.SIDE)
         seen = win.coefficients(turns, middle, middle)  # [8 n, COUNT], turn by turn
@@ -196,19 +213,23 @@ class NearCopy:
         flat = np.sqrt((seen[:n] ** 2).sum(axis=1) / win.WINDOW**2 / 3) < win.FLAT
         query, real, turn, place = (a[~flat[query]] for a in (query, real, turn, place))
         pictures = seen.reshape(8, n, -1)[turn, query]
-        # A candidate's view may be a pixel off: before a first round of steps its evidence says little.
+        # A candidate's view may be a pixel off: before a first round of steps its evidence says
+        # little.
         place, value, _ = self._align(pictures, real, place, (1,))
         chosen = _foremost(query, value, n)
         query, real, pictures = query[chosen], real[chosen], pictures[chosen]
         _, value, residue = self._align(pictures, real, place[chosen], (1, 0.5, 0.5, 0.25))
-        # Matrix products of other shapes differ in the last bits: rounded, a verdict does not hang on them.
+        # Matrix products of other shapes differ in the last bits: rounded, a verdict does not hang
+        # on them.
         similarity = np.round(value / (np.abs(value) + win.COUNT), 5)
         return query, real, np.where(residue < EXACT, 1.0, similarity)
 
     def _candidates(
         self, seen: np.ndarray, n: int, query_group: np.ndarray | None, group: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(query [P], row of the real image [P], turn [P], (zoom, rows, columns) [P, 3]) of the pairs worth comparing."""
+        """(query [P], row of the real image [P], turn [P], (zoom, rows, columns) [P, 3]) of the
+        pairs worth comparing.
+        """
         count = len(self.ids)
         wanted = ENTRIES
         if group is not None:  # a lesion's other pictures stand before those of others
@@ -238,7 +259,9 @@ class NearCopy:
     def _compare(
         self, pictures: np.ndarray, real: np.ndarray, place: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Evidence and residue of pairs: pictures' coefficients [P, COUNT] against real images seen from places [P, 3]."""
+        """Evidence and residue of pairs: pictures' coefficients [P, COUNT] against real images seen
+        from places [P, 3].
+        """
         value, residue = np.empty(len(real)), np.empty(len(real))
         for start in range(0, len(real), PAIRS):
             part = slice(start, start + PAIRS)
@@ -252,7 +275,9 @@ class NearCopy:
     def _align(
         self, pictures: np.ndarray, real: np.ndarray, place: np.ndarray, sizes: Sequence[float]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Steps of shift and zoom from `place`, of each size in turn: where they end, the evidence and the residue there."""
+        """Steps of shift and zoom from `place`, of each size in turn: where they end, the evidence
+        and the residue there.
+        """
         value, residue = self._compare(pictures, real, place)
         for size in sizes:
             for step in _STEPS:
@@ -269,7 +294,9 @@ class NearCopy:
 
 
 class NearFeatures:
-    """The same question in features: cosine similarity, float [N, D], by FAISS. Rows may come in any order."""
+    """The same question in features: cosine similarity, float [N, D], by FAISS. Rows may come in
+    any order.
+    """
 
     def __init__(self, ids: Sequence[str], features: np.ndarray) -> None:
         assert features.ndim == 2 and len(features) == len(ids) == len(set(ids)) > 0, (
@@ -282,7 +309,9 @@ class NearFeatures:
         self._index.add(self.features)
 
     def nearest(self, features: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """(cosine float64 [M], id of the most similar real image [M]); NaN where a row is not finite."""
+        """(cosine float64 [M], id of the most similar real image [M]); NaN where a row is not
+        finite.
+        """
         rows = _rows(features)
         known = np.isfinite(rows).all(axis=1)
         score, row = self._index.search(np.where(known[:, None], rows, 0), 1)
@@ -302,8 +331,10 @@ class NearFeatures:
 
 
 def threshold(strangers: np.ndarray, quantile: float) -> float:
-    """Of similarities of real pictures to their most similar one of another lesion [N]: so a picture of one more, different
-    lesion is flagged at about the rate 1 - quantile. At most 0.999: an exact copy is always flagged."""
+    """Of similarities of real pictures to their most similar one of another lesion [N]: so a
+    picture of one more, different lesion is flagged at about the rate 1 - quantile. At most 0.999:
+    an exact copy is always flagged.
+    """
     return (
         float(min(np.quantile(strangers, quantile), LARGEST_THRESHOLD))
         if len(strangers)
@@ -312,12 +343,16 @@ def threshold(strangers: np.ndarray, quantile: float) -> float:
 
 
 def drawn(ids: Sequence[str], count: int) -> list[int]:
-    """The rows of up to `count` ids, chosen by their hash: the same pictures in any order of rows."""
+    """The rows of up to `count` ids, chosen by their hash: the same pictures in any order of
+    rows.
+    """
     return sorted(range(len(ids)), key=lambda i: digest("near copy", ids[i]))[:count]
 
 
 def _added(images: np.ndarray, small: np.ndarray, ids: Sequence[str]) -> np.ndarray:
-    """[2, COUNT]: squares of what compression and noise add to the images' coefficients, summed over images."""
+    """[2, COUNT]: squares of what compression and noise add to the images' coefficients, summed
+    over images.
+    """
     middle = win.window(1, 0)
     before = win.coefficients(win.planes(small), middle, middle)
     total = []

@@ -1,4 +1,6 @@
-"""Copies planted on purpose: what a near-copy gate must catch, made from a real image. For tests, benchmarks and self-checks."""
+"""Copies planted on purpose: what a near-copy gate must catch, made from a real image. For tests,
+benchmarks and self-checks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def exact(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def turned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another of the eight mirror images and quarter turns (of four where height and width differ)."""
+    """Another of the eight mirror images and quarter turns (of four where height and width
+    differ).
+    """
     whole = [np.rot90(x, k) for x in (image, image[:, ::-1]) for k in range(4)]
     others = [x for x in whole[1:] if x.shape == image.shape]
     return others[int(rng.integers(len(others)))]
@@ -47,7 +51,9 @@ def jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def brightness(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Contrast times 0.7 to 1.3 about the mean, 10 to 40 grey levels up or down, cut off at 0 and 255."""
+    """Contrast times 0.7 to 1.3 about the mean, 10 to 40 grey levels up or down, cut off at 0 and
+    255.
+    """
     mean, gain = image.mean(), rng.uniform(0.7, 1.3)
     shift = rng.uniform(10, 40) * rng.choice([-1, 1])
     return np.clip(np.rint((image - mean) * gain + mean + shift), 0, 255).astype(np.uint8)
@@ -82,7 +88,9 @@ KINDS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 
 
 def plant(images: np.ndarray, kind: str, seed: int = 0) -> np.ndarray:
-    """A copy of each image, uint8 [N, H, W, 3] to the same shape. Row i depends on its image, `kind`, `seed` and i alone."""
+    """A copy of each image, uint8 [N, H, W, 3] to the same shape. Row i depends on its image,
+    `kind`, `seed` and i alone.
+    """
     make = KINDS[kind]
     number = list(KINDS).index(kind)
     return np.stack(

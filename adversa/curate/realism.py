@@ -1,9 +1,9 @@
 """How far from real pictures is this one? In features, against the manifold of real ones.
 
-The manifold is that of Kynkaanniemi et al. 2019 (arXiv:1904.06991): around each real picture a ball that reaches to its
-k-th nearest. A picture's ratio is the smallest, over real pictures, of its distance by that ball's radius: at most 1 is
-within the manifold. The radii above the median are left out, as their realism score does: a ball around an outlier is
-large and would let anything in.
+The manifold is that of Kynkaanniemi et al. 2019 (arXiv:1904.06991): around each real picture a ball
+that reaches to its k-th nearest. A picture's ratio is the smallest, over real pictures, of its
+distance by that ball's radius: at most 1 is within the manifold. The radii above the median are
+left out, as their realism score does: a ball around an outlier is large and would let anything in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ BLOCK, NEAR = 1024, 64
 
 
 class Manifold:
-    """Of real features, float [N, D]; groups[i] is the lesion of row i: a ball reaches to other lesions only."""
+    """Of real features, float [N, D]; groups[i] is the lesion of row i: a ball reaches to other
+    lesions only.
+    """
 
     def __init__(
         self, features: np.ndarray, groups: Sequence[str], neighbour: int = NEIGHBOUR
@@ -47,9 +49,11 @@ class Manifold:
 def limits(
     ratios: np.ndarray, labels: np.ndarray, classes: int, quantile: float = 0.98
 ) -> np.ndarray:
-    """Largest ratio allowed in each class, float64 [classes]: the quantile of held-out real pictures' ratios [M].
+    """Largest ratio allowed in each class, float64 [classes]: the quantile of held-out real
+    pictures' ratios [M].
 
-    A class with too few held-out pictures to know its quantile (fewer than 2 / (1 - quantile)) has that of all.
+    A class with too few held-out pictures to know its quantile (fewer than 2 / (1 - quantile)) has
+    that of all.
     """
     ratios, labels = np.asarray(ratios, np.float64), np.asarray(labels)
     assert len(ratios) and np.isfinite(ratios).all(), "held-out real pictures have finite ratios"

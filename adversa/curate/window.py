@@ -1,4 +1,6 @@
-"""The numbers by which pictures are compared: DCT coefficients of a window, and how much copies and strangers differ in them."""
+"""The numbers by which pictures are compared: DCT coefficients of a window, and how much copies and
+strangers differ in them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ COLOURS = (np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6
 )
 # A picture whose coefficients are smaller than this, RMS, in grey levels a pixel, is flat.
 FLAT = 0.25
-# Residues are read as noise of the measured spectrum times one of these: from a copy to the bit to a coarse alignment.
+# Residues are read as noise of the measured spectrum times one of these: from a copy to the bit to
+# a coarse alignment.
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 # Contrast that a copy may have, of its original.
 LEAST_GAIN, LARGEST_GAIN = 0.6, 1.6
@@ -28,7 +31,9 @@ LEAST_GAIN, LARGEST_GAIN = 0.6, 1.6
 
 @lru_cache(maxsize=16)
 def area_average(size: int) -> np.ndarray:
-    """float32 [32, size]: row i averages the pixels under the i-th part of a side, by the share under it."""
+    """float32 [32, size]: row i averages the pixels under the i-th part of a side, by the share
+    under it.
+    """
     edges = np.linspace(0, size, SIDE + 1)
     pixel = np.arange(size)
     overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
@@ -49,7 +54,9 @@ def miniatures(images: np.ndarray) -> np.ndarray:
 
 
 def planes(small: np.ndarray) -> np.ndarray:
-    """Miniatures uint8 [N, 32, 32, 3] to float32 [N, 3, 32, 32]: brightness and two colour differences."""
+    """Miniatures uint8 [N, 32, 32, 3] to float32 [N, 3, 32, 32]: brightness and two colour
+    differences.
+    """
     return np.einsum("nhwc,kc->nkhw", small.astype(np.float32), COLOURS, optimize=True)
 
 
@@ -62,7 +69,8 @@ def _dct() -> np.ndarray:
 
 
 def window(zoom: float, move: float) -> np.ndarray:
-    """float32 [14, 32]: the DCT of 26 points `zoom` pixels apart, whose middle lies `move` pixels off that of 32 pixels.
+    """float32 [14, 32]: the DCT of 26 points `zoom` pixels apart, whose middle lies `move` pixels
+    off that of 32 pixels.
 
     Between pixels: Keys' cubic convolution (1981, a = -1/2); beyond the edge: the edge.
     """
@@ -88,7 +96,9 @@ COARSE = np.where(CHANNEL == 0, RADII < 8, RADII < 4.5)
 
 
 def coefficients(x: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Planes [N, 3, 32, 32] to float32 [N, COUNT]: seen through windows rows and columns, [14, 32] or [N, 14, 32]."""
+    """Planes [N, 3, 32, 32] to float32 [N, COUNT]: seen through windows rows and columns, [14, 32]
+    or [N, 14, 32].
+    """
     grey = rows @ x[:, 0] @ np.swapaxes(columns, -1, -2)
     r, c = (m[:, None] if m.ndim == 3 else m for m in (rows[..., :TINT, :], columns[..., :TINT, :]))
     tint = r @ x[:, 1:] @ np.swapaxes(c, -1, -2)
@@ -103,7 +113,9 @@ def turned(x: np.ndarray) -> np.ndarray:
 
 
 def smooth(power: np.ndarray) -> np.ndarray:
-    """[COUNT]: each coefficient's power replaced by the mean over its channel and (rounded) frequency."""
+    """[COUNT]: each coefficient's power replaced by the mean over its channel and (rounded)
+    frequency.
+    """
     bins = CHANNEL * 32 + np.rint(RADII).astype(int)
     return (np.bincount(bins, power) / np.maximum(np.bincount(bins), 1))[bins]
 
@@ -111,11 +123,13 @@ def smooth(power: np.ndarray) -> np.ndarray:
 def evidence(
     query: np.ndarray, real: np.ndarray, signal: np.ndarray, noise: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How much likelier each query is as a copy of its real picture than as a picture of its own, [N] in nats.
+    """How much likelier each query is as a copy of its real picture than as a picture of its own,
+    [N] in nats.
 
-    query, real: coefficients [N, COUNT]; signal, noise [COUNT]: power of pictures, and of what copying adds. A copy is
-    gain * real + noise times a level, gain and level chosen to fit; a stranger is drawn from signal + noise: the
-    logarithm of the ratio of the two Gaussian densities. Also the residue, RMS in grey levels a pixel, [N].
+    query, real: coefficients [N, COUNT]; signal, noise [COUNT]: power of pictures, and of what
+    copying adds. A copy is gain * real + noise times a level, gain and level chosen to fit; a
+    stranger is drawn from signal + noise: the logarithm of the ratio of the two Gaussian densities.
+    Also the residue, RMS in grey levels a pixel, [N].
     """
     inverse = 1 / noise
     rr = np.einsum("nf,nf,f->n", real, real, inverse)

@@ -1,8 +1,9 @@
 """Closed-form marks for `phantom`: smooth fields, lines, dots, networks.
 
-Float64, so that a rounded pixel hardly ever depends on the machine. Coordinates are in units of half a picture: x to
-the right and y down, both in [-1, 1] inside the picture. `px` is the size of a pixel in these units (2 / S): edges are
-softened over one pixel, so that a mark keeps its look at any size.
+Float64, so that a rounded pixel hardly ever depends on the machine. Coordinates are in units of
+half a picture: x to the right and y down, both in [-1, 1] inside the picture. `px` is the size of a
+pixel in these units (2 / S): edges are softened over one pixel, so that a mark keeps its look at
+any size.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def smooth(rng: np.random.Generator, cells: int, size: int) -> Array:
 def fractal(
     rng: np.random.Generator, cells: int, octaves: int, size: int, fall: float = 0.6
 ) -> Array:
-    """Sum of `octaves` smooth fields, each twice as fine and `fall` times as strong; unit variance. [S, S]."""
+    """Sum of `octaves` smooth fields, each twice as fine and `fall` times as strong; unit variance.
+    [S, S].
+    """
     total = sum(fall**i * smooth(rng, min(cells * 2**i, size), size) for i in range(octaves))
     return total / np.sqrt(sum(fall ** (2 * i) for i in range(octaves)))
 
@@ -96,7 +99,9 @@ def arcs(
 
 
 def dots(x: Array, y: Array, centres: Array, radius: Array, soft: float) -> Array:
-    """Coverage [S, S] in [0, 1] of n discs. centres [n, 2], radius [n]; edges softened over `soft`."""
+    """Coverage [S, S] in [0, 1] of n discs. centres [n, 2], radius [n]; edges softened over
+    `soft`.
+    """
     if len(radius) == 0:
         return np.zeros_like(x)
     d = np.hypot(x[None] - centres[:, 0, None, None], y[None] - centres[:, 1, None, None])
@@ -104,7 +109,9 @@ def dots(x: Array, y: Array, centres: Array, radius: Array, soft: float) -> Arra
 
 
 def honeycomb(x: Array, y: Array, frequency: float) -> Array:
-    """A net in [0, 1], 1 on its lines: three plane waves at 120 degrees; `frequency` in radians a unit."""
+    """A net in [0, 1], 1 on its lines: three plane waves at 120 degrees; `frequency` in radians a
+    unit.
+    """
     h = np.sqrt(3) / 2
     c = (
         np.cos(frequency * x)

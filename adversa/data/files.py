@@ -1,4 +1,6 @@
-"""Files and zip members behind one kind of name, a uri: "file:PATH" or "zip:ZIP!MEMBER". Nothing is ever extracted."""
+"""Files and zip members behind one kind of name, a uri: "file:PATH" or "zip:ZIP!MEMBER". Nothing is
+ever extracted.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def _stop(error: OSError) -> None:
 
 
 def walk(root: Path) -> set[str]:
-    """Names (relative, with /) of the files below `root`, links to folders followed once, hidden folders left out."""
+    """Names (relative, with /) of the files below `root`, links to folders followed once, hidden
+    folders left out.
+    """
     found: set[str] = set()
     seen: set[str] = set()
     for folder, folders, names in os.walk(root, onerror=_stop, followlinks=True):
@@ -57,14 +61,18 @@ def walk(root: Path) -> set[str]:
 
 
 class Reader:
-    """Reads uris; keeps each zip open (in the process that opened it: a forked child opens its own)."""
+    """Reads uris; keeps each zip open (in the process that opened it: a forked child opens its
+    own).
+    """
 
     def __init__(self, most_bytes: int = 1 << 31) -> None:
         self.most_bytes = most_bytes
         self._open: dict[tuple[int, str], zipfile.ZipFile] = {}
 
     def __call__(self, uri: str) -> bytes:
-        """The bytes. OSError (with one line of text) where they cannot be read or are more than `most_bytes`."""
+        """The bytes. OSError (with one line of text) where they cannot be read or are more than
+        `most_bytes`.
+        """
         kind, _, rest = uri.partition(":")
         if kind == "file":
             size = os.path.getsize(rest)
@@ -96,5 +104,6 @@ def read(uri: str) -> bytes:
         return Reader()(uri)
     except OSError as e:
         raise UserError(
-            f"cannot read {uri.partition(':')[2]}: {e.strerror or e}; check the file and its permissions"
+            f"cannot read {uri.partition(':')[2]}: {e.strerror or e}; check the file and "
+            "its permissions"
         ) from None

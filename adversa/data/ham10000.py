@@ -1,4 +1,6 @@
-"""HAM10000 (Tschandl, Rosendahl, Kittler, Sci Data 2018) as it is distributed: in folders or in one archive."""
+"""HAM10000 (Tschandl, Rosendahl, Kittler, Sci Data 2018) as it is distributed: in folders or in one
+archive.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ HAM_ATTRIBUTES = ("age", "sex", "localization", "dx_type")
 def list_ham10000(
     path: Path, problems: Problems, option: str = "data.path"
 ) -> tuple[list[Record], list[tuple[str, str, str]]]:
-    """(records, groups known to be one lesion). option: what the user gave the path by, for messages."""
+    """(records, groups known to be one lesion). option: what the user gave the path by, for
+    messages.
+    """
     names, read, uri = _tree(path, option)
     images: dict[str, str] = {}  # stem -> name
     masks: dict[str, str] = {}
@@ -33,7 +37,8 @@ def list_ham10000(
     table = next((n for n in HAM_METADATA if n in names), None)
     if table is None:
         raise UserError(
-            f"{option} {path} holds no HAM10000_metadata.csv; put the metadata beside the folders of images"
+            f"{option} {path} holds no HAM10000_metadata.csv; put the metadata beside the "
+            "folders of images"
         )
     rows = read_csv(read(table), table, ("image_id", "lesion_id", "dx"), problems)
     records, listed = [], set()

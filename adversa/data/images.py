@@ -1,8 +1,9 @@
-"""From bytes to square pictures at the run's resolution. Runs on a worker; needs the record and the data section only.
+"""From bytes to square pictures at the run's resolution. Runs on a worker; needs the record and the
+data section only.
 
-Policy: EXIF orientation is applied; transparency is laid on white; 16-bit is scaled to 8; CMYK, grey and palettes
-become RGB. Resampling: Pillow's bicubic, whose support grows with the reduction (antialiased); masks: box average, then
-half or more is lesion.
+Policy: EXIF orientation is applied; transparency is laid on white; 16-bit is scaled to 8; CMYK,
+grey and palettes become RGB. Resampling: Pillow's bicubic, whose support grows with the reduction
+(antialiased); masks: box average, then half or more is lesion.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ DAMAGE = (
 class Decoded:
     """A picture that was read, or `problem` and no picture.
 
-    image uint8 [R, R, 3]; mask uint8 [R, R], 0 or 255, or None; id: digest of the picture's pixels before cropping (so
-    it does not depend on crop or, phantom apart, on resolution); phash: perceptual hash, 64 bits; thumb uint8 [32, 32],
-    grey, of the whole picture.
+    image uint8 [R, R, 3]; mask uint8 [R, R], 0 or 255, or None; id: digest of the picture's pixels
+    before cropping (so it does not depend on crop or, phantom apart, on resolution); phash:
+    perceptual hash, 64 bits; thumb uint8 [32, 32], grey, of the whole picture.
     """
 
     record: Record
@@ -135,7 +136,8 @@ def _fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     (w, h), (width, height) = mask.size, size
     if abs(w * height - h * width) > max(w * height, h * width) / 50:
         raise ValueError(
-            f"its mask has {w} x {h} pixels, the picture {width} x {height}: no size of the same picture"
+            f"its mask has {w} x {h} pixels, the picture {width} x {height}: no size of "
+            "the same picture"
         )
     peak = mask.getextrema()[1]
     mask = mask.point(lambda v: 255 if peak and 2 * v >= peak else 0)
@@ -144,7 +146,9 @@ def _fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 @contextmanager
 def _own_limit() -> Iterator[None]:
-    """Pillow's own limit of pixels and its warnings are set aside: `_open` holds every picture to data.max_pixels."""
+    """Pillow's own limit of pixels and its warnings are set aside: `_open` holds every picture to
+    data.max_pixels.
+    """
     before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,8 +1,8 @@
 """The phantom's lesions: a painter for each class, and one for the rare sub-mode.
 
-Each draws its own parameters from `rng`. Painters take the lesion's own coordinates u, v [S, S], two textures a, b [S,
-S] of unit variance and the size of a pixel, and give the layers and the inside in [0, 1]. What they draw from `rng`
-does not depend on the view.
+Each draws its own parameters from `rng`. Painters take the lesion's own coordinates u, v [S, S],
+two textures a, b [S, S] of unit variance and the size of a pixel, and give the layers and the
+inside in [0, 1]. What they draw from `rng` does not depend on the view.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def lesion(
 def _outline(
     rng: np.random.Generator, u: Array, v: Array, radius: float, uneven: float, soft: float
 ) -> tuple[Array, Array]:
-    """(inside in [0, 1], depth: 1 at the centre, 0 at the border, < 0 outside). `uneven` drives harmonics 2 to 9."""
+    """(inside in [0, 1], depth: 1 at the centre, 0 at the border, < 0 outside). `uneven` drives
+    harmonics 2 to 9.
+    """
     ratio = np.exp(rng.normal(0, 0.10 + 0.25 * uneven))
     u, v = u * np.sqrt(ratio), v / np.sqrt(ratio)
     angle, r = np.arctan2(v, u), np.hypot(u, v)
@@ -65,7 +67,8 @@ def _outline(
 def _nevus(
     rng: np.random.Generator, u: Array, v: Array, a: Array, b: Array, px: float
 ) -> tuple[Layers, Array]:
-    """Symmetric, one or two browns, fading border, fine network or globules. One in five is atypical.
+    """Symmetric, one or two browns, fading border, fine network or globules. One in five is
+    atypical.
 
     Larger, uneven, mottled.
     """
@@ -140,7 +143,9 @@ def _melanoma(
 def _amelanotic(
     rng: np.random.Generator, u: Array, v: Array, a: Array, b: Array, px: float
 ) -> tuple[Layers, Array]:
-    """Milky red to pink, uneven, dotted vessels, shiny white streaks, a remnant of pigment at the rim."""
+    """Milky red to pink, uneven, dotted vessels, shiny white streaks, a remnant of pigment at the
+    rim.
+    """
     inside, depth = _outline(
         rng, u, v, rng.uniform(0.45, 0.7), rng.uniform(0.3, 0.6), rng.uniform(0.15, 0.35)
     )
@@ -180,7 +185,8 @@ def _keratosis(
 ) -> tuple[Layers, Array]:
     """Stuck on.
 
-    Sharp border, waxy tan to brown, milia-like cysts (pale dots), comedo-like openings (dark dots), ridges.
+    Sharp border, waxy tan to brown, milia-like cysts (pale dots), comedo-like openings (dark dots),
+    ridges.
     """
     inside, depth = _outline(
         rng, u, v, rng.uniform(0.42, 0.72), rng.uniform(0.1, 0.45), rng.uniform(0.05, 0.35)
@@ -256,7 +262,9 @@ def _carcinoma(
 def _vascular(
     rng: np.random.Generator, u: Array, v: Array, a: Array, b: Array, px: float
 ) -> tuple[Layers, Array]:
-    """Round red to purple lacunae close together, pale septa, sharp border; some clotted (near black)."""
+    """Round red to purple lacunae close together, pale septa, sharp border; some clotted (near
+    black).
+    """
     radius = rng.uniform(0.3, 0.55)
     inside, depth = _outline(rng, u, v, radius, rng.uniform(0, 0.25), rng.uniform(0.1, 0.3))
     n = int(rng.integers(9, 22))

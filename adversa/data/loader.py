@@ -1,4 +1,6 @@
-"""Images (or latents) by id from Parquet, for training: only what a batch needs is decoded, and once."""
+"""Images (or latents) by id from Parquet, for training: only what a batch needs is decoded, and
+once.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,13 @@ from adversa.types import UserError
 
 
 class ImageTable:
-    """Random access by id to the images of folders of `tables.EXAMPLES` or `tables.SYNTHETIC`, or to the latents of one.
+    """Random access by id to the images of folders of `tables.EXAMPLES` or `tables.SYNTHETIC`, or
+    to the latents of one.
 
-    A row group is decoded whole when one of its images is first asked for, and kept in a temporary file, least recently used
-    dropped first, up to `disk_bytes` (at least one stays). So the memory of the process does not grow with the images; the
-    system's page cache holds what is hot. Ids must be unique over all folders.
+    A row group is decoded whole when one of its images is first asked for, and kept in a temporary
+    file, least recently used dropped first, up to `disk_bytes` (at least one stays). So the memory
+    of the process does not grow with the images; the system's page cache holds what is hot. Ids
+    must be unique over all folders.
     """
 
     def __init__(
@@ -60,7 +64,8 @@ class ImageTable:
         self._dtype = np.dtype(np.uint8)
 
     def fetch(self, ids: Sequence[str]) -> np.ndarray:
-        """uint8 [B, H, W, 3] (of latents: float16 [B, views, C, side, side]) in the order of `ids` (an id may come twice).
+        """uint8 [B, H, W, 3] (of latents: float16 [B, views, C, side, side]) in the order of `ids`
+        (an id may come twice).
 
         All of one size. UserError where one is missing.
         """
@@ -117,7 +122,8 @@ class ImageTable:
                 self._shape, self._dtype = images.shape[1:], images.dtype
             if images.shape[1:] != self._shape:
                 raise UserError(
-                    f"{self._groups[group][0]} has images of {images.shape[1:]}, others {self._shape}; prepare them anew"
+                    f"{self._groups[group][0]} has images of {images.shape[1:]}, others "
+                    f"{self._shape}; prepare them anew"
                 )
             slot = len(self._slots)
             if slot and (slot + 1) * self._slot_bytes() > self.disk_bytes:
@@ -152,9 +158,9 @@ def _ids(path: Path) -> Iterator[np.ndarray]:
 def draw_order(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
     """`count` indices into weights [N] (>= 0, not all 0), int64.
 
-    Item i comes up count * w_i / sum(w) times in expectation. Systematic resampling in passes of N draws: in each pass
-    an item comes floor or ceil of its expectation, in a random order. Pass p depends on (weights, seed, p) alone: a
-    longer `count` only continues the sequence.
+    Item i comes up count * w_i / sum(w) times in expectation. Systematic resampling in passes of N
+    draws: in each pass an item comes floor or ceil of its expectation, in a random order. Pass p
+    depends on (weights, seed, p) alone: a longer `count` only continues the sequence.
     """
     weights = np.asarray(weights, np.float64)
     if (

@@ -1,13 +1,17 @@
-"""Where the lesion is: masks as given with the data set, or made from the picture; grown, and feathered for blending.
+"""Where the lesion is: masks as given with the data set, or made from the picture; grown, and
+feathered for blending.
 
-A mask is bool [N, H, W], True on the lesion. All of it is deterministic, and a row does not depend on its neighbours.
+A mask is bool [N, H, W], True on the lesion. All of it is deterministic, and a row does not depend
+on its neighbours.
 
-How one is made (`found`): hair is closed away, black corners and bars are set aside, skin is the colour of the lighter part of the
-border, and Otsu's threshold (1979) parts the pixels by their distance from that colour in CIE L*a*b*. The largest central piece,
-closed and filled, is the lesion. Lengths are in 64ths of the shorter side, so that pictures of any resolution give the same shape.
-The constants were chosen by the mean Jaccard index with HAM10000's own masks on 475 of its 10,015 pictures. On 400 others drawn by
-chance it is 0.83, at 64 and at 128 pixels; a central ellipse has 0.51. What goes wrong: pink carcinomas without an edge, shadows
-that are stronger than the lesion, a neighbour larger than the lesion.
+How one is made (`found`): hair is closed away, black corners and bars are set aside, skin is the
+colour of the lighter part of the border, and Otsu's threshold (1979) parts the pixels by their
+distance from that colour in CIE L*a*b*. The largest central piece, closed and filled, is the
+lesion. Lengths are in 64ths of the shorter side, so that pictures of any resolution give the same
+shape. The constants were chosen by the mean Jaccard index with HAM10000's own masks on 475 of its
+10,015 pictures. On 400 others drawn by chance it is 0.83, at 64 and at 128 pixels; a central
+ellipse has 0.51. What goes wrong: pink carcinomas without an edge, shadows that are stronger than
+the lesion, a neighbour larger than the lesion.
 """
 
 from __future__ import annotations
@@ -33,20 +37,24 @@ ELLIPSE_RADIUS = 0.7  # of the half sides: the central ellipse that overlaps HAM
 BLACK = (
     45  # no channel above it: no skin of any type photographs as dark, a dermatoscope's rim does
 )
-# Weights of L*, a*, b* in the distance from skin: lamps change lightness across a picture more than hue. Lighter than skin is
-# mostly a reflection of the lamp, so little of it counts.
+# Weights of L*, a*, b* in the distance from skin: lamps change lightness across a picture more than
+# hue. Lighter than skin is mostly a reflection of the lamp, so little of it counts.
 WEIGHTS, LIGHTER = np.array([0.7, 1.0, 1.2]), 0.2
 # A doctor's outline takes in the lesion's faint edge, Otsu's threshold halves it.
 LOOSEN = 0.8
-# A colour difference of about 2.3 is just noticeable (Mahy et al. 1994): with less there is nothing to outline.
+# A colour difference of about 2.3 is just noticeable (Mahy et al. 1994): with less there is nothing
+# to outline.
 LEAST_CONTRAST = 3.0
 LEAST_AREA, MOST_AREA = 0.003, 0.97  # of the picture
-WORKING_SIDE = 128  # larger pictures are looked at reduced: no truer at 256, and the time grows with the fourth power
+# larger pictures are looked at reduced: no truer at 256, and the time grows with the fourth power
+WORKING_SIDE = 128
 
 
 @dataclass(frozen=True)
 class _Field:
-    """What depends on the picture's size alone: the unit of length in pixels, and r [H, W], 1 at the middle of the nearer sides."""
+    """What depends on the picture's size alone: the unit of length in pixels, and r [H, W], 1 at
+    the middle of the nearer sides.
+    """
 
     unit: float
     r: Array
@@ -60,7 +68,8 @@ def _field(h: int, w: int) -> _Field:
 
 
 def found(images: np.ndarray) -> tuple[Mask, Mask]:
-    """Lesion masks made from pictures uint8 [N, H, W, 3]: (bool [N, H, W], bool [N]: nothing plausible, a central ellipse instead).
+    """Lesion masks made from pictures uint8 [N, H, W, 3]: (bool [N, H, W], bool [N]: nothing
+    plausible, a central ellipse instead).
 
     No mask is empty in pictures of at least 3 x 3 pixels.
     """
@@ -104,8 +113,9 @@ def of_rows(
 ) -> tuple[Mask, list[str]]:
     """The masks of examples: (bool [N, H, W], where each came from: GIVEN, FOUND or ELLIPSE).
 
-    masks: a column of PNGs, None where there is none; images: uint8 [N, H, W, 3]; names: of the examples, for messages. UserError
-    for a given mask that can't be read, is empty or has another size.
+    masks: a column of PNGs, None where there is none; images: uint8 [N, H, W, 3]; names: of the
+    examples, for messages. UserError for a given mask that can't be read, is empty or has another
+    size.
     """
     assert len(masks) == len(images) and (names is None or len(names) == len(images)), (
         len(masks),
@@ -133,7 +143,8 @@ def _given(data: bytes, size: tuple[int, ...], name: str) -> Mask:
         ) from None
     if mask.shape != size:
         raise UserError(
-            f"mask of {name}: its shape is {list(mask.shape)}, but the picture's is {list(size)}; {fix}"
+            f"mask of {name}: its shape is {list(mask.shape)}, but the picture's is "
+            f"{list(size)}; {fix}"
         )
     mask = mask > (0 if mask.dtype == np.bool_ else 127)
     if not mask.any():
@@ -142,12 +153,15 @@ def _given(data: bytes, size: tuple[int, ...], name: str) -> Mask:
 
 
 def feather(mask: Mask, width: float) -> NDArray[np.float32]:
-    """Weights float32 [N, H, W] of the painted picture: painted * w + known * (1 - w) is the known picture exactly where w is 0.
+    """Weights float32 [N, H, W] of the painted picture: painted * w + known * (1 - w) is the known
+    picture exactly where w is 0.
 
-    0 outside the mask, and inside it the distance to the nearest pixel outside (1 for the outermost) over `width` pixels, at most
-    1. So the seam is blended inside what is painted, and known pixels stay as they are. The picture's own border is no seam: there
-    is nothing beyond it to agree with. A piece of the mask too thin for `width` has a ramp as long as it is deep, so that every
-    piece reaches 1. Widths up to 1 give a hard edge.
+    0 outside the mask, and inside it the distance to the nearest pixel outside (1 for the
+    outermost) over `width` pixels, at most
+    1. So the seam is blended inside what is painted, and known pixels stay as they are. The
+       picture's own border is no seam: there is nothing beyond it to agree with. A piece of the
+       mask too thin for `width` has a ramp as long as it is deep, so that every piece reaches 1.
+       Widths up to 1 give a hard edge.
     """
     assert mask.dtype == np.bool_ and mask.ndim == 3 and width >= 0, (mask.dtype, mask.shape, width)
     out = np.zeros(mask.shape, np.float32)
@@ -165,7 +179,9 @@ def feather(mask: Mask, width: float) -> NDArray[np.float32]:
 
 
 def grow(mask: Mask, px: float) -> Mask:
-    """The mask bool [N, H, W] and every pixel within `px` of it (between centres, Euclidean): the lesion with a margin."""
+    """The mask bool [N, H, W] and every pixel within `px` of it (between centres, Euclidean): the
+    lesion with a margin.
+    """
     assert mask.dtype == np.bool_ and mask.ndim == 3 and px >= 0, (mask.dtype, mask.shape, px)
     return np.stack([_near(m, px) for m in mask]) if len(mask) else mask.copy()
 
@@ -175,13 +191,17 @@ def _near(mask: Mask, px: float) -> Mask:
 
 
 def black_frame(image: np.ndarray) -> Mask:
-    """Black corners and bars of a picture uint8 [H, W, 3]: pixels with no channel above BLACK that hang together with a corner."""
+    """Black corners and bars of a picture uint8 [H, W, 3]: pixels with no channel above BLACK that
+    hang together with a corner.
+    """
     pieces = measure.label(image.max(-1) <= BLACK, connectivity=1)
     return np.isin(pieces, [p for p in np.unique(pieces[[0, 0, -1, -1], [0, -1, 0, -1]]) if p])
 
 
 def ellipse(h: int, w: int, frame: Mask | None = None) -> Mask:
-    """The central ellipse [H, W] that stands in for a lesion, without the black frame where anything is left of it then."""
+    """The central ellipse [H, W] that stands in for a lesion, without the black frame where
+    anything is left of it then.
+    """
     mask = _field(h, w).r <= ELLIPSE_RADIUS
     inner = mask if frame is None else mask & ~frame
     return inner if inner.any() else mask
@@ -218,9 +238,11 @@ def _is_plausible(mask: Mask, distance: Array, ok: Mask) -> bool:
 
 
 def _distance_from_skin(image: np.ndarray, ok: Mask, field: _Field) -> Array | None:
-    """Of each pixel in L*a*b*, 0 where not ok, float [H, W]; None where too little of the border can be seen.
+    """Of each pixel in L*a*b*, 0 where not ok, float [H, W]; None where too little of the border
+    can be seen.
 
-    Skin is the median of the border's lighter third: a lesion that crosses the border is mostly darker.
+    Skin is the median of the border's lighter third: a lesion that crosses the border is mostly
+    darker.
     """
     hair = morphology.disk(max(1, round(1.5 * field.unit)))
     clean = np.stack(
@@ -245,7 +267,9 @@ def _blur(image: Array, ok: Mask, sigma: float) -> Array:
 
 
 def _central_pieces(mask: Mask, field: _Field) -> Mask:
-    """The piece that has most of the centre, with those half as central; closed, grown to the faint edge, and filled."""
+    """The piece that has most of the centre, with those half as central; closed, grown to the faint
+    edge, and filled.
+    """
     mask = ndimage.binary_opening(mask, morphology.disk(max(1, round(1.5 * field.unit))))
     pieces = measure.label(mask, connectivity=1)
     if not pieces.any():

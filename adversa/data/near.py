@@ -1,10 +1,13 @@
-"""Near-identical pictures across groups: a perceptual hash finds candidates, the detail of thumbnails confirms them.
+"""Near-identical pictures across groups: a perceptual hash finds candidates, the detail of
+thumbnails confirms them.
 
-Hash: signs of the 8 x 8 lowest DCT-II coefficients of the grey thumbnail about their median (Zauner 2010, section
-3.2.1), a function of the thumbnail alone, so that mirrored and turned copies are found too. Two moles of one size in
-one place share that hash and correlate by 0.99 in 16 x 16 pixels (HAM10000). What lies above the hash's frequencies
-(hair, network, border) tells them apart: there copies, halved in size or recompressed, correlate by 0.98 (median),
-different lesions of HAM10000 by less than 0.92.
+Hash: signs of the 8 x 8 lowest DCT-II coefficients of the grey thumbnail about their median (Zauner
+2010, section
+3.2.1), a function of the thumbnail alone, so that mirrored and turned copies are found too. Two
+moles of one size in one place share that hash and correlate by 0.99 in 16 x 16 pixels (HAM10000).
+What lies above the hash's frequencies (hair, network, border) tells them apart: there copies,
+halved in size or recompressed, correlate by 0.98 (median), different lesions of HAM10000 by less
+than 0.92.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ def perceptual_hash(thumbs: np.ndarray) -> np.ndarray:
 
 
 def detail(thumbs: np.ndarray) -> np.ndarray:
-    """float32 [N, 1024]: thumbnails without the hash's frequencies, norm 1 (0 where nothing is left).
+    """float32 [N, 1024]: thumbnails without the hash's frequencies, norm 1 (0 where nothing is
+    left).
 
     A dot product is a correlation.
     """
@@ -57,7 +61,8 @@ def detail(thumbs: np.ndarray) -> np.ndarray:
 
 
 class Thumbs:
-    """The thumbnails of a file, 1 KB each one after the other, read when asked for: memory does not hold them all.
+    """The thumbnails of a file, 1 KB each one after the other, read when asked for: memory does not
+    hold them all.
 
     rows: which of the file's, in which order; None: all of them.
     """
@@ -88,9 +93,10 @@ def near_identical(
 ) -> list[tuple[str, str, int, float]]:
     """(id, id, bits that differ, correlation) for pairs of different groups that look alike.
 
-    Sorted, ids in order in each pair. ids unique [N]; phashes uint64 [N]; thumbs uint8 [N, 32, 32]. A pair counts when
-    the hashes differ in at most `bits` bits, under one of the eight flips and quarter-turns, and their detail
-    correlates by at least `correlation`. Of many equal pictures only a chain of pairs is given. `bits` < 0: none.
+    Sorted, ids in order in each pair. ids unique [N]; phashes uint64 [N]; thumbs uint8 [N, 32, 32].
+    A pair counts when the hashes differ in at most `bits` bits, under one of the eight flips and
+    quarter-turns, and their detail correlates by at least `correlation`. Of many equal pictures
+    only a chain of pairs is given. `bits` < 0: none.
     """
     n = len(ids)
     assert len(set(ids)) == n == len(groups) == len(phashes) == len(thumbs), (
@@ -121,7 +127,9 @@ def near_identical(
 def _heads(
     thumbs: np.ndarray | Thumbs, order: np.ndarray, group: np.ndarray
 ) -> tuple[np.ndarray, dict[tuple[int, int], tuple[int, float]]]:
-    """(places in `order` of the first of each set of equal thumbnails, pairs that hang the first of each other group on it)."""
+    """(places in `order` of the first of each set of equal thumbnails, pairs that hang the first of
+    each other group on it).
+    """
     digests = [
         hashlib.blake2b(t.tobytes(), digest_size=16).digest()
         for _, block in _blocks(thumbs, order)
@@ -144,7 +152,9 @@ def _alike(
     bits: int,
     correlation: float,
 ) -> Iterator[tuple[int, int, int, float]]:
-    """(a, b, bits, correlation) of pairs a < b of rows [M] that look alike under a turn; at most two blocks' detail in memory."""
+    """(a, b, bits, correlation) of pairs a < b of rows [M] that look alike under a turn; at most
+    two blocks' detail in memory.
+    """
     turned = np.empty((8, len(rows)), np.uint64)
     for here, block in _blocks(thumbs, rows):
         for k, looks in enumerate(_eight(block)):

@@ -1,9 +1,10 @@
 """Procedural dermoscopy pictures: no download, the same for a seed on any machine.
 
-Skin of a stated ITA angle, Beer-Lambert absorption by melanin and blood, lesions drawn by the ABCD rule of dermoscopy
-(asymmetry, border, colour, diameter; Stolz et al. 1994), hair, gel bubbles, rulers, vignetting. Five classes with a
-long tail. One class hides a rare sub-mode (amelanotic melanoma: pink, next to no pigment), recorded in the attributes
-alone. `python -m adversa.data.phantom FILE.png` writes a contact sheet.
+Skin of a stated ITA angle, Beer-Lambert absorption by melanin and blood, lesions drawn by the ABCD
+rule of dermoscopy (asymmetry, border, colour, diameter; Stolz et al. 1994), hair, gel bubbles,
+rulers, vignetting. Five classes with a long tail. One class hides a rare sub-mode (amelanotic
+melanoma: pink, next to no pigment), recorded in the attributes alone. `python -m
+adversa.data.phantom FILE.png` writes a contact sheet.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from adversa.types import seed_of
 
 CLASSES = ("nevus", "keratosis", "melanoma", "carcinoma", "vascular")  # from frequent to rare
 KINDS = [(label, mode) for label in CLASSES for mode in (COMMON_MODE, RARE_MODE)]
-# ITA in degrees: the six bands of del Bino and Bernerd 2013, read as Fitzpatrick types; shares lean to light skin,
-# as those of dermoscopy archives do.
+# ITA in degrees: the six bands of del Bino and Bernerd 2013, read as Fitzpatrick types; shares lean
+# to light skin, as those of dermoscopy archives do.
 SKIN = {
     "I": (55, 68),
     "II": (41, 55),
@@ -34,7 +35,8 @@ SKIN = {
     "VI": (-55, -30),
 }
 SKIN_SHARE = (0.17, 0.33, 0.24, 0.13, 0.08, 0.05)
-# Absorption of one unit in linear R, G, B, after Jacques 2013: melanin falls with wavelength, blood peaks in green.
+# Absorption of one unit in linear R, G, B, after Jacques 2013: melanin falls with wavelength, blood
+# peaks in green.
 MELANIN, BLOOD = np.array([0.62, 1.05, 1.45]), np.array([0.16, 1.05, 0.85])
 VEIL, PALE = np.array([0.11, 0.15, 0.21]), np.array([0.78, 0.66, 0.62])
 
@@ -50,7 +52,9 @@ class Slot:
 
 
 class Slots(Sequence[Slot]):
-    """The slots of a phantom's pictures in order, in 6 bytes each: a worker that draws one picture has them all."""
+    """The slots of a phantom's pictures in order, in 6 bytes each: a worker that draws one picture
+    has them all.
+    """
 
     def __init__(self, lesion: Array, view: Array, kind: Array) -> None:
         self.lesion, self.view, self.kind = (
@@ -143,7 +147,9 @@ def picture(
 
 
 def _skin(rng: np.random.Generator) -> tuple[str, float, Array, float]:
-    """Fitzpatrick type, ITA in degrees, linear RGB [3], hairiness. ITA = atan((L* - 50) / b*) in CIE L*a*b*."""
+    """Fitzpatrick type, ITA in degrees, linear RGB [3], hairiness. ITA = atan((L* - 50) / b*) in
+    CIE L*a*b*.
+    """
     type_ = list(SKIN)[int(rng.choice(len(SKIN), p=SKIN_SHARE))]
     ita = float(rng.uniform(*SKIN[type_]))
     yellow = rng.uniform(15.5, 20) - 0.08 * abs(ita - 15)
@@ -154,7 +160,9 @@ def _skin(rng: np.random.Generator) -> tuple[str, float, Array, float]:
 def _artefacts(
     rng: np.random.Generator, light: Array, x: Array, y: Array, px: float, hairy: float, type_: str
 ) -> tuple[Array, dict[str, str]]:
-    """Hair, gel bubbles, a ruler, uneven lamps, white balance, vignette: of the picture, not of the lesion."""
+    """Hair, gel bubbles, a ruler, uneven lamps, white balance, vignette: of the picture, not of the
+    lesion.
+    """
     n = int(rng.poisson(hairy))
     angle = rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.5, n)
     start = rng.uniform(-0.9, 0.9, (n, 2)) - 1.2 * np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -212,7 +220,9 @@ def _artefacts(
 
 
 def sheet(path: str, columns: int = 9, size: int = 88) -> None:
-    """A contact sheet: a row for each class, then one for the rare sub-mode; skin from light to dark along a row."""
+    """A contact sheet: a row for each class, then one for the rare sub-mode; skin from light to
+    dark along a row.
+    """
     from PIL import Image
 
     config = Phantom()

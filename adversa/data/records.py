@@ -1,4 +1,6 @@
-"""What a source gives: records of pictures that have not been read, and the rows of the tables behind them."""
+"""What a source gives: records of pictures that have not been read, and the rows of the tables
+behind them.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Listing:
-    """merged: (group, group, why) known to be one lesion; problems: {"source", "problem"} of everything left out."""
+    """merged: (group, group, why) known to be one lesion; problems: {"source", "problem"} of
+    everything left out.
+    """
 
     records: list[Record]
     classes: list[str]
@@ -78,7 +82,8 @@ def read_csv(
         ) from None
     if (found := _separator(text)) is not None:
         raise UserError(
-            f"{name} looks separated by {SEPARATORS[found]}, not by commas; save it as comma-separated text"
+            f"{name} looks separated by {SEPARATORS[found]}, not by commas; save it as "
+            "comma-separated text"
         )
     try:
         lines = [
@@ -98,7 +103,8 @@ def read_csv(
     if missing := [c for c in needed if c not in header]:
         known = ", ".join(files.printable(c) for c in header)
         raise UserError(
-            f"{name} has no column {missing[0]}; it has {known}; set data.columns to the names in use, null for none"
+            f"{name} has no column {missing[0]}; it has {known}; set data.columns to the "
+            "names in use, null for none"
         )
     rows = []
     for number, line in enumerate(lines[1:], start=2):

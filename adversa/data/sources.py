@@ -1,7 +1,8 @@
 """Where pictures come from: `list_records` reads metadata and file names, never a pixel.
 
-A fault in one row or file goes to `Problems`: a UserError under data.on_error=fail, a counted, named skip under skip.
-A fault of the whole source (no folder, no such column, one class only) is a UserError always.
+A fault in one row or file goes to `Problems`: a UserError under data.on_error=fail, a counted,
+named skip under skip. A fault of the whole source (no folder, no such column, one class only) is a
+UserError always.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ __all__ = ["Listing", "Record", "list_records"]
 def list_records(config: Data, option: str = "data.path", least: int = 2) -> Listing:
     """Every picture of the source that can be used, in an order that depends on the source alone.
 
-    option: what the user gave the path by, for messages. least: classes there must be; none at all is a UserError always.
+    option: what the user gave the path by, for messages. least: classes there must be; none at all
+    is a UserError always.
     """
     problems = Problems(config.on_error == "fail")
     merged: list[tuple[str, str, str]] = []
@@ -32,7 +34,8 @@ def list_records(config: Data, option: str = "data.path", least: int = 2) -> Lis
     else:
         if not config.path:
             raise UserError(
-                f"data.path is missing; data.source {config.source} needs one, say --set data.path=FOLDER"
+                f"data.path is missing; data.source {config.source} needs one, say --set "
+                "data.path=FOLDER"
             )
         path = Path(config.path).expanduser().absolute()  # workers may have another working folder
         if not os.path.exists(path):  # unlike Path.exists, False for a name too long as well
@@ -53,7 +56,8 @@ def list_records(config: Data, option: str = "data.path", least: int = 2) -> Lis
         raise UserError(f"{given} has no usable picture ({len(problems)} left out); {check}")
     if len(classes) < least:
         raise UserError(
-            f"only one class, {files.printable(classes[0])!r}, has pictures; a classifier needs two or more"
+            f"only one class, {files.printable(classes[0])!r}, has pictures; a classifier "
+            "needs two or more"
         )
     present = {r.group for r in records}
     merged = [m for m in merged if m[0] in present and m[1] in present]
@@ -63,7 +67,9 @@ def list_records(config: Data, option: str = "data.path", least: int = 2) -> Lis
 def _classes(
     records: list[Record], config: Data, empty: list[str], problems: Problems
 ) -> tuple[list[Record], list[str]]:
-    """Records of known classes, and the classes: config.labels in its order, or those found, sorted."""
+    """Records of known classes, and the classes: config.labels in its order, or those found,
+    sorted.
+    """
     wanted = config.labels
     if wanted is not None:
         if len(set(wanted)) < len(wanted):
@@ -72,7 +78,8 @@ def _classes(
             if r.label not in wanted:
                 problems.add(
                     r.source,
-                    f"unknown label {files.printable(r.label)!r}; data.labels has {', '.join(wanted)}",
+                    f"unknown label {files.printable(r.label)!r}; data.labels has "
+                    f"{', '.join(wanted)}",
                 )
         records = [r for r in records if r.label in wanted]
     found = {r.label for r in records}
@@ -92,7 +99,9 @@ def _unique(records: list[Record], problems: Problems) -> list[Record]:
         if key in seen:
             problems.add(
                 r.source,
-                f"duplicate {'id ' + files.printable(r.id) if r.id else 'row for this file'}; the first is {seen[key]}",
+                "duplicate "
+                f"{'id ' + files.printable(r.id) if r.id else 'row for this file'}; the "
+                f"first is {seen[key]}",
             )
             continue
         seen[key] = r.source
@@ -182,10 +191,13 @@ def _inside(root: Path, name: str) -> tuple[Path | None, str]:
 def _folder(
     path: Path, config: Data, problems: Problems, option: str
 ) -> tuple[list[Record], list[str]]:
-    """Records, and the classes that have none. A class is a sub-folder of `path`; pictures may lie deeper in it."""
+    """Records, and the classes that have none. A class is a sub-folder of `path`; pictures may lie
+    deeper in it.
+    """
     if not path.is_dir():
         raise UserError(
-            f"{option} {path} is not a folder; data.source folder needs one with a sub-folder for each class"
+            f"{option} {path} is not a folder; data.source folder needs one with a "
+            "sub-folder for each class"
         )
     try:
         pattern = re.compile(config.group_regex) if config.group_regex else None
@@ -195,12 +207,14 @@ def _folder(
         ) from None
     if pattern is not None and pattern.groups < 1:
         raise UserError(
-            f"data.group_regex {config.group_regex!r} captures nothing; put the group in parentheses"
+            f"data.group_regex {config.group_regex!r} captures nothing; put the group in "
+            "parentheses"
         )
     labels = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not labels:
         raise UserError(
-            f"{option} {path} has no sub-folder; put each class's pictures in a folder named after it"
+            f"{option} {path} has no sub-folder; put each class's pictures in a folder "
+            "named after it"
         )
     records: list[Record] = []
     for name in sorted(files.walk(path)):

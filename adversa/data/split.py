@@ -1,4 +1,6 @@
-"""Which picture plays which role: by group, within each class, from names and a seed, never from the order of rows."""
+"""Which picture plays which role: by group, within each class, from names and a seed, never from
+the order of rows.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from adversa.types import ROLES, UserError, digest
 
 
 def merge_groups(groups: Iterable[str], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """group -> the group it is part of after the pairs are joined, named after the smallest name in it."""
+    """group -> the group it is part of after the pairs are joined, named after the smallest name in
+    it.
+    """
     parent = {g: g for g in groups}
 
     def root(g: str) -> str:
@@ -31,8 +35,9 @@ def split(
 ) -> list[str]:
     """The role of each row. A group's class is its commonest label (of equals the first by name).
 
-    Within a class the groups are put in the order of a hash of (seed, group) and dealt by the four shares, largest
-    remainder, every role at least one. UserError where a class has fewer groups than roles.
+    Within a class the groups are put in the order of a hash of (seed, group) and dealt by the four
+    shares, largest remainder, every role at least one. UserError where a class has fewer groups
+    than roles.
     """
     votes: dict[str, Counter[str]] = defaultdict(Counter)
     for label, group in zip(labels, groups, strict=True):
@@ -44,8 +49,10 @@ def split(
     for label, found in members.items():
         if len(found) < len(ROLES):
             raise UserError(
-                f"class {label!r} has {len(found)} groups (lesions), fewer than the {len(ROLES)} roles; "
-                "add pictures of other lesions, or leave the class out with data.labels and --set data.on_error=skip"
+                f"class {label!r} has {len(found)} groups (lesions), fewer than the "
+                f"{len(ROLES)} roles; "
+                "add pictures of other lesions, or leave the class out with data.labels "
+                "and --set data.on_error=skip"
             )
         found.sort(key=lambda g: (digest(config.seed, g), g))
         counts = _deal(len(found), [getattr(config, r) for r in ROLES])

@@ -1,8 +1,9 @@
 """Continuous batching: a batch of fixed size that is kept full.
 
-Every row walks its own course: noise levels, solver, guidance. A tick picks, oldest first, as many rows as fill the batch's
-evaluations, those with a second pass (guidance) taking two, and moves each a step on; a finished row leaves and the next request
-takes its place. Nothing waits for the slowest, and the network sees one shape only.
+Every row walks its own course: noise levels, solver, guidance. A tick picks, oldest first, as many
+rows as fill the batch's evaluations, those with a second pass (guidance) taking two, and moves each
+a step on; a finished row leaves and the next request takes its place. Nothing waits for the
+slowest, and the network sees one shape only.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from adversa.diffuse.solver import Plan, advance
 
 @dataclass(frozen=True)
 class Course:
-    """What a row does at each of its E evaluations. All float64 [E]; second bool [E]: it gets a second pass.
+    """What a row does at each of its E evaluations. All float64 [E]; second bool [E]: it gets a
+    second pass.
 
     scale: of classifier-free guidance, 1 none; hardness, likeness: strengths, 0 none.
     """
@@ -59,9 +61,10 @@ class Course:
 
 @dataclass
 class Row:
-    """start [C, h, w]: where the ODE starts. known [C, h, w] and soft [1, h, w]: of inpainting, see guidance.kept. goal: what
-    likeness pulls towards, [C, h, w] of the diffused space, or features [D]. then: the row that follows it, made of its end, and
-    which it is not finished without."""
+    """start [C, h, w]: where the ODE starts. known [C, h, w] and soft [1, h, w]: of inpainting, see
+    guidance.kept. goal: what likeness pulls towards, [C, h, w] of the diffused space, or features
+    [D]. then: the row that follows it, made of its end, and which it is not finished without.
+    """
 
     key: int
     start: Tensor
@@ -78,7 +81,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Finished:
-    """x0 [C, h, w] on the device. evaluations: rows of the denoiser it took; skipped: gradients that were not finite."""
+    """x0 [C, h, w] on the device. evaluations: rows of the denoiser it took; skipped: gradients
+    that were not finite.
+    """
 
     key: int
     x0: Tensor
@@ -88,8 +93,10 @@ class Finished:
 
 @dataclass
 class Batch:
-    """size: rows of an evaluation, even. gradient: of hardness. pull: size of the pixels that likeness pulls at, in the diffused
-    space; features and pixels: likeness in features instead (guidance.resemblance)."""
+    """size: rows of an evaluation, even. gradient: of hardness. pull: size of the pixels that
+    likeness pulls at, in the diffused space; features and pixels: likeness in features instead
+    (guidance.resemblance).
+    """
 
     denoiser: DenoiserFn
     shape: tuple[int, int, int]
@@ -121,7 +128,9 @@ class Batch:
 
     @torch.no_grad()
     def run(self, source: Iterable[Row]) -> Iterator[Finished]:
-        """Every row of `source`, in the order in which they finish. Rows are asked for when there is room for them."""
+        """Every row of `source`, in the order in which they finish. Rows are asked for when there
+        is room for them.
+        """
         rows = iter(source)
         more = True
         while True:
@@ -143,7 +152,8 @@ class Batch:
             self.known, self.soft = torch.zeros_like(self.point), torch.ones_like(self.point[:, :1])
         if self.known is not None and self.soft is not None:
             assert (row.known is None) == (row.soft is None)
-            # Zeros where nothing is kept, not the row's before: NaN there would come through a weight of 0.
+            # Zeros where nothing is kept, not the row's before: NaN there would come through a
+            # weight of 0.
             self.known[slot] = 0 if row.known is None else row.known.to(self.device)
             self.soft[slot] = 1 if row.soft is None else row.soft.to(self.device)
         if row.goal is not None:

@@ -1,10 +1,12 @@
-"""The space that is diffused: pixels, or the latents of an autoencoder (Rombach et al. 2022, "High-Resolution Image Synthesis with
-Latent Diffusion Models").
+"""The space that is diffused: pixels, or the latents of an autoencoder (Rombach et al. 2022,
+"High-Resolution Image Synthesis with Latent Diffusion Models").
 
-A codec is a folder like every model: `model.safetensors` beside the `config.json` that rebuilds it, whether it was fitted here
-(codec_fit.py) or came from elsewhere, so that no worker ever needs the hub. What is diffused is  (latent - shift) * scale,  channel
-by channel: for a denoiser trained here, shift and scale are measured on the train role and give zero mean and standard deviation
-sigma_data; for an external one they are the autoencoder's own, which that denoiser was trained with.
+A codec is a folder like every model: `model.safetensors` beside the `config.json` that rebuilds it,
+whether it was fitted here (codec_fit.py) or came from elsewhere, so that no worker ever needs the
+hub. What is diffused is  (latent - shift) * scale,  channel by channel: for a denoiser trained
+here, shift and scale are measured on the train role and give zero mean and standard deviation
+sigma_data; for an external one they are the autoencoder's own, which that denoiser was trained
+with.
 """
 
 from __future__ import annotations
@@ -28,15 +30,18 @@ from adversa.types import UserError
 
 KIND = "codec"
 CLASSES = {"tiny": "AutoencoderTiny", "kl": "AutoencoderKL"}
-# Images a pass. Always so many (a short pass is filled up), so that no image's latent hangs on how many were asked for; and so few,
-# that a Stable Diffusion autoencoder at 512 px stays within a few GB.
+# Images a pass. Always so many (a short pass is filled up), so that no image's latent hangs on how
+# many were asked for; and so few, that a Stable Diffusion autoencoder at 512 px stays within a few
+# GB.
 ROWS = 16
 PROBE = 64  # side of the black picture that tells an autoencoder's channels and factor
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Images to latents and back, in float32 whatever the ambient autocast. meta: the config.json; shift, scale [C]."""
+    """Images to latents and back, in float32 whatever the ambient autocast. meta: the config.json;
+    shift, scale [C].
+    """
 
     model: nn.Module
     meta: dict[str, Any]
@@ -48,8 +53,9 @@ class Codec:
     def encode(self, images: np.ndarray) -> Tensor:
         """uint8 [B, R, R, 3] to raw latents, float32 [B, C, R / factor, R / factor], on the CPU.
 
-        Of an AutoencoderKL the posterior's mean: its spread is far below any noise level that is painted with, and a mean needs no
-        random draw, so that the same picture always has the same latent.
+        Of an AutoencoderKL the posterior's mean: its spread is far below any noise level that is
+        painted with, and a mean needs no random draw, so that the same picture always has the same
+        latent.
         """
         name = self.meta["class"]
 
@@ -71,7 +77,9 @@ class Codec:
         )
 
     def pixels(self, x: Tensor) -> Tensor:
-        """The diffused space [B, C, h, w] to pixels [B, 3, R, R] about [0, 1], not clipped: gradients go through."""
+        """The diffused space [B, C, h, w] to pixels [B, 3, R, R] about [0, 1], not clipped:
+        gradients go through.
+        """
         shift, scale = (v.to(x.device).view(-1, 1, 1) for v in (self.shift, self.scale))
         return (self.model.decode(x / scale + shift).sample + 1) / 2
 
@@ -86,9 +94,11 @@ class Codec:
 
 
 def build(config: cfg.Codec) -> nn.Module:
-    """The autoencoder that `fit_codec` fits, diffusers' AutoencoderTiny, with fresh weights (the global torch generator's).
+    """The autoencoder that `fit_codec` fits, diffusers' AutoencoderTiny, with fresh weights (the
+    global torch generator's).
 
-    No residual block encodes at the full resolution and one decodes there: a block costs four times as much there as a level down.
+    No residual block encodes at the full resolution and one decodes there: a block costs four times
+    as much there as a level down.
     """
     from diffusers import AutoencoderTiny
 
@@ -103,7 +113,9 @@ def build(config: cfg.Codec) -> nn.Module:
 
 
 def describe(model: nn.Module, source: str, **extra: Any) -> dict[str, Any]:
-    """The config.json that rebuilds an autoencoder: its class and arguments, channels, factor and its own shift and scale."""
+    """The config.json that rebuilds an autoencoder: its class and arguments, channels, factor and
+    its own shift and scale.
+    """
     known = inspect.signature(type(model).__init__).parameters
     arguments = {k: v for k, v in dict(model.config).items() if k in known}
     kind, rows = type(model).__name__, torch.zeros(1, 3, PROBE, PROBE)
@@ -125,9 +137,11 @@ def describe(model: nn.Module, source: str, **extra: Any) -> dict[str, Any]:
 
 
 def _native(arguments: dict[str, Any], channels: int) -> dict[str, list[float]]:
-    """The shift and scale [C] with which models of this autoencoder's latents are trained, as diffusers' pipelines apply them.
+    """The shift and scale [C] with which models of this autoencoder's latents are trained, as
+    diffusers' pipelines apply them.
 
-    (z - shift_factor) * scaling_factor, or (z - latents_mean) * scaling_factor / latents_std where those are given.
+    (z - shift_factor) * scaling_factor, or (z - latents_mean) * scaling_factor / latents_std where
+    those are given.
     """
     factor = float(arguments.get("scaling_factor") or 1.0)
     mean, std = arguments.get("latents_mean"), arguments.get("latents_std")
@@ -142,14 +156,17 @@ def _native(arguments: dict[str, Any], channels: int) -> dict[str, list[float]]:
 def measured(
     fingerprint: str, mean: list[float], std: list[float], sigma_data: float
 ) -> dict[str, Any]:
-    """The key `codec` of a denoiser's config.json: which codec it belongs to, and what its latents are scaled by."""
+    """The key `codec` of a denoiser's config.json: which codec it belongs to, and what its latents
+    are scaled by.
+    """
     return {"fingerprint": fingerprint, "shift": list(mean), "scale": [sigma_data / s for s in std]}
 
 
 def load(
     folder: Path, device: torch.device | str = "cpu", space: dict[str, Any] | None = None
 ) -> Codec:
-    """The codec of a folder, in eval mode. space: the key `codec` of a denoiser's config.json; None: the autoencoder's own scaling.
+    """The codec of a folder, in eval mode. space: the key `codec` of a denoiser's config.json;
+    None: the autoencoder's own scaling.
 
     UserError where the folder holds none, or another codec than the one the denoiser belongs to.
     """
@@ -158,18 +175,21 @@ def load(
     state, meta, fingerprint = weights.read_model(place(folder))
     if meta.get("kind") != KIND or meta.get("class") not in CLASSES.values():
         raise UserError(
-            f"{folder} holds a model of kind {meta.get('kind')!r}, not a codec; give the folder of a codec"
+            f"{folder} holds a model of kind {meta.get('kind')!r}, not a codec; give the "
+            "folder of a codec"
         )
     if space is not None and space["fingerprint"] != fingerprint:
         raise UserError(
-            f"{folder} is codec {fingerprint[:8]}, the denoiser belongs to {space['fingerprint'][:8]}; give them as they were made"
+            f"{folder} is codec {fingerprint[:8]}, the denoiser belongs to "
+            f"{space['fingerprint'][:8]}; give them as they were made"
         )
     try:
         model = getattr(diffusers, meta["class"])(**meta["arguments"])
         model.load_state_dict(state)
     except (KeyError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(
-            f"{folder}: the weights do not fit their own config.json ({' '.join(str(e).split())[:200]})"
+            f"{folder}: the weights do not fit their own config.json "
+            f"({' '.join(str(e).split())[:200]})"
         ) from None
     device, scaling = torch.device(device), space or meta["native"]
     shift, scale = (torch.tensor(scaling[k], dtype=torch.float32) for k in ("shift", "scale"))
@@ -186,9 +206,11 @@ def scaled(codec: Codec, space: dict[str, Any]) -> Codec:
 
 
 def fetch(config: cfg.Codec, resolution: int, out: Path) -> str:
-    """Copy the autoencoder that config.path names (a diffusers folder, a hub id, or a codec's folder) to `out`; its fingerprint.
+    """Copy the autoencoder that config.path names (a diffusers folder, a hub id, or a codec's
+    folder) to `out`; its fingerprint.
 
-    UserError where there is none, it is of another kind, or `resolution` does not divide by its factor.
+    UserError where there is none, it is of another kind, or `resolution` does not divide by its
+    factor.
     """
     assert config.path is not None and config.kind != "pixels", config
     folder = _folder(config.path)
@@ -214,7 +236,9 @@ def fetch(config: cfg.Codec, resolution: int, out: Path) -> str:
 
 
 def check(config: cfg.Codec, resolution: int) -> None:
-    """What `fetch` would refuse of a local folder's class and factor, from its config.json alone, be it ours or diffusers'."""
+    """What `fetch` would refuse of a local folder's class and factor, from its config.json alone,
+    be it ours or diffusers'.
+    """
     folder = _folder(config.path) if config.path else None
     meta = files.read_json(folder / weights.CONFIG) if folder else None
     if meta is None:
@@ -233,16 +257,20 @@ def check(config: cfg.Codec, resolution: int) -> None:
 def _fits(config: cfg.Codec, name: str | None, factor: int, resolution: int) -> None:
     if name != CLASSES[config.kind]:
         raise UserError(
-            f"codec.path {config.path} is of class {name}; codec.kind {config.kind} wants {CLASSES[config.kind]}"
+            f"codec.path {config.path} is of class {name}; codec.kind {config.kind} wants "
+            f"{CLASSES[config.kind]}"
         )
     if resolution % factor:
         raise UserError(
-            f"data.resolution {resolution} must be a multiple of {factor}, the factor of codec.path {config.path}"
+            f"data.resolution {resolution} must be a multiple of {factor}, the factor of "
+            f"codec.path {config.path}"
         )
 
 
 def source(config: cfg.Codec) -> dict[str, str]:
-    """What a given codec's recipe says of its weights: their hash where they are local; a hub id stands for itself."""
+    """What a given codec's recipe says of its weights: their hash where they are local; a hub id
+    stands for itself.
+    """
     folder = _folder(config.path) if config.path else None
     if folder is None:
         return {}
@@ -256,32 +284,40 @@ def source(config: cfg.Codec) -> dict[str, str]:
     )
     if found is None or not (folder / weights.CONFIG).is_file():
         raise UserError(
-            f"codec.path {config.path} lacks {weights.CONFIG} or {pretrained.WEIGHTS}; give a diffusers folder with both"
+            f"codec.path {config.path} lacks {weights.CONFIG} or {pretrained.WEIGHTS}; "
+            "give a diffusers folder with both"
         )
     return {"codec": pretrained.hashed([folder / weights.CONFIG, found])}
 
 
 def _folder(path: str) -> Path | None:
-    """The local folder of the autoencoder (itself, or `vae` of a pipeline); None for a hub id. UserError: no such folder."""
+    """The local folder of the autoencoder (itself, or `vae` of a pipeline); None for a hub id.
+    UserError: no such folder.
+    """
     folder = Path(path)
     if folder.is_dir():
         inner = folder / "vae"
         return inner if not (folder / weights.CONFIG).is_file() and inner.is_dir() else folder
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise UserError(
-            f"codec.path {path}: no such folder; give a local diffusers folder, or a hub id such as OWNER/NAME"
+            f"codec.path {path}: no such folder; give a local diffusers folder, or a hub "
+            "id such as OWNER/NAME"
         )
     return None
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, mean over images: uint8 [B, R, R, 3] twice. Equal images count as 100 dB."""
+    """Peak signal-to-noise ratio in dB, mean over images: uint8 [B, R, R, 3] twice. Equal images
+    count as 100 dB.
+    """
     error = ((images.astype(np.float64) - others) ** 2).reshape(len(images), -1).mean(1)
     return float(np.mean(np.minimum(10 * np.log10(255**2 / np.maximum(error, 1e-12)), 100.0)))
 
 
 def symmetry(images: np.ndarray, view: int) -> np.ndarray:
-    """uint8 [B, R, R, 3] in one of the square's 8 symmetries: bit 0 of `view` mirrors, 1 turns upside down, 2 transposes."""
+    """uint8 [B, R, R, 3] in one of the square's 8 symmetries: bit 0 of `view` mirrors, 1 turns
+    upside down, 2 transposes.
+    """
     x = images[:, :, ::-1] if view & 1 else images
     x = x[:, ::-1] if view & 2 else x
     return np.ascontiguousarray(x.transpose(0, 2, 1, 3) if view & 4 else x)

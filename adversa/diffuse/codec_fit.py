@@ -1,6 +1,7 @@
 """Fit a small autoencoder on the user's own pictures, so that latents need no download.
 
-Resumed from a checkpoint, it ends with the very weights of an undisturbed run (same machine, same threads).
+Resumed from a checkpoint, it ends with the very weights of an undisturbed run (same machine, same
+threads).
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ Batch = dict[
 ]  # "id" list[str], "image" uint8 [B, R, R, 3]; "size": rows of all workers together (absent: B)
 LOG_STEPS = 50
 SHOWN = 8  # columns of reconstructions.png
-# Noise on the latents in training, against their range of [-3, 3] (the decoder's tanh): a denoiser's answers are never exact, and
-# latents that may lie anywhere within the noise of each other are smooth. It costs 0.4 dB where the latents are exact (phantoms,
-# 600 steps: 32.9 to 32.5 dB) and nothing where they are off by a tenth of their spread.
+# Noise on the latents in training, against their range of [-3, 3] (the decoder's tanh): a
+# denoiser's answers are never exact, and latents that may lie anywhere within the noise of each
+# other are smooth. It costs 0.4 dB where the latents are exact (phantoms, 600 steps: 32.9 to 32.5
+# dB) and nothing where they are off by a tenth of their spread.
 NOISE = 0.05
 
 
@@ -64,12 +66,14 @@ def fit_codec(
     select: Callable[[], Iterable[Batch]] | None = None,
     committed: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Fit for config.steps steps; write model.safetensors, config.json, metrics.jsonl, reconstructions.png.
+    """Fit for config.steps steps; write model.safetensors, config.json, metrics.jsonl,
+    reconstructions.png.
 
-    `batches` begins at step resume_step(out). select: pictures it is not fitted on; their PSNR is told and chooses nothing.
-    Returns {"steps", "loss", "psnr" (dB; None without select), "fingerprint", "parameters"}. committed(step) is called on every
-    worker after a checkpoint. UserError where a loss, a gradient or a weight stops being finite, naming step and ids, or where the
-    checkpoint is one of other settings.
+    `batches` begins at step resume_step(out). select: pictures it is not fitted on; their PSNR is
+    told and chooses nothing. Returns {"steps", "loss", "psnr" (dB; None without select),
+    "fingerprint", "parameters"}. committed(step) is called on every worker after a checkpoint.
+    UserError where a loss, a gradient or a weight stops being finite, naming step and ids, or where
+    the checkpoint is one of other settings.
     """
     assert config.is_fitted and resolution % 2**config.halvings == 0, (config, resolution)
     if threads:
@@ -107,9 +111,11 @@ def learning_rate(config: cfg.Codec, step: int) -> float:
 
 
 def losses(x: Tensor, y: Tensor) -> Tensor:
-    """[B]: mean |x - y|, plus the same of their differences between neighbours, at the full and at half the resolution.
+    """[B]: mean |x - y|, plus the same of their differences between neighbours, at the full and at
+    half the resolution.
 
-    The absolute error alone forgives a blurred edge or hair, which covers few pixels; its differences hold nothing but those.
+    The absolute error alone forgives a blurred edge or hair, which covers few pixels; its
+    differences hold nothing but those.
     """
     error = y.float() - x
     found = error.abs().flatten(1).mean(1)
@@ -122,7 +128,9 @@ def losses(x: Tensor, y: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, views: int, generator: torch.Generator, rows: slice, size: int) -> Tensor:
-    """Each row in one of the first `views` symmetries of the square (as codec.symmetry), drawn for the batch of all workers."""
+    """Each row in one of the first `views` symmetries of the square (as codec.symmetry), drawn for
+    the batch of all workers.
+    """
     view = (
         torch.randint(0, views, (size,), generator=generator)[rows].to(x.device).view(-1, 1, 1, 1)
     )
@@ -154,7 +162,8 @@ def _start(
     if (saved := weights.load_checkpoint(out)) is not None:
         if saved.get("recipe") != recipe:
             raise UserError(
-                f"{out} holds an unfinished training with other settings; delete that folder to start it anew"
+                f"{out} holds an unfinished training with other settings; delete that "
+                "folder to start it anew"
             )
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -210,13 +219,16 @@ def _everyones(ids: list[str]) -> list[str]:
 def _diverged(what: str, step: int, ids: list[str], config: cfg.Codec) -> UserError:
     shown = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
     return UserError(
-        f"codec training is not finite: {what} at step {step} (images {shown}); lower codec.lr (now {config.lr:g}), "
+        f"codec training is not finite: {what} at step {step} (images {shown}); lower "
+        f"codec.lr (now {config.lr:g}), "
         "or look at the images"
     )
 
 
 def _commit(run: dict[str, Any], out: Path, batch: Batch, config: cfg.Codec) -> None:
-    """Everything to go on from, on disk; UserError instead where a weight is not finite. batch: of the last step."""
+    """Everything to go on from, on disk; UserError instead where a weight is not finite. batch: of
+    the last step.
+    """
     largest = torch.stack(torch._foreach_norm(list(run["model"].parameters()), math.inf)).sum()
     if not math.isfinite(process_group.mean(largest)):
         raise _diverged("a weight is not finite", run["step"] - 1, _everyones(batch["id"]), config)
@@ -250,7 +262,9 @@ def _finish(
     device: torch.device,
     select: Callable[[], Iterable[Batch]] | None,
 ) -> dict[str, Any]:
-    """Write the model; tell its PSNR on `select`, and show some of it: originals above, reconstructions below."""
+    """Write the model; tell its PSNR on `select`, and show some of it: originals above,
+    reconstructions below.
+    """
     model = run["model"].eval()
     meta = codec.describe(model, "fitted", steps=run["step"], resolution=resolution)
     if process_group.lead():

@@ -1,8 +1,10 @@
-"""EDM preconditioning around a network (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models").
+"""EDM preconditioning around a network (Karras et al. 2022, "Elucidating the Design Space of
+Diffusion-Based Generative Models").
 
-A denoiser is any callable  denoiser(x [B, C, H, W], sigma [B], label int64 [B]) -> x0_hat [B, C, H, W]  in float32, one noise level
-a row; x holds images scaled to [-1, 1], or latents of zero mean and standard deviation sigma_data. The class after the last (index
-num_classes) is the null class: "any of them".
+A denoiser is any callable  denoiser(x [B, C, H, W], sigma [B], label int64 [B]) -> x0_hat [B, C, H,
+W]  in float32, one noise level a row; x holds images scaled to [-1, 1], or latents of zero mean and
+standard deviation sigma_data. The class after the last (index num_classes) is the null class: "any
+of them".
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ ARCHITECTURE = {
     "transformer": ("architecture", "width", "depth", "patch", "sigma_data"),
 }
 
-# The network's time input is TIME_SCALE * c_noise: c_noise spans about [-1, 1] and sinusoidal embeddings are made for hundreds.
+# The network's time input is TIME_SCALE * c_noise: c_noise spans about [-1, 1] and sinusoidal
+# embeddings are made for hundreds.
 TIME_SCALE = 100.0
 
 
@@ -47,7 +50,9 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(sigma: Tensor, sigma_data: float) -> Coefficients:
-    """c_skip, c_out, c_in, c_noise of Karras et al. 2022, Table 1 (column "Ours"); each the shape of `sigma` > 0."""
+    """c_skip, c_out, c_in, c_noise of Karras et al. 2022, Table 1 (column "Ours"); each the shape
+    of `sigma` > 0.
+    """
     total = sigma**2 + sigma_data**2
     return Coefficients(
         skip=sigma_data**2 / total,
@@ -58,12 +63,16 @@ def coefficients(sigma: Tensor, sigma_data: float) -> Coefficients:
 
 
 def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    """lambda(sigma) = 1 / c_out^2 (Table 1): every noise level starts with the same weight on the network's own output."""
+    """lambda(sigma) = 1 / c_out^2 (Table 1): every noise level starts with the same weight on the
+    network's own output.
+    """
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)  (equation 7). float32 in and out; F runs in the ambient autocast dtype."""
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)  (equation 7). float32 in and out; F runs
+    in the ambient autocast dtype.
+    """
 
     def __init__(
         self, network: nn.Module, sigma_data: float, num_classes: int, patch: int = 1
@@ -94,7 +103,9 @@ def _rows(v: Tensor) -> Tensor:
 
 
 def build(config: cfg.Denoiser, num_classes: int, resolution: int, channels: int = 3) -> Denoiser:
-    """A denoiser with fresh weights (the global torch generator's) of a space of `channels` x `resolution` x `resolution`."""
+    """A denoiser with fresh weights (the global torch generator's) of a space of `channels` x
+    `resolution` x `resolution`.
+    """
     network = build_network(config, channels, resolution, num_classes)
     return Denoiser(network, config.sigma_data, num_classes, config.patch)
 
@@ -102,9 +113,11 @@ def build(config: cfg.Denoiser, num_classes: int, resolution: int, channels: int
 def describe(
     config: cfg.Denoiser, classes: list[str], resolution: int, channels: int = 3, **extra: Any
 ) -> dict[str, Any]:
-    """The config.json that rebuilds a denoiser; `classes` fixes the meaning of labels, len(classes) is the null class.
+    """The config.json that rebuilds a denoiser; `classes` fixes the meaning of labels, len(classes)
+    is the null class.
 
-    resolution, channels: of the space that is diffused. extra["codec"], where that is a codec's latents, tells which.
+    resolution, channels: of the space that is diffused. extra["codec"], where that is a codec's
+    latents, tells which.
     """
     space = {"resolution": resolution, "channels": channels}
     return {
@@ -117,11 +130,14 @@ def describe(
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Denoiser, dict[str, Any], str]:
-    """(denoiser in eval mode, without gradients; its config.json; fingerprint). UserError where the folder holds none."""
+    """(denoiser in eval mode, without gradients; its config.json; fingerprint). UserError where the
+    folder holds none.
+    """
     state, meta, fingerprint = weights.read_model(place(folder))
     if meta.get("kind") != KIND:
         raise UserError(
-            f"{folder} holds a model of kind {meta.get('kind')!r}, not a denoiser ({KIND}); give a denoiser's folder"
+            f"{folder} holds a model of kind {meta.get('kind')!r}, not a denoiser "
+            f"({KIND}); give a denoiser's folder"
         )
     with torch.random.fork_rng(
         devices=[]
@@ -141,9 +157,11 @@ def start_from(
     channels: int = 3,
     codec: dict[str, Any] | None = None,
 ) -> str:
-    """Load `config.weights` into a fresh denoiser; returns where they came from ("scratch", "phantom" or the folder).
+    """Load `config.weights` into a fresh denoiser; returns where they came from ("scratch",
+    "phantom" or the folder).
 
-    UserError where the weights' classes, space or architecture are not the run's. codec: as in `describe`.
+    UserError where the weights' classes, space or architecture are not the run's. codec: as in
+    `describe`.
     """
     if config.weights is None:
         return "scratch"
@@ -151,7 +169,8 @@ def start_from(
     state, meta, _ = weights.read_model(folder)
     if meta.get("kind") != KIND:
         raise UserError(
-            f"denoiser.weights {config.weights} is of kind {meta.get('kind')!r}, not a denoiser ({KIND})"
+            f"denoiser.weights {config.weights} is of kind {meta.get('kind')!r}, not a "
+            f"denoiser ({KIND})"
         )
     theirs, ours = (c.model_dump(mode="json") for c in (_config(meta, folder), config))
     pairs = [
@@ -180,7 +199,8 @@ def _config(meta: dict[str, Any], folder: Path) -> cfg.Denoiser:
         )  # older folders do not name theirs
     except (KeyError, ValidationError) as e:
         raise UserError(
-            f"{folder} holds no denoiser this version can read ({' '.join(str(e).split())}); train it anew"
+            f"{folder} holds no denoiser this version can read "
+            f"({' '.join(str(e).split())}); train it anew"
         ) from None
 
 
@@ -189,7 +209,9 @@ def _codec(described: dict[str, Any] | None) -> str:
 
 
 def _load_state(denoiser: Denoiser, state: dict[str, Tensor], folder: Path) -> None:
-    """Into the network; weights of before there was more than one architecture, the shipped ones among them, call it `unet`."""
+    """Into the network; weights of before there was more than one architecture, the shipped ones
+    among them, call it `unet`.
+    """
     named = {
         ("network." + k.removeprefix("unet.") if k.startswith("unet.") else k): v.float()
         for k, v in state.items()
@@ -198,7 +220,8 @@ def _load_state(denoiser: Denoiser, state: dict[str, Tensor], folder: Path) -> N
         denoiser.load_state_dict(named)
     except RuntimeError as e:
         raise UserError(
-            f"{folder}: the weights do not fit their own config.json ({' '.join(str(e).split())[:200]})"
+            f"{folder}: the weights do not fit their own config.json "
+            f"({' '.join(str(e).split())[:200]})"
         ) from None
 
 
@@ -209,7 +232,9 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 
 def to_images(x: Tensor) -> np.ndarray:
-    """The inverse: [B, 3, H, W] to uint8 [B, H, W, 3], clipped and rounded. Entries must be finite."""
+    """The inverse: [B, 3, H, W] to uint8 [B, H, W, 3], clipped and rounded. Entries must be
+    finite.
+    """
     return (
         ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5)
         .round()

@@ -1,18 +1,22 @@
-"""Diffusion models trained elsewhere, behind denoiser(x, sigma, label) -> x0_hat: UNets of diffusers that predict epsilon, v or x0.
+"""Diffusion models trained elsewhere, behind denoiser(x, sigma, label) -> x0_hat: UNets of
+diffusers that predict epsilon, v or x0.
 
-They are of the variance-preserving kind (Ho et al. 2020):  x_vp = sqrt(abar_t) x0 + sqrt(1 - abar_t) n  at a timestep t. With
-sigma = sqrt((1 - abar) / abar)  that is our  x = x0 + sigma n  divided by sqrt(1 + sigma^2) = 1 / sqrt(abar)  (Karras et al. 2022,
-Table 1, "VP"), so that x0_hat = a x_vp + b F(x_vp; t)  with
+They are of the variance-preserving kind (Ho et al. 2020):  x_vp = sqrt(abar_t) x0 + sqrt(1 -
+abar_t) n  at a timestep t. With sigma = sqrt((1 - abar) / abar)  that is our  x = x0 + sigma n
+divided by sqrt(1 + sigma^2) = 1 / sqrt(abar)  (Karras et al. 2022, Table 1, "VP"), so that x0_hat =
+a x_vp + b F(x_vp; t)  with
 
     epsilon   a = sqrt(1 + sigma^2)      b = -sigma
     v         a = 1 / sqrt(1 + sigma^2)  b = -sigma / sqrt(1 + sigma^2)     (Salimans & Ho 2022, appendix D)
     sample    a = 0                      b = 1
 
-A sigma between two timesteps gets the t between them, linear in log sigma over the model's own table. One beyond the table's ends
-is taken as the end's, s: the network sees the same x_vp (its variance is the right one at any sigma) and a, b are the end's too, so
-that x0_hat(x; sigma) = x0_hat(x sqrt(1 + s^2) / sqrt(1 + sigma^2); s). With the true sigma in b, any error of the network would be
-blown up by sigma / s. Above the table x is almost nothing but noise; a run that starts at a generate.sigma_max above it spends its
-first steps shrinking that noise, which costs time and no more.
+A sigma between two timesteps gets the t between them, linear in log sigma over the model's own
+table. One beyond the table's ends is taken as the end's, s: the network sees the same x_vp (its
+variance is the right one at any sigma) and a, b are the end's too, so that x0_hat(x; sigma) =
+x0_hat(x sqrt(1 + s^2) / sqrt(1 + sigma^2); s). With the true sigma in b, any error of the network
+would be blown up by sigma / s. Above the table x is almost nothing but noise; a run that starts at
+a generate.sigma_max above it spends its first steps shrinking that noise, which costs time and no
+more.
 """
 
 from __future__ import annotations
@@ -53,9 +57,11 @@ CONDITIONS = (
 
 
 class External(nn.Module):
-    """x [B, C, h, w] float32 = x0 + sigma n, sigma [B] > 0, label int64 [B] to x0_hat [B, C, h, w] float32.
+    """x [B, C, h, w] float32 = x0 + sigma n, sigma [B] > 0, label int64 [B] to x0_hat [B, C, h, w]
+    float32.
 
-    The last label, num_classes, is the null class where `has_null`. sigmas [T]: the model's table, rising, float64.
+    The last label, num_classes, is the null class where `has_null`. sigmas [T]: the model's table,
+    rising, float64.
     """
 
     def __init__(
@@ -135,10 +141,12 @@ def _rows(v: Tensor) -> Tensor:
 def read(path: str, num_classes: int) -> External:
     """The model of a folder. UserError where it is none that can paint `num_classes` classes.
 
-    The folder is a pipeline's (unet/, scheduler/scheduler_config.json) or flat (the UNet's files beside scheduler_config.json).
-    A UNet2DModel must have class labels: num_classes of them, or one more, the last being the null class. A UNet2DConditionModel
-    needs `class_embeddings.safetensors` at the top: one tensor [num_classes, T, D] of what its attention reads for each class (a
-    prompt's text embedding, say), or [num_classes + 1, T, D], the last being the null class's (the empty prompt's).
+    The folder is a pipeline's (unet/, scheduler/scheduler_config.json) or flat (the UNet's files
+    beside scheduler_config.json). A UNet2DModel must have class labels: num_classes of them, or one
+    more, the last being the null class. A UNet2DConditionModel needs `class_embeddings.safetensors`
+    at the top: one tensor [num_classes, T, D] of what its attention reads for each class (a
+    prompt's text embedding, say), or [num_classes + 1, T, D], the last being the null class's (the
+    empty prompt's).
     """
     unet_folder, scheduler = places(path)
     unet = pretrained.load(
@@ -184,9 +192,11 @@ def read(path: str, num_classes: int) -> External:
 
 
 def table(settings: dict[str, Any], path: str = "") -> Tensor:
-    """The noise levels sigma_t = sqrt((1 - abar_t) / abar_t) of every timestep, float64 [T], rising; diffusers computes abar.
+    """The noise levels sigma_t = sqrt((1 - abar_t) / abar_t) of every timestep, float64 [T],
+    rising; diffusers computes abar.
 
-    At a terminal abar of 0 (Lin et al. 2024) sigma is infinite; 2^-24 stands for it, as in diffusers' EulerDiscreteScheduler.
+    At a terminal abar of 0 (Lin et al. 2024) sigma is infinite; 2^-24 stands for it, as in
+    diffusers' EulerDiscreteScheduler.
     """
     from diffusers import DDPMScheduler
 
@@ -214,7 +224,9 @@ def table(settings: dict[str, Any], path: str = "") -> Tensor:
 
 
 def places(path: str) -> tuple[Path, Path]:
-    """(folder of the UNet, file of its scheduler's settings). UserError where one of the files is missing."""
+    """(folder of the UNet, file of its scheduler's settings). UserError where one of the files is
+    missing.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"denoiser.external {path}: no such folder; give a local diffusers folder")
@@ -228,17 +240,21 @@ def places(path: str) -> tuple[Path, Path]:
     ):
         if not found.is_file():
             raise UserError(
-                f"denoiser.external {path} lacks {name}; give a folder with unet/ and scheduler/, or both in one"
+                f"denoiser.external {path} lacks {name}; give a folder with unet/ and "
+                "scheduler/, or both in one"
             )
     if scheduler is None:
         raise UserError(
-            f"denoiser.external {path} lacks {SCHEDULER}; its noise levels and prediction type are read from there"
+            f"denoiser.external {path} lacks {SCHEDULER}; its noise levels and prediction "
+            "type are read from there"
         )
     return unet, scheduler
 
 
 def fingerprint(path: str) -> str:
-    """One hash over everything that makes the model what it is: weights, configs, class embeddings."""
+    """One hash over everything that makes the model what it is: weights, configs, class
+    embeddings.
+    """
     unet, scheduler = places(path)
     files = [unet / weights.CONFIG, unet / pretrained.WEIGHTS, scheduler, Path(path) / EMBEDDINGS]
     return pretrained.hashed([f for f in files if f.is_file()])
@@ -252,7 +268,8 @@ def _embeddings(path: Path, width: int) -> Tensor:
         tensors = list(load_file(path).values())
     except (OSError, SafetensorError) as e:
         raise UserError(
-            f"{path} cannot be read ({e}); a UNet2DConditionModel needs it: one tensor [classes + 1, T, D]"
+            f"{path} cannot be read ({e}); a UNet2DConditionModel needs it: one tensor "
+            "[classes + 1, T, D]"
         ) from None
     if (
         len(tensors) != 1
@@ -262,13 +279,16 @@ def _embeddings(path: Path, width: int) -> Tensor:
     ):
         shapes = [tuple(t.shape) for t in tensors]
         raise UserError(
-            f"{path} holds {shapes}; it must be one finite tensor [classes + 1, T, {width}] (cross_attention_dim)"
+            f"{path} holds {shapes}; it must be one finite tensor [classes + 1, T, "
+            f"{width}] (cross_attention_dim)"
         )
     return tensors[0].float()
 
 
 def check(denoiser: External, path: str, channels: int, side: int, guidance: float) -> None:
-    """UserError where the model does not fit the space [channels, side, side] it is to diffuse, or cannot be guided."""
+    """UserError where the model does not fit the space [channels, side, side] it is to diffuse, or
+    cannot be guided.
+    """
     c = denoiser.unet.config
     if c.in_channels != channels:
         _refuse(
@@ -284,14 +304,17 @@ def check(denoiser: External, path: str, channels: int, side: int, guidance: flo
         )
     if guidance != 1 and not denoiser.has_null:
         raise UserError(
-            f"generate.guidance {guidance:g}: denoiser.external {path} has no null class to guide against; set generate.guidance=1"
+            f"generate.guidance {guidance:g}: denoiser.external {path} has no null class "
+            "to guide against; set generate.guidance=1"
         )
 
 
 def describe(
     denoiser: External, path: str, classes: list[str], resolution: int, channels: int, **extra: Any
 ) -> dict[str, Any]:
-    """The config.json that stands for the model: nothing is copied, its folder must stay where it is, as it is."""
+    """The config.json that stands for the model: nothing is copied, its folder must stay where it
+    is, as it is.
+    """
     return {
         "kind": KIND,
         "classes": list(classes),
@@ -316,14 +339,17 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[External, di
     denoiser = read(path, len(meta["classes"]))
     if fingerprint(path) != meta["weights"]:
         raise UserError(
-            f"denoiser.external {path} has changed since this run began; put it back, or start another run"
+            f"denoiser.external {path} has changed since this run began; put it back, or "
+            "start another run"
         )
     return denoiser.to(device).eval(), meta, hashlib.sha256(text).hexdigest()[:32]
 
 
 def _settings(scheduler: Path, path: str) -> dict[str, Any]:
-    """What the scheduler's file says, and the defaults of its class for what it does not: files of earlier versions lack keys, and
-    diffusers' defaults differ from class to class (DDPM and DDIM clip x0 to [-1, 1], Heun's scheduler does not)."""
+    """What the scheduler's file says, and the defaults of its class for what it does not: files of
+    earlier versions lack keys, and diffusers' defaults differ from class to class (DDPM and DDIM
+    clip x0 to [-1, 1], Heun's scheduler does not).
+    """
     import diffusers
 
     said = _json(scheduler)
@@ -332,7 +358,10 @@ def _settings(scheduler: Path, path: str) -> dict[str, Any]:
         known = inspect.signature(kind.__init__).parameters.values()
         return {p.name: p.default for p in known if p.default is not p.empty} | said
     if "clip_sample" not in said:
-        why = f"has a scheduler of class {said.get('_class_name')}, unknown to diffusers, that does not say whether it clips"
+        why = (
+            f"has a scheduler of class {said.get('_class_name')}, unknown to diffusers, that "
+            "does not say whether it clips"
+        )
         _refuse(path, why, f"one with clip_sample, true or false, in its {SCHEDULER}")
     return said
 
@@ -346,7 +375,8 @@ def _json(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(found, dict):
         raise UserError(
-            f"{path} holds a {type(found).__name__}, not an object of settings; save the model again with diffusers"
+            f"{path} holds a {type(found).__name__}, not an object of settings; save the "
+            "model again with diffusers"
         )
     return found
 

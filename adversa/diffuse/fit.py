@@ -1,6 +1,8 @@
-"""Train a denoiser. Resumed from a checkpoint, it ends with the very weights of an undisturbed run (same machine, same threads).
+"""Train a denoiser. Resumed from a checkpoint, it ends with the very weights of an undisturbed run
+(same machine, same threads).
 
-On one worker or on several (adversa.workers): each sees its rows of every batch, all draws are made for the whole batch.
+On one worker or on several (adversa.workers): each sees its rows of every batch, all draws are made
+for the whole batch.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from adversa.storage import files, tables, weights
 from adversa.training import process_group
 from adversa.types import GenerationRequest, UserError, digest, seed_of
 
-# "id" list[str], "label" int64 [B], and "image" uint8 [B, H, W, 3] or "latent" float32 [B, C, h, w]; "size": int where these are a
-# worker's rows of a larger batch
+# "id" list[str], "label" int64 [B], and "image" uint8 [B, H, W, 3] or "latent" float32 [B, C, h,
+# w]; "size": int where these are a worker's rows of a larger batch
 Batch = dict[str, Any]
 LOG_STEPS = 50
 VALIDATIONS = 5  # of a training with `select`, evenly spaced, the last step included
@@ -86,15 +88,18 @@ def fit(
     select: Callable[[], Iterable[Batch]] | None = None,
     committed: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Train for config.steps steps and write model.safetensors (the moving average), config.json, metrics.jsonl, samples.png.
+    """Train for config.steps steps and write model.safetensors (the moving average), config.json,
+    metrics.jsonl, samples.png.
 
-    `batches` begins at step resume_step(out) and holds the steps that are left. resolution, channels: of the space that is
-    diffused; codec: what config.json says of it where that is not pixels; decode: from there [B, C, h, w] to uint8 [B, R, R, 3].
-    select: held-out batches; the validation loss of VALIDATED images of them is then in metrics.jsonl, VALIDATIONS times.
-    committed: called on every worker, with the step, once a checkpoint is on disk. Returns {"steps", "loss" (EDM's weighted error,
-    mean since the last multiple of LOG_STEPS, whatever config.loss minimises), "init", "fingerprint", "parameters"}. UserError
-    where a loss, a gradient or a weight stops being finite, naming step and ids, where config.weights do not fit, or where the
-    checkpoint is one of other settings.
+    `batches` begins at step resume_step(out) and holds the steps that are left. resolution,
+    channels: of the space that is diffused; codec: what config.json says of it where that is not
+    pixels; decode: from there [B, C, h, w] to uint8 [B, R, R, 3]. select: held-out batches; the
+    validation loss of VALIDATED images of them is then in metrics.jsonl, VALIDATIONS times.
+    committed: called on every worker, with the step, once a checkpoint is on disk. Returns
+    {"steps", "loss" (EDM's weighted error, mean since the last multiple of LOG_STEPS, whatever
+    config.loss minimises), "init", "fingerprint", "parameters"}. UserError where a loss, a gradient
+    or a weight stops being finite, naming step and ids, where config.weights do not fit, or where
+    the checkpoint is one of other settings.
     """
     assert num_classes == len(classes), (num_classes, classes)
     if threads:
@@ -173,7 +178,8 @@ def _start(config: cfg.Denoiser, meta: dict[str, Any], out: Path, seed: int) -> 
     saved = weights.load_checkpoint(out)
     if saved and saved.get("recipe") != recipe:
         raise UserError(
-            f"{out} holds an unfinished training with other settings; delete that folder to start it anew"
+            f"{out} holds an unfinished training with other settings; delete that folder "
+            "to start it anew"
         )
     init = (
         saved["init"]
@@ -212,7 +218,9 @@ def _start(config: cfg.Denoiser, meta: dict[str, Any], out: Path, seed: int) -> 
 
 
 def _train_step(state: State, batch: Batch, config: cfg.Denoiser, seed: int) -> None:
-    """One step. Its loss is looked at when the next one is on its way, so that a GPU need not wait for the CPU in between."""
+    """One step. Its loss is looked at when the next one is on its way, so that a GPU need not wait
+    for the CPU in between.
+    """
     device, size = state.device, int(batch.get("size", len(batch["id"])))
     x, label = (t.to(device) for t in _tensors(batch))
     draws = draw(
@@ -251,7 +259,9 @@ def _train_step(state: State, batch: Batch, config: cfg.Denoiser, seed: int) -> 
 
 
 def _look(state: State, config: cfg.Denoiser) -> None:
-    """Note the loss of the pending step; UserError where it, or its gradient, is not finite. On all workers alike."""
+    """Note the loss of the pending step; UserError where it, or its gradient, is not finite. On all
+    workers alike.
+    """
     if state.pending is None:
         return
     (step, ids, error, norm, losses), state.pending = state.pending, None
@@ -271,7 +281,8 @@ def _look(state: State, config: cfg.Denoiser) -> None:
 def _diverged(what: str, step: int, ids: list[str], config: cfg.Denoiser) -> UserError:
     shown = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
     return UserError(
-        f"denoiser training is not finite: {what} at step {step} (images {shown}); lower denoiser.lr (now {config.lr:g}), "
+        f"denoiser training is not finite: {what} at step {step} (images {shown}); lower "
+        f"denoiser.lr (now {config.lr:g}), "
         "or look at the images"
     )
 
@@ -295,7 +306,8 @@ def _log(state: State, config: cfg.Denoiser) -> None:
 
 
 def _held_out(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """VALIDATED images of all workers' batches together, and their labels: those whose ids hash lowest.
+    """VALIDATED images of all workers' batches together, and their labels: those whose ids hash
+    lowest.
 
     A random choice, which no order changes: data sets often list one class after the other.
     """
@@ -419,8 +431,9 @@ def sample_grid(
 ) -> np.ndarray:
     """One row of `columns` samples a class: uint8 [classes * R, columns * R, 3].
 
-    generate None: cfg.Generate's solver, steps and guidance whatever the run generates with, so that grids of all runs compare; but
-    bf16 only where the denoiser is trained in it (amp), and no guidance where it has seen no null class (null_probability 0).
+    generate None: cfg.Generate's solver, steps and guidance whatever the run generates with, so
+    that grids of all runs compare; but bf16 only where the denoiser is trained in it (amp), and no
+    guidance where it has seen no null class (null_probability 0).
     """
     if generate is None:
         trained = meta["denoiser"]

@@ -1,7 +1,8 @@
-"""Guidance wraps a denoiser and returns a denoiser, with an answer that also says how far the classes lie apart.
+"""Guidance wraps a denoiser and returns a denoiser, with an answer that also says how far the
+classes lie apart.
 
-Rows of a batch ask for different things, so every strength is [B] on the CPU: which rows a pass is for is known without asking the
-device. A row at strength 0 comes back bit for bit as it was.
+Rows of a batch ask for different things, so every strength is [B] on the CPU: which rows a pass is
+for is known without asking the device. A row at strength 0 comes back bit for bit as it was.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ from torch import Tensor
 
 from adversa.diffuse.edm import DenoiserFn
 
-# Rows a pass of a steering model. Always so many (a short pass is filled up), so that no row's gradient hangs on its neighbours.
+# Rows a pass of a steering model. Always so many (a short pass is filled up), so that no row's
+# gradient hangs on its neighbours.
 CHUNK = 8
 
 
 class Answer(NamedTuple):
-    """x0 [B, C, h, w]; unit [B]: root mean square of the row's conditional minus its other answer, 0 where there was none."""
+    """x0 [B, C, h, w]; unit [B]: root mean square of the row's conditional minus its other answer,
+    0 where there was none.
+    """
 
     x0: Tensor
     unit: Tensor
 
 
 GuidedFn = Callable[[Tensor, Tensor, Tensor], Answer]
-# (x0 [n, C, h, w], label int64 [n], rows int64 [n]: which of the batch these are) -> gradient like x0
+# (x0 [n, C, h, w], label int64 [n], rows int64 [n]: which of the batch these are) -> gradient like
+# x0
 GradientFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -38,11 +43,13 @@ def classifier_free(
     null_label: int,
     weak: DenoiserFn | None = None,
 ) -> GuidedFn:
-    """other + w (conditional - other)  (Ho & Salimans 2022); `other` is the null class's answer, or that of a weaker denoiser asked
-    the same (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", equation 3).
+    """other + w (conditional - other)  (Ho & Salimans 2022); `other` is the null class's answer, or
+    that of a weaker denoiser asked the same (autoguidance, Karras et al. 2024, "Guiding a Diffusion
+    Model with a Bad Version of Itself", equation 3).
 
-    scale [B]: w. second bool [B], on the CPU: the rows that get a second pass; others, and rows at w = 1, are the conditional
-    answer itself. Both passes of the null class are one call of the denoiser, of B + sum(second) rows.
+    scale [B]: w. second bool [B], on the CPU: the rows that get a second pass; others, and rows at
+    w = 1, are the conditional answer itself. Both passes of the null class are one call of the
+    denoiser, of B + sum(second) rows.
     """
 
     def guided(x: Tensor, sigma: Tensor, label: Tensor) -> Answer:
@@ -72,11 +79,12 @@ def steered(
     skipped: Tensor,
     length: Callable[[Answer, Tensor], Tensor] | None = None,
 ) -> GuidedFn:
-    """x0 + strength unit g / rms(g), g the gradient with respect to x0 alone: no pass back through the denoiser (He et al. 2024,
-    "Manifold Preserving Guided Diffusion", algorithm 1).
+    """x0 + strength unit g / rms(g), g the gradient with respect to x0 alone: no pass back through
+    the denoiser (He et al. 2024, "Manifold Preserving Guided Diffusion", algorithm 1).
 
-    strength [B], on the CPU; 0: no gradient is taken. unit: the row's `Answer.unit`, so that the strength is in classifier-free
-    corrections; or length(answer, sigma) [B]. skipped int64 [B]: counts up where a gradient is not finite, and x0 stays as it is.
+    strength [B], on the CPU; 0: no gradient is taken. unit: the row's `Answer.unit`, so that the
+    strength is in classifier-free corrections; or length(answer, sigma) [B]. skipped int64 [B]:
+    counts up where a gradient is not finite, and x0 stays as it is.
     """
 
     def run(x: Tensor, sigma: Tensor, label: Tensor) -> Answer:
@@ -112,8 +120,9 @@ def _chunk(gradient: GradientFn, x0: Tensor, label: Tensor, rows: Tensor) -> Ten
 
 
 def pulled(guided: GuidedFn, goal: Tensor, strength: Tensor, factor: int) -> GuidedFn:
-    """x0 + strength (low(goal) - low(x0)): towards the goal's low frequencies (Choi et al. 2021, "ILVR", equation 7; as its filter
-    there, `low` is no projection: at 1 some of the difference is left).
+    """x0 + strength (low(goal) - low(x0)): towards the goal's low frequencies (Choi et al. 2021,
+    "ILVR", equation 7; as its filter there, `low` is no projection: at 1 some of the difference is
+    left).
 
     goal [B, C, h, w]; strength [B] on the CPU; low: as in `low_frequencies`, of `factor` pixels.
     """
@@ -141,9 +150,11 @@ def low_frequencies(x: Tensor, factor: int) -> Tensor:
 
 
 def kept(guided: GuidedFn, known: Tensor, soft: Tensor) -> GuidedFn:
-    """known where soft is 0, x0 where it is 1, linear between: what is known is never painted (Lugmayr et al. 2022, "RePaint").
+    """known where soft is 0, x0 where it is 1, linear between: what is known is never painted
+    (Lugmayr et al. 2022, "RePaint").
 
-    known [B, C, h, w], soft [B, 1, h, w] in [0, 1]. The ODE then carries a known pixel along  known + sigma n,  to `known` itself.
+    known [B, C, h, w], soft [B, 1, h, w] in [0, 1]. The ODE then carries a known pixel along  known
+    + sigma n,  to `known` itself.
     """
 
     def run(x: Tensor, sigma: Tensor, label: Tensor) -> Answer:
@@ -154,7 +165,9 @@ def kept(guided: GuidedFn, known: Tensor, soft: Tensor) -> GuidedFn:
 
 
 def rms(x: Tensor) -> Tensor:
-    """[B, C, h, w] to [B], in float32. CHUNK rows at a time: how a sum is split among threads hangs on its shape."""
+    """[B, C, h, w] to [B], in float32. CHUNK rows at a time: how a sum is split among threads hangs
+    on its shape.
+    """
     chunks = []
     for part in x.float().split(CHUNK):
         filled = F.pad(part, (0, 0, 0, 0, 0, 0, 0, CHUNK - len(part)))
@@ -163,8 +176,9 @@ def rms(x: Tensor) -> Tensor:
 
 
 def objective(logits: Tensor, label: Tensor, kind: str) -> Tensor:
-    """How hard an image is, [B], higher is harder: `loss` -ln p[label], `entropy` of p, `margin` the best other logit minus the
-    label's. In float32."""
+    """How hard an image is, [B], higher is harder: `loss` -ln p[label], `entropy` of p, `margin`
+    the best other logit minus the label's. In float32.
+    """
     logits = logits.float()
     logp = logits.log_softmax(1)
     if kind == "loss":
@@ -181,8 +195,8 @@ def hardness(
 ) -> GradientFn:
     """Towards what a classifier finds hard: the gradient of `objective`.
 
-    classifier: pixels [B, 3, R, R] in [0, 1] to logits [B, K]; pixels: the diffused space [B, C, h, w] to such pixels. Gradients
-    go through both.
+    classifier: pixels [B, 3, R, R] in [0, 1] to logits [B, K]; pixels: the diffused space [B, C, h,
+    w] to such pixels. Gradients go through both.
     """
 
     def gradient(x0: Tensor, label: Tensor, rows: Tensor) -> Tensor:
@@ -194,7 +208,9 @@ def hardness(
 def resemblance(
     features: Callable[[Tensor], Tensor], pixels: Callable[[Tensor], Tensor], goals: Tensor
 ) -> GradientFn:
-    """Towards the features of each row's goal: the gradient of minus the squared distance. goals [B, D] of the whole batch."""
+    """Towards the features of each row's goal: the gradient of minus the squared distance. goals
+    [B, D] of the whole batch.
+    """
 
     def gradient(x0: Tensor, label: Tensor, rows: Tensor) -> Tensor:
         return _gradient(lambda z: -(features(pixels(z)) - goals[rows]).square().sum(1), x0)
@@ -210,7 +226,9 @@ def _gradient(of: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
 
 
 def padded(denoiser: DenoiserFn, rows: int) -> DenoiserFn:
-    """Asks `denoiser` for `rows` rows always, the first repeated: a static shape, and answers that do not hang on how many ask."""
+    """Asks `denoiser` for `rows` rows always, the first repeated: a static shape, and answers that
+    do not hang on how many ask.
+    """
 
     def run(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         missing = rows - len(x)

@@ -1,7 +1,8 @@
 """The networks F inside a denoiser: a convolutional UNet (diffusers), or a transformer over tokens.
 
-Both have diffusers' signature  network(h [B, C, s, s], t [B], label int64 [B], return_dict=False) -> (like h,)  and begin with zero
-output. `t` is a noise level in the hundreds, label num_classes the null class. What was measured is in benchmarks/LOG.md.
+Both have diffusers' signature  network(h [B, C, s, s], t [B], label int64 [B], return_dict=False)
+-> (like h,)  and begin with zero output. `t` is a noise level in the hundreds, label num_classes
+the null class. What was measured is in benchmarks/LOG.md.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from adversa import config as cfg
 from adversa.types import UserError
 
 TIME_WIDTH = 256  # sinusoids of the noise level
-# Attention over at most so many tokens is written out on the CPU, where torch's fused kernel takes four times as long to train in
-# bf16; beyond, the matrix of all pairs is not worth its memory.
+# Attention over at most so many tokens is written out on the CPU, where torch's fused kernel takes
+# four times as long to train in bf16; beyond, the matrix of all pairs is not worth its memory.
 MOST_EXPLICIT = 512
 
 
 def build_network(config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> nn.Module:
-    """F for a space of `channels` x `side` x `side`, folded by config.patch; weights of torch's global generator.
+    """F for a space of `channels` x `side` x `side`, folded by config.patch; weights of torch's
+    global generator.
 
     UserError where the side does not divide by the patch and the levels.
     """
@@ -31,7 +33,8 @@ def build_network(config: cfg.Denoiser, channels: int, side: int, num_classes: i
     if side % factor:
         levels = " * 2^(levels - 1)" if unet else ""
         raise UserError(
-            f"data.resolution: the diffused side {side} must be a multiple of {factor} = denoiser.patch{levels}"
+            f"data.resolution: the diffused side {side} must be a multiple of {factor} = "
+            f"denoiser.patch{levels}"
         )
     make = unet2d if unet else Transformer
     return make(config, channels * config.patch**2, side // config.patch, num_classes).to(
@@ -47,7 +50,8 @@ def unet2d(config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> 
     levels, common = len(config.channels), math.gcd(*config.channels)
     if common % 8:
         raise UserError(f"denoiser.channels {config.channels} must all be multiples of 8")
-    # At least 16 channels a group: below that torch's channels-last kernel loses its vector width and is ten times slower in bf16.
+    # At least 16 channels a group: below that torch's channels-last kernel loses its vector width
+    # and is ten times slower in bf16.
     groups = max(
         d
         for d in range(1, 33)
@@ -84,7 +88,9 @@ def unet2d(config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> 
 
 
 class Double(nn.Module):
-    """diffusers' Upsample2D, without its step out of channels-last memory from 64 rows on: a tenth of a training step."""
+    """diffusers' Upsample2D, without its step out of channels-last memory from 64 rows on: a tenth
+    of a training step.
+    """
 
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()
@@ -97,7 +103,9 @@ class Double(nn.Module):
 
 
 def _zero_outputs(unet: nn.Module) -> None:
-    """Residual branches and the last layer begin at zero: D starts as c_skip x, the best linear guess for white data."""
+    """Residual branches and the last layer begin at zero: D starts as c_skip x, the best linear
+    guess for white data.
+    """
     from diffusers.models.resnet import ResnetBlock2D
 
     for layer in [m.conv2 for m in unet.modules() if isinstance(m, ResnetBlock2D)] + [
@@ -107,11 +115,12 @@ def _zero_outputs(unet: nn.Module) -> None:
 
 
 class Transformer(nn.Module):
-    """A transformer whose tokens are the pixels of h, conditioned by adaLN-zero (Peebles & Xie 2023, "Scalable Diffusion Models
-    with Transformers", section 3.2).
+    """A transformer whose tokens are the pixels of h, conditioned by adaLN-zero (Peebles & Xie
+    2023, "Scalable Diffusion Models with Transformers", section 3.2).
 
-    Own code, for diffusers' DiTTransformer2DModel drops labels by itself, in each block anew and from torch's global generator, and
-    trains at half the speed on a CPU, where its fused attention and its tanh-GELU take half of the time.
+    Own code, for diffusers' DiTTransformer2DModel drops labels by itself, in each block anew and
+    from torch's global generator, and trains at half the speed on a CPU, where its fused attention
+    and its tanh-GELU take half of the time.
     """
 
     def __init__(self, config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> None:
@@ -137,7 +146,9 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As the paper's code does: Xavier for matrices, 0.02 for embeddings, and zero for what makes each block the identity."""
+        """As the paper's code does: Xavier for matrices, 0.02 for embeddings, and zero for what
+        makes each block the identity.
+        """
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -164,7 +175,9 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """x + gate attention(norm(x)), then x + gate mlp(norm(x)): shift, scale and gate of each are linear in the condition."""
+    """x + gate attention(norm(x)), then x + gate mlp(norm(x)): shift, scale and gate of each are
+    linear in the condition.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

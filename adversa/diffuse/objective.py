@@ -1,4 +1,6 @@
-"""What a denoiser is trained to lower: random draws of a step, weights of the noise levels, and the loss on held-out images."""
+"""What a denoiser is trained to lower: random draws of a step, weights of the noise levels, and the
+loss on held-out images.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ CHUNK = 64  # images of the validation loss in one pass; its noise is drawn chun
 
 
 class Draws(NamedTuple):
-    """sigma [B]; noise [B, C, h, w] of unit variance; dropped bool [B]: the label becomes the null class; flips bool [3, B]."""
+    """sigma [B]; noise [B, C, h, w] of unit variance; dropped bool [B]: the label becomes the null
+    class; flips bool [3, B].
+    """
 
     sigma: Tensor
     noise: Tensor
@@ -35,10 +39,11 @@ def draw(
     device: torch.device,
     rows: slice = slice(None),
 ) -> Draws:
-    """All the randomness of a step for its whole batch [B, C, h, w], cut to `rows`: the same whatever the number of workers.
+    """All the randomness of a step for its whole batch [B, C, h, w], cut to `rows`: the same
+    whatever the number of workers.
 
-    ln sigma ~ N(p_mean, p_std^2) (Karras et al. 2022, Table 1). On a GPU the noise alone is drawn there: drawn on a CPU, it would
-    keep the GPU waiting.
+    ln sigma ~ N(p_mean, p_std^2) (Karras et al. 2022, Table 1). On a GPU the noise alone is drawn
+    there: drawn on a CPU, it would keep the GPU waiting.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     sigma = (config.p_mean + config.p_std * torch.randn(shape[0], generator=generator)).exp()
@@ -50,7 +55,9 @@ def draw(
 
 
 def turn(x: Tensor, flips: Tensor) -> Tensor:
-    """One of the 8 symmetries of the square for each row: flips bool [3, B] says up-down, left-right, transpose."""
+    """One of the 8 symmetries of the square for each row: flips bool [3, B] says up-down,
+    left-right, transpose.
+    """
     a, b, c = (f.view(-1, 1, 1, 1) for f in flips)
     x = torch.where(a, x.flip(2), x)
     x = torch.where(b, x.flip(3), x)
@@ -58,24 +65,28 @@ def turn(x: Tensor, flips: Tensor) -> Tensor:
 
 
 def min_snr_weight(sigma: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma), the weight of |x0_hat - x0|^2 in Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting".
+    """min(SNR, gamma), the weight of |x0_hat - x0|^2 in Hang et al. 2023, "Efficient Diffusion
+    Training via Min-SNR Weighting".
 
-    There x_t = alpha x0 + s n with SNR = alpha^2 / s^2 (section 3.4), x0 scaled to [-1, 1]; our x0 + sigma n is x_t / alpha, so
-    SNR = 1 / sigma^2. It weighs the error of the denoiser's answer D = c_skip x + c_out F; in terms of the network's own output F
-    the weight is  c_out^2 min(1 / sigma^2, gamma): about gamma sigma^2 far below sigma_data and (sigma_data / sigma)^2 far above,
-    largest in between, where EDM's is 1 everywhere. With gamma = 1 / sigma_data^2 it is 1 / (sigma^2 + sigma_data^2) with a corner.
-    Pixels in [-1, 1] and latents (scaled to it) both have a standard deviation of sigma_data, about 0.5, so the same gamma puts the
-    corner at the same share of noise in both.
+    There x_t = alpha x0 + s n with SNR = alpha^2 / s^2 (section 3.4), x0 scaled to [-1, 1]; our x0
+    + sigma n is x_t / alpha, so SNR = 1 / sigma^2. It weighs the error of the denoiser's answer D =
+    c_skip x + c_out F; in terms of the network's own output F the weight is  c_out^2 min(1 /
+    sigma^2, gamma): about gamma sigma^2 far below sigma_data and (sigma_data / sigma)^2 far above,
+    largest in between, where EDM's is 1 everywhere. With gamma = 1 / sigma_data^2 it is 1 /
+    (sigma^2 + sigma_data^2) with a corner. Pixels in [-1, 1] and latents (scaled to it) both have a
+    standard deviation of sigma_data, about 0.5, so the same gamma puts the corner at the same share
+    of noise in both.
     """
     return sigma.square().reciprocal().clamp(max=gamma)
 
 
 class Uncertainty(nn.Module):
-    """u(sigma): linear in random Fourier features of c_noise = ln(sigma) / 4, zero at first (Karras et al. 2024, "Analyzing and
-    Improving the Training Dynamics of Diffusion Models", equation 15).
+    """u(sigma): linear in random Fourier features of c_noise = ln(sigma) / 4, zero at first (Karras
+    et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", equation 15).
 
-    Minimising  loss / e^u + u  makes u the log of the expected loss at its noise level, so that every level ends with the same
-    weighted loss, 1. Trained along with the denoiser, needed by nothing else.
+    Minimising  loss / e^u + u  makes u the log of the expected loss at its noise level, so that
+    every level ends with the same weighted loss, 1. Trained along with the denoiser, needed by
+    nothing else.
     """
 
     def __init__(self) -> None:
@@ -91,10 +102,12 @@ class Uncertainty(nn.Module):
 
 
 class Objective(nn.Module):
-    """All that is trained, in one module: what DistributedDataParallel must see. forward gives two numbers for each row:
+    """All that is trained, in one module: what DistributedDataParallel must see. forward gives two
+    numbers for each row:
 
-    the loss to minimise, by config.loss, and EDM's weighted error  |D - x|^2 / (c_out^2 pixels)  (equation 8), which is 1 at every
-    noise level for the best linear denoiser of white data; it is what is reported, so that curves of all weightings compare.
+    the loss to minimise, by config.loss, and EDM's weighted error  |D - x|^2 / (c_out^2 pixels)
+    (equation 8), which is 1 at every noise level for the best linear denoiser of white data; it is
+    what is reported, so that curves of all weightings compare.
     """
 
     def __init__(self, denoiser: nn.Module, config: cfg.Denoiser) -> None:
@@ -118,7 +131,9 @@ class Objective(nn.Module):
 
 
 def levels(config: cfg.Denoiser) -> list[float]:
-    """LEVELS noise levels: the middles of as many equally probable ranges of training's sigma, rising."""
+    """LEVELS noise levels: the middles of as many equally probable ranges of training's sigma,
+    rising.
+    """
     normal = NormalDist(config.p_mean, config.p_std)
     return [math.exp(normal.inv_cdf((i + 0.5) / LEVELS)) for i in range(LEVELS)]
 
@@ -133,8 +148,9 @@ def validation_losses(
 ) -> np.ndarray:
     """EDM's weighted error of held-out images at each of `levels`: float64 [LEVELS].
 
-    images [N, C, h, w] in the diffused space, labels int64 [N] their own (none dropped). Noise is fixed by seed, level and place,
-    so that denoisers and steps compare without its variance. The denoiser is asked as it is: give it in eval mode.
+    images [N, C, h, w] in the diffused space, labels int64 [N] their own (none dropped). Noise is
+    fixed by seed, level and place, so that denoisers and steps compare without its variance. The
+    denoiser is asked as it is: give it in eval mode.
     """
     assert len(images) == len(labels) > 0, (images.shape, labels.shape)
     device, found = torch.device(device), np.zeros(LEVELS)
@@ -158,5 +174,7 @@ def validation_loss(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Mean of `validation_losses`: an estimate of the training loss (equation 8) on images that were not trained on."""
+    """Mean of `validation_losses`: an estimate of the training loss (equation 8) on images that
+    were not trained on.
+    """
     return float(validation_losses(denoiser, images, labels, config, seed, device).mean())

@@ -1,4 +1,6 @@
-"""Requests to images. The same request gives the same noise in any batch, in any order, on any machine."""
+"""Requests to images. The same request gives the same noise in any batch, in any order, on any
+machine.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ DECODED = 16  # finished rows that are decoded together
 
 @dataclass(frozen=True)
 class Painted:
-    """image uint8 [R, R, 3], black where it is not finite. evaluations: rows of the denoiser; skipped: steering gradients that were
-    not finite."""
+    """image uint8 [R, R, 3], black where it is not finite. evaluations: rows of the denoiser;
+    skipped: steering gradients that were not finite.
+    """
 
     request: GenerationRequest
     image: np.ndarray
@@ -35,8 +38,10 @@ class Painted:
 
 @dataclass(frozen=True)
 class Steering:
-    """What steers beside the denoiser's own classes. gradient: of hardness. features: pixels [B, 3, R, R] in [0, 1] to [B, D], and
-    pixels: the diffused space to such pixels, for likeness in features; weak: the denoiser of autoguidance."""
+    """What steers beside the denoiser's own classes. gradient: of hardness. features: pixels [B, 3,
+    R, R] in [0, 1] to [B, D], and pixels: the diffused space to such pixels, for likeness in
+    features; weak: the denoiser of autoguidance.
+    """
 
     gradient: GradientFn | None = None
     features: Callable[[Tensor], Tensor] | None = None
@@ -46,9 +51,11 @@ class Steering:
 
 @dataclass
 class Canvas:
-    """Where requests are painted: a denoiser, the space it diffuses (meta: its config.json), and a batch for each stream.
+    """Where requests are painted: a denoiser, the space it diffuses (meta: its config.json), and a
+    batch for each stream.
 
-    encode, decode: uint8 images [B, R, R, 3] to that space [B, C, h, w] and back; pixels by default.
+    encode, decode: uint8 images [B, R, R, 3] to that space [B, C, h, w] and back; pixels by
+    default.
     """
 
     denoiser: DenoiserFn
@@ -60,7 +67,9 @@ class Canvas:
     steering: Steering = Steering()
 
     def stream(self, requests: Iterable[GenerationRequest], sources: Sources) -> Iterator[Painted]:
-        """Paint every request, in the order in which they finish; the next is asked for when there is room for it."""
+        """Paint every request, in the order in which they finish; the next is asked for when there
+        is room for it.
+        """
         asked: dict[int, GenerationRequest] = {}
         side, classes = self.meta["resolution"], len(self.meta["classes"])
         names = list(sources.images)

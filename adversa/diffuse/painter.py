@@ -23,7 +23,9 @@ from adversa.types import GenerationRequest, UserError
 
 @dataclass(frozen=True)
 class Painter:
-    """codec: None where pixels are diffused. meta: the denoiser's config.json. fingerprint: of the denoiser."""
+    """codec: None where pixels are diffused. meta: the denoiser's config.json. fingerprint: of the
+    denoiser.
+    """
 
     denoiser: edm.DenoiserFn
     codec: codec.Codec | None
@@ -58,21 +60,27 @@ class Painter:
         return self._compiled[rows, amp]
 
     def pixels(self, x: Tensor) -> Tensor:
-        """The diffused space [B, C, h, w] to pixels [B, 3, R, R] about [0, 1], for what looks at images while they are painted."""
+        """The diffused space [B, C, h, w] to pixels [B, 3, R, R] about [0, 1], for what looks at
+        images while they are painted.
+        """
         return (x + 1) / 2 if self.codec is None else self.codec.pixels(x)
 
     def check(self, requests: Sequence[GenerationRequest], config: cfg.Generate) -> None:
-        """UserError for what steers away from the null class, or is measured in that, without one."""
+        """UserError for what steers away from the null class, or is measured in that, without
+        one.
+        """
         if self.meta.get("null", True) or config.weak:
             return
         if (guided := next((r for r in requests if r.guidance != 1), None)) is not None:
             raise UserError(
-                f"guidance {guided.guidance:g}: the denoiser has no null class; set generate.guidance=1"
+                f"guidance {guided.guidance:g}: the denoiser has no null class; set "
+                "generate.guidance=1"
             )
         if any(r.hardness or (r.likeness and config.likeness_kind == "features") for r in requests):
             key = "hardness" if any(r.hardness for r in requests) else "likeness"
             raise UserError(
-                f"generate.{key} is measured in classifier-free guidance, and the denoiser has no null class; set 0"
+                f"generate.{key} is measured in classifier-free guidance, and the denoiser "
+                "has no null class; set 0"
             )
 
     def paint(
@@ -93,7 +101,9 @@ class Painter:
 def load(
     denoiser: Path, device: torch.device | str = "cpu", codec_folder: Path | None = None
 ) -> Painter:
-    """The painter of a denoiser's folder. codec_folder: its codec's; None: the folder `codec` beside it, as a run keeps them."""
+    """The painter of a denoiser's folder. codec_folder: its codec's; None: the folder `codec`
+    beside it, as a run keeps them.
+    """
     device = torch.device(device)
     model, meta, fingerprint = read(place(denoiser), device)
     space = meta.get("codec")
@@ -106,7 +116,9 @@ def load(
 
 
 def read(folder: Path, device: torch.device) -> tuple[edm.DenoiserFn, dict[str, Any], str]:
-    """(denoiser, its config.json, fingerprint) of a folder of any kind. UserError where it holds none."""
+    """(denoiser, its config.json, fingerprint) of a folder of any kind. UserError where it holds
+    none.
+    """
     return (external if _kind(folder) == external.KIND else edm).load(folder, device)
 
 
@@ -128,7 +140,9 @@ def _kind(folder: Path) -> str | None:
 def compile_(
     denoiser: edm.DenoiserFn, meta: dict[str, Any], device: torch.device, rows: int, amp: bool
 ) -> edm.DenoiserFn:
-    """torch.compile of one static shape, with CUDA graphs on a GPU. Compiled on the spot: nothing later waits for it."""
+    """torch.compile of one static shape, with CUDA graphs on a GPU. Compiled on the spot: nothing
+    later waits for it.
+    """
     from torch._dynamo.exc import TorchDynamoException
 
     graphs = {"mode": "reduce-overhead"} if device.type == "cuda" else {}

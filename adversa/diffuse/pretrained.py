@@ -1,4 +1,6 @@
-"""Models of diffusers by local folder or hub id: read from safetensors alone, complete or not at all."""
+"""Models of diffusers by local folder or hub id: read from safetensors alone, complete or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers calls a model'
 
 
 def load(where: str, key: str, allowed: Sequence[str], local: bool) -> nn.Module:
-    """The model of a diffusers folder (local) or a hub id, in float32 and eval mode. key: of the configuration, for messages.
+    """The model of a diffusers folder (local) or a hub id, in float32 and eval mode. key: of the
+    configuration, for messages.
 
-    UserError where there is none, its class is not one of `allowed`, or its weights are not all there.
+    UserError where there is none, its class is not one of `allowed`, or its weights are not all
+    there.
     """
     import diffusers
     from diffusers.utils import logging
@@ -67,7 +71,8 @@ def load(where: str, key: str, allowed: Sequence[str], local: bool) -> nn.Module
         logging.set_verbosity(before)
     if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise UserError(
-            f"{key} {where}: its weights lack or misfit {len(wrong)} tensors of its config.json, {wrong[0]} first"
+            f"{key} {where}: its weights lack or misfit {len(wrong)} tensors of its "
+            f"config.json, {wrong[0]} first"
         )
     return model.eval().requires_grad_(False)
 

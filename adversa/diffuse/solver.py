@@ -1,12 +1,13 @@
-"""Solvers of the probability-flow ODE  dx/dsigma = (x - D(x; sigma)) / sigma  (Karras et al. 2022, equation 1, sigma(t) = t).
+"""Solvers of the probability-flow ODE  dx/dsigma = (x - D(x; sigma)) / sigma  (Karras et al. 2022,
+equation 1, sigma(t) = t).
 
-A row of a batch holds two images: the point where the denoiser is asked next, and a memory. Every solver here is linear in them:
-after its i-th answer x0 = D(point; sigma_i)
+A row of a batch holds two images: the point where the denoiser is asked next, and a memory. Every
+solver here is linear in them: after its i-th answer x0 = D(point; sigma_i)
 
     point, memory  <-  a point + b x0 + c memory,  d point + e x0
 
-so a solver is a table of numbers, made beforehand in float64, and rows at different steps, of different noise levels, even of
-different solvers, share one batch and one kernel.
+so a solver is a table of numbers, made beforehand in float64, and rows at different steps, of
+different noise levels, even of different solvers, share one batch and one kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from adversa.diffuse.edm import DenoiserFn
 
 @dataclass(frozen=True)
 class Plan:
-    """sigma float64 [E]: the noise level of each evaluation; combine float64 [E, 5]: a, b, c, d, e of the header."""
+    """sigma float64 [E]: the noise level of each evaluation; combine float64 [E, 5]: a, b, c, d, e
+    of the header.
+    """
 
     sigma: np.ndarray
     combine: np.ndarray
@@ -33,7 +36,8 @@ class Plan:
 
 
 def karras_sigmas(start: float, sigma_min: float, rho: float, steps: int) -> np.ndarray:
-    """Noise levels, float64 [steps + 1]: `start` down to sigma_min in `steps` - 1 steps, then 0 (Karras et al. 2022, equation 5).
+    """Noise levels, float64 [steps + 1]: `start` down to sigma_min in `steps` - 1 steps, then 0
+    (Karras et al. 2022, equation 5).
 
     rho = inf: evenly spaced in the logarithm.
     """
@@ -46,7 +50,9 @@ def karras_sigmas(start: float, sigma_min: float, rho: float, steps: int) -> np.
 
 
 def share_of_steps(start: float, top: float, sigma_min: float, rho: float, steps: int) -> int:
-    """How many of `steps` steps from `top` lie below `start`, rounded up, at least 2: a start further down needs fewer."""
+    """How many of `steps` steps from `top` lie below `start`, rounded up, at least 2: a start
+    further down needs fewer.
+    """
     if np.isinf(rho):
         share = np.log(start / sigma_min) / np.log(top / sigma_min)
     else:
@@ -56,10 +62,12 @@ def share_of_steps(start: float, top: float, sigma_min: float, rho: float, steps
 
 
 def dpmpp_2m(sigmas: np.ndarray) -> Plan:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), one evaluation a step, second order; sigmas [steps + 1] falling.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), one evaluation a step, second order; sigmas
+    [steps + 1] falling.
 
-    With h = ln(now / after) and k = h / (2 h of the step before):  x <- e^-h x + (1 - e^-h) ((1 + k) x0 - k x0 of before).
-    The first step, and a step to 0 (where ln sigma ends), are of first order; the latter ends at x0 itself.
+    With h = ln(now / after) and k = h / (2 h of the step before):  x <- e^-h x + (1 - e^-h) ((1 +
+    k) x0 - k x0 of before). The first step, and a step to 0 (where ln sigma ends), are of first
+    order; the latter ends at x0 itself.
     """
     _check(sigmas)
     rows = []
@@ -71,10 +79,12 @@ def dpmpp_2m(sigmas: np.ndarray) -> Plan:
 
 
 def heun(sigmas: np.ndarray) -> Plan:
-    """Heun's method (Karras et al. 2022, algorithm 1, no churn), two evaluations a step, second order; a step to 0 is Euler's.
+    """Heun's method (Karras et al. 2022, algorithm 1, no churn), two evaluations a step, second
+    order; a step to 0 is Euler's.
 
-    With s = after - now: the first evaluation goes to Euler's point  x + s (x - x0) / now  and remembers half of the way,
-    m = x + s (x - x0) / (2 now); the second, at Euler's point x' and `after`, ends at  m + s (x' - x0') / (2 after).
+    With s = after - now: the first evaluation goes to Euler's point  x + s (x - x0) / now  and
+    remembers half of the way, m = x + s (x - x0) / (2 now); the second, at Euler's point x' and
+    `after`, ends at  m + s (x' - x0') / (2 after).
     """
     _check(sigmas)
     levels, rows = [], []

@@ -1,4 +1,5 @@
-"""From a request to the row that paints it: where it starts, what is kept, and what is asked at each noise level.
+"""From a request to the row that paints it: where it starts, what is kept, and what is asked at
+each noise level.
 
 | strategy | starts from | paints |
 | --- | --- | --- |
@@ -32,8 +33,9 @@ MIXED = (0.3, 0.7)  # of `blend`: the range of the second case's share
 
 @dataclass(frozen=True)
 class Sources:
-    """What requests refer to by an example's id: images uint8 [R, R, 3]; inside, outside float32 [R, R] in [0, 1]: what inpainting
-    and outpainting paint, 0 where a pixel is kept exactly."""
+    """What requests refer to by an example's id: images uint8 [R, R, 3]; inside, outside float32
+    [R, R] in [0, 1]: what inpainting and outpainting paint, 0 where a pixel is kept exactly.
+    """
 
     images: dict[str, np.ndarray] = field(default_factory=dict)
     inside: dict[str, np.ndarray] = field(default_factory=dict)
@@ -42,7 +44,9 @@ class Sources:
 
 @dataclass(frozen=True)
 class Space:
-    """The diffused space: shape (C, h, w), and where in it the examples lie, float32 [C, h, w] on the CPU."""
+    """The diffused space: shape (C, h, w), and where in it the examples lie, float32 [C, h, w] on
+    the CPU.
+    """
 
     shape: tuple[int, int, int]
     places: dict[str, Tensor] = field(default_factory=dict)
@@ -53,7 +57,9 @@ def generator_of(request: GenerationRequest) -> Generator:
 
 
 def course(request: GenerationRequest, start: float, config: cfg.Generate) -> Course:
-    """Noise levels from `start` down, and which guidance acts where. A start below sigma_max takes its share of the steps."""
+    """Noise levels from `start` down, and which guidance acts where. A start below sigma_max takes
+    its share of the steps.
+    """
     count = share_of_steps(start, config.sigma_max, config.sigma_min, config.rho, config.steps)
     plan = SOLVERS[config.solver](karras_sigmas(start, config.sigma_min, config.rho, count))
     sigma = plan.sigma
@@ -87,7 +93,9 @@ def row(
     config: cfg.Generate,
     goal: Callable[[str], Tensor] | None = None,
 ) -> Row:
-    """The row of a request. goal: of likeness, by example id (None: the example in the diffused space)."""
+    """The row of a request. goal: of likeness, by example id (None: the example in the diffused
+    space).
+    """
     assert request.strategy in STRATEGIES, request.strategy
     generator, start = generator_of(request), start_of(request, config)
     noise = torch.randn(space.shape, generator=generator)
@@ -120,7 +128,9 @@ def row(
 def _around(
     first: Row, request: GenerationRequest, sources: Sources, space: Space, config: cfg.Generate
 ) -> Callable[[Tensor], Row]:
-    """The second half of `inout`: keeps the new lesion and paints new skin, with noise of its own."""
+    """The second half of `inout`: keeps the new lesion and paints new skin, with noise of its
+    own.
+    """
     assert request.example is not None
     again = replace(request, strategy="outpaint", seed=seed_of("inout", request.seed))
     soft = _fit(sources.outside[request.example], space)
@@ -143,12 +153,15 @@ def _around(
 
 
 def _fit(soft: np.ndarray, space: Space) -> Tensor:
-    """float32 [R, R] to the diffused side, [1, h, w]: means. A latent that touches a kept pixel is kept in part."""
+    """float32 [R, R] to the diffused side, [1, h, w]: means. A latent that touches a kept pixel is
+    kept in part.
+    """
     return F.adaptive_avg_pool2d(torch.from_numpy(soft)[None, None], space.shape[1:])[0]
 
 
 def composed(painted: np.ndarray, request: GenerationRequest, sources: Sources) -> np.ndarray:
-    """uint8 [R, R, 3]: what was painted over what is kept, which comes back exactly (a codec's way there and back does not).
+    """uint8 [R, R, 3]: what was painted over what is kept, which comes back exactly (a codec's way
+    there and back does not).
 
     `inout` keeps nothing of the hard case.
     """

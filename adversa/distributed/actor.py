@@ -1,4 +1,6 @@
-"""The sampler as a Ray actor. Apart from pool.py, so that an actor imports no Ray Data or Ray Train: half a second, tens of MB."""
+"""The sampler as a Ray actor. Apart from pool.py, so that an actor imports no Ray Data or Ray
+Train: half a second, tens of MB.
+"""
 
 from __future__ import annotations
 

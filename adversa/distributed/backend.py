@@ -1,7 +1,9 @@
-"""The process group of a training, made by Ray Train on its workers. No torch here: Ray Train's controller imports this module.
+"""The process group of a training, made by Ray Train on its workers. No torch here: Ray Train's
+controller imports this module.
 
-Ray Train's own TorchConfig makes the controller import torch, 1.5 s of a core before the first worker starts, and makes a process
-group for one worker too. Here one worker has none (adversa.workers then does nothing), and several get Ray Train's own.
+Ray Train's own TorchConfig makes the controller import torch, 1.5 s of a core before the first
+worker starts, and makes a process group for one worker too. Here one worker has none
+(adversa.workers then does nothing), and several get Ray Train's own.
 """
 
 from __future__ import annotations

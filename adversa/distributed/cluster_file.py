@@ -1,7 +1,9 @@
-"""What adversa reads of a cluster file: a Ray cluster-launcher YAML as `ray up` takes it, or a KubeRay manifest. No ray, no torch.
+"""What adversa reads of a cluster file: a Ray cluster-launcher YAML as `ray up` takes it, or a
+KubeRay manifest. No ray, no torch.
 
-What adversa itself wants lies where Ray leaves room: under `metadata: {adversa: ...}` (the launcher's schema: "Ray does not
-interpret these fields"), and in a manifest as YAML text in the annotation `adversa`.
+What adversa itself wants lies where Ray leaves room: under `metadata: {adversa: ...}` (the
+launcher's schema: "Ray does not interpret these fields"), and in a manifest as YAML text in the
+annotation `adversa`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ SETTINGS = (
 
 
 class Asks(Section):
-    """`metadata.adversa`. Those of SETTINGS override a configuration's `cluster` section, and are checked there once more."""
+    """`metadata.adversa`. Those of SETTINGS override a configuration's `cluster` section, and are
+    checked there once more.
+    """
 
     address: str | None = Field(
         None,
@@ -65,8 +69,8 @@ class Asks(Section):
 
 @dataclass(frozen=True)
 class ClusterFile:
-    """workers: nodes beside the head that the launcher starts at once. provider of a manifest: "kuberay". mounts: what `ray up`
-    takes along from this machine.
+    """workers: nodes beside the head that the launcher starts at once. provider of a manifest:
+    "kuberay". mounts: what `ray up` takes along from this machine.
     """
 
     path: Path
@@ -79,8 +83,9 @@ class ClusterFile:
 
 
 def read(path: Path) -> ClusterFile:
-    """UserError (one line) for a file that is none, or that asks adversa for something unknown. Tags that would make Python objects
-    are refused: a cluster file from a stranger runs nothing here.
+    """UserError (one line) for a file that is none, or that asks adversa for something unknown.
+    Tags that would make Python objects are refused: a cluster file from a stranger runs nothing
+    here.
     """
     tree = _tree(path)
     if str(tree.get("apiVersion", "")).startswith("ray.io/") and tree.get("kind") in KUBERAY:
@@ -96,7 +101,8 @@ def read(path: Path) -> ClusterFile:
     if not isinstance(kind, str) or not isinstance(tree.get("cluster_name"), str):
         missing = "cluster_name" if isinstance(kind, str) else "provider.type"
         raise UserError(
-            f"{path} has no {missing}: it is neither a file for `ray up` nor a KubeRay manifest; start from one in cluster/"
+            f"{path} has no {missing}: it is neither a file for `ray up` nor a KubeRay "
+            "manifest; start from one in cluster/"
         )
     asked = _mapping(tree.get("metadata"), f"{path}: metadata").get("adversa")
     asks, mounts = (
@@ -122,7 +128,9 @@ def overrides(asks: Asks) -> list[str]:
 
 
 def is_absolute(where: str) -> bool:
-    """Whether every node calls the same place so. UserError for an object store's address that cannot be used."""
+    """Whether every node calls the same place so. UserError for an object store's address that
+    cannot be used.
+    """
     found = place(where)
     return isinstance(found, Remote) or found.is_absolute()
 
@@ -137,7 +145,8 @@ def jobs_address(text: str) -> str:
         valid = secret = False
     if secret:
         raise ValueError(
-            "must not carry credentials; a cluster's token goes into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            "must not carry credentials; a cluster's token goes into RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token"
         )
     if not valid:
         raise ValueError("must be the jobs server's URL, for example http://127.0.0.1:8265")

@@ -1,7 +1,9 @@
-"""The coordinator of a run on a cluster: a named, detached actor around pipeline/coordinator.py, and how a command deals with it.
+"""The coordinator of a run on a cluster: a named, detached actor around pipeline/coordinator.py,
+and how a command deals with it.
 
-It outlives the command that started it. When its process dies Ray starts it again with the same task, and it goes on from the run
-folder. Everything that is asked of it (pause, stop, settings) and everything it answers lies in that folder too.
+It outlives the command that started it. When its process dies Ray starts it again with the same
+task, and it goes on from the run folder. Everything that is asked of it (pause, stop, settings) and
+everything it answers lies in that folder too.
 """
 
 from __future__ import annotations
@@ -78,27 +80,33 @@ def name_of(root: str) -> str:
 
 
 def _end(root: str) -> None:
-    """End this process, and do not start it again. With it end the actors and tasks that it owns."""
+    """End this process, and do not start it again. With it end the actors and tasks that it
+    owns.
+    """
     ray.kill(ray.get_actor(name_of(root), NAMESPACE), no_restart=True)
 
 
-# ---- the command's side ------------------------------------------------------------------------------------------------
+# ---- the command's side --------------------------------------------------------------------------
 
 
 def begin(task: Task, page: Callable[[Path], Path], say: Callable[[str], None]) -> bool:
-    """Start a coordinator with this task, or find the one that works on the run: whether it is a new one.
+    """Start a coordinator with this task, or find the one that works on the run: whether it is a
+    new one.
 
-    UserError where somebody else works on the run, or a coordinator with another command. say: is told what is waited for.
+    UserError where somebody else works on the run, or a coordinator with another command. say: is
+    told what is waited for.
     """
     head = next(
         (n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]), None
     )
     place = {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=True)} if head else {}
-    # Not repeated: a question to a dead actor is asked anew. Threads: one for each question, the work has its own.
+    # Not repeated: a question to a dead actor is asked anew. Threads: one for each question, the
+    # work has its own.
     kind = ray.remote(num_cpus=0, max_restarts=RESTARTS, max_task_retries=0, max_concurrency=16)(
         CoordinatorActor
     )
-    # What frees a dead training's CPUs and GPUs asks a dashboard, and where a machine has several Rays it would ask the wrong one.
+    # What frees a dead training's CPUs and GPUs asks a dashboard, and where a machine has several
+    # Rays it would ask the wrong one.
     told = {"runtime_env": {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}}
     options = (
         {
@@ -128,11 +136,13 @@ def begin(task: Task, page: Callable[[Path], Path], say: Callable[[str], None]) 
             continue
         if mine and not _has_dashboard():
             say(
-                "this cluster has no dashboard: what a killed training held stays taken until this command has ended"
+                "this cluster has no dashboard: what a killed training held stays taken "
+                "until this command has ended"
             )
         if found["command"] != task.command:
             raise UserError(
-                f"{task.root}: a coordinator is at work on it (adversa {found['command']}); wait for it, or stop it: adversa stop"
+                f"{task.root}: a coordinator is at work on it (adversa "
+                f"{found['command']}); wait for it, or stop it: adversa stop"
             )
         return mine
     raise UserError(
@@ -152,7 +162,9 @@ def _settled(actor: Any, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _has_dashboard() -> bool:
-    """Ray Train asks it whether a training's controller has died, and frees the CPUs and GPUs that the training held."""
+    """Ray Train asks it whether a training's controller has died, and frees the CPUs and GPUs that
+    the training held.
+    """
     try:
         list_nodes(limit=1, timeout=STATE_SECONDS)
         return True

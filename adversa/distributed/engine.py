@@ -27,7 +27,9 @@ LINGER = 5.0  # seconds that Ray's processes have to end when it is shut down
 
 
 class RayEngine:
-    """The Engine on Ray: Data for map_batches, actors for map_parts, Train for fit, Tune for search."""
+    """The Engine on Ray: Data for map_batches, actors for map_parts, Train for fit, Tune for
+    search.
+    """
 
     name = "ray"
 
@@ -39,8 +41,8 @@ class RayEngine:
         verbose: bool = False,
         inside: bool = False,
     ) -> None:
-        """image_bytes: of one decoded image, to size the stream's blocks; inside: in a worker of a cluster, which has a Ray and
-        keeps it. UserError where no Ray can be had.
+        """image_bytes: of one decoded image, to size the stream's blocks; inside: in a worker of a
+        cluster, which has a Ray and keeps it. UserError where no Ray can be had.
         """
         self.cluster, self.image_bytes = cluster, image_bytes
         self.storage = run / ".ray-train"
@@ -65,7 +67,9 @@ class RayEngine:
         return min(self.cluster.samplers or room, room)
 
     def _samplers_wanted(self) -> int:
-        """As many as fit now; more, on a cluster that was asked for more: the others join when nodes come."""
+        """As many as fit now; more, on a cluster that was asked for more: the others join when
+        nodes come.
+        """
         if not self.embedded:
             return self.cluster.samplers or self._room()
         if not any(n["Alive"] for n in ray.nodes()):  # actors would wait for it for ever
@@ -112,7 +116,9 @@ class RayEngine:
         )
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
-        """As the Engine says. A launch whose controller dies is made anew, with what is left; Ray Train replaces its workers."""
+        """As the Engine says. A launch whose controller dies is made anew, with what is left; Ray
+        Train replaces its workers.
+        """
         lost = ""
         for _ in range(self.cluster.training_attempts):
             if not (
@@ -134,8 +140,9 @@ class RayEngine:
     def search(self, trials: Sequence[Trial], report: Report) -> None:
         """As the Engine says; a trial whose worker dies is begun again where its folders end.
 
-        Trials of several workers come one after the other, each with a launch of Ray Train of its own: such a group is as large as
-        the cluster, or nearly, and Ray Data's tasks find no room within a trial of Tune.
+        Trials of several workers come one after the other, each with a launch of Ray Train of its
+        own: such a group is as large as the cluster, or nearly, and Ray Data's tasks find no room
+        within a trial of Tune.
         """
         if not any(not is_finished(t.out) for t in trials):
             return
@@ -152,7 +159,9 @@ class RayEngine:
 
     @contextlib.contextmanager
     def tuning(self) -> Iterator[tuple[search.Lanes, Place]]:
-        """The lanes of a search by Ray Tune, and a place for what Tune keeps, which goes with it."""
+        """The lanes of a search by Ray Tune, and a place for what Tune keeps, which goes with
+        it.
+        """
         storage = self.storage.with_name(".ray-tune")
         try:
             yield search.lanes(self.cluster, self.gpus), storage
@@ -160,7 +169,9 @@ class RayEngine:
             rmtree(storage, missing_ok=True)
 
     def group(self) -> training.Group:
-        """The workers of a training. UserError where an embedded Ray, which cannot grow, has no room for them."""
+        """The workers of a training. UserError where an embedded Ray, which cannot grow, has no
+        room for them.
+        """
         c = self.cluster
         if self.embedded and (fault := engine_resources.worker_fault(self.cpus, self.gpus, c)):
             raise UserError(fault)
@@ -171,7 +182,9 @@ class RayEngine:
         )
 
     def close(self) -> None:
-        """End Ray. Now and then an actor's process, told to end, locks up in its own destructors, and would stay behind."""
+        """End Ray. Now and then an actor's process, told to end, locks up in its own destructors,
+        and would stay behind.
+        """
         if self.inside:
             return
         own = ray_processes() if self.embedded else []

@@ -31,9 +31,11 @@ def user_error(error: BaseException) -> UserError | None:
 
 
 class NoRetry(UserCallback):
-    """Ends a training at once where another attempt would end the same way: in what the user must mend, or in a broken invariant.
+    """Ends a training at once where another attempt would end the same way: in what the user must
+    mend, or in a broken invariant.
 
-    Ray Train starts a worker group again whatever stopped it; an exception in its controller ends the run.
+    Ray Train starts a worker group again whatever stopped it; an exception in its controller ends
+    the run.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

@@ -1,8 +1,10 @@
-"""A sweep as an ordinary search of Ray Tune: a trainable, a space to extend, any searcher and scheduler by name.
+"""A sweep as an ordinary search of Ray Tune: a trainable, a space to extend, any searcher and
+scheduler by name.
 
     tuner = tune.Tuner(trainable(config, run), param_space=space(config) | {"classifier.lr": tune.loguniform(1e-4, 1e-2)})
 
-No arms are compared here, so a scheduler may stop a trial early. What a trial paints by settings of its own has a pool of its own.
+No arms are compared here, so a scheduler may stop a trial early. What a trial paints by settings of
+its own has a pool of its own.
 """
 
 from __future__ import annotations
@@ -72,15 +74,17 @@ SPACES = (
 )
 
 
-# ---- what is searched --------------------------------------------------------------------------------------------------
+# ---- what is searched ----------------------------------------------------------------------------
 
 
 def space(config: Config) -> dict[str, Any]:
-    """What `sweep` names, for Tune: real, ratio, seed and strategies by grid search, for one arm (guided, where it is in
-    `sweep.arms`) and one denoiser. Add or replace what you like: dotted settings of `classifier` and `generate`, and `strategies`,
-    a mix of the guided arm's such as {"vary": 0.7, "inpaint": 0.3}.
+    """What `sweep` names, for Tune: real, ratio, seed and strategies by grid search, for one arm
+    (guided, where it is in `sweep.arms`) and one denoiser. Add or replace what you like: dotted
+    settings of `classifier` and `generate`, and `strategies`, a mix of the guided arm's such as
+    {"vary": 0.7, "inpaint": 0.3}.
 
-    No comparison of arms: each trial takes as many images as its own pools have, where the grid matches the arms of a cell.
+    No comparison of arms: each trial takes as many images as its own pools have, where the grid
+    matches the arms of a cell.
     """
     s = config.sweep
     arm = "guided" if "guided" in s.arms else s.arms[0]
@@ -128,7 +132,8 @@ def _domain(config: Config, key: str, value: dict[str, Any]) -> Any:
     known = {n: getattr(cfg, n.capitalize()).model_fields for n in SECTIONS}
     if key not in SEARCHABLE and name not in known.get(section, ()):
         raise UserError(
-            f"{where}: no such setting; give {', '.join(SEARCHABLE)}, classifier.NAME or generate.NAME"
+            f"{where}: no such setting; give {', '.join(SEARCHABLE)}, classifier.NAME or "
+            "generate.NAME"
         )
     if key in FIXED:
         raise UserError(f"{where}: a trial does not follow it; give {FIXED[key]}")
@@ -162,7 +167,8 @@ def _check(config: Config, where: str, key: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key == "ratio" and not (is_number and 0 <= value <= most):
         raise UserError(
-            f"{where}: {value} does not lie in 0 ... {most:g}, the largest of sweep.ratios, which images are painted for"
+            f"{where}: {value} does not lie in 0 ... {most:g}, the largest of "
+            "sweep.ratios, which images are painted for"
         )
     if key == "seed" and not (isinstance(value, int) and value >= 0):
         raise UserError(
@@ -192,18 +198,22 @@ def check_mix(mix: Any, where: str = "strategies") -> None:
             else "that is no mix of shares above 0"
         )
         raise UserError(
-            f"{where} {mix}: {what}; give, say, {{vary: 0.7, inpaint: 0.3}}; strategies are {', '.join(STRATEGIES)}"
+            f"{where} {mix}: {what}; give, say, {{vary: 0.7, inpaint: 0.3}}; strategies "
+            f"are {', '.join(STRATEGIES)}"
         )
 
 
 def scheduler(config: Config, mode: str = "max") -> TrialScheduler:
-    """By name, with its arguments; time is a training's steps. UserError for a name or an argument there is not."""
+    """By name, with its arguments; time is a training's steps. UserError for a name or an argument
+    there is not.
+    """
     search, c = config.sweep.search, config.classifier
     assert search is not None
     name = {"asha": "async_hyperband"}.get(search.scheduler, search.scheduler)
     if name == "fifo":
         return FIFOScheduler()
-    # What one of them does not know is dropped. Of trials that reach the end none is stopped just before it.
+    # What one of them does not know is dropped. Of trials that reach the end none is stopped just
+    # before it.
     usual = {
         "time_attr": STEP,
         "max_t": c.steps,
@@ -220,7 +230,9 @@ def scheduler(config: Config, mode: str = "max") -> TrialScheduler:
 
 
 def searcher(config: Config, mode: str = "max") -> Any:
-    """As `scheduler`. Random search is seeded: begun again it draws the same trials in the same order."""
+    """As `scheduler`. Random search is seeded: begun again it draws the same trials in the same
+    order.
+    """
     search = config.sweep.search
     assert search is not None
     if search.searcher in ("random", "variant_generator"):
@@ -247,7 +259,8 @@ def _made(
     known = inspect.signature(type(made).__init__).parameters
     if strange := [key for key in given if key not in known]:  # Tune drops them without a word
         raise UserError(
-            f"sweep.search.{what}_args: {name} knows no {', '.join(strange)}; it takes {', '.join(list(known)[1:])}"
+            f"sweep.search.{what}_args: {name} knows no {', '.join(strange)}; it takes "
+            f"{', '.join(list(known)[1:])}"
         )
     return made
 
@@ -257,35 +270,41 @@ def _stops_early(search: cfg.Search) -> bool:
 
 
 def check(config: Config) -> None:
-    """UserError where a search makes no sense: it compares no arms, for a scheduler that stops trials early would not be fair to
-    them."""
+    """UserError where a search makes no sense: it compares no arms, for a scheduler that stops
+    trials early would not be fair to them.
+    """
     s = config.sweep
     assert s.search is not None
     asked(config), scheduler(config), searcher(config)
     for name in ("real", "arms", "denoiser_sees", "strategies"):
         if len(getattr(s, name) or ()) > 1:
             raise UserError(
-                f"sweep.{name} {getattr(s, name)}: sweep.search is for one of them; compare several by the grid (search: null)"
+                f"sweep.{name} {getattr(s, name)}: sweep.search is for one of them; "
+                "compare several by the grid (search: null)"
             )
     if _stops_early(s.search) and s.metric != "balanced_accuracy":
         raise UserError(
-            f"sweep.search.scheduler {s.search.scheduler} beside sweep.metric {s.metric}: before a training ends only "
+            f"sweep.search.scheduler {s.search.scheduler} beside sweep.metric {s.metric}: "
+            "before a training ends only "
             "balanced_accuracy is known; take that metric, or the scheduler fifo"
         )
     if config.cluster.training_workers > 1:
         raise UserError(
-            f"cluster.training_workers {config.cluster.training_workers}: a trial of sweep.search trains on one device; set 1"
+            f"cluster.training_workers {config.cluster.training_workers}: a trial of "
+            "sweep.search trains on one device; set 1"
         )
 
 
-# ---- a trial -----------------------------------------------------------------------------------------------------------
+# ---- a trial -------------------------------------------------------------------------------------
 
 
 def trainable(
     config: Config, run: RunDir, threads: int = 1
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A function for `tune.Tuner`. It makes what its cell lacks, trains one classifier, reports {"score", "step"} on `select` at
-    every evaluation, and all metrics with the last. run: of a sweep whose `data` is prepared. UserError for what cannot be."""
+    """A function for `tune.Tuner`. It makes what its cell lacks, trains one classifier, reports
+    {"score", "step"} on `select` at every evaluation, and all metrics with the last. run: of a
+    sweep whose `data` is prepared. UserError for what cannot be.
+    """
     home, folder = Path.cwd(), folder_of(config, run)
 
     def trial(asks: dict[str, Any]) -> dict[str, Any]:
@@ -297,7 +316,9 @@ def trainable(
 
 
 def folder_of(config: Config, run: RunDir) -> Place:
-    """Where the trials of a search lie: another search has another folder; `own` is of a space that came from elsewhere."""
+    """Where the trials of a search lie: another search has another folder; `own` is of a space that
+    came from elsewhere.
+    """
     own = config.sweep.search is None
     return (
         run.root
@@ -318,8 +339,9 @@ def explored(
     report: Callable[[dict[str, Any]], None],
     folder: Place,
 ) -> dict[str, Any]:
-    """One trial, by its configuration alone: the same configuration is the same folder, which is not made twice; what it said at
-    its evaluations it says again."""
+    """One trial, by its configuration alone: the same configuration is the same folder, which is
+    not made twice; what it said at its evaluations it says again.
+    """
     point = {
         "real": "all",
         "ratio": 1.0,
@@ -402,7 +424,9 @@ def _ready(config: Config, run: RunDir, cell: Cell, d: RunDir, engine: LocalEngi
 def _pools(
     own: Config, base: Config, run: RunDir, cell: Cell, point: dict[str, Any], engine: LocalEngine
 ) -> dict[Path, float]:
-    """The pools that a trial takes its images from, and the share of each: those of the grid where `generate` is the run's own."""
+    """The pools that a trial takes its images from, and the share of each: those of the grid where
+    `generate` is the run's own.
+    """
     arm, sees = str(point["arm"]), str(point["sees"])
     mix = point["strategies"] or {own.generate.strategy: 1.0}
     if arm == "guided":
@@ -446,7 +470,9 @@ def _pools(
 
 @contextlib.contextmanager
 def alone(folder: Place) -> Iterator[None]:
-    """One trial at a time makes a folder. On an object store, which knows no locks, two may make the same bytes at once."""
+    """One trial at a time makes a folder. On an object store, which knows no locks, two may make
+    the same bytes at once.
+    """
     if not isinstance(folder, Path):
         yield
         return
@@ -456,7 +482,7 @@ def alone(folder: Place) -> Iterator[None]:
         yield
 
 
-# ---- the search --------------------------------------------------------------------------------------------------------
+# ---- the search ----------------------------------------------------------------------------------
 
 
 class _Halt(tune.Stopper):
@@ -518,7 +544,9 @@ def _short(value: Any) -> str:
 def run(
     config: Config, run: RunDir, engine: RayEngine, since: float | None = None
 ) -> list[dict[str, Any]]:
-    """`sweep.search`: prepares what trials need, searches, and writes search.json: `rows`. Begun again it makes no trial twice."""
+    """`sweep.search`: prepares what trials need, searches, and writes search.json: `rows`. Begun
+    again it makes no trial twice.
+    """
     remove_partial_files(run)
     sweep_run.settle(config, run)
     told = {"command": sweep_run.COMMAND}
@@ -604,7 +632,8 @@ def explore(
     faults = [r.metrics[FAULT] for r in results if r.metrics and r.metrics.get(FAULT)]
     if faults:
         raise UserError(
-            f"{len(faults)} of {search.samples} trials failed; the first: {faults[0]}; what the others made is kept"
+            f"{len(faults)} of {search.samples} trials failed; the first: {faults[0]}; "
+            "what the others made is kept"
         )
     return rows(folder, config.sweep.metric)
 
@@ -635,8 +664,9 @@ def _mendable(
 
 
 def rows(folder: Place, metric: str) -> list[dict[str, Any]]:
-    """Every trial of a search so far, the best first, those the scheduler stopped after those that finished: asks (its
-    configuration), state, score and what else is known."""
+    """Every trial of a search so far, the best first, those the scheduler stopped after those that
+    finished: asks (its configuration), state, score and what else is known.
+    """
     found = []
     for out in sorted(folder.iterdir(), key=str) if folder.exists() else ():
         if (made := files.read_json(out / "result" / step_folder.MANIFEST)) is not None:

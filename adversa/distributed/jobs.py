@@ -1,7 +1,8 @@
 """Ray's Jobs API from outside the cluster: reach the head, hand it a run, follow it, stop it.
 
-Everything goes over HTTP to the jobs server, the part of Ray's dashboard on the head that takes commands; this process never joins
-the cluster, so it may go to sleep or away without harm to the job.
+Everything goes over HTTP to the jobs server, the part of Ray's dashboard on the head that takes
+commands; this process never joins the cluster, so it may go to sleep or away without harm to the
+job.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ RUN = "adversa_run"  # key of a job's metadata: the run folder, as on the cluste
 TIMEOUTS = (
     10.0,
     60.0,
-)  # seconds: to connect, to wait for an answer. Ray sets none: a head that is gone would hang us for ever
-PATIENCE = 300.0  # seconds without an answer after which following gives up: a head may restart, a laptop may wake up
+    # seconds: to connect, to wait for an answer. Ray sets none: a head that is gone would hang us
+    # for ever
+)
+# seconds without an answer after which following gives up: a head may restart, a laptop may wake up
+PATIENCE = 300.0
 YOUNG_SECONDS = 120.0  # that a head which has just started may lack the agent which takes jobs
 STOP_SECONDS = (
     30  # that a job which is told to stop has to leave its folder in order; then Ray kills it
@@ -48,8 +52,9 @@ STOPPED = 143  # exit code of a job that was stopped, as of a command that SIGTE
 class Client(JobSubmissionClient):
     """Ray's client, at the address it is given, with time limits.
 
-    Ray lets the environment (RAY_API_SERVER_ADDRESS, RAY_ADDRESS) override the address. A cluster file says which cluster is meant.
-    In a process that has had an embedded Ray, Ray's client would tell every server that Ray's token: this one sends ours alone.
+    Ray lets the environment (RAY_API_SERVER_ADDRESS, RAY_ADDRESS) override the address. A cluster
+    file says which cluster is meant. In a process that has had an embedded Ray, Ray's client would
+    tell every server that Ray's token: this one sends ours alone.
     """
 
     def __init__(self, address: str, headers: dict[str, str]) -> None:
@@ -69,7 +74,9 @@ class Client(JobSubmissionClient):
 
 @dataclass(frozen=True)
 class Job:
-    """A job of the cluster that works on a run. Times are Unix seconds; exit_code is None while it runs, or where it had none."""
+    """A job of the cluster that works on a run. Times are Unix seconds; exit_code is None while it
+    runs, or where it had none.
+    """
 
     id: str
     run: str
@@ -93,8 +100,8 @@ class Job:
 
 
 def connect(address: str, hint: str) -> Client:
-    """UserError in one line where no jobs server answers there, where it is no jobs server, or where it runs other versions than
-    we do. hint: what to do about a head that does not answer.
+    """UserError in one line where no jobs server answers there, where it is no jobs server, or
+    where it runs other versions than we do. hint: what to do about a head that does not answer.
     """
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # the second has a level of its own
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -102,13 +109,15 @@ def connect(address: str, hint: str) -> Client:
     theirs = str(client._server_ray_version)
     if _minor(theirs) != _minor(ray.__version__):
         raise UserError(
-            f"the cluster at {address} runs Ray {theirs}, this machine {ray.__version__}; install the same minor version on both "
+            f"the cluster at {address} runs Ray {theirs}, this machine {ray.__version__}; "
+            "install the same minor version on both "
             f"(here: pip install 'ray[train,tune,data,default]=={theirs}')"
         )
     python = str((client.get("/api/v0/cluster_metadata") or {}).get("pythonVersion", ""))
     if python and _minor(python) != _minor(platform.python_version()):
         raise UserError(
-            f"the cluster at {address} runs Python {python}, this machine {platform.python_version()}; use the same minor version"
+            f"the cluster at {address} runs Python {python}, this machine "
+            f"{platform.python_version()}; use the same minor version"
         )
     return client
 
@@ -122,7 +131,8 @@ def _client(address: str, hint: str) -> Client:
         return _answered(address, {"Authorization": f"Bearer {known}"}, hint)
     except AuthenticationError:
         raise UserError(
-            f"the cluster at {address} refuses our token; put that cluster's own into {TOKENS[0]}, or into ~/.ray/auth_token"
+            f"the cluster at {address} refuses our token; put that cluster's own into "
+            f"{TOKENS[0]}, or into ~/.ray/auth_token"
         ) from None
 
 
@@ -151,7 +161,9 @@ def _answered(address: str, headers: dict[str, str], hint: str) -> Client:
 
 
 def _is_refusal(cause: Any) -> bool:
-    """Whether nothing was reached, told from a server that spoke another language (a reset, an end without an answer)."""
+    """Whether nothing was reached, told from a server that spoke another language (a reset, an end
+    without an answer).
+    """
     if isinstance(cause, requests.exceptions.ConnectTimeout):
         return True
     return (
@@ -162,13 +174,16 @@ def _is_refusal(cause: Any) -> bool:
 
 def _other(address: str) -> UserError:
     return UserError(
-        f"what answers at {address} is no Ray jobs server; give the dashboard's port (8265, or what `ray start --dashboard-port` "
+        f"what answers at {address} is no Ray jobs server; give the dashboard's port "
+        "(8265, or what `ray start --dashboard-port` "
         "says), not Ray's own (6379)"
     )
 
 
 def token() -> str:
-    """The cluster's token, from where Ray looks for it, in the same order. UserError where there is none."""
+    """The cluster's token, from where Ray looks for it, in the same order. UserError where there is
+    none.
+    """
     if text := os.environ.get(TOKENS[0], "").strip():
         return text
     path = Path(os.environ.get(TOKENS[1]) or Path.home() / ".ray" / "auth_token")
@@ -176,7 +191,8 @@ def token() -> str:
         return path.read_text().strip()
     except OSError:
         raise UserError(
-            f"the cluster asks for a token and there is none at {path}; put the cluster's own into {TOKENS[0]} or there"
+            f"the cluster asks for a token and there is none at {path}; put the cluster's "
+            f"own into {TOKENS[0]} or there"
         ) from None
 
 
@@ -193,17 +209,21 @@ def _without(*names: str) -> Iterator[None]:
         os.environ.update(kept)
 
 
-# ---- jobs ---------------------------------------------------------------------------------------------------------------
+# ---- jobs ----------------------------------------------------------------------------------------
 
 
 def base_id(run: str) -> str:
-    """The first part of the ids of all jobs on a run: the same from any machine, so that a second command finds the first's."""
+    """The first part of the ids of all jobs on a run: the same from any machine, so that a second
+    command finds the first's.
+    """
     name = re.sub(r"[^a-z0-9]+", "-", run.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-")[:40]
     return f"adversa-{name or 'run'}-{digest(run.rstrip('/'), size=4)}"
 
 
 def command(stage: str, run: str, settings: list[str], options: list[str]) -> str:
-    """What the head's shell is given: every word quoted, so that a name can not be read as a command."""
+    """What the head's shell is given: every word quoted, so that a name can not be read as a
+    command.
+    """
     words = ["python", "-m", "adversa.cli", stage, "config.yaml", "--run-dir", run]
     return shlex.join(
         [*words, *(word for setting in settings for word in ("--set", setting)), *options]
@@ -211,7 +231,9 @@ def command(stage: str, run: str, settings: list[str], options: list[str]) -> st
 
 
 def jobs(client: Client) -> list[Job]:
-    """Those that work, or worked, on a run of ours, the oldest first; also what `ray job submit -- adversa loop ...` started."""
+    """Those that work, or worked, on a run of ours, the oldest first; also what `ray job submit --
+    adversa loop ...` started.
+    """
     found = [
         _job(details, run)
         for details in client.list_jobs()
@@ -221,7 +243,9 @@ def jobs(client: Client) -> list[Job]:
 
 
 def run_of(details: Any) -> str | None:
-    """The run folder a job works on: as we noted it, or as its command says. None where it is not adversa's."""
+    """The run folder a job works on: as we noted it, or as its command says. None where it is not
+    adversa's.
+    """
     if noted := (details.metadata or {}).get(RUN):
         return str(noted)
     try:
@@ -272,8 +296,8 @@ def submit(
 ) -> tuple[Job, bool]:
     """(the job on the run, whether it is new): the one that is at work, or a new one where none is.
 
-    The runtime environment carries this adversa and the configuration; what adversa needs must be installed on the cluster.
-    folder: an empty one, for the files that go along.
+    The runtime environment carries this adversa and the configuration; what adversa needs must be
+    installed on the cluster. folder: an empty one, for the files that go along.
     """
     known = of_run(client, run)
     if known and not known[-1].is_over:
@@ -287,7 +311,9 @@ def submit(
 
 
 def ask(client: Client, run: str, stage: str, settings: list[str]) -> Job:
-    """Let a command that looks at a run, or says what is wanted of it, run beside the job that works on it, where its folder is."""
+    """Let a command that looks at a run, or says what is wanted of it, run beside the job that
+    works on it, where its folder is.
+    """
     words = [
         "python",
         "-m",
@@ -304,7 +330,9 @@ def ask(client: Client, run: str, stage: str, settings: list[str]) -> Job:
 def aside(
     client: Client, run: str, stage: str, entrypoint: str, config_yaml: str, folder: Path
 ) -> Job:
-    """Let a command that needs a configuration, and no run, run beside what else the cluster does. folder: as of `submit`."""
+    """Let a command that needs a configuration, and no run, run beside what else the cluster does.
+    folder: as of `submit`.
+    """
     (folder / "config.yaml").write_text(config_yaml)
     job_id = f"adversa-{stage}-{uuid.uuid4().hex[:8]}"
     _hand_over(client, job_id, entrypoint, {"working_dir": str(folder)}, {})
@@ -348,10 +376,12 @@ def _last_line(text: str) -> str:
 def follow(
     client: Client, start: Job, show: Callable[[str], None], patience: float = PATIENCE
 ) -> Job:
-    """Hand every line of a job's log to `show`, as they come, until the job is over; the job at its end.
+    """Hand every line of a job's log to `show`, as they come, until the job is over; the job at its
+    end.
 
-    Polls, because a poll survives what a stream does not (a laptop that slept, a tunnel that was opened anew). Ray hands out a log
-    whole, so the longer it gets the rarer we ask. UserError when nothing has answered for `patience` seconds.
+    Polls, because a poll survives what a stream does not (a laptop that slept, a tunnel that was
+    opened anew). Ray hands out a log whole, so the longer it gets the rarer we ask. UserError when
+    nothing has answered for `patience` seconds.
     """
     seen, silent = 0, None
     while True:
@@ -381,23 +411,29 @@ def _silence(
     show: Callable[[str], None],
     patience: float,
 ) -> float:
-    """Since when the cluster has not answered; a line at the beginning, a UserError at the end of our patience."""
+    """Since when the cluster has not answered; a line at the beginning, a UserError at the end of
+    our patience.
+    """
     if "does not exist" in str(error):  # the head was replaced by one that knows nothing of the job
         raise UserError(
-            f"the cluster no longer knows the job {followed.id}; run the same command again to resume"
+            f"the cluster no longer knows the job {followed.id}; run the same command "
+            "again to resume"
         ) from None
     if since is None:
         show(f"the cluster does not answer; waiting for it, {patience:.0f} s at most")
         return time.monotonic()
     if time.monotonic() - since > patience:
         raise UserError(
-            f"the cluster has not answered for {patience:.0f} s; the job {followed.id} may still run"
+            f"the cluster has not answered for {patience:.0f} s; the job {followed.id} may "
+            "still run"
         ) from None
     return since
 
 
 def stop(client: Client, running: Job, seconds: float = STOP_SECONDS + 30) -> Job:
-    """Ask a job to stop, as Ctrl-C would, and wait; the job at its end, or as it is after so long."""
+    """Ask a job to stop, as Ctrl-C would, and wait; the job at its end, or as it is after so
+    long.
+    """
     client.stop_job(running.id)
     ends = time.monotonic() + seconds
     while not (now := job(client, running.id, running.run)).is_over and time.monotonic() < ends:

@@ -1,6 +1,8 @@
-"""Ray's cluster launcher, by its own commands: where the head is, a tunnel to its jobs server, up and down.
+"""Ray's cluster launcher, by its own commands: where the head is, a tunnel to its jobs server, up
+and down.
 
-The commands run as lists of words, never through a shell of ours; what a cluster file says reaches them as the file's name alone.
+The commands run as lists of words, never through a shell of ours; what a cluster file says reaches
+them as the file's name alone.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from adversa.distributed import jobs
 from adversa.distributed.cluster_file import ClusterFile
 from adversa.types import UserError
 
-# The `ray` of this environment, whatever PATH says, and whatever modules lie in the folder one is in (-P).
+# The `ray` of this environment, whatever PATH says, and whatever modules lie in the folder one is
+# in (-P).
 RAY = [sys.executable, "-P", "-m", "ray.scripts.scripts"]
 PORT = 8265  # of the dashboard on the head, where cluster files leave it
 HEAD_SECONDS = 120.0  # a cloud's API may take its time
@@ -35,15 +38,16 @@ NODE_SECONDS = 1800.0  # a spot machine comes, pulls an image, installs
 
 @contextlib.contextmanager
 def session(cluster: ClusterFile) -> Iterator[jobs.Client]:
-    """A client of the cluster's jobs server, for as long as the context lasts. UserError, one line, where there is none, or where
-    it falls silent.
+    """A client of the cluster's jobs server, for as long as the context lasts. UserError, one line,
+    where there is none, or where it falls silent.
     """
     try:
         with _reached(cluster) as client:
             yield client
     except requests.exceptions.RequestException as e:
         raise UserError(
-            f"the cluster of {cluster.path} has stopped answering ({type(e).__name__}); jobs on it may go on"
+            f"the cluster of {cluster.path} has stopped answering ({type(e).__name__}); "
+            "jobs on it may go on"
         ) from None
 
 
@@ -59,7 +63,8 @@ def _reached(cluster: ClusterFile) -> Iterator[jobs.Client]:
         return
     if cluster.kind == "kuberay":
         raise UserError(
-            f"{cluster.path}: no address in the annotation adversa; `kubectl port-forward svc/NAME-head-svc {PORT}:{PORT}` and set "
+            f"{cluster.path}: no address in the annotation adversa; `kubectl port-forward "
+            f"svc/NAME-head-svc {PORT}:{PORT}` and set "
             f"address: http://127.0.0.1:{PORT}"
         )
     ip = head_ip(cluster)
@@ -85,20 +90,24 @@ def head_ip(cluster: ClusterFile) -> str:
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"`ray get-head-ip {cluster.path}` took more than {HEAD_SECONDS:.0f} s; is {cluster.provider} reachable?"
+            f"`ray get-head-ip {cluster.path}` took more than {HEAD_SECONDS:.0f} s; is "
+            f"{cluster.provider} reachable?"
         ) from None
     for line in reversed(done.stdout.split() if done.returncode == 0 else []):
         with contextlib.suppress(ValueError):
             return str(ipaddress.ip_address(line))
     raise UserError(
-        f"no head of the cluster {cluster.name} is up ({_reason(done.stderr or done.stdout)}); bring it up with --up, or `ray up "
+        f"no head of the cluster {cluster.name} is up "
+        f"({_reason(done.stderr or done.stdout)}); bring it up with --up, or `ray up "
         f"{cluster.path}`"
     )
 
 
 @contextlib.contextmanager
 def tunnel(cluster: ClusterFile) -> Iterator[str]:
-    """The address, on this machine's loopback, of an ssh tunnel to the head's jobs server (`ray dashboard`)."""
+    """The address, on this machine's loopback, of an ssh tunnel to the head's jobs server (`ray
+    dashboard`).
+    """
     port = _free_port()
     words = [
         *RAY,
@@ -144,12 +153,15 @@ def _wait_open(
         time.sleep(0.2)
     said.seek(0)
     raise UserError(
-        f"no ssh tunnel to the head of {cluster.name} ({_reason(said.read())}); try `ray attach {cluster.path}`"
+        f"no ssh tunnel to the head of {cluster.name} ({_reason(said.read())}); try `ray "
+        f"attach {cluster.path}`"
     )
 
 
 def up(cluster: ClusterFile) -> None:
-    """`ray up`, with its own output. UserError where it fails, or would after it has started the head."""
+    """`ray up`, with its own output. UserError where it fails, or would after it has started the
+    head.
+    """
     if missing := [m for m in cluster.mounts if not Path(m).expanduser().exists()]:
         fix = (
             "make it: ray get-auth-token --generate"
@@ -172,12 +184,15 @@ def wait_for_nodes(
     show: Callable[[str], None],
     seconds: float = NODE_SECONDS,
 ) -> None:
-    """Until the workers that the file wants from the start are there: a run looks at its beginning at what the cluster has."""
+    """Until the workers that the file wants from the start are there: a run looks at its beginning
+    at what the cluster has.
+    """
     wanted, ends, told = cluster.workers + 1, time.monotonic() + seconds, -1
     while (there := jobs.alive(client)) < wanted:
         if time.monotonic() > ends:
             raise UserError(
-                f"{there} of {wanted} machines came within {seconds:.0f} s; see `ray monitor {cluster.path}`"
+                f"{there} of {wanted} machines came within {seconds:.0f} s; see `ray "
+                f"monitor {cluster.path}`"
             )
         if there != told:
             show(f"{there} of {wanted} machines are up")
@@ -189,7 +204,8 @@ def _run(cluster: ClusterFile, *words: str) -> None:
     if cluster.kind == "kuberay":
         verb = "apply" if words[0] == "up" else "delete"
         raise UserError(
-            f"--{words[0]}: {cluster.path} is a KubeRay manifest; use `kubectl {verb} -f {cluster.path}`"
+            f"--{words[0]}: {cluster.path} is a KubeRay manifest; use `kubectl {verb} -f "
+            f"{cluster.path}`"
         )
     code = subprocess.run(
         [*RAY, words[0], str(cluster.path.resolve()), *words[1:]],
@@ -198,7 +214,8 @@ def _run(cluster: ClusterFile, *words: str) -> None:
     ).returncode
     if code:
         raise UserError(
-            f"`ray {words[0]} {cluster.path}` ended with exit code {code}; its own lines above say why"
+            f"`ray {words[0]} {cluster.path}` ended with exit code {code}; its own lines "
+            "above say why"
         )
 
 

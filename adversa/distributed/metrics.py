@@ -1,4 +1,6 @@
-"""A run's numbers to Prometheus, the way Ray's own take: each node has a port that serves them. cluster/grafana.json shows them."""
+"""A run's numbers to Prometheus, the way Ray's own take: each node has a port that serves them.
+cluster/grafana.json shows them.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ def here(cluster: Cluster) -> Node:
 
 
 def measured(config: Config, nodes: Sequence[Node], seconds: float) -> dict[Any, Any]:
-    """{kind of node: measure.Measured}, on the first node of each kind that can hold a worker, all at once.
+    """{kind of node: measure.Measured}, on the first node of each kind that can hold a worker, all
+    at once.
 
     UserError where the cluster has no room for them in time.
     """
@@ -74,7 +75,8 @@ def measured(config: Config, nodes: Sequence[Node], seconds: float) -> dict[Any,
         for call in calls.values():
             ray.cancel(call, force=True)
         raise UserError(
-            f"{len(calls) - len(ready)} of {len(calls)} kinds of machines had no room to measure in; is the cluster busy?"
+            f"{len(calls) - len(ready)} of {len(calls)} kinds of machines had no room to "
+            "measure in; is the cluster busy?"
         )
     return {kind: ray.get(call) for kind, call in calls.items()}
 

@@ -1,6 +1,7 @@
 """The pool of sampler actors: Ray under the scheduling of engine/worker_pool.py.
 
-No image passes through the driver: an actor reads its parts' requests, paints, and commits the files.
+No image passes through the driver: an actor reads its parts' requests, paints, and commits the
+files.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from adversa.engine.worker_pool import Lost, work_off
 
 @dataclass(frozen=True)
 class Actors:
-    """The Backend of Ray actors. options: of each (num_cpus, num_gpus); threads: of torch; pinned: to cores of their own."""
+    """The Backend of Ray actors. options: of each (num_cpus, num_gpus); threads: of torch; pinned:
+    to cores of their own.
+    """
 
     make: Make
     out: Path
@@ -34,7 +37,8 @@ class Actors:
 
     @cached_property
     def kind(self) -> Any:
-        # Ray neither starts an actor again nor repeats its calls: what a dead one had not done is for the crew to decide.
+        # Ray neither starts an actor again nor repeats its calls: what a dead one had not done is
+        # for the crew to decide.
         return ray.remote(max_restarts=0, max_task_retries=0, **self.options)(Actor)
 
     def start(self) -> Any:
@@ -92,7 +96,9 @@ def map_parts(
     pinned: bool = False,
     name: Name = row_name,
 ) -> list[Share]:
-    """Do every missing part on `size()` actors, or as many as there is room for; see crew.work_off and `Actors`."""
+    """Do every missing part on `size()` actors, or as many as there is room for; see crew.work_off
+    and `Actors`.
+    """
     return work_off(
         Actors(make, out, options, threads, pinned), parts, out, report, size, attempts, name
     )

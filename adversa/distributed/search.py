@@ -1,7 +1,9 @@
-"""Ray Tune around a list of trials: as many at a time as there are lanes, each lane an actor that is used again and again.
+"""Ray Tune around a list of trials: as many at a time as there are lanes, each lane an actor that
+is used again and again.
 
-Tune asks `Source` what to run next, and that looks at the folders: what is finished is never suggested, what waits for another is
-not suggested yet. So Tune keeps no state that matters, and a search that was killed is simply begun anew (docs/decisions/0014).
+Tune asks `Source` what to run next, and that looks at the folders: what is finished is never
+suggested, what waits for another is not suggested yet. So Tune keeps no state that matters, and a
+search that was killed is simply begun anew (docs/decisions/0014).
 """
 
 from __future__ import annotations
@@ -32,13 +34,16 @@ from adversa.storage.path import Place
 from adversa.types import UserError
 
 LOOK_SECONDS = 0.5
-# Of a trial's result: what the user can mend, the traceback of a fault of ours, and that it came to its end.
+# Of a trial's result: what the user can mend, the traceback of a fault of ours, and that it came to
+# its end.
 FAULT, BUG, OVER = "fault", "bug", "over"
 
 
 @dataclass(frozen=True)
 class Lanes:
-    """What a trial asks for, how many run at most (None: as there is room), starts of one that dies, its torch threads."""
+    """What a trial asks for, how many run at most (None: as there is room), starts of one that
+    dies, its torch threads.
+    """
 
     asks: dict[str, float]
     most: int | None
@@ -55,7 +60,9 @@ def lanes(cluster: Cluster, gpus: float) -> Lanes:
 
 
 class Source(Searcher):
-    """What Tune runs next: the first trial that is ready. Its configuration is the trial's place in the list."""
+    """What Tune runs next: the first trial that is ready. Its configuration is the trial's place in
+    the list.
+    """
 
     def __init__(self, board: Board, most: int | None) -> None:
         super().__init__(metric=OVER, mode="max")
@@ -84,7 +91,8 @@ class Source(Searcher):
         self.board.running.discard(i)
         if error:
             self.board.failed[i] = (
-                "its worker died every time it was begun; the machine may lack memory (see --verbose)"
+                "its worker died every time it was begun; the machine may lack memory (see "
+                "--verbose)"
             )
         elif result and result.get(FAULT):
             self.board.failed[i] = str(result[FAULT])
@@ -113,7 +121,9 @@ class Begun(tune.Callback):
 
 
 class Runner:
-    """The trainable: works on the trial that Tune names. An exception comes home as a result: only dead processes are replaced."""
+    """The trainable: works on the trial that Tune names. An exception comes home as a result: only
+    dead processes are replaced.
+    """
 
     def __init__(self, trials: Sequence[Trial], threads: int, home: Path) -> None:
         self.trials, self.threads, self.home = list(trials), threads, home
@@ -135,7 +145,9 @@ def _tell_nobody(state: dict[str, Any]) -> None:
 
 
 def search(trials: Sequence[Trial], on: Lanes, storage: Place, report: Tell) -> None:
-    """Do every trial that is not finished. UserError where some failed; control's Pause once what was in flight is finished."""
+    """Do every trial that is not finished. UserError where some failed; control's Pause once what
+    was in flight is finished.
+    """
     board = Board(trials)
     if not board.left():
         report(board.state())
@@ -180,7 +192,9 @@ def _function(runner: Runner) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def _look(source: Source, report: Tell, pauses: list[control.Pause]) -> None:
-    """Tell how far it is, and hear what people wish: for a pause nothing new is begun, and what is in flight ends."""
+    """Tell how far it is, and hear what people wish: for a pause nothing new is begun, and what is
+    in flight ends.
+    """
     report(source.board.state())
     if pauses:
         return
@@ -192,7 +206,9 @@ def _look(source: Source, report: Tell, pauses: list[control.Pause]) -> None:
 
 
 def watched(tuner: tune.Tuner, look: Callable[[], None]) -> tune.ResultGrid:
-    """`tuner.fit()` in a thread of its own; this one looks about, twice a second. UserError of a trial comes back as itself."""
+    """`tuner.fit()` in a thread of its own; this one looks about, twice a second. UserError of a
+    trial comes back as itself.
+    """
     failure: list[BaseException] = []
     result: list[tune.ResultGrid] = []
 

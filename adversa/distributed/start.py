@@ -1,4 +1,6 @@
-"""How a process comes to Ray: an embedded one on this machine, or the cluster that RAY_ADDRESS names. No Ray Data, no Ray Train."""
+"""How a process comes to Ray: an embedded one on this machine, or the cluster that RAY_ADDRESS
+names. No Ray Data, no Ray Train.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ KNOCK_SECONDS = 10.0
 
 
 class _Job(JobConfig):
-    """Ray puts the folder that the command was started in before all others in its workers' search for modules: in a folder from a
-    stranger a file `numpy.py` would be run there. Only where this process itself looks for modules do they."""
+    """Ray puts the folder that the command was started in before all others in its workers' search
+    for modules: in a folder from a stranger a file `numpy.py` would be run there. Only where this
+    process itself looks for modules do they.
+    """
 
     def _serialize(self) -> bytes:
         known = {os.path.abspath(p) for p in sys.path}
@@ -36,8 +40,9 @@ class _Job(JobConfig):
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A Ray that starts in here listens on this machine's loopback alone: whoever reaches its ports can run any code. On Linux Ray
-    would take the machine's own address, for nodes that may join; this switch is what keeps it from that on Windows and macOS.
+    """A Ray that starts in here listens on this machine's loopback alone: whoever reaches its ports
+    can run any code. On Linux Ray would take the machine's own address, for nodes that may join;
+    this switch is what keeps it from that on Windows and macOS.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -70,7 +75,8 @@ def start(cluster: Cluster, verbose: bool) -> None:
             os.environ.setdefault(
                 "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
             )  # no node of an embedded Ray is taken away
-            # Nobody asks an embedded Ray for metrics or for its tasks' history: a third of what its processes take from a training.
+            # Nobody asks an embedded Ray for metrics or for its tasks' history: a third of what its
+            # processes take from a training.
             for name in (
                 "RAY_event_stats",
                 "RAY_enable_metrics_collection",
@@ -97,7 +103,9 @@ def start(cluster: Cluster, verbose: bool) -> None:
 
 
 def _knock(named: str) -> None:
-    """UserError where nothing listens at HOST:PORT: Ray itself would try for a quarter of an hour. Other forms are left to it."""
+    """UserError where nothing listens at HOST:PORT: Ray itself would try for a quarter of an hour.
+    Other forms are left to it.
+    """
     host, _, port = named.rpartition("://")[2].rpartition(":")
     if not host or not port.isdigit():
         return
@@ -105,7 +113,8 @@ def _knock(named: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
     except (OSError, OverflowError) as e:
         raise UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={named} ({e}); see whether its head is up (`ray status`), correct the address, "
+            f"no Ray cluster answers at RAY_ADDRESS={named} ({e}); see whether its head is "
+            "up (`ray status`), correct the address, "
             "or unset it to work on this machine"
         ) from None
 

@@ -1,4 +1,6 @@
-"""Ray Data: work over parts, and batches streamed to training workers in an order fixed by the recipe."""
+"""Ray Data: work over parts, and batches streamed to training workers in an order fixed by the
+recipe.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from adversa.engine.tasks import Done, Make, Part, Report, Work, do_part, missin
 from adversa.storage.weights import committed_step
 from adversa.types import UserError, share_of
 
-# Uncompressed bytes of a block of training batches: large enough to pay for a task, small against any object store.
+# Uncompressed bytes of a block of training batches: large enough to pay for a task, small against
+# any object store.
 BLOCK_BYTES = 16 << 20
 
 
@@ -38,10 +41,11 @@ def quiet(verbose: bool) -> None:
 def map_batches(
     make: Make, parts: Sequence[Part], out: Path, report: Report, options: dict[str, Any]
 ) -> list[Done]:
-    """Each missing part as one row of a streaming dataset: read, work, commit happen in the task; only counts come back.
+    """Each missing part as one row of a streaming dataset: read, work, commit happen in the task;
+    only counts come back.
 
-    options: of each task (num_gpus). Tasks, not actors: they run in the workers that Ray keeps warm, and `make()` is called
-    once a worker.
+    options: of each task (num_gpus). Tasks, not actors: they run in the workers that Ray keeps
+    warm, and `make()` is called once a worker.
     """
     todo, total = missing(parts, out), sum(p.rows for p in parts)
     finished = total - sum(p.rows for p in todo)
@@ -63,7 +67,8 @@ def map_batches(
 class _PartTask:
     """Runs on the worker: a batch of parts to a batch of counts.
 
-    What the user can mend comes home as a value: Ray Data would wrap the exception and lose which one it was.
+    What the user can mend comes home as a value: Ray Data would wrap the exception and lose which
+    one it was.
     """
 
     def __init__(self, make: Make, out: Path) -> None:
@@ -97,11 +102,13 @@ def made(make: Make) -> Work:
 def feed_dataset(
     feed: Feed, start: int, row_bytes: int, world: int = 1, ranks: Sequence[int] | None = None
 ) -> ray.data.Dataset:
-    """The shares of `ranks` (None: all `world` workers) of the feed's batches from step `start` on, as a streaming dataset.
+    """The shares of `ranks` (None: all `world` workers) of the feed's batches from step `start` on,
+    as a streaming dataset.
 
-    A row is one worker's share of one batch; a block holds rows of one worker. Blocks come in groups that cover the same steps,
-    one a worker and all equally long: `streaming_split` with preserved order gives the next block to the split with the fewest
-    rows, so it deals them out in turn, and split r gets worker r's rows, all of them and in order. `batches` checks that.
+    A row is one worker's share of one batch; a block holds rows of one worker. Blocks come in
+    groups that cover the same steps, one a worker and all equally long: `streaming_split` with
+    preserved order gives the next block to the split with the fewest rows, so it deals them out in
+    turn, and split r gets worker r's rows, all of them and in order. `batches` checks that.
 
     row_bytes: of one image or latent, to size the blocks.
     """
@@ -119,8 +126,9 @@ def feed_dataset(
 class Pace(ExecutionCallback):
     """Makes Ray Data's scheduling loop take at least 50 ms a step.
 
-    While a finished block waits for a training step to make room, the loop's wait returns at once and it spins: 70% of a core,
-    which on two cores made training half as fast (benchmarks/LOG.md, 2026-11-21).
+    While a finished block waits for a training step to make room, the loop's wait returns at once
+    and it spins: 70% of a core, which on two cores made training half as fast (benchmarks/LOG.md,
+    2026-11-21).
     """
 
     SECONDS = 0.05
@@ -137,7 +145,9 @@ class Pace(ExecutionCallback):
 
 @dataclass(frozen=True)
 class _FeedTask:
-    """Runs on the task's worker: the number of a block to its rows. A short share is padded; `rows` says how much of it is real."""
+    """Runs on the task's worker: the number of a block to its rows. A short share is padded; `rows`
+    says how much of it is real.
+    """
 
     feed: Feed
     start: int
@@ -182,9 +192,11 @@ def _pad(a: np.ndarray, size: int) -> np.ndarray:
 
 
 def batches(shard: Any, rank: int = 0) -> Callable[[], Iterator[Batch]]:
-    """The inverse on the training worker: rows of a dataset shard to its shares of the batches; each call streams them once.
+    """The inverse on the training worker: rows of a dataset shard to its shares of the batches;
+    each call streams them once.
 
-    A batch has its `step`. A shard that holds another worker's rows, or not every step, stops the run.
+    A batch has its `step`. A shard that holds another worker's rows, or not every step, stops the
+    run.
     """
 
     def stream() -> Iterator[Batch]:
@@ -207,11 +219,13 @@ def batches(shard: Any, rank: int = 0) -> Callable[[], Iterator[Batch]]:
 
 
 class Streams(DataConfig):
-    """The datasets of a launch, made anew for each start of its workers: from the step last committed, for as many as there are.
+    """The datasets of a launch, made anew for each start of its workers: from the step last
+    committed, for as many as there are.
 
-    Ray Train asks `configure` for one dataset at a time, in each start's own process, when the first worker asks for its shard;
-    what it was given as datasets are placeholders. Training feeds are split among the workers (streaming_split). A select feed is
-    short and read again and again: each worker has a stream of its own share.
+    Ray Train asks `configure` for one dataset at a time, in each start's own process, when the
+    first worker asks for its shard; what it was given as datasets are placeholders. Training feeds
+    are split among the workers (streaming_split). A select feed is short and read again and again:
+    each worker has a stream of its own share.
     """
 
     def __init__(

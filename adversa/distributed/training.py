@@ -1,7 +1,9 @@
-"""Ray Train around the core fit functions: one launch for several trainings, each fed by its own stream.
+"""Ray Train around the core fit functions: one launch for several trainings, each fed by its own
+stream.
 
-A launch costs seconds (controller, worker group, imports), so trainings that wait for nothing share one. Each finished job
-is marked on the worker; a launch that dies is repeated with what is left. docs/decisions/0006 says what survives which death.
+A launch costs seconds (controller, worker group, imports), so trainings that wait for nothing share
+one. Each finished job is marked on the worker; a launch that dies is repeated with what is left.
+docs/decisions/0006 says what survives which death.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from adversa.storage.path import Place, Remote
 
 @dataclass(frozen=True)
 class Group:
-    """The workers of a launch: how many (least, most), what each asks for, starts before the run fails, torch threads of each.
+    """The workers of a launch: how many (least, most), what each asks for, starts before the run
+    fails, torch threads of each.
 
     embedded: on a Ray of this command's own, which ends with it.
     """
@@ -41,9 +44,11 @@ class Group:
 
 
 def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: Group) -> dict[str, float]:
-    """Train unfinished jobs in order on a group of workers. UserError of a job comes back as itself, and is not tried again.
+    """Train unfinished jobs in order on a group of workers. UserError of a job comes back as
+    itself, and is not tried again.
 
-    Returns when the stages of the launch's start-up were over (worker.Loop). ControllerLost where Ray Train itself was killed.
+    Returns when the stages of the launch's start-up were over (worker.Loop). ControllerLost where
+    Ray Train itself was killed.
     """
     streams = stream.Streams(
         {f"train-{i}": (job.feed, job.out) for i, job in enumerate(jobs)},
@@ -76,7 +81,9 @@ def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: Group) -
 
 
 def _stored(storage: Place) -> dict[str, Any]:
-    """Where Ray Train keeps its pointers. Of an object store Ray gets the filesystem: it would read the address its own way."""
+    """Where Ray Train keeps its pointers. Of an object store Ray gets the filesystem: it would read
+    the address its own way.
+    """
     if isinstance(storage, Remote):
         filesystem, path = storage.store
         return {"storage_path": path, "storage_filesystem": filesystem}
@@ -84,11 +91,15 @@ def _stored(storage: Place) -> dict[str, Any]:
 
 
 class ControllerLost(Exception):
-    """The process that looks after a launch's workers has died, or the node it was to run on. What is committed is kept."""
+    """The process that looks after a launch's workers has died, or the node it was to run on. What
+    is committed is kept.
+    """
 
 
 class _Trainer(TorchTrainer):
-    """TorchTrainer without the process that frees a dead controller's placement group: an embedded Ray ends with the command."""
+    """TorchTrainer without the process that frees a dead controller's placement group: an embedded
+    Ray ends with the command.
+    """
 
     embedded = False
 
@@ -102,7 +113,9 @@ class _Trainer(TorchTrainer):
 
 
 def _run(trainer: TorchTrainer) -> Result:
-    """`trainer.fit()` in a thread of its own: in the main thread it would take over Ctrl-C and turn it into exit code 0."""
+    """`trainer.fit()` in a thread of its own: in the main thread it would take over Ctrl-C and turn
+    it into exit code 0.
+    """
     failure: list[BaseException] = []
     result: list[Result] = []
 

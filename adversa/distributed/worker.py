@@ -1,6 +1,8 @@
-"""What runs on a training worker: the jobs of a launch, one after the other, each fed by its own stream.
+"""What runs on a training worker: the jobs of a launch, one after the other, each fed by its own
+stream.
 
-No torch here: the first stream starts while the job's modules are still being imported (torch, timm: seconds).
+No torch here: the first stream starts while the job's modules are still being imported (torch,
+timm: seconds).
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from adversa.storage.path import place
 from adversa.storage.weights import committed_step
 from adversa.types import UserError
 
-POINTER = "pointer.json"  # in Ray Train's checkpoints: which folder holds the training state, and of which step
+# in Ray Train's checkpoints: which folder holds the training state, and of which step
+POINTER = "pointer.json"
 REPORT_SECONDS = (
     2.0  # between two reports: each waits until Ray Train's controller has taken the one before
 )
@@ -35,7 +38,9 @@ HELD_BYTES = 128 << 20  # a select role up to this size is streamed once and kep
 
 
 class Loop:
-    """The training worker's function: trains every job that is not finished; called anew when workers died and were replaced."""
+    """The training worker's function: trains every job that is not finished; called anew when
+    workers died and were replaced.
+    """
 
     def __init__(self, jobs: Sequence[FitJob], threads: int | None, home: Path) -> None:
         self.outs = [job.out for job in jobs]
@@ -47,12 +52,16 @@ class Loop:
         self.threads, self.home = threads, home
 
     def __call__(self) -> dict[str, float]:
-        """Returns when (time.time) this start of the workers began, had its modules, and had its first batch."""
+        """Returns when (time.time) this start of the workers began, had its modules, and had its
+        first batch.
+        """
         marks = {"began": time.time()}
         if self.home.is_dir():
             os.chdir(
                 self.home
-            )  # Ray Train moves its workers elsewhere; relative paths in a configuration mean the user's folder
+                # Ray Train moves its workers elsewhere; relative paths in a configuration mean the
+                # user's folder
+            )
         self._check_state()
         todo = [i for i, out in enumerate(self.outs) if not is_finished(out)]
         if not todo:  # the workers before these died after their last manifest
@@ -78,12 +87,16 @@ class Loop:
         return marks
 
     def _stream(self, i: int) -> Iterator[Batch]:
-        """Batches from the step last committed on: what Streams.configure made for this start of the workers."""
+        """Batches from the step last committed on: what Streams.configure made for this start of
+        the workers.
+        """
         done = committed_step(self.outs[i]) >= self.steps[i]  # then only the manifest is missing
         return iter(()) if done else _shard(f"train-{i}")()
 
     def _check_state(self) -> None:
-        """What Ray Train saw committed must be there: a worker on a node that sees other files would start from nothing."""
+        """What Ray Train saw committed must be there: a worker on a node that sees other files
+        would start from nothing.
+        """
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return
@@ -93,12 +106,15 @@ class Loop:
         if not is_finished(out) and (found := committed_step(out)) < step:
             raise UserError(
                 f"{out} held the training state of step {step} and has that of step {found} now: "
-                "put the run folder where every node sees the same files, and leave it alone while a run goes on"
+                "put the run folder where every node sees the same files, and leave it "
+                "alone while a run goes on"
             )
 
 
 class Reports:
-    """Tells Ray Train of committed steps: a checkpoint that points to the training state in the job's own folder."""
+    """Tells Ray Train of committed steps: a checkpoint that points to the training state in the
+    job's own folder.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out, self.last = out, float("-inf")
@@ -117,7 +133,9 @@ class Reports:
 
 
 class Ahead:
-    """A stream whose start, and first batch, happen in a thread of their own from `start()` on; `then` is called after it."""
+    """A stream whose start, and first batch, happen in a thread of their own from `start()` on;
+    `then` is called after it.
+    """
 
     def __init__(self, stream: Callable[[], Iterator[Batch]], then: Callable[[], None]) -> None:
         self.stream, self.then = stream, then
@@ -160,7 +178,8 @@ class Ahead:
 
 
 class Held:
-    """A stream that is read again and again: kept in memory after the first time where it is at most HELD_BYTES.
+    """A stream that is read again and again: kept in memory after the first time where it is at
+    most HELD_BYTES.
 
     start() reads it in a thread of its own, beside the training.
     """
@@ -202,9 +221,11 @@ class Held:
 def fed(
     stream: Iterable[Batch], steps: int, start: int, last: Callable[[], None]
 ) -> Iterator[Batch]:
-    """The stream's batches of the steps `start` ... `steps` - 1; `last` is called before the last is given.
+    """The stream's batches of the steps `start` ... `steps` - 1; `last` is called before the last
+    is given.
 
-    The stream may begin earlier: the file that says where it begins is written after the training state.
+    The stream may begin earlier: the file that says where it begins is written after the training
+    state.
     """
     expected = start
     for batch in stream:

@@ -1,1 +1,3 @@
-"""How work is carried out, without Ray: one interface, the engine of this process, tasks, worker pool."""
+"""How work is carried out, without Ray: one interface, the engine of this process, tasks, worker
+pool.
+"""

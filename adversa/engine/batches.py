@@ -1,7 +1,7 @@
 """What a training sees, as a pure function of the step: ids drawn by weight, images read by id.
 
-Ray Data and the local engine call the same `Feed.batch(step)`, so both give the same batches, and a training that resumes at
-step k sees exactly what an undisturbed one sees from k on.
+Ray Data and the local engine call the same `Feed.batch(step)`, so both give the same batches, and a
+training that resumes at step k sees exactly what an undisturbed one sees from k on.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from adversa.data.loader import ImageTable, draw_order
 from adversa.storage import files, tables
 from adversa.types import share_of
 
-# "id": list[str], "label": int64 [B], and "image": uint8 [B, H, W, 3] or "latent": float32 [B, C, h, w]; "size": int, the rows of
-# the whole batch, of which these B are one worker's
+# "id": list[str], "label": int64 [B], and "image": uint8 [B, H, W, 3] or "latent": float32 [B, C,
+# h, w]; "size": int, the rows of the whole batch, of which these B are one worker's
 Batch = dict[str, Any]
 STATS = "stats.json"  # beside latents: their mean and standard deviation, channel by channel
 
 
 @dataclass(frozen=True)
 class Feed:
-    """`steps` batches drawn from the rows of a mix (tables.MIX), or every row of `folders` once, in order, where mix is None.
+    """`steps` batches drawn from the rows of a mix (tables.MIX), or every row of `folders` once, in
+    order, where mix is None.
 
-    balance b draws class c with probability proportional to (its weight)^(1 - b): 0 as they come, 1 every class equally often.
-    latent_std: the folders hold latents (tables.latents_schema), given with zero mean and this standard deviation in each channel,
-    one of each row's views drawn by the seed; None: they hold images.
+    balance b draws class c with probability proportional to (its weight)^(1 - b): 0 as they come, 1
+    every class equally often. latent_std: the folders hold latents (tables.latents_schema), given
+    with zero mean and this standard deviation in each channel, one of each row's views drawn by the
+    seed; None: they hold images.
     """
 
     folders: tuple[Path, ...]
@@ -113,12 +115,16 @@ def _bytes(ids: list[str]) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _open(feed: Feed) -> _Opened:
-    """One opening a process: Ray Data's tasks share what earlier tasks of the same worker have read."""
+    """One opening a process: Ray Data's tasks share what earlier tasks of the same worker have
+    read.
+    """
     return _Opened(feed)
 
 
 def balanced(weights: np.ndarray, labels: np.ndarray, balance: float) -> np.ndarray:
-    """Weights [N] scaled within each class so that class c's total is proportional to (its total)^(1 - balance)."""
+    """Weights [N] scaled within each class so that class c's total is proportional to (its
+    total)^(1 - balance).
+    """
     totals = np.bincount(labels, weights=weights)
     scale = np.divide(1.0, totals**balance, out=np.zeros_like(totals), where=totals > 0)
     return weights * scale[labels]

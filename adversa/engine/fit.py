@@ -27,19 +27,22 @@ def do_job(
     committed: Callable[[int], None] = lambda _: None,
     listen: Report = lambda _: None,
 ) -> None:
-    """Run one training and mark it complete: the same code on every engine, on the worker, so that a finished job stays so.
+    """Run one training and mark it complete: the same code on every engine, on the worker, so that
+    a finished job stays so.
 
-    Of several workers each runs it on its rows of the batches; the lead alone writes. `rows` counts whole batches.
-    threads: of torch; None: all CPUs that the worker may use. Another number of threads or workers gives other last bits,
-    so both are recorded (the workers in progress.json as well: a group may shrink). committed: called on every worker with the step
-    after each committed training state. listen: told what progress.json is told.
+    Of several workers each runs it on its rows of the batches; the lead alone writes. `rows` counts
+    whole batches. threads: of torch; None: all CPUs that the worker may use. Another number of
+    threads or workers gives other last bits, so both are recorded (the workers in progress.json as
+    well: a group may shrink). committed: called on every worker with the step after each committed
+    training state. listen: told what progress.json is told.
     """
     from adversa.training import process_group  # torch
 
     started_at = job.resume(job.out)
     if len(set(at := process_group.everyones((str(job.out), started_at)))) > 1:
         raise UserError(
-            f"the workers see different files (folder, step: {at}); put --run-dir where every node sees the same"
+            f"the workers see different files (folder, step: {at}); put --run-dir where "
+            "every node sees the same"
         )
     progress = Progress(job.out)
     threads = threads or environment.cpus()
@@ -86,7 +89,9 @@ def _tell_nobody(state: dict[str, Any]) -> None:
 
 
 class Waited:
-    """An iterable of batches that adds up the seconds its reader waits for it, and the images of all workers it stands for."""
+    """An iterable of batches that adds up the seconds its reader waits for it, and the images of
+    all workers it stands for.
+    """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.batches, self.seconds, self.images = batches, 0.0, 0

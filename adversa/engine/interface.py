@@ -1,4 +1,6 @@
-"""What carries work out: `Engine`, the one seam between the pipeline and where it runs, and what it is given."""
+"""What carries work out: `Engine`, the one seam between the pipeline and where it runs, and what it
+is given.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ from adversa.run.step_folder import Recipe
 
 @dataclass(frozen=True)
 class FitJob:
-    """One training: `fit(batches, out=, report=, threads=, committed=[, select=])` writes a model folder.
+    """One training: `fit(batches, out=, report=, threads=, committed=[, select=])` writes a model
+    folder.
 
-    Batches start at `resume(out)`; metrics["steps"] of what it returns were done. committed(step): a training state is on disk.
+    Batches start at `resume(out)`; metrics["steps"] of what it returns were done. committed(step):
+    a training state is on disk.
     """
 
     out: Path
@@ -36,23 +40,28 @@ class FitJob:
 
 
 class Engine(Protocol):
-    """Where work runs. Every method returns when its work is done and raises UserError for what a user can mend."""
+    """Where work runs. Every method returns when its work is done and raises UserError for what a
+    user can mend.
+    """
 
     name: str
 
     def map_batches(
         self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False
     ) -> list[Done]:
-        """Stateless work over data, each part once (Ray Data). model: it holds a model, and wants a GPU where there is one."""
+        """Stateless work over data, each part once (Ray Data). model: it holds a model, and wants a
+        GPU where there is one.
+        """
         ...
 
     def map_parts(
         self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name
     ) -> list[Share]:
-        """Long work with a loaded model on a pool of workers that may die (Ray actors). What each worker did comes back.
+        """Long work with a loaded model on a pool of workers that may die (Ray actors). What each
+        worker did comes back.
 
-        A row that fails every time is given up: its part is worked on once more, with the row in `Part.skip`. name: of such a
-        row. RuntimeError where too many fail (task_queue.py).
+        A row that fails every time is given up: its part is worked on once more, with the row in
+        `Part.skip`. name: of such a row. RuntimeError where too many fail (task_queue.py).
         """
         ...
 
@@ -61,7 +70,9 @@ class Engine(Protocol):
         ...
 
     def search(self, trials: Sequence[Trial], report: Report) -> None:
-        """Do every trial that is not finished, as many at a time as there are lanes (Ray Tune). UserError where some failed."""
+        """Do every trial that is not finished, as many at a time as there are lanes (Ray Tune).
+        UserError where some failed.
+        """
         ...
 
     def tasks(self, model: bool = False) -> int:
@@ -80,9 +91,11 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Trial:
-    """`work(engine, tell)` fills `out`, with the engine of the lane it runs on (one torch thread, or one GPU).
+    """`work(engine, tell)` fills `out`, with the engine of the lane it runs on (one torch thread,
+    or one GPU).
 
-    needs: step folders that must be finished first. tell takes a training's progress while it goes on. name: for people.
+    needs: step folders that must be finished first. tell takes a training's progress while it goes
+    on. name: for people.
     """
 
     name: str

@@ -26,7 +26,9 @@ from adversa.run import control
 
 
 class LocalEngine:
-    """Everything in this process, one part after the other: for tests, for the debugger, and where Ray cannot run."""
+    """Everything in this process, one part after the other: for tests, for the debugger, and where
+    Ray cannot run.
+    """
 
     name = "local"
 

@@ -1,6 +1,8 @@
-"""What work asks for and where it fits: the rules by which Ray is asked, as functions of numbers. No Ray, no torch.
+"""What work asks for and where it fits: the rules by which Ray is asked, as functions of numbers.
+No Ray, no torch.
 
-The engine asks by these rules, `adversa plan` shows what they come to, and both refuse by the same checks.
+The engine asks by these rules, `adversa plan` shows what they come to, and both refuse by the same
+checks.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from dataclasses import dataclass
 from adversa.config import Cluster
 from adversa.types import UserError
 
-# Share of a GPU that a task of map_batches with a model asks for: a classifier is small, its memory matters more than its speed.
+# Share of a GPU that a task of map_batches with a model asks for: a classifier is small, its memory
+# matters more than its speed.
 GPU_SHARE = 0.25
 DRIVER = "/dev/nvidiactl"  # there where a GPU of NVIDIA can be used
 GPU_SECONDS = 10.0  # that `nvidia-smi` may take
@@ -23,7 +26,9 @@ GPU_SECONDS = 10.0  # that `nvidia-smi` may take
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, or this one. memory, gpu_memory (of one GPU): bytes; None where not known. id: Ray's own name."""
+    """A machine of the cluster, or this one. memory, gpu_memory (of one GPU): bytes; None where not
+    known. id: Ray's own name.
+    """
 
     name: str
     cpus: float
@@ -43,7 +48,7 @@ def on_gpus(nodes: Sequence[Node]) -> bool:
     return any(node.gpus >= 1 for node in nodes)
 
 
-# ---- what is asked for --------------------------------------------------------------------------------------------------
+# ---- what is asked for ---------------------------------------------------------------------------
 
 
 def tasks(cpus: float, gpus: float, model: bool) -> int:
@@ -83,7 +88,9 @@ def trials_at_once(cluster: Cluster, nodes: Sequence[Node]) -> int:
 
 
 def samplers_on(cpus: float, gpus: float, cluster: Cluster, on_gpus: bool) -> int:
-    """How many samplers a machine has room for. on_gpus: whether the cluster has GPUs; each sampler then takes a CPU too."""
+    """How many samplers a machine has room for. on_gpus: whether the cluster has GPUs; each sampler
+    then takes a CPU too.
+    """
     if not on_gpus:
         return int(cpus / cluster.sampler_threads)
     return int(min(_whole(gpus, cluster.gpus_per_sampler), cpus))
@@ -97,8 +104,9 @@ def _whole(gpus: float, share: float) -> int:
 def worker_asks(cpus: float, gpus: float, workers: int) -> dict[str, float]:
     """Of each of a training's workers on a cluster of so much in all.
 
-    Workers that take the last CPU would leave none for the streams that feed them; and a group must ask for something. A power of
-    two, because Ray's elastic policy counts by floor division: 0.99 // 0.33 is 2.
+    Workers that take the last CPU would leave none for the streams that feed them; and a group must
+    ask for something. A power of two, because Ray's elastic policy counts by floor division: 0.99
+    // 0.33 is 2.
     """
     free = (cpus - 1) / workers
     share = min(1.0, 2.0 ** math.floor(math.log2(free))) if free > 0 else 0
@@ -106,9 +114,11 @@ def worker_asks(cpus: float, gpus: float, workers: int) -> dict[str, float]:
 
 
 def workers_on(nodes: Sequence[Node], asks: dict[str, float], count: int) -> list[int]:
-    """Where Ray puts `count` workers of a training, a number for each node; fewer in all where there is no room for more.
+    """Where Ray puts `count` workers of a training, a number for each node; fewer in all where
+    there is no room for more.
 
-    As its strategy PACK does: the node of which the first worker leaves the largest share free takes as many as fit, then the next.
+    As its strategy PACK does: the node of which the first worker leaves the largest share free
+    takes as many as fit, then the next.
     """
     free = [{"CPU": n.cpus, "GPU": n.gpus} for n in nodes]
     wants = {k: v for k, v in asks.items() if k in ("CPU", "GPU")}
@@ -129,7 +139,7 @@ def workers_on(nodes: Sequence[Node], asks: dict[str, float], count: int) -> lis
     return placed
 
 
-# ---- what cannot fit ----------------------------------------------------------------------------------------------------
+# ---- what cannot fit -----------------------------------------------------------------------------
 
 
 def worker_fault(cpus: float, gpus: float, cluster: Cluster) -> str | None:
@@ -137,33 +147,41 @@ def worker_fault(cpus: float, gpus: float, cluster: Cluster) -> str | None:
     room, what = (int(gpus), "GPUs") if gpus else (int(cpus), "CPUs")
     if cluster.training_workers <= room:
         return None
-    return f"cluster.training_workers {cluster.training_workers}: there are {room} {what}; take at most so many"
+    return (
+        f"cluster.training_workers {cluster.training_workers}: there are {room} {what}; take "
+        "at most so many"
+    )
 
 
 def faults(nodes: Sequence[Node], cluster: Cluster, grows: bool) -> list[str]:
-    """Why these settings cannot work on these machines: a line each, with the value, the cause, the fix.
+    """Why these settings cannot work on these machines: a line each, with the value, the cause, the
+    fix.
 
-    grows: machines may join, as on any cluster; what waits for them is no fault. A sampler lies on one machine, though.
+    grows: machines may join, as on any cluster; what waits for them is no fault. A sampler lies on
+    one machine, though.
     """
     found, gpus, c = [], on_gpus(nodes), cluster
     widest = int(max((n.cpus for n in nodes), default=0))
     where = "there are" if len(nodes) == 1 else "no machine has more than"
     if not gpus and c.sampler_threads > widest:
         found.append(
-            f"cluster.sampler_threads {c.sampler_threads}: {where} {widest} CPUs; take at most so many"
+            f"cluster.sampler_threads {c.sampler_threads}: {where} {widest} CPUs; take at "
+            "most so many"
         )
     if grows:
         return found
     most = int(max((n.gpus for n in nodes), default=0))
     if gpus and c.gpus_per_sampler > most:
         found.append(
-            f"cluster.gpus_per_sampler {c.gpus_per_sampler:g}: {where} {most} GPUs; take at most so many"
+            f"cluster.gpus_per_sampler {c.gpus_per_sampler:g}: {where} {most} GPUs; take "
+            "at most so many"
         )
     if not found and c.samplers:
         room = sum(samplers_on(n.cpus, n.gpus, c, gpus) for n in nodes)
         if c.samplers > room:
             found.append(
-                f"cluster.samplers {c.samplers}: there is room for {room}; take at most so many, or null"
+                f"cluster.samplers {c.samplers}: there is room for {room}; take at most so "
+                "many, or null"
             )
     fault = worker_fault(sum(n.cpus for n in nodes), sum(n.gpus for n in nodes), c)
     return [*found, fault] if fault else found
@@ -176,7 +194,9 @@ def refuse(found: Sequence[str]) -> None:
 
 
 def gpus_here() -> list[tuple[str, int]]:
-    """(name, bytes of memory) of each GPU of NVIDIA in this machine, by `nvidia-smi`: torch would begin to use them by looking."""
+    """(name, bytes of memory) of each GPU of NVIDIA in this machine, by `nvidia-smi`: torch would
+    begin to use them by looking.
+    """
     words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     if not os.path.exists(DRIVER) or shutil.which(words[0]) is None:
         return []

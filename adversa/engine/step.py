@@ -1,4 +1,6 @@
-"""A step is a function from folders to a folder. Recipe first, parts, manifest last: so running it again is how it resumes."""
+"""A step is a function from folders to a folder. Recipe first, parts, manifest last: so running it
+again is how it resumes.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +57,12 @@ class Watched(Progress):
 
 
 def cost(done: Sequence[Done], workers: int, wall: float) -> Facts:
-    """What a call of the engine cost: `device_seconds` in all, and the seconds of its wall time `waited` for anything but compute.
+    """What a call of the engine cost: `device_seconds` in all, and the seconds of its wall time
+    `waited` for anything but compute.
 
-    Compute is taken as the parts shared evenly among the workers. lanes: how many those are, for `run_step`, which adds the time of
-    attempts that were cut off as if all of them had been at work.
+    Compute is taken as the parts shared evenly among the workers. lanes: how many those are, for
+    `run_step`, which adds the time of attempts that were cut off as if all of them had been at
+    work.
     """
     total = sum(d.seconds for d in done)
     waited = max(0.0, wall - total / max(1, min(workers, len(done))))

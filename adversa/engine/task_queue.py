@@ -1,8 +1,9 @@
-"""Which parts of a step wait, which failed, and which of their rows are to blame: the bookkeeping of `map_parts`. Ray-free.
+"""Which parts of a step wait, which failed, and which of their rows are to blame: the bookkeeping
+of `map_parts`. Ray-free.
 
-A part that fails `attempts` times is searched: each half of its rows is tried by itself, what fails is halved again, until
-single rows are left that fail alone. They are given up, and the part is written without them. A step where that happens too
-often is broken, and ends: see `Leases`.
+A part that fails `attempts` times is searched: each half of its rows is tried by itself, what fails
+is halved again, until single rows are left that fail alone. They are given up, and the part is
+written without them. A step where that happens too often is broken, and ends: see `Leases`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from typing import NoReturn
 from adversa.engine.tasks import Failed, Name, Part
 
 SHARE = 0.01  # of all rows may be given up (one always may); with more the step ends
-ALONE = 2  # times a row must fail by itself before it is blamed: a worker's death may have had another cause
+# times a row must fail by itself before it is blamed: a worker's death may have had another cause
+ALONE = 2
 BROKEN = 3  # parts that use up their tries while nothing at all succeeds: then it is not the rows
 SEARCHES = 3  # of one part: where every row can be done by itself and all together cannot
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a worker is asked: to commit a part; or, as a trial, only whether the rows that are not skipped can be done."""
+    """What a worker is asked: to commit a part; or, as a trial, only whether the rows that are not
+    skipped can be done.
+    """
 
     part: Part
     trial: bool = False
@@ -31,7 +35,9 @@ class Order:
 
 @dataclass
 class Case:
-    """A part that failed: how often what is asked now has failed and how last, groups of rows to be tried, the rows to blame."""
+    """A part that failed: how often what is asked now has failed and how last, groups of rows to be
+    tried, the rows to blame.
+    """
 
     part: Part
     tries: int = 0
@@ -66,12 +72,15 @@ class Case:
 class Leases:
     """Hands out parts, and is told what came of each.
 
-    RuntimeError ends a step that is broken: where parts fail and nothing succeeds, where all rows of a part fail, where more than
-    a SHARE of all rows fail, and where a part fails though each of its rows can be done.
+    RuntimeError ends a step that is broken: where parts fail and nothing succeeds, where all rows
+    of a part fail, where more than a SHARE of all rows fail, and where a part fails though each of
+    its rows can be done.
     """
 
     def __init__(self, parts: Sequence[Part], rows: int, attempts: int, name: Name) -> None:
-        """parts: those to do; rows: of all parts of the step; attempts: tries of a part before it is searched."""
+        """parts: those to do; rows: of all parts of the step; attempts: tries of a part before it
+        is searched.
+        """
         self.queue = deque(parts)
         self.left = len(parts)  # not committed
         self.attempts, self.name = attempts, name
@@ -194,7 +203,8 @@ class Leases:
             ]
             self._stop(
                 case,
-                f"{failed} of {self.rows} fail ({_list(names)}), more than the {self.allowed} that may",
+                f"{failed} of {self.rows} fail ({_list(names)}), more than the "
+                f"{self.allowed} that may",
             )
 
     def _names(self, case: Case) -> str:

@@ -1,7 +1,8 @@
 """What passes between a step and whoever does its work: parts, the work on one, what came of it.
 
-Work is named by its output: part i of a step is the file `part-0000i.parquet` in the step's folder, written by whoever does the
-work. A part that is there is not done again, so an engine may be killed at any time and asked again.
+Work is named by its output: part i of a step is the file `part-0000i.parquet` in the step's folder,
+written by whoever does the work. A part that is there is not done again, so an engine may be killed
+at any time and asked again.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A unit of work: its index names its output; `rows` is what it counts for in progress; payload is small (ids, paths).
+    """A unit of work: its index names its output; `rows` is what it counts for in progress; payload
+    is small (ids, paths).
 
-    skip: rows of the part (0 ... rows - 1) that are not to be worked on, and why; what is written has them all the same, marked
-    as failed. Only `map_parts` gives such parts, when a row fails every time.
+    skip: rows of the part (0 ... rows - 1) that are not to be worked on, and why; what is written
+    has them all the same, marked as failed. Only `map_parts` gives such parts, when a row fails
+    every time.
     """
 
     index: int
@@ -34,7 +37,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Painted:
-    """What work on a part may return in place of its number of rows: evaluations of the denoiser, for progress."""
+    """What work on a part may return in place of its number of rows: evaluations of the denoiser,
+    for progress.
+    """
 
     rows: int
     evaluations: int = 0
@@ -42,7 +47,9 @@ class Painted:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a part: rows written, seconds one worker spent on it (model loading apart), evaluations of the denoiser."""
+    """What came of a part: rows written, seconds one worker spent on it (model loading apart),
+    evaluations of the denoiser.
+    """
 
     index: int
     rows: int
@@ -60,7 +67,9 @@ class Failed:
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker of `map_parts` did in all; failed: rows that its parts were written without."""
+    """What one worker of `map_parts` did in all; failed: rows that its parts were written
+    without.
+    """
 
     parts: int
     rows: int
@@ -69,8 +78,9 @@ class Share:
     failed: tuple[Failed, ...] = ()
 
 
-# Does one part: (part, file to write) -> rows written. Made on the worker by a picklable `make()`, which loads models from folders.
-# It leaves out the rows in `part.skip`, and writes nowhere but to the file: `map_parts` may call it for a file it throws away.
+# Does one part: (part, file to write) -> rows written. Made on the worker by a picklable `make()`,
+# which loads models from folders. It leaves out the rows in `part.skip`, and writes nowhere but to
+# the file: `map_parts` may call it for a file it throws away.
 Work = Callable[[Part, Path], "int | Painted"]
 Make = Callable[[], Work]
 # What a row of a part is called in messages.
@@ -82,7 +92,9 @@ def row_name(part: Part, row: int) -> str:
 
 
 def missing(parts: Sequence[Part], out: Path) -> list[Part]:
-    """Parts that are not committed yet. One listing of the folder: a look at each file takes seconds for 100,000 of them."""
+    """Parts that are not committed yet. One listing of the folder: a look at each file takes
+    seconds for 100,000 of them.
+    """
     there = names(out)
     return [p for p in parts if tables.part_name(p.index) not in there]
 

@@ -17,7 +17,8 @@ from adversa.engine.interface import Tell, Trial
 
 @dataclass
 class Board:
-    """Which trials of a list are finished, running, given up, or ready: all there is to know of a search, from the folders.
+    """Which trials of a list are finished, running, given up, or ready: all there is to know of a
+    search, from the folders.
 
     Asked again and again, it looks at a folder no more once that is finished.
     """
@@ -47,7 +48,9 @@ class Board:
         return [i for i, t in enumerate(self.trials) if i not in busy and not self.is_there(t.out)]
 
     def next(self) -> int | None:
-        """The first that is ready; None where all that are left wait for others (or none is left)."""
+        """The first that is ready; None where all that are left wait for others (or none is
+        left).
+        """
         return next(
             (i for i in self.left() if all(self.is_there(n) for n in self.trials[i].needs)), None
         )
@@ -78,7 +81,8 @@ class Board:
         waiting = len(self.left())
         also = f"; {waiting} more wait for what these were to make" if waiting else ""
         raise UserError(
-            f"{len(self.failed)} of {len(self.trials)} trials failed{also}; the first, {self.trials[first].name}: "
+            f"{len(self.failed)} of {len(self.trials)} trials failed{also}; the first, "
+            f"{self.trials[first].name}: "
             f"{self.failed[first]}; what the others made is kept, and the same command tries again"
         )
 

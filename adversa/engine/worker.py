@@ -1,4 +1,6 @@
-"""What a worker of `map_parts` is: work made once, orders carried out one after the other. The same on every engine; Ray-free."""
+"""What a worker of `map_parts` is: work made once, orders carried out one after the other. The same
+on every engine; Ray-free.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Returned:
 
 
 class Sampler:
-    """Before a lease come two calls: `place` answers as soon as there is room for the worker, `load` when its models are loaded."""
+    """Before a lease come two calls: `place` answers as soon as there is room for the worker,
+    `load` when its models are loaded.
+    """
 
     def __init__(self) -> None:
         self.work: Work | None = None
@@ -48,7 +52,9 @@ class Sampler:
         return os.uname().nodename
 
     def load(self, make: Make, out: Path, threads: int | None, place: int | None) -> None:
-        """threads: of torch (None: leave it alone). place: the worker's number on its machine, to take cores of its own by."""
+        """threads: of torch (None: leave it alone). place: the worker's number on its machine, to
+        take cores of its own by.
+        """
         if place is not None:  # before torch starts threads: they inherit it
             pin(place, threads or 1)
         if threads is not None:
@@ -58,7 +64,9 @@ class Sampler:
         self.out, self.work = out, make()
 
     def do(self, orders: Sequence[Order]) -> Returned:
-        """UserError of the work ends the call; other exceptions end their order only, if the device can still be used."""
+        """UserError of the work ends the call; other exceptions end their order only, if the device
+        can still be used.
+        """
         assert self.work is not None, "load comes first"
         seconds, evaluations, failures = 0.0, 0, []
         for i, order in enumerate(orders):
@@ -82,7 +90,9 @@ class Sampler:
 
 
 class Inline:
-    """The Backend (worker_pool.py) of one worker in this process: every call is carried out when it is made."""
+    """The Backend (worker_pool.py) of one worker in this process: every call is carried out when it
+    is made.
+    """
 
     def __init__(self, make: Make, out: Path, threads: int) -> None:
         self.make, self.out, self.threads = make, out, threads
@@ -121,7 +131,9 @@ def one_line(error: BaseException, most: int = 300) -> str:
 
 
 def _device_is_sound() -> bool:
-    """After some errors (an illegal address, a failed assertion in a kernel) every later call of CUDA in a process fails."""
+    """After some errors (an illegal address, a failed assertion in a kernel) every later call of
+    CUDA in a process fails.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return True
@@ -133,7 +145,9 @@ def _device_is_sound() -> bool:
 
 
 def pin(place: int, threads: int) -> None:
-    """Keep this process to `threads` cores: the `place`-th so many of those it may use, from the first again after the last."""
+    """Keep this process to `threads` cores: the `place`-th so many of those it may use, from the
+    first again after the last.
+    """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores(sorted(os.sched_getaffinity(0)), place, threads))
 

@@ -1,8 +1,10 @@
-"""The workers of `map_parts`: kept at the number asked for, kept busy, replaced when they die. No Ray: a Backend stands for it.
+"""The workers of `map_parts`: kept at the number asked for, kept busy, replaced when they die. No
+Ray: a Backend stands for it.
 
-A worker gets several parts in one call when parts are short, so that a call takes about a second, and its next call before it
-has ended this one. It commits each part itself; what comes back is a sum. So the driver does the same work a second for
-any number of parts, and a worker that dies loses the parts it had not committed: they are handed out again.
+A worker gets several parts in one call when parts are short, so that a call takes about a second,
+and its next call before it has ended this one. It commits each part itself; what comes back is a
+sum. So the driver does the same work a second for any number of parts, and a worker that dies loses
+the parts it had not committed: they are handed out again.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ LOOK_SECONDS = 5.0  # between two questions how many workers there should be
 WAIT_SECONDS = 1.0  # for news, before the progress is told again
 NO_ROOM_SECONDS = 30.0  # without any worker placed, before that is said
 RATE_SECONDS = 30.0  # rates are over so long
-STARTS = 5  # of a worker that dies each time while it starts; four times as many where one has come up: then somebody kills them
+# of a worker that dies each time while it starts; four times as many where one has come up: then
+# somebody kills them
+STARTS = 5
 
 
 class Lost(Exception):
@@ -38,7 +42,9 @@ class Backend(Protocol):
     """Where workers (sampler.Sampler) run."""
 
     def start(self) -> Any:
-        """A new worker. It may take any time until there is room for it: it answers `place` then."""
+        """A new worker. It may take any time until there is room for it: it answers `place`
+        then.
+        """
         ...
 
     def place(self, worker: Any) -> Any: ...
@@ -46,11 +52,15 @@ class Backend(Protocol):
     def load(self, worker: Any, place: int) -> Any: ...
 
     def do(self, worker: Any, orders: Sequence[Order]) -> Any:
-        """These three return at once, with what stands for the answer. A worker answers its calls in order."""
+        """These three return at once, with what stands for the answer. A worker answers its calls
+        in order.
+        """
         ...
 
     def wait(self, calls: Sequence[Any], seconds: float) -> Sequence[Any]:
-        """Those of the calls that are answered, in the order of `calls`; none, if none is after so many seconds."""
+        """Those of the calls that are answered, in the order of `calls`; none, if none is after so
+        many seconds.
+        """
         ...
 
     def answer(self, call: Any) -> Any:
@@ -64,7 +74,9 @@ class Backend(Protocol):
 
 @dataclass
 class Member:
-    """A worker in its slot. machine: once there is room for it, place: its number there; up: takes leases; pace: seconds a part."""
+    """A worker in its slot. machine: once there is room for it, place: its number there; up: takes
+    leases; pace: seconds a part.
+    """
 
     slot: int
     worker: Any
@@ -77,7 +89,9 @@ class Member:
 
 @dataclass
 class Tally:
-    """What the workers of one slot did. Of a lease that a death cut off: the parts and rows, not the seconds and evaluations."""
+    """What the workers of one slot did. Of a lease that a death cut off: the parts and rows, not
+    the seconds and evaluations.
+    """
 
     parts: int = 0
     rows: int = 0
@@ -87,7 +101,9 @@ class Tally:
 
 
 class Crew:
-    """size: how many workers there should be at this time; committed: whether a part's file is there."""
+    """size: how many workers there should be at this time; committed: whether a part's file is
+    there.
+    """
 
     def __init__(
         self,
@@ -117,9 +133,11 @@ class Crew:
         self.samples: deque[tuple[float, int, int]] = deque()
 
     def run(self, tell: Callable[[dict[str, Any]], None]) -> list[Share]:
-        """Until every part is committed. tell: is given `state()` after all news, and each WAIT_SECONDS without.
+        """Until every part is committed. tell: is given `state()` after all news, and each
+        WAIT_SECONDS without.
 
-        Where it raises control.Pause, the parts that workers have are brought home before that is passed on.
+        Where it raises control.Pause, the parts that workers have are brought home before that is
+        passed on.
         """
         try:
             while self.leases.left:
@@ -148,7 +166,7 @@ class Crew:
                 if call in self.calls:
                     self._answered(call)
 
-    # ---- how many workers -------------------------------------------------------------------------------------------------
+    # ---- how many workers ------------------------------------------------------------------------
 
     def _staff(self) -> None:
         now = self.clock()
@@ -178,7 +196,7 @@ class Crew:
         }
         self.backend.stop(member.worker)
 
-    # ---- leases -----------------------------------------------------------------------------------------------------------
+    # ---- leases ----------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
         up = [m for m in self.members.values() if m.up]
@@ -202,9 +220,11 @@ class Crew:
             self.calls[self.backend.do(member.worker, orders)] = (member, True)
 
     def _count(self, member: Member, speeds: dict[int, float], speed: float) -> int:
-        """As many parts as take LEASE_SECONDS, but at most half the worker's share of what is left, by its speed.
+        """As many parts as take LEASE_SECONDS, but at most half the worker's share of what is left,
+        by its speed.
 
-        So leases shrink towards the end and the last are single parts: the workers end at about the same time.
+        So leases shrink towards the end and the last are single parts: the workers end at about the
+        same time.
         """
         if member.slot not in speeds:
             return 1
@@ -217,7 +237,7 @@ class Crew:
         pace = member.pace or self.pace
         return pace is not None and pace * len(member.leases[0]) <= 2 * LEASE_SECONDS
 
-    # ---- answers ----------------------------------------------------------------------------------------------------------
+    # ---- answers ---------------------------------------------------------------------------------
 
     def _answered(self, call: Any) -> None:
         member, lease = self.calls.pop(call)
@@ -262,7 +282,9 @@ class Crew:
             )
 
     def _lost(self, member: Member, error: Lost) -> None:
-        """The first part that it has not committed is the one it was at: that part is charged, the others were not begun."""
+        """The first part that it has not committed is the one it was at: that part is charged, the
+        others were not begun.
+        """
         self._forget(member)
         if not member.up:
             self._start_failed(member.slot, error)
@@ -281,7 +303,9 @@ class Crew:
         self.leases.give_back(left)
 
     def _start_failed(self, slot: int, error: Lost) -> None:
-        """Tried again after a rest. An error where no worker is up, and every one that there was room for died too often."""
+        """Tried again after a rest. An error where no worker is up, and every one that there was
+        room for died too often.
+        """
         failed = self.failed_starts[slot] = self.failed_starts.get(slot, 0) + 1
         self.rest_until[slot] = self.clock() + min(60.0, 2.0 ** (failed - 2))
         hopeful = any(
@@ -294,10 +318,12 @@ class Crew:
                 f"no worker comes up, each died {most} times while it started; the last: {error}"
             ) from error
 
-    # ---- what is told -----------------------------------------------------------------------------------------------------
+    # ---- what is told ----------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Of this call: rows, evaluations, both a second, workers that are up, rows by slot, how many rows were given up."""
+        """Of this call: rows, evaluations, both a second, workers that are up, rows by slot, how
+        many rows were given up.
+        """
         now, up, tallies = (
             self.clock(),
             sum(m.up for m in self.members.values()),
@@ -346,7 +372,8 @@ def work_off(
 ) -> list[Share]:
     """Do every missing part of a step with the workers of a backend.
 
-    UserError of the work as itself; RuntimeError where the step is broken (Leases) or no worker comes up.
+    UserError of the work as itself; RuntimeError where the step is broken (Leases) or no worker
+    comes up.
     """
     todo, total = missing(parts, out), sum(p.rows for p in parts)
     before = total - sum(p.rows for p in todo)

@@ -1,6 +1,8 @@
-"""How fast this machine does each kind of a run's work, found in seconds: real steps of the run's own networks on random images.
+"""How fast this machine does each kind of a run's work, found in seconds: real steps of the run's
+own networks on random images.
 
-A step too long for the time there is is measured with fewer rows and scaled; torch.compile is left out, for it alone takes longer.
+A step too long for the time there is is measured with fewer rows and scaled; torch.compile is left
+out, for it alone takes longer.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ CLASSES = 7  # where they are not known: what hangs on their number costs nothin
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a unit of work: the median, and the 10th and 90th percentile of what was measured. scaled: from fewer rows."""
+    """Seconds of a unit of work: the median, and the 10th and 90th percentile of what was measured.
+    scaled: from fewer rows.
+    """
 
     seconds: float
     fast: float
@@ -51,10 +55,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one machine was found to do. memory: bytes of a training or a sampler at its work; missing where it was not counted.
+    """What one machine was found to do. memory: bytes of a training or a sampler at its work;
+    missing where it was not counted.
 
-    device: cpu, or the GPU's name; start: seconds that a process takes to import what it works with; seconds: of it all; share: how
-    much of a core the measurement had, on average (on a machine with other work, less than the one it wants).
+    device: cpu, or the GPU's name; start: seconds that a process takes to import what it works
+    with; seconds: of it all; share: how much of a core the measurement had, on average (on a
+    machine with other work, less than the one it wants).
     """
 
     timings: dict[str, Timing]
@@ -71,7 +77,8 @@ class Enough(Exception):
 
 
 class Clocked:
-    """Batches for a training, and the seconds it took for each: it asks for the next one when it is done with the last.
+    """Batches for a training, and the seconds it took for each: it asks for the next one when it is
+    done with the last.
 
     Their rows grow up to `rows`, as long as a step of the next size is likely to fit `seconds`.
     """
@@ -121,11 +128,13 @@ def repeated(
     return timing(found)
 
 
-# ---- the whole ----------------------------------------------------------------------------------------------------------
+# ---- the whole -----------------------------------------------------------------------------------
 
 
 def measure(config: cfg.Config, cpus: int, seconds: float = SECONDS) -> Measured:
-    """On the GPU of this process where it has one. cpus: of the machine, for the threads of a training worker."""
+    """On the GPU of this process where it has one. cpus: of the machine, for the threads of a
+    training worker.
+    """
     began, worked = time.perf_counter(), time.process_time()
     import torch
 
@@ -188,7 +197,9 @@ class Bench:
         self.random = np.random.default_rng(0)
 
     def time(self, kind: str, seconds: float) -> Timing:
-        """Of a step at the configuration's batch size (a worker's share), of an image, or of an evaluation of the denoiser."""
+        """Of a step at the configuration's batch size (a worker's share), of an image, or of an
+        evaluation of the denoiser.
+        """
         import torch
 
         c = self.config.cluster
@@ -201,7 +212,8 @@ class Bench:
         return getattr(self, "_" + kind.replace(" ", "_"))(seconds)
 
     def memory(self, kinds: Sequence[str], until: float = math.inf) -> dict[str, int]:
-        """Bytes of tensors at the height of a step, counted with few rows: so many fixed, and so many a row. An estimate.
+        """Bytes of tensors at the height of a step, counted with few rows: so many fixed, and so
+        many a row. An estimate.
 
         Nothing is begun after `until` (time.perf_counter): then some are missing.
         """
@@ -221,7 +233,7 @@ class Bench:
             found["paint"] = of_rows(small, large, 2, 4, batch)
         return found
 
-    # ---- training -------------------------------------------------------------------------------------------------------
+    # ---- training --------------------------------------------------------------------------------
 
     def _rows(self, kind: str) -> int:
         return -(-self._section(kind).batch_size // self.config.cluster.training_workers)
@@ -271,7 +283,8 @@ class Bench:
             if kind in ("classifier", "judge"):
                 from adversa.classify import fit as classify
 
-                # Images of their full size from the first step on; what is frozen for some steps costs less than this.
+                # Images of their full size from the first step on; what is frozen for some steps
+                # costs less than this.
                 changes = {"weights": None, "steps": LONG, "head_steps": 0, "first_size": None}
                 classify.fit(
                     batches,
@@ -311,7 +324,7 @@ class Bench:
             return
         raise AssertionError(f"the training of the {kind} ended before it was told to")
 
-    # ---- painting -------------------------------------------------------------------------------------------------------
+    # ---- painting --------------------------------------------------------------------------------
 
     def space(self) -> tuple[int, int]:
         """(channels, side) of what is diffused."""
@@ -321,7 +334,9 @@ class Bench:
         return codec.meta["channels"], resolution // codec.meta["factor"]
 
     def codec(self) -> Any:
-        """diffuse.codec.Codec with fresh weights, or the one that was given; None where pixels are diffused."""
+        """diffuse.codec.Codec with fresh weights, or the one that was given; None where pixels are
+        diffused.
+        """
         import torch
 
         from adversa.diffuse import codec
@@ -343,7 +358,9 @@ class Bench:
         return self._codec_
 
     def _paint(self, seconds: float, rows: int | None = None) -> Timing:
-        """Seconds of one evaluation of one row. rows: of a batch, and then two evaluations are all."""
+        """Seconds of one evaluation of one row. rows: of a batch, and then two evaluations are
+        all.
+        """
         import torch
 
         from adversa.diffuse import edm, external
@@ -432,7 +449,7 @@ class Bench:
         )
         return Steering(gradient, features, painter.pixels, weak)
 
-    # ---- the rest -------------------------------------------------------------------------------------------------------
+    # ---- the rest --------------------------------------------------------------------------------
 
     def _read(self, seconds: float) -> Timing:
         """Of a picture of the source, decoded and written as PNG."""
@@ -475,7 +492,9 @@ class Bench:
         return repeated(lambda: self.codec().encode(images), seconds, len(images))
 
     def _index(self, seconds: float) -> Timing:
-        """Of a real image in what near copies are looked for in: taken up, and compared with those of other lesions."""
+        """Of a real image in what near copies are looked for in: taken up, and compared with those
+        of other lesions.
+        """
         ids, images = [str(i) for i in range(64)], self._images(64, self.config.data.resolution)
 
         def work() -> None:
@@ -501,9 +520,11 @@ class Bench:
 
 
 class Ticks:
-    """A denoiser that notes the seconds from each call to the next: an evaluation and all that a step needs beside it.
+    """A denoiser that notes the seconds from each call to the next: an evaluation and all that a
+    step needs beside it.
 
-    Ends what calls it, by Enough, once `until` (time.perf_counter) is over and TICKS calls have been timed.
+    Ends what calls it, by Enough, once `until` (time.perf_counter) is over and TICKS calls have
+    been timed.
     """
 
     def __init__(self, denoiser: Callable[..., Any], until: float) -> None:
@@ -525,7 +546,9 @@ class Ticks:
 
 
 def check_kinds(found: Measured, config: cfg.Config) -> None:
-    """UserError where a measurement, perhaps of another version on the cluster, lacks a kind of work."""
+    """UserError where a measurement, perhaps of another version on the cluster, lacks a kind of
+    work.
+    """
     if missing := [k for k in kinds_of(config) if k not in found.timings]:
         raise UserError(
             f"nothing was measured of {', '.join(missing)}; install the same adversa everywhere"

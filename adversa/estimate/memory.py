@@ -1,4 +1,6 @@
-"""How much memory tensors take at the height of some work, counted while it is done: on the CPU about what it is on a GPU."""
+"""How much memory tensors take at the height of some work, counted while it is done: on the CPU
+about what it is on a GPU.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""What a run amounts to, where it lies on the machines there are, and what it will take: `adversa plan`. No Ray, no torch.
+"""What a run amounts to, where it lies on the machines there are, and what it will take: `adversa
+plan`. No Ray, no torch.
 
-How much there is to do is counted by the run's own rules (stages.py, painting.py); what mining finds is known only as a bound.
+How much there is to do is counted by the run's own rules (stages.py, painting.py); what mining
+finds is known only as a bound.
 """
 
 from __future__ import annotations
@@ -26,23 +28,26 @@ from adversa.types import PAINTED, ROLES
 PNG_BYTES = (
     2.0  # of a pixel in a run's images: 1.75 painted phantoms, 1.85 real ones with their masks
 )
-# Of the estimate, beside what the steps of a measurement differ: work that is not timed, other work on the machine, a longer time.
+# Of the estimate, beside what the steps of a measurement differ: work that is not timed, other work
+# on the machine, a longer time.
 DOUBT = 1.35
-# Without a GPU, upwards: Ray's processes, the decoding of images and evaluations share the cores with the steps. The demo's stages
-# took 1.3 to 2.2 times their measured steps, 1.9 in the middle (two cores; benchmarks/LOG.md, 2026-11-22).
+# Without a GPU, upwards: Ray's processes, the decoding of images and evaluations share the cores
+# with the steps. The demo's stages took 1.3 to 2.2 times their measured steps, 1.9 in the middle
+# (two cores; benchmarks/LOG.md, 2026-11-22).
 CPU_DOUBT = 2.2
 CONTEXT = 600 << 20  # bytes that a process takes of a GPU before its first tensor
 KEYS = {
     "paint": "generate",
     "judge": "curate.judge",
 }  # sections of the configuration, where they are named otherwise
-COPIES = 5  # of a network's float32 weights in a training: itself, its gradient, two of AdamW, the average
+# of a network's float32 weights in a training: itself, its gradient, two of AdamW, the average
+COPIES = 5
 
 
 @dataclass(frozen=True)
 class Work:
-    """So much of one kind (measure.SHARES; units: steps, images, evaluations), done by `lanes`: workers, samplers, tasks, trials or
-    one.
+    """So much of one kind (measure.SHARES; units: steps, images, evaluations), done by `lanes`:
+    workers, samplers, tasks, trials or one.
 
     bound: at most so much. shown: how a person counts it, where that is not by the amount.
     """
@@ -56,10 +61,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Placement:
-    """Numbers for each node: training workers, samplers; and tasks at a time with and without a model, in all.
+    """Numbers for each node: training workers, samplers; and tasks at a time with and without a
+    model, in all.
 
-    waiting: training workers and samplers that were asked for and find no room yet. trials: trainings of a search at a time, each
-    as fast as one of `workers`.
+    waiting: training workers and samplers that were asked for and find no room yet. trials:
+    trainings of a search at a time, each as fast as one of `workers`.
     """
 
     nodes: tuple[Node, ...]
@@ -92,11 +98,13 @@ class Cost:
     done: bool
 
 
-# ---- where --------------------------------------------------------------------------------------------------------------
+# ---- where ---------------------------------------------------------------------------------------
 
 
 def placement(nodes: Sequence[Node], config: Config) -> Placement:
-    """As the engine asks and Ray places. Of fewer samplers than there is room for, the first machines are shown to hold them."""
+    """As the engine asks and Ray places. Of fewer samplers than there is room for, the first
+    machines are shown to hold them.
+    """
     c, gpus = config.cluster, resources.on_gpus(nodes)
     cpus_in_all, gpus_in_all = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
     asks = resources.worker_asks(cpus_in_all, gpus_in_all, c.training_workers)
@@ -113,8 +121,10 @@ def placement(nodes: Sequence[Node], config: Config) -> Placement:
 
 
 def _trials(config: Config, nodes: Sequence[Node]) -> int:
-    """Two trials on one GPU take about as long as one after the other; so do trials of one thread each, beside each other, and one
-    training after the other on all CPUs, which is what is measured unless cluster.training_threads says otherwise."""
+    """Two trials on one GPU take about as long as one after the other; so do trials of one thread
+    each, beside each other, and one training after the other on all CPUs, which is what is measured
+    unless cluster.training_threads says otherwise.
+    """
     c, gpus = config.cluster, sum(n.gpus for n in nodes)
     if not gpus and c.training_workers == 1 and c.training_threads is None:
         return 1
@@ -123,11 +133,13 @@ def _trials(config: Config, nodes: Sequence[Node]) -> int:
     )
 
 
-# ---- how much -----------------------------------------------------------------------------------------------------------
+# ---- how much ------------------------------------------------------------------------------------
 
 
 def images_of(config: Config, run: RunDir | None = None) -> int | None:
-    """Of the source, as far as that is known without looking: of phantoms, or of a run that is prepared."""
+    """Of the source, as far as that is known without looking: of phantoms, or of a run that is
+    prepared.
+    """
     split = (
         files.read_json(run.data / "split.json")
         if run is not None and step_folder.is_finished(run.data)
@@ -139,7 +151,9 @@ def images_of(config: Config, run: RunDir | None = None) -> int | None:
 
 
 def roles(config: Config, images: int, run: RunDir | None = None) -> dict[str, int]:
-    """Images of each role: as they are once a run is prepared, before that by the shares of data.split."""
+    """Images of each role: as they are once a run is prepared, before that by the shares of
+    data.split.
+    """
     split = (
         files.read_json(run.data / "split.json")
         if run is not None and step_folder.is_finished(run.data)
@@ -151,13 +165,17 @@ def roles(config: Config, images: int, run: RunDir | None = None) -> dict[str, i
 
 
 def painted(config: Config, mined: int) -> int:
-    """Images that a round paints, at most: no more hard cases are taken than the budget, or than there are images to mine."""
+    """Images that a round paints, at most: no more hard cases are taken than the budget, or than
+    there are images to mine.
+    """
     arms = sum(arm in PAINTED for arm in config.mix.arms)
     return arms * min(config.mine.budget, mined) * config.generate.per_case
 
 
 def evaluations(config: Config, arm: str) -> float:
-    """Rows of the denoiser that an image of an arm takes, the rows that stay empty at a part's end among them."""
+    """Rows of the denoiser that an image of an arm takes, the rows that stay empty at a part's end
+    among them.
+    """
     from adversa.diffuse import strategy
     from adversa.pipeline.generate import request
 
@@ -207,8 +225,10 @@ def _classifiers(config: Config, count: int, role: Mapping[str, int]) -> list[Wo
 
 
 def _ratios(config: Config, run: RunDir, number: int, role: Mapping[str, int]) -> list[Work]:
-    """The trials of a round whose ratio is chosen: that of ratio 0 is always done, of the others those that the accepted images
-    tell apart. Each looks at select as a training does, and once more when it is scored."""
+    """The trials of a round whose ratio is chosen: that of ratio 0 is always done, of the others
+    those that the accepted images tell apart. Each looks at select as a training does, and once
+    more when it is scored.
+    """
     if number not in swept(config, run):
         return []
     c, seeds, found = config.classifier, config.evaluate.seeds, []
@@ -217,7 +237,8 @@ def _ratios(config: Config, run: RunDir, number: int, role: Mapping[str, int]) -
         shown = (
             ""
             if bound
-            else f"{len(config.mix.ratios)} ratios x {seeds} seed{'s' * (seeds > 1)} x {c.steps} steps"
+            else f"{len(config.mix.ratios)} ratios x {seeds} seed{'s' * (seeds > 1)} x "
+            f"{c.steps} steps"
         )
         found.append(Work("classifier", count * c.steps, "trials", bound, shown))
         found.append(Work("score", count * (c.evaluations + 1) * role["select"], "trials", bound))
@@ -268,7 +289,9 @@ def _curate(config: Config, role: Mapping[str, int], number: int) -> list[Work]:
     found = []
     if (
         number == 1
-    ):  # what is measured on real images is measured once: without test for the limits, with it for their curve
+        # what is measured on real images is measured once: without test for the limits, with it for
+        # their curve
+    ):
         found.append(Work("score", everyone, "tasks"))
         found.append(Work("judge score", (everyone - role["test"]) * folds, "tasks"))
         found.append(Work("index", 2 * everyone - role["test"], "one"))
@@ -280,7 +303,7 @@ def _curate(config: Config, role: Mapping[str, int], number: int) -> list[Work]:
     return [*found, Work("compare", count * again, "tasks", True, shown=f"{count} images")]
 
 
-# ---- how long -----------------------------------------------------------------------------------------------------------
+# ---- how long ------------------------------------------------------------------------------------
 
 STARTS = {
     "prepare": 1,
@@ -319,7 +342,9 @@ def costs(
 
 
 def _of(work: Work, at: Placement, measured: Mapping[object, Measured]) -> tuple[Range, float]:
-    """(device-seconds of some work, by how many lanes it is shared). The workers of a training wait for the slowest."""
+    """(device-seconds of some work, by how many lanes it is shared). The workers of a training wait
+    for the slowest.
+    """
     lanes = {"workers": at.workers, "trials": at.workers, "samplers": at.samplers}
     used = lanes.get(work.lanes) or tuple(int(n.cpus) for n in at.nodes)
     weights = [
@@ -348,7 +373,9 @@ def _of(work: Work, at: Placement, measured: Mapping[object, Measured]) -> tuple
 
 
 def _times(work: Work, timing: Timing, count: int = 1) -> Range:
-    """A training's step takes `count` devices its time. Of what is only bounded there may be none."""
+    """A training's step takes `count` devices its time. Of what is only bounded there may be
+    none.
+    """
     amount = work.amount * count
     return Range(
         0 if work.bound else amount * timing.fast, amount * timing.seconds, amount * timing.slow
@@ -368,18 +395,22 @@ def total(found: Sequence[Cost]) -> tuple[Range, Range]:
     return wall, device
 
 
-# ---- what cannot fit ----------------------------------------------------------------------------------------------------
+# ---- what cannot fit -----------------------------------------------------------------------------
 
 
 def disk_bytes(config: Config, images: int | None) -> int:
-    """What a run's images take, about; of real ones, where their number is known, twice while they are prepared."""
+    """What a run's images take, about; of real ones, where their number is known, twice while they
+    are prepared.
+    """
     mined = config.mine.budget if images is None else round(images * config.data.split.mine)
     drawn = painted(config, mined) * config.rounds if config.mix.paints else 0
     return int((2 * (images or 0) + drawn) * config.data.resolution**2 * PNG_BYTES)
 
 
 def disk_fault(config: Config, root: Place, images: int | None) -> str | None:
-    """Too little room for the run's images. What the folder holds already is part of it. Of an object store nothing is known."""
+    """Too little room for the run's images. What the folder holds already is part of it. Of an
+    object store nothing is known.
+    """
     if not isinstance(root, Path):
         return None
     place = next(p for p in (root.absolute(), *root.absolute().parents) if p.is_dir())
@@ -390,13 +421,18 @@ def disk_fault(config: Config, root: Place, images: int | None) -> str | None:
         )
     if needed <= free:
         return None
-    return f"--run-dir {root}: the disk has {size(free)} free, the run's images take about {size(needed)}; free some, or take another"
+    return (
+        f"--run-dir {root}: the disk has {size(free)} free, the run's images take about "
+        f"{size(needed)}; free some, or take another"
+    )
 
 
 def memory_faults(
     needs: Mapping[str, int], config: Config, nodes: Sequence[Node], least: bool = False
 ) -> list[str]:
-    """needs: bytes that a training of each network, and a sampler ("paint"), takes of a GPU. least: by its weights alone."""
+    """needs: bytes that a training of each network, and a sampler ("paint"), takes of a GPU. least:
+    by its weights alone.
+    """
     known = [n.gpu_memory for n in nodes if n.gpus >= 1 and n.gpu_memory]
     beside, found = max(1, int(1 / config.cluster.gpus_per_sampler + 1e-6)), []
     for name, takes in needs.items() if known else ():
@@ -413,13 +449,16 @@ def memory_faults(
         way = " or ".join(ways) or f"take a smaller network ({KEYS.get(name, name)})"
         says = "at least" if least else "about"
         found.append(
-            f"{whom}: {says} {size(many * takes)} of memory, a GPU has {size(min(known))}; {way}, or a larger GPU"
+            f"{whom}: {says} {size(many * takes)} of memory, a GPU has {size(min(known))}; "
+            f"{way}, or a larger GPU"
         )
     return found
 
 
 def least_memory(config: Config, classes: int = 7) -> dict[str, int]:
-    """Bytes of a GPU that each training takes at least, by its weights alone: the networks are built without memory."""
+    """Bytes of a GPU that each training takes at least, by its weights alone: the networks are
+    built without memory.
+    """
     import torch
 
     from adversa.classify import model
@@ -454,7 +493,8 @@ def least_memory(config: Config, classes: int = 7) -> dict[str, int]:
 
 
 def check(config: Config, run: RunDir, nodes: Sequence[Node]) -> None:
-    """What a run is refused for before it begins, beside what its engine refuses (sizes.faults). UserError. Nothing is measured.
+    """What a run is refused for before it begins, beside what its engine refuses (sizes.faults).
+    UserError. Nothing is measured.
 
     nodes: this machine where it has GPUs whose memory is known, and the run works on it; else none.
     """
@@ -470,4 +510,7 @@ def check(config: Config, run: RunDir, nodes: Sequence[Node]) -> None:
 def size(number: float) -> str:
     """Bytes for a person."""
     power = min(4, int(math.log2(max(1, number)) // 10))
-    return f"{number / 1024**power:.{0 if power < 3 else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    return (
+        f"{number / 1024**power:.{0 if power < 3 else 1}f} "
+        f"{('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    )

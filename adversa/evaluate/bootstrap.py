@@ -1,8 +1,10 @@
-"""Intervals and comparisons by a bootstrap clustered by lesion: pictures of one lesion are not independent.
+"""Intervals and comparisons by a bootstrap clustered by lesion: pictures of one lesion are not
+independent.
 
-A resample draws G of the G groups with replacement, so a group's weight is multinomial (Field and Welsh 2007,
-"Bootstrapping clustered data", JRSS B 69). With several seeds the luck of training is added (see inference.py). Thresholds set
-on another role are part of the classifier: intervals hold them as they are.
+A resample draws G of the G groups with replacement, so a group's weight is multinomial (Field and
+Welsh 2007, "Bootstrapping clustered data", JRSS B 69). With several seeds the luck of training is
+added (see inference.py). Thresholds set on another role are part of the classifier: intervals hold
+them as they are.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ Limits = Mapping[str, float] | Sequence[Mapping[str, float]] | None
 
 @dataclass(frozen=True)
 class Comparison:
-    """a minus b: the mean over pairs, its 95% interval, the two-sided p value of no difference, and what could have been seen.
+    """a minus b: the mean over pairs, its 95% interval, the two-sided p value of no difference, and
+    what could have been seen.
 
-    se: standard error. detectable: the effect found with 80% power at this many lesions and seeds (None: cannot be known).
-    each: the difference of every pair. note: what the interval does not hold, in words; empty where there is nothing to say.
+    se: standard error. detectable: the effect found with 80% power at this many lesions and seeds
+    (None: cannot be known). each: the difference of every pair. note: what the interval does not
+    hold, in words; empty where there is nothing to say.
     """
 
     difference: float
@@ -59,7 +63,9 @@ class Comparison:
     spread: Spread
 
     def seeds_needed(self, effect: float, most: int = 100) -> int | None:
-        """Pairs of classifiers needed to detect the effect on these lesions; None: see Spread.seeds_needed."""
+        """Pairs of classifiers needed to detect the effect on these lesions; None: see
+        Spread.seeds_needed.
+        """
         return self.spread.seeds_needed(effect, most)
 
 
@@ -74,12 +80,15 @@ def intervals(
     thresholds: Limits = None,
     only: str | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """logits [N, K], or [S, N, K] of S seeds; labels [N], groups [N] -> name -> (low, high), 95%, for the names of `metrics`.
+    """logits [N, K], or [S, N, K] of S seeds; labels [N], groups [N] -> name -> (low, high), 95%,
+    for the names of `metrics`.
 
-    With S seeds it is of the mean over them, with the luck of training in it. The ends are the percentiles of the resamples, moved
-    so that their mean is the value (the resamples of worst_class and ece lie to one side of it), stretched to the half-width of
-    Spread, cut to the metric's range. A resample without a single image of a class counts for the metrics that are still defined.
-    Empty where there is one lesion only: nothing is known about others. only: that metric alone.
+    With S seeds it is of the mean over them, with the luck of training in it. The ends are the
+    percentiles of the resamples, moved so that their mean is the value (the resamples of
+    worst_class and ece lie to one side of it), stretched to the half-width of Spread, cut to the
+    metric's range. A resample without a single image of a class counts for the metrics that are
+    still defined. Empty where there is one lesion only: nothing is known about others. only: that
+    metric alone.
     """
     drawn, lesions = draws(
         logits, labels, groups, resamples, seed, classes, measures, thresholds, only
@@ -101,11 +110,13 @@ def compare(
     thresholds_a: Limits = None,
     thresholds_b: Limits = None,
 ) -> Comparison:
-    """logits [S, N, K] of arms a and b, S classifiers each, paired by seed and scored on the same N images.
+    """logits [S, N, K] of arms a and b, S classifiers each, paired by seed and scored on the same N
+    images.
 
-    The difference is the mean over seeds of a's metric minus b's; every seed and both arms see the same resamples. metric: any name
-    of `metrics` (UserError otherwise, and where it has no value); classes: names, default "0", "1", ..; thresholds: where the
-    metric is at a target specificity. The interval holds the choice of lesions and, from two seeds on, the luck of training.
+    The difference is the mean over seeds of a's metric minus b's; every seed and both arms see the
+    same resamples. metric: any name of `metrics` (UserError otherwise, and where it has no value);
+    classes: names, default "0", "1", ..; thresholds: where the metric is at a target specificity.
+    The interval holds the choice of lesions and, from two seeds on, the luck of training.
     """
     assert logits_a.shape == logits_b.shape and logits_a.ndim == 3, (logits_a.shape, logits_b.shape)
     classes = classes or [str(k) for k in range(logits_a.shape[2])]
@@ -118,13 +129,16 @@ def compare(
     found = difference(a, b, lesions)
     if found is None:
         raise UserError(
-            f"{metric} has no value on these {len(labels)} images; compare another metric, or add images"
+            f"{metric} has no value on these {len(labels)} images; compare another metric, "
+            "or add images"
         )
     return found
 
 
 def difference(a: np.ndarray, b: np.ndarray, lesions: int) -> Comparison | None:
-    """As `compare`, from what `draws` gave of each arm: a, b [S, 1 + R], of the same resamples. None where there is no value."""
+    """As `compare`, from what `draws` gave of each arm: a, b [S, 1 + R], of the same resamples.
+    None where there is no value.
+    """
     each = a - b
     each = np.where(np.abs(each) < _ROUNDING, 0.0, each)
     drawn = each[:, 1:][:, np.isfinite(each[:, 1:]).all(0)]
@@ -160,7 +174,9 @@ def draws(
     thresholds: Limits = None,
     only: str | None = None,
 ) -> tuple[dict[str, np.ndarray], int]:
-    """(name -> [S, 1 + R], number of lesions): each seed's value as it is, then in each resample. logits as in `intervals`."""
+    """(name -> [S, 1 + R], number of lesions): each seed's value as it is, then in each resample.
+    logits as in `intervals`.
+    """
     index, weights = resample(groups, resamples, seed)
     return _each(
         logits, labels, index, weights, classes, measures, thresholds, only
@@ -199,7 +215,9 @@ def _each(
 
 
 def resample(groups: Sequence[str], resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(index [N] of each image's group, weights [R, G]): how often each resample draws each group."""
+    """(index [N] of each image's group, weights [R, G]): how often each resample draws each
+    group.
+    """
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     g = len(names)
     weights = np.random.default_rng(seed).multinomial(g, np.full(g, 1 / g), size=resamples)
@@ -209,8 +227,9 @@ def resample(groups: Sequence[str], resamples: int, seed: int) -> tuple[np.ndarr
 def interval(
     name: str, x: np.ndarray, lesions: int, measures: Measures | None = None
 ) -> tuple[float, float] | None:
-    """x [S, 1 + R], of `draws` -> (low, high) as in `intervals`; None where the value or every resample is undefined, or of one
-    lesion."""
+    """x [S, 1 + R], of `draws` -> (low, high) as in `intervals`; None where the value or every
+    resample is undefined, or of one lesion.
+    """
     if lesions < 2:
         return None
     drawn = x[:, 1:][:, np.isfinite(x[:, 1:]).all(0)]
@@ -234,9 +253,15 @@ def _note(s: Spread) -> str:
     if s.lesions < 2:
         return "one lesion only: nothing can be said of others"
     if s.se < _ROUNDING:
-        return "both arms answer alike, on every lesion and with every seed: how much others would differ cannot be told"
+        return (
+            "both arms answer alike, on every lesion and with every seed: how much others "
+            "would differ cannot be told"
+        )
     if s.seeds == 1:
         return "one seed: the interval holds the choice of lesions, not the luck of training"
     if s.seeds == 2:
-        return "two seeds say little about the luck of training, so the interval is very wide; three say far more"
+        return (
+            "two seeds say little about the luck of training, so the interval is very wide; "
+            "three say far more"
+        )
     return ""

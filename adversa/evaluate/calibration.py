@@ -11,7 +11,9 @@ from adversa.evaluate.scores import bin_of, checked, softmax
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Images whose largest probability lies in [low, high) (the last bin holds 1 too); the means are None where n is 0."""
+    """Images whose largest probability lies in [low, high) (the last bin holds 1 too); the means
+    are None where n is 0.
+    """
 
     low: float
     high: float
@@ -21,7 +23,8 @@ class ReliabilityBin:
 
 
 def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[ReliabilityBin]:
-    """logits [N, K], labels [N] -> equal-width bins of the top label's probability (Guo et al. 2017), lowest first.
+    """logits [N, K], labels [N] -> equal-width bins of the top label's probability (Guo et al.
+    2017), lowest first.
 
     ECE is the mean of |accuracy - confidence| over bins, weighted by n.
     """

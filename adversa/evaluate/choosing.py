@@ -1,12 +1,14 @@
-"""Choosing how many images to add: of several ratios the smallest that is as good as the best, and which classes the images helped.
+"""Choosing how many images to add: of several ratios the smallest that is as good as the best, and
+which classes the images helped.
 
-Everything is of one role that nothing was fitted to (select), from classifiers that differ in nothing but the ratio. Standard
-errors are of the choice of lesions, for these very classifiers: with m_r the mean over seeds of a metric in resample r of the
-lesions (bootstrap.resample), of R,
+Everything is of one role that nothing was fitted to (select), from classifiers that differ in
+nothing but the ratio. Standard errors are of the choice of lesions, for these very classifiers:
+with m_r the mean over seeds of a metric in resample r of the lesions (bootstrap.resample), of R,
 
     se = sqrt( sum_r (m_r - mean of all m)^2 / (R - 1) ),
 
-over the resamples in which the metric is defined. docs/decisions/0013 says what these rules do not do.
+over the resamples in which the metric is defined. docs/decisions/0013 says what these rules do not
+do.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ _ROUNDING = 1e-12  # of a mean or a difference
 
 @dataclass(frozen=True)
 class Figure:
-    """Of the classifiers of one ratio: each seed's value as it is, their mean, and the mean's standard error."""
+    """Of the classifiers of one ratio: each seed's value as it is, their mean, and the mean's
+    standard error.
+    """
 
     each: tuple[float, ...]
     mean: float
@@ -35,7 +39,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Choice:
-    """chosen: the smallest ratio whose mean is at least `bar`, the best ratio's mean less its standard error."""
+    """chosen: the smallest ratio whose mean is at least `bar`, the best ratio's mean less its
+    standard error.
+    """
 
     chosen: float
     best: float
@@ -45,8 +51,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Help:
-    """A class's sensitivity with images minus without, mean over seeds, its standard error by paired resamples, and what it must
-    exceed to be told from luck. None where the role has no image of the class.
+    """A class's sensitivity with images minus without, mean over seeds, its standard error by
+    paired resamples, and what it must exceed to be told from luck. None where the role has no image
+    of the class.
 
     lesions: of the class in the role. word: of HELPED, NOT_HELPED, UNKNOWN.
     """
@@ -66,10 +73,11 @@ def choose(
     resamples: int,
     seed: int,
 ) -> Choice:
-    """The one-standard-error rule (Breiman et al. 1984, "Classification and Regression Trees", section 3.4.3) over ratios.
+    """The one-standard-error rule (Breiman et al. 1984, "Classification and Regression Trees",
+    section 3.4.3) over ratios.
 
-    logits: ratio -> [S, N, K] of its S classifiers, all on the same N images; labels [N], groups [N]: lesions; classes: K names.
-    Of equally good ratios the smallest is the best.
+    logits: ratio -> [S, N, K] of its S classifiers, all on the same N images; labels [N], groups
+    [N]: lesions; classes: K names. Of equally good ratios the smallest is the best.
     """
     figures = {
         ratio: _figure(draws(x, labels, groups, resamples, seed, classes, only=METRIC)[0][METRIC])
@@ -98,11 +106,13 @@ def help_by_class(
     resamples: int,
     seed: int,
 ) -> dict[str, Help]:
-    """class -> whether its images helped it. logits [S, N, K] each, paired by seed; added [K]: images that were added.
+    """class -> whether its images helped it. logits [S, N, K] each, paired by seed; added [K]:
+    images that were added.
 
-    Helped: the difference exceeds sqrt(se^2 + 1 / G^2), its standard error with one more of the class's G lesions that changes its
-    answer (as Agresti and Min 2005, "Simple improved confidence intervals for comparing matched proportions", Statistics in
-    Medicine 24, add one to the pairs that differ): by se alone any single lesion that turns right is help, since it is then just
+    Helped: the difference exceeds sqrt(se^2 + 1 / G^2), its standard error with one more of the
+    class's G lesions that changes its answer (as Agresti and Min 2005, "Simple improved confidence
+    intervals for comparing matched proportions", Statistics in Medicine 24, add one to the pairs
+    that differ): by se alone any single lesion that turns right is help, since it is then just
     below 1 / G. Unknown: no images were added, or there are fewer than 5 lesions of the class.
     """
     found = {}
@@ -126,7 +136,9 @@ def help_by_class(
 
 
 def _figure(drawn: np.ndarray) -> Figure:
-    """drawn [S, 1 + R] (of bootstrap.draws): the data as they are, then the resamples, NaN where one leaves the value undefined."""
+    """drawn [S, 1 + R] (of bootstrap.draws): the data as they are, then the resamples, NaN where
+    one leaves the value undefined.
+    """
     means = drawn[:, 1:].mean(0)
     means = means[np.isfinite(means)]
     se = float(means.std(ddof=1)) if len(means) > 1 else 0.0

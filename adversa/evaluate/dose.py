@@ -1,22 +1,27 @@
-"""How much synthetic data helps: the score against the dose (synthetic images per real one), its knee, its worth in real images.
+"""How much synthetic data helps: the score against the dose (synthetic images per real one), its
+knee, its worth in real images.
 
-The curve is  f(x) = base + gain (1 - exp(-(x - low) / scale)),  low the least dose measured: the exponential learning curve with an
-asymptote (EXP3 in the table of forms of Viering and Loog 2022, "The shape of learning curves: a review", IEEE TPAMI; with a free
-exponent EXP4, one of the forms of Domhan, Springenberg and Hutter 2015, IJCAI). Three parameters can be told from three doses; it
-saturates, so it has a knee; it starts at dose 0, where power laws have a pole or need one parameter more; a negative gain
-describes harm. The knee's place depends on the scale alone, so its interval is one of the scale.
+The curve is  f(x) = base + gain (1 - exp(-(x - low) / scale)),  low the least dose measured: the
+exponential learning curve with an asymptote (EXP3 in the table of forms of Viering and Loog 2022,
+"The shape of learning curves: a review", IEEE TPAMI; with a free exponent EXP4, one of the forms of
+Domhan, Springenberg and Hutter 2015, IJCAI). Three parameters can be told from three doses; it
+saturates, so it has a knee; it starts at dose 0, where power laws have a pole or need one parameter
+more; a negative gain describes harm. The knee's place depends on the scale alone, so its interval
+is one of the scale.
 
-Noise. With seeds s = 1 .. S that all doses share, a score is m_d + a_s + e_ds: the luck of a seed that moves its whole curve, and
-the rest. Resampling S = 2 .. 5 seeds gives replicates of rank S - 1 that are too narrow; `seed_draws` draws instead from normal
-laws whose variances are pooled over the doses and divided by their own chi-square (Student's t). It takes e to vary alike at all
-doses.
+Noise. With seeds s = 1 .. S that all doses share, a score is m_d + a_s + e_ds: the luck of a seed
+that moves its whole curve, and the rest. Resampling S = 2 .. 5 seeds gives replicates of rank S - 1
+that are too narrow; `seed_draws` draws instead from normal laws whose variances are pooled over the
+doses and divided by their own chi-square (Student's t). It takes e to vary alike at all doses.
 
-The scale's interval is by the grid bootstrap (Hansen 1999, Review of Economics and Statistics 81): a scale is in it unless the
-best curve is better than the best of that scale by more than noise makes it. Percentiles of refitted scales would not do: a flat
-or a straight row of scores fits any scale, or no largest one, and percentiles hide that. Nothing is said outside the doses.
+The scale's interval is by the grid bootstrap (Hansen 1999, Review of Economics and Statistics 81):
+a scale is in it unless the best curve is better than the best of that scale by more than noise
+makes it. Percentiles of refitted scales would not do: a flat or a straight row of scores fits any
+scale, or no largest one, and percentiles hide that. Nothing is said outside the doses.
 
-Knee and gain are of the form: seven doses and three to five seeds seldom tell it from a hyperbola or a logarithm (2 to 12% of such
-sweeps are called a misfit), whose 90% point lies later, inside the knee's interval in 37 to 60% only. `measured` assumes no form.
+Knee and gain are of the form: seven doses and three to five seeds seldom tell it from a hyperbola
+or a logarithm (2 to 12% of such sweeps are called a misfit), whose 90% point lies later, inside the
+knee's interval in 37 to 60% only. `measured` assumes no form.
 """
 
 from __future__ import annotations
@@ -33,7 +38,9 @@ KNEE_SHARE = 0.9
 SCALES = 64  # of the grid; a step is about a tenth of the scale
 FEWEST = (
     1 / 3
-)  # of the least step between doses: the curve then has 95% of its gain at the next dose, and a knee before it
+    # of the least step between doses: the curve then has 95% of its gain at the next dose, and a
+    # knee before it
+)
 MOST = 3.0  # of the range of doses: the knee then lies within 2% of a straight line's
 MISFIT = 0.01
 _TINY = 1e-18  # a sum of squares of rounding only
@@ -42,9 +49,11 @@ _ROUNDING = 1e-12  # scores that differ by no more are equal
 
 @dataclass(frozen=True)
 class Curve:
-    """base: score at the dose `low`; gain: the asymptote less that; scale: in doses, > 0 (says nothing where gain is 0).
+    """base: score at the dose `low`; gain: the asymptote less that; scale: in doses, > 0 (says
+    nothing where gain is 0).
 
-    low, high: the range of doses it was fitted on. rmse: root mean square of the (weighted) residuals, in scores.
+    low, high: the range of doses it was fitted on. rmse: root mean square of the (weighted)
+    residuals, in scores.
     """
 
     base: float
@@ -55,12 +64,15 @@ class Curve:
     rmse: float
 
     def at(self, x: float | np.ndarray) -> float | np.ndarray:
-        """The score at dose x, of x's shape. UserError outside [low, high]: nothing was measured there."""
+        """The score at dose x, of x's shape. UserError outside [low, high]: nothing was measured
+        there.
+        """
         asked = np.asarray(x, np.float64)
         if not ((asked >= self.low) & (asked <= self.high)).all():
             outside = float(asked[~((asked >= self.low) & (asked <= self.high))].flat[0])
             raise UserError(
-                f"dose {outside:g} lies outside the measured doses {self.low:g} to {self.high:g}; no curve is known there"
+                f"dose {outside:g} lies outside the measured doses {self.low:g} to "
+                f"{self.high:g}; no curve is known there"
             )
         found = self.base + self.gain * _shape(asked - self.low, self.scale)
         return found if found.ndim else float(found)
@@ -71,20 +83,25 @@ class Curve:
         return self.gain * float(_shape(self.high - self.low, self.scale))
 
     def knee(self, share: float = KNEE_SHARE) -> float:
-        """The least dose with `share`, in (0, 1), of the rise over [low, high]; share of that range were the curve straight."""
+        """The least dose with `share`, in (0, 1), of the rise over [low, high]; share of that range
+        were the curve straight.
+        """
         return float(_knee(self.scale, self.low, self.high, share))
 
 
 @dataclass(frozen=True)
 class Response:
-    """A sweep in plain numbers, for JSON by dataclasses.asdict; low and high are intervals at `level`.
+    """A sweep in plain numbers, for JSON by dataclasses.asdict; low and high are intervals at
+    `level`.
 
-    doses, scores, seeds: ascending; mean score; most trials at one dose. grid, middle, low, high: the curve and its pointwise
-    band. gain: curve at the largest dose less that at the least; measured: of the mean scores, whatever the curve. kind: "knee",
-    or why none is told, as `reason` says in words (empty for a knee): "no gain" (the interval of `gain` holds 0), "falls",
-    "misfit", "rising" (the knee is beyond the data), "unclear" (early or beyond the data). knee: least dose with KNEE_SHARE of the
-    gain. knee_low: of these two also, as a bound; the least dose where the knee may lie however early; else None with the others.
-    misfit: share of replicates of the curve that lie as far from it as the scores do; None with three doses: curves go through all.
+    doses, scores, seeds: ascending; mean score; most trials at one dose. grid, middle, low, high:
+    the curve and its pointwise band. gain: curve at the largest dose less that at the least;
+    measured: of the mean scores, whatever the curve. kind: "knee", or why none is told, as `reason`
+    says in words (empty for a knee): "no gain" (the interval of `gain` holds 0), "falls", "misfit",
+    "rising" (the knee is beyond the data), "unclear" (early or beyond the data). knee: least dose
+    with KNEE_SHARE of the gain. knee_low: of these two also, as a bound; the least dose where the
+    knee may lie however early; else None with the others. misfit: share of replicates of the curve
+    that lie as far from it as the scores do; None with three doses: curves go through all.
     """
 
     curve: Curve
@@ -113,11 +130,13 @@ class Response:
 
 @dataclass(frozen=True)
 class Worth:
-    """Real images that one synthetic image is worth: (equivalent - at_count) / synthetic_count. Plain numbers, for JSON.
+    """Real images that one synthetic image is worth: (equivalent - at_count) / synthetic_count.
+    Plain numbers, for JSON.
 
-    equivalent: how many real images alone score `score`. Both None where the score lies outside those of the real images: then
-    `side` is "at least" or "at most", and `bound` the worth at the end of the data. low, high: interval; None: not bounded by the
-    data. above, below: share of replicates beyond either end.
+    equivalent: how many real images alone score `score`. Both None where the score lies outside
+    those of the real images: then `side` is "at least" or "at most", and `bound` the worth at the
+    end of the data. low, high: interval; None: not bounded by the data. above, below: share of
+    replicates beyond either end.
     """
 
     worth: float | None
@@ -136,10 +155,11 @@ class Worth:
 
 
 def fit(doses: Sequence[float], scores: np.ndarray, weights: np.ndarray | None = None) -> Curve:
-    """doses [D], at least 3, distinct, >= 0; scores [D] or [D, S], NaN where a trial is missing -> the least-squares Curve.
+    """doses [D], at least 3, distinct, >= 0; scores [D] or [D, S], NaN where a trial is missing ->
+    the least-squares Curve.
 
-    weights [D], > 0: of the dose means; default the number of trials. The scale lies within its limits above: at the upper one the
-    curve is all but straight. UserError for what does not fit.
+    weights [D], > 0: of the dose means; default the number of trials. The scale lies within its
+    limits above: at the upper one the curve is all but straight. UserError for what does not fit.
     """
     x, y, order = _table(doses, scores)
     w = np.isfinite(y).sum(1).astype(np.float64)
@@ -156,21 +176,25 @@ def fit(doses: Sequence[float], scores: np.ndarray, weights: np.ndarray | None =
 def seed_draws(
     scores: np.ndarray, resamples: int, rng: np.random.Generator, lesions: np.ndarray | None = None
 ) -> np.ndarray:
-    """scores [D, S], a column a seed, NaN where missing -> [B, D] replicates of the mean at each dose, holding the luck of seeds.
+    """scores [D, S], a column a seed, NaN where missing -> [B, D] replicates of the mean at each
+    dose, holding the luck of seeds.
 
-    lesions [B, D]: replicates of the mean over these very classifiers, by lesions drawn anew, the same ones at all doses; their
-    luck is added (what lesions do to one classifier alone is then counted twice: too wide sooner than too narrow). B is
-    `resamples`, or the rows of `lesions`. UserError where no dose has a second seed: nothing is known about seeds then.
+    lesions [B, D]: replicates of the mean over these very classifiers, by lesions drawn anew, the
+    same ones at all doses; their luck is added (what lesions do to one classifier alone is then
+    counted twice: too wide sooner than too narrow). B is `resamples`, or the rows of `lesions`.
+    UserError where no dose has a second seed: nothing is known about seeds then.
     """
     y = np.asarray(scores, np.float64)
     if y.ndim != 2 or np.isinf(y).any() or np.isnan(y).all(1).any():
         raise UserError(
-            f"scores of shape {y.shape}; give [doses, seeds], finite or NaN, with a score at each dose"
+            f"scores of shape {y.shape}; give [doses, seeds], finite or NaN, with a score "
+            "at each dose"
         )
     mean, root, sd, freedom, effects = _means(y)
     if freedom < 1:
         raise UserError(
-            f"{int(np.isfinite(y).sum())} trials at {len(y)} doses say nothing about the luck of seeds; train a second seed"
+            f"{int(np.isfinite(y).sum())} trials at {len(y)} doses say nothing about the "
+            "luck of seeds; train a second seed"
         )
     b = resamples if lesions is None else len(lesions)
     noise = (
@@ -194,11 +218,12 @@ def response(
     resamples: int = 1000,
     grid: int | Sequence[float] = 101,
 ) -> Response:
-    """doses, scores as in `fit`; draws [B, D]: replicates of the mean at each dose, paired across doses, with the luck of lesions
-    and of seeds in them (default `seed_draws`, seeds alone; rows with NaN are left out); grid: doses inside the data, or how many.
+    """doses, scores as in `fit`; draws [B, D]: replicates of the mean at each dose, paired across
+    doses, with the luck of lesions and of seeds in them (default `seed_draws`, seeds alone; rows
+    with NaN are left out); grid: doses inside the data, or how many.
 
-    A knee is told where the gain's interval lies above 0, the curve describes the scores (MISFIT), and its interval does not hold
-    the straight rise. UserError for what does not fit.
+    A knee is told where the gain's interval lies above 0, the curve describes the scores (MISFIT),
+    and its interval does not hold the straight rise. UserError for what does not fit.
     """
     x, y, order = _table(doses, scores)
     mean, count = _means(y)[0], np.isfinite(y).sum(1)
@@ -272,7 +297,9 @@ def _kind(
     knee_high: float | None,
     x: np.ndarray,
 ) -> str:
-    """low, high: of the gain. "rising": even the earliest knee leaves more than 1 - KNEE_SHARE of the gain to the last step."""
+    """low, high: of the gain. "rising": even the earliest knee leaves more than 1 - KNEE_SHARE of
+    the gain to the last step.
+    """
     if low <= 0:
         return "falls" if high < 0 else "no gain"
     if misfit is not None and misfit < MISFIT:
@@ -283,7 +310,10 @@ def _kind(
 def _words(
     curve: Curve, gain: tuple[float, float], kind: str, low: float, high: float | None, level: float
 ) -> str:
-    first = f"{curve.rise:+.3f} at dose {curve.high:g} ({100 * level:g}%: {gain[0]:+.3f} to {gain[1]:+.3f})"
+    first = (
+        f"{curve.rise:+.3f} at dose {curve.high:g} ({100 * level:g}%: {gain[0]:+.3f} to "
+        f"{gain[1]:+.3f})"
+    )
     if kind != "knee":
         return f"{first}; {_REASONS[kind].format(low)}"
     by = f"{100 * KNEE_SHARE:g}% of it by dose {curve.knee():.3g}"
@@ -293,7 +323,9 @@ def _words(
 def _table(
     doses: Sequence[float], scores: np.ndarray, least: int = 3, what: str = "dose"
 ) -> tuple[np.ndarray, ...]:
-    """(doses [D] ascending, scores [D, S] in that order, the order [D]); UserError where they are not a curve's."""
+    """(doses [D] ascending, scores [D, S] in that order, the order [D]); UserError where they are
+    not a curve's.
+    """
     x, y = np.asarray(doses, np.float64), np.asarray(scores, np.float64)
     if x.ndim != 1 or len(x) < least:
         raise UserError(f"{what}s of shape {x.shape}; a curve needs a row of at least {least}")
@@ -302,7 +334,8 @@ def _table(
         raise UserError(f"{what} {wrong[0]:g}; each must be finite and not negative")
     if len(np.unique(x)) < len(x):
         raise UserError(
-            f"{what}s {', '.join(f'{v:g}' for v in x)} are not distinct; give the trials of one {what} in one row"
+            f"{what}s {', '.join(f'{v:g}' for v in x)} are not distinct; give the trials "
+            f"of one {what} in one row"
         )
     if y.ndim not in (1, 2) or len(y) != len(x):
         raise UserError(
@@ -319,10 +352,12 @@ def _table(
 
 
 def _means(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int, np.ndarray]:
-    """y [D, S], NaN where missing -> (means m [D], root [D, D] of their covariance in units of sd^2, sd of e, its degrees of
-    freedom, seeds' effects a [S], summing to 0; empty where seeds are not shared so that all doses can be compared).
+    """y [D, S], NaN where missing -> (means m [D], root [D, D] of their covariance in units of
+    sd^2, sd of e, its degrees of freedom, seeds' effects a [S], summing to 0; empty where seeds are
+    not shared so that all doses can be compared).
 
-    Least squares of m_d + a_s: with no trial missing m are the plain means; else a dose is not credited with having lucky seeds.
+    Least squares of m_d + a_s: with no trial missing m are the plain means; else a dose is not
+    credited with having lucky seeds.
     """
     d, keep = len(y), np.isfinite(y).any(0)
     y = y[:, keep]
@@ -358,7 +393,9 @@ def _sorted(draws: np.ndarray | None, order: np.ndarray) -> np.ndarray | None:
 def _noise(
     draws: np.ndarray | None, y: np.ndarray, resamples: int, rng: np.random.Generator, level: float
 ) -> np.ndarray:
-    """[B, D], mean 0: the replicates' distances from their mean, which resampling may have moved."""
+    """[B, D], mean 0: the replicates' distances from their mean, which resampling may have
+    moved.
+    """
     if not 0 < level < 1:
         raise UserError(f"level {level:g}; it lies between 0 and 1, as 0.95")
     found = seed_draws(y, resamples, rng) if draws is None else draws
@@ -379,7 +416,9 @@ def _shape(x: float | np.ndarray, scale: float | np.ndarray) -> np.ndarray:
 
 
 def _knee(scale: float | np.ndarray, low: float, high: float, share: float) -> float | np.ndarray:
-    """The x with 1 - exp(-(x - low) / scale) = share (1 - exp(-(high - low) / scale)), increasing in the scale."""
+    """The x with 1 - exp(-(x - low) / scale) = share (1 - exp(-(high - low) / scale)), increasing
+    in the scale.
+    """
     return low - scale * np.log1p(-share * _shape(high - low, scale))
 
 
@@ -389,9 +428,11 @@ def _scales(x: np.ndarray) -> np.ndarray:
 
 
 def _apart(x: np.ndarray, weights: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """[K, D]: each scale's curve at the doses less its weighted mean, times the root of the weights.
+    """[K, D]: each scale's curve at the doses less its weighted mean, times the root of the
+    weights.
 
-    With u its direction, a scale's least-squares fit to scores m takes (u . root m)^2 off their weighted sum of squares.
+    With u its direction, a scale's least-squares fit to scores m takes (u . root m)^2 off their
+    weighted sum of squares.
     """
     curve = _shape(x - x[0], scales[:, None])
     return np.sqrt(weights) * (curve - (curve @ weights)[:, None])
@@ -430,7 +471,9 @@ def _fit(x: np.ndarray, mean: np.ndarray, weights: np.ndarray) -> Curve:
 def _refits(
     x: np.ndarray, means: np.ndarray, weights: np.ndarray, scales: np.ndarray, points: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """means [B, D] -> (rise over the doses [B], curve at the points [B, P]) of each replicate's best curve on the grid."""
+    """means [B, D] -> (rise over the doses [B], curve at the points [B, P]) of each replicate's
+    best curve on the grid.
+    """
     apart = _apart(x, weights, scales)
     size = np.linalg.norm(apart, axis=1)
     along = (means * np.sqrt(weights)) @ apart.T / size
@@ -444,12 +487,14 @@ def _refits(
 def _compatible(
     basis: np.ndarray, signal: np.ndarray, noise: np.ndarray, least: float
 ) -> tuple[np.ndarray, float, float]:
-    """basis [K, D]; signal [D], noise [B, D], less their means, times the root of the weights -> (p [K], of the best, of none).
+    """basis [K, D]; signal [D], noise [B, D], less their means, times the root of the weights -> (p
+    [K], of the best, of none).
 
-    p[k]: of replicates made of scale k's best curve and the noise, the share that prefer another scale (in sums of squares) by as
-    much as the scores do. Of the best: of its replicates, the share that lie as far from every curve as the scores do, `least`.
-    Of none: the share of the noise alone that a curve takes as much off as off the scores (Davies 1987, Biometrika 74: the scale
-    is not there to be known where the gain is 0, so the largest over scales is compared).
+    p[k]: of replicates made of scale k's best curve and the noise, the share that prefer another
+    scale (in sums of squares) by as much as the scores do. Of the best: of its replicates, the
+    share that lie as far from every curve as the scores do, `least`. Of none: the share of the
+    noise alone that a curve takes as much off as off the scores (Davies 1987, Biometrika 74: the
+    scale is not there to be known where the gain is 0, so the largest over scales is compared).
     """
     along, cross, free = basis @ signal, basis @ basis.T, basis @ noise.T
     best = int(np.argmax(along**2))
@@ -472,7 +517,8 @@ def _knees(
 ) -> tuple[float, float | None]:
     """The earliest and the latest knee of the scales with p > alpha.
 
-    x[0], None where the set reaches the grid's end: a knee before the second dose, however early; a line all but straight.
+    x[0], None where the set reaches the grid's end: a knee before the second dose, however early; a
+    line all but straight.
     """
     inside = np.nonzero(p > alpha)[0]
     first, last = inside[0], inside[-1]
@@ -508,28 +554,34 @@ def worth(
     level: float = 0.95,
     resamples: int = 1000,
 ) -> Worth:
-    """How many real images alone score what at_count real and synthetic_count synthetic ones do. Real curve: see `real_curve`.
+    """How many real images alone score what at_count real and synthetic_count synthetic ones do.
+    Real curve: see `real_curve`.
 
-    real_counts [R], at least 2, > 0, distinct; real_scores [R] or [R, S], NaN where a trial is missing; scores: the cell's score,
-    or [S] of the same seeds; draws_real [B, R], draws_score [B]: replicates of the means, paired (the same lesions in both), with
-    the luck of seeds in them; default `seed_draws` of the seeds. A replicate beyond the real images' scores counts as beyond the
-    data: where more than (1 - level) / 2 of them do, the interval has no such end. UserError for what does not fit.
+    real_counts [R], at least 2, > 0, distinct; real_scores [R] or [R, S], NaN where a trial is
+    missing; scores: the cell's score, or [S] of the same seeds; draws_real [B, R], draws_score [B]:
+    replicates of the means, paired (the same lesions in both), with the luck of seeds in them;
+    default `seed_draws` of the seeds. A replicate beyond the real images' scores counts as beyond
+    the data: where more than (1 - level) / 2 of them do, the interval has no such end. UserError
+    for what does not fit.
     """
     n, y, order = _table(real_counts, real_scores, 2, "real count")
     if n[0] <= 0 or not (0 < at_count < np.inf and 0 < synthetic_count < np.inf):
         raise UserError(
-            f"{n[0]:g} real images on the curve, {at_count:g} and {synthetic_count:g} synthetic; each must be above 0"
+            f"{n[0]:g} real images on the curve, {at_count:g} and {synthetic_count:g} "
+            "synthetic; each must be above 0"
         )
     cell = np.atleast_1d(np.asarray(scores, np.float64))
     if cell.ndim != 1 or not np.isfinite(cell).any() or np.isinf(cell).any():
         raise UserError(
-            f"scores of shape {cell.shape}; give the cell's score, or one for each seed, NaN where missing"
+            f"scores of shape {cell.shape}; give the cell's score, or one for each seed, "
+            "NaN where missing"
         )
     if (draws_real is None) != (draws_score is None) or (
         draws_real is None and len(cell) != y.shape[1]
     ):
         raise UserError(
-            f"{len(cell)} scores for {y.shape[1]} seeds; give the same seeds, or draws_real and draws_score, which are paired"
+            f"{len(cell)} scores for {y.shape[1]} seeds; give the same seeds, or "
+            "draws_real and draws_score, which are paired"
         )
     paired = len(cell) == y.shape[1]
     mean = _means(np.vstack([y, cell]))[0] if paired else np.append(_means(y)[0], np.nanmean(cell))
@@ -538,7 +590,8 @@ def worth(
         both = np.asarray(draws_real, np.float64), np.asarray(draws_score, np.float64)
         if both[1].ndim != 1 or both[0].shape != (len(both[1]), len(n)):
             raise UserError(
-                f"draws_real of shape {both[0].shape}, draws_score {both[1].shape}; give [B, {len(n)}] and [B]"
+                f"draws_real of shape {both[0].shape}, draws_score {both[1].shape}; give "
+                f"[B, {len(n)}] and [B]"
             )
         draws = np.hstack([both[0][:, order], both[1][:, None]])
     replicates = mean + _noise(
@@ -558,11 +611,13 @@ def worth(
 
 
 def real_curve(means: np.ndarray) -> np.ndarray:
-    """means [B, R], by ascending number of real images -> the closest scores that never fall (isotonic, equal weights).
+    """means [B, R], by ascending number of real images -> the closest scores that never fall
+    (isotonic, equal weights).
 
-    Between measured counts the curve is straight in the logarithm of the count; learning curves bend down there, so that in truth
-    a little fewer real images may do. By the min-max formula (Robertson, Wright and Dykstra 1988, "Order restricted statistical
-    inference", 1.4): max over i <= r of the min over j >= r of the mean of i .. j.
+    Between measured counts the curve is straight in the logarithm of the count; learning curves
+    bend down there, so that in truth a little fewer real images may do. By the min-max formula
+    (Robertson, Wright and Dykstra 1988, "Order restricted statistical inference", 1.4): max over i
+    <= r of the min over j >= r of the mean of i .. j.
     """
     r = means.shape[1]
     total = np.concatenate([np.zeros((len(means), 1)), means.cumsum(1)], 1)
@@ -577,7 +632,9 @@ def real_curve(means: np.ndarray) -> np.ndarray:
 
 
 def _equivalent(log_counts: np.ndarray, curves: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """log_counts [R], curves [B, R] that never fall, score [B] -> log of the least count that reaches it; -inf, inf beyond."""
+    """log_counts [R], curves [B, R] that never fall, score [B] -> log of the least count that
+    reaches it; -inf, inf beyond.
+    """
     reached = curves >= score[:, None] - _ROUNDING
     j = np.clip(reached.argmax(1), 1, None)
     row = np.arange(len(curves))
@@ -617,7 +674,10 @@ def _worth(
         else f"{low:.3g} to {high:.3g}"
     )
     where = {"": "", "at least": "beyond the data: ", "at most": "below the data: "}[side]
-    words = f"{where}one synthetic image is worth {side + ' ' if side else ''}{bound if value is None else value:.3g} real ({interval})"
+    words = (
+        f"{where}one synthetic image is worth "
+        f"{side + ' ' if side else ''}{bound if value is None else value:.3g} real ({interval})"
+    )
     return Worth(
         value,
         low,

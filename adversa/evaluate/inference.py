@@ -1,15 +1,19 @@
-"""From differences to words: two sources of chance, the smallest effect a study can see, corrections, other tests beside.
+"""From differences to words: two sources of chance, the smallest effect a study can see,
+corrections, other tests beside.
 
 With seeds s = 1 .. K and test lesions drawn at random, the difference of a pair of classifiers is
-d_s = effect + B_s + L + E_s: B_s the luck of training pair s, L the luck of the lesions that all pairs share, E_s what the
-lesions do to pair s alone. Of the mean over pairs, Var = Var(L) + Var(E) / K + Var(B) / K. Resampling lesions with the classifiers
-as they are gives the covariance of L + E_s between pairs: its mean off the diagonal is Var(L) (`common`), its mean on the diagonal
-less that is Var(E) (`apart`). The variance of d_s between pairs, as observed, is of B_s + E_s (`between`), since L moves them all
-alike. So Var(mean) = common + between / K, of which `common` is known from many lesions and `between` from K - 1 degrees of
-freedom. The half-width of the interval is the root of (t_G-1)^2 common + (t_K-1)^2 between / K (Howe 1974, "Approximate
-confidence limits on the mean of X + Y", JASA 69: the sum of two such half-widths' squares), and never less than lesions alone
-give, t_G-1 times the root of common + apart / K. Two sharper ways were tried and call no effect an effect too often in studies of
-three seeds: to add only what `between` has beyond `apart` (up to 9%), and that with Satterthwaite's quantile (8 to 12%).
+d_s = effect + B_s + L + E_s: B_s the luck of training pair s, L the luck of the lesions that all
+pairs share, E_s what the lesions do to pair s alone. Of the mean over pairs, Var = Var(L) + Var(E)
+/ K + Var(B) / K. Resampling lesions with the classifiers as they are gives the covariance of L +
+E_s between pairs: its mean off the diagonal is Var(L) (`common`), its mean on the diagonal less
+that is Var(E) (`apart`). The variance of d_s between pairs, as observed, is of B_s + E_s
+(`between`), since L moves them all alike. So Var(mean) = common + between / K, of which `common` is
+known from many lesions and `between` from K - 1 degrees of freedom. The half-width of the interval
+is the root of (t_G-1)^2 common + (t_K-1)^2 between / K (Howe 1974, "Approximate confidence limits
+on the mean of X + Y", JASA 69: the sum of two such half-widths' squares), and never less than
+lesions alone give, t_G-1 times the root of common + apart / K. Two sharper ways were tried and call
+no effect an effect too often in studies of three seeds: to add only what `between` has beyond
+`apart` (up to 9%), and that with Satterthwaite's quantile (8 to 12%).
 """
 
 from __future__ import annotations
@@ -31,9 +35,11 @@ _TINY = 1e-24  # variance: a difference of rounding only
 
 @dataclass(frozen=True)
 class Spread:
-    """The variances of a mean over K = `seeds` pairs of classifiers on G = `lesions` lesions (see above).
+    """The variances of a mean over K = `seeds` pairs of classifiers on G = `lesions` lesions (see
+    above).
 
-    between is None where K = 1: then `common` holds `apart` too, and the luck of training is in no figure.
+    between is None where K = 1: then `common` holds `apart` too, and the luck of training is in no
+    figure.
     """
 
     seeds: int
@@ -61,7 +67,9 @@ class Spread:
         )
 
     def p(self, difference: float) -> float:
-        """Two-sided p of no difference: the alpha whose interval ends at 0. No less than a sign test over G lesions can give."""
+        """Two-sided p of no difference: the alpha whose interval ends at 0. No less than a sign
+        test over G lesions can give.
+        """
         least = min(1.0, 2.0 ** (1 - self.lesions))
         if difference == 0 or self.lesions < 2:
             return 1.0
@@ -80,9 +88,11 @@ class Spread:
     def detectable(
         self, seeds: int | None = None, alpha: float = ALPHA, power: float = POWER
     ) -> float | None:
-        """The effect (>= 0) that a study like this one, with `seeds` pairs, finds with this power. None where it cannot be known.
+        """The effect (>= 0) that a study like this one, with `seeds` pairs, finds with this power.
+        None where it cannot be known.
 
-        (t of alpha / 2 + t of 1 - power) standard errors, each source with its own degrees of freedom.
+        (t of alpha / 2 + t of 1 - power) standard errors, each source with its own degrees of
+        freedom.
         """
         if self.se**2 <= _TINY:
             return (
@@ -98,7 +108,8 @@ class Spread:
     def seeds_needed(self, effect: float, most: int = 100) -> int | None:
         """The least number of pairs with which |effect| is detectable on these lesions.
 
-        None where `most` are too few, so also where the lesions alone forbid it, and where one seed says nothing about seeds.
+        None where `most` are too few, so also where the lesions alone forbid it, and where one seed
+        says nothing about seeds.
         """
         if self.between is None or self.detectable(2) is None:
             return None
@@ -121,7 +132,9 @@ def _t(tail: float, df: int) -> float:
 
 
 def spread(observed: np.ndarray, drawn: np.ndarray, lesions: int) -> Spread:
-    """observed [S], the values as they are; drawn [S, R], the same in each resample of G lesions, finite -> their Spread."""
+    """observed [S], the values as they are; drawn [S, R], the same in each resample of G lesions,
+    finite -> their Spread.
+    """
     seeds = len(observed)
     covariance = np.atleast_2d(np.cov(drawn)) if drawn.shape[1] > 1 else np.zeros((seeds, seeds))
     if seeds == 1:
@@ -133,7 +146,9 @@ def spread(observed: np.ndarray, drawn: np.ndarray, lesions: int) -> Spread:
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (Holm 1979): adjusted p values in the order given, each in [0, 1]."""
+    """Holm's step-down correction (Holm 1979): adjusted p values in the order given, each in [0,
+    1].
+    """
     p = np.asarray(pvalues, np.float64)
     assert np.isfinite(p).all() and ((p >= 0) & (p <= 1)).all(), p
     order = np.argsort(p, kind="stable")
@@ -149,7 +164,9 @@ def word(low: float, high: float) -> str:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Lesions of which a gets more images right than b (`won`), and fewer (`lost`); exact two-sided p of won = lost."""
+    """Lesions of which a gets more images right than b (`won`), and fewer (`lost`); exact two-sided
+    p of won = lost.
+    """
 
     won: int
     lost: int
@@ -159,10 +176,12 @@ class McNemar:
 def mcnemar(
     logits_a: np.ndarray, logits_b: np.ndarray, labels: np.ndarray, groups: Sequence[str]
 ) -> McNemar:
-    """McNemar's test of one pair of classifiers, logits [N, K] each: accuracy, not balanced accuracy, by the binomial distribution.
+    """McNemar's test of one pair of classifiers, logits [N, K] each: accuracy, not balanced
+    accuracy, by the binomial distribution.
 
-    The unit is the lesion, because its images are not independent: one image a lesion makes it McNemar 1947, its exact form at any
-    number of discordant pairs. With several seeds give one result each: pooled, a lesion would count K times and p be too small.
+    The unit is the lesion, because its images are not independent: one image a lesion makes it
+    McNemar 1947, its exact form at any number of discordant pairs. With several seeds give one
+    result each: pooled, a lesion would count K times and p be too small.
     """
     labels = np.asarray(labels)
     gain = (np.asarray(logits_a).argmax(1) == labels).astype(int) - (
@@ -185,7 +204,9 @@ class Gain:
 
 
 def gain_per_hour(difference: float, low: float, high: float, device_seconds: float) -> Gain:
-    """device_seconds: what the better arm cost beyond the other, > 0; the cost is taken as known. UserError otherwise."""
+    """device_seconds: what the better arm cost beyond the other, > 0; the cost is taken as known.
+    UserError otherwise.
+    """
     if not device_seconds > 0:
         raise UserError(f"device_seconds is {device_seconds}; a gain per hour needs a cost above 0")
     hours = device_seconds / 3600

@@ -1,7 +1,9 @@
-"""How good a generative model's images are, from features: distances between two sets of points, real and fake.
+"""How good a generative model's images are, from features: distances between two sets of points,
+real and fake.
 
-KID: Binkowski et al. 2018, "Demystifying MMD GANs". Precision, recall, density, coverage: Naeem et al. 2020, "Reliable Fidelity
-and Diversity Metrics for Generative Models". All sums are in float64, in blocks of bounded size.
+KID: Binkowski et al. 2018, "Demystifying MMD GANs". Precision, recall, density, coverage: Naeem et
+al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models". All sums are in float64,
+in blocks of bounded size.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from typing import Any
 import numpy as np
 
 _CELLS = 4_000_000  # entries of a matrix of pairs worked on at once: 32 MB
-# Two distances that are equal come out of matrix products of other shapes with other last bits: nearer than this is a tie.
+# Two distances that are equal come out of matrix products of other shapes with other last bits:
+# nearer than this is a tie.
 _TIE = 1e-9
 MEASURES = ("precision", "recall", "density", "coverage")
 
@@ -20,11 +23,13 @@ MEASURES = ("precision", "recall", "density", "coverage")
 def kid(
     features_a: np.ndarray, features_b: np.ndarray, subsets: int, subset_size: int, seed: int
 ) -> tuple[float, float]:
-    """Kernel distance of features [N, D] and [M, D]: (mean, standard deviation) over random subsets of `mmd2`.
+    """Kernel distance of features [N, D] and [M, D]: (mean, standard deviation) over random subsets
+    of `mmd2`.
 
-    A subset is drawn from each set without replacement, of subset_size rows or of as many as the smaller set has (at least 2).
-    The mean is an unbiased estimate of the squared distance of the two distributions: around 0, and so at times negative, where
-    they are one. The deviation says how much a subset varies; subsets share rows, so it is no standard error of the mean.
+    A subset is drawn from each set without replacement, of subset_size rows or of as many as the
+    smaller set has (at least 2). The mean is an unbiased estimate of the squared distance of the
+    two distributions: around 0, and so at times negative, where they are one. The deviation says
+    how much a subset varies; subsets share rows, so it is no standard error of the mean.
     """
     a, b = _checked(features_a, features_b)
     size = min(subset_size, len(a), len(b))
@@ -38,10 +43,11 @@ def kid(
 
 
 def mmd2(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased squared MMD of a [N, D] and b [M, D] (N, M >= 2) with the kernel k(x, y) = (x . y / D + 1)^3.
+    """Unbiased squared MMD of a [N, D] and b [M, D] (N, M >= 2) with the kernel k(x, y) = (x . y /
+    D + 1)^3.
 
-    Binkowski et al. 2018, equation 4: mean of k over pairs within a, and within b, without a point and itself, minus twice the
-    mean of k over pairs of both.
+    Binkowski et al. 2018, equation 4: mean of k over pairs within a, and within b, without a point
+    and itself, minus twice the mean of k over pairs of both.
     """
     a, b = _checked(a, b)
     n, m = len(a), len(b)
@@ -53,13 +59,14 @@ def mmd2(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def prdc(real: np.ndarray, fake: np.ndarray, neighbours: int) -> dict[str, float]:
-    """Precision, recall and coverage in [0, 1] and density >= 0 of fake [M, D] against real [N, D]; N and M > neighbours.
+    """Precision, recall and coverage in [0, 1] and density >= 0 of fake [M, D] against real [N, D];
+    N and M > neighbours.
 
-    With B(x) the open ball around x that ends at its `neighbours`-th nearest other point of its own set (Naeem et al. 2020,
-    equations 1 to 4; open, as in the authors' code):
-    precision: share of fake points in the B of a real one; recall: share of real points in the B of a fake one;
-    density: mean over fake points of the number of real B they lie in, over `neighbours` (1 is expected of one distribution);
-    coverage: share of real points whose B holds a fake one.
+    With B(x) the open ball around x that ends at its `neighbours`-th nearest other point of its own
+    set (Naeem et al. 2020, equations 1 to 4; open, as in the authors' code): precision: share of
+    fake points in the B of a real one; recall: share of real points in the B of a fake one;
+    density: mean over fake points of the number of real B they lie in, over `neighbours` (1 is
+    expected of one distribution); coverage: share of real points whose B holds a fake one.
     """
     real, fake = _checked(real, fake)
     assert 1 <= neighbours < min(len(real), len(fake)), (neighbours, len(real), len(fake))
@@ -92,9 +99,11 @@ def prdc_by_class(
     neighbours: int,
     classes: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    """class name -> {"real": N, "fake": M, and the four of `prdc` within the class}; labels [N], [M] index `classes`.
+    """class name -> {"real": N, "fake": M, and the four of `prdc` within the class}; labels [N],
+    [M] index `classes`.
 
-    The four are None where a class has `neighbours` points or fewer on one side: the balls are not defined there.
+    The four are None where a class has `neighbours` points or fewer on one side: the balls are not
+    defined there.
     """
     found: dict[str, dict[str, Any]] = {}
     for k, name in enumerate(classes):
@@ -123,7 +132,9 @@ def _kernel_sum(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _blocks(n: int, m: int) -> list[slice]:
-    """Rows of an [n, m] matrix, so many at a time that a block has at most _CELLS entries (or one row)."""
+    """Rows of an [n, m] matrix, so many at a time that a block has at most _CELLS entries (or one
+    row).
+    """
     step = max(1, _CELLS // max(1, m))
     return [slice(i, min(n, i + step)) for i in range(0, n, step)]
 

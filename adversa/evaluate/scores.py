@@ -33,7 +33,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """The bin [N] of each confidence in [0, 1]: `bins` of equal width, each with its lower edge, the last with 1 as well."""
+    """The bin [N] of each confidence in [0, 1]: `bins` of equal width, each with its lower edge,
+    the last with 1 as well.
+    """
     return np.clip(
         np.searchsorted(np.linspace(0, 1, bins + 1), confidence, "right") - 1, 0, bins - 1
     )

@@ -13,7 +13,9 @@ from adversa.evaluate.operating import Measures
 from adversa.types import UserError
 
 SMALL = 30  # fewer lesions are shown, and never tested
-FEW = 5  # nor are groups with a class of fewer: a difference in one lesion would be the whole of that class's sensitivity
+# nor are groups with a class of fewer: a difference in one lesion would be the whole of that
+# class's sensitivity
+FEW = 5
 UNKNOWN = "unknown"  # of an image without the attribute
 
 Attributes = Sequence[Mapping[str, str]] | Sequence[str]
@@ -21,9 +23,11 @@ Attributes = Sequence[Mapping[str, str]] | Sequence[str]
 
 @dataclass(frozen=True)
 class Subgroup:
-    """The images with one value of an attribute. n: images. small: fewer than 30 lesions, so also where n < 30.
+    """The images with one value of an attribute. n: images. small: fewer than 30 lesions, so also
+    where n < 30.
 
-    metrics: as of `metrics`, the mean over seeds. intervals: empty where small, and where a class is there in one lesion alone.
+    metrics: as of `metrics`, the mean over seeds. intervals: empty where small, and where a class
+    is there in one lesion alone.
     """
 
     attribute: str
@@ -37,9 +41,11 @@ class Subgroup:
 
 @dataclass(frozen=True)
 class SubgroupComparison:
-    """Arm a against b within a subgroup. small: fewer than 30 lesions, or fewer than 5 of a class that occurs.
+    """Arm a against b within a subgroup. small: fewer than 30 lesions, or fewer than 5 of a class
+    that occurs.
 
-    comparison, p_holm (over the subgroups tested) and word are None where it is small or the metric has no value.
+    comparison, p_holm (over the subgroups tested) and word are None where it is small or the metric
+    has no value.
     """
 
     attribute: str
@@ -65,10 +71,11 @@ def by_attribute(
     thresholds: Limits = None,
     only: str | None = None,
 ) -> list[Subgroup]:
-    """logits [N, K] or [S, N, K]; attributes [N]: each image's value, or its attributes -> a Subgroup a value, by name.
+    """logits [N, K] or [S, N, K]; attributes [N]: each image's value, or its attributes -> a
+    Subgroup a value, by name.
 
-    only: that metric alone. Small is counted in lesions: 40 pictures of 12 lesions are 12 pieces of evidence. UserError where no
-    image has the attribute.
+    only: that metric alone. Small is counted in lesions: 40 pictures of 12 lesions are 12 pieces of
+    evidence. UserError where no image has the attribute.
     """
     logits = np.asarray(logits)
     logits = logits if logits.ndim == 3 else logits[None]
@@ -103,7 +110,9 @@ def compare_by_attribute(
     metric: str = "balanced_accuracy",
     classes: Sequence[str] | None = None,
 ) -> list[SubgroupComparison]:
-    """`compare` (logits [S, N, K]) within every subgroup that is not small and where the metric has a value, Holm over those."""
+    """`compare` (logits [S, N, K]) within every subgroup that is not small and where the metric has
+    a value, Holm over those.
+    """
     labels, groups = np.asarray(labels), np.asarray(groups)
     parts = _parts(attributes, attribute, groups)
     names = classes or [str(k) for k in range(logits_a.shape[2])]
@@ -137,7 +146,9 @@ def fewest(labels: np.ndarray, groups: np.ndarray) -> int:
 def _parts(
     attributes: Attributes, attribute: str, groups: np.ndarray
 ) -> list[tuple[str, np.ndarray, int]]:
-    """(value, rows, lesions) of each value, by name; an image without one, or with an empty one, is `unknown`."""
+    """(value, rows, lesions) of each value, by name; an image without one, or with an empty one, is
+    `unknown`.
+    """
     given = [a.get(attribute, "") if isinstance(a, Mapping) else a for a in attributes]
     assert len(given) == len(groups), (len(given), len(groups))
     if not any(given):

@@ -1,7 +1,9 @@
-"""Every metric from weights: all resamples at once. A resample gives each group (lesion) a weight, and so its images.
+"""Every metric from weights: all resamples at once. A resample gives each group (lesion) a weight,
+and so its images.
 
-What is a sum over images is summed within groups once, and the resamples are one matrix product. Areas under curves sort the
-scores once. Arrays: logits float64 [N, K], labels int64 [N], index [N] (each image's group, 0 .. G - 1), weights [R, G] >= 0.
+What is a sum over images is summed within groups once, and the resamples are one matrix product.
+Areas under curves sort the scores once. Arrays: logits float64 [N, K], labels int64 [N], index [N]
+(each image's group, 0 .. G - 1), weights [R, G] >= 0.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def values(
     limits: Mapping[str, float] | None = None,
     only: str | None = None,
 ) -> Values:
-    """name -> [R], NaN where a resample leaves it undefined. limits: of `thresholds`. only: the families of that name alone.
+    """name -> [R], NaN where a resample leaves it undefined. limits: of `thresholds`. only: the
+    families of that name alone.
 
     The names and ranges are those of `metrics`. UserError where `only` is no metric.
     """
@@ -91,14 +94,18 @@ def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def confusions(
     logits: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Weighted confusion matrices [R, K, K]: weights [R, G] times the groups' own counts [G, K * K]."""
+    """Weighted confusion matrices [R, K, K]: weights [R, G] times the groups' own counts [G, K *
+    K].
+    """
     k = logits.shape[1]
     cell = labels * k + logits.argmax(1)
     return (weights @ _by_group(cell, None, index, weights.shape[1], k * k)).reshape(-1, k, k)
 
 
 def from_confusion(counts: np.ndarray, classes: Sequence[str]) -> Values:
-    """counts [R, K, K] (row = label, column = predicted), whole or weighted -> name -> [R]; NaN where undefined."""
+    """counts [R, K, K] (row = label, column = predicted), whole or weighted -> name -> [R]; NaN
+    where undefined.
+    """
     counts = counts.astype(np.float64)
     right = counts.diagonal(axis1=1, axis2=2)
     of_label, of_predicted, total = counts.sum(2), counts.sum(1), counts.sum((1, 2))
@@ -126,7 +133,9 @@ def from_confusion(counts: np.ndarray, classes: Sequence[str]) -> Values:
 def auroc_macro(
     probability: np.ndarray, labels: np.ndarray, index: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Macro AUROC [R] over the classes each resample has both of: images of the class, and others. NaN where none."""
+    """Macro AUROC [R] over the classes each resample has both of: images of the class, and others.
+    NaN where none.
+    """
     curves = [(probability[:, k], labels == k, 0.0) for k in range(probability.shape[1])]
     area = areas(curves, index, weights)
     defined = np.isfinite(area)
@@ -137,12 +146,14 @@ def auroc_macro(
 def areas(
     curves: Sequence[tuple[np.ndarray, np.ndarray, float]], index: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Areas [C, R] under ROC curves, each (score [N], positive bool [N], floor): the part above that sensitivity. NaN: undefined.
+    """Areas [C, R] under ROC curves, each (score [N], positive bool [N], floor): the part above
+    that sensitivity. NaN: undefined.
 
-    floor 0 is AUROC (ties count one half). Else it is the integral of max(sensitivity - floor, 0) over 1 - specificity, in
-    [0, 1 - floor], the curve drawn straight through ties: pAUC of the ISIC 2024 challenge (github.com/ISIC-Research/
-    Challenge-2024-Metrics), where the labels are turned over, so that it is specificity summed over the 1 - floor lowest
-    positives. That sum is what is computed.
+    floor 0 is AUROC (ties count one half). Else it is the integral of max(sensitivity - floor, 0)
+    over 1 - specificity, in [0, 1 - floor], the curve drawn straight through ties: pAUC of the ISIC
+    2024 challenge (github.com/ISIC-Research/ Challenge-2024-Metrics), where the labels are turned
+    over, so that it is specificity summed over the 1 - floor lowest positives. That sum is what is
+    computed.
     """
     rows = max(1, _CELLS // len(index))
     plans = [_part_area(*curve) if curve[2] else _whole_area(*curve[:2]) for curve in curves]
@@ -155,7 +166,9 @@ def areas(
 
 
 def _whole_area(score: np.ndarray, positive: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """AUROC [R] of weights [R, N]: the weight of pairs whose positive has the larger score, and half of that of ties."""
+    """AUROC [R] of weights [R, N]: the weight of pairs whose positive has the larger score, and
+    half of that of ties.
+    """
     pos, neg = np.flatnonzero(positive), np.flatnonzero(~positive)
     neg = neg[np.argsort(score[neg], kind="stable")]
     low, high = (np.searchsorted(score[neg], score[pos], side) for side in ("left", "right"))
@@ -256,7 +269,9 @@ def _ece(
 def _by_group(
     cell: np.ndarray, amount: np.ndarray | None, index: np.ndarray, groups: int, cells: int
 ) -> np.ndarray:
-    """[G, cells]: the sum of each image's amount (1 where None) in its group's row and its own cell."""
+    """[G, cells]: the sum of each image's amount (1 where None) in its group's row and its own
+    cell.
+    """
     return (
         np.bincount(index * cells + cell, amount, minlength=groups * cells)
         .reshape(groups, cells)

@@ -1,6 +1,8 @@
-"""The dataset card of an export: Hugging Face's README.md, YAML in front, then what a person must know before using the images.
+"""The dataset card of an export: Hugging Face's README.md, YAML in front, then what a person must
+know before using the images.
 
-The YAML follows https://github.com/huggingface/hub-docs/blob/main/datasetcard.md; `datasets.load_dataset(FOLDER)` reads it.
+The YAML follows https://github.com/huggingface/hub-docs/blob/main/datasetcard.md;
+`datasets.load_dataset(FOLDER)` reads it.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ HIDDEN = (
 class Origin:
     """How the images came about, as far as their own rows do not say.
 
-    denoiser: where it came from (a folder, a hub id); trained_on: the pictures it was trained on, in words; settings: the
-    `generate` section, plain values; seed: of the run or the command; near_copies: what a check against the real images found, in
-    words of Markdown, None: there was no check. versions: of what painted them, None: of what writes the card.
+    denoiser: where it came from (a folder, a hub id); trained_on: the pictures it was trained on,
+    in words; settings: the `generate` section, plain values; seed: of the run or the command;
+    near_copies: what a check against the real images found, in words of Markdown, None: there was
+    no check. versions: of what painted them, None: of what writes the card.
 
-    title, facts (what, value), sections (Markdown, after the counts) and columns (a sentence on further columns) add to the card.
+    title, facts (what, value), sections (Markdown, after the counts) and columns (a sentence on
+    further columns) add to the card.
     """
 
     denoiser: str
@@ -92,7 +96,9 @@ def text(
     form: str,
     features: pa.Schema,
 ) -> str:
-    """The whole README.md. folders: of each class; features: the columns of an image's row, `image` first."""
+    """The whole README.md. folders: of each class; features: the columns of an image's row, `image`
+    first.
+    """
     from huggingface_hub import DatasetCardData
 
     front = DatasetCardData(
@@ -108,12 +114,17 @@ def text(
         ],
         dataset_info={"features": _features(form, classes, features)},
     )
-    licence = "# Fill in the licence: the terms of the pictures the denoiser was trained on bind these images too."
+    licence = (
+        "# Fill in the licence: the terms of the pictures the denoiser was trained on bind "
+        "these images too."
+    )
     return f"---\n{licence}\n{front.to_yaml()}\n---\n\n{_body(origin, tally, classes, folders, date, form)}"
 
 
 def _features(form: str, classes: Sequence[str], schema: pa.Schema) -> list[dict[str, Any]]:
-    """The columns in `datasets`' own words; of WebDataset those that it makes of a sample's files."""
+    """The columns in `datasets`' own words; of WebDataset those that it makes of a sample's
+    files.
+    """
     label = {"class_label": {"names": {str(i): c for i, c in enumerate(classes)}}}
     kinds: dict[str, Any] = {"image": "image", "label": label}
     plain = [{"name": f.name, "dtype": kinds.get(f.name) or dtype(f.type)} for f in schema]
@@ -189,18 +200,25 @@ def _body(
     ]
     missing = "".join(f" {n} more {what}." for n, what in lost if n)
     check = origin.near_copies or (
-        "**not done.** Nothing was compared with the real images: a diffusion model can repeat what it was trained on."
+        "**not done.** Nothing was compared with the real images: a diffusion model can "
+        "repeat what it was trained on."
     )
     notes = {
         FOLDER: " A `-` stands for none.",
-        WEBDATASET: " A sample is REQUEST_ID.png, REQUEST_ID.cls (the label) and REQUEST_ID.json (all the rest).",
+        WEBDATASET: " A sample is REQUEST_ID.png, REQUEST_ID.cls (the label) and REQUEST_ID.json (all "
+        "the rest).",
     }
     pattern = 'data_dir="."' if form == FOLDER else f'data_files="{FILES[form]}"'
     loading = f'load_dataset(".")  # or load_dataset("{BUILDERS[form]}", {pattern})'
     if (
         form == WEBDATASET
-    ):  # without the card `datasets` guesses types from the first samples, and stumbles over what they lack
-        loading = 'load_dataset(".")  # or, with webdataset: WebDataset(glob("images-*.tar"), shardshuffle=False).decode("pil")'
+        # without the card `datasets` guesses types from the first samples, and stumbles over what
+        # they lack
+    ):
+        loading = (
+            'load_dataset(".")  # or, with webdataset: WebDataset(glob("images-*.tar"), '
+            'shardshuffle=False).decode("pil")'
+        )
     return f"""# {origin.title}
 
 {tally.images} images in {len(counts)} classes, painted by a class-conditional diffusion model. No image is a photograph.{missing}

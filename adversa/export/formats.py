@@ -1,6 +1,8 @@
-"""Images with their rows as files: an image folder, Parquet, or tar shards as WebDataset reads them.
+"""Images with their rows as files: an image folder, Parquet, or tar shards as WebDataset reads
+them.
 
-Whatever is there and whole is left alone, in every form: that is how an export resumes. The same rows make the same bytes.
+Whatever is there and whole is left alone, in every form: that is how an export resumes. The same
+rows make the same bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from adversa.types import digest
 
 FORMATS = (FOLDER, PARQUET, WEBDATASET)
 MARK, METADATA, README = "export.json", "metadata.csv", "README.md"
-# In metadata.csv. Readers guess a column's type from its first rows, and take empty cells for numbers.
+# In metadata.csv. Readers guess a column's type from its first rows, and take empty cells for
+# numbers.
 ABSENT = "-"
 SPLIT_WORDS = (
     "train",
@@ -65,11 +68,12 @@ class Writer:
 def writer(
     out: Path, form: str, classes: Sequence[str], schema: pa.Schema, shard: int = SHARD
 ) -> Iterator[Writer]:
-    """Writes rows of `schema` (`image` a struct of bytes and path, `label` a class's number, `request_id` the images' names).
+    """Writes rows of `schema` (`image` a struct of bytes and path, `label` a class's number,
+    `request_id` the images' names).
 
-    `folder`: out/CLASS/REQUEST_ID.png and metadata.csv; `parquet`: out/data/PART, image and row in one table; `webdataset`:
-    out/images-00000.tar and so on, of at most `shard` bytes. metadata.csv and the last shard take their places at the end, and not
-    where the caller is cut off.
+    `folder`: out/CLASS/REQUEST_ID.png and metadata.csv; `parquet`: out/data/PART, image and row in
+    one table; `webdataset`: out/images-00000.tar and so on, of at most `shard` bytes. metadata.csv
+    and the last shard take their places at the end, and not where the caller is cut off.
     """
     if form == PARQUET:
         yield Writer(lambda name, rows: _put_part(rows, out / "data" / name, classes))
@@ -93,8 +97,8 @@ def writer(
 def put(path: Path, data: bytes) -> bool:
     """Write a file unless it is there with these very bytes; whether it was written.
 
-    Renamed into place, not flushed: a file that a power cut tears is found by its bytes the next time, and ten thousand flushes
-    take longer than the pictures.
+    Renamed into place, not flushed: a file that a power cut tears is found by its bytes the next
+    time, and ten thousand flushes take longer than the pictures.
     """
     if path.exists() and path.read_bytes() == data:
         return False
@@ -109,12 +113,16 @@ def put(path: Path, data: bytes) -> bool:
 
 
 def hidden(path: Path) -> Path:
-    """Where a file is made before it takes its place; `remove_partial_files` removes what a killed process left there."""
+    """Where a file is made before it takes its place; `remove_partial_files` removes what a killed
+    process left there.
+    """
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def settle(temporary: Path, path: Path) -> bool:
-    """Let a file made at `temporary` take its place, unless it is there with these very bytes; whether it did."""
+    """Let a file made at `temporary` take its place, unless it is there with these very bytes;
+    whether it did.
+    """
     if path.exists() and filecmp.cmp(path, temporary, shallow=False):
         temporary.unlink()
         return False
@@ -122,7 +130,7 @@ def settle(temporary: Path, path: Path) -> bool:
     return True
 
 
-# ---- folder ------------------------------------------------------------------------------------------------------------
+# ---- folder --------------------------------------------------------------------------------------
 
 
 def _put_images(rows: pa.Table, out: Path, folders: Sequence[str]) -> int:
@@ -139,7 +147,9 @@ def _put_images(rows: pa.Table, out: Path, folders: Sequence[str]) -> int:
 def _metadata(
     path: Path, folders: Sequence[str], schema: pa.Schema
 ) -> Iterator[Callable[[pa.Table], None]]:
-    """Gives a function that adds a part's rows to metadata.csv; the file takes its place at the end, where it differs."""
+    """Gives a function that adds a part's rows to metadata.csv; the file takes its place at the
+    end, where it differs.
+    """
     absent = {
         f.name: ABSENT if pa.types.is_string(f.type) else "" for f in schema if f.name != "image"
     }
@@ -164,10 +174,12 @@ def _metadata(
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:
-    """A folder's name for each class, the class's own where any file system takes it; no two are equal, capitals apart.
+    """A folder's name for each class, the class's own where any file system takes it; no two are
+    equal, capitals apart.
 
-    Letters, digits and marks of any script, space and ().+-_ stay, all else becomes _. A word that `datasets` takes for a split
-    (a class `test`) gets `class` after it. Names that would be equal get a digest of the class.
+    Letters, digits and marks of any script, space and ().+-_ stay, all else becomes _. A word that
+    `datasets` takes for a split (a class `test`) gets `class` after it. Names that would be equal
+    get a digest of the class.
     """
     safe = [_safe(c) for c in classes]
     taken = [_same(n) for n in (*safe, MARK, METADATA, README, "data")]
@@ -195,11 +207,13 @@ def _same(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold()
 
 
-# ---- parquet -----------------------------------------------------------------------------------------------------------
+# ---- parquet -------------------------------------------------------------------------------------
 
 
 def _put_part(rows: pa.Table, path: Path, classes: Sequence[str]) -> int:
-    """The rows as one part, unless it is there with these very rows; how many files were written. No rows make no part."""
+    """The rows as one part, unless it is there with these very rows; how many files were written.
+    No rows make no part.
+    """
     if not len(rows) or _holds(path, rows):
         return 0
     features = _features(rows.schema, classes)
@@ -235,14 +249,15 @@ def _features(schema: pa.Schema, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-# ---- webdataset --------------------------------------------------------------------------------------------------------
+# ---- webdataset ----------------------------------------------------------------------------------
 
 
 class _Shards:
-    """images-00000.tar and on: of each row REQUEST_ID.cls (the label, as text), .json (all but the image) and .png, side by side.
+    """images-00000.tar and on: of each row REQUEST_ID.cls (the label, as text), .json (all but the
+    image) and .png, side by side.
 
-    Readers take what has the same name up to its first dot for one sample, so an id must have none. A shard is made under a hidden
-    name; one that is there with the same bytes stays as it is.
+    Readers take what has the same name up to its first dot for one sample, so an id must have none.
+    A shard is made under a hidden name; one that is there with the same bytes stays as it is.
     """
 
     def __init__(self, out: Path, most: int) -> None:

@@ -1,4 +1,6 @@
-"""Painted images as a user asked for them: an image folder or Parquet, with a dataset card. Running it again is how it resumes."""
+"""Painted images as a user asked for them: an image folder or Parquet, with a dataset card. Running
+it again is how it resumes.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ ROWS = pa.schema(
 
 @dataclass(frozen=True)
 class Exported:
-    """images: in the export; written: files put there by this call; not_finite, unpainted: requests that have no image in it."""
+    """images: in the export; written: files put there by this call; not_finite, unpainted: requests
+    that have no image in it.
+    """
 
     images: int
     by_class: dict[str, int]
@@ -54,13 +58,15 @@ def export(
     origin: Origin,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Exported:
-    """Write the images of `synthetic` (tables.SYNTHETIC) with their `requests` (tables.REQUESTS, parts of the same names).
+    """Write the images of `synthetic` (tables.SYNTHETIC) with their `requests` (tables.REQUESTS,
+    parts of the same names).
 
-    form `folder`: out/CLASS/REQUEST_ID.png and metadata.csv; `parquet`: out/data/part-*.parquet, image and request in one table.
-    Both: README.md, the dataset card. A row that is not finite is black, and is left out. One part is in memory at a time. Files
-    that are there and whole are left alone, so that the same call again finishes what was cut off; a card that is there stays, for
-    its licence is the user's to fill in. UserError where `out` holds something else or can't be written, or where nothing is there
-    to export.
+    form `folder`: out/CLASS/REQUEST_ID.png and metadata.csv; `parquet`: out/data/part-*.parquet,
+    image and request in one table. Both: README.md, the dataset card. A row that is not finite is
+    black, and is left out. One part is in memory at a time. Files that are there and whole are left
+    alone, so that the same call again finishes what was cut off; a card that is there stays, for
+    its licence is the user's to fill in. UserError where `out` holds something else or can't be
+    written, or where nothing is there to export.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: there is no such format; give {' or '.join(FORMATS)}")
@@ -91,7 +97,9 @@ def export(
 
 
 def put_card(out: Path, text: Callable[[], str]) -> int:
-    """Write README.md unless it is there: its licence is the user's to fill in. How many files were written."""
+    """Write README.md unless it is there: its licence is the user's to fill in. How many files were
+    written.
+    """
     if (out / README).exists():
         return 0
     files.replace_bytes(out / README, text().encode())
@@ -109,22 +117,27 @@ def images_in(out: Path) -> int:
 def _asked(
     synthetic: Path, requests: Path, classes: Sequence[str], form: str
 ) -> tuple[list[Path], dict[str, Any]]:
-    """(parts of images, what the export is of). UserError where there is nothing to export, or not yet."""
+    """(parts of images, what the export is of). UserError where there is nothing to export, or not
+    yet.
+    """
     if (synthetic / step_folder.RECIPE).exists() and not step_folder.is_finished(synthetic):
         raise UserError(
-            f"{synthetic} is not finished: not all of its images are painted; run what paints it again, then export"
+            f"{synthetic} is not finished: not all of its images are painted; run what "
+            "paints it again, then export"
         )
     paths = tables.parts(synthetic)
     if not paths:
         raise UserError(
-            f"{synthetic} holds no painted images (part-*.parquet); give the folder that `generate` filled"
+            f"{synthetic} holds no painted images (part-*.parquet); give the folder that "
+            "`generate` filled"
         )
     ids = [digest(*tables.read_part(p, ["request_id"])["request_id"].to_pylist()) for p in paths]
     painters = {d for p in paths for d in tables.read_part(p, ["denoiser"])["denoiser"].to_pylist()}
     absent = [p.name for p in paths if not (requests / p.name).exists()]
     if absent:
         raise UserError(
-            f"{requests} has no {absent[0]}, the requests of {synthetic / absent[0]}; give the requests of these images"
+            f"{requests} has no {absent[0]}, the requests of {synthetic / absent[0]}; give "
+            "the requests of these images"
         )
     asked = {
         "export": 1,
@@ -137,7 +150,9 @@ def _asked(
 
 
 def check_out(out: Path, asked: dict[str, Any] | None = None) -> None:
-    """UserError where `out` is anything but new, empty, or an export (where `asked` is given: of the same)."""
+    """UserError where `out` is anything but new, empty, or an export (where `asked` is given: of
+    the same).
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     if not out.is_dir() or not any(p for p in out.iterdir() if not p.name.startswith(".")):
@@ -154,7 +169,8 @@ def check_out(out: Path, asked: dict[str, Any] | None = None) -> None:
 
 @contextlib.contextmanager
 def held(out: Path, asked: dict[str, Any]) -> Iterator[int]:
-    """Hold `out`, rid of what a killed process left half-written and marked with what is asked; gives how many files that wrote.
+    """Hold `out`, rid of what a killed process left half-written and marked with what is asked;
+    gives how many files that wrote.
 
     UserErrors name the option that gave it.
     """
@@ -175,14 +191,17 @@ def held(out: Path, asked: dict[str, Any]) -> Iterator[int]:
 
 
 def rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> pa.Table:
-    """The finite images of a part with their requests, as ROWS, in the part's order; the others are counted."""
+    """The finite images of a part with their requests, as ROWS, in the part's order; the others are
+    counted.
+    """
     painted, asked = tables.read_part(path), tables.read_part(requests)
     place = {r: i for i, r in enumerate(asked["request_id"].to_pylist())}
     ids = painted["request_id"].to_pylist()
     strangers = [i for i in ids if i not in place]
     if strangers:
         raise UserError(
-            f"{requests} has no request {strangers[0]}, which {path} painted; give the requests of these images"
+            f"{requests} has no request {strangers[0]}, which {path} painted; give the "
+            "requests of these images"
         )
     finite = painted["finite"].to_pylist()
     faults = (
@@ -213,14 +232,14 @@ def rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> pa
     return pa.table([columns[n] for n in ROWS.names], schema=ROWS)
 
 
-# ---- --labels ----------------------------------------------------------------------------------------------------------
+# ---- --labels ------------------------------------------------------------------------------------
 
 
 def parse_labels(text: str, classes: Sequence[str]) -> dict[int, int]:
     """ "mel=500,df=200" to images wanted by class number, in the order of the numbers.
 
-    A class's name may hold commas and =. UserError for an unknown class (naming the nearest), one given twice, a count that is not
-    a whole number above 0, or nothing at all.
+    A class's name may hold commas and =. UserError for an unknown class (naming the nearest), one
+    given twice, a count that is not a whole number above 0, or nothing at all.
     """
     example = f"write CLASS=NUMBER, with commas between, for example {classes[0]}=100"
     wanted: dict[int, int] = {}
@@ -228,7 +247,8 @@ def parse_labels(text: str, classes: Sequence[str]) -> dict[int, int]:
         name, equals, count = (s.strip() for s in item.rpartition("="))
         if not equals or not name:
             raise UserError(
-                f"--labels {text}: {item.strip() or 'an empty entry'} is not a class and a number; {example}"
+                f"--labels {text}: {item.strip() or 'an empty entry'} is not a class and a "
+                f"number; {example}"
             )
         if name not in classes:
             raise UserError(f"--labels {text}: there is no class {name}; {_nearest(name, classes)}")

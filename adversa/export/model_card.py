@@ -1,4 +1,5 @@
-"""The model card of an arm's classifiers: Hugging Face's README.md, figures in its `model-index`, then what a person must know.
+"""The model card of an arm's classifiers: Hugging Face's README.md, figures in its `model-index`,
+then what a person must know.
 
 The YAML follows https://github.com/huggingface/hub-docs/blob/main/modelcard.md, the sections
 Mitchell et al. 2019 (arXiv:1810.03993).
@@ -23,7 +24,8 @@ ARM_WORDS = {
     "real": "real images alone",
     "resample": "real images, all of a class repeated by as much as the other arms add to it",
     "replay": "real images, the mined ones repeated by as much as the other arms add to their class",
-    "unguided": "real images and synthetic ones of the same classes, painted for no hard case in particular",
+    "unguided": "real images and synthetic ones of the same classes, painted for no hard case in "
+    "particular",
     "guided": "real images and synthetic ones, painted for the hard cases that were mined",
 }
 ROLE_WORDS = {
@@ -42,7 +44,9 @@ def text(
     config: Config,
     run: RunDir,
 ) -> str:
-    """The whole README.md. metas: each seed's config.json with the `sha256` of its weights; summary: the run's summary.json."""
+    """The whole README.md. metas: each seed's config.json with the `sha256` of its weights;
+    summary: the run's summary.json.
+    """
     from huggingface_hub import ModelCardData
 
     front = ModelCardData(
@@ -54,7 +58,10 @@ def text(
         tags=["image-classification", "timm", "adversa", "not-a-medical-device"],
         eval_results=results(arm, summary, config),
     )
-    licence = "# Fill in the licence: the terms of the pictures it was trained on, and of the weights it started from, bind it too."
+    licence = (
+        "# Fill in the licence: the terms of the pictures it was trained on, and of the "
+        "weights it started from, bind it too."
+    )
     parts = [
         _head(name, arm, summary, config),
         _result(arm, summary),
@@ -67,7 +74,9 @@ def text(
 
 
 def results(arm: str, summary: dict[str, Any], config: Config) -> list[Any]:
-    """huggingface_hub.EvalResult of every figure of the arm on `test`: means over seeds, 95% intervals in `args`."""
+    """huggingface_hub.EvalResult of every figure of the arm on `test`: means over seeds, 95%
+    intervals in `args`.
+    """
     from huggingface_hub import EvalResult
 
     found, source = _figures(arm, summary), config.data.source
@@ -165,7 +174,9 @@ def _interval(ends: Sequence[float] | None) -> str:
 
 
 def _subgroups(arm: str, summary: dict[str, Any]) -> str:
-    """Balanced accuracy by attribute, of the arm and of the classifiers before; in words where it was not computed."""
+    """Balanced accuracy by attribute, of the arm and of the classifiers before; in words where it
+    was not computed.
+    """
     found = []
     for attribute, of in (summary.get("subgroups") or {}).items():
         before = {r["value"]: r for r in of.get(BEFORE, [])}

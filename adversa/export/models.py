@@ -1,4 +1,6 @@
-"""A run's classifiers as models: a folder an arm, with a model card, and in it a folder a seed, as `classify.model` loads it."""
+"""A run's classifiers as models: a folder an arm, with a model card, and in it a folder a seed, as
+`classify.model` loads it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PLACES = ("weights",)  # of a classifier's section: may name a file
 
 
 def folders(config: Config, run: RunDir, arm: str | None) -> list[tuple[str, list[Path]]]:
-    """(arm, its classifiers as they stand after the last round, seed by seed), of one arm or all."""
+    """(arm, its classifiers as they stand after the last round, seed by seed), of one arm or
+    all.
+    """
     last = last_round(config)
     seeds = range(config.evaluate.seeds)
     return [
@@ -41,7 +45,9 @@ def model_name(run: RunDir, arm: str) -> str:
 def publish(
     config: Config, run: RunDir, models: Sequence[tuple[str, list[Path]]], out: Path, show: Show
 ) -> tuple[list[str], int]:
-    """(names of the models in `out`, how many files were written). What is there with the same bytes stays, and so does a card."""
+    """(names of the models in `out`, how many files were written). What is there with the same
+    bytes stays, and so does a card.
+    """
     summary = files.read_json(run.summary)
     assert summary is not None, f"{run.summary} is gone"
     total, done, written, names = sum(len(f) for _, f in models), 0, 0, []
@@ -64,7 +70,9 @@ def publish(
 
 
 def _meta(folder: Path) -> dict[str, Any]:
-    """A classifier's config.json, without the place of the weights it started from (loading it does not read them)."""
+    """A classifier's config.json, without the place of the weights it started from (loading it does
+    not read them).
+    """
     found = files.read_json(folder / CONFIG)
     assert found is not None, f"{folder} holds no model"
     return found | {"config": run_card.settings(found["config"], PLACES)}

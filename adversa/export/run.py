@@ -1,4 +1,6 @@
-"""What a run made, for others: the images that passed the gate as a data set, each arm's classifiers as models, with cards."""
+"""What a run made, for others: the images that passed the gate as a data set, each arm's
+classifiers as models, with cards.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ Show = Callable[[str, int, int], None]  # what is being written, how much of it 
 
 @dataclass(frozen=True)
 class Selection:
-    """arm, round: None for all; rejected: the images that the gate refused, too; shard: bytes of a tar shard, at most."""
+    """arm, round: None for all; rejected: the images that the gate refused, too; shard: bytes of a
+    tar shard, at most.
+    """
 
     what: str = ALL
     form: str = dataset_card.FOLDER
@@ -44,7 +48,9 @@ class Selection:
 
 @dataclass(frozen=True)
 class Plan:
-    """A selection of a run, checked. arms: of the images; models: (arm, classifier folders) of each; empty where not wanted."""
+    """A selection of a run, checked. arms: of the images; models: (arm, classifier folders) of
+    each; empty where not wanted.
+    """
 
     run: RunDir
     config: Config
@@ -83,7 +89,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Published:
-    """images: in the export, None where none were wanted; models: their names; written: files put there by this call."""
+    """images: in the export, None where none were wanted; models: their names; written: files put
+    there by this call.
+    """
 
     images: int | None
     by_class: dict[str, int]
@@ -92,7 +100,9 @@ class Published:
 
 
 def plan(config: Config, run: RunDir, selection: Selection) -> Plan:
-    """What a selection is of. UserError for what cannot be exported, or not yet; nothing is written."""
+    """What a selection is of. UserError for what cannot be exported, or not yet; nothing is
+    written.
+    """
     s = selection
     for option, value, known in (
         ("--what", s.what, WHATS),
@@ -111,11 +121,13 @@ def plan(config: Config, run: RunDir, selection: Selection) -> Plan:
     for option, given in (("--round", s.round is not None), ("--rejected", s.rejected)):
         if given and not arms:
             raise UserError(
-                f"{option} is of images, and this exports none: --what {s.what}, arms {s.arm or config.mix.arms}"
+                f"{option} is of images, and this exports none: --what {s.what}, arms "
+                f"{s.arm or config.mix.arms}"
             )
     if s.what == IMAGES and not arms:
         raise UserError(
-            f"--what images: the arm {s.arm or ', '.join(config.mix.arms)} paints none; give {' or '.join(PAINTED)}"
+            f"--what images: the arm {s.arm or ', '.join(config.mix.arms)} paints none; "
+            f"give {' or '.join(PAINTED)}"
         )
     models = [] if s.what == IMAGES else export_models.folders(config, run, s.arm)
     if models and not run.summary.exists():
@@ -139,21 +151,26 @@ def _rounds(config: Config, run: RunDir, number: int | None) -> list[int]:
     if not done or number not in (None, *done):
         which = "no round" if not done else f"round {number}"
         raise UserError(
-            f"{run.root}: {which} has verdicts {'yet' if not done else 'not yet'} ({_next(config, run)})"
+            f"{run.root}: {which} has verdicts {'yet' if not done else 'not yet'} "
+            f"({_next(config, run)})"
         )
     return done if number is None else [number]
 
 
 def _next(config: Config, run: RunDir) -> str:
     title = next((s.title for s in stages(config, run) if not s.is_finished), "the report")
-    return f"{title} is next; go on with: {shlex.join(['adversa', 'loop', str(run.config), '--run-dir', str(run.root)])}"
+    return (
+        f"{title} is next; go on with: "
+        f"{shlex.join(['adversa', 'loop', str(run.config), '--run-dir', str(run.root)])}"
+    )
 
 
 def publish(chosen: Plan, out: Path, show: Show = lambda what, done, total: None) -> Published:
-    """Write the plan into `out`: images in it, or in out/images beside models; models in out/NAME, or in out/models/NAME.
+    """Write the plan into `out`: images in it, or in out/images beside models; models in out/NAME,
+    or in out/models/NAME.
 
-    Files that are there and whole are left alone, cards that are there stay: the same call again finishes what was cut off.
-    UserError where `out` holds something else or can't be written.
+    Files that are there and whole are left alone, cards that are there stay: the same call again
+    finishes what was cut off. UserError where `out` holds something else or can't be written.
     """
     both = bool(chosen.arms and chosen.models)
     names, tally, written = [], None, 0
@@ -209,7 +226,9 @@ def _verdicts(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def row_schema(rejected: bool) -> pa.Schema:
-    """The columns of an image: its request, its verdict's numbers and, where refused images are among them, the verdict."""
+    """The columns of an image: its request, its verdict's numbers and, where refused images are
+    among them, the verdict.
+    """
     return pa.schema(
         [*images.ROWS, *NUMBERS, *(tables.VERDICTS.field(n) for n in REASON if rejected)]
     )
@@ -218,7 +237,9 @@ def row_schema(rejected: bool) -> pa.Schema:
 def rows(
     path: Path, requests: Path, given: dict[str, dict[str, Any]], chosen: Plan, schema: pa.Schema
 ) -> pa.Table:
-    """The images of a part that the plan wants, in the order of their ids. UserError where one of its arms has no verdict."""
+    """The images of a part that the plan wants, in the order of their ids. UserError where one of
+    its arms has no verdict.
+    """
     found = images.rows(path, requests, chosen.classes, dataset_card.Tally())
     ids, arms = found["request_id"].to_pylist(), found["arm"].to_pylist()
     without = [i for i, arm in zip(ids, arms, strict=True) if arm in chosen.arms and i not in given]

@@ -1,4 +1,6 @@
-"""What the dataset card of a run's images says beyond that of an order: arms, the gate, memorisation, the split, the versions."""
+"""What the dataset card of a run's images says beyond that of an order: arms, the gate,
+memorisation, the split, the versions.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +42,19 @@ def origin(
     classes: Sequence[str],
     rejected: bool,
 ) -> tuple[Origin, str]:
-    """(what the card says of the images' making, when the last was painted). verdicts: of every image of the rounds and arms."""
+    """(what the card says of the images' making, when the last was painted). verdicts: of every
+    image of the rounds and arms.
+    """
     painted = [step_folder.manifest(run.round(n, "synthetic")) for n in rounds]
     source = config.denoiser.external
     trained_on = "not recorded: it was given" if source else f"the role `train` of {data(config)}"
     started = config.denoiser.weights
     if started and not source:
         trained_on += f", from the weights {place(started)}"
-    among = f" The {sum(not v['keep'] for v in verdicts)} images that the gate refused, but those without a picture, are here too."
+    among = (
+        f" The {sum(not v['keep'] for v in verdicts)} images that the gate refused, but those "
+        "without a picture, are here too."
+    )
     made = Origin(
         denoiser=f"given: {place(source)}" if source else f"trained by the run `{name(run)}`",
         settings=settings(config.generate.model_dump(mode="json"), ("weak",)),
@@ -64,7 +71,8 @@ def origin(
         sections="\n".join(
             [_counts(verdicts, classes), _gate(verdicts, classes), _memorised(run, rounds, arms)]
         ),
-        columns=" The gate's numbers follow, each with its limit: empty where not known, or not checked."
+        columns=" The gate's numbers follow, each with its limit: empty where not known, or not "
+        "checked."
         + (
             f"{among} `keep` tells them apart, `reason` says why."
             if rejected
@@ -101,7 +109,9 @@ def place(text: str) -> str:
 
 
 def settings(section: dict[str, Any], places: Sequence[str]) -> dict[str, Any]:
-    """A section of the configuration, plain values; `places`: its fields that may name a file or folder."""
+    """A section of the configuration, plain values; `places`: its fields that may name a file or
+    folder.
+    """
     return section | {k: place(section[k]) for k in places if section.get(k)}
 
 
@@ -115,8 +125,10 @@ def _near_copies(verdicts: Sequence[dict[str, Any]]) -> str:
     refused = Counter(v["reason"] for v in verdicts if v["reason"].startswith("near copy"))
     words = ", ".join(f"{n} {reason}" for reason, n in refused.items())
     return (
-        f"done, against the real images of every role: {refused.total()} of {len(verdicts)} painted images refused"
-        f"{f' ({words})' if words else ''}. It finds what resembles a real image more than different lesions resemble each other; "
+        f"done, against the real images of every role: {refused.total()} of "
+        f"{len(verdicts)} painted images refused"
+        f"{f' ({words})' if words else ''}. It finds what resembles a real image more than "
+        "different lesions resemble each other; "
         "it is no proof of privacy."
     )
 
@@ -178,7 +190,9 @@ def _limit(values: Iterable[tuple[int, float | None]], classes: Sequence[str]) -
 
 
 def _memorised(run: RunDir, rounds: Sequence[int], arms: Sequence[str]) -> str:
-    """How near the images lie to the real ones, against held-out real images; nothing where it was not measured."""
+    """How near the images lie to the real ones, against held-out real images; nothing where it was
+    not measured.
+    """
     found = []
     for number in rounds:
         saved = files.read_json(run.round(number, "verdicts") / MEMORISATION) or {}

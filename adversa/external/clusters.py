@@ -1,7 +1,8 @@
-"""How many clusters (patients, lesions, images) of a set from elsewhere hold what a metric is made of: what can be told of it.
+"""How many clusters (patients, lesions, images) of a set from elsewhere hold what a metric is made
+of: what can be told of it.
 
-A resample of one cluster is that cluster, so its interval says nothing of others; and a class that one cluster alone has drops out
-of the resamples that do not draw it.
+A resample of one cluster is that cluster, so its interval says nothing of others; and a class that
+one cluster alone has drops out of the resamples that do not draw it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ OVER_ALL = ("accuracy", "brier", "ece")  # of all images alike, whatever their c
 
 @dataclass(frozen=True)
 class Clusters:
-    """total: clusters there are. classes, groups: name -> clusters with images of it, and with images of others."""
+    """total: clusters there are. classes, groups: name -> clusters with images of it, and with
+    images of others.
+    """
 
     total: int
     classes: Mapping[str, tuple[int, int]]
@@ -28,7 +31,9 @@ class Clusters:
         return [name for name, (inside, _) in self.classes.items() if inside == 1]
 
     def tell(self, metric: str) -> bool:
-        """Whether an interval of the metric can be had: two clusters of each thing it is made of."""
+        """Whether an interval of the metric can be had: two clusters of each thing it is made
+        of.
+        """
         kind, _, name = metric.partition("/")
         kind, at, _ = kind.partition("@")
         if not name:
@@ -47,7 +52,9 @@ def clusters(
     classes: Sequence[str],
     groups: Mapping[str, Sequence[str]],
 ) -> Clusters:
-    """whose [N]: each image's cluster; labels int [N]: of classes; groups: named groups of classes."""
+    """whose [N]: each image's cluster; labels int [N]: of classes; groups: named groups of
+    classes.
+    """
     of, names = np.asarray(whose), np.asarray(classes)[labels]
 
     def sides(members: Sequence[str]) -> tuple[int, int]:

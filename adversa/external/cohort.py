@@ -1,4 +1,6 @@
-"""A set from elsewhere as records that have not been read: where it lies, whose columns it has, what its content is."""
+"""A set from elsewhere as records that have not been read: where it lies, whose columns it has,
+what its content is.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,9 @@ PATIENT, LESION, IMAGE = "patient", "lesion", "image"
 class Outside:
     """A set whose labels are scored classes already.
 
-    listed: its pictures; omitted: by label, those the map leaves out; unused: labels of the map that the set has not; unit: what
-    is resampled (PATIENT, LESION or IMAGE); problems: rows and files that were skipped; pairs: clusters known to be one.
+    listed: its pictures; omitted: by label, those the map leaves out; unused: labels of the map
+    that the set has not; unit: what is resampled (PATIENT, LESION or IMAGE); problems: rows and
+    files that were skipped; pairs: clusters known to be one.
     """
 
     records: list[Record]
@@ -52,7 +55,9 @@ class Outside:
 
 @dataclass(frozen=True)
 class External:
-    """What is asked: a run, its configuration, the section that reads the set, the meaning of its labels, a name."""
+    """What is asked: a run, its configuration, the section that reads the set, the meaning of its
+    labels, a name.
+    """
 
     run: RunDir
     config: cfg.Config
@@ -109,7 +114,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def section(config: cfg.Config, path: Path, overrides: Sequence[str], crop: str | None) -> cfg.Data:
-    """The section `data` that the set is read by: the run's resolution and limits, the set's place and columns.
+    """The section `data` that the set is read by: the run's resolution and limits, the set's place
+    and columns.
 
     config: the run's, with the overrides in it.
     """
@@ -118,7 +124,8 @@ def section(config: cfg.Config, path: Path, overrides: Sequence[str], crop: str 
         raise UserError(f"--on {path}: no such file or folder; give {wanted}")
     if path.suffix.lower() in files.PICTURES and path.is_file():
         raise UserError(
-            f"--on {path} is a picture; give {wanted}. For pictures without labels there is `adversa predict RUN {path}`"
+            f"--on {path} is a picture; give {wanted}. For pictures without labels there "
+            f"is `adversa predict RUN {path}`"
         )
     keys = {text.partition("=")[0] for text in overrides}
     source = _source(path)
@@ -142,7 +149,9 @@ def _source(path: Path) -> str:
 
 
 def _columns(wanted: cfg.Columns, path: Path, keys: set[str]) -> cfg.Columns:
-    """Each column under the name that was set, else the run's where the set has it, else its usual name; optional ones may lack."""
+    """Each column under the name that was set, else the run's where the set has it, else its usual
+    name; optional ones may lack.
+    """
     header = _header(path)
     usual = cfg.Columns().model_dump() | {"patient": "patient"}
     found: dict[str, str | None] = {}
@@ -165,7 +174,9 @@ def _header(path: Path) -> list[str]:
 
 
 def listing(data: cfg.Data, translation: Translation) -> Outside:
-    """The set's pictures under the classes they mean. UserError for labels that mean none, and where fewer than two are left."""
+    """The set's pictures under the classes they mean. UserError for labels that mean none, and
+    where fewer than two are left.
+    """
     found = sources.list_records(data, "--on", least=1)
     labels = Counter(r.label for r in found.records)
     translation.check(labels.elements())
@@ -196,7 +207,10 @@ def _too_few(
             if source == "csv"
             else ""
         )
-        return f"every picture has the label {names}, and figures need two classes or more; add pictures of another{column}"
+        return (
+            f"every picture has the label {names}, and figures need two classes or more; add "
+            f"pictures of another{column}"
+        )
     left = f"only {next(iter(classes))} is" if classes else "nothing is"
     given = "; change the --labels-map" if translation.labels or translation.classes else ""
     return (
@@ -205,7 +219,9 @@ def _too_few(
 
 
 def _clustered(records: list[Record], data: cfg.Data) -> tuple[list[Record], str]:
-    """Groups renamed so that each is one lesion of the set (numbers of lesions may start anew with each patient), and the unit."""
+    """Groups renamed so that each is one lesion of the set (numbers of lesions may start anew with
+    each patient), and the unit.
+    """
     named = any(r.patient for r in records)
     lesions = data.source == "ham10000" or bool(
         data.columns.group if data.source == "csv" else data.group_regex
@@ -238,7 +254,9 @@ def described(records: Iterable[Record]) -> Iterator[str]:
 
 
 def looks_unchanged(records: Sequence[Record]) -> str:
-    """A digest of entries, sizes and times: equal, the set is taken to be the same without reading a picture."""
+    """A digest of entries, sizes and times: equal, the set is taken to be the same without reading
+    a picture.
+    """
     return digest(*described(records), *(_stat(p) for p in _paths(records)))
 
 

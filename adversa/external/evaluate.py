@@ -1,7 +1,9 @@
-"""A finished run's classifiers on a set from elsewhere (another camera, another clinic), with the figures and words of `test`.
+"""A finished run's classifiers on a set from elsewhere (another camera, another clinic), with the
+figures and words of `test`.
 
-RUN/external/NAME holds set.json (what the set was), the steps pictures/ (decoded, without those the run has seen) and scores/,
-then summary.json and report.md. Thresholds come from the run's `select`; the set chooses nothing.
+RUN/external/NAME holds set.json (what the set was), the steps pictures/ (decoded, without those the
+run has seen) and scores/, then summary.json and report.md. Thresholds come from the run's `select`;
+the set chooses nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from adversa.types import UserError
 
 
 def models(config: cfg.Config, run: RunDir) -> list[tuple[str, int, Path]]:
-    """(arm, seed, folder) of every arm's classifiers after the last round, and of those before the first where they differ.
+    """(arm, seed, folder) of every arm's classifiers after the last round, and of those before the
+    first where they differ.
 
     UserError where one is not finished.
     """
@@ -41,7 +44,8 @@ def models(config: cfg.Config, run: RunDir) -> list[tuple[str, int, Path]]:
 
 
 def check(asked: External) -> bool:
-    """Whether this very set is prepared. UserError where the folder holds another one, or the same set asked otherwise.
+    """Whether this very set is prepared. UserError where the folder holds another one, or the same
+    set asked otherwise.
 
     What a cut-off or refused attempt left of another set is taken away: nothing was scored on it.
     """
@@ -56,11 +60,13 @@ def check(asked: External) -> bool:
         changed = differences.differences(saved["settings"], settings)
         if not changed and content != saved["content"]:
             changed = [
-                f"its rows or pictures have changed, {saved['images']} pictures then, {len(records)} now"
+                f"its rows or pictures have changed, {saved['images']} pictures then, "
+                f"{len(records)} now"
             ]
         if changed:
             raise UserError(
-                f"{folder} holds another evaluation ({'; '.join(changed)}); give this one its own --name, or delete that folder"
+                f"{folder} holds another evaluation ({'; '.join(changed)}); give this one "
+                "its own --name, or delete that folder"
             )
     if saved is not None and saved["content"] != content:
         rmtree(asked.pictures, missing_ok=True)
@@ -86,7 +92,9 @@ def score(asked: External, engine: Engine, say: Callable[[str], None] = lambda _
 
 
 def forget(asked: External) -> None:
-    """Take away the set's folder where nothing was made in it: recipes and progress alone. The caller holds its lock."""
+    """Take away the set's folder where nothing was made in it: recipes and progress alone. The
+    caller holds its lock.
+    """
     kept = {"set.json", "status.json", ".lock", step_folder.RECIPE, step_folder.PROGRESS}
     if any(p.is_file() and p.name not in kept for p in asked.folder.rglob("*")):
         return

@@ -1,4 +1,5 @@
-"""What the labels of a set from elsewhere mean to a run: renamed, merged, left out; and the run's classes made coarser.
+"""What the labels of a set from elsewhere mean to a run: renamed, merged, left out; and the run's
+classes made coarser.
 
 A labels map is YAML with two sections, both optional:
 
@@ -12,7 +13,8 @@ A labels map is YAML with two sections, both optional:
       bcc: malignant
       nv: benign          # a class that is not named here stays as it is
 
-A label that is named as a class is needs no entry. The probability of a merged class is the sum of its classes'.
+A label that is named as a class is needs no entry. The probability of a merged class is the sum of
+its classes'.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ SECTIONS = ("labels", "classes")
 
 @dataclass(frozen=True)
 class Translation:
-    """given: the K classes of the run. labels: a label of the set -> a class, or None: left out. classes: as in the file."""
+    """given: the K classes of the run. labels: a label of the set -> a class, or None: left out.
+    classes: as in the file.
+    """
 
     given: tuple[str, ...]
     labels: Mapping[str, str | None] = field(default_factory=dict)
@@ -59,7 +63,9 @@ class Translation:
         return np.array([names.index(self.merged(c)) for c in self.given])
 
     def logits(self, logits: np.ndarray) -> np.ndarray:
-        """[..., K] of the run's classes to [..., len(names)], whose softmax is the sum of the merged classes' probabilities."""
+        """[..., K] of the run's classes to [..., len(names)], whose softmax is the sum of the
+        merged classes' probabilities.
+        """
         if not self.merges:
             return logits
         columns = self.columns()
@@ -70,7 +76,9 @@ class Translation:
         return np.stack(each, axis=-1)
 
     def meaning(self, label: str) -> str | None:
-        """The scored class of a label of the set, None where its images are left out. KeyError where nothing is known of it."""
+        """The scored class of a label of the set, None where its images are left out. KeyError
+        where nothing is known of it.
+        """
         name = self.labels.get(label, label)
         if name is None or name in self.names:
             return name
@@ -79,7 +87,9 @@ class Translation:
         raise KeyError(label)
 
     def groups(self, groups: Mapping[str, Sequence[str]]) -> tuple[dict[str, list[str]], list[str]]:
-        """(named groups of the run's classes in scored classes, those that cannot be told: they cut through a merged class)."""
+        """(named groups of the run's classes in scored classes, those that cannot be told: they cut
+        through a merged class).
+        """
         found, lost = {}, []
         for name, members in groups.items():
             scored = list(dict.fromkeys(self.merged(c) for c in members))
@@ -98,8 +108,10 @@ class Translation:
             named = ", ".join(f"{printable(label)} ({count[label]})" for label in sorted(unknown))
             first = printable(sorted(unknown)[0])
             raise UserError(
-                f"labels of the set that are none of the run's classes: {named}; say what they are in --labels-map FILE, under "
-                f"`labels:` a line `{first}: CLASS`, or `{first}: null` to leave its images out (classes: {', '.join(self.names)})"
+                f"labels of the set that are none of the run's classes: {named}; say what "
+                "they are in --labels-map FILE, under "
+                f"`labels:` a line `{first}: CLASS`, or `{first}: null` to leave its "
+                f"images out (classes: {', '.join(self.names)})"
             )
 
     def _knows(self, label: str) -> bool:
@@ -111,7 +123,9 @@ class Translation:
 
 
 def read(path: Path | None, classes: Sequence[str]) -> Translation:
-    """A labels map for a run of these classes; None: none. UserError with the file, the entry and the fix."""
+    """A labels map for a run of these classes; None: none. UserError with the file, the entry and
+    the fix.
+    """
     given = tuple(classes)
     if path is None:
         return Translation(given)
@@ -120,34 +134,41 @@ def read(path: Path | None, classes: Sequence[str]) -> Translation:
     for name, coarse in tree["classes"].items():
         if name not in given:
             raise UserError(
-                f"{path}: classes: {printable(name)} is no class of the run; {_nearest(name, given)}"
+                f"{path}: classes: {printable(name)} is no class of the run; "
+                f"{_nearest(name, given)}"
             )
         if coarse is None:
             raise UserError(
-                f"{path}: classes: {name} is null, but a classifier cannot be kept from a class; name a coarser class it is part of"
+                f"{path}: classes: {name} is null, but a classifier cannot be kept from a "
+                "class; name a coarser class it is part of"
             )
         merges[name] = coarse
     found = Translation(given, tree["labels"], merges)
     for coarse in merges.values():
         if coarse in given and found.merged(coarse) != coarse:
             raise UserError(
-                f"{path}: classes: {coarse} is merged into {found.merged(coarse)} and others into {coarse}; give that another name"
+                f"{path}: classes: {coarse} is merged into {found.merged(coarse)} and "
+                f"others into {coarse}; give that another name"
             )
     if len(found.names) < 2:
         raise UserError(
-            f"{path}: classes: everything is merged into {found.names[0]}; leave two classes or more"
+            f"{path}: classes: everything is merged into {found.names[0]}; leave two "
+            "classes or more"
         )
     known = list(dict.fromkeys([*found.names, *given]))
     for label, name in tree["labels"].items():
         if name is not None and name not in known:
             raise UserError(
-                f"{path}: labels: {printable(label)}: {printable(name)} is no class; {_nearest(name, known)}"
+                f"{path}: labels: {printable(label)}: {printable(name)} is no class; "
+                f"{_nearest(name, known)}"
             )
     return found
 
 
 def _sections(path: Path) -> dict[str, dict[str, str | None]]:
-    """The two sections, every key and value as it is written (`no` and `1` are labels like any other), null alone is None."""
+    """The two sections, every key and value as it is written (`no` and `1` are labels like any
+    other), null alone is None.
+    """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except FileNotFoundError:
@@ -162,24 +183,28 @@ def _sections(path: Path) -> dict[str, dict[str, str | None]]:
     for name, node in _entries(root, path, "the file"):
         if name not in SECTIONS:
             raise UserError(
-                f"{path}: there is no section {printable(name)}; put entries under `labels:` or `classes:`"
+                f"{path}: there is no section {printable(name)}; put entries under "
+                "`labels:` or `classes:`"
             )
         for key, value in _entries(node, path, name):
             if not isinstance(value, yaml.ScalarNode):
                 raise UserError(
-                    f"{path}: {name}: {printable(key)} holds more than one name; write a line for each, `NAME: CLASS`"
+                    f"{path}: {name}: {printable(key)} holds more than one name; write a "
+                    "line for each, `NAME: CLASS`"
                 )
             if key in found[name]:
                 raise UserError(f"{path}: {name}: {printable(key)} is there twice; keep one line")
             is_null = value.tag == "tag:yaml.org,2002:null"
             if not is_null and not value.value:
                 raise UserError(
-                    f"{path}: {name}: {printable(key)} is blank; name a class, or write null to leave it out"
+                    f"{path}: {name}: {printable(key)} is blank; name a class, or write "
+                    "null to leave it out"
                 )
             found[name][key] = None if is_null else value.value
     if not any(found.values()):
         raise UserError(
-            f"--labels-map {path} is empty; write lines `LABEL OF THE SET: CLASS` under `labels:`, or `CLASS: COARSER CLASS` under "
+            f"--labels-map {path} is empty; write lines `LABEL OF THE SET: CLASS` under "
+            "`labels:`, or `CLASS: COARSER CLASS` under "
             "`classes:`, or leave the option out"
         )
     return found
@@ -193,7 +218,8 @@ def _entries(node: yaml.Node | None, path: Path, where: str) -> list[tuple[str, 
         isinstance(k, yaml.ScalarNode) for k, _ in node.value
     ):
         raise UserError(
-            f"{path}: {where} must hold lines `NAME: CLASS` (sections labels and classes); see `adversa evaluate --help`"
+            f"{path}: {where} must hold lines `NAME: CLASS` (sections labels and classes); "
+            "see `adversa evaluate --help`"
         )
     return [(key.value, value) for key, value in node.value]
 

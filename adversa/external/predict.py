@@ -1,4 +1,6 @@
-"""Probabilities of images that have no label: those of an arm's classifiers after the last round, averaged over the seeds."""
+"""Probabilities of images that have no label: those of an arm's classifiers after the last round,
+averaged over the seeds.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,9 @@ ROWS = pa.schema(
 
 @dataclass(frozen=True)
 class Answers:
-    """paths [N]; probability float64 [N, K], the mean over seeds; spread [N]: standard deviation over seeds of the predicted
-    class's probability, NaN with one seed; problems: (path, what is wrong) of files left out.
+    """paths [N]; probability float64 [N, K], the mean over seeds; spread [N]: standard deviation
+    over seeds of the predicted class's probability, NaN with one seed; problems: (path, what is
+    wrong) of files left out.
     """
 
     paths: list[str]
@@ -46,7 +49,8 @@ class Answers:
 
 
 def listed(names: Sequence[str]) -> list[str]:
-    """The files that names stand for: files, folders (every picture in them) and globs, each file once, in the order given.
+    """The files that names stand for: files, folders (every picture in them) and globs, each file
+    once, in the order given.
 
     UserError for a name that stands for nothing.
     """
@@ -63,7 +67,8 @@ def listed(names: Sequence[str]) -> list[str]:
             these = _pictures(path)
             if not these:
                 raise UserError(
-                    f"{files.printable(name)}: this folder has no picture ({', '.join(files.PICTURES)})"
+                    f"{files.printable(name)}: this folder has no picture "
+                    f"({', '.join(files.PICTURES)})"
                 )
         elif glob.has_magic(name):
             these = sorted(p for p in glob.glob(name, recursive=True) if Path(p).is_file())
@@ -96,7 +101,8 @@ def predict(
     on_error: str,
     report: Report,
 ) -> Answers:
-    """Score files by the classifiers (one a seed). data: resolution, crop and limits. out: an empty folder for the parts.
+    """Score files by the classifiers (one a seed). data: resolution, crop and limits. out: an empty
+    folder for the parts.
 
     UserError for a file that is no picture, where on_error is `fail`.
     """
@@ -113,7 +119,8 @@ def predict(
     if not len(good):
         path, problem = problems[0]
         raise UserError(
-            f"none of the {len(problems)} files is a picture that can be read: {files.printable(path)}: {problem}"
+            f"none of the {len(problems)} files is a picture that can be read: "
+            f"{files.printable(path)}: {problem}"
         )
     probability = np.asarray(good["probability"].to_pylist(), np.float64)
     return Answers(
@@ -145,7 +152,8 @@ def make_answers(models: Sequence[Path], data: cfg.Data, on_error: str) -> Work:
         bad = [(n, p) for n, p in problems.items() if p is not None]
         if bad and on_error == "fail":
             raise UserError(
-                f"{files.printable(bad[0][0])}: {bad[0][1]}; leave such files out with --on-error skip"
+                f"{files.printable(bad[0][0])}: {bad[0][1]}; leave such files out with "
+                "--on-error skip"
             )
         good = [n for n in names if problems[n] is None]
         rows = [{"path": files.printable(n), "problem": p} for n, p in bad]
@@ -168,7 +176,9 @@ def _is_text(name: str) -> bool:
 
 
 def summed_up(each: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[S, N, K] of S seeds -> (mean [N, K], standard deviation over seeds of the predicted class's probability [N], NaN of one)."""
+    """[S, N, K] of S seeds -> (mean [N, K], standard deviation over seeds of the predicted class's
+    probability [N], NaN of one).
+    """
     mean = each.mean(0)
     predicted = mean.argmax(1)
     if len(each) < 2:

@@ -1,4 +1,6 @@
-"""The pictures of a set from elsewhere: decoded, without those that the run has seen, each with the cluster it belongs to."""
+"""The pictures of a set from elsewhere: decoded, without those that the run has seen, each with the
+cluster it belongs to.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ PICTURES = pa.schema(
 
 
 def prepare(asked: External, engine: Engine, say: Callable[[str], None] = lambda _: None) -> None:
-    """Decode the set, leave out what the run has seen, name the clusters; labels are scored classes."""
+    """Decode the set, leave out what the run has seen, name the clusters; labels are scored
+    classes.
+    """
     saved = files.read_json(asked.folder / "set.json")
     assert saved is not None, "check() writes it"
     config = asked.settings() | {"set": saved["content"]}
@@ -91,7 +95,9 @@ def _decode(asked: External, engine: Engine, staging: Path, progress: Progress) 
 
 
 def make_pictures(data: cfg.Data, classes: list[str], unit: str, crop: str) -> Work:
-    """Decodes a part's records into PICTURES rows. crop: the run's own, by which it is compared with the run's pictures."""
+    """Decodes a part's records into PICTURES rows. crop: the run's own, by which it is compared
+    with the run's pictures.
+    """
     decode = images.make_decoder(data, classes)
     other = (
         images.make_decoder(data.model_copy(update={"crop": crop}), classes)
@@ -128,7 +134,9 @@ def make_pictures(data: cfg.Data, classes: list[str], unit: str, crop: str) -> W
 
 
 def thumb(image: np.ndarray) -> bytes:
-    """uint8 [R, R, 3] at the run's resolution and crop to its grey thumbnail, 32 x 32: of the run's pictures no other is kept."""
+    """uint8 [R, R, 3] at the run's resolution and crop to its grey thumbnail, 32 x 32: of the run's
+    pictures no other is kept.
+    """
     return (
         Image.fromarray(image)
         .convert("L")
@@ -167,7 +175,7 @@ def make_looks() -> Work:
     return work
 
 
-# ---- what is left out --------------------------------------------------------------------------------------------------
+# ---- what is left out ----------------------------------------------------------------------------
 
 
 def _write(asked: External, staging: Path, looks: Path) -> Facts:
@@ -188,7 +196,8 @@ def _write(asked: External, staging: Path, looks: Path) -> Facts:
     if len(present) < 2:
         what = f"only pictures of {next(iter(present))} are" if present else "no picture is"
         raise UserError(
-            f"--on {asked.data.path}: {what} left to score of {len(rows)} ({len(problems)} unreadable or at odds, {len(known)} "
+            f"--on {asked.data.path}: {what} left to score of {len(rows)} ({len(problems)} "
+            f"unreadable or at odds, {len(known)} "
             f"known to the run, {len(copies)} copies); give a set the run has not seen"
         )
     merged = split.merge_groups((r["group"] for r in scored), pairs + copied + asked.outside.pairs)
@@ -236,7 +245,8 @@ def _first_of_each(
         names = ", ".join(f"{printable(r['source'])} ({r['class']})" for r in found)
         if on_error == "fail":
             raise UserError(
-                f"the same picture has two labels: {names}; correct one, or leave both out with {SKIP}"
+                f"the same picture has two labels: {names}; correct one, or leave both out "
+                f"with {SKIP}"
             )
         problems += [
             {"source": r["source"], "problem": f"same picture under two labels: {names}"}
@@ -248,8 +258,8 @@ def _first_of_each(
 def _known(
     rows: list[dict[str, Any]], looks: Path, staging: Path, bits: int, unit: str
 ) -> tuple[dict[str, dict[str, str]], list[tuple[str, str]]]:
-    """(id -> why it is known to the run: same pixels, a look-alike, another picture of such a lesion; pairs of clusters of the set
-    that share a look).
+    """(id -> why it is known to the run: same pixels, a look-alike, another picture of such a
+    lesion; pairs of clusters of the set that share a look).
 
     A look-alike of a look-alike counts: of many equal pictures near.near_identical gives a chain.
     """
@@ -278,7 +288,9 @@ def _known(
 def _alike(
     rows: list[dict[str, Any]], own: pa.Table, folder: Path, bits: int
 ) -> list[tuple[str, str]]:
-    """Pairs of ids that look alike, of the set, or of the set and the run. folder: for a file of thumbnails, where it is local."""
+    """Pairs of ids that look alike, of the set, or of the set and the run. folder: for a file of
+    thumbnails, where it is local.
+    """
     ids = [r["id"] for r in rows] + own["id"].to_pylist()
     groups = [r["id"] for r in rows] + ["run"] * len(
         own

@@ -1,4 +1,6 @@
-"""What a set from elsewhere says of a run: summary.json with the keys of the run's own, and report.md."""
+"""What a set from elsewhere says of a run: summary.json with the keys of the run's own, and
+report.md.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def _asked(asked: External) -> str:
 
 
 def scored(asked: External, config: cfg.Config) -> dict[str, Scored]:
-    """Each arm, and `before`, in scored classes; thresholds from the run's `select`. config: its groups are of scored classes."""
+    """Each arm, and `before`, in scored classes; thresholds from the run's `select`. config: its
+    groups are of scored classes.
+    """
     t, run = asked.translation, asked.run
     rows = tables.read(asked.scores, schema=tables.PREDICTIONS)
     select = results.read(run.select)
@@ -174,7 +178,9 @@ def _summary(asked: External) -> dict[str, Any]:
 
 
 def _own(own: dict[str, Any], config: cfg.Config, other: bool) -> dict[str, Any]:
-    """The headline on the run's own `test`, arm by arm: (value, interval); empty where other classes are averaged over."""
+    """The headline on the run's own `test`, arm by arm: (value, interval); empty where other
+    classes are averaged over.
+    """
     if other or "arms" not in own:
         return {}
     values = {BEFORE: own["before"]} | {arm: own["arms"][arm] for arm in config.mix.arms}
@@ -200,17 +206,21 @@ def notes(
     """What a reader must know before believing the figures."""
     unit, t, n = asked.outside.unit, asked.translation, facts["clusters"]
     found = [
-        f"clustered by {unit}: intervals and comparisons resample {counted(n, unit)}, of {counted(facts['rows'], 'image')}"
+        f"clustered by {unit}: intervals and comparisons resample {counted(n, unit)}, of "
+        f"{counted(facts['rows'], 'image')}"
     ]
     if unit == cohort.IMAGE:
         found = [
-            "clustered by image: the set names neither patients nor lesions; where one lesion has several images, the intervals "
-            f"are too narrow (look-alikes are taken for one image: {n} of {facts['rows']} are resampled)"
+            "clustered by image: the set names neither patients nor lesions; where one "
+            "lesion has several images, the intervals "
+            f"are too narrow (look-alikes are taken for one image: {n} of {facts['rows']} "
+            "are resampled)"
         ]
     if unit == cohort.PATIENT and facts["without_patient"]:
         several = facts["without_patient"] != 1
         found.append(
-            f"{counted(facts['without_patient'], 'image')} name{'' if several else 's'} no patient: each "
+            f"{counted(facts['without_patient'], 'image')} name{'' if several else 's'} no "
+            "patient: each "
             f"{'of their lesions' if several else 'such lesion'} is taken for one"
         )
     if spread.few:
@@ -218,12 +228,14 @@ def notes(
             f"{', '.join(spread.few)} {'is' if len(spread.few) == 1 else 'are'} of one {unit} alone"
         )
         found.append(
-            f"{whose}: one {unit} says nothing of others, so what is made of it has no interval and is not compared"
+            f"{whose}: one {unit} says nothing of others, so what is made of it has no "
+            "interval and is not compared"
         )
     if missing:
         there = len(t.names) - len(missing)
         found.append(
-            f"the set has no {', '.join(missing)}: balanced accuracy and AUROC are over the {there} classes that are there, and an "
+            f"the set has no {', '.join(missing)}: balanced accuracy and AUROC are over "
+            f"the {there} classes that are there, and an "
             "answer that is not among them counts as wrong"
         )
     if t.merges:
@@ -232,7 +244,8 @@ def notes(
         found.append(f"classes of the run merged, probabilities added: {merged}")
     if lost:
         found.append(
-            f"evaluate.groups {', '.join(lost)} cannot be told from the rest in these classes, and are not given"
+            f"evaluate.groups {', '.join(lost)} cannot be told from the rest in these "
+            "classes, and are not given"
         )
     if config.evaluate.groups:
         found.append("thresholds of groups were set on the run's select, not on this set")
@@ -244,7 +257,8 @@ def notes(
             f"{facts['known'][reason]} {reason}" for reason in WHY if facts["known"][reason]
         )
         found.append(
-            f"left out, for the run has seen them (train, mine or select): {counted(known, 'image')} ({why})"
+            "left out, for the run has seen them (train, mine or select): "
+            f"{counted(known, 'image')} ({why})"
         )
     if facts["copies"]:
         found.append(f"left out, copies within the set: {counted(facts['copies'], 'image')}")
@@ -254,7 +268,8 @@ def notes(
         )
     if asked.outside.unused:
         found.append(
-            f"the labels map names {', '.join(map(printable, asked.outside.unused))}, which the set does not have"
+            f"the labels map names {', '.join(map(printable, asked.outside.unused))}, "
+            "which the set does not have"
         )
     if asked.data.crop != config.data.crop:
         found.append(
@@ -267,7 +282,7 @@ def notes(
     return found
 
 
-# ---- report.md ---------------------------------------------------------------------------------------------------------
+# ---- report.md -----------------------------------------------------------------------------------
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -278,7 +293,8 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"**{_cell(found['verdict_sentence'])}**",
         "",
-        f"{counted(found['images']['scored'], 'image')} of {counted(found['clusters']['n'], unit)}, {found['resolution']} px, "
+        f"{counted(found['images']['scored'], 'image')} of "
+        f"{counted(found['clusters']['n'], unit)}, {found['resolution']} px, "
         f"crop {found['crop']}; {counted(found['seeds'], 'classifier')} an arm. "
         f"Mean over them, with 95% intervals that resample {unit}s.",
         "",
@@ -309,14 +325,18 @@ def markdown(found: dict[str, Any]) -> str:
         "## Where it comes from",
         "",
         f"- set: {_cell(found['path'])}, content {found['content']}",
-        f"- run: {_cell(found['run'])} ({found['run_id']}), split {found['split_hash']}, seed {found['seed']}",
-        f"- adversa {found['versions'].get('adversa', 'unknown')}, commit {found['git'] or 'unknown'}",
+        f"- run: {_cell(found['run'])} ({found['run_id']}), split {found['split_hash']}, "
+        f"seed {found['seed']}",
+        f"- adversa {found['versions'].get('adversa', 'unknown')}, commit "
+        f"{found['git'] or 'unknown'}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """(metric, its name for people) of what any arm has a value of: the classes that are there, groups with their thresholds."""
+    """(metric, its name for people) of what any arm has a value of: the classes that are there,
+    groups with their thresholds.
+    """
     there = found["before"]
     named = [(m, name) for m, name in FIGURES if m in there]
     named += [

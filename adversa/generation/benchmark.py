@@ -80,11 +80,13 @@ def rate(
     return len(asked) / seconds, sum(evaluations) / seconds
 
 
-# ---- the device --------------------------------------------------------------------------------------------------------
+# ---- the device ----------------------------------------------------------------------------------
 
 
 def peak(side: int = 2048, seconds: float = 1.0) -> float:
-    """FLOP a second of products of bfloat16 matrices [side, side] on this process's device, the best of many."""
+    """FLOP a second of products of bfloat16 matrices [side, side] on this process's device, the
+    best of many.
+    """
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +102,9 @@ def peak(side: int = 2048, seconds: float = 1.0) -> float:
 
 
 def flops(loaded: Any) -> int:
-    """FLOP of one evaluation of one row: its matrix products and convolutions, as torch counts them."""
+    """FLOP of one evaluation of one row: its matrix products and convolutions, as torch counts
+    them.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -124,7 +128,7 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-# ---- over actors -------------------------------------------------------------------------------------------------------
+# ---- over actors ---------------------------------------------------------------------------------
 
 
 def stamp(folder: Path, began: float, rows: int) -> None:
@@ -179,7 +183,7 @@ def pool_rate(
     return stamped(stamps)
 
 
-# ---- the whole ---------------------------------------------------------------------------------------------------------
+# ---- the whole -----------------------------------------------------------------------------------
 
 
 def variants(config: cfg.Generate, classifier: bool) -> dict[str, cfg.Generate]:
@@ -206,9 +210,11 @@ def generate(
     rounds: int,
     base: Path,
 ) -> Iterator[Row]:
-    """Rates, costs of guidance, share of the peak, and memory of this process; then of engines: {samplers: makes an engine}.
+    """Rates, costs of guidance, share of the peak, and memory of this process; then of engines:
+    {samplers: makes an engine}.
 
-    None: as many samplers as there is room for. UserError where there is no room for a number. base: a folder that all nodes see.
+    None: as many samplers as there is room for. UserError where there is no room for a number.
+    base: a folder that all nodes see.
     """
     import statistics
 
@@ -272,7 +278,8 @@ def _scaling(
             samplers = engine.samplers()
             if wanted not in (None, samplers):
                 raise UserError(
-                    f"--samplers {wanted}: there is room for {samplers}; take at most so many, or --engine ray"
+                    f"--samplers {wanted}: there is room for {samplers}; take at most so "
+                    "many, or --engine ray"
                 )
             if samplers in medians:
                 continue

@@ -1,4 +1,6 @@
-"""Images to order: so many of each class, painted without a loop, exported as a folder of pictures or as Parquet."""
+"""Images to order: so many of each class, painted without a loop, exported as a folder of pictures
+or as Parquet.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ WORK = ".work"  # in the folder asked for: the steps, without their images once 
 
 @dataclass(frozen=True)
 class Order:
-    """labels: images wanted by class number. run: whose pictures the strategies start from, and whose classifier steers; None: the
-    denoiser alone, which samples."""
+    """labels: images wanted by class number. run: whose pictures the strategies start from, and
+    whose classifier steers; None: the denoiser alone, which samples.
+    """
 
     denoiser: Path
     labels: dict[int, int]
@@ -53,7 +56,8 @@ def classes_of(denoiser: Path) -> list[str]:
     meta = files.read_json(denoiser / CONFIG)
     if meta is None or "classes" not in meta:
         raise UserError(
-            f"{denoiser} holds no denoiser ({CONFIG} is missing, or names no classes); give a denoiser's folder"
+            f"{denoiser} holds no denoiser ({CONFIG} is missing, or names no classes); "
+            "give a denoiser's folder"
         )
     return [str(c) for c in meta["classes"]]
 
@@ -62,13 +66,15 @@ def check(order: Order) -> None:
     """UserError for what cannot be ordered; nothing is written."""
     if order.run is None and order.strategy != "sample":
         raise UserError(
-            f"--strategy {order.strategy} starts from real pictures, a denoiser alone has none; give a run, or --strategy sample"
+            f"--strategy {order.strategy} starts from real pictures, a denoiser alone has "
+            "none; give a run, or --strategy sample"
         )
     steered = [k for k in ("hardness", "likeness") if getattr(order.config, k)]
     if order.run is None and steered:
         key = steered[0]
         raise UserError(
-            f"generate.{key} {getattr(order.config, key):g} needs a run's classifier and pictures; give a run, or set 0"
+            f"generate.{key} {getattr(order.config, key):g} needs a run's classifier and "
+            "pictures; give a run, or set 0"
         )
     if order.form not in images.FORMATS:
         raise UserError(
@@ -90,7 +96,8 @@ def attacked(order: Order) -> Path | None:
     found = stages.attacked_in(cfg.load(order.run.config), order.run, 1)
     if not step_folder.is_finished(found):
         raise UserError(
-            f"{order.run.root} has no finished classifier to steer by; train it with: adversa train --run-dir {order.run.root}"
+            f"{order.run.root} has no finished classifier to steer by; train it with: "
+            f"adversa train --run-dir {order.run.root}"
         )
     return found
 
@@ -107,7 +114,8 @@ def finished(order: Order) -> bool:
         )
     if images.images_in(order.out) < done["images"]:
         raise UserError(
-            f"--out {order.out} held this order, but images are gone from it; give an empty or new folder"
+            f"--out {order.out} held this order, but images are gone from it; give an "
+            "empty or new folder"
         )
     return True
 
@@ -153,7 +161,8 @@ def paint(order: Order, engine: Engine) -> images.Exported:
     found = images.export(synthetic, requests, classes, order.out, order.form, origin)
     if not found.images:
         raise UserError(
-            f"none of the {sum(order.labels.values())} images could be painted; {synthetic} says why (column fault)"
+            f"none of the {sum(order.labels.values())} images could be painted; "
+            f"{synthetic} says why (column fault)"
         )
     files.write_json(work.root / "done.json", _identity(order) | {"images": found.images})
     for part in tables.parts(synthetic):
@@ -167,7 +176,9 @@ def stages_of(run: RunDir) -> list[Stage]:
 
 
 def plan(order: Order, out: Path) -> None:
-    """Requests, class by class; those that start from a picture take the pictures of their class in turn."""
+    """Requests, class by class; those that start from a picture take the pictures of their class in
+    turn.
+    """
     config = order.config
     names = inputs(data=order.run.data) if order.run is not None else {}
     recipe = Recipe("order", 1, _identity(order), names)
@@ -195,7 +206,8 @@ def plan(order: Order, out: Path) -> None:
     run_step(out, recipe, body)
 
 
-# The id is the image's own; the noise is that of the same number in an order with other guidance: they can be compared.
+# The id is the image's own; the noise is that of the same number in an order with other guidance:
+# they can be compared.
 def _request(
     order: Order, whose: str, label: int, number: int, examples: Sequence[str]
 ) -> GenerationRequest:
@@ -227,7 +239,9 @@ def _request(
 
 
 def _examples(order: Order) -> dict[int, list[str]]:
-    """For each class asked for: the run's hard cases of the last round that has some, else all its pictures of the role mine."""
+    """For each class asked for: the run's hard cases of the last round that has some, else all its
+    pictures of the role mine.
+    """
     assert order.run is not None
     rounds = (order.run.round(n, "hard") for n in itertools.count(1))
     hard = [folder for folder in itertools.takewhile(step_folder.is_finished, rounds)]
@@ -243,7 +257,8 @@ def _examples(order: Order) -> dict[int, list[str]]:
         least = 2 if order.strategy == "blend" else 1
         if len(names) < least:
             raise UserError(
-                f"--strategy {order.strategy}: {order.run.root} has {len(names)} pictures of {classes[label]} to start from, "
+                f"--strategy {order.strategy}: {order.run.root} has {len(names)} pictures "
+                f"of {classes[label]} to start from, "
                 f"{least} are needed; take --strategy sample"
             )
         found[label] = names

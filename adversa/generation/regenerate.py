@@ -22,7 +22,9 @@ from adversa.types import GenerationRequest, UserError
 
 @dataclass(frozen=True)
 class Regenerated:
-    """image, before: uint8 [R, R, 3], painted now and then; device: where it was painted now; seconds: without loading."""
+    """image, before: uint8 [R, R, 3], painted now and then; device: where it was painted now;
+    seconds: without loading.
+    """
 
     request: GenerationRequest
     image: np.ndarray
@@ -45,8 +47,9 @@ class Regenerated:
 def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path) -> Regenerated:
     """By the run's own denoiser, classifier and settings, in a batch of the run's size.
 
-    temporary: a folder to paint into. UserError where the run has no such image, its denoiser's weights are not those that painted
-    it, or the classifier or weak denoiser that steered was trained again since.
+    temporary: a folder to paint into. UserError where the run has no such image, its denoiser's
+    weights are not those that painted it, or the classifier or weak denoiser that steered was
+    trained again since.
     """
     import torch
 
@@ -55,7 +58,8 @@ def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path
     stored = tables.read_part(run.round(number, "synthetic") / part.name).to_pylist()[row]
     if stored.get("fault"):  # runs of earlier versions have no such column
         raise UserError(
-            f"request {request_id} was not painted ({stored['fault']}); there is no image to compare with"
+            f"request {request_id} was not painted ({stored['fault']}); there is no image "
+            "to compare with"
         )
     attacked = (
         attacked_in(config, run, number)
@@ -73,7 +77,8 @@ def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path
     painted = tables.read_part(temporary / tables.part_name(0)).to_pylist()[0]
     if (now := painted["denoiser"]) != stored["denoiser"]:
         raise UserError(
-            f"request {request_id} was painted by the denoiser {stored['denoiser']}, {run.denoiser} holds {now} now"
+            f"request {request_id} was painted by the denoiser {stored['denoiser']}, "
+            f"{run.denoiser} holds {now} now"
         )
     image = tables.decode_png(painted["image"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,12 +100,15 @@ def _check_steering(synthetic: Path, attacked: Path | None, generate: cfg.Genera
     for name, found in now.items():
         if name in then and then[name] != found:
             raise UserError(
-                f"{synthetic} was painted by another `{name}` model ({then[name]}) than there is now ({found})"
+                f"{synthetic} was painted by another `{name}` model ({then[name]}) than "
+                f"there is now ({found})"
             )
 
 
 def find(config: cfg.Config, run: RunDir, request_id: str) -> tuple[int, Path, int]:
-    """(round, part of its requests, row in it). UserError where there is none, or it is not painted yet."""
+    """(round, part of its requests, row in it). UserError where there is none, or it is not painted
+    yet.
+    """
     for number in range(1, config.rounds + 1):
         for part in tables.parts(run.round(number, "requests")):
             ids = tables.read_part(part, ["request_id"])["request_id"]
@@ -109,9 +117,11 @@ def find(config: cfg.Config, run: RunDir, request_id: str) -> tuple[int, Path, i
                 continue
             if not (run.round(number, "synthetic") / part.name).exists():
                 raise UserError(
-                    f"request {request_id} is not painted yet; adversa generate goes on with {run.root}"
+                    f"request {request_id} is not painted yet; adversa generate goes on "
+                    f"with {run.root}"
                 )
             return number, part, row
     raise UserError(
-        f"{run.root} has no request {request_id}; the ids are in round-*/requests, and in the names under the pictures"
+        f"{run.root} has no request {request_id}; the ids are in round-*/requests, and in "
+        "the names under the pictures"
     )

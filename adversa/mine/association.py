@@ -1,4 +1,6 @@
-"""Which attributes are over-represented in a subset of a class, more than chance would have it over all that was tested."""
+"""Which attributes are over-represented in a subset of a class, more than chance would have it over
+all that was tested.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,14 @@ AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
 
 @dataclass(frozen=True)
 class Finding:
-    """`value` of `attribute` is over-represented among a subset's lesions, compared to all lesions of its class.
+    """`value` of `attribute` is over-represented among a subset's lesions, compared to all lesions
+    of its class.
 
-    Counts are of lesions whose value is known: inside of size in the subset, everywhere of total in the class (subset included).
-    lift = (inside / size) / (everywhere / total). odds_ratio, low, high: subset against the rest of the class, the conditional
-    estimate and its exact 95% interval (not corrected); infinite where the rest has none. p: Fisher's exact test, one-sided;
-    corrected: by Holm.
+    Counts are of lesions whose value is known: inside of size in the subset, everywhere of total in
+    the class (subset included). lift = (inside / size) / (everywhere / total). odds_ratio, low,
+    high: subset against the rest of the class, the conditional estimate and its exact 95% interval
+    (not corrected); infinite where the rest has none. p: Fisher's exact test, one-sided; corrected:
+    by Holm.
     """
 
     attribute: str
@@ -43,7 +47,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Count:
-    """A 2 x 2 table by its margins, before it is judged: inside of size, everywhere of total, as in Finding."""
+    """A 2 x 2 table by its margins, before it is judged: inside of size, everywhere of total, as in
+    Finding.
+    """
 
     subset: int
     attribute: str
@@ -55,9 +61,11 @@ class Count:
 
 
 def columns(attributes: Sequence[Mapping[str, str]]) -> dict[str, np.ndarray]:
-    """Each attribute's values, object [N] of str; "" where an image has none. Numbers with many values become bands.
+    """Each attribute's values, object [N] of str; "" where an image has none. Numbers with many
+    values become bands.
 
-    Ages have the bands of AGE_EDGES, other numbers the quarters of what there is: bands look at no outcome.
+    Ages have the bands of AGE_EDGES, other numbers the quarters of what there is: bands look at no
+    outcome.
     """
     found = {}
     for name in sorted({key for row in attributes for key in row}):
@@ -76,8 +84,8 @@ def count(
 ) -> list[Count]:
     """The tables of all subsets and values. subsets: rows of one class each; labels, groups: [N].
 
-    A lesion (group) counts once, since its images are not independent: by its first image in the subset where it has one there,
-    else by its first.
+    A lesion (group) counts once, since its images are not independent: by its first image in the
+    subset where it has one there, else by its first.
     """
     tables = []
     for s, rows in enumerate(subsets):
@@ -108,11 +116,13 @@ def count(
 def over_represented(
     tables: Sequence[Count], subsets: int, alpha: float = 0.05
 ) -> tuple[list[tuple[Finding, ...]], int]:
-    """(each subset's findings, the surest first; how many tests Holm corrects for). Any false finding at all: at most alpha.
+    """(each subset's findings, the surest first; how many tests Holm corrects for). Any false
+    finding at all: at most alpha.
 
-    One-sided exact tests by the hypergeometric distribution. Tables that could not come out whatever the subset holds (a value of
-    two lesions, say) are left out beforehand by their margins, which does not touch the error rate (Tarone 1990); the others are
-    corrected together, over all subsets, attributes and values (Holm 1979).
+    One-sided exact tests by the hypergeometric distribution. Tables that could not come out
+    whatever the subset holds (a value of two lesions, say) are left out beforehand by their
+    margins, which does not touch the error rate (Tarone 1990); the others are corrected together,
+    over all subsets, attributes and values (Holm 1979).
     """
     margins = [[t.inside, t.size, t.everywhere, t.total] for t in tables]
     inside, size, everywhere, total = np.array(margins, np.int64).reshape(-1, 4).T
@@ -130,7 +140,9 @@ def over_represented(
 
 
 def attainable(least: np.ndarray, alpha: float) -> np.ndarray:
-    """bool [T]: tables whose least attainable p is at most alpha / k, with the least k that as many tables at most pass."""
+    """bool [T]: tables whose least attainable p is at most alpha / k, with the least k that as many
+    tables at most pass.
+    """
     ordered = np.sort(least)
     k = 1
     while np.searchsorted(ordered, alpha / k, side="right") > k:
@@ -159,7 +171,9 @@ def _finding(t: Count, p: float, corrected: float) -> Finding:
 
 
 def _numbers(values: np.ndarray) -> np.ndarray | None:
-    """float64 [N], NaN where unknown; None if something is no number, or there are few distinct ones."""
+    """float64 [N], NaN where unknown; None if something is no number, or there are few distinct
+    ones.
+    """
     try:
         numbers = np.array([float(v) if v else math.nan for v in values])
     except ValueError:

@@ -11,12 +11,15 @@ def shares(
     temperature: float | None = None,
     ratio_cap: float | None = None,
 ) -> np.ndarray:
-    """float64 [K] adding up to 1: each class's share of the budget by its error rate in [0, 1]; 0 where it has no room.
+    """float64 [K] adding up to 1: each class's share of the budget by its error rate in [0, 1]; 0
+    where it has no room.
 
-    temperature None: proportional to the error. Otherwise a softmax of error / temperature: 0.1 gives a class with 10 points more
-    error e times the share, large is even, small gives all to the worst. ratio_cap R >= 1: the largest share is at most R times
-    the smallest among classes with room; small ones are raised to that, since lowering the large ones would starve everybody where
-    one class makes no error. With no error anywhere and no temperature, all shares are 0 (`allocate` then goes by room).
+    temperature None: proportional to the error. Otherwise a softmax of error / temperature: 0.1
+    gives a class with 10 points more error e times the share, large is even, small gives all to the
+    worst. ratio_cap R >= 1: the largest share is at most R times the smallest among classes with
+    room; small ones are raised to that, since lowering the large ones would starve everybody where
+    one class makes no error. With no error anywhere and no temperature, all shares are 0
+    (`allocate` then goes by room).
     """
     error, here = np.asarray(error, np.float64), np.asarray(room) > 0
     assert temperature is None or temperature > 0, temperature
@@ -31,10 +34,12 @@ def shares(
 
 
 def allocate(budget: int, weights: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """int64 [K] places adding up to min(budget, sum of room): proportional to weights >= 0, none above its room.
+    """int64 [K] places adding up to min(budget, sum of room): proportional to weights >= 0, none
+    above its room.
 
-    A class whose share exceeds its room gets its room, and the others share what is left again; rounding is by largest
-    remainder, ties to the first class. Classes of weight 0 share, by their room, what no other class can use.
+    A class whose share exceeds its room gets its room, and the others share what is left again;
+    rounding is by largest remainder, ties to the first class. Classes of weight 0 share, by their
+    room, what no other class can use.
     """
     taken = np.zeros(len(room), np.int64)
     left = int(min(budget, room.sum()))

@@ -22,7 +22,9 @@ HEADER = (
 
 
 def rows(found: FailureModes, classes: Sequence[str]) -> list[tuple[str, ...]]:
-    """One row a mode, in HEADER's columns: name, errors, near misses, share, confusions, medoid, nearest image that is right."""
+    """One row a mode, in HEADER's columns: name, errors, near misses, share, confusions, medoid,
+    nearest image that is right.
+    """
     table = []
     for mode in found.modes:
         confused = ", ".join(f"{classes[c]} {n}" for c, n in mode.confused)
@@ -48,7 +50,8 @@ def lines(found: FailureModes, classes: Sequence[str]) -> list[str]:
     ):
         said.append(f"{mode.id}: {name}")
         said.append(
-            f"  {errors} errors ({share} of all), {near} near misses; taken for {confused}; {medoid} stands for it"
+            f"  {errors} errors ({share} of all), {near} near misses; taken for "
+            f"{confused}; {medoid} stands for it"
         )
         said.append(f"  right and alike: {alike}")
         said += [
@@ -57,7 +60,8 @@ def lines(found: FailureModes, classes: Sequence[str]) -> list[str]:
         ]
     if found.tests:
         said.append(
-            "Counted are lesions, against all of their class in the role. p: Fisher's exact test, corrected by Holm for "
+            "Counted are lesions, against all of their class in the role. p: Fisher's "
+            "exact test, corrected by Holm for "
             f"{found.tests} tests (any false finding: at most {found.alpha:.0%})."
         )
     else:

@@ -1,7 +1,7 @@
 """Which images of the mine role are worth painting more of.
 
-Taken are the misclassified and the nearly misclassified, with a budget for each class by its error, and farthest-first
-among the hardest of a class, so that one failure mode does not fill the list.
+Taken are the misclassified and the nearly misclassified, with a budget for each class by its error,
+and farthest-first among the hardest of a class, so that one failure mode does not fill the list.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ MISCLASSIFIED, NEAR_MISS = "misclassified", "near miss"
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How hard N images are: predicted int64 [N]; float64 [N]: loss and entropy in nats, margin in [-1, 1]."""
+    """How hard N images are: predicted int64 [N]; float64 [N]: loss and entropy in nats, margin in
+    [-1, 1].
+    """
 
     predicted: np.ndarray
     loss: np.ndarray
@@ -30,7 +32,8 @@ class Difficulty:
 
 
 def difficulty(logits: np.ndarray, labels: np.ndarray) -> Difficulty:
-    """Loss -ln p[label], margin p[label] - max other p, entropy -sum p ln p, from logits [N, K] of any float type.
+    """Loss -ln p[label], margin p[label] - max other p, entropy -sum p ln p, from logits [N, K] of
+    any float type.
 
     In float64: at a logit lead of 20, 1 - p[label] is 2e-9, which float32 rounds to 0.
     """
@@ -44,7 +47,8 @@ def difficulty(logits: np.ndarray, labels: np.ndarray) -> Difficulty:
 
 
 def farthest_first(points: np.ndarray, count: int) -> list[int]:
-    """`count` indices of points [N, D]: the first row, then each time the row farthest from all taken (ties: earlier).
+    """`count` indices of points [N, D]: the first row, then each time the row farthest from all
+    taken (ties: earlier).
 
     Gonzalez 1985: the covering radius is within a factor 2 of the best.
     """
@@ -73,14 +77,17 @@ def hard_cases(
 ) -> list[HardCase]:
     """The hard cases of N images, best first; the same whatever the order of the rows.
 
-    ids are unique; labels int [N]; logits [N, K] of the classifier under attack, which says what is wrong or nearly wrong;
-    embeddings [N, D] (D may be 0: then the hardest are taken), compared by cosine. The list goes round the classes (everyone's
-    first pick, then everyone's second ...), so that any beginning of it is diverse too.
+    ids are unique; labels int [N]; logits [N, K] of the classifier under attack, which says what is
+    wrong or nearly wrong; embeddings [N, D] (D may be 0: then the hardest are taken), compared by
+    cosine. The list goes round the classes (everyone's first pick, then everyone's second ...), so
+    that any beginning of it is diverse too.
 
-    A class's share of the budget is its error rate, misclassified / images, because balanced accuracy is one minus the mean of
-    these rates: 3 errors among 10 weigh more than 30 among 1,000. temperature, ratio_cap: see `budget.shares`.
-    scorer: a name of `scorers.SCORERS`, by which a class's candidates are put in order (ties: by loss, then by id). It sees
-    `ensemble` [M, N, K] where that is given, else the one classifier, and `history` bool [T, N]. UserError where it lacks them.
+    A class's share of the budget is its error rate, misclassified / images, because balanced
+    accuracy is one minus the mean of these rates: 3 errors among 10 weigh more than 30 among 1,000.
+    temperature, ratio_cap: see `budget.shares`. scorer: a name of `scorers.SCORERS`, by which a
+    class's candidates are put in order (ties: by loss, then by id). It sees `ensemble` [M, N, K]
+    where that is given, else the one classifier, and `history` bool [T, N]. UserError where it
+    lacks them.
     """
     assert len(set(ids)) == len(ids) == len(labels) == len(embeddings), (
         "ids must be unique, one row each"

@@ -1,4 +1,6 @@
-"""Failure modes: groups of alike hard cases, each with its neighbours and with the attributes that set it apart in its class."""
+"""Failure modes: groups of alike hard cases, each with its neighbours and with the attributes that
+set it apart in its class.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ from adversa.mine.hard import difficulty, unit
 
 @dataclass(frozen=True)
 class ModeSettings:
-    """smallest: images a mode should have for its class to be parted at all. most: modes of a class. silhouette: what parting a
-    class must reach at least, in [-1, 1]. clustered: images of a class that are clustered, the hardest; others join the nearest
-    mode. alpha: probability of any false finding at all. neighbours: shown of each mode."""
+    """smallest: images a mode should have for its class to be parted at all. most: modes of a
+    class. silhouette: what parting a class must reach at least, in [-1, 1]. clustered: images of a
+    class that are clustered, the hardest; others join the nearest mode. alpha: probability of any
+    false finding at all. neighbours: shown of each mode.
+    """
 
     smallest: int = 3
     most: int = 8
@@ -42,8 +46,9 @@ class Neighbour:
 class Mode:
     """Hard images of one class that lie together.
 
-    confused: (other class, images of the mode that are taken for it, or nearly), most first. errors of size are misclassified, the
-    others near misses; share = errors / all errors of the role. members: hardest first. medoid: the member most like the others.
+    confused: (other class, images of the mode that are taken for it, or nearly), most first. errors
+    of size are misclassified, the others near misses; share = errors / all errors of the role.
+    members: hardest first. medoid: the member most like the others.
     """
 
     id: str
@@ -61,7 +66,9 @@ class Mode:
 
 @dataclass(frozen=True)
 class FailureModes:
-    """The modes, most errors first; the role's errors and images; what findings are corrected for (tests) and held to (alpha)."""
+    """The modes, most errors first; the role's errors and images; what findings are corrected for
+    (tests) and held to (alpha).
+    """
 
     modes: tuple[Mode, ...]
     errors: int
@@ -94,12 +101,15 @@ def failure_modes(
     near_margin: float = 0.1,
     settings: ModeSettings = ModeSettings(),
 ) -> FailureModes:
-    """The modes of everything misclassified or nearly so among the N images of a role, not only of what a budget would take.
+    """The modes of everything misclassified or nearly so among the N images of a role, not only of
+    what a budget would take.
 
-    ids are unique; labels int [N]; logits [N, K]; embeddings [N, D] (D may be 0: then a class is one mode), compared by cosine;
-    attributes: each image's; groups: each image's lesion (None: every image is its own), which counts once in the tests. Clustered
-    is within a class, and a mode is compared to the role's other images of that class, right or wrong: otherwise what sets the
-    class apart would pass for what sets the mode apart. Attributes take no part in the clustering, so that a test of them is fair.
+    ids are unique; labels int [N]; logits [N, K]; embeddings [N, D] (D may be 0: then a class is
+    one mode), compared by cosine; attributes: each image's; groups: each image's lesion (None:
+    every image is its own), which counts once in the tests. Clustered is within a class, and a mode
+    is compared to the role's other images of that class, right or wrong: otherwise what sets the
+    class apart would pass for what sets the mode apart. Attributes take no part in the clustering,
+    so that a test of them is fair.
     """
     assert len(set(ids)) == len(ids) == len(labels) == len(embeddings) == len(attributes), (
         "ids must be unique, one row each"
@@ -127,23 +137,29 @@ def failure_modes(
 
 
 def mode_name(label: str, rival: str, errors: int, attributes: Sequence[Finding]) -> str:
-    """The class and one or two surest attributes, "melanoma, mode=amelanotic (12 of 14; 5.1 x, p=0.003)"; else the error."""
+    """The class and one or two surest attributes, "melanoma, mode=amelanotic (12 of 14; 5.1 x,
+    p=0.003)"; else the error.
+    """
     if not attributes:
         return f"{label}, predicted {rival}" if errors else f"{label}, nearly {rival}"
     return f"{label}, " + " and ".join(phrase(f) for f in attributes[:2])
 
 
 def phrase(f: Finding) -> str:
-    """ "attribute=value (lesions of the mode with it of all; times its share of the class, corrected p)"."""
+    """ "attribute=value (lesions of the mode with it of all; times its share of the class, corrected
+    p)".
+    """
     p = "p<0.001" if f.corrected < 0.001 else f"p={f.corrected:.1g}"
     return f"{f.attribute}={f.value} ({f.inside} of {f.size}; {f.lift:.1f} x, {p})"
 
 
 def cluster(points: np.ndarray, settings: ModeSettings) -> np.ndarray:
-    """int [n]: which cluster each of points [n, D] (of length 1) belongs to; all 0 where parting them is not worth it.
+    """int [n]: which cluster each of points [n, D] (of length 1) belongs to; all 0 where parting
+    them is not worth it.
 
-    Agglomerative (average linkage, cosine) with the count of clusters, 2 to `most`, of the best silhouette, and the fewest of
-    equally good ones. No random start; no image is left over as noise: every error is in some mode.
+    Agglomerative (average linkage, cosine) with the count of clusters, 2 to `most`, of the best
+    silhouette, and the fewest of equally good ones. No random start; no image is left over as
+    noise: every error is in some mode.
     """
     most, none = (
         min(settings.most, len(points) // settings.smallest),

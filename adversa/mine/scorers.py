@@ -1,4 +1,6 @@
-"""How hard an image is, in several senses with one signature: evidence in, one float64 score an image out, higher is harder."""
+"""How hard an image is, in several senses with one signature: evidence in, one float64 score an
+image out, higher is harder.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from adversa.types import UserError
 class Evidence:
     """What M classifiers say of N images of K classes.
 
-    labels: int [N]. logits: [M, N, K], finite, any float type; the ensemble's probability is the mean of its members'.
-    history: bool [T, N], whether the image was classified correctly at T moments of a training, in their order; None: not recorded.
+    labels: int [N]. logits: [M, N, K], finite, any float type; the ensemble's probability is the
+    mean of its members'. history: bool [T, N], whether the image was classified correctly at T
+    moments of a training, in their order; None: not recorded.
     """
 
     labels: np.ndarray
@@ -51,30 +54,36 @@ def margin(evidence: Evidence) -> np.ndarray:
 
 
 def entropy(evidence: Evidence) -> np.ndarray:
-    """-sum p ln p of the mean probability, in nats: all the doubt there is. Does not look at the label."""
+    """-sum p ln p of the mean probability, in nats: all the doubt there is. Does not look at the
+    label.
+    """
     return _entropy(_mean_log_p(evidence))
 
 
 def bald(evidence: Evidence) -> np.ndarray:
-    """Mutual information of prediction and model, in nats: the entropy of the mean minus the mean of the entropies.
+    """Mutual information of prediction and model, in nats: the entropy of the mean minus the mean
+    of the entropies.
 
-    Houlsby et al. 2011; Gal, Islam and Ghahramani 2017. Large where members are sure and contradict each other, 0 where they all
-    doubt alike: the part of the doubt that more data can remove. Does not look at the label. UserError with one member.
+    Houlsby et al. 2011; Gal, Islam and Ghahramani 2017. Large where members are sure and contradict
+    each other, 0 where they all doubt alike: the part of the doubt that more data can remove. Does
+    not look at the label. UserError with one member.
     """
     members = len(evidence.logits)
     if members < 2:
         raise UserError(
-            f"scorer bald: {members} classifier; it measures how classifiers disagree: give two or more, or take loss"
+            f"scorer bald: {members} classifier; it measures how classifiers disagree: "
+            "give two or more, or take loss"
         )
     own = _entropy(_log_p(evidence.logits)).mean(axis=0)
     return np.maximum(entropy(evidence) - own, 0)  # below 0 by rounding alone: entropy is concave
 
 
 def forgetting(evidence: Evidence) -> np.ndarray:
-    """How often an image went from right to wrong between two moments (Toneva et al. 2019). UserError without a history.
+    """How often an image went from right to wrong between two moments (Toneva et al. 2019).
+    UserError without a history.
 
-    An image that was never right counts as forgotten at every moment (T), which is more than any other can reach: Toneva et al.
-    take it as forgotten infinitely often.
+    An image that was never right counts as forgotten at every moment (T), which is more than any
+    other can reach: Toneva et al. take it as forgotten infinitely often.
     """
     if evidence.history is None:
         raise UserError(
@@ -95,21 +104,27 @@ SCORERS: dict[str, Scorer] = {
 
 
 def scores(name: str, evidence: Evidence) -> np.ndarray:
-    """float64 [N] of the scorer called `name`. UserError for a name that is none, or for evidence that it needs and has not."""
+    """float64 [N] of the scorer called `name`. UserError for a name that is none, or for evidence
+    that it needs and has not.
+    """
     if name not in SCORERS:
         raise UserError(f"scorer {name}: no such scorer; take one of {', '.join(SCORERS)}")
     return SCORERS[name](evidence)
 
 
 def _log_p(logits: np.ndarray) -> np.ndarray:
-    """ln softmax over the last axis, in float64: at a logit lead of 20, 1 - p is 2e-9, which float32 rounds to 0."""
+    """ln softmax over the last axis, in float64: at a logit lead of 20, 1 - p is 2e-9, which
+    float32 rounds to 0.
+    """
     shifted = np.asarray(logits, np.float64)
     shifted = shifted - shifted.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def _mean_log_p(evidence: Evidence) -> np.ndarray:
-    """float64 [N, K]: ln of the members' mean probability, by the largest member, so that a p of e^-1000 keeps its logarithm."""
+    """float64 [N, K]: ln of the members' mean probability, by the largest member, so that a p of
+    e^-1000 keeps its logarithm.
+    """
     each = _log_p(evidence.logits)
     top = each.max(axis=0)
     return top + np.log(np.exp(each - top).mean(axis=0))

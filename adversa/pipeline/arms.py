@@ -1,4 +1,6 @@
-"""Arms: what each classifier is trained on. All are matched in optimizer steps, images seen and, per class, in what is added."""
+"""Arms: what each classifier is trained on. All are matched in optimizer steps, images seen and,
+per class, in what is added.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ Pairs = Sequence[tuple[str, int]]
 
 
 def shares(weights: Sequence[float], total: int, caps: Sequence[int]) -> list[int]:
-    """Integers that add up to min(total, sum(caps)), proportional to the weights (largest remainder), none above its cap."""
+    """Integers that add up to min(total, sum(caps)), proportional to the weights (largest
+    remainder), none above its cap.
+    """
     caps_ = np.asarray(caps, dtype=np.int64)
     given = np.zeros(len(caps_), dtype=np.int64)
     left = int(min(total, caps_.sum()))
@@ -40,7 +44,8 @@ def matched_counts(
     ratio: float,
     most: Mapping[int, int] | None = None,
 ) -> list[int]:
-    """Synthetic images per class that every synthetic arm gets: the least any arm has, within ratio x real in all.
+    """Synthetic images per class that every synthetic arm gets: the least any arm has, within ratio
+    x real in all.
 
     kept: arm -> labels of its accepted images. most: of some classes, no more than so many.
     """
@@ -67,7 +72,9 @@ def repeats(
     ratio: float,
     most: Mapping[int, int] | None = None,
 ) -> list[int]:
-    """What the controls repeat where no arm paints: per_case of each mined image, within ratio x real in all. mined: labels."""
+    """What the controls repeat where no arm paints: per_case of each mined image, within ratio x
+    real in all. mined: labels.
+    """
     wanted = _at_most(
         per_case * np.bincount(np.asarray(mined, dtype=np.int64), minlength=classes), most
     )
@@ -81,12 +88,15 @@ def _at_most(counts: np.ndarray, most: Mapping[int, int] | None) -> list[int]:
 def mix(arm: str, real: Pairs, mined: Pairs, synthetic: Pairs, counts: Sequence[int]) -> pa.Table:
     """Rows of tables.MIX: the weights an arm's images are drawn by. Pairs are (id, label).
 
-    Every arm has the real and the mined images, once. On top of that, counts[c] images of class c are, in weight,
+    Every arm has the real and the mined images, once. On top of that, counts[c] images of class c
+    are, in weight,
 
     - `real`: none;
-    - `resample`: all its real and mined images of the class again, each as often: the classes of the other arms, no new image;
+    - `resample`: all its real and mined images of the class again, each as often: the classes of
+      the other arms, no new image;
     - `replay`: its mined images of the class again;
-    - `unguided`, `guided`: its first counts[c] accepted images in order of their ids, which are hashes: as good as random.
+    - `unguided`, `guided`: its first counts[c] accepted images in order of their ids, which are
+      hashes: as good as random.
     """
     base, weights = [*real, *mined], np.ones(len(real) + len(mined))
     labels = np.array([label for _, label in base], dtype=np.int64)

@@ -1,6 +1,8 @@
-"""A command's work on a run, for a process that nobody watches: it keeps no state but the run folder. No Ray: an actor wraps it.
+"""A command's work on a run, for a process that nobody watches: it keeps no state but the run
+folder. No Ray: an actor wraps it.
 
-Whoever started it, or comes later, reads in status.json how it ended. Started again with the same task it goes on where it was.
+Whoever started it, or comes later, reads in status.json how it ended. Started again with the same
+task it goes on where it was.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from adversa.types import UserError
 
 ENDED = ("finished", "stopped", "failed")
 LOOK_SECONDS = 0.5
-# Without a heartbeat. A coordinator that comes back starts slowly, and has waited for the lease of the dead one.
+# Without a heartbeat. A coordinator that comes back starts slowly, and has waited for the lease of
+# the dead one.
 LOST_SECONDS = 120.0
 PREDECESSOR_SECONDS = (
     600.0  # that a coordinator which comes back waits for the end of the one before
@@ -36,7 +39,9 @@ PREDECESSOR_SECONDS = (
 
 @dataclass(frozen=True)
 class Task:
-    """All that a coordinator needs. id: of whoever started it; config: YAML; home: the user's folder, for relative paths."""
+    """All that a coordinator needs. id: of whoever started it; config: YAML; home: the user's
+    folder, for relative paths.
+    """
 
     id: str
     config: str
@@ -50,8 +55,9 @@ class Task:
 class Coordinator:
     """Works on a run in a thread of its own.
 
-    engine: made when there is something to do; page: writes the report; end: ends this process, where the work does not end
-    by itself (a training that is to stop). back: this is not the first start with this task.
+    engine: made when there is something to do; page: writes the report; end: ends this process,
+    where the work does not end by itself (a training that is to stop). back: this is not the first
+    start with this task.
     """
 
     def __init__(
@@ -83,7 +89,9 @@ class Coordinator:
         self.thread.start()
 
     def state(self) -> dict[str, Any]:
-        """refused: why the run could not be had (one line), else None; over: it has done what it can; note: what it waits for."""
+        """refused: why the run could not be had (one line), else None; over: it has done what it
+        can; note: what it waits for.
+        """
         return {
             "id": self.task.id,
             "command": self.task.command,
@@ -94,10 +102,12 @@ class Coordinator:
         }
 
     def stop(self) -> None:
-        """As `adversa stop`: a coordinator that dies before it has seen it sees it when it comes back."""
+        """As `adversa stop`: a coordinator that dies before it has seen it sees it when it comes
+        back.
+        """
         control.wish(self.run, control.STOP)
 
-    # ---- the thread -------------------------------------------------------------------------------------------------------
+    # ---- the thread ------------------------------------------------------------------------------
 
     def _work(self) -> None:
         first, until = "", time.monotonic() + PREDECESSOR_SECONDS
@@ -191,7 +201,9 @@ class Coordinator:
         self.note = text
 
     def _interrupt(self) -> None:
-        """From the thread that keeps the lease: the work does not look up. What it has on disk is what a kill would leave."""
+        """From the thread that keeps the lease: the work does not look up. What it has on disk is
+        what a kill would leave.
+        """
         assert self.reins is not None
         try:
             if self.reins.lease.lost is None:
@@ -207,8 +219,8 @@ class Coordinator:
 def follow(run: RunDir, patience: float = LOST_SECONDS) -> dict[str, Any]:
     """Wait for the end of a run that a coordinator works on: its status.json.
 
-    Reads the folder alone: neither a head that dies nor a machine that sleeps takes the follower with it. UserError where there was
-    no sign of life for so many seconds.
+    Reads the folder alone: neither a head that dies nor a machine that sleeps takes the follower
+    with it. UserError where there was no sign of life for so many seconds.
     """
     pulse = Pulse(place_of(run))
     while True:
@@ -221,7 +233,8 @@ def follow(run: RunDir, patience: float = LOST_SECONDS) -> dict[str, Any]:
             pulse.look()
         if pulse.still() > patience:
             raise UserError(
-                f"{run.root}: its coordinator has given no sign of life for {patience:.0f} s; see whether the cluster is up and "
+                f"{run.root}: its coordinator has given no sign of life for {patience:.0f} "
+                "s; see whether the cluster is up and "
                 "its storage not full, then run the same command again: it goes on with the run"
             )
         time.sleep(LOOK_SECONDS)

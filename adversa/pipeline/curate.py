@@ -1,7 +1,9 @@
-"""The gate as steps: limits measured on real images, each painted image by itself, twins among them, and the verdicts.
+"""The gate as steps: limits measured on real images, each painted image by itself, twins among
+them, and the verdicts.
 
-The near-copy indices hold every role, `test` too: they can only ever remove an image. Of `test` they have the pixels and the
-classifier's features, no label; no limit is set on it, no judge sees it, and which judge speaks does not hang on it.
+The near-copy indices hold every role, `test` too: they can only ever remove an image. Of `test`
+they have the pixels and the classifier's features, no label; no limit is set on it, no judge sees
+it, and which judge speaks does not hang on it.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ SETTLED = (
 VERDICT_ROWS = 1 << 16
 
 
-# ---- what is measured on real images, once a run -----------------------------------------------------------------------
+# ---- what is measured on real images, once a run -------------------------------------------------
 
 
 def features(
@@ -129,12 +131,14 @@ def make_features(classifier: Path, judges: Sequence[Path]) -> Work:
 
 
 def limits(data: Path, features: Path, config: cfg.Curate, out: Path) -> None:
-    """limits.json and scale.npz: what a painted image must keep to, measured on the roles that may choose.
+    """limits.json and scale.npz: what a painted image must keep to, measured on the roles that may
+    choose.
 
-    near_copy, near_copy_features: quantiles of the similarity of real images of different lesions; most_agreement: quantile of what
-    each judge gives the label of held-out images; realism, realism_2: quantiles of held-out images' distance to the manifold of
-    `train`, a number a class; held_out: similarities of held-out images to their nearest image of another lesion, of any role as
-    those of painted images are, for the memorisation curve alone.
+    near_copy, near_copy_features: quantiles of the similarity of real images of different lesions;
+    most_agreement: quantile of what each judge gives the label of held-out images; realism,
+    realism_2: quantiles of held-out images' distance to the manifold of `train`, a number a class;
+    held_out: similarities of held-out images to their nearest image of another lesion, of any role
+    as those of painted images are, for the memorisation curve alone.
     """
     asked = {
         k: getattr(config, k)
@@ -176,7 +180,9 @@ def limits(data: Path, features: Path, config: cfg.Curate, out: Path) -> None:
 
 
 def held_out(data: Path, scale: Any) -> list[float]:
-    """Similarity of up to HELD images of the held-out roles to their nearest image of another lesion, of any role."""
+    """Similarity of up to HELD images of the held-out roles to their nearest image of another
+    lesion, of any role.
+    """
     from adversa.curate.near_copy import NearCopy
 
     ids, groups, images = real_images(data, ROLES)
@@ -207,14 +213,17 @@ def _realism(data: Path, features: Path, config: cfg.Curate) -> dict[str, list[f
 
 
 def manifold(features: Path, column: str) -> Any:
-    """curate.realism.Manifold of `train` in one feature space. UserError where there are too few lesions for one."""
+    """curate.realism.Manifold of `train` in one feature space. UserError where there are too few
+    lesions for one.
+    """
     from adversa.curate.realism import NEIGHBOUR, Manifold
 
     rows = read_features(features, ["train"])
     groups = rows["group"].to_pylist()
     if len(set(groups)) <= NEIGHBOUR:
         raise UserError(
-            f"train has {len(set(groups))} lesions, too few to say what is like a real image; give more, or set "
+            f"train has {len(set(groups))} lesions, too few to say what is like a real "
+            "image; give more, or set "
             "curate.realism_quantile=null"
         )
     return Manifold(matrix(rows[column]), groups)
@@ -233,7 +242,9 @@ def real_ids(data: Path, roles: Sequence[str]) -> list[str]:
 def real_images(
     data: Path, roles: Sequence[str]
 ) -> tuple[list[str], list[str], Iterator[np.ndarray]]:
-    """(ids, groups, blocks of uint8 images [n, H, W, 3] in their order) of some roles; one block is in memory at a time."""
+    """(ids, groups, blocks of uint8 images [n, H, W, 3] in their order) of some roles; one block is
+    in memory at a time.
+    """
     paths = [path for role in roles for path in tables.parts(data / role)]
     rows = pa.concat_tables(tables.read_part(path, ["id", "group"]) for path in paths)
     blocks = (
@@ -244,7 +255,7 @@ def real_images(
     return rows["id"].to_pylist(), rows["group"].to_pylist(), blocks
 
 
-# ---- each painted image by itself --------------------------------------------------------------------------------------
+# ---- each painted image by itself ----------------------------------------------------------------
 
 
 def limits_of(folder: Path, config: cfg.Curate) -> Any:
@@ -385,7 +396,7 @@ def scale_of(limits: Path) -> Any:
         return Scale(saved["signal"], saved["noise"])
 
 
-# ---- twins, and the verdicts -------------------------------------------------------------------------------------------
+# ---- twins, and the verdicts ---------------------------------------------------------------------
 
 
 def twins(engine: Engine, synthetic: Path, inspected: Path, limits: Path, out: Path) -> None:
@@ -452,7 +463,9 @@ def make_twins(synthetic: Path, inspected: Path, limits: Path) -> Work:
 
 
 def pictures_of(synthetic: Path, ids: Sequence[str]) -> tuple[list[str], Iterator[np.ndarray]]:
-    """(ids, blocks of uint8 images [n, H, W, 3], one read at a time) of some painted images, in the order in which they lie."""
+    """(ids, blocks of uint8 images [n, H, W, 3], one read at a time) of some painted images, in the
+    order in which they lie.
+    """
     wanted, paths = (
         frozenset(ids),
         tables.parts(synthetic),
@@ -505,7 +518,9 @@ def settle(inspected: Path, twins: Path, limits: Path, config: cfg.Curate, out: 
 
 
 def _write_verdicts(inspected: Path, settled: Sequence[Verdict], out: Path) -> None:
-    """The verdicts of the first pass with what was settled put in, VERDICT_ROWS or a few more a part."""
+    """The verdicts of the first pass with what was settled put in, VERDICT_ROWS or a few more a
+    part.
+    """
     read, held, at, index = tables.parts(inspected), [], 0, 0
     if not read:
         tables.write_part(out / tables.part_name(0), tables.VERDICTS.empty_table())
@@ -522,7 +537,9 @@ def _write_verdicts(inspected: Path, settled: Sequence[Verdict], out: Path) -> N
 
 
 def memorised(found: Sequence[Verdict], held_out: Sequence[float]) -> dict[str, Any]:
-    """arm -> curate.memorisation.Memorisation as plain values, of all images painted, kept or not; None where there are none."""
+    """arm -> curate.memorisation.Memorisation as plain values, of all images painted, kept or not;
+    None where there are none.
+    """
     from adversa.curate.memorisation import memorisation
 
     told = {}

@@ -22,7 +22,7 @@ from adversa.storage.path import place
 from adversa.storage.predictions import predictions
 from adversa.types import BEFORE, Scorecard, seed_of
 
-# ---- scoring -----------------------------------------------------------------------------------------------------------
+# ---- scoring -------------------------------------------------------------------------------------
 
 
 def score(
@@ -33,7 +33,9 @@ def score(
     embed: bool,
     out: Path,
 ) -> None:
-    """Logits (and embeddings) of every image of a role under each model (arm, seed, folder): tables.PREDICTIONS."""
+    """Logits (and embeddings) of every image of a role under each model (arm, seed, folder):
+    tables.PREDICTIONS.
+    """
     names = inputs(data=data) | {
         f"{arm}-{seed}": step_folder.fingerprint(folder) for arm, seed, folder in models
     }
@@ -94,7 +96,7 @@ def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:
     return work
 
 
-# ---- evaluation --------------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -108,8 +110,9 @@ def evaluate(
 ) -> None:
     """Predictions of each model (arm, seed, round, folder) on a role, and its scorecard beside it.
 
-    opening: called before a classifier sees the first image (for `test`, which is opened once, and that is written down; only the
-    near-copy gate has read it before, and that can but remove a synthetic image).
+    opening: called before a classifier sees the first image (for `test`, which is opened once, and
+    that is written down; only the near-copy gate has read it before, and that can but remove a
+    synthetic image).
     """
     names = inputs(data=run.data) | {
         f"{arm}-{seed}": step_folder.fingerprint(folder) for arm, seed, _, folder in models

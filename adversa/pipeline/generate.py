@@ -1,4 +1,6 @@
-"""Painting: what to paint for each hard case, at which noise level, and the pool of painters that does it."""
+"""Painting: what to paint for each hard case, at which noise level, and the pool of painters that
+does it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ from adversa.types import (
 
 Row = dict[str, Any]
 
-# ---- planning ----------------------------------------------------------------------------------------------------------
+# ---- planning ------------------------------------------------------------------------------------
 
 
 def plan(
@@ -50,10 +52,12 @@ def plan(
     attacked: tuple[Path, int],
     without: Collection[int] = (),
 ) -> None:
-    """Requests for each synthetic arm, part_size a part. The unguided arm asks for as many images of each class as the guided.
+    """Requests for each synthetic arm, part_size a part. The unguided arm asks for as many images
+    of each class as the guided.
 
-    levels: of adaptive noise, a noise level for each hard case; attacked: the classifier that found the hard cases, and the round
-    in which it was trained. without: classes (labels) that get no more images; the requests of the others are as they would be.
+    levels: of adaptive noise, a noise level for each hard case; attacked: the classifier that found
+    the hard cases, and the round in which it was trained. without: classes (labels) that get no
+    more images; the requests of the others are as they would be.
     """
     names = inputs(hard=hard) | (inputs(levels=levels) if levels else {})
     by = {"classifier": step_folder.fingerprint(attacked[0]), "classifier_round": attacked[1]}
@@ -117,7 +121,9 @@ def _cases(hard: Path, without: Collection[int]) -> list[Row]:
 
 
 def partners(cases: Sequence[Row]) -> dict[str, str]:
-    """For `blend`: the next hard case of the same class in their order, the last one's the first. A class's only one has none."""
+    """For `blend`: the next hard case of the same class in their order, the last one's the first. A
+    class's only one has none.
+    """
     by_class: dict[int, list[str]] = {}
     for case in cases:
         by_class.setdefault(case["label"], []).append(case["example"])
@@ -139,7 +145,8 @@ def request(
     level: float | None = None,
     partner: str | None = None,
 ) -> GenerationRequest:
-    """The replicate-th request for a hard case. The unguided arm takes the case's label and nothing else of it.
+    """The replicate-th request for a hard case. The unguided arm takes the case's label and nothing
+    else of it.
 
     A hard case with no partner to blend with is varied.
     """
@@ -169,7 +176,7 @@ def request(
     )
 
 
-# ---- adaptive noise ----------------------------------------------------------------------------------------------------
+# ---- adaptive noise ------------------------------------------------------------------------------
 
 
 def levels(
@@ -183,8 +190,10 @@ def levels(
     out: Path,
     without: Collection[int] = (),
 ) -> None:
-    """For each hard case the largest of config.levels at which the judges, averaged, still see the label in what is painted from it
-    (tables.LEVELS); the least where it sees it at none. without: as of `plan`."""
+    """For each hard case the largest of config.levels at which the judges, averaged, still see the
+    label in what is painted from it (tables.LEVELS); the least where it sees it at none. without:
+    as of `plan`.
+    """
     section = config.model_dump(mode="json", exclude={"per_case", "hardness", "likeness"}) | {
         "run": run
     }
@@ -271,12 +280,14 @@ def probe(
 
 
 def largest(agreement: np.ndarray, least: float) -> int:
-    """Of noise levels in rising order the index of the largest with at least this agreement; 0 where none has it."""
+    """Of noise levels in rising order the index of the largest with at least this agreement; 0
+    where none has it.
+    """
     seen = np.flatnonzero(agreement >= least)
     return int(seen[-1]) if len(seen) else 0
 
 
-# ---- painting ----------------------------------------------------------------------------------------------------------
+# ---- painting ------------------------------------------------------------------------------------
 
 
 def generate(
@@ -290,8 +301,9 @@ def generate(
 ) -> None:
     """Paint every request; part i of the requests becomes part i of the images.
 
-    data: where the examples of requests are, in the role mine; None where they have none. attacked: the classifier whose
-    weaknesses steer (config.hardness, and likeness in features); None where nothing does.
+    data: where the examples of requests are, in the role mine; None where they have none. attacked:
+    the classifier whose weaknesses steer (config.hardness, and likeness in features); None where
+    nothing does.
     """
     steers = attacked is not None and steering_needs_classifier(config)
     names = (
@@ -372,12 +384,15 @@ def check_denoiser(denoiser: Path, data: Path) -> None:
         return
     if (picture := tables.decode_png(rows["image"][0].as_py()).shape[0]) != side:
         raise UserError(
-            f"{denoiser} paints {side} x {side} pixels, the run's pictures have {picture} x {picture}; {mend}"
+            f"{denoiser} paints {side} x {side} pixels, the run's pictures have {picture} "
+            f"x {picture}; {mend}"
         )
 
 
 def check_masks(requests: Path, data: Path) -> None:
-    """UserError where a picture that is to be filled in has a mask of its own that cannot be used."""
+    """UserError where a picture that is to be filled in has a mask of its own that cannot be
+    used.
+    """
     asked = tables.read(requests, ["example", "strategy"], tables.REQUESTS)
     wanted = asked.filter(pc.is_in(asked["strategy"], pa.array(FILLING)))["example"].unique()
     if len(wanted):
@@ -411,7 +426,8 @@ def make_paint(
         painted = {p.request.request_id: p for p in canvas.stream(wanted, given)}
         if len(painted) > 1 and not any(p.finite for p in painted.values()):
             raise UserError(
-                f"none of the {len(painted)} images of a part is finite: the denoiser {denoiser} answers with NaN or infinity; "
+                f"none of the {len(painted)} images of a part is finite: the denoiser "
+                f"{denoiser} answers with NaN or infinity; "
                 "train it anew with a lower denoiser.lr, or try generate.amp=false"
             )
         rows = [
@@ -479,7 +495,8 @@ def steering(loaded: Any, attacked: Path | None, config: cfg.Generate) -> Any:
     network = load(attacked, loaded.device)[0].requires_grad_(False)
     if (classes := network.head.out_features) != len(loaded.meta["classes"]):
         raise UserError(
-            f"{attacked} knows {classes} classes, the denoiser {len(loaded.meta['classes'])}; give one of the same classes"
+            f"{attacked} knows {classes} classes, the denoiser "
+            f"{len(loaded.meta['classes'])}; give one of the same classes"
         )
     gradient = (
         hardness(lambda p: network(p)[0], loaded.pixels, config.hardness_kind)
@@ -503,7 +520,8 @@ def _weak(loaded: Any, name: str) -> Any:
         theirs, ours = meta.get(key, default), loaded.meta.get(key, default)
         if theirs != ours:
             raise UserError(
-                f"generate.weak {name} has {key} {theirs}, the run's denoiser {ours}; give one of the same run"
+                f"generate.weak {name} has {key} {theirs}, the run's denoiser {ours}; give "
+                "one of the same run"
             )
     return denoiser
 
@@ -529,7 +547,9 @@ class Pictures:
     """Examples of a role by id: their images, and the masks of their lesions."""
 
     def check_masks(self, ids: Sequence[str]) -> None:
-        """UserError where a mask that the data set gave can't be read, is empty or has another size than its picture."""
+        """UserError where a mask that the data set gave can't be read, is empty or has another size
+        than its picture.
+        """
         from adversa.data import masks
 
         rows = self._rows(ids, ["id", "mask", "image"]).filter(pc.field("mask").is_valid())
@@ -554,7 +574,9 @@ class Pictures:
 
     @cached_property
     def _given(self) -> dict[str, bytes]:
-        """The data set's own masks, of a kilobyte each: read once, not with every part of the requests."""
+        """The data set's own masks, of a kilobyte each: read once, not with every part of the
+        requests.
+        """
         assert self.folder is not None, "masks of no examples"
         rows = pa.concat_tables(
             tables.read_part(p, ["id", "mask"]) for p in tables.parts(self.folder)
@@ -569,8 +591,10 @@ class Pictures:
     def masks(
         self, ids: Sequence[str], margin: float, feather: float
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(what inpainting paints, what outpainting paints), float32 [R, R] in [0, 1] of each: the lesion, grown by a margin, and
-        all but the lesion so grown. margin, feather: shares of the side. The data set's own masks, or masks that were found."""
+        """(what inpainting paints, what outpainting paints), float32 [R, R] in [0, 1] of each: the
+        lesion, grown by a margin, and all but the lesion so grown. margin, feather: shares of the
+        side. The data set's own masks, or masks that were found.
+        """
         from adversa.data import masks
 
         images = self.images(ids)

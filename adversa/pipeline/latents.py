@@ -1,4 +1,6 @@
-"""The steps about the space that is diffused: its codec, the latents of the real images, a denoiser that came from elsewhere."""
+"""The steps about the space that is diffused: its codec, the latents of the real images, a denoiser
+that came from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ MEASURED = 64  # images of `select` that a given codec's PSNR is measured on
 
 
 def space(config: cfg.Config, codec: Path) -> tuple[int, int]:
-    """(channels, side) of what is diffused. codec: the run's codec folder, read where the codec is not fitted here."""
+    """(channels, side) of what is diffused. codec: the run's codec folder, read where the codec is
+    not fitted here.
+    """
     resolution = config.data.resolution
     if config.codec.kind == "pixels":
         return 3, resolution
@@ -36,7 +40,8 @@ def space(config: cfg.Config, codec: Path) -> tuple[int, int]:
 
 
 def check_codec(config: cfg.Codec, resolution: int) -> None:
-    """Before anything runs: the folder of a given codec is there and, where it says so, of the right kind and factor.
+    """Before anything runs: the folder of a given codec is there and, where it says so, of the
+    right kind and factor.
 
     A finished codec is in the run, and needs it no more.
     """
@@ -80,7 +85,9 @@ def codec_job(
 
 
 def fetch(data: Path, config: cfg.Codec, resolution: int, out: Path) -> None:
-    """Copy the autoencoder that config.path names into the run, and measure it on pictures of `select`."""
+    """Copy the autoencoder that config.path names into the run, and measure it on pictures of
+    `select`.
+    """
     from adversa.diffuse import codec
 
     section = {"kind": config.kind, "path": config.path, "resolution": resolution}
@@ -97,7 +104,9 @@ def fetch(data: Path, config: cfg.Codec, resolution: int, out: Path) -> None:
 
 
 def _some(examples: Path, number: int) -> np.ndarray:
-    """At most `number` images of a role, evenly spread over it: data sets often list one class after the other."""
+    """At most `number` images of a role, evenly spread over it: data sets often list one class
+    after the other.
+    """
     paths = tables.parts(examples)
     firsts = np.cumsum([0, *(tables.count(p) for p in paths)])
     chosen = np.unique(np.linspace(0, firsts[-1] - 1, number).astype(np.int64))
@@ -119,7 +128,8 @@ def encode(
     out: Path,
     measured: Path | None = None,
 ) -> None:
-    """The latents of `views` symmetries of every image of a role; beside them mean and standard deviation (STATS) by channel.
+    """The latents of `views` symmetries of every image of a role; beside them mean and standard
+    deviation (STATS) by channel.
 
     measured: the latents whose mean and standard deviation these are given with; None: their own.
     """
@@ -163,7 +173,8 @@ def make_encode(codec_folder: Path, views: int) -> Work:
                 )
             ]
             raise UserError(
-                f"the latent of image {bad} is not finite; take another codec.path, or a lower codec.lr"
+                f"the latent of image {bad} is not finite; take another codec.path, or a "
+                "lower codec.lr"
             )
         tables.write_part(
             path,
@@ -177,7 +188,9 @@ def make_encode(codec_folder: Path, views: int) -> Work:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Mean and standard deviation of latents, channel by channel, over every row and view, one part in memory at a time."""
+    """Mean and standard deviation of latents, channel by channel, over every row and view, one part
+    in memory at a time.
+    """
     count, total, square = 0, np.zeros(0), np.zeros(0)
     for path in tables.parts(folder):
         z = tables.decode_latents(tables.read_part(path, ["latent"])["latent"])
@@ -188,9 +201,13 @@ def measure(folder: Path) -> dict[str, Any]:
     mean = total / count
     std = np.sqrt(np.maximum(square / count - mean**2, 0))
     if dead := np.flatnonzero(std < 1e-4).tolist():
-        mend = "fit it for more codec.steps or with fewer codec.latent_channels, or take another codec.path"
+        mend = (
+            "fit it for more codec.steps or with fewer codec.latent_channels, or take another "
+            "codec.path"
+        )
         raise UserError(
-            f"channels {dead} of the codec's latents are constant: nothing can be diffused in them; {mend}"
+            f"channels {dead} of the codec's latents are constant: nothing can be diffused "
+            f"in them; {mend}"
         )
     return {"mean": mean.tolist(), "std": std.tolist()}
 
@@ -207,7 +224,9 @@ def scaling(codec: Path, latents: Path, sigma_data: float) -> dict[str, Any]:
 def fit_denoiser(
     batches: Any, *, codec_folder: Path, codec: dict[str, Any], **given: Any
 ) -> dict[str, Any]:
-    """`diffuse.fit.fit` on latents: the codec is loaded where the training runs, to show its samples. codec: as of `scaling`."""
+    """`diffuse.fit.fit` on latents: the codec is loaded where the training runs, to show its
+    samples. codec: as of `scaling`.
+    """
     from adversa.diffuse import codec as codecs
     from adversa.diffuse import fit
 
@@ -220,7 +239,9 @@ def fit_denoiser(
 def external_denoiser(
     config: cfg.Config, data: Path, classes: list[str], codec: Path, out: Path
 ) -> None:
-    """A folder that stands for config.denoiser.external: nothing is trained, and the recipe holds the hash of its weights."""
+    """A folder that stands for config.denoiser.external: nothing is trained, and the recipe holds
+    the hash of its weights.
+    """
     from adversa.diffuse import external
 
     path = config.denoiser.external

@@ -1,4 +1,6 @@
-"""The cycle: which steps, in which order, on which folders. Running it again on the same folder is how a run resumes."""
+"""The cycle: which steps, in which order, on which folders. Running it again on the same folder is
+how a run resumes.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ from adversa.types import ROLES
 
 
 def recipe_of(config: Config) -> dict[str, object]:
-    """What makes a run this run: all but how work is spread, who is told, how its denoiser is judged afterwards, and sweeps."""
+    """What makes a run this run: all but how work is spread, who is told, how its denoiser is
+    judged afterwards, and sweeps.
+    """
     return config.model_dump(mode="json", exclude={"cluster", "tracking", "quality", "sweep"}) | {
         "mix": config.mix.recipe()
     }
@@ -60,7 +64,8 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
 
 
 def open_run(config: Config, root: Path, reopen: bool = False) -> RunDir:
-    """Create or check the run folder. Its path is absolute from here on: workers have working folders of their own.
+    """Create or check the run folder. Its path is absolute from here on: workers have working
+    folders of their own.
 
     reopen: as of `review`.
     """
@@ -70,7 +75,8 @@ def open_run(config: Config, root: Path, reopen: bool = False) -> RunDir:
 
 
 def review(config: Config, run: RunDir, reopen: bool) -> None:
-    """Whether going on would open `test` again: UserError, or with `reopen` what was read before is set aside.
+    """Whether going on would open `test` again: UserError, or with `reopen` what was read before is
+    set aside.
 
     The caller holds the run's lock.
     """
@@ -78,7 +84,9 @@ def review(config: Config, run: RunDir, reopen: bool) -> None:
 
 
 def todo(config: Config, run: RunDir, until: str | None = None) -> list[Stage]:
-    """The unfinished stages up to the first of the command `until` (None: all); empty where that command has nothing left to do."""
+    """The unfinished stages up to the first of the command `until` (None: all); empty where that
+    command has nothing left to do.
+    """
     left = [s for s in plan(config, run, until) if not s.is_finished]
     if until is None:
         return left
@@ -97,8 +105,8 @@ def run(
 ) -> Stage | None:
     """Do the stages of `todo`, in order.
 
-    Returns the last stage it worked on (None: there was none). The caller holds the run's lock. since: as of `runs.Clock`.
-    reopen: `test` may be opened again where it was opened before.
+    Returns the last stage it worked on (None: there was none). The caller holds the run's lock.
+    since: as of `runs.Clock`. reopen: `test` may be opened again where it was opened before.
     """
     cycle = Cycle(config, run, engine, reopen)
     worked = None
@@ -159,7 +167,9 @@ class Cycle:
         self.seeds = range(config.evaluate.seeds)
 
     def enter(self, number: int) -> None:
-        """From here on the settings, and the id, of a round: those of the run but for what was changed by hand (control.json)."""
+        """From here on the settings, and the id, of a round: those of the run but for what was
+        changed by hand (control.json).
+        """
         if number:
             control.enter_round(self.dir, number, differences.flatten(recipe_of(self.asked)))
         self.config = changed(self.asked, control.recorded(self.dir).get(number, {}))
@@ -169,9 +179,11 @@ class Cycle:
         prepare.prepare(self.engine, self.config.data, self.dir.data)
 
     def codec(self, number: int) -> None:
-        """Where latents are diffused: the autoencoder, fitted on the arm `real` or given; the latents of `train` and `select`.
+        """Where latents are diffused: the autoencoder, fitted on the arm `real` or given; the
+        latents of `train` and `select`.
 
-        What may refuse a setting comes first: it can be mended in place as long as nothing that hangs on it is made.
+        What may refuse a setting comes first: it can be mended in place as long as nothing that
+        hangs on it is made.
         """
         c, d = self.config, self.dir
         mix, classes = d.arm(0, "real") / "mix", classes_of(d.data)
@@ -203,7 +215,9 @@ class Cycle:
             )
 
     def train(self, number: int) -> None:
-        """Before the first round: the classifiers of the arm `real`, the judges, then the denoiser, in one launch."""
+        """Before the first round: the classifiers of the arm `real`, the judges, then the denoiser,
+        in one launch.
+        """
         c, d = self.config, self.dir
         results.check_groups(c.evaluate, classes_of(d.data))
         train.check_models(c, classes_of(d.data), c.mix.paints, d.codec)
@@ -214,7 +228,9 @@ class Cycle:
         self.engine.fit(jobs)
 
     def denoiser(self, number: int) -> None:
-        """What `quality` needs of `train`: the denoiser, and the classifier where its embedding is the feature space."""
+        """What `quality` needs of `train`: the denoiser, and the classifier where its embedding is
+        the feature space.
+        """
         c, d = self.config, self.dir
         train.check_models(c, classes_of(d.data), True, d.codec)
         self._first_mix()
@@ -262,7 +278,9 @@ class Cycle:
         )
 
     def curate(self, number: int) -> None:
-        """What is measured on real images is measured once, with what was trained before the first round."""
+        """What is measured on real images is measured once, with what was trained before the first
+        round.
+        """
         c, d = self.config, self.dir
         classifier, judges = (
             d.arm(0, "real", 0) / "classifier",
@@ -291,7 +309,8 @@ class Cycle:
         curate.settle(inspected, twins, d.limits, c.curate, d.round(number, "verdicts"))
 
     def evaluate(self, number: int) -> None:
-        """Mix, retrain every synthetic arm in one launch, and score `mine` (optimistic: its images guided the generation).
+        """Mix, retrain every synthetic arm in one launch, and score `mine` (optimistic: its images
+        guided the generation).
 
         Before that the ratio is chosen, where that is asked for.
         """

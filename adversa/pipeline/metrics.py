@@ -18,7 +18,8 @@ NAMES = {
     "adversa_images_per_second": "images that the step at work reads, paints or scores a second; 0 in a training",
     "adversa_accepted_share": "share of the images painted so far that the gate has kept",
     "adversa_queue_depth": "images (of a training: steps) that the step at work has not done yet",
-    "adversa_stage": f"number of the command at work: {', '.join(f'{i} {c}' for i, c in enumerate(COMMANDS, 1))}; 0 none",
+    "adversa_stage": "number of the command at work: "
+    f"{', '.join(f'{i} {c}' for i, c in enumerate(COMMANDS, 1))}; 0 none",
     "adversa_round": "the round at work; 0 outside of rounds",
     "adversa_paused": "1 while somebody wants the run to rest",
     "adversa_restarts": "deaths after which the work was taken up again",

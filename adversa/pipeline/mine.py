@@ -20,7 +20,7 @@ Row = dict[str, Any]
 UNTOLD = ("dx_type",)  # how the diagnosis was made: of the archive, not of the patient
 
 
-# ---- mining ------------------------------------------------------------------------------------------------------------
+# ---- mining --------------------------------------------------------------------------------------
 
 
 MODES = "modes.json"  # beside the hard cases: what they have in common
@@ -29,10 +29,12 @@ MODES = "modes.json"  # beside the hard cases: what they have in common
 def mine(
     scores: Path, data: Path, config: cfg.Mine, out: Path, earlier: Sequence[Path] = ()
 ) -> None:
-    """The hard cases of the mine role under the classifier that was scored, and the failure modes they belong to.
+    """The hard cases of the mine role under the classifier that was scored, and the failure modes
+    they belong to.
 
-    Scored by several seeds, the first is under attack and all are the ensemble of scorer `bald`. earlier: the scores of the rounds
-    before, in their order; scorer `forgetting` counts what was right in one round and wrong in the next.
+    Scored by several seeds, the first is under attack and all are the ensemble of scorer `bald`.
+    earlier: the scores of the rounds before, in their order; scorer `forgetting` counts what was
+    right in one round and wrong in the next.
     """
     from adversa.mine import explain
     from adversa.mine.hard import hard_cases
@@ -60,7 +62,9 @@ def mine(
 
 
 def under_attack(scores: Path, seed: int = 0) -> pa.Table:
-    """What the classifier of one seed says: rows of tables.PREDICTIONS, in the order of the role."""
+    """What the classifier of one seed says: rows of tables.PREDICTIONS, in the order of the
+    role.
+    """
     rows = tables.read(scores, schema=tables.PREDICTIONS)
     return rows.filter(pa.compute.equal(rows["seed"], seed))
 

@@ -1,8 +1,10 @@
-"""Whether the arms of a round are matched: asked of what was written down when they were trained, before they are compared.
+"""Whether the arms of a round are matched: asked of what was written down when they were trained,
+before they are compared.
 
-A difference between arms means something only where each took as many steps on as many images from the same weights, and where what
-was added weighs the same in each class. The code sees to that (pipeline/arms.py, engine/batches.py); this finds a run folder in which it is
-not so: a fault of ours, or a folder put together from several runs.
+A difference between arms means something only where each took as many steps on as many images from
+the same weights, and where what was added weighs the same in each class. The code sees to that
+(pipeline/arms.py, engine/batches.py); this finds a run folder in which it is not so: a fault of
+ours, or a folder put together from several runs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ ROUNDING = 1e-6  # of a class's weight: sums of shares such as 1/3
 
 @dataclass(frozen=True)
 class Trained:
-    """What a classifier's folder says of its training. start: a digest of its settings and what decides its first weights."""
+    """What a classifier's folder says of its training. start: a digest of its settings and what
+    decides its first weights.
+    """
 
     steps: int
     images: int
@@ -34,13 +38,17 @@ class Trained:
     seed: int
     start: str
     mix: str
-    threads: int  # of these and the workers the last bits of the weights depend, no more: another machine may finish a run
+    # of these and the workers the last bits of the weights depend, no more: another machine may
+    # finish a run
+    threads: int
     workers: int
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """A training set by class, [K] each: weight of the real and the mined images once, and what is added on top of that."""
+    """A training set by class, [K] each: weight of the real and the mined images once, and what is
+    added on top of that.
+    """
 
     base: tuple[float, ...]
     added: tuple[float, ...]
@@ -49,8 +57,9 @@ class Mixed:
 def check(config: Config, run: RunDir, number: int) -> dict[str, Any]:
     """The facts that all arms of a round share, for summary.json. UserError where they do not.
 
-    steps, images: of each classifier (None where `patience` ends each training by itself, which a run of one arm alone may);
-    added_by_class: [K], of every arm but `real`; seeds: the seed of each pair's first weights.
+    steps, images: of each classifier (None where `patience` ends each training by itself, which a
+    run of one arm alone may); added_by_class: [K], of every arm but `real`; seeds: the seed of each
+    pair's first weights.
     """
     models = models_of(config, run, number)
     found = {(arm, seed): _trained(folder) for arm, seed, _, folder in models}
@@ -114,7 +123,9 @@ def _trained(folder: Path) -> Trained:
 
 
 def _added(config: Config, run: RunDir, mixes: Mapping[str, Path]) -> list[int]:
-    """What each class got on top of the real and mined images, in every arm but `real`; counted in the training sets themselves."""
+    """What each class got on top of the real and mined images, in every arm but `real`; counted in
+    the training sets themselves.
+    """
     classes = classes_of(run.data)
     counted = {arm: _mixed(folder, len(classes)) for arm, folder in mixes.items()}
     for k, name in enumerate(classes):
@@ -160,7 +171,8 @@ def _same(run: RunDir, what: str, values: Mapping[str, Any]) -> None:
     shown = ", ".join(f"{name} {value}" for name, value in list(odd.items())[:5])
     least = next(name for name, value in values.items() if value == usual)
     raise UserError(
-        f"{run.root}: the arms are not matched: {what} {shown}, but {least} {usual}; {_fix(next(iter(odd)))}"
+        f"{run.root}: the arms are not matched: {what} {shown}, but {least} {usual}; "
+        f"{_fix(next(iter(odd)))}"
     )
 
 
@@ -168,6 +180,7 @@ def _fix(name: str) -> str:
     arm = name.split()[0]
     folder = "round-000/real" if arm == BEFORE else f"round-*/{arm}"
     return (
-        f"is the run put together from several? delete {folder} and run the same command again; a run that nobody touched shows a "
+        f"is the run put together from several? delete {folder} and run the same command "
+        "again; a run that nobody touched shows a "
         "fault of adversa: please report it"
     )

@@ -1,4 +1,6 @@
-"""prepare: read the source once, decode and resize every image, group, split by group, write Parquet shards per role."""
+"""prepare: read the source once, decode and resize every image, group, split by group, write
+Parquet shards per role.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from adversa.storage import tables
 from adversa.storage.path import rmtree
 from adversa.types import ROLES, UserError, digest
 
-# A decoded image on its way to its role: an Example plus what the split needs to know about its look.
+# A decoded image on its way to its role: an Example plus what the split needs to know about its
+# look.
 DECODED = pa.schema(
     [
         *tables.EXAMPLES,
@@ -39,7 +42,9 @@ LOOK = ["id", "source", "class", "group", "phash", "problem"]
 
 
 def prepare(engine: Engine, config: cfg.Data, out: Path) -> None:
-    """Fill data/<role>/part-*.parquet, classes.json, split.json and leaks.json. UserError for anything wrong with the source."""
+    """Fill data/<role>/part-*.parquet, classes.json, split.json and leaks.json. UserError for
+    anything wrong with the source.
+    """
     recipe = Recipe("prepare", 1, config.model_dump(mode="json"), {})
     run_step(out, recipe, partial(_prepare, engine, config, out, recipe.fingerprint))
     rmtree(
@@ -66,7 +71,8 @@ def _prepare(engine: Engine, config: cfg.Data, out: Path, asked: str, progress: 
     )
     storage_files.write_json(out / "leaks.json", leaks)
     rmtree(staging)
-    # The split's hash knows ids, groups and roles; what is trained on hangs on the pictures' shape and the labels too.
+    # The split's hash knows ids, groups and roles; what is trained on hangs on the pictures' shape
+    # and the labels too.
     fingerprint = digest(split_hash, asked, *classes, *(roles[i][2] for i, _, _ in rows))
     return waited | {"rows": len(rows), "fingerprint": fingerprint, "problems": len(problems)}
 
@@ -74,7 +80,9 @@ def _prepare(engine: Engine, config: cfg.Data, out: Path, asked: str, progress: 
 def _decode(
     engine: Engine, config: cfg.Data, staging: Path, asked: str, progress: Progress
 ) -> tuple[Facts, list[str], list[Any], list[dict[str, str]]]:
-    """Fill `staging` with every picture of the source: (the seconds waited, classes, groups known to be one, problems)."""
+    """Fill `staging` with every picture of the source: (the seconds waited, classes, groups known
+    to be one, problems).
+    """
     listing = sources.list_records(config)
     chunks = [
         listing.records[i : i + config.part_rows]
@@ -91,7 +99,9 @@ def _decode(
 
 
 def _begin(staging: Path, listing: str) -> None:
-    """Keep a cut-off attempt's decoded parts only where the same was asked of the same records: either may have been mended."""
+    """Keep a cut-off attempt's decoded parts only where the same was asked of the same records:
+    either may have been mended.
+    """
     if storage_files.read_json(staging / "listing.json") != {"listing": listing}:
         for folder in (staging, *(staging.parent / role for role in ROLES)):
             if folder.exists():
@@ -100,7 +110,9 @@ def _begin(staging: Path, listing: str) -> None:
 
 
 def make_decode(config: cfg.Data, classes: list[str]) -> Work:
-    """Decodes a part's records into DECODED rows; a picture that cannot be read leaves a row with its problem."""
+    """Decodes a part's records into DECODED rows; a picture that cannot be read leaves a row with
+    its problem.
+    """
     decode = images.make_decoder(config, classes)
 
     def work(part: Part, path: Path) -> int:
@@ -145,7 +157,8 @@ def _roles(
     kept, copies, copied = _drop_copies(config, look, readable, problems)
     if not len(kept):
         raise UserError(
-            f"data.path {config.path}: none of the {len(look)} pictures can be used ({_first(problems)}); mend them"
+            f"data.path {config.path}: none of the {len(look)} pictures can be used "
+            f"({_first(problems)}); mend them"
         )
     rows = look.take(kept)
     ids, groups, labels = rows["id"].to_pylist(), rows["group"].to_pylist(), _names(rows["class"])
@@ -187,7 +200,9 @@ def _roles(
 
 
 def _thumbs(staging: Path, scratch: Path) -> Path:
-    """The thumbnails of all decoded pictures, 1 KB each (of zeros where there is none), in one file in `scratch`."""
+    """The thumbnails of all decoded pictures, 1 KB each (of zeros where there is none), in one file
+    in `scratch`.
+    """
     path = scratch / "thumbs"
     with open(path, "wb") as f:
         for part in tables.parts(staging):
@@ -203,15 +218,20 @@ def _names(column: pa.ChunkedArray) -> list[str]:
 
 
 def _first(problems: list[dict[str, str]]) -> str:
-    return f"{files.printable(problems[0]['source'])}: {problems[0]['problem']}, and {len(problems) - 1} more"
+    return (
+        f"{files.printable(problems[0]['source'])}: {problems[0]['problem']}, and "
+        f"{len(problems) - 1} more"
+    )
 
 
 def _drop_copies(
     config: cfg.Data, look: pa.Table, readable: np.ndarray, problems: list[dict[str, str]]
 ) -> tuple[np.ndarray, list[dict[str, str]], list[tuple[str, str]]]:
-    """Of the rows `readable` those with a new id (the hash of the pixels), what was dropped, pairs of groups that share a picture.
+    """Of the rows `readable` those with a new id (the hash of the pixels), what was dropped, pairs
+    of groups that share a picture.
 
-    A copy under another label is a problem: one of the two labels is wrong. Its groups are one lesion all the same.
+    A copy under another label is a problem: one of the two labels is wrong. Its groups are one
+    lesion all the same.
     """
     first: dict[str, int] = {}
     same: dict[int, list[int]] = defaultdict(
@@ -231,7 +251,8 @@ def _drop_copies(
             names = ", ".join(f"{r['source']} ({r['class']})" for r in rows)
             if config.on_error == "fail":
                 raise UserError(
-                    f"the same picture has two labels: {names}; correct one, or leave both out with {SKIP}"
+                    f"the same picture has two labels: {names}; correct one, or leave both "
+                    f"out with {SKIP}"
                 )
             problems += [
                 {"source": r["source"], "problem": f"same picture under two labels: {names}"}
@@ -254,7 +275,9 @@ def _drop_copies(
 def _write_roles(
     staging: Path, out: Path, part_rows: int, roles: dict[str, tuple[str, str, str]]
 ) -> Counter[tuple[str, str]]:
-    """Stream the decoded parts into role folders, a buffer of one part a role; each image once. Images by (role, class)."""
+    """Stream the decoded parts into role folders, a buffer of one part a role; each image once.
+    Images by (role, class).
+    """
     for role in ROLES:
         rmtree(out / role, missing_ok=True)  # parts of a cut-off attempt
     written: set[str] = set()

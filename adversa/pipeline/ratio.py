@@ -1,4 +1,5 @@
-"""`mix.synthetic_ratio: auto`: in every round a sweep over ratios, the choice among them on `select`, and classes that get no more.
+"""`mix.synthetic_ratio: auto`: in every round a sweep over ratios, the choice among them on
+`select`, and classes that get no more.
 
     round-00N/ratio/r-<ratio>/mix                 the training set of the swept arm at that ratio; 0: the real and mined images
                    /r-<ratio>/seed-K/classifier   trained as the arm's own of that round: of the chosen ratio they are the same
@@ -6,7 +7,8 @@
                    /search                        the step that did the trials
                    /choice/choice.json            the ratio, why, and which classes are stopped from the next round on
 
-What a round must know of earlier ones it reads from their choice.json alone. The rules are evaluate/choosing.py's.
+What a round must know of earlier ones it reads from their choice.json alone. The rules are
+evaluate/choosing.py's.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ CHOICE = "choice.json"
 RULE = "the smallest ratio whose mean lies within one standard error of the best mean"
 ADDING = ("guided", "unguided", "replay", "resample")  # the first of these that a run has is swept
 
-# ---- what holds for a round ---------------------------------------------------------------------------------------------
+# ---- what holds for a round ----------------------------------------------------------------------
 
 
 def arm_of(config: Config) -> str:
@@ -56,7 +58,9 @@ def before(run: RunDir, number: int) -> dict[str, Any] | None:
 
 
 def caps(run: RunDir, number: int) -> dict[int, int]:
-    """Class (label) -> the most images that are added in a round: of the classes that were stopped before it."""
+    """Class (label) -> the most images that are added in a round: of the classes that were stopped
+    before it.
+    """
     state = before(run, number)
     if state is None:
         return {}
@@ -65,7 +69,9 @@ def caps(run: RunDir, number: int) -> dict[int, int]:
 
 
 def capped(config: Config, run: RunDir, number: int) -> list[int]:
-    """The classes (labels) for which a round plans no images. A ratio set by hand is a number for all classes."""
+    """The classes (labels) for which a round plans no images. A ratio set by hand is a number for
+    all classes.
+    """
     return sorted(caps(run, number)) if config.mix.synthetic_ratio == AUTO else []
 
 
@@ -83,7 +89,7 @@ def at(section: Mix, ratio: float) -> Mix:
     return section.model_copy(update={"synthetic_ratio": ratio})
 
 
-# ---- the sweep ----------------------------------------------------------------------------------------------------------
+# ---- the sweep -----------------------------------------------------------------------------------
 
 
 def folder_of(run: RunDir, number: int, ratio: float) -> Path:
@@ -96,7 +102,9 @@ def name_of(ratio: float) -> str:
 
 
 def search(engine: Engine, config: Config, run: RunDir, number: int) -> None:
-    """Train a classifier for each ratio and seed, and score it on select; of ratios that reach the same counts for the smallest."""
+    """Train a classifier for each ratio and seed, and score it on select; of ratios that reach the
+    same counts for the smallest.
+    """
     c, arm, most = config, arm_of(config), caps(run, number)
     for r in c.mix.ratios:
         train.round_mix(c, run, number, arm, at(c.mix, r), most, folder_of(run, number, r) / "mix")
@@ -117,7 +125,9 @@ def search(engine: Engine, config: Config, run: RunDir, number: int) -> None:
 
 
 def trials(config: Config, run: RunDir, number: int) -> list[Trial]:
-    """Seed by seed, so that a sweep that is watched shows all ratios early. The mixes are written."""
+    """Seed by seed, so that a sweep that is watched shows all ratios early. The mixes are
+    written.
+    """
     distinct = [r for r, twin in twins(_added(config, run, number)).items() if twin is None]
     return [
         Trial(
@@ -134,7 +144,9 @@ def trials(config: Config, run: RunDir, number: int) -> list[Trial]:
 def work(
     config: Config, run: RunDir, number: int, ratio: float, seed: int, engine: Engine, tell: Tell
 ) -> None:
-    """One trial, by steps: a module's function, so that it travels. Its progress lies in its classifier's folder."""
+    """One trial, by steps: a module's function, so that it travels. Its progress lies in its
+    classifier's folder.
+    """
     arm, folder = arm_of(config), folder_of(run, number, ratio)
     out = folder / f"seed-{seed}" / "classifier"
     engine.fit([train.round_classifier(config, run, number, arm, seed, folder / "mix", out)])
@@ -144,7 +156,9 @@ def work(
 
 
 def twins(added: Mapping[float, Sequence[int]]) -> dict[float, float | None]:
-    """Ratio -> a smaller one that adds exactly as many images of each class; None: it is trained itself."""
+    """Ratio -> a smaller one that adds exactly as many images of each class; None: it is trained
+    itself.
+    """
     first: dict[tuple[int, ...], float] = {}
     found: dict[float, float | None] = {}
     for ratio, counts in sorted(added.items()):
@@ -171,11 +185,13 @@ def _added(config: Config, run: RunDir, number: int) -> dict[float, list[int]]:
     }
 
 
-# ---- the choice ---------------------------------------------------------------------------------------------------------
+# ---- the choice ----------------------------------------------------------------------------------
 
 
 def choose(config: Config, run: RunDir, number: int) -> None:
-    """choice.json from what the trials say of select, and from the choice before; nothing else is read."""
+    """choice.json from what the trials say of select, and from the choice before; nothing else is
+    read.
+    """
     c, out = config, ratio_folders(run, number)[1]
     tried = trials(c, run, number)
     names = inputs(data=run.data, **{run.name_of(t.out).split("/ratio/")[1]: t.out for t in tried})
@@ -198,8 +214,10 @@ def choose(config: Config, run: RunDir, number: int) -> None:
 
 
 def decide(config: Config, run: RunDir, number: int) -> dict[str, Any]:
-    """What choice.json holds. ratios: a row each, `same_as` of one that reached what a smaller one did and was not trained;
-    reached: added images a real training image; judged: the ratio at which classes are compared with ratio 0."""
+    """What choice.json holds. ratios: a row each, `same_as` of one that reached what a smaller one
+    did and was not trained; reached: added images a real training image; judged: the ratio at which
+    classes are compared with ratio 0.
+    """
     c, arm, classes, added = (
         config,
         arm_of(config),
@@ -270,10 +288,11 @@ def carried(
     number: int,
     patience: int | None,
 ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """(class -> rounds in a row in which images did not help it, class -> since which round it is stopped and its most images).
+    """(class -> rounds in a row in which images did not help it, class -> since which round it is
+    stopped and its most images).
 
-    previous: choice.json before; words: of choosing.Help, by class; added: what this round's arms get. A round that cannot tell
-    leaves the count as it is. A class that is stopped stays so.
+    previous: choice.json before; words: of choosing.Help, by class; added: what this round's arms
+    get. A round that cannot tell leaves the count as it is. A class that is stopped stays so.
     """
     in_a_row, stopped = (dict(previous[k]) if previous else {} for k in ("in_a_row", "stopped"))
     for name, word in words.items():
@@ -308,7 +327,7 @@ def _scored(
     )
 
 
-# ---- what is told of it -------------------------------------------------------------------------------------------------
+# ---- what is told of it --------------------------------------------------------------------------
 
 
 def facts(config: Config, run: RunDir) -> dict[str, Any]:
@@ -326,21 +345,25 @@ def notes(config: Config, run: RunDir) -> list[str]:
     for number, choice in told.items():
         if choice["chosen"] == 0:
             found.append(
-                f"round {number}: ratio 0 was chosen on select: no {_thing(arm)} enters training; {_why(choice)}"
+                f"round {number}: ratio 0 was chosen on select: no {_thing(arm)} enters "
+                f"training; {_why(choice)}"
             )
         if (short := [row for row in choice["ratios"] if not row["filled"]]) and short[-1]["added"]:
             asked, most = ", ".join(name_of(row["ratio"]) for row in short), short[-1]["reached"]
             found.append(
-                f"round {number}: there were images for a ratio of {most:.2f}, and too few for {asked}"
+                f"round {number}: there were images for a ratio of {most:.2f}, and too few "
+                f"for {asked}"
             )
     for name, stop in list(told.values())[-1]["stopped"].items():
         if stop["since"] <= last_round(config):
             why = f"they did not help it in {config.mix.patience} rounds in a row"
             found.append(
-                f"from round {stop['since']} on {name} gets no more images, at most {stop['most']} in all: {why}"
+                f"from round {stop['since']} on {name} gets no more images, at most "
+                f"{stop['most']} in all: {why}"
             )
     found.append(
-        f"mix.synthetic_ratio auto: the ratio was tuned for {arm} on select; the other arms take the same counts, which is fair in "
+        f"mix.synthetic_ratio auto: the ratio was tuned for {arm} on select; the other "
+        "arms take the same counts, which is fair in "
         f"number, but tuned for {arm}"
     )
     return found
@@ -358,6 +381,7 @@ def _why(choice: Mapping[str, Any]) -> str:
     if choice["best"] == 0:
         return f"no other ratio was better than {none['mean']:.3f} of balanced accuracy"
     return (
-        f"ratio 0 has a balanced accuracy of {none['mean']:.3f}, the best, ratio {name_of(choice['best'])}, {best['mean']:.3f} "
+        f"ratio 0 has a balanced accuracy of {none['mean']:.3f}, the best, ratio "
+        f"{name_of(choice['best'])}, {best['mean']:.3f} "
         f"with a standard error of {best['se']:.3f}"
     )

@@ -1,4 +1,6 @@
-"""What the predictions on a role say: each arm's figures with their intervals, arms compared, subgroups, and what each arm cost."""
+"""What the predictions on a role say: each arm's figures with their intervals, arms compared,
+subgroups, and what each arm cost.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ EFFECT = 0.02  # of the headline: what many seeds it would take is told for
 
 @dataclass(frozen=True)
 class Scored:
-    """An arm's S classifiers on a role: logits [S, N, K]; labels [N], groups [N], ids [N]; limits: of each, set on select."""
+    """An arm's S classifiers on a role: logits [S, N, K]; labels [N], groups [N], ids [N]; limits:
+    of each, set on select.
+    """
 
     logits: np.ndarray
     labels: np.ndarray
@@ -46,7 +50,9 @@ def measures(config: cfg.Evaluate) -> Measures:
 
 
 def check_groups(config: cfg.Evaluate, classes: Sequence[str]) -> None:
-    """Before anything is trained, and before test is opened. UserError for a group that is none (operating.members)."""
+    """Before anything is trained, and before test is opened. UserError for a group that is none
+    (operating.members).
+    """
     for name in config.groups:
         members(name, measures(config), classes)
 
@@ -66,7 +72,9 @@ def scored(
     classes: Sequence[str],
     asked: Measures,
 ) -> Scored:
-    """rows, select: predictions on the role in question, and on the one that sets thresholds (None: none are set)."""
+    """rows, select: predictions on the role in question, and on the one that sets thresholds (None:
+    none are set).
+    """
     found = [predictions.predictions(rows, arm, s) for s in range(seeds)]
     limits = None
     if select is not None and asked.groups:
@@ -108,7 +116,9 @@ def figures(
 
 
 def candidate(names: Sequence[str]) -> str | None:
-    """The arm that a run is about: guided, or the last that is more than `real`; None where there is none."""
+    """The arm that a run is about: guided, or the last that is more than `real`; None where there
+    is none.
+    """
     known = [arm for arm in ARMS[1:] if arm in names]
     return known[-1] if known else None
 
@@ -119,7 +129,9 @@ def comparisons(
     spent: dict[str, dict[str, float]],
     role: str = "test",
 ) -> list[dict[str, Any]]:
-    """The arm in question against the others on a role: paired over seeds, lesions resampled, Holm-corrected, McNemar beside it."""
+    """The arm in question against the others on a role: paired over seeds, lesions resampled,
+    Holm-corrected, McNemar beside it.
+    """
     asked = candidate(config.mix.arms)
     others = [a for a in AGAINST if a in config.mix.arms and a != asked]
     found = []
@@ -163,7 +175,8 @@ def comparisons(
         found.append(row)
     for row, p in zip(found, holm([r["p"] for r in found]), strict=True):
         row["p_holm"] = float(p)
-        # The word needs both: an interval clear of zero, and significance after correction for several comparisons.
+        # The word needs both: an interval clear of zero, and significance after correction for
+        # several comparisons.
         row["word"] = word(row["low"], row["high"]) if p < 0.05 else "not shown"
     return found
 
@@ -171,7 +184,8 @@ def comparisons(
 def subgroups(
     config: cfg.Config, folder: Path, arms: dict[str, Scored], classes: Sequence[str]
 ) -> dict[str, Any]:
-    """attribute -> arm -> a row a value: of the arm before and the one in question, for the attributes asked for.
+    """attribute -> arm -> a row a value: of the arm before and the one in question, for the
+    attributes asked for.
 
     folder: of the examples that were scored.
     """
@@ -215,10 +229,12 @@ def subgroups(
 def subgroup_comparisons(
     config: cfg.Config, folder: Path, arms: dict[str, Scored]
 ) -> dict[str, Any]:
-    """The headline comparison (the arm in question against the first of AGAINST) within each value of the attributes asked for.
+    """The headline comparison (the arm in question against the first of AGAINST) within each value
+    of the attributes asked for.
 
-    a, b, metric; tested: groups; attributes: attribute -> a row a value. Holm counts the groups of all attributes; a small group,
-    or one without a value, is not among them and has no difference. Empty where no arms are compared, or no attribute is known.
+    a, b, metric; tested: groups; attributes: attribute -> a row a value. Holm counts the groups of
+    all attributes; a small group, or one without a value, is not among them and has no difference.
+    Empty where no arms are compared, or no attribute is known.
     """
     asked = candidate(config.mix.arms)
     other = next((arm for arm in AGAINST if arm in config.mix.arms and arm != asked), None)
@@ -302,9 +318,11 @@ def _banded(name: str, value: str) -> str:
 
 
 def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
-    """Seconds and device-seconds of what an arm needs beside the data: its classifiers of all rounds, the classifier that mines,
-    and where it paints its share of the images and verdicts, the denoiser, the judges and what the gate measures on real images;
-    where it is the one whose ratio was swept, the sweeps."""
+    """Seconds and device-seconds of what an arm needs beside the data: its classifiers of all
+    rounds, the classifier that mines, and where it paints its share of the images and verdicts, the
+    denoiser, the judges and what the gate measures on real images; where it is the one whose ratio
+    was swept, the sweeps.
+    """
     last = last_round(config)
     found = {}
     for arm in config.mix.arms:

@@ -1,4 +1,6 @@
-"""How good the denoiser's samples are: draw some, compute features of them and of real images, compare the two sets."""
+"""How good the denoiser's samples are: draw some, compute features of them and of real images,
+compare the two sets.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from adversa.storage import files, predictions, tables
 from adversa.storage.path import place
 from adversa.types import GenerationRequest, UserError, digest, seed_of
 
-# What the denoiser was never fitted on, and whose pictures may be looked at before the end: `test` is opened once, for the arms.
+# What the denoiser was never fitted on, and whose pictures may be looked at before the end: `test`
+# is opened once, for the arms.
 HELD_OUT = ("mine", "select")
 FEATURES = pa.schema(
     {
@@ -40,7 +43,9 @@ RESULT = "quality.json"
 
 
 def check(config: cfg.Config) -> None:
-    """Before anything runs: the named feature space is there, and its network can be built. UserError where not."""
+    """Before anything runs: the named feature space is there, and its network can be built.
+    UserError where not.
+    """
     from adversa.classify import features
 
     name, weights = config.quality.features, config.quality.weights
@@ -49,13 +54,15 @@ def check(config: cfg.Config) -> None:
     if Path(name).is_dir():
         if weights is not None:
             raise UserError(
-                f"quality.weights {weights}: the folder quality.features {name} has weights of its own; leave one out"
+                f"quality.weights {weights}: the folder quality.features {name} has "
+                "weights of its own; leave one out"
             )
         features.network(_named(config.quality), config.data.resolution)
         return
     if weights is None:
         raise UserError(
-            f"quality.features {name}: no such folder, and as a timm model it needs quality.weights (imagenet, or a safetensors "
+            f"quality.features {name}: no such folder, and as a timm model it needs "
+            "quality.weights (imagenet, or a safetensors "
             "file): features of random weights tell little"
         )
     if weights != "imagenet":
@@ -75,7 +82,9 @@ def evaluate(engine: Engine, config: cfg.Config, run: RunDir) -> None:
 
 
 def publish(config: cfg.Config, run: RunDir) -> dict[str, Any]:
-    """The result of these settings, which is written to the run folder's quality.json as well: the last that was asked for."""
+    """The result of these settings, which is written to the run folder's quality.json as well: the
+    last that was asked for.
+    """
     result = files.read_json(quality_folders(config, run).result / RESULT)
     assert result is not None, f"the denoiser of {run.root} is not evaluated"
     with files.writing(run.root):
@@ -86,7 +95,8 @@ def publish(config: cfg.Config, run: RunDir) -> dict[str, Any]:
 def plan(data: Path, config: cfg.Quality, generate: cfg.Generate, out: Path) -> None:
     """Requests for samples, classes in the proportions of the held-out images, part by part.
 
-    A sample's noise is that of its class and number: denoisers are compared on the same draws, and more images continue fewer.
+    A sample's noise is that of its class and number: denoisers are compared on the same draws, and
+    more images continue fewer.
     """
     section = {
         "images": config.images,
@@ -128,7 +138,9 @@ def request(label: int, number: int, guidance: float, sigma_max: float) -> Gener
 
 
 def features(engine: Engine, run: RunDir, config: cfg.Config, at: QualityFolders) -> None:
-    """Features of every held-out image, of as many images of `train` (the floor), and of the samples: one part a part of them."""
+    """Features of every held-out image, of as many images of `train` (the floor), and of the
+    samples: one part a part of them.
+    """
     found = space(config, run)
     names = inputs(data=run.data, samples=at.samples) | source(found)
     recipe = Recipe("quality-features", 1, {"features": found.name}, names)
@@ -157,9 +169,10 @@ def features(engine: Engine, run: RunDir, config: cfg.Config, at: QualityFolders
 def space(config: cfg.Config, run: RunDir) -> Any:
     """The classify.features.Space that config.quality names.
 
-    By default the pretrained weights the classifier starts from, as they are: features that were never fitted on the images they
-    judge. A classifier from scratch has none, so there it is the run's own, which has seen `train`: the floor, the distance of
-    `train` from the held-out images, holds what that does.
+    By default the pretrained weights the classifier starts from, as they are: features that were
+    never fitted on the images they judge. A classifier from scratch has none, so there it is the
+    run's own, which has seen `train`: the floor, the distance of `train` from the held-out images,
+    holds what that does.
     """
     from adversa.classify.features import Space
 
@@ -192,7 +205,9 @@ def source(found: Any) -> dict[str, str]:
 
 
 def floor(data: Path, counts: Sequence[int]) -> dict[str, list[str]]:
-    """Part name -> ids of `train`: of each class as many as samples are drawn of it, or all there are, first by id (a hash)."""
+    """Part name -> ids of `train`: of each class as many as samples are drawn of it, or all there
+    are, first by id (a hash).
+    """
     rows = [(i, label, p.name) for p in tables.parts(data / "train") for i, label in _ids(p)]
     left, taken = list(counts), {}
     for i, label, name in sorted(rows):
@@ -238,7 +253,9 @@ def make_features(found: Any, resolution: int) -> Work:
 
 
 def compare(run: RunDir, config: cfg.Config, at: QualityFolders) -> None:
-    """quality.json and a grid of samples from the features; the same figures for images of `train` are what is within reach."""
+    """quality.json and a grid of samples from the features; the same figures for images of `train`
+    are what is within reach.
+    """
     q = config.quality
     section = q.model_dump(mode="json", include={"neighbours", "subsets", "subset_size"})
     recipe = Recipe("quality", 1, section, inputs(features=at.features, denoiser=run.denoiser))
@@ -290,7 +307,9 @@ def validation_loss(denoiser: Path) -> float | None:
 def _figures(
     sets: dict[str, tuple[np.ndarray, np.ndarray]], config: cfg.Quality, classes: list[str]
 ) -> dict[str, Any]:
-    """KID and PRDC against the held-out images: of the samples, of images of `train` (the floor), and class by class."""
+    """KID and PRDC against the held-out images: of the samples, of images of `train` (the floor),
+    and class by class.
+    """
     from adversa.evaluate.quality import MEASURES, kid, prdc, prdc_by_class
 
     (real, real_labels), k = sets["real"], config.neighbours
@@ -309,7 +328,9 @@ def _figures(
 
 
 def grid(samples: Path, classes: int) -> np.ndarray:
-    """The first COLUMNS samples of each class, a row a class (black where there are fewer): uint8 [classes * R, COLUMNS * R, 3]."""
+    """The first COLUMNS samples of each class, a row a class (black where there are fewer): uint8
+    [classes * R, COLUMNS * R, 3].
+    """
     rows: list[list[np.ndarray]] = [[] for _ in range(classes)]
     for path in tables.parts(samples):
         table = tables.read_part(path, ["label", "image"])

@@ -1,4 +1,6 @@
-"""What a run consists of, as names: the commands, and the step folders each of them fills. No torch, no ray: `status` reads it."""
+"""What a run consists of, as names: the commands, and the step folders each of them fills. No
+torch, no ray: `status` reads it.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ COMMANDS = ("prepare", "codec", "train", "mine", "generate", "curate", "evaluate
 
 @dataclass(frozen=True)
 class Stage:
-    """`command` fills `folders` (finished when each has its manifest; files when they exist); round 0 is before the first round.
+    """`command` fills `folders` (finished when each has its manifest; files when they exist); round
+    0 is before the first round.
 
-    progress: the folder whose progress.json tells of all of them, where there are too many to look into each.
+    progress: the folder whose progress.json tells of all of them, where there are too many to look
+    into each.
     """
 
     command: str
@@ -42,7 +46,9 @@ def last_round(config: Config) -> int:
 
 
 def home(config: Config, arm: str, number: int) -> int:
-    """The round whose folder holds an arm's classifiers as they stand in round `number`: `real` changes only by folded images."""
+    """The round whose folder holds an arm's classifiers as they stand in round `number`: `real`
+    changes only by folded images.
+    """
     return 0 if arm == "real" and config.mix.fold_mined == "none" else number
 
 
@@ -53,7 +59,9 @@ def has_codec(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class QualityFolders:
-    """Of one evaluation of the denoiser, below `quality/` of the run: other settings have other folders, and need no other run."""
+    """Of one evaluation of the denoiser, below `quality/` of the run: other settings have other
+    folders, and need no other run.
+    """
 
     requests: Path
     samples: Path
@@ -92,7 +100,9 @@ def judges(config: Config, run: RunDir) -> list[Path]:
 
 
 def models_of(config: Config, run: RunDir, number: int) -> list[tuple[str, int, int, Path]]:
-    """(arm, seed, round, folder) of every arm's classifiers as they stand in a round, and of those `before` the first."""
+    """(arm, seed, round, folder) of every arm's classifiers as they stand in a round, and of those
+    `before` the first.
+    """
     places = [(arm, home(config, arm, number), arm) for arm in config.mix.arms]
     if number and ("real", 0, "real") not in places:
         places = [(BEFORE, 0, "real"), *places]
@@ -109,7 +119,9 @@ def retrained(config: Config) -> list[str]:
 
 
 def swept(config: Config, run: RunDir) -> list[int]:
-    """The rounds whose ratio is chosen by a sweep: all where mix.synthetic_ratio is auto, but for what was set by hand."""
+    """The rounds whose ratio is chosen by a sweep: all where mix.synthetic_ratio is auto, but for
+    what was set by hand.
+    """
     ratios = control.setting(
         run, "mix.synthetic_ratio", config.mix.synthetic_ratio, last_round(config)
     )
@@ -117,12 +129,16 @@ def swept(config: Config, run: RunDir) -> list[int]:
 
 
 def ratio_folders(run: RunDir, number: int) -> tuple[Path, Path]:
-    """Of a round's sweep: the step that trains and scores the trials (each in a folder beside it), and the choice among them."""
+    """Of a round's sweep: the step that trains and scores the trials (each in a folder beside it),
+    and the choice among them.
+    """
     return run.round(number, "ratio") / "search", run.round(number, "ratio") / "choice"
 
 
 def plan(config: Config, run: RunDir, command: str | None) -> list[Stage]:
-    """The stages that a command may work on, in order: `quality` has its own end, all others have those of the whole run."""
+    """The stages that a command may work on, in order: `quality` has its own end, all others have
+    those of the whole run.
+    """
     if command != "quality":
         return stages(config, run)
     before = [s for s in stages(config, run) if s.command in ("prepare", "codec")]

@@ -18,7 +18,8 @@ from adversa.types import BEFORE, Verdict
 def write(config: Config, run: RunDir) -> dict[str, Any]:
     """Gather the finished run's folders into summary.json.
 
-    UserError where test was read with other classifiers, or in another way, than the run has now, or the arms are not matched.
+    UserError where test was read with other classifiers, or in another way, than the run has now,
+    or the arms are not matched.
     """
     from adversa.curate.gate import acceptance
 
@@ -90,7 +91,9 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def verdict(compared: list[dict[str, Any]], config: Config, on: str = "test") -> tuple[str, str]:
-    """better: the arm in question beats every other; worse: it loses to one; else not shown. on: what was scored, in words."""
+    """better: the arm in question beats every other; worse: it loses to one; else not shown. on:
+    what was scored, in words.
+    """
     if not compared:
         return "not shown", "The arm real alone was trained, so nothing is compared."
     words = [c["word"] for c in compared]
@@ -105,7 +108,8 @@ def verdict(compared: list[dict[str, Any]], config: Config, on: str = "test") ->
     seeds = f"{config.evaluate.seeds} seed{'s' if config.evaluate.seeds > 1 else ''}"
     return (
         word,
-        f"{word.capitalize()}: {on} balanced accuracy of {compared[0]['a']}, {seeds}: {'; '.join(parts)}.",
+        f"{word.capitalize()}: {on} balanced accuracy of {compared[0]['a']}, {seeds}: "
+        f"{'; '.join(parts)}.",
     )
 
 
@@ -118,30 +122,36 @@ def notes(config: Config, run: RunDir) -> list[str]:
     found = []
     if config.data.source == "phantom":
         found.append(
-            "the images are procedural phantoms, not photographs: the figures say nothing about skin"
+            "the images are procedural phantoms, not photographs: the figures say nothing "
+            "about skin"
         )
     if config.mix.paints and judge_of(config).model == config.classifier.model:
         found.append(
-            f"the judges are {config.classifier.model}, as the classifier is: they may share its mistakes"
+            f"the judges are {config.classifier.model}, as the classifier is: they may "
+            "share its mistakes"
         )
     if (reopened := test_access.note(run)) is not None:
         found.append(reopened)
     if config.mix.paints and config.denoiser.weights == "phantom":
         found.append(
-            "the denoiser started from weights shipped with adversa, trained on phantoms of another seed"
+            "the denoiser started from weights shipped with adversa, trained on phantoms "
+            "of another seed"
         )
     if has_codec(config):
         psnr = step_folder.manifest(run.codec)["metrics"]["psnr"]
         found.append(
-            f"painted in the latents of an autoencoder: {psnr:.1f} dB on pictures of select, no painted one is sharper"
+            f"painted in the latents of an autoencoder: {psnr:.1f} dB on pictures of "
+            "select, no painted one is sharper"
         )
     if config.evaluate.seeds == 1:
         found.append(
-            "one seed an arm: the intervals hold the choice of test lesions, not the luck of training"
+            "one seed an arm: the intervals hold the choice of test lesions, not the luck "
+            "of training"
         )
     else:
         found.append(
-            f"{config.evaluate.seeds} seeds an arm, averaged: the intervals hold the choice of test lesions and the seeds"
+            f"{config.evaluate.seeds} seeds an arm, averaged: the intervals hold the "
+            "choice of test lesions and the seeds"
         )
     if not config.data.grouped:
         found.append("data.grouped is off: lesions leak between roles and every figure is too good")
@@ -156,7 +166,9 @@ def notes(config: Config, run: RunDir) -> list[str]:
 def _scored(
     config: Config, run: RunDir, role: str, classes: Sequence[str]
 ) -> dict[str, results.Scored]:
-    """Arm, and `before`, to what its classifiers say on a role; before any round that is the arm `real` as it is."""
+    """Arm, and `before`, to what its classifiers say on a role; before any round that is the arm
+    `real` as it is.
+    """
     rows = results.read(run.test if role == "test" else run.round(last_round(config), "evaluate"))
     assert rows is not None, f"{role} is not scored"
     select = results.read(run.select) if role == "test" else None
@@ -175,7 +187,9 @@ def _used(config: Config, run: RunDir) -> dict[str, int]:
 
 
 def _added(config: Config, run: RunDir) -> dict[str, int]:
-    """What each arm's last training set has on top of the real and mined images: synthetic images, or repeats."""
+    """What each arm's last training set has on top of the real and mined images: synthetic images,
+    or repeats.
+    """
     return {arm: mix["added"] for arm, mix in _mixes(config, run).items()}
 
 

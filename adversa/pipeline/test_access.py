@@ -1,7 +1,9 @@
-"""`test` is opened once. Each opening is written down before a classifier answers to the first image, and a second one needs leave.
+"""`test` is opened once. Each opening is written down before a classifier answers to the first
+image, and a second one needs leave.
 
-`openings.json` at the run's root has them all, oldest first; `opened.json` in the test folder says which of them the folder holds.
-So a reading that was cut off goes on as the same opening, and one whose folder is gone can't be passed off as the first.
+`openings.json` at the run's root has them all, oldest first; `opened.json` in the test folder says
+which of them the folder holds. So a reading that was cut off goes on as the same opening, and one
+whose folder is gone can't be passed off as the first.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ RESULTS = (
 
 @dataclass(frozen=True)
 class Opening:
-    """What is read (None: not known), by which weights ("arm-seed" to their fingerprint), and how (the fields of READING)."""
+    """What is read (None: not known), by which weights ("arm-seed" to their fingerprint), and how
+    (the fields of READING).
+    """
 
     split_hash: str | None
     models: dict[str, str]
@@ -39,7 +43,9 @@ class Opening:
 
 
 def asked(config: Config, run: RunDir) -> Opening:
-    """The opening that this configuration and the classifiers of the last round, as they are now, would make."""
+    """The opening that this configuration and the classifiers of the last round, as they are now,
+    would make.
+    """
     section = config.evaluate.model_dump(mode="json")
     how = {field.partition(".")[2]: section[field.partition(".")[2]] for field in READING}
     models = {
@@ -54,9 +60,11 @@ def _weights(folder: Path) -> str:
 
 
 def ledger(run: RunDir) -> list[dict[str, Any]]:
-    """Every opening so far, oldest first. UserError where the file can't be read: then nobody knows.
+    """Every opening so far, oldest first. UserError where the file can't be read: then nobody
+    knows.
 
-    A run that was made before there was a ledger, and one killed between the two files, has its last one in the test folder alone.
+    A run that was made before there was a ledger, and one killed between the two files, has its
+    last one in the test folder alone.
     """
     entries, mark = _written(run), _mark(run)
     return entries if mark is None or mark["opening"] <= len(entries) else [*entries, mark]
@@ -71,13 +79,16 @@ def _written(run: RunDir) -> list[dict[str, Any]]:
         found = None
     if not isinstance(found, list):
         raise UserError(
-            f"{run.openings} is no list of openings, and it alone knows of them; put back the file as it was"
+            f"{run.openings} is no list of openings, and it alone knows of them; put back "
+            "the file as it was"
         )
     return found
 
 
 def _mark(run: RunDir) -> dict[str, Any] | None:
-    """The opening that the test folder holds; in runs of earlier versions its recipe knows what the mark does not say."""
+    """The opening that the test folder holds; in runs of earlier versions its recipe knows what the
+    mark does not say.
+    """
     mark = files.read_json(run.test / OPENED)
     if mark is None or "models" in mark:
         return mark
@@ -88,9 +99,11 @@ def _mark(run: RunDir) -> dict[str, Any] | None:
 
 
 def review(run: RunDir, now: Opening, reopen: bool) -> None:
-    """Before anything is done that may open test: nothing where it never was, or where the test folder holds this very opening.
+    """Before anything is done that may open test: nothing where it never was, or where the test
+    folder holds this very opening.
 
-    Else UserError; with `reopen` what was read before is set aside, so that the stages after it are to be done again.
+    Else UserError; with `reopen` what was read before is set aside, so that the stages after it are
+    to be done again.
     """
     entries = ledger(run)
     if not entries or not (changed := _changed(_mark(run), now)):
@@ -98,14 +111,17 @@ def review(run: RunDir, now: Opening, reopen: bool) -> None:
     if not reopen:
         when = f"{entries[-1]['opened']} (split {str(entries[-1].get('split_hash'))[:8]})"
         raise UserError(
-            f"{run.root}: test was opened at {when}, and {_said(changed)}: reading it now would open it again; put back what was "
-            "there, or use adversa loop --reopen-test: the report then says how often test was opened"
+            f"{run.root}: test was opened at {when}, and {_said(changed)}: reading it now "
+            "would open it again; put back what was "
+            "there, or use adversa loop --reopen-test: the report then says how often test "
+            "was opened"
         )
     _set_aside(run, len(entries))
 
 
 def enter(run: RunDir, now: Opening) -> None:
-    """Write the opening down: first in the test folder, then in the ledger, both before the first image is seen.
+    """Write the opening down: first in the test folder, then in the ledger, both before the first
+    image is seen.
 
     One that was cut off is written down already, and stays the same. The caller has asked `review`.
     """
@@ -131,7 +147,9 @@ def _whole(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed(mark: dict[str, Any] | None, now: Opening) -> list[str]:
-    """What is not as it was in the opening of the test folder, one string each; empty: it is that very opening."""
+    """What is not as it was in the opening of the test folder, one string each; empty: it is that
+    very opening.
+    """
     if mark is None:
         return [GONE]
     known = {k: v for k, v in now.evaluate.items() if k in mark["evaluate"]}
@@ -152,7 +170,9 @@ def _said(changed: Sequence[str]) -> str:
 
 
 def _set_aside(run: RunDir, number: int) -> None:
-    """Keep opening `number` under another name: test, select, and what was told of them. Killed on the way, it goes on."""
+    """Keep opening `number` under another name: test, select, and what was told of them. Killed on
+    the way, it goes on.
+    """
     with files.writing(run.root):
         files.write_json(
             run.openings, ledger(run)
@@ -169,9 +189,11 @@ def _set_aside(run: RunDir, number: int) -> None:
 
 
 def _free(run: RunDir, name: str, number: int, last: str) -> Path:
-    """The name of what is set aside, with `+` for each time that it is taken: by a reading that was never written down.
+    """The name of what is set aside, with `+` for each time that it is taken: by a reading that was
+    never written down.
 
-    On an object store a folder without `last`, the file that is moved last, is what a cut left: the moving goes on there.
+    On an object store a folder without `last`, the file that is moved last, is what a cut left: the
+    moving goes on there.
     """
     path = run.root / f"{name}-opening-{number}"
     while path.exists() and (isinstance(path, Path) or (path / last).exists()):
@@ -185,6 +207,8 @@ def note(run: RunDir) -> str | None:
     if len(entries) < 2:
         return None
     return (
-        f"test was opened {len(entries)} times, first at {entries[0]['opened']} (the last time because: {entries[-1]['reason']}): "
-        "what was chosen after the first look may have been chosen by it, so these figures may be too good"
+        f"test was opened {len(entries)} times, first at {entries[0]['opened']} (the last "
+        f"time because: {entries[-1]['reason']}): "
+        "what was chosen after the first look may have been chosen by it, so these figures "
+        "may be too good"
     )

@@ -23,7 +23,7 @@ from adversa.storage import files, tables
 from adversa.storage.weights import MODEL
 from adversa.types import PAINTED, UserError, seed_of
 
-# ---- training ----------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def mix(
@@ -38,9 +38,10 @@ def mix(
 ) -> None:
     """Ids and weights of an arm's training set (arms.mix).
 
-    hard, verdicts: of every round so far; none before the first. per_case: what the controls repeat where no arm paints.
-    config: with a number for the ratio (ratio.settled); auto only before the first round, where there is nothing to add. most: of
-    some classes, no more than so many are added.
+    hard, verdicts: of every round so far; none before the first. per_case: what the controls repeat
+    where no arm paints. config: with a number for the ratio (ratio.settled); auto only before the
+    first round, where there is nothing to add. most: of some classes, no more than so many are
+    added.
     """
     names = inputs(data=data) | {
         f"verdicts-{i}": step_folder.fingerprint(v) for i, v in enumerate(verdicts)
@@ -99,7 +100,9 @@ def round_mix(
     most: Mapping[int, int],
     out: Path,
 ) -> None:
-    """`mix` of an arm in a round, of all that was mined and kept so far. section: c.mix with the round's ratio, or another."""
+    """`mix` of an arm in a round, of all that was mined and kept so far. section: c.mix with the
+    round's ratio, or another.
+    """
     rounds = range(1, number + 1)
     verdicts = [run.round(n, "verdicts") for n in rounds] if section.paints else []
     mix(
@@ -128,7 +131,8 @@ def classifier_job(
     resolution: int,
     out: Path,
 ) -> FitJob:
-    """Train a classifier on a mix. The seed alone decides initial weights, draws and augmentation: pairs of arms share it.
+    """Train a classifier on a mix. The seed alone decides initial weights, draws and augmentation:
+    pairs of arms share it.
 
     added: folders of what is in the mix beside the images of `train`.
     """
@@ -167,7 +171,9 @@ def classifier_job(
 def round_classifier(
     c: cfg.Config, run: RunDir, number: int, arm: str, seed: int, mix_folder: Path, out: Path
 ) -> FitJob:
-    """A training of an arm in a round, from one of the run's seeds, on the arm's mix or another of that round."""
+    """A training of an arm in a round, from one of the run's seeds, on the arm's mix or another of
+    that round.
+    """
     rounds = range(1, number + 1) if arm in PAINTED else ()
     mined = [run.data / "mine"] if number and c.mix.fold_mined == "all" else []
     return classifier_job(
@@ -204,7 +210,8 @@ def denoiser_job(
 ) -> FitJob:
     """Train the denoiser on what the arm `real` sees, and nothing else.
 
-    codec: (codec folder, folder of every role's latents) where latents are diffused; resolution is the side of what is diffused.
+    codec: (codec folder, folder of every role's latents) where latents are diffused; resolution is
+    the side of what is diffused.
     """
     from adversa.diffuse import edm
     from adversa.diffuse import fit as diffuse_fit
@@ -243,24 +250,31 @@ def denoiser_job(
 
 
 def _weights(name: str | None) -> dict[str, str]:
-    """The contents of a local weight file or folder are part of the recipe: another file under the same name is another run."""
+    """The contents of a local weight file or folder are part of the recipe: another file under the
+    same name is another run.
+    """
     if name is None or name == "imagenet":
         return {}
     return {"weights": hashlib.sha256(weight_file(name).read_bytes()).hexdigest()[:32]}
 
 
 def weight_file(name: str) -> Path:
-    """The file of local weights (a folder stands for its model.safetensors). UserError where there is none."""
+    """The file of local weights (a folder stands for its model.safetensors). UserError where there
+    is none.
+    """
     path = Path(name) / MODEL if Path(name).is_dir() else Path(name)
     if not path.is_file():
         raise UserError(
-            f"weights {name}: no such file; give a safetensors file, a model folder, or null to start from scratch"
+            f"weights {name}: no such file; give a safetensors file, a model folder, or "
+            "null to start from scratch"
         )
     return path
 
 
 def check_weights(config: cfg.Config) -> None:
-    """Before anything runs: the weight files are there, and the shipped denoiser has not seen this run's pictures."""
+    """Before anything runs: the weight files are there, and the shipped denoiser has not seen this
+    run's pictures.
+    """
     from adversa.diffuse import edm, external, painter
 
     if config.denoiser.external:
@@ -278,15 +292,17 @@ def check_weights(config: cfg.Config) -> None:
     ):
         seed = config.data.phantom.seed
         raise UserError(
-            f"data.phantom.seed {seed}: the shipped denoiser was trained on these very pictures; take another seed"
+            f"data.phantom.seed {seed}: the shipped denoiser was trained on these very "
+            "pictures; take another seed"
         )
 
 
 def check_models(config: cfg.Config, classes: list[str], synthetic: bool, codec: Path) -> None:
-    """Before the first training: every model the run needs can be built. UserError now, and not after an hour of training.
+    """Before the first training: every model the run needs can be built. UserError now, and not
+    after an hour of training.
 
-    synthetic: whether the run paints, and so needs a judge and a denoiser. codec: the run's folder of the codec, there if it is a
-    given one.
+    synthetic: whether the run paints, and so needs a judge and a denoiser. codec: the run's folder
+    of the codec, there if it is a given one.
     """
     from adversa.classify import model
     from adversa.diffuse import edm, external

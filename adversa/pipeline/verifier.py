@@ -1,7 +1,9 @@
-"""The judge of the gate: classifiers of another architecture, each trained without one fold of `train`'s lesions.
+"""The judge of the gate: classifiers of another architecture, each trained without one fold of
+`train`'s lesions.
 
-A judge that had learnt a real image by heart would also vouch for a copy of it that was painted as another class. So an image is
-judged by those that have not seen the image of `train` it is nearest to (cross-fitting: Chernozhukov et al. 2018, section 1).
+A judge that had learnt a real image by heart would also vouch for a copy of it that was painted as
+another class. So an image is judged by those that have not seen the image of `train` it is nearest
+to (cross-fitting: Chernozhukov et al. 2018, section 1).
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def folders(judge: Path, folds: int) -> list[Path]:
 
 
 def fold_of(data: Path, folds: int) -> dict[str, int]:
-    """id -> fold, for every image of `train`: by lesion, each class's lesions dealt out in the order of their hashes."""
+    """id -> fold, for every image of `train`: by lesion, each class's lesions dealt out in the
+    order of their hashes.
+    """
     rows = tables.read(data / "train", ["id", "label", "group"], tables.EXAMPLES).to_pylist()
     label = {r["group"]: r["label"] for r in rows}
     dealt: dict[str, int] = {}
@@ -42,7 +46,9 @@ def fold_of(data: Path, folds: int) -> dict[str, int]:
 
 
 def jobs(data: Path, config: cfg.Config, judge: Path) -> list[FitJob]:
-    """The training of each judge; writes what each is trained on. Judge k is trained on all folds but k."""
+    """The training of each judge; writes what each is trained on. Judge k is trained on all folds
+    but k.
+    """
     folds, section = config.curate.folds, cfg.judge_of(config)
     found = []
     for k, out in enumerate(folders(judge, folds)):
@@ -70,7 +76,9 @@ def without(data: Path, fold: int, folds: int, out: Path) -> None:
 
 
 class Judges:
-    """Loaded once; judges images by those that have not seen the image of `train` that they are nearest to."""
+    """Loaded once; judges images by those that have not seen the image of `train` that they are
+    nearest to.
+    """
 
     def __init__(self, judge: Path, folds: int, data: Path) -> None:
         from adversa.classify.score import make_scorer
@@ -84,8 +92,9 @@ class Judges:
     ) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [N, H, W, 3] -> (probabilities [N, K], embedding of the first judge [N, D]).
 
-        nearest: ids of the images of `train` they are nearest to; the judge trained without it speaks. Where that one has seen no
-        image of the class, the mean of those that have counts; where none has, the row is NaN.
+        nearest: ids of the images of `train` they are nearest to; the judge trained without it
+        speaks. Where that one has seen no image of the class, the mean of those that have counts;
+        where none has, the row is NaN.
         """
         scored = [scorer(images) for scorer in self.scorers]
         each = np.stack([predictions.softmax(logits) for logits, _ in scored])  # [folds, N, K]

@@ -1,4 +1,6 @@
-"""What was painted and what was kept of it, how the hard cases were shared out, and whether the denoiser repeats its training."""
+"""What was painted and what was kept of it, how the hard cases were shared out, and whether the
+denoiser repeats its training.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from adversa.storage.files import read_json
 
 
 class Judged(NamedTuple):
-    """What acceptance counts of a verdict: reading 20,000 whole ones takes seconds, these five columns do not."""
+    """What acceptance counts of a verdict: reading 20,000 whole ones takes seconds, these five
+    columns do not.
+    """
 
     arm: str
     label: int
@@ -39,7 +43,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Accepted:
-    """Of an arm: its lines, class by class, and the reasons that any of its images met, in the order of the checks."""
+    """Of an arm: its lines, class by class, and the reasons that any of its images met, in the
+    order of the checks.
+    """
 
     lines: list[Line]
     reasons: list[str]
@@ -48,8 +54,10 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Budget:
-    """Of a class, in one round: images of mine, errors of the classifier that mined, hard cases taken by their kind, and what came
-    of them in the arm in question. errors is None where the scores are gone."""
+    """Of a class, in one round: images of mine, errors of the classifier that mined, hard cases
+    taken by their kind, and what came of them in the arm in question. errors is None where the
+    scores are gone.
+    """
 
     name: str
     images: int
@@ -76,7 +84,9 @@ class Memory:
 
 
 def judged(facts: Facts, number: int | None = None) -> list[Judged]:
-    """Of every round, or of one. The strategy is the request's where the verdict, of an older version, has none."""
+    """Of every round, or of one. The strategy is the request's where the verdict, of an older
+    version, has none.
+    """
     folders = sorted(
         facts.run.root.glob(
             "round-*/verdicts" if number is None else f"round-{number:03d}/verdicts"
@@ -154,7 +164,9 @@ def budget(facts: Facts, number: int) -> list[Budget]:
 
 
 def _errors(facts: Facts, number: int) -> np.ndarray | None:
-    """Misclassified images of mine by class, float64 [K], under what mined: its mean over classifiers where there are several."""
+    """Misclassified images of mine by class, float64 [K], under what mined: its mean over
+    classifiers where there are several.
+    """
     rows = columns(
         facts.run.round(number, "scores"), ["arm", "seed", "label", "logits"], tables.PREDICTIONS
     )
@@ -186,18 +198,28 @@ def memories(facts: Facts, round_number: int) -> dict[str, Memory]:
 
 
 def memory_sentence(arm: str, m: Memory, strategies: Sequence[str]) -> str:
-    """What the curve means, in words, then its two numbers. The error is that of a Mann-Whitney statistic of independent images."""
+    """What the curve means, in words, then its two numbers. The error is that of a Mann-Whitney
+    statistic of independent images.
+    """
     error = math.sqrt((m.synthetic + m.held_out + 1) / (12 * m.synthetic * m.held_out))
     if m.nearer > 0.5 + 1.96 * error:
-        word = "nearer to real images than held-out ones do, so some may repeat what the denoiser was trained on"
+        word = (
+            "nearer to real images than held-out ones do, so some may repeat what the denoiser "
+            "was trained on"
+        )
         if any(s != "sample" for s in strategies):
-            word = "nearer to real images than held-out ones do, as images that are painted from a real one must"
+            word = (
+                "nearer to real images than held-out ones do, as images that are painted from "
+                "a real one must"
+            )
     elif m.nearer < 0.5 - 1.96 * error:
         word = "farther from real images than held-out ones do: there is no sign of copying"
     else:
         word = "no nearer to real images than held-out ones do: there is no sign of copying"
     return (
-        f"The images painted for {arm} lie {word}. One of them is more like its nearest real image than a held-out real image is "
-        f"like its own with probability {m.nearer:.2f} (0.50 if they were real), and {100 * m.beyond:.1f}% of them are more like "
+        f"The images painted for {arm} lie {word}. One of them is more like its nearest "
+        "real image than a held-out real image is "
+        f"like its own with probability {m.nearer:.2f} (0.50 if they were real), and "
+        f"{100 * m.beyond:.1f}% of them are more like "
         "theirs than 99% of the held-out images are (1% if they were real)."
     )

@@ -1,4 +1,6 @@
-"""The tables of figures: before and after, arms, comparisons, classes, groups of classes, subgroups, cost."""
+"""The tables of figures: before and after, arms, comparisons, classes, groups of classes,
+subgroups, cost.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Bar:
-    """A difference and its interval on the comparisons' common axis, which goes from -100 to 100."""
+    """A difference and its interval on the comparisons' common axis, which goes from -100 to
+    100.
+    """
 
     low: float
     middle: float
@@ -51,7 +55,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arm a minus arm b. Numbers are None where the run did not record them. mcnemar: of each seed, as summary.json has it."""
+    """Arm a minus arm b. Numbers are None where the run did not record them. mcnemar: of each seed,
+    as summary.json has it.
+    """
 
     a: str
     b: str
@@ -77,7 +83,9 @@ class Comparison:
 
     @property
     def needed(self) -> str:
-        """Seeds for the effect, in words: one pair of classifiers does not tell what another would do."""
+        """Seeds for the effect, in words: one pair of classifiers does not tell what another would
+        do.
+        """
         return (
             "not told by one seed"
             if self.seeds == 1
@@ -86,7 +94,10 @@ class Comparison:
 
     @property
     def on(self) -> str:
-        return f"{METRICS.get(self.metric, self.metric)}, {self.role}{' (optimistic)' if self.role == 'mine' else ''}"
+        return (
+            f"{METRICS.get(self.metric, self.metric)}, "
+            f"{self.role}{' (optimistic)' if self.role == 'mine' else ''}"
+        )
 
 
 def overall(facts: Facts, role: str) -> list[Row]:
@@ -120,7 +131,9 @@ def per_class(facts: Facts) -> dict[str, list[tuple[int, Row]]]:
 
 
 def arms(facts: Facts, role: str) -> tuple[list[str], dict[str, list[Score]]]:
-    """(names of the columns, arm -> its scores); a metric that no arm has on this role is left out."""
+    """(names of the columns, arm -> its scores); a metric that no arm has on this role is left
+    out.
+    """
     shown = [
         m
         for m in SHORT
@@ -271,7 +284,9 @@ def bar(row: Comparison, end: float) -> Bar | None:
 
 
 def costs(facts: Facts) -> list[tuple[str, float | None, float | None]]:
-    """(arm, seconds, device-seconds), in the order of the arms; empty where the run did not record them."""
+    """(arm, seconds, device-seconds), in the order of the arms; empty where the run did not record
+    them.
+    """
     found = facts.summary["cost"]
     return [
         (a, number(found[a].get("seconds")), number(found[a].get("device_seconds")))
@@ -281,7 +296,9 @@ def costs(facts: Facts) -> list[tuple[str, float | None, float | None]]:
 
 
 def elsewhere(facts: Facts) -> list[tuple[str, str]]:
-    """(name, verdict in one sentence) of each set from elsewhere that the run's classifiers were scored on."""
+    """(name, verdict in one sentence) of each set from elsewhere that the run's classifiers were
+    scored on.
+    """
     found = [
         (p.parent.name, read_json(p) or {})
         for p in sorted(facts.run.root.glob("external/*/summary.json"))

@@ -1,4 +1,6 @@
-"""The pictures of the page, as data URIs: hard cases, what was painted from them, and the real image nearest to each of those."""
+"""The pictures of the page, as data URIs: hard cases, what was painted from them, and the real
+image nearest to each of those.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ LARGEST, LARGEST_NEAREST, LARGEST_SHEET = (
     64,
     512,
 )  # pixels: a larger picture is made smaller, for a page of a few megabytes
-LARGEST_PNG = 4096  # bytes: up to here a picture is shown as it is; above, JPEG says the same in a fraction of it
+# bytes: up to here a picture is shown as it is; above, JPEG says the same in a fraction of it
+LARGEST_PNG = 4096
 MARKS = {
     gate.KEPT: "kept",
     gate.NOT_PAINTED: "broken",
@@ -44,7 +47,9 @@ MARKS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """uri is None where the run folder no longer holds the picture; coarse: shown enlarged, with visible pixels."""
+    """uri is None where the run folder no longer holds the picture; coarse: shown enlarged, with
+    visible pixels.
+    """
 
     uri: str | None
     coarse: bool
@@ -55,7 +60,9 @@ NONE = Picture(None, False)
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a verdict beside what it is held to ("" where the check is off); failed: it is why the image was not kept."""
+    """A number of a verdict beside what it is held to ("" where the check is off); failed: it is
+    why the image was not kept.
+    """
 
     name: str
     value: str
@@ -65,7 +72,9 @@ class Number:
 
 @dataclass(frozen=True)
 class Nearest:
-    """The real image that a painted one is most like. picture is None for an image of test: those are not shown to anyone."""
+    """The real image that a painted one is most like. picture is None for an image of test: those
+    are not shown to anyone.
+    """
 
     role: str
     picture: Picture | None
@@ -100,7 +109,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Gallery:
-    """total: hard cases there are, shown or not. samples: label -> images of another arm, painted without a hard case."""
+    """total: hard cases there are, shown or not. samples: label -> images of another arm, painted
+    without a hard case.
+    """
 
     round: int
     cases: list[Case]
@@ -136,7 +147,8 @@ class Gallery:
 
 
 def gallery(facts: Facts, round_number: int) -> Gallery:
-    """The first cases of a round, in the order they were taken (which goes round the classes), and their first images by id.
+    """The first cases of a round, in the order they were taken (which goes round the classes), and
+    their first images by id.
 
     An id is a hash: nobody chose an image by its looks.
     """
@@ -193,7 +205,9 @@ def gallery(facts: Facts, round_number: int) -> Gallery:
 def _asked(
     facts: Facts, round_number: int, examples: Collection[str]
 ) -> tuple[dict[str, list[str]], dict[int, list[str]]]:
-    """(hard case -> all requests of the arm in question, sorted; label -> the first of `unguided`, where that is another arm)."""
+    """(hard case -> all requests of the arm in question, sorted; label -> the first of `unguided`,
+    where that is another arm).
+    """
     folder, names = (
         facts.run.round(round_number, "requests"),
         ["request_id", "example", "label", "arm"],
@@ -218,7 +232,9 @@ def _verdicts(folder: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
 
 
 def numbers(v: dict[str, Any]) -> list[Number]:
-    """The numbers of a verdict that are known, with their limits; those that have a limit and are not known are said to be."""
+    """The numbers of a verdict that are known, with their limits; those that have a limit and are
+    not known are said to be.
+    """
     least, most = number(v.get("agreement_least")), number(v.get("agreement_most"))
     judge = (
         f"\u2265 {fixed(least, 2)}"
@@ -262,7 +278,9 @@ def numbers(v: dict[str, Any]) -> list[Number]:
 
 
 def _known(v: dict[str, Any], name: str) -> Any:
-    """What is not there: a place of 0 (not counted yet), a twin's similarity of -1 (it has none)."""
+    """What is not there: a place of 0 (not counted yet), a twin's similarity of -1 (it has
+    none).
+    """
     value = number(v.get(name))
     return (
         None
@@ -272,7 +290,9 @@ def _known(v: dict[str, Any], name: str) -> Any:
 
 
 def _neighbour(v: dict[str, Any] | None) -> str:
-    """The id of the real image in question: in features where that is why it was not kept, in pixels otherwise."""
+    """The id of the real image in question: in features where that is why it was not kept, in
+    pixels otherwise.
+    """
     if not v:
         return ""
     return (v.get("nearest_2") if v.get("reason") == gate.NEAR_COPY_2 else v.get("nearest")) or ""
@@ -290,7 +310,9 @@ def _nearest(
 def _real(
     data: Path, cases: Collection[str], neighbours: Collection[str]
 ) -> dict[str, tuple[str, Picture | None]]:
-    """id -> (role, picture) of real images; the pictures of test stay closed: only their ids are read."""
+    """id -> (role, picture) of real images; the pictures of test stay closed: only their ids are
+    read.
+    """
     found: dict[str, tuple[str, Picture | None]] = {}
     for role in ROLES:
         if role == "test":
@@ -306,7 +328,9 @@ def _real(
 def _pictures(
     folder: Path, key: str, ids: Collection[str], largest: int = LARGEST
 ) -> dict[str, Picture]:
-    """Pictures of the rows whose `key` is in ids. Of a part, only the groups of rows that hold one are read beyond that column."""
+    """Pictures of the rows whose `key` is in ids. Of a part, only the groups of rows that hold one
+    are read beyond that column.
+    """
     found: dict[str, Picture] = {}
     for part in tables.parts(folder) if ids else ():
         with tables.opened(part) as file:

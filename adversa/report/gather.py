@@ -1,4 +1,6 @@
-"""What the report needs, read from the run folder: figures, intervals, counts. No picture is decoded here."""
+"""What the report needs, read from the run folder: figures, intervals, counts. No picture is
+decoded here.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """A finished run. classes: in the order of the labels; cards: the scorecards, as dicts, of every round."""
+    """A finished run. classes: in the order of the labels; cards: the scorecards, as dicts, of
+    every round.
+    """
 
     run: RunDir
     config_text: str
@@ -81,7 +85,9 @@ class Facts:
         return "guided" if "guided" in others else (others[-1] if others else None)
 
     def section(self, name: str) -> dict[str, Any]:
-        """A section of the configuration; empty where the run is of a version that did not have it."""
+        """A section of the configuration; empty where the run is of a version that did not have
+        it.
+        """
         found = self.config.get(name)
         return found if isinstance(found, dict) else {}
 
@@ -100,10 +106,14 @@ def read_facts(run_dir: Path) -> Facts:
     run = RunDir(run_dir)
     if not run.config.is_file():
         raise UserError(
-            f"{run_dir} is not a run folder (it has no config.yaml); give the --run-dir of an `adversa loop`"
+            f"{run_dir} is not a run folder (it has no config.yaml); give the --run-dir of "
+            "an `adversa loop`"
         )
     config_text = run.config.read_text()
-    finish = f"finish it with `{shlex.join(['adversa', 'loop', str(run.config), '--run-dir', str(run_dir)])}`"
+    finish = (
+        "finish it with "
+        f"`{shlex.join(['adversa', 'loop', str(run.config), '--run-dir', str(run_dir)])}`"
+    )
     summary = read_json(run.summary)
     if summary is None:
         raise UserError(f"{run_dir} is not finished (it has no summary.json); {finish}")
@@ -166,7 +176,9 @@ def score(facts: Facts, arm: str, role: str, metric: str) -> Score:
 
 
 def mean_specificity(facts: Facts, arm: str, role: str) -> Score:
-    """Mean over classes. It has no interval: the ends of the classes' intervals do not average to it."""
+    """Mean over classes. It has no interval: the ends of the classes' intervals do not average to
+    it.
+    """
     values = figures(facts, arm, role)
     return Score(
         mean(

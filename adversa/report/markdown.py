@@ -1,4 +1,6 @@
-"""`report.md`: what the page says, without its pictures. Whatever comes from a user's files is escaped."""
+"""`report.md`: what the page says, without its pictures. Whatever comes from a user's files is
+escaped.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,8 @@ def _head(v: dict[str, Any]) -> list[str]:
     lines = ["# Did painting hard cases help?", ""]
     if s["test_openings"] > 1:
         lines += [
-            f"**Test was opened {count(s['test_openings'])} times. The figures on it are no longer a first look.**",
+            f"**Test was opened {count(s['test_openings'])} times. The figures on it are "
+            "no longer a first look.**",
             "",
         ]
     lines += [f"**{text(s['verdict'])}**", ""]
@@ -103,7 +106,8 @@ def _before_after(v: dict[str, Any]) -> list[str]:
     lines = ["## Before and after", ""]
     told = {
         "test": "**test: honest.** Nothing was fitted, guided or chosen on these images.",
-        "mine": "**mine: optimistic.** These very images guided the generation. Never quote these as a result.",
+        "mine": "**mine: optimistic.** These very images guided the generation. Never quote these "
+        "as a result.",
     }
     for role in v["roles"]:
         lines += [
@@ -112,7 +116,8 @@ def _before_after(v: dict[str, Any]) -> list[str]:
             *_changes(v, role, [(text(row.name), row) for row in v["overall"][role]]),
         ]
     lines += [
-        "The mean of the classes' sensitivities and balanced accuracy are one figure under two names.",
+        "The mean of the classes' sensitivities and balanced accuracy are one figure under "
+        "two names.",
         "",
     ]
     for kind, rows in v["per_class"].items():
@@ -136,7 +141,8 @@ def _arms(v: dict[str, Any]) -> list[str]:
     lines, matched = ["## Arms", ""], v["summary"]["matched"]
     if matched.get("steps"):
         lines += [
-            f"Every classifier took {counted(matched['steps'], 'step')} on {counted(matched['images'], 'image')}.",
+            f"Every classifier took {counted(matched['steps'], 'step')} on "
+            f"{counted(matched['images'], 'image')}.",
             "",
         ]
     for role in v["roles"]:
@@ -219,7 +225,8 @@ def _within(v: dict[str, Any]) -> list[str]:
     of = v["summary"]["subgroup_comparisons"]
     lines = [f"### Subgroups, on test: {text(of['a'])} minus {text(of['b'])}", ""]
     lines += [
-        f"Balanced accuracy; p values are corrected for the {counted(of['tested'], 'group')} tested.",
+        "Balanced accuracy; p values are corrected for the "
+        f"{counted(of['tested'], 'group')} tested.",
         "",
     ]
     for attribute, rows in v["within"].items():
@@ -256,7 +263,8 @@ def _confusion(v: dict[str, Any]) -> list[str]:
     if found is None:
         return [*lines, "There are no predictions on test in the run folder.", ""]
     lines += [
-        "Rows: what an image is. Columns: what it is read as. The share of the row, and the number of images.",
+        "Rows: what an image is. Columns: what it is read as. The share of the row, and "
+        "the number of images.",
         "",
     ]
     digits = 1 if found.seeds > 1 else 0
@@ -374,7 +382,10 @@ def _quality(v: dict[str, Any]) -> list[str]:
         ]
         for name, row in q["samples"]["classes"].items()
     ]
-    against = f"Against {counted(q['images']['real'], 'real image')} it was not trained on, in the features of {text(q['features'])}."
+    against = (
+        f"Against {counted(q['images']['real'], 'real image')} it was not trained on, in the "
+        f"features of {text(q['features'])}."
+    )
     lines = ["## How good the denoiser's samples are", "", against, ""]
     return lines + table(["", "images", "KID x 1000", *v["measures"]], rows)
 
@@ -481,7 +492,10 @@ def _unshown(v: dict[str, Any]) -> list[str]:
     lines += bullets(groups)
     if u.checks:
         lines += ["Checks that were off:", "", *bullets(u.checks)]
-    last = "The figures on test are of the archive that the run was trained on. Another camera or clinic may give others"
+    last = (
+        "The figures on test are of the archive that the run was trained on. Another camera or "
+        "clinic may give others"
+    )
     return lines + bullets(
         [*v["notes"], last + ("." if v["elsewhere"] else "; no set from elsewhere was scored.")]
     )

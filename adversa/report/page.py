@@ -1,4 +1,6 @@
-"""`report.html`: one file, nothing fetched, no script. Whatever comes from a user's files is escaped. `report.md` says the same."""
+"""`report.html`: one file, nothing fetched, no script. Whatever comes from a user's files is
+escaped. `report.md` says the same.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ TONES = {
 
 
 def write(run_dir: Path) -> Path:
-    """Write `report.html` and `report.md` into a finished run's folder, from what lies there alone; the path of the page.
+    """Write `report.html` and `report.md` into a finished run's folder, from what lies there alone;
+    the path of the page.
 
     UserError where the run is not finished, or cannot be written.
     """

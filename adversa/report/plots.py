@@ -26,7 +26,9 @@ class Tick:
 
 @dataclass(frozen=True)
 class Reliability:
-    """points: (x, y, radius); line: them as a polyline; bars: (x, y, width, height) of the counts; most: the largest count."""
+    """points: (x, y, radius); line: them as a polyline; bars: (x, y, width, height) of the counts;
+    most: the largest count.
+    """
 
     points: list[tuple[float, float, float]]
     line: str
@@ -36,7 +38,9 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Curves:
-    """Shares of images, from 0 at the bottom to 1, at most so similar: two polylines on one axis."""
+    """Shares of images, from 0 at the bottom to 1, at most so similar: two polylines on one
+    axis.
+    """
 
     synthetic: str
     held_out: str

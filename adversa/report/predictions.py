@@ -1,4 +1,6 @@
-"""What the classifiers say of the images of `test`: who is taken for whom, and whether they are as sure as they should be."""
+"""What the classifiers say of the images of `test`: who is taken for whom, and whether they are as
+sure as they should be.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Said:
 
 @dataclass(frozen=True)
 class Cell:
-    """Of images of the row's class, read as the column's: count is a mean over seeds, share is of the row (None: it is empty).
+    """Of images of the row's class, read as the column's: count is a mean over seeds, share is of
+    the row (None: it is empty).
 
     tint: of its colour, -1 to 1.
     """
@@ -36,7 +39,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Confusions:
-    """Rows of cells [K][K], true class by predicted class; reach: the share at which a difference has its full colour."""
+    """Rows of cells [K][K], true class by predicted class; reach: the share at which a difference
+    has its full colour.
+    """
 
     before: list[list[Cell]]
     after: list[list[Cell]] | None
@@ -48,7 +53,9 @@ class Confusions:
 
 @dataclass(frozen=True)
 class Calibration:
-    """bins: n is a mean over seeds. surplus: mean confidence minus accuracy, above 0 where the classifiers are too sure."""
+    """bins: n is a mean over seeds. surplus: mean confidence minus accuracy, above 0 where the
+    classifiers are too sure.
+    """
 
     bins: list[ReliabilityBin]
     ece: Score
@@ -58,7 +65,9 @@ class Calibration:
 
 
 def of_test(facts: Facts) -> dict[str, Said]:
-    """BEFORE, and the arm in question, to what it says of `test`; empty where the predictions are gone."""
+    """BEFORE, and the arm in question, to what it says of `test`; empty where the predictions are
+    gone.
+    """
     rows = tables.read(facts.run.test, ["id", "arm", "seed", "label", "logits"], tables.PREDICTIONS)
     known = set(rows["arm"].unique().to_pylist())
     wanted = {BEFORE: BEFORE if BEFORE in known else "real"} | (
@@ -141,7 +150,9 @@ def _cells(counts: np.ndarray, shares: np.ndarray, tints: np.ndarray) -> list[li
 
 
 def calibrations(facts: Facts, said: dict[str, Said]) -> dict[str, Calibration]:
-    """BEFORE, and the arm in question, to its reliability curve. Bins are those of the seeds together; ECE and Brier are means."""
+    """BEFORE, and the arm in question, to its reliability curve. Bins are those of the seeds
+    together; ECE and Brier are means.
+    """
     found = {}
     for arm, s in said.items():
         seeds, images, classes = s.logits.shape
@@ -173,7 +184,10 @@ def calibration_sentences(found: dict[str, Calibration]) -> list[str]:
     told = []
     for arm, c in found.items():
         name = "Before" if arm == BEFORE else f"After ({arm})"
-        sure = f"on average {100 * abs(c.surplus):.1f} points too {'sure' if c.surplus > 0 else 'unsure'} of its answers"
+        sure = (
+            f"on average {100 * abs(c.surplus):.1f} points too "
+            f"{'sure' if c.surplus > 0 else 'unsure'} of its answers"
+        )
         told.append(f"{name}: ECE {_words(c.ece)}, Brier {_words(c.brier)}; {sure}.")
     return told
 

@@ -1,4 +1,6 @@
-"""What a run did not show: comparisons without a word, groups too small, checks that were off, arms that were not trained."""
+"""What a run did not show: comparisons without a word, groups too small, checks that were off, arms
+that were not trained.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ def sentence(c: Comparison) -> str:
     if c.detectable is not None:
         where = f"With {counted(c.seeds or 1, 'seed')} and {counted(c.lesions or 0, 'lesion')}"
         parts.append(
-            f"{where} an effect of {fixed(c.detectable)} is found 4 times in 5; a smaller one may be there."
+            f"{where} an effect of {fixed(c.detectable)} is found 4 times in 5; a smaller "
+            "one may be there."
         )
         if c.seeds_needed:
             parts.append(
@@ -76,7 +79,8 @@ def sentence(c: Comparison) -> str:
             parts.append("One seed does not tell how many it would take.")
         else:
             parts.append(
-                f"For an effect of {fixed(c.effect, 2)} a hundred seeds are not enough: it takes more lesions."
+                f"For an effect of {fixed(c.effect, 2)} a hundred seeds are not enough: it "
+                "takes more lesions."
             )
     return " ".join(parts)
 

@@ -1,7 +1,9 @@
-"""What people want of a run that is going on, and how the run finds out: `control.json` in its folder.
+"""What people want of a run that is going on, and how the run finds out: `control.json` in its
+folder.
 
-The cycle looks at it between steps and, in the long ones, between parts (`look`). The same look tells a holder of the run that it
-has lost its lease. Settings change for rounds that have not begun; `settings.json` says which values held for which round.
+The cycle looks at it between steps and, in the long ones, between parts (`look`). The same look
+tells a holder of the run that it has lost its lease. Settings change for rounds that have not
+begun; `settings.json` says which values held for which round.
 """
 
 from __future__ import annotations
@@ -34,14 +36,16 @@ GRACE_SECONDS = 3.0  # for the work to look by itself, before it is interrupted
 
 
 class Pause(Exception):
-    """Somebody wants the run to rest: what is in flight is finished, then the step ends and is taken up again later."""
+    """Somebody wants the run to rest: what is in flight is finished, then the step ends and is
+    taken up again later.
+    """
 
 
 class Stop(KeyboardInterrupt):
     """Somebody wants the run to end, as by Ctrl-C."""
 
 
-# ---- the file ----------------------------------------------------------------------------------------------------------
+# ---- the file ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,12 @@ def wish(run: RunDir, what: str | None = None, settings: dict[str, Any] | None =
         files.write_json(run.root / CONTROL, new)
 
 
-# ---- settings of rounds ------------------------------------------------------------------------------------------------
+# ---- settings of rounds --------------------------------------------------------------------------
 
 
 def enter_round(run: RunDir, number: int, own: dict[str, Any]) -> None:
-    """Settle what holds for a round, before its first folder is made; one that has begun keeps what it has.
+    """Settle what holds for a round, before its first folder is made; one that has begun keeps what
+    it has.
 
     own: the run's own settings, by dotted name; what is wished and does not differ is no change.
     """
@@ -98,7 +103,8 @@ def recorded(run: RunDir) -> dict[int, dict[str, Any]]:
 
 
 def setting(run: RunDir, name: str, own: Any, rounds: int) -> list[Any]:
-    """A setting of CHANGEABLE in the rounds 1 .. `rounds`: as recorded of those that have begun, of others as it is wished now.
+    """A setting of CHANGEABLE in the rounds 1 .. `rounds`: as recorded of those that have begun, of
+    others as it is wished now.
 
     own: the run's own value.
     """
@@ -110,7 +116,9 @@ def setting(run: RunDir, name: str, own: Any, rounds: int) -> list[Any]:
 
 
 def run_id(name: str, run: RunDir, number: int) -> str:
-    """What a round's request ids are made of: the run's id, and the settings that were changed for this round or one before."""
+    """What a round's request ids are made of: the run's id, and the settings that were changed for
+    this round or one before.
+    """
     changed = {n: sorted(values.items()) for n, values in recorded(run).items() if n <= number}
     return digest(name, sorted(changed.items()), size=8) if changed else name
 
@@ -124,17 +132,21 @@ def notes(run: RunDir) -> list[str]:
     ]
 
 
-# ---- restarts ----------------------------------------------------------------------------------------------------------
+# ---- restarts ------------------------------------------------------------------------------------
 
 
 def restarts(run: RunDir) -> tuple[int, float]:
-    """How often work on the run was taken up after a death, and the seconds between the deaths and that."""
+    """How often work on the run was taken up after a death, and the seconds between the deaths and
+    that.
+    """
     found = files.read_json(run.root / RESTARTS) or {}
     return int(found.get("restarts", 0)), float(found.get("seconds", 0.0))
 
 
 def note_start(run: RunDir) -> None:
-    """Count a restart, where whoever worked on the run last did not end. By the file system's clock alone."""
+    """Count a restart, where whoever worked on the run last did not end. By the file system's clock
+    alone.
+    """
     before, clock = (files.read_json(run.status) or {}).get("state"), run.root / "clock.json"
     last = modified(clock)
     status.set_status(run, "running", "starting")
@@ -144,7 +156,7 @@ def note_start(run: RunDir) -> None:
         files.write_json(run.root / RESTARTS, {"restarts": count + 1, "seconds": round(seconds, 1)})
 
 
-# ---- the look ----------------------------------------------------------------------------------------------------------
+# ---- the look ------------------------------------------------------------------------------------
 
 
 class Free:
@@ -163,7 +175,8 @@ class Free:
 class Reins:
     """What holds work on a run back: its lease and people's wishes. A thread keeps the lease alive.
 
-    interrupt: called from that thread where the work must end and has not looked for GRACE_SECONDS (in a training).
+    interrupt: called from that thread where the work must end and has not looked for GRACE_SECONDS
+    (in a training).
     """
 
     def __init__(self, run: RunDir, held: Lease, interrupt: Callable[[], None]) -> None:
@@ -183,7 +196,9 @@ class Reins:
             raise
 
     def look(self, force: bool = False) -> None:
-        """LeaseLost, Stop or Pause. Cheap: the files are read twice a second at most, on an object store every two seconds."""
+        """LeaseLost, Stop or Pause. Cheap: the files are read twice a second at most, on an object
+        store every two seconds.
+        """
         if not force and time.monotonic() - self.looked < self.between:
             return
         self.looked = time.monotonic()
@@ -251,7 +266,8 @@ def held(
 ) -> Iterator[Reins]:
     """Hold a run, by this machine's lock and by the lease. UserError where somebody else does.
 
-    afresh: whoever starts work wants it to go on, whatever was wished before; not so a coordinator that comes back.
+    afresh: whoever starts work wants it to go on, whatever was wished before; not so a coordinator
+    that comes back.
     """
     place, before = run_lock.place_of(run), files.read_json(run.root / CONTROL)
     with contextlib.ExitStack() as stack:

@@ -27,9 +27,9 @@ def open_run(
 ) -> RunDir:
     """Create the run folder, or check that it was made by the same recipe.
 
-    busy: whether somebody works on the run (default: on this machine): then nothing is changed in it.
-    reopen: `test` may be opened again, so how it is read may differ where it was opened before (READING). UserError with the fields
-    that differ, or why the folder can't be written.
+    busy: whether somebody works on the run (default: on this machine): then nothing is changed in
+    it. reopen: `test` may be opened again, so how it is read may differ where it was opened before
+    (READING). UserError with the fields that differ, or why the folder can't be written.
     """
     run = RunDir(root)
     with _opening(root):
@@ -89,9 +89,10 @@ def open_run(
     return run
 
 
-# What comes before the first classifier, and the sections and fields it is made of beside those of the folders above it. The steps'
-# own recipes do not guard these: a finished stage is not asked again, and latents of eight views would be trained on without a word
-# where `denoiser.flips` is off.
+# What comes before the first classifier, and the sections and fields it is made of beside those of
+# the folders above it. The steps' own recipes do not guard these: a finished stage is not asked
+# again, and latents of eight views would be trained on without a word where `denoiser.flips` is
+# off.
 MADE_OF = {
     "data": ("data",),
     "round-000/real/mix": ("mix",),
@@ -103,10 +104,11 @@ MADE_OF = {
 
 
 def _may_change(run: RunDir, changed: list[str]) -> bool:
-    """Whether nothing made so far hangs on the fields that differ: then a setting that stopped a step may be mended in place.
+    """Whether nothing made so far hangs on the fields that differ: then a setting that stopped a
+    step may be mended in place.
 
-    A training that has a checkpoint counts as made: it would go on from the weights of the old settings. Not so a data folder that
-    is not finished: it looks through its parts itself.
+    A training that has a checkpoint counts as made: it would go on from the weights of the old
+    settings. Not so a data folder that is not finished: it looks through its parts itself.
     """
     made = {p.parent for p in run.root.rglob(MANIFEST)}
     made |= {p.parent for p in run.root.rglob(RECIPE) if p.parent != run.data and _begun(p.parent)}
@@ -135,7 +137,9 @@ def _only_reads(run: RunDir, changed: list[str]) -> bool:
 
 @contextlib.contextmanager
 def _opening(root: Place) -> Iterator[None]:
-    """Whatever a file system says against a new run folder is for the user to mend: here it can't be a fault of ours."""
+    """Whatever a file system says against a new run folder is for the user to mend: here it can't
+    be a fault of ours.
+    """
     try:
         with writing(root):
             yield

@@ -34,9 +34,11 @@ FREE = (
 
 
 def unknown(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The fields and whole sections, dotted, that `new` has and `old`'s version of adversa did not know.
+    """The fields and whole sections, dotted, that `new` has and `old`'s version of adversa did not
+    know.
 
-    Not what a mapping of FREE holds, nor a section that is a plain value (null) on the other side: settings do that.
+    Not what a mapping of FREE holds, nor a section that is a plain value (null) on the other side:
+    settings do that.
     """
     found = []
     for key in sorted(new):
@@ -48,6 +50,8 @@ def unknown(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _versions_apart(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What one of two versions does not know, in words; empty where both recipes have the same fields."""
+    """What one of two versions does not know, in words; empty where both recipes have the same
+    fields.
+    """
     pairs = (("that one", unknown(old, new)), ("this one", unknown(new, old)))
     return [f"{which} does not know {', '.join(fields)}" for which, fields in pairs if fields]

@@ -72,7 +72,9 @@ CPU_MAX = Path(
 
 
 def cpus() -> int:
-    """How many CPUs this process may use: affinity (taskset, batch systems) and a container's quota; the machine may have more."""
+    """How many CPUs this process may use: affinity (taskset, batch systems) and a container's
+    quota; the machine may have more.
+    """
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CPU_MAX.read_text().split()

@@ -19,8 +19,10 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def lock_file(run: RunDir) -> Path:
-    """What a process locks to hold the run: in its folder; of an object store, which knows no locks, in this user's temporary
-    folder, where it is seen by this machine alone (of several containers on one machine: by this one)."""
+    """What a process locks to hold the run: in its folder; of an object store, which knows no
+    locks, in this user's temporary folder, where it is seen by this machine alone (of several
+    containers on one machine: by this one).
+    """
     if isinstance(run.root, Path):
         return run.root / ".lock"
     return (
@@ -30,8 +32,9 @@ def lock_file(run: RunDir) -> Path:
 
 @contextlib.contextmanager
 def lock(run: RunDir) -> Iterator[None]:
-    """Hold the run for this process; the kernel lets go when the process dies, however it dies. See lock_file; run_lock.py holds it
-    against all others."""
+    """Hold the run for this process; the kernel lets go when the process dies, however it dies. See
+    lock_file; run_lock.py holds it against all others.
+    """
     with open(lock_file(run), "a", opener=no_link) as f:
         for tries_left in (4, 3, 2, 1, 0):  # `status` holds a shared lock for a moment
             try:
@@ -41,21 +44,25 @@ def lock(run: RunDir) -> Iterator[None]:
                 if tries_left == 0:
                     pid = (read_json(run.status) or {}).get("pid", "unknown")
                     raise UserError(
-                        f"{run.root} is in use by process {pid}; wait for it, or stop it, or use another --run-dir"
+                        f"{run.root} is in use by process {pid}; wait for it, or stop it, "
+                        "or use another --run-dir"
                     ) from None
                 time.sleep(0.05)
             except OSError as e:
                 if e.errno not in NO_LOCKS:
                     raise
                 raise UserError(
-                    f"{run.root}: its file system knows no locks ({e.strerror}); mount it with them (Lustre: -o flock), or give "
+                    f"{run.root}: its file system knows no locks ({e.strerror}); mount it "
+                    "with them (Lustre: -o flock), or give "
                     "another --run-dir"
                 ) from None
         yield
 
 
 def no_link(path: str, flags: int) -> int:
-    """Not through a link: in a temporary folder, or a folder from a stranger, it may lead to a file of this user's."""
+    """Not through a link: in a temporary folder, or a folder from a stranger, it may lead to a file
+    of this user's.
+    """
     return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 

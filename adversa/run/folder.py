@@ -26,7 +26,9 @@ def split_hash(data: Path) -> str:
 
 @dataclass(frozen=True)
 class RunDir:
-    """Places of a run, of the kind of `root`. `round-00N/<arm>` of the arm `real` is always round 0: it never changes."""
+    """Places of a run, of the kind of `root`. `round-00N/<arm>` of the arm `real` is always round
+    0: it never changes.
+    """
 
     root: Place
 
@@ -59,7 +61,9 @@ class RunDir:
 
     @property
     def features(self) -> Place:
-        """What two classifiers make of the real images, a folder for each role: the gate measures distances in them."""
+        """What two classifiers make of the real images, a folder for each role: the gate measures
+        distances in them.
+        """
         return self.root / "features"
 
     @property
@@ -97,7 +101,9 @@ class RunDir:
         return folder if seed is None else folder / f"seed-{seed}"
 
     def inside(self, name: str) -> Place:
-        """A place of the run by its relative name, as a file of the run says it. UserError for one that would lie elsewhere."""
+        """A place of the run by its relative name, as a file of the run says it. UserError for one
+        that would lie elsewhere.
+        """
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"{self.root} names a file outside of itself ({name}); not read")
@@ -114,7 +120,8 @@ def run_id(recipe: dict[str, Any]) -> str:
 
 
 def check_links(root: Place, below: str = "") -> None:
-    """UserError where a link in a run (below one of its folders) leads out of it: what is written there would be written elsewhere.
+    """UserError where a link in a run (below one of its folders) leads out of it: what is written
+    there would be written elsewhere.
 
     Who owns the run may put all of it elsewhere and link that.
     """
@@ -131,14 +138,16 @@ def check_links(root: Place, below: str = "") -> None:
             for entry in entries:
                 if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(real):
                     raise UserError(
-                        f"{entry.path} is a link that leads out of the run; put the file itself there, or link the whole run"
+                        f"{entry.path} is a link that leads out of the run; put the file "
+                        "itself there, or link the whole run"
                     )
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(Path(entry.path))
 
 
 def remove_partial_files(run: RunDir) -> None:
-    """Remove what a killed process left half-written: hidden files that end in its process id. The caller holds the run's lock.
+    """Remove what a killed process left half-written: hidden files that end in its process id. The
+    caller holds the run's lock.
 
     An object store has no such files.
     """

@@ -1,12 +1,16 @@
-"""Who may work on a run: `lease.json` in its folder. Right for machines that share nothing but the folder.
+"""Who may work on a run: `lease.json` in its folder. Right for machines that share nothing but the
+folder.
 
-The holder raises a counter in the file every `beat` seconds. Whoever wants the run watches that counter: it counts as given up when
-it stood still for `expiry` seconds of the watcher's own clock. Two machines' clocks are never compared.
+The holder raises a counter in the file every `beat` seconds. Whoever wants the run watches that
+counter: it counts as given up when it stood still for `expiry` seconds of the watcher's own clock.
+Two machines' clocks are never compared.
 
-Where a storage can write a file only if there is none, that decides. Everywhere else a claim is written, and read again `settle`
-seconds later: the last writer wins, and whoever reads another name than its own steps back. A holder reads the file at every beat
-and before every commit, and `settle` is longer than a beat: it has seen a claim before the claimant begins. So two never commit at
-the same time as long as a write is seen by others within settle - beat seconds. A holder that slept finds out at its next look.
+Where a storage can write a file only if there is none, that decides. Everywhere else a claim is
+written, and read again `settle` seconds later: the last writer wins, and whoever reads another name
+than its own steps back. A holder reads the file at every beat and before every commit, and `settle`
+is longer than a beat: it has seen a claim before the claimant begins. So two never commit at the
+same time as long as a write is seen by others within settle - beat seconds. A holder that slept
+finds out at its next look.
 """
 
 from __future__ import annotations
@@ -38,7 +42,9 @@ class LeaseLost(UserError):
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. expiry: without a heartbeat, after which a lease counts as given up; settle: from a claim to its confirmation."""
+    """Seconds. expiry: without a heartbeat, after which a lease counts as given up; settle: from a
+    claim to its confirmation.
+    """
 
     beat: float = 2.0
     expiry: float = 20.0
@@ -56,7 +62,9 @@ STORE_TIMES = Times(
 
 @dataclass(frozen=True)
 class Record:
-    """machine: until its next start; beat: the counter; taken, held: when, and for how many seconds of the holder's own clock."""
+    """machine: until its next start; beat: the counter; taken, held: when, and for how many seconds
+    of the holder's own clock.
+    """
 
     owner: str
     host: str
@@ -79,7 +87,9 @@ class Place(Protocol):
     def write(self, record: Record) -> None: ...
 
     def create(self, record: Record) -> bool | None:
-        """Write it only where there is none, in one go: whether it was. None where the storage has no such thing."""
+        """Write it only where there is none, in one go: whether it was. None where the storage has
+        no such thing.
+        """
         ...
 
     def remove(self) -> None: ...
@@ -87,7 +97,9 @@ class Place(Protocol):
 
 @dataclass(frozen=True)
 class File:
-    """A place on a file system that replaces a file in one go, or on an object store. The first may know hard links."""
+    """A place on a file system that replaces a file in one go, or on an object store. The first may
+    know hard links.
+    """
 
     path: storage_path.Place
 
@@ -97,7 +109,8 @@ class File:
             return None if found is None else Record(**found)
         except TypeError:
             raise UserError(
-                f"{self.path} is no lease that this version of adversa can read; use the version that wrote it"
+                f"{self.path} is no lease that this version of adversa can read; use the "
+                "version that wrote it"
             ) from None
 
     def write(self, record: Record) -> None:
@@ -131,7 +144,9 @@ def times_of(run: RunDir) -> Times:
 
 
 def machine(run: RunDir) -> str:
-    """The same for all processes that see the run's lock (`file_lock.lock_file`), until the machine's next start, and for no others'."""
+    """The same for all processes that see the run's lock (`file_lock.lock_file`), until the
+    machine's next start, and for no others'.
+    """
     try:
         name = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -159,7 +174,8 @@ class InUse(UserError):
 
     def __init__(self, what: str, by: Record) -> None:
         super().__init__(
-            f"{what} is being worked on by {by.line()}; `adversa stop` ends that, or use another --run-dir"
+            f"{what} is being worked on by {by.line()}; `adversa stop` ends that, or use "
+            "another --run-dir"
         )
         self.by = by
 
@@ -168,7 +184,8 @@ _pulses: dict[storage_path.Place, Pulse] = {}
 
 
 def is_worked_on(run: RunDir) -> bool:
-    """Whether a process of this machine holds the run, or one of another machine gives signs of life.
+    """Whether a process of this machine holds the run, or one of another machine gives signs of
+    life.
 
     For the latter the first call waits until it has seen one, some seconds at most.
     """
@@ -190,7 +207,9 @@ def is_worked_on(run: RunDir) -> bool:
 
 
 class Lease:
-    """One holder's side of it. what: the run, for messages; owner: a name for people, made unique; machine: as `machine` says."""
+    """One holder's side of it. what: the run, for messages; owner: a name for people, made unique;
+    machine: as `machine` says.
+    """
 
     def __init__(
         self,
@@ -210,15 +229,15 @@ class Lease:
         self.lost: LeaseLost | None = None
         self.writing = threading.RLock()  # the thread that renews, and the one that works
 
-    # ---- taking -----------------------------------------------------------------------------------------------------------
+    # ---- taking ----------------------------------------------------------------------------------
 
     def take(
         self, alone_here: bool = False, tell: Callable[[str], None] = lambda text: None
     ) -> None:
         """UserError where somebody else works on the run.
 
-        alone_here: the caller holds the run's lock on this machine, so that a lease of this machine has outlived its holder.
-        tell: is given a line before a wait of `expiry` seconds.
+        alone_here: the caller holds the run's lock on this machine, so that a lease of this machine
+        has outlived its holder. tell: is given a line before a wait of `expiry` seconds.
         """
         started = self.clock()
         while True:
@@ -246,7 +265,8 @@ class Lease:
     def _is_given_up(self, found: Record, tell: Callable[[str], None]) -> bool:
         """False where it was released while we watched."""
         tell(
-            f"{self.what} was left by {found.line()}, or is still worked on: watching its heartbeat for {self.times.expiry:.0f} s"
+            f"{self.what} was left by {found.line()}, or is still worked on: watching its "
+            f"heartbeat for {self.times.expiry:.0f} s"
         )
         until = self.clock() + self.times.expiry
         while self.clock() < until:
@@ -281,10 +301,12 @@ class Lease:
         )
         return self.record
 
-    # ---- holding ----------------------------------------------------------------------------------------------------------
+    # ---- holding ---------------------------------------------------------------------------------
 
     def renew(self) -> None:
-        """To be called every `beat` seconds. LeaseLost where another has the run, or may think that this one has died."""
+        """To be called every `beat` seconds. LeaseLost where another has the run, or may think that
+        this one has died.
+        """
         with self.writing:
             self._still()
             started = self.clock()
@@ -297,7 +319,8 @@ class Lease:
                 ):  # another may have come, and gone, meanwhile
                     self._lose(
                         None,
-                        f"it stood still for {started - self.renewed:.0f} s, and its {LEASE} is gone",
+                        f"it stood still for {started - self.renewed:.0f} s, and its "
+                        f"{LEASE} is gone",
                     )
                 if found is None and self.place.create(self._next()) is False:
                     self._lose(self.place.read())
@@ -307,7 +330,8 @@ class Lease:
                 if started - self.renewed > self.times.expiry / 2:
                     self._lose(
                         None,
-                        f"its {LEASE} could not be written for {started - self.renewed:.0f} s ({e})",
+                        f"its {LEASE} could not be written for "
+                        f"{started - self.renewed:.0f} s ({e})",
                     )
 
     def check(self) -> None:
@@ -351,7 +375,9 @@ def _mark(record: Record | None) -> tuple[str, int] | None:
 
 
 class Pulse:
-    """What a reader has seen of a lease: for how long its counter has stood still, by the reader's own clock."""
+    """What a reader has seen of a lease: for how long its counter has stood still, by the reader's
+    own clock.
+    """
 
     def __init__(self, place: Place, clock: Callable[[], float] = clock) -> None:
         self.place, self.clock = place, clock

@@ -12,7 +12,7 @@ from adversa.run.folder import RunDir
 from adversa.storage.files import read_json, write_json, writing
 from adversa.storage.path import Remote, StoreError
 
-# ---- what the run is doing ----------------------------------------------------------------------------------------------
+# ---- what the run is doing -----------------------------------------------------------------------
 
 
 def set_status(run: RunDir, state: str, stage: str = "", **more: Any) -> None:
@@ -32,7 +32,8 @@ def set_status(run: RunDir, state: str, stage: str = "", **more: Any) -> None:
 
 
 class Clock:
-    """Adds this command's wall time to clock.json every other second, so that time lost to a kill is counted too.
+    """Adds this command's wall time to clock.json every other second, so that time lost to a kill
+    is counted too.
 
     On an object store every five seconds.
 

@@ -20,22 +20,29 @@ SHAPELESS = ("order",)  # steps whose recipes have as many fields as were asked 
 
 
 def _advice(apart: list[str], made: Place) -> str:
-    """What to do about a recipe that differs. apart: of _versions_apart; made: a folder whose manifest may name who made it."""
+    """What to do about a recipe that differs. apart: of _versions_apart; made: a folder whose
+    manifest may name who made it.
+    """
     if not apart:
         return "use those values again, or another --run-dir"
     known = read_json(made / MANIFEST) or {}
     version, commit = known.get("versions", {}).get("adversa"), known.get("git")
     named = ", ".join([f"adversa {version}"] * bool(version) + [f"commit {commit}"] * bool(commit))
     that = f"that version ({named})" if named else "that version"
-    return f"another version of adversa made it: {', '.join(apart)}; finish it with {that}, or give another --run-dir"
+    return (
+        f"another version of adversa made it: {', '.join(apart)}; finish it with {that}, or "
+        "give another --run-dir"
+    )
 
 
-# ---- steps -------------------------------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a step was asked: its own section of the configuration and the fingerprints of what it reads."""
+    """What a step was asked: its own section of the configuration and the fingerprints of what it
+    reads.
+    """
 
     step: str
     version: int
@@ -56,7 +63,9 @@ class Recipe:
 
 
 def begin(folder: Place, recipe: Recipe) -> bool:
-    """True where the step is finished already. Writes the recipe; UserError with the fields where another one is there."""
+    """True where the step is finished already. Writes the recipe; UserError with the fields where
+    another one is there.
+    """
     asked, saved = recipe.to_json(), read_json(folder / RECIPE)
     if saved is None:
         assert not (folder / MANIFEST).exists(), f"{folder} has a manifest and no recipe"
@@ -70,14 +79,17 @@ def begin(folder: Place, recipe: Recipe) -> bool:
 
 
 def _steps_apart(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """As _versions_apart, of a step's recipe: it has another number in another version, and what it reads has other names in other
-    settings. Some steps (codec, denoiser) have recipes of two shapes, which differ in a field that both have as well."""
+    """As _versions_apart, of a step's recipe: it has another number in another version, and what it
+    reads has other names in other settings. Some steps (codec, denoiser) have recipes of two
+    shapes, which differ in a field that both have as well.
+    """
     a, b = (flatten(json.loads(json.dumps(r.get("config", {})))) for r in (saved, asked))
     same = all(a[k] == b[k] for k in a.keys() & b.keys()) and asked["step"] not in SHAPELESS
     apart = _versions_apart(saved.get("config", {}), asked["config"]) if same else []
     if saved.get("version") != asked["version"]:
         apart.append(
-            f"its step {asked['step']} has number {saved.get('version')}, here it has {asked['version']}"
+            f"its step {asked['step']} has number {saved.get('version')}, here it has "
+            f"{asked['version']}"
         )
     return apart
 
@@ -119,11 +131,13 @@ REMOTE_SECONDS = 2.0  # a put takes tens of milliseconds, and costs
 
 
 class Progress:
-    """Writes progress.json into a step's folder, at most twice a second: the one source of the live view and of `status`.
+    """Writes progress.json into a step's folder, at most twice a second: the one source of the live
+    view and of `status`.
 
     On an object store every REMOTE_SECONDS.
 
-    `elapsed` carries on from an attempt that was cut off, so that the manifest's seconds are the step's whole cost.
+    `elapsed` carries on from an attempt that was cut off, so that the manifest's seconds are the
+    step's whole cost.
     """
 
     def __init__(self, folder: Place, interval: float = 0.5) -> None:

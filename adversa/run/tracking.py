@@ -1,9 +1,11 @@
-"""Metrics of a run's trainings sent to TensorBoard, MLflow or Weights & Biases, where the user asked for it.
+"""Metrics of a run's trainings sent to TensorBoard, MLflow or Weights & Biases, where the user
+asked for it.
 
-The `metrics.jsonl` of each training is the truth; a follower reads it and passes new lines on. So nothing of this touches a
-training, its recipe or its worker: tracking may be turned on later (everything there is is sent), and a service that fails costs
-no step. What was sent is noted in the run folder: a training that resumes writes some lines again, and none is sent twice; one
-that is begun afresh (its folder was deleted) is sent whole, as NAME-2.
+The `metrics.jsonl` of each training is the truth; a follower reads it and passes new lines on. So
+nothing of this touches a training, its recipe or its worker: tracking may be turned on later
+(everything there is is sent), and a service that fails costs no step. What was sent is noted in the
+run folder: a training that resumes writes some lines again, and none is sent twice; one that is
+begun afresh (its folder was deleted) is sent whole, as NAME-2.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ log = logging.getLogger("adversa.tracking")
 
 
 class Sink(Protocol):
-    """One service. name: of a training, its folder in the run (begun afresh, with -2 after it, then -3); lines come in order."""
+    """One service. name: of a training, its folder in the run (begun afresh, with -2 after it, then
+    -3); lines come in order.
+    """
 
     def send(self, name: str, step: int, values: dict[str, float]) -> None: ...
 
@@ -61,7 +65,9 @@ class TensorBoard:
 
 
 class MLflow:
-    """An MLflow run for each training, in the server of MLFLOW_TRACKING_URI, else in `tracking/mlflow` of the run folder."""
+    """An MLflow run for each training, in the server of MLFLOW_TRACKING_URI, else in
+    `tracking/mlflow` of the run folder.
+    """
 
     def __init__(self, root: Path, state: dict[str, Any]) -> None:
         self.module, self.root, self.state = _import("mlflow"), root, state
@@ -106,7 +112,8 @@ class MLflow:
 class Wandb:
     """One W&B run for the run folder; a training's metrics are NAME/metric over NAME/step.
 
-    Offline in `tracking/wandb` (to be sent with `wandb sync`) unless WANDB_API_KEY or WANDB_MODE is set.
+    Offline in `tracking/wandb` (to be sent with `wandb sync`) unless WANDB_API_KEY or WANDB_MODE is
+    set.
     """
 
     def __init__(self, root: Path, state: dict[str, Any]) -> None:
@@ -159,10 +166,13 @@ SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {
 
 
 def _local(root: Path, service: str) -> Path:
-    """UserError where the run lies on an object store, and this service writes files beside it, piece by piece."""
+    """UserError where the run lies on an object store, and this service writes files beside it,
+    piece by piece.
+    """
     if not isinstance(root, Path):
         raise UserError(
-            f"tracking: {service} writes files in the run's folder, and {root} is an object store; leave it out"
+            f"tracking: {service} writes files in the run's folder, and {root} is an "
+            "object store; leave it out"
         )
     return root
 
@@ -178,10 +188,11 @@ def _import(package: str, module: str = "") -> Any:
 
 
 class Follow:
-    """While entered, passes what the run's trainings write to the services of `names`, from a thread that only reads the run.
+    """While entered, passes what the run's trainings write to the services of `names`, from a
+    thread that only reads the run.
 
-    UserError at once where a service's package is missing. A service that fails later is left alone from then on, with a warning:
-    it gets the rest when the same command runs again.
+    UserError at once where a service's package is missing. A service that fails later is left alone
+    from then on, with a warning: it gets the rest when the same command runs again.
     """
 
     def __init__(self, names: Sequence[str], root: Path) -> None:
@@ -240,7 +251,8 @@ class Follow:
         ) as e:  # whatever a service's client raises: a training of hours must not end with it
             del self.sinks[service]
             log.warning(
-                "tracking: %s failed and is left alone from here on (%s); run the same command again to send the rest",
+                "tracking: %s failed and is left alone from here on (%s); run the same "
+                "command again to send the rest",
                 service,
                 " ".join(str(e).split())[:300] or type(e).__name__,
             )
@@ -252,11 +264,13 @@ class Follow:
 def unsent(
     rows: Sequence[tuple[int, dict[str, float]]], noted: dict[str, Any]
 ) -> Sequence[tuple[int, dict[str, float]]]:
-    """The lines of a training that are not sent yet, all of them where it is not the one that `noted` is about.
+    """The lines of a training that are not sent yet, all of them where it is not the one that
+    `noted` is about.
 
-    noted: "lines" sent of the training whose "first" line has this digest, the "start"-th under its name; the caller counts on.
-    The first line tells two trainings apart: a resumed one has it still, or has no line yet. What a resumed one has beyond its
-    checkpoint it writes again, a line for a line, so that their number alone says which are new.
+    noted: "lines" sent of the training whose "first" line has this digest, the "start"-th under its
+    name; the caller counts on. The first line tells two trainings apart: a resumed one has it
+    still, or has no line yet. What a resumed one has beyond its checkpoint it writes again, a line
+    for a line, so that their number alone says which are new.
     """
     if not rows:
         return rows

@@ -15,7 +15,9 @@ from adversa.types import UserError
 
 
 def read_json(path: Place) -> dict[str, Any] | None:
-    """The JSON object of a file, or None where there is none (or it is being replaced on a file system without atomic rename)."""
+    """The JSON object of a file, or None where there is none (or it is being replaced on a file
+    system without atomic rename).
+    """
     try:
         value = json.loads(_fresh(path))
     except (
@@ -30,7 +32,9 @@ def read_json(path: Place) -> dict[str, Any] | None:
 
 
 def _fresh(path: Place) -> str:
-    """Of a network file system: a file that another machine replaces while it is read is a stale handle, once or twice."""
+    """Of a network file system: a file that another machine replaces while it is read is a stale
+    handle, once or twice.
+    """
     for _ in range(3):
         try:
             return path.read_text()
@@ -50,8 +54,10 @@ FIXES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again{kept}",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again{kept}",
     errno.EIO: "the disk fails (input/output error); check it, then run the same command again{kept}",
-    errno.ESTALE: "the network file system has lost it; mount it again, then run the same command again{kept}",
-    errno.EBUSY: "something else holds it; wait for that to end and run the same command again, or give another {option}",
+    errno.ESTALE: "the network file system has lost it; mount it again, then run the same command "
+    "again{kept}",
+    errno.EBUSY: "something else holds it; wait for that to end and run the same command again, or give "
+    "another {option}",
     errno.EROFS: "the file system is read-only; give a {option} that can be written",
     errno.EACCES: "permission denied; give a {option} that can be written",
     errno.EPERM: "permission denied; give a {option} that can be written",
@@ -61,13 +67,16 @@ FIXES = {
     errno.ELOOP: "symbolic links lead in a circle; give another {option}",
     errno.ENAMETOOLONG: "the name is too long; give another {option}, a shorter one",
     errno.EFBIG: "the file system takes no file so large; give another {option}",
-    errno.ENOENT: "the folder cannot be made, or is gone; see whether it was deleted or unmounted, or give another {option}",
+    errno.ENOENT: "the folder cannot be made, or is gone; see whether it was deleted or unmounted, or "
+    "give another {option}",
 }
 
 
 @contextlib.contextmanager
 def writing(folder: Place, option: str = "--run-dir") -> Iterator[None]:
-    """Turn the faults of a file system that a user can mend into a UserError. option: what the user gave the folder by."""
+    """Turn the faults of a file system that a user can mend into a UserError. option: what the user
+    gave the folder by.
+    """
     try:
         yield
     except OSError as e:
@@ -83,7 +92,9 @@ def writing(folder: Place, option: str = "--run-dir") -> Iterator[None]:
 
 
 def _is_ours(folder: Place, error: OSError) -> bool:
-    """Whether it is a fault of ours: a file missing in a folder that is there, or something in the way elsewhere."""
+    """Whether it is a fault of ours: a file missing in a folder that is there, or something in the
+    way elsewhere.
+    """
     if isinstance(folder, Remote):
         return True  # what a store refuses is told by it
     named = Path(error.filename) if isinstance(error.filename, str) else folder
@@ -94,7 +105,9 @@ def _is_ours(folder: Place, error: OSError) -> bool:
 
 
 def replace_bytes(path: Place, data: bytes | memoryview) -> None:
-    """Write a whole file, or leave the old one: to a temporary name beside it, flushed, then renamed; or by one put."""
+    """Write a whole file, or leave the old one: to a temporary name beside it, flushed, then
+    renamed; or by one put.
+    """
     if isinstance(path, Remote):
         path.write_bytes(data)
         return
@@ -111,8 +124,9 @@ def replace_bytes(path: Place, data: bytes | memoryview) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """Where a file is made before it takes its place. Nothing lies there: a link of that name, in a stranger's folder, would be
-    written through."""
+    """Where a file is made before it takes its place. Nothing lies there: a link of that name, in a
+    stranger's folder, would be written through.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     return temporary

@@ -1,4 +1,6 @@
-"""The Hugging Face hub, seen from outside its client: quiet while it is asked, and whether a failure means there is no network."""
+"""The Hugging Face hub, seen from outside its client: quiet while it is asked, and whether a
+failure means there is no network.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No log line or warning of huggingface_hub: it tells of each of its tries, and the caller of what came of them."""
+    """No log line or warning of huggingface_hub: it tells of each of its tries, and the caller of
+    what came of them.
+    """
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
@@ -29,8 +33,9 @@ def quiet() -> Iterator[None]:
 def unreachable(e: BaseException | None) -> bool:
     """Whether a connection that failed is among what led to `e`.
 
-    The clients on the way (httpx, huggingface_hub, diffusers, timm) have errors of their own each, and some texts that mislead
-    ("does not appear to have a file named config.json"); but at the beginning of the chain is the system's error.
+    The clients on the way (httpx, huggingface_hub, diffusers, timm) have errors of their own each,
+    and some texts that mislead ("does not appear to have a file named config.json"); but at the
+    beginning of the chain is the system's error.
     """
     while e is not None:
         if isinstance(e, (ConnectionError, TimeoutError, socket.gaierror)) or (

@@ -1,10 +1,12 @@
-"""Where a run lies: a local folder as a `pathlib.Path`, or a folder of an object store as a `Remote`, which is used like one.
+"""Where a run lies: a local folder as a `pathlib.Path`, or a folder of an object store as a
+`Remote`, which is used like one.
 
-An object store has no renaming and no appending. It has puts: a reader sees the old object or the new one, never a part. So a file
-of a run is written whole, by one put, and what marks a step as finished is put last (docs/storage.md).
+An object store has no renaming and no appending. It has puts: a reader sees the old object or the
+new one, never a part. So a file of a run is written whole, by one put, and what marks a step as
+finished is put last (docs/storage.md).
 
-Credentials come from the environment's own chain alone (variables, profiles, roles: what the AWS and Google clients look at). A URI
-that carries some is refused, and no error shows any.
+Credentials come from the environment's own chain alone (variables, profiles, roles: what the AWS
+and Google clients look at). A URI that carries some is refused, and no error shows any.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ import pyarrow.fs as pafs
 
 from adversa.types import UserError
 
-# What a URI's query may say: where the store is and how it is spoken to, nothing that proves who asks.
+# What a URI's query may say: where the store is and how it is spoken to, nothing that proves who
+# asks.
 OPTIONS = frozenset(
     [
         "endpoint_override",
@@ -45,7 +48,8 @@ OPTIONS = frozenset(
 )
 # Stores whose puts are whole. Others that pyarrow knows (hdfs) show a file while it is written.
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
-# pyarrow gives a request 3 seconds, which a long listing does not keep; and tries again for a minute where there is no network.
+# pyarrow gives a request 3 seconds, which a long listing does not keep; and tries again for a
+# minute where there is no network.
 TIMEOUTS = {"connect_timeout": 10, "request_timeout": 60}
 ATTEMPTS = 4
 SECRETS = (
@@ -58,15 +62,19 @@ SECRETS = (
 
 
 class StoreError(UserError, OSError):
-    """What an object store said against a request, in one line: a UserError, and an OSError to those who can wait and try again."""
+    """What an object store said against a request, in one line: a UserError, and an OSError to
+    those who can wait and try again.
+    """
 
 
 @dataclass(frozen=True, order=True)
 class Remote:
-    """A file or folder of an object store: the part of pathlib's interface that adversa uses, with its exceptions.
+    """A file or folder of an object store: the part of pathlib's interface that adversa uses, with
+    its exceptions.
 
-    StoreError where the store refuses or cannot be reached. Pickled as the names it is made of: whoever unpickles it uses the
-    credentials of its own environment. query: how the store is spoken to (OPTIONS).
+    StoreError where the store refuses or cannot be reached. Pickled as the names it is made of:
+    whoever unpickles it uses the credentials of its own environment. query: how the store is spoken
+    to (OPTIONS).
     """
 
     scheme: str
@@ -81,7 +89,7 @@ class Remote:
     def __repr__(self) -> str:
         return f"Remote({str(self)!r})"
 
-    # ---- names: no request --------------------------------------------------------------------------------------------------
+    # ---- names: no request -----------------------------------------------------------------------
 
     def __truediv__(self, name: str | PurePosixPath) -> Remote:
         return replace(self, key=self.key / name)
@@ -136,7 +144,7 @@ class Remote:
             and self.key.is_relative_to(other.key)
         )
 
-    # ---- what is there ------------------------------------------------------------------------------------------------------
+    # ---- what is there ---------------------------------------------------------------------------
 
     @property
     def store(self) -> tuple[pafs.FileSystem, str]:
@@ -193,10 +201,12 @@ class Remote:
             p for p, _ in self._list(deep=True, missing_ok=True) if fnmatchcase(p.name, pattern)
         )
 
-    # ---- whole files --------------------------------------------------------------------------------------------------------
+    # ---- whole files -----------------------------------------------------------------------------
 
     def open(self) -> pa.NativeFile:
-        """To read from anywhere in it. FileNotFoundError where it is not. What it reads is to be wrapped in `asking`."""
+        """To read from anywhere in it. FileNotFoundError where it is not. What it reads is to be
+        wrapped in `asking`.
+        """
         filesystem, path = self.store
         with asking(self):
             return filesystem.open_input_file(path)
@@ -211,8 +221,9 @@ class Remote:
     def write_bytes(self, data: bytes | memoryview) -> None:
         """One put: afterwards the object is there whole; where this raises, it is as it was before.
 
-        In a thread of its own, which no signal reaches: a stream that Ctrl-C drops between its opening and its writing is closed by
-        pyarrow, and an empty object lies there. What is interrupted waits for it: what comes next may be put in the same place.
+        In a thread of its own, which no signal reaches: a stream that Ctrl-C drops between its
+        opening and its writing is closed by pyarrow, and an empty object lies there. What is
+        interrupted waits for it: what comes next may be put in the same place.
         """
         failure: list[BaseException] = []
         ended = (
@@ -261,7 +272,7 @@ Place = (
 )  # where a signature says Path and means a place in a run, a Remote does as well
 
 
-# ---- from text -------------------------------------------------------------------------------------------------------------
+# ---- from text -----------------------------------------------------------------------------------
 
 
 def place(where: str | Place) -> Place:
@@ -278,19 +289,22 @@ def place(where: str | Place) -> Place:
     shown = f"{scheme}://{authority.rpartition('@')[2]}/{key}".rstrip("/")
     if scheme not in SCHEMES:
         raise UserError(
-            f"{shown}: a run lies in a local folder or an object store ({', '.join(f'{s}://' for s in SCHEMES)})"
+            f"{shown}: a run lies in a local folder or an object store "
+            f"({', '.join(f'{s}://' for s in SCHEMES)})"
         )
     if "@" in authority and (
         scheme not in ("abfs", "abfss") or ":" in authority
     ):  # there container@account is a name
         raise UserError(
-            f"{shown}: an address must not carry credentials; take out what stands before the @, and put it where the store's own "
+            f"{shown}: an address must not carry credentials; take out what stands before "
+            "the @, and put it where the store's own "
             "tools look for it (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, a role)"
         )
     options = parse_qsl(query, keep_blank_values=True)
     if other := sorted({name for name, _ in options} - OPTIONS):
         raise UserError(
-            f"{shown}: unknown option {_plain(other[0])}; known: {', '.join(sorted(OPTIONS))}; credentials never"
+            f"{shown}: unknown option {_plain(other[0])}; known: "
+            f"{', '.join(sorted(OPTIONS))}; credentials never"
         )
     if any("@" in value for _, value in options):
         raise UserError(
@@ -317,12 +331,15 @@ def _store(scheme: str, authority: str, query: str) -> tuple[pafs.FileSystem, st
         return pafs.FileSystem.from_uri(f"{scheme}://{authority}/" + (f"?{query}" if query else ""))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
         raise StoreError(
-            f"{scheme}://{authority}: pyarrow cannot use it ({scrubbed(str(e))[:200]}); mend the address"
+            f"{scheme}://{authority}: pyarrow cannot use it ({scrubbed(str(e))[:200]}); "
+            "mend the address"
         ) from None
 
 
 def _s3(bucket: str, options: dict[str, str]) -> pafs.S3FileSystem:
-    """pyarrow reads the chain of credentials by itself, and neither AWS_ENDPOINT_URL nor where a bucket is."""
+    """pyarrow reads the chain of credentials by itself, and neither AWS_ENDPOINT_URL nor where a
+    bucket is.
+    """
     override = options.get("endpoint_override")
     if not override and (
         url := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -343,12 +360,13 @@ def _s3(bucket: str, options: dict[str, str]) -> pafs.S3FileSystem:
         region=region,
         force_virtual_addressing=options.get("force_virtual_addressing", "").lower() == "true",
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-        allow_delayed_open=True,  # one put for what is small, where an upload in parts would take three requests
+        # one put for what is small, where an upload in parts would take three requests
+        allow_delayed_open=True,
         **TIMEOUTS,
     )
 
 
-# ---- what a store says -----------------------------------------------------------------------------------------------------
+# ---- what a store says ---------------------------------------------------------------------------
 
 AGAIN = "run the same command again, finished parts are kept"
 _KEYS = "the credentials of the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, a role)"
@@ -368,7 +386,9 @@ FIXES = {
 
 @contextlib.contextmanager
 def asking(path: Place) -> Iterator[None]:
-    """Turn what pyarrow raises about a remote place into FileNotFoundError or StoreError. Of a local one nothing is touched."""
+    """Turn what pyarrow raises about a remote place into FileNotFoundError or StoreError. Of a
+    local one nothing is touched.
+    """
     try:
         yield
     except StoreError:
@@ -402,7 +422,7 @@ def scrubbed(text: str) -> str:
     return " ".join(re.sub(r"\b(AKIA|ASIA)[A-Z0-9]{12,}\b", "***", text).split())
 
 
-# ---- what pathlib and shutil do for a local folder ---------------------------------------------------------------------------
+# ---- what pathlib and shutil do for a local folder -----------------------------------------------
 
 
 def source(path: Place) -> Any:
@@ -418,7 +438,9 @@ def names(folder: Place) -> set[str]:
 
 
 def modified(path: Place) -> float | None:
-    """When a file was last written, in Unix seconds by its storage's clock; None where it is not."""
+    """When a file was last written, in Unix seconds by its storage's clock; None where it is
+    not.
+    """
     if isinstance(path, Remote):
         filesystem, name = path.store
         with asking(path):
@@ -428,7 +450,9 @@ def modified(path: Place) -> float | None:
 
 
 def append(path: Place, text: str) -> None:
-    """Add to a file that one process alone writes, and that is small: on an object store it is put anew."""
+    """Add to a file that one process alone writes, and that is small: on an object store it is put
+    anew.
+    """
     if isinstance(path, Remote):
         try:
             before = path.read_bytes()
@@ -441,7 +465,9 @@ def append(path: Place, text: str) -> None:
 
 
 def rmtree(folder: Place, missing_ok: bool = False) -> None:
-    """Remove a folder with all in it. missing_ok: no fault is told, as of what is only in the way."""
+    """Remove a folder with all in it. missing_ok: no fault is told, as of what is only in the
+    way.
+    """
     if not isinstance(folder, Remote):
         shutil.rmtree(folder, ignore_errors=missing_ok)
         return
@@ -451,8 +477,10 @@ def rmtree(folder: Place, missing_ok: bool = False) -> None:
 
 
 def move(old: Place, new: Place, last: str = "") -> None:
-    """Rename a file or a folder of one run. On an object store file by file, each copied before it is removed; `last` (a file's
-    name) comes after all others: done again after a cut, with the same names, it goes on."""
+    """Rename a file or a folder of one run. On an object store file by file, each copied before it
+    is removed; `last` (a file's name) comes after all others: done again after a cut, with the same
+    names, it goes on.
+    """
     if not isinstance(old, Remote) or not isinstance(new, Remote):
         shutil.move(old, new)
         return
@@ -469,7 +497,9 @@ def move(old: Place, new: Place, last: str = "") -> None:
 
 @contextlib.contextmanager
 def scratch(folder: Place) -> Iterator[Path]:
-    """A local folder for files that are read and written in pieces: the folder itself, or a temporary one where it is remote."""
+    """A local folder for files that are read and written in pieces: the folder itself, or a
+    temporary one where it is remote.
+    """
     if isinstance(folder, Path):
         yield folder
         return

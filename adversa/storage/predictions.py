@@ -9,7 +9,9 @@ import pyarrow as pa
 
 
 class Predictions(NamedTuple):
-    """Of one classifier, rows in order of their image ids: logits [N, K], labels [N], groups, ids."""
+    """Of one classifier, rows in order of their image ids: logits [N, K], labels [N], groups,
+    ids.
+    """
 
     logits: np.ndarray
     labels: np.ndarray

@@ -21,11 +21,14 @@ from adversa.types import UserError
 
 MOST_PIXELS = (
     1 << 26
-)  # of a picture in a table: far more than any that adversa writes (sheets of samples are the largest)
+    # of a picture in a table: far more than any that adversa writes (sheets of samples are the
+    # largest)
+)
 
 # Small row groups, so that one image can be read without decoding thousands of neighbours.
 ROW_GROUP = 256
-AT_ONCE = 16  # looks into parts on an object store: each waits tens of milliseconds for two answers or three
+# looks into parts on an object store: each waits tens of milliseconds for two answers or three
+AT_ONCE = 16
 T = TypeVar("T")
 
 _text, _int, _real, _flag, _bytes = pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.binary()
@@ -72,7 +75,8 @@ REQUESTS = pa.schema(
     }
 )
 LEVELS = pa.schema({"example": _text, "sigma_start": _real, "agreement": _real})
-# evaluations: rows of the denoiser it took; skipped: steering gradients that were not finite; fault: why it was not painted.
+# evaluations: rows of the denoiser it took; skipped: steering gradients that were not finite;
+# fault: why it was not painted.
 SYNTHETIC = pa.schema(
     {
         "request_id": _text,
@@ -119,8 +123,9 @@ VERDICTS = pa.schema(
     | dict.fromkeys([*_numbers, *_limits], _real)
     | {"place": _int, "quota": _int}
 )
-# Of real images, once a run: what two classifiers of other architectures make of them, and each judge's p[label]. Of `test`, which
-# is not opened yet, the first of them alone, for the near-copy gate: no label, no judge.
+# Of real images, once a run: what two classifiers of other architectures make of them, and each
+# judge's p[label]. Of `test`, which is not opened yet, the first of them alone, for the near-copy
+# gate: no label, no judge.
 FEATURES = pa.schema(
     {
         "id": _text,
@@ -134,7 +139,8 @@ FEATURES = pa.schema(
 # A row with b for each pair; one without for each image whose pairs were looked for.
 TWINS = pa.schema({"a": _text, "b": _text, "similarity": _real})
 MIX = pa.schema({"id": _text, "kind": _text, "label": _int, "weight": _real})
-# One row an image and a classifier. `logits` has one entry a class, `embedding` is empty where it was not asked for.
+# One row an image and a classifier. `logits` has one entry a class, `embedding` is empty where it
+# was not asked for.
 PREDICTIONS = pa.schema(
     {
         "id": _text,
@@ -149,7 +155,9 @@ PREDICTIONS = pa.schema(
 
 
 def latents_schema(views: int, channels: int, side: int) -> pa.Schema:
-    """Of the latents of `views` symmetries of each image, as the codec gives them: `latent` is float16 [views, C, side, side]."""
+    """Of the latents of `views` symmetries of each image, as the codec gives them: `latent` is
+    float16 [views, C, side, side].
+    """
     return pa.schema(
         {
             "id": _text,
@@ -190,7 +198,8 @@ def to_table(rows: Iterable[object], schema: pa.Schema) -> pa.Table:
 
 
 def write_part(path: Place, table: pa.Table) -> None:
-    """Commit one part: a temporary name (hidden from readers), flushed, then renamed; on an object store one put.
+    """Commit one part: a temporary name (hidden from readers), flushed, then renamed; on an object
+    store one put.
 
     A failed write leaves nothing behind.
     """
@@ -218,7 +227,9 @@ def parts(folder: Place) -> list[Place]:
 
 
 def each(look: Callable[[Place], T], paths: Sequence[Place]) -> list[T]:
-    """What `look` gives of each place, in order; on an object store AT_ONCE of them wait for their answers at the same time."""
+    """What `look` gives of each place, in order; on an object store AT_ONCE of them wait for their
+    answers at the same time.
+    """
     if not paths or not isinstance(paths[0], Remote):
         return [look(p) for p in paths]
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -261,14 +272,17 @@ def opened(path: Place) -> Iterator[pq.ParquetFile]:
 
 @contextlib.contextmanager
 def _reading(path: Place) -> Iterator[None]:
-    """UserError for a part that is no Parquet, or is torn; a file that is missing stays what it is."""
+    """UserError for a part that is no Parquet, or is torn; a file that is missing stays what it
+    is.
+    """
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as e:
         if isinstance(e, UserError) or getattr(e, "errno", None) is not None:
             raise
         raise UserError(
-            f"{path} is damaged, or no Parquet file ({' '.join(str(e).split())[:200]}); delete it, or make it anew"
+            f"{path} is damaged, or no Parquet file ({' '.join(str(e).split())[:200]}); "
+            "delete it, or make it anew"
         ) from None
 
 
@@ -276,7 +290,9 @@ PLAIN = frozenset({"arrow.fixed_shape_tensor"})  # the extension types that adve
 
 
 def _check_types(schema: pa.Schema, path: Place) -> None:
-    """UserError for a column of a type that a library adds to Arrow: Ray's `arrow_pickled_object` unpickles each value it shows."""
+    """UserError for a column of a type that a library adds to Arrow: Ray's `arrow_pickled_object`
+    unpickles each value it shows.
+    """
     for field in schema:
         if strange := [
             t
@@ -284,7 +300,8 @@ def _check_types(schema: pa.Schema, path: Place) -> None:
             if isinstance(t, pa.BaseExtensionType) and t.extension_name not in PLAIN
         ]:
             raise UserError(
-                f"{path}: column {field.name!r} is of type {strange[0].extension_name}, which adversa never writes; not read"
+                f"{path}: column {field.name!r} is of type {strange[0].extension_name}, "
+                "which adversa never writes; not read"
             )
 
 
@@ -310,7 +327,9 @@ def batches(
 def read(
     folder: Place, columns: Sequence[str] | None = None, schema: pa.Schema | None = None
 ) -> pa.Table:
-    """All rows of a folder, parts in order. An empty folder gives an empty table of `schema` (required then)."""
+    """All rows of a folder, parts in order. An empty folder gives an empty table of `schema`
+    (required then).
+    """
     tables = each(lambda p: read_part(p, columns), parts(folder))
     if tables:
         return pa.concat_tables(tables)
@@ -328,19 +347,23 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """The inverse of `encode_png`. UserError for what is no PNG (of other formats one starts a program), or would fill memory."""
+    """The inverse of `encode_png`. UserError for what is no PNG (of other formats one starts a
+    program), or would fill memory.
+    """
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG",))
         if image.width * image.height > MOST_PIXELS:
             raise UserError(
-                f"a picture of {image.width} x {image.height} pixels in a run's table: adversa writes none so large"
+                f"a picture of {image.width} x {image.height} pixels in a run's table: "
+                "adversa writes none so large"
             )
         return np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(
-            f"a picture in a run's table is no PNG that can be read ({' '.join(str(e).split())[:100]})"
+            "a picture in a run's table is no PNG that can be read "
+            f"({' '.join(str(e).split())[:100]})"
         ) from None
 
 

@@ -1,7 +1,8 @@
-"""A model is a folder: `model.safetensors` beside the `config.json` that rebuilds it. Training state is `checkpoint.pt`.
+"""A model is a folder: `model.safetensors` beside the `config.json` that rebuilds it. Training
+state is `checkpoint.pt`.
 
-Weights are read from safetensors, or with `weights_only=True`: nothing in a run folder can execute code.
-torch is imported inside the functions, so that `adversa status` never pays for it.
+Weights are read from safetensors, or with `weights_only=True`: nothing in a run folder can execute
+code. torch is imported inside the functions, so that `adversa status` never pays for it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from adversa.storage.path import Place, StoreError
 from adversa.types import UserError
 
 MODEL, CONFIG, CHECKPOINT = "model.safetensors", "config.json", "checkpoint.pt"
-COMMITTED = "checkpoint.json"  # the step of checkpoint.pt, for those who do not want to load torch and all weights for a number
+# the step of checkpoint.pt, for those who do not want to load torch and all weights for a number
+COMMITTED = "checkpoint.json"
 
 
 def save_model(folder: Place, state: dict[str, Any], config: dict[str, Any]) -> str:
-    """Write a state dict (name -> tensor) and its config; returns the fingerprint (sha256 of the weights and the config)."""
+    """Write a state dict (name -> tensor) and its config; returns the fingerprint (sha256 of the
+    weights and the config).
+    """
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +47,8 @@ def read_model(folder: Place) -> tuple[dict[str, Any], dict[str, Any], str]:
         raise
     except OSError as e:
         raise UserError(
-            f"{folder} holds no model ({e.strerror}: {e.filename}); give a folder with {MODEL} and {CONFIG}"
+            f"{folder} holds no model ({e.strerror}: {e.filename}); give a folder with "
+            f"{MODEL} and {CONFIG}"
         ) from None
     try:
         config = json.loads(text)
@@ -57,7 +62,9 @@ def read_model(folder: Place) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 def save_checkpoint(folder: Place, state: dict[str, Any]) -> None:
-    """Commit the training state (nested dicts and lists of tensors and numbers; key `step`: steps finished)."""
+    """Commit the training state (nested dicts and lists of tensors and numbers; key `step`: steps
+    finished).
+    """
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +77,9 @@ def save_checkpoint(folder: Place, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Place) -> dict[str, Any] | None:
-    """The last committed training state, on the CPU, or None. UserError where the file is none that adversa wrote."""
+    """The last committed training state, on the CPU, or None. UserError where the file is none that
+    adversa wrote.
+    """
     path = folder / CHECKPOINT
     if not path.exists():
         return None
@@ -99,8 +108,10 @@ def load_checkpoint(folder: Place) -> dict[str, Any] | None:
 
 
 def committed_step(folder: Place) -> int:
-    """Steps in the last committed training state, 0 without one. Killed between its two files, it is an earlier one's: too few
-    steps do no harm, so that 0 stands for a number that cannot be read as well."""
+    """Steps in the last committed training state, 0 without one. Killed between its two files, it
+    is an earlier one's: too few steps do no harm, so that 0 stands for a number that cannot be read
+    as well.
+    """
     if not (folder / CHECKPOINT).exists():
         return 0
     try:
@@ -110,6 +121,8 @@ def committed_step(folder: Place) -> int:
 
 
 def drop_checkpoint(folder: Place) -> None:
-    """Remove the training state of a finished model: the model's folder keeps only what rebuilds it."""
+    """Remove the training state of a finished model: the model's folder keeps only what rebuilds
+    it.
+    """
     (folder / COMMITTED).unlink(missing_ok=True)
     (folder / CHECKPOINT).unlink(missing_ok=True)

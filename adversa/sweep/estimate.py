@@ -1,4 +1,6 @@
-"""What a sweep amounts to before it begins, and what it will take: `adversa sweep --dry-run`. No Ray, no torch."""
+"""What a sweep amounts to before it begins, and what it will take: `adversa sweep --dry-run`. No
+Ray, no torch.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,16 @@ from adversa.sweep import grid
 from adversa.sweep.grid import Cell
 from adversa.types import ROLES
 
-# Beside its steps and scoring: making ready, building the model, writing (benchmarks/sweep.py, two cores).
+# Beside its steps and scoring: making ready, building the model, writing (benchmarks/sweep.py, two
+# cores).
 TRIAL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Line:
-    """One kind of work. work: (kind of loop.measure, how much of it) pairs; seconds: of each of `count` besides."""
+    """One kind of work. work: (kind of loop.measure, how much of it) pairs; seconds: of each of
+    `count` besides.
+    """
 
     what: str
     count: int
@@ -56,8 +61,9 @@ class Cost:
 
 
 def amounts(config: Config, run: RunDir) -> Amounts:
-    """Counted by the sweep's own rules, less what the folder has finished; before `prepare`, images of each class by the shares of
-    data.split."""
+    """Counted by the sweep's own rules, less what the folder has finished; before `prepare`, images
+    of each class by the shares of data.split.
+    """
     c, s = config, config.sweep
     every, notes = _images(config, run)
     cells = grid.cells(s)
@@ -131,7 +137,9 @@ def _trials(config: Config, run: RunDir) -> tuple[int, int]:
 def _attacks(
     c: Config, cells: Sequence[Cell], real: Mapping[Cell, list[int]], every: Mapping[str, list[int]]
 ) -> list[Line]:
-    """The classifiers that find hard cases, the judges, and what the gate measures where anything is painted."""
+    """The classifiers that find hard cases, the judges, and what the gate measures where anything
+    is painted.
+    """
     n, looks = len(cells), c.classifier.evaluations + 1
     seen = n * looks * sum(every["select"])
     of_gate: tuple[tuple[str, float], ...] = ()

@@ -1,8 +1,9 @@
-"""The grid of a sweep as names: cells (how many real images), points (arm, ratio, seed), and where each lies. No torch, no ray.
+"""The grid of a sweep as names: cells (how many real images), points (arm, ratio, seed), and where
+each lies. No torch, no ray.
 
-A cell is a small run of its own below `cells/`: its images, the classifier that finds its hard cases, its denoiser. Images are
-painted once for a cell and an arm, below `pools/`, as many as the largest ratio wants; every ratio and seed takes its share of them
-by id.
+A cell is a small run of its own below `cells/`: its images, the classifier that finds its hard
+cases, its denoiser. Images are painted once for a cell and an arm, below `pools/`, as many as the
+largest ratio wants; every ratio and seed takes its share of them by id.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from adversa.pipeline.stages import Stage
 from adversa.run.folder import RunDir
 from adversa.types import PAINTED, UserError
 
-# Lesions that the rarest class of a cell must have for judges, trained on half of them, and manifolds to have a say in the gate.
+# Lesions that the rarest class of a cell must have for judges, trained on half of them, and
+# manifolds to have a say in the gate.
 JUDGED = 10
 ALL = "all"
 SEARCHED = "search.json"  # of a search in place of the grid
@@ -38,7 +40,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Variant:
-    """An arm of the sweep. strategy: of the guided arm; sees: what the denoiser was trained on; "" where nothing is painted."""
+    """An arm of the sweep. strategy: of the guided arm; sees: what the denoiser was trained on; ""
+    where nothing is painted.
+    """
 
     arm: str
     strategy: str = ""
@@ -74,7 +78,7 @@ def name_of(ratio: float) -> str:
     return repr(float(ratio)).removesuffix(".0")
 
 
-# ---- what is asked -----------------------------------------------------------------------------------------------------
+# ---- what is asked -------------------------------------------------------------------------------
 
 
 def cells(sweep: Sweep) -> list[Cell]:
@@ -84,7 +88,9 @@ def cells(sweep: Sweep) -> list[Cell]:
 
 
 def sources(sweep: Sweep) -> list[Cell]:
-    """The cells that something is trained in: those of `cells`, and all of train where a denoiser is to see that."""
+    """The cells that something is trained in: those of `cells`, and all of train where a denoiser
+    is to see that.
+    """
     found = cells(sweep)
     return found if Cell(None) in found or not _wants_all(sweep) else [Cell(None), *found]
 
@@ -99,7 +105,9 @@ def paints(sweep: Sweep) -> bool:
 
 
 def variants(config: Config, cell: Cell) -> list[Variant]:
-    """The arms with something added. A denoiser that sees all of train is the cell's own where the cell is all of train."""
+    """The arms with something added. A denoiser that sees all of train is the cell's own where the
+    cell is all of train.
+    """
     s, found = config.sweep, []
     sees = ["subset"] if cell.count is None else list(s.denoiser_sees)
     for arm in s.arms:
@@ -112,7 +120,9 @@ def variants(config: Config, cell: Cell) -> list[Variant]:
 
 
 def points(config: Config) -> list[Point]:
-    """Every trial of the grid, cell by cell: the arm `real` for ratio 0, then each ratio, arm and seed."""
+    """Every trial of the grid, cell by cell: the arm `real` for ratio 0, then each ratio, arm and
+    seed.
+    """
     s, found = config.sweep, []
     for cell in cells(s):
         for ratio in sorted(s.ratios):
@@ -126,28 +136,34 @@ def check(config: Config) -> None:
     s = config.sweep
     if max(s.ratios) == 0:  # also of a search: images are painted for the largest
         raise UserError(
-            f"sweep.ratios {s.ratios} leaves the arms {', '.join(s.arms)} without images; add a ratio above 0"
+            f"sweep.ratios {s.ratios} leaves the arms {', '.join(s.arms)} without images; "
+            "add a ratio above 0"
         )
     if s.search is not None and s.search.samples > s.max_trials:
         raise UserError(
-            f"sweep.search.samples {s.search.samples} is above sweep.max_trials {s.max_trials}; take fewer, or allow more"
+            f"sweep.search.samples {s.search.samples} is above sweep.max_trials "
+            f"{s.max_trials}; take fewer, or allow more"
         )
     if s.search is None and (count := len(points(config))) > s.max_trials:
         raise UserError(
-            f"sweep.max_trials {s.max_trials}: this grid has {count} trials ({len(s.real)} counts of real images, {len(s.ratios)} "
+            f"sweep.max_trials {s.max_trials}: this grid has {count} trials ({len(s.real)} "
+            f"counts of real images, {len(s.ratios)} "
             f"ratios, {len(s.arms)} arms, {s.seeds} seeds); leave some out, or allow more"
         )
     if paints(s) and config.generate.adaptive:
         raise UserError(
-            "generate.adaptive true: a sweep's small cells have no judges to choose noise levels; set it to false"
+            "generate.adaptive true: a sweep's small cells have no judges to choose noise "
+            "levels; set it to false"
         )
     if config.classifier.patience is not None:
         raise UserError(
-            f"classifier.patience {config.classifier.patience} would stop trials, which are compared, at different steps; take null"
+            f"classifier.patience {config.classifier.patience} would stop trials, which "
+            "are compared, at different steps; take null"
         )
     if paints(s) and config.denoiser.external and len(s.denoiser_sees) > 1:
         raise UserError(
-            f"sweep.denoiser_sees {s.denoiser_sees}: denoiser.external is one and the same for every cell; take one of the two"
+            f"sweep.denoiser_sees {s.denoiser_sees}: denoiser.external is one and the same "
+            "for every cell; take one of the two"
         )
     if paints(s):  # what a run that paints must keep to
         check_config(
@@ -156,14 +172,16 @@ def check(config: Config) -> None:
         )
     if config.cluster.training_workers_min not in (None, config.cluster.training_workers):
         raise UserError(
-            "cluster.training_workers_min: trials of fewer workers have other last bits; take null in a sweep"
+            "cluster.training_workers_min: trials of fewer workers have other last bits; "
+            "take null in a sweep"
         )
 
 
 def check_counts(config: Config, by_class: Mapping[str, int], exact: bool) -> None:
     """UserError where a class has fewer images of train than a cell asks for.
 
-    by_class: as they are (exact), or of the whole source, before it is split: then less is known, and less refused.
+    by_class: as they are (exact), or of the whole source, before it is split: then less is known,
+    and less refused.
     """
     s = config.sweep
     if s.scarce == ALL:
@@ -178,12 +196,13 @@ def check_counts(config: Config, by_class: Mapping[str, int], exact: bool) -> No
         if short:
             told = ", ".join(f"{c} {'' if exact else 'about '}{n}" for c, n in short.items())
             raise UserError(
-                f"sweep.real {count}: train has fewer images of some classes ({told}); leave {count} out, or set sweep.scarce=all "
+                f"sweep.real {count}: train has fewer images of some classes ({told}); "
+                f"leave {count} out, or set sweep.scarce=all "
                 "to take all that these classes have"
             )
 
 
-# ---- where it lies -----------------------------------------------------------------------------------------------------
+# ---- where it lies -------------------------------------------------------------------------------
 
 
 def cell_dir(run: RunDir, cell: Cell) -> RunDir:
@@ -210,11 +229,13 @@ def result_dir(run: RunDir, point: Point) -> Path:
     return trial_dir(run, point) / "result"
 
 
-# ---- how many ----------------------------------------------------------------------------------------------------------
+# ---- how many ------------------------------------------------------------------------------------
 
 
 def wanted(real: Sequence[int], ratio: float, overdraw: float = 1.0) -> list[int]:
-    """Images of each class to add to so many real ones, half away from zero; with overdraw, to paint: rounded up."""
+    """Images of each class to add to so many real ones, half away from zero; with overdraw, to
+    paint: rounded up.
+    """
     assert ratio >= 0, ratio
     if overdraw == 1:
         return [math.floor(ratio * n + 0.5) for n in real]
@@ -222,8 +243,10 @@ def wanted(real: Sequence[int], ratio: float, overdraw: float = 1.0) -> list[int
 
 
 def gate_of(curate: Curate, lesions: Sequence[int]) -> Curate:
-    """The gate of a cell. lesions: of each class in its train. Below JUDGED of them in a class there are no judges and no manifold:
-    a picture is still refused where it is flat, clipped, not finite, a near copy or a twin."""
+    """The gate of a cell. lesions: of each class in its train. Below JUDGED of them in a class
+    there are no judges and no manifold: a picture is still refused where it is flat, clipped, not
+    finite, a near copy or a twin.
+    """
     if min((n for n in lesions if n), default=0) >= JUDGED:
         return curate
     return curate.model_copy(
@@ -232,7 +255,9 @@ def gate_of(curate: Curate, lesions: Sequence[int]) -> Curate:
 
 
 def plan(config: Config, run: RunDir) -> list[Stage]:
-    """The stages of a sweep, in order: its trials on the grid, or those of a search in its place."""
+    """The stages of a sweep, in order: its trials on the grid, or those of a search in its
+    place.
+    """
     prepared = Stage("prepare", 0, (run.data,))
     if config.sweep.search is not None:
         return [prepared, Stage("sweep", 0, (run.root / SEARCHED,), run.root / "trials")]

@@ -1,6 +1,8 @@
-"""The figures of a sweep, drawn by matplotlib: score against dose, a panel a cell, and against the number of real images.
+"""The figures of a sweep, drawn by matplotlib: score against dose, a panel a cell, and against the
+number of real images.
 
-Nothing of a user's files is in them but numbers and the names of arms; their bytes are the same for the same numbers.
+Nothing of a user's files is in them but numbers and the names of arms; their bytes are the same for
+the same numbers.
 """
 
 from __future__ import annotations
@@ -90,13 +92,14 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-# ---- score against dose ------------------------------------------------------------------------------------------------
+# ---- score against dose --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Panel:
-    """curves: of sweep.json, of one cell; points: theirs and the arm real's, with finished trials; ends: of the score, alike in all
-    panels of a cell."""
+    """curves: of sweep.json, of one cell; points: theirs and the arm real's, with finished trials;
+    ends: of the score, alike in all panels of a cell.
+    """
 
     title: str
     ends: tuple[float, float]
@@ -105,7 +108,9 @@ class Panel:
 
 
 def panels(known: dict[str, Any]) -> list[Panel]:
-    """A cell each, the smallest first; where denoisers saw the subset and all of train, one for each, with replay in both."""
+    """A cell each, the smallest first; where denoisers saw the subset and all of train, one for
+    each, with replay in both.
+    """
     found = []
     for cell in (c["cell"] for c in known["what"]["cells"]):
         curves = [c for c in known["curves"] if c["cell"] == cell]
@@ -137,7 +142,9 @@ def _is_dose(point: dict[str, Any], curves: Sequence[dict[str, Any]]) -> bool:
 def limits(
     points: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]], knees: int = 0
 ) -> tuple[float, float]:
-    """Of the score: all means, and of bands what is not far beyond; the rest leaves the picture. knees: lines to leave room for."""
+    """Of the score: all means, and of bands what is not far beyond; the rest leaves the picture.
+    knees: lines to leave room for.
+    """
     means = [p["mean"] for p in points if p["mean"] is not None]
     bands = [v for c in curves if c["response"] for k in ("low", "high") for v in c["response"][k]]
     if not means:
@@ -189,7 +196,9 @@ def _settle(figure: Figure) -> None:
 
 
 def draw_panel(ax: Axes, panel: Panel, metric: str) -> None:
-    """Means with intervals, curves with bands, and below, on a line of its own for each arm, the knee with its interval."""
+    """Means with intervals, curves with bands, and below, on a line of its own for each arm, the
+    knee with its interval.
+    """
     doses = sorted({p["reached"] for p in panel.points})
     _score_axis(ax, panel.ends)
     _dose_axis(ax, doses)
@@ -218,7 +227,9 @@ def _score_axis(ax: Axes, ends: tuple[float, float]) -> None:
 
 
 def _dose_axis(ax: Axes, doses: Sequence[float]) -> None:
-    """Logarithmic above the least dose, straight below it, so that 0 has a place; a tick at every dose that has room."""
+    """Logarithmic above the least dose, straight below it, so that 0 has a place; a tick at every
+    dose that has room.
+    """
     least = min((d for d in doses if d > 0), default=1.0)
     most = max([*doses, least])
     ax.set_xscale("symlog", linthresh=least, linscale=0.5, base=10)
@@ -234,7 +245,9 @@ def _dose_axis(ax: Axes, doses: Sequence[float]) -> None:
 
 
 def _line(ax: Axes, curve: dict[str, Any], points: Sequence[dict[str, Any]], of: Look) -> None:
-    """The fitted curve and its band; where there is none, or scores do not follow it, the means are joined, thinly."""
+    """The fitted curve and its band; where there is none, or scores do not follow it, the means are
+    joined, thinly.
+    """
     r, fill = curve["response"], {"markerfacecolor": of.color if of.line == "-" else "white"}
     key = {
         "marker": of.marker,
@@ -322,13 +335,15 @@ def _knee(ax: Axes, response: dict[str, Any], color: str, height: float) -> None
     )
 
 
-# ---- score against real images -----------------------------------------------------------------------------------------
+# ---- score against real images -------------------------------------------------------------------
 
 
 def learning_figure(known: dict[str, Any]) -> Figure:
-    """Real images alone by their number, and beside each cell what its arms score, a larger mark for a larger ratio.
+    """Real images alone by their number, and beside each cell what its arms score, a larger mark
+    for a larger ratio.
 
-    Cells have places of one width: true to scale, two of nearly as many images would lie over each other.
+    Cells have places of one width: true to scale, two of nearly as many images would lie over each
+    other.
     """
     from matplotlib.figure import Figure
 

@@ -1,7 +1,9 @@
-"""What a cell of a sweep is made of, as steps: its real images, its hard cases, its denoiser, its pools of painted images.
+"""What a cell of a sweep is made of, as steps: its real images, its hard cases, its denoiser, its
+pools of painted images.
 
-A cell is a run in small: the same steps on fewer images, so nothing it makes has seen a real image outside of it (but for `sees`
-all, which says so in its name). Each function is one trial's work, with the engine of its lane.
+A cell is a run in small: the same steps on fewer images, so nothing it makes has seen a real image
+outside of it (but for `sees` all, which says so in its name). Each function is one trial's work,
+with the engine of its lane.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ ROUND = 1  # of a cell there is one
 PLAIN = cfg.Mix(arms=["real", "unguided", "guided"])  # nothing of it hangs on the run's own section
 
 
-# ---- its real images ---------------------------------------------------------------------------------------------------
+# ---- its real images -----------------------------------------------------------------------------
 
 
 def subset(data: Path, cell: Cell, seed: int, out: Path) -> None:
-    """A data folder with `cell.count` images a class of train and at most as many of mine (all of them where None); select and test
-    are those of `data`, by links where the file system has them. A class with fewer gives what it has.
+    """A data folder with `cell.count` images a class of train and at most as many of mine (all of
+    them where None); select and test are those of `data`, by links where the file system has them.
+    A class with fewer gives what it has.
 
     Nested: a smaller count of the same seed is part of a larger one.
     """
@@ -78,8 +81,9 @@ def subset(data: Path, cell: Cell, seed: int, out: Path) -> None:
 
 
 def nested(rows: Sequence[dict[str, Any]], count: int | None, seed: int) -> list[dict[str, Any]]:
-    """The first `count` rows of each label in an order that hangs on the seed and the names alone: one image of each lesion, then
-    each one's second image, and so on; lesions by hash."""
+    """The first `count` rows of each label in an order that hangs on the seed and the names alone:
+    one image of each lesion, then each one's second image, and so on; lesions by hash.
+    """
     turns: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
     for r in rows:
         turns[r["label"], r["group"]].append(r)
@@ -115,7 +119,9 @@ def _only(role: Place, ids: set[str], out: Place) -> None:
 
 
 def _same(role: Place, out: Place) -> None:
-    """The parts of a role under another name: a second name of the same file, or a copy where there can be none."""
+    """The parts of a role under another name: a second name of the same file, or a copy where there
+    can be none.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for part in tables.parts(role):
         if isinstance(part, Path) and not (out / part.name).exists():
@@ -128,15 +134,19 @@ def _same(role: Place, out: Place) -> None:
 
 
 def first_mix(d: RunDir) -> None:
-    """What the classifier that finds the hard cases and the denoiser are trained on: the cell's images of train."""
+    """What the classifier that finds the hard cases and the denoiser are trained on: the cell's
+    images of train.
+    """
     train.mix(d.data, [], [], "real", PLAIN, 1, d.arm(0, "real") / "mix")
 
 
-# ---- what is trained on them -------------------------------------------------------------------------------------------
+# ---- what is trained on them ---------------------------------------------------------------------
 
 
 def config_of(config: cfg.Config, d: RunDir) -> cfg.Config:
-    """The settings of a cell: the run's, with every class mined alike, the hardest first, and the gate its lesions allow."""
+    """The settings of a cell: the run's, with every class mined alike, the hardest first, and the
+    gate its lesions allow.
+    """
     lesions = step_folder.manifest(d.data)["lesions"]
     mine = config.mine.model_copy(
         update={"near_margin": 1.0, "ratio_cap": 1.0, "scorer": _scorer(config.mine.scorer)}
@@ -157,7 +167,9 @@ def _scorer(name: str) -> str:
 
 
 def attack(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> None:
-    """The classifier that finds the hard cases and those; where anything is painted the judges, too, and what the gate measures."""
+    """The classifier that finds the hard cases and those; where anything is painted the judges,
+    too, and what the gate measures.
+    """
     c = config_of(config, d)
     classifier = attacker(d)
     job = train.classifier_job(
@@ -192,7 +204,9 @@ def attacker(d: RunDir) -> Path:
 
 
 def denoise(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> None:
-    """The cell's denoiser, and its codec where latents are diffused: fitted on what `first_mix` holds, and nothing else."""
+    """The cell's denoiser, and its codec where latents are diffused: fitted on what `first_mix`
+    holds, and nothing else.
+    """
     c, codec, mix = config, None, d.arm(0, "real") / "mix"
     if c.codec.kind != "pixels":
         _encode(c, d, engine)
@@ -229,7 +243,7 @@ def _encode(c: cfg.Config, d: RunDir, engine: Engine) -> None:
         )
 
 
-# ---- its pools ---------------------------------------------------------------------------------------------------------
+# ---- its pools -----------------------------------------------------------------------------------
 
 
 def paint(
@@ -243,7 +257,9 @@ def paint(
     engine: Engine,
     tell: Any = None,
 ) -> None:
-    """All painted images of a cell and an arm, enough for `ratio`, with their verdicts. run: what request ids are made of."""
+    """All painted images of a cell and an arm, enough for `ratio`, with their verdicts. run: what
+    request ids are made of.
+    """
     c = config_of(config, d)
     generate = c.generate.model_copy(
         update={"strategy": variant.strategy} if variant.strategy else {}
@@ -278,7 +294,8 @@ def verdicts_of(pool: Path) -> Path:
 def plan(
     d: RunDir, variant: Variant, run: str, asked: Sequence[int], config: cfg.Generate, out: Path
 ) -> None:
-    """Requests for so many images of each class, shared evenly among its hard cases; of a class without any there are none.
+    """Requests for so many images of each class, shared evenly among its hard cases; of a class
+    without any there are none.
 
     The unguided arm asks for as many of a class, and takes nothing of the cases but their label.
     """

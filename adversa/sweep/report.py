@@ -1,4 +1,6 @@
-"""`sweep.html`: what a sweep found, in one file as report.html is (page.py): nothing fetched, no script, everything escaped."""
+"""`sweep.html`: what a sweep found, in one file as report.html is (page.py): nothing fetched, no
+script, everything escaped.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ FEW = 24  # rows of a table that is open without being asked
 
 
 def write(config: Config, run: RunDir) -> Path:
-    """Write sweep.json, sweep.parquet, figures/ and sweep.html into the sweep's folder, finished or not; the path of the page."""
+    """Write sweep.json, sweep.parquet, figures/ and sweep.html into the sweep's folder, finished or
+    not; the path of the page.
+    """
     known = results.write(config, run)
     chosen, metric = plots.panels(known), known["what"]["metric"]
     whole = {"dose": plots.dose_figure(chosen, metric), "learning": plots.learning_figure(known)}
@@ -55,7 +59,9 @@ def _figures(folder: Place, whole: dict[str, Figure]) -> None:
 
 
 def uri(figure: Figure) -> str:
-    """As a picture: the page's policy lets it run and fetch nothing, and no name in it meets another's."""
+    """As a picture: the page's policy lets it run and fetch nothing, and no name in it meets
+    another's.
+    """
     return "data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure)).decode()
 
 

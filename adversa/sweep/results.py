@@ -1,7 +1,9 @@
-"""sweep.json and sweep.parquet: what a sweep found, from the folders of its trials. Of an unfinished one: what is there.
+"""sweep.json and sweep.parquet: what a sweep found, from the folders of its trials. Of an
+unfinished one: what is there.
 
-All trials answer for the same images of `select`, and all see the same resamples of its lesions, drawn once: curves, contrasts and
-worths are paired over arms, ratios and cells by their seeds and lesions.
+All trials answer for the same images of `select`, and all see the same resamples of its lesions,
+drawn once: curves, contrasts and worths are paired over arms, ratios and cells by their seeds and
+lesions.
 """
 
 from __future__ import annotations
@@ -59,8 +61,10 @@ class Dose(NamedTuple):
 
 @dataclass(frozen=True)
 class Trials:
-    """rows: of `sweep.table`, of finished trials. drawn: [1 + R], the metric on select as it is, then in each resample of its
-    `lesions`, the same ones for all; resamples without a value for some trial are left out for all."""
+    """rows: of `sweep.table`, of finished trials. drawn: [1 + R], the metric on select as it is,
+    then in each resample of its `lesions`, the same ones for all; resamples without a value for
+    some trial are left out for all.
+    """
 
     config: Config
     rows: dict[Point, dict[str, Any]]
@@ -100,7 +104,9 @@ class Trials:
         return found
 
     def replicates(self, doses: Sequence[Dose], name: str) -> tuple[np.ndarray, bool]:
-        """([B, D] of the mean over seeds, whether the luck of seeds is in them); of lesions it always is, those shared by all."""
+        """([B, D] of the mean over seeds, whether the luck of seeds is in them); of lesions it
+        always is, those shared by all.
+        """
         lesions = np.stack([self.matrix(d)[:, 1:].mean(0) for d in doses], 1)
         rng = np.random.default_rng(seed_of("sweep", self.config.seed, name))
         try:
@@ -109,8 +115,9 @@ class Trials:
             return lesions, False
 
     def doses(self, cell: Cell, variant: Variant) -> tuple[list[Dose], list[tuple[float, float]]]:
-        """(the finished ones, ascending, ratio 0 first, those that reached the same count once; (ratio, the smaller one that it is
-        the same as))."""
+        """(the finished ones, ascending, ratio 0 first, those that reached the same count once;
+        (ratio, the smaller one that it is the same as)).
+        """
         every = [Dose(cell, variant if r else REAL, r) for r in sorted(self.config.sweep.ratios)]
         found: dict[int, Dose] = {}
         same = []
@@ -130,7 +137,9 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def table(config: Config, run: RunDir) -> pa.Table:
-    """sweep.table, with reached = added / real and a column for each of METRICS (null where a trial has no value)."""
+    """sweep.table, with reached = added / real and a column for each of METRICS (null where a trial
+    has no value).
+    """
     rows = sweep_run.table(config, run)
     reached = pc.divide(rows["added"].cast(pa.float64()), rows["real"].cast(pa.float64()))
     rows = rows.append_column("reached", reached)
@@ -197,7 +206,8 @@ def read(config: Config, run: RunDir) -> Trials:
         )
         if metric not in values or not np.isfinite(values[metric][:, 0]).all():
             raise UserError(
-                f"sweep.metric {metric} has no value on select's {len(said.labels)} images; ask for another metric"
+                f"sweep.metric {metric} has no value on select's {len(said.labels)} "
+                "images; ask for another metric"
             )
         drawn |= dict(zip(some, values[metric], strict=True))
     if drawn:
@@ -210,7 +220,7 @@ def _key(told: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(told[k] for k in ("cell", "arm", "strategy", "sees", "ratio", "seed"))
 
 
-# ---- what was swept ----------------------------------------------------------------------------------------------------
+# ---- what was swept ------------------------------------------------------------------------------
 
 
 def what(config: Config, run: RunDir, found: Trials, pools: list[dict[str, Any]]) -> dict[str, Any]:
@@ -246,7 +256,9 @@ def what(config: Config, run: RunDir, found: Trials, pools: list[dict[str, Any]]
 
 
 def cell_facts(config: Config, run: RunDir, cell: Cell, classes: int) -> dict[str, Any]:
-    """Counts, by class; None where the cell isn't made yet. judges: whether they had a say in its gate (grid.gate_of)."""
+    """Counts, by class; None where the cell isn't made yet. judges: whether they had a say in its
+    gate (grid.gate_of).
+    """
     d = grid.cell_dir(run, cell)
     made, hard = files.read_json(d.data / step_folder.MANIFEST), d.round(regimes.ROUND, "hard")
     mined = None
@@ -280,8 +292,9 @@ def pool(run: RunDir, cell: Cell, variant: Variant) -> dict[str, Any]:
 
 
 def cost(run: RunDir) -> dict[str, Any]:
-    """Device-seconds of finished steps (a core or a GPU each) by what they are for, and wall time. A trial's result repeats its
-    classifier's seconds, which may be gone."""
+    """Device-seconds of finished steps (a core or a GPU each) by what they are for, and wall time.
+    A trial's result repeats its classifier's seconds, which may be gone.
+    """
     spent = {}
     for name in ("data", "cells", "pools", "trials"):
         made = [
@@ -299,7 +312,7 @@ def cost(run: RunDir) -> dict[str, Any]:
     }
 
 
-# ---- points and curves -------------------------------------------------------------------------------------------------
+# ---- points and curves ---------------------------------------------------------------------------
 
 
 def _told(d: Dose) -> dict[str, Any]:
@@ -322,7 +335,9 @@ def _every(found: Trials) -> list[Dose]:
 
 
 def points(found: Trials) -> list[dict[str, Any]]:
-    """Every point of the grid; without finished trials its figures are None. low, high: 95%, over seeds and lesions."""
+    """Every point of the grid; without finished trials its figures are None. low, high: 95%, over
+    seeds and lesions.
+    """
     rows = []
     for d in _every(found):
         done = found.of(d)
@@ -410,12 +425,14 @@ def _grid(doses: Sequence[float]) -> np.ndarray:
     return np.unique(np.clip(np.concatenate([doses, inner]), low, high))
 
 
-# ---- one arm against another -------------------------------------------------------------------------------------------
+# ---- one arm against another ---------------------------------------------------------------------
 
 
 def contrasts(found: Trials) -> list[dict[str, Any]]:
-    """Paired differences a minus b within a cell and a ratio, over the seeds that both have; QUESTIONS. Two ratios that reached the
-    same count are one, and where nothing could be added nothing is compared."""
+    """Paired differences a minus b within a cell and a ratio, over the seeds that both have;
+    QUESTIONS. Two ratios that reached the same count are one, and where nothing could be added
+    nothing is compared.
+    """
     rows: list[dict[str, Any]] = []
     for d in _added(found):
         rows += [
@@ -473,11 +490,13 @@ def contrast(found: Trials, asked: str, a: Dose, b: Dose) -> dict[str, Any] | No
     }
 
 
-# ---- in real images ----------------------------------------------------------------------------------------------------
+# ---- in real images ------------------------------------------------------------------------------
 
 
 def real_doses(found: Trials) -> tuple[list[Dose], list[str]]:
-    """(ratio 0 of each cell by its number of real images in training, hard cases too; cells with as many as one before)."""
+    """(ratio 0 of each cell by its number of real images in training, hard cases too; cells with as
+    many as one before).
+    """
     every = [d for c in _cells(found.config) if found.of(d := Dose(c, REAL, 0.0))]
     first: dict[int, Dose] = {}
     for d in every:
@@ -493,7 +512,9 @@ def _count(found: Trials, d: Dose) -> int:
 
 
 def real(found: Trials) -> dict[str, Any]:
-    """The score of real images alone by their number, with a 95% band; isotonic: what `worth` reads (dose.real_curve)."""
+    """The score of real images alone by their number, with a 95% band; isotonic: what `worth` reads
+    (dose.real_curve).
+    """
     doses, same = real_doses(found)
     facts: dict[str, Any] = {
         "cells": [d.cell.name for d in doses],
@@ -517,7 +538,9 @@ def real(found: Trials) -> dict[str, Any]:
 
 
 def worths(found: Trials) -> list[dict[str, Any]]:
-    """dose.Worth of each cell, arm and dose above 0; none where fewer than two counts of real images were scored."""
+    """dose.Worth of each cell, arm and dose above 0; none where fewer than two counts of real
+    images were scored.
+    """
     doses, _ = real_doses(found)
     if len(doses) < 2:
         return []

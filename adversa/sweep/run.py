@@ -1,7 +1,9 @@
-"""`adversa sweep`: a grid of trials over real images, ratio, arm and seed. Running it again on the same folder is how it resumes.
+"""`adversa sweep`: a grid of trials over real images, ratio, arm and seed. Running it again on the
+same folder is how it resumes.
 
-Every trial trains the same classifier for the same number of steps and is scored on `select`; `test` is never opened (but by the
-near-copy gate). Within a cell, arms are matched class by class, in every ratio; trials share painted images by request id.
+Every trial trains the same classifier for the same number of steps and is scored on `select`;
+`test` is never opened (but by the near-copy gate). Within a cell, arms are matched class by class,
+in every ratio; trials share painted images by request id.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from adversa.sweep import grid, regimes
 from adversa.sweep.grid import Cell, Point, Variant
 from adversa.types import digest, seed_of
 
-# What may change in a sweep's folder. Not the arms: all of a cell take as many images as the poorest of them has.
+# What may change in a sweep's folder. Not the arms: all of a cell take as many images as the
+# poorest of them has.
 FREE = ("real", "seeds", "ratios", "max_trials", "bootstrap", "metric", "keep_models", "search")
 COMMAND = "sweep"
 METRICS = "metrics.jsonl"  # of a training, by classify.fit
@@ -42,8 +45,9 @@ Pairs = list[tuple[str, int]]
 
 
 def recipe_of(config: Config) -> dict[str, object]:
-    """What makes a sweep this sweep. A grid may grow in the same folder (FREE), up to the largest ratio, for which images were
-    painted."""
+    """What makes a sweep this sweep. A grid may grow in the same folder (FREE), up to the largest
+    ratio, for which images were painted.
+    """
     outside = {"cluster", "tracking", "quality", "mix", "evaluate", "rounds"}
     tree = config.model_dump(mode="json", exclude=outside)
     kept = {k: v for k, v in tree["sweep"].items() if k not in FREE}
@@ -51,7 +55,9 @@ def recipe_of(config: Config) -> dict[str, object]:
 
 
 def open_run(config: Config, root: Path) -> RunDir:
-    """Create or check the sweep's folder. UserError where it holds something else, or the grid makes no sense."""
+    """Create or check the sweep's folder. UserError where it holds something else, or the grid
+    makes no sense.
+    """
     grid.check(config)
     return run_create.open_run(
         root.absolute(), recipe_of(config), dump(config), busy=run_lock.is_worked_on
@@ -69,7 +75,9 @@ def run(
     write: Callable[[Config, RunDir], Path],
     since: float | None = None,
 ) -> Path:
-    """Do what is left of a sweep; returns what `write` does (the report's place). The caller holds the run's lock."""
+    """Do what is left of a sweep; returns what `write` does (the report's place). The caller holds
+    the run's lock.
+    """
     remove_partial_files(run)
     settle(config, run)
     with tracking.Follow(config.tracking, run.root), Clock(run, since) as clock:
@@ -93,8 +101,9 @@ def run(
 
 
 def settle(config: Config, run: RunDir) -> None:
-    """Before any work, by the holder of the run's lock: config.yaml says which grid is worked on now; UserError for weights and
-    autoencoders that are not there."""
+    """Before any work, by the holder of the run's lock: config.yaml says which grid is worked on
+    now; UserError for weights and autoencoders that are not there.
+    """
     if run.config.read_text() != dump(config):
         files.replace_bytes(run.config, dump(config).encode())
     train.check_weights(config)
@@ -107,7 +116,9 @@ def _has_codec(config: Config) -> bool:
 
 
 def trials(config: Config, run: RunDir) -> list[Trial]:
-    """All work after `prepare`, the longest first. Makes each cell's images and first mix. UserError where a class has too few."""
+    """All work after `prepare`, the longest first. Makes each cell's images and first mix.
+    UserError where a class has too few.
+    """
     s = config.sweep
     split = files.read_json(run.data / "split.json") or {}
     grid.check_counts(config, split["images"]["train"], exact=True)
@@ -148,13 +159,16 @@ def trials(config: Config, run: RunDir) -> list[Trial]:
 
 
 def pools(config: Config, run: RunDir, cell: Cell) -> list[Path]:
-    """Of all painting arms of a cell: every trial of the cell takes as many images as the poorest of them has."""
+    """Of all painting arms of a cell: every trial of the cell takes as many images as the poorest
+    of them has.
+    """
     return [grid.pool_dir(run, cell, v) for v in grid.variants(config, cell) if v.paints]
 
 
 def whose(config: Config, cell: Cell, variant: Variant) -> str:
-    """What request ids are made of, beside the hard case and a number: the sweep, the cell, the arm (one strategy falls back
-    on another)."""
+    """What request ids are made of, beside the hard case and a number: the sweep, the cell, the arm
+    (one strategy falls back on another).
+    """
     asks = recipe_of(config) | {"sweep": {"subset_seed": config.sweep.subset_seed}}
     return digest(run_id(asks), cell.name, variant.sees, variant.strategy, size=8)
 
@@ -184,7 +198,7 @@ def _pools(config: Config, run: RunDir, cell: Cell) -> list[Trial]:
     return found
 
 
-# ---- a trial -----------------------------------------------------------------------------------------------------------
+# ---- a trial -------------------------------------------------------------------------------------
 
 
 def trial(
@@ -227,8 +241,9 @@ def describe(point: Point) -> dict[str, Any]:
 
 
 class Source:
-    """Where a trial's images are. cell: of the sweep; pools: of all painting arms of it, the counts' limits; taken: the pools that
-    this arm's images come from, and the share of each."""
+    """Where a trial's images are. cell: of the sweep; pools: of all painting arms of it, the
+    counts' limits; taken: the pools that this arm's images come from, and the share of each.
+    """
 
     def __init__(self, cell: RunDir, pools: Sequence[Path], taken: dict[Path, float]) -> None:
         assert set(taken) <= set(pools), (taken, pools)
@@ -249,7 +264,9 @@ def fit_and_score(
     engine: Engine,
     told: dict[str, Any],
 ) -> dict[str, float]:
-    """The step folders mix, classifier, select and, last, result below `out`. told: of the trial, for its manifest."""
+    """The step folders mix, classifier, select and, last, result below `out`. told: of the trial,
+    for its manifest.
+    """
     d, result = source.cell, out / "result"
     if step_folder.is_finished(result):
         return dict(step_folder.manifest(result)["metrics"])
@@ -309,8 +326,9 @@ def evaluations(classifier: Path) -> list[tuple[int, float]]:
 
 
 def mix(source: Source, arm: str, ratio: float, out: Path) -> None:
-    """tables.MIX of a trial: the cell's images of train and its hard cases, and of each class ratio x the former on top, as many as
-    every painting arm of the cell has."""
+    """tables.MIX of a trial: the cell's images of train and its hard cases, and of each class ratio
+    x the former on top, as many as every painting arm of the cell has.
+    """
     d = source.cell
     shares = {f"{p.parent.name}/{p.name}": w for p, w in source.taken.items()}
     names = inputs(data=d.data, hard=source.hard)
@@ -366,8 +384,9 @@ def accepted(pool: Path) -> Pairs:
 
 
 def chosen(kept: dict[Path, Pairs], shares: dict[Path, float], counts: Sequence[int]) -> Pairs:
-    """counts[c] images of each class from several pools by their shares (what one lacks, the others give), the first by id of each:
-    a smaller ratio's are among a larger one's."""
+    """counts[c] images of each class from several pools by their shares (what one lacks, the others
+    give), the first by id of each: a smaller ratio's are among a larger one's.
+    """
     found: Pairs = []
     order = sorted(kept, key=str)
     for c, count in enumerate(counts if order else []):
@@ -385,7 +404,7 @@ def _count(rows: Pairs, classes: int) -> np.ndarray:
     return np.bincount(np.array([label for _, label in rows], dtype=np.int64), minlength=classes)
 
 
-# ---- what came of it ---------------------------------------------------------------------------------------------------
+# ---- what came of it -----------------------------------------------------------------------------
 
 
 ROWS = pa.schema(
@@ -412,7 +431,9 @@ ROWS = pa.schema(
 
 
 def table(config: Config, run: RunDir) -> pa.Table:
-    """ROWS, one for each finished trial, in the order of the grid. ratio: as asked; added / real is what was reached."""
+    """ROWS, one for each finished trial, in the order of the grid. ratio: as asked; added / real is
+    what was reached.
+    """
     found = []
     for point in grid.points(config):
         made = files.read_json(grid.result_dir(run, point) / step_folder.MANIFEST)

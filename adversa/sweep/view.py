@@ -1,4 +1,6 @@
-"""What a person sees of a sweep: how many trials are done, running and left in each cell, and the best of each arm so far."""
+"""What a person sees of a sweep: how many trials are done, running and left in each cell, and the
+best of each arm so far.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def _made(folder: Path) -> dict[str, Any] | None:
 
 
 def table(config: Config, run: RunDir) -> Table:
-    """A row a cell: trials by state, and of each arm the ratio that is best so far (mean over its seeds), on `select`."""
+    """A row a cell: trials by state, and of each arm the ratio that is best so far (mean over its
+    seeds), on `select`.
+    """
     if config.sweep.search is not None:
         return searched(config, run)
     metric, progress = (

@@ -1,4 +1,6 @@
-"""What a sweep says in sentences: a verdict for each arm that paints, and what a reader must know before believing the figures."""
+"""What a sweep says in sentences: a verdict for each arm that paints, and what a reader must know
+before believing the figures.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,13 @@ def listed(found: Sequence[str], most: int = 4) -> str:
     return "; ".join([*found[:most], *more])
 
 
-# ---- verdicts ----------------------------------------------------------------------------------------------------------
+# ---- verdicts ------------------------------------------------------------------------------------
 
 
 def verdicts(known: dict[str, Any]) -> list[dict[str, Any]]:
-    """variant, word, sentence of each arm that paints. word: better or worse than replay (or, without replay, than nothing added)
-    somewhere and the contrary nowhere; mixed; not shown."""
+    """variant, word, sentence of each arm that paints. word: better or worse than replay (or,
+    without replay, than nothing added) somewhere and the contrary nowhere; mixed; not shown.
+    """
     painted = list(dict.fromkeys(c["variant"] for c in known["curves"] if c["arm"] != "replay"))
     return [verdict(known, name) for name in painted]
 
@@ -97,12 +100,16 @@ def _compared(
         if some:
             most = ends(some, key=lambda r: r["difference"])
             found.append(
-                f"{word} than {rival} at {len(some)} of {of} (most at {_at(most)}: {_difference(most)})"
+                f"{word} than {rival} at {len(some)} of {of} (most at {_at(most)}: "
+                f"{_difference(most)})"
             )
     if found:
         return ", ".join(found)
     most = max(rows, key=lambda r: r["difference"])
-    return f"not shown to differ from {rival} at any of {of} (largest at {_at(most)}: {_difference(most)})"
+    return (
+        f"not shown to differ from {rival} at any of {of} (largest at {_at(most)}: "
+        f"{_difference(most)})"
+    )
 
 
 def _knees(curves: list[dict[str, Any]]) -> str:
@@ -129,11 +136,14 @@ def _worth(rows: list[dict[str, Any]]) -> str:
     sure = [w for w in rows if w["low"] is not None and w["low"] > 0]
     if sure:
         best = max(sure, key=lambda w: w["low"])
-        return f"worth more than nothing at {len(sure)} of {len(rows)} points, surest at {_at(best)}: {best['words']}"
+        return (
+            f"worth more than nothing at {len(sure)} of {len(rows)} points, surest at "
+            f"{_at(best)}: {best['words']}"
+        )
     return f"one image is not shown to be worth any real one at any of {len(rows)} points"
 
 
-# ---- notes -------------------------------------------------------------------------------------------------------------
+# ---- notes ---------------------------------------------------------------------------------------
 
 
 def notes(config: Config, known: dict[str, Any]) -> list[str]:
@@ -141,24 +151,31 @@ def notes(config: Config, known: dict[str, Any]) -> list[str]:
     found = []
     if config.data.source == "phantom":
         found.append(
-            "the images are procedural phantoms, not photographs: the figures say nothing about skin"
+            "the images are procedural phantoms, not photographs: the figures say nothing "
+            "about skin"
         )
     trials = what["trials"]
     if trials["missing"]:
         found.append(
-            f"{trials['missing']} of {trials['asked']} trials are missing: run the same command again to do the rest"
+            f"{trials['missing']} of {trials['asked']} trials are missing: run the same "
+            "command again to do the rest"
         )
     of_seeds = (
-        "one seed a point: intervals and bands hold the choice of select's lesions, not the luck of training"
+        "one seed a point: intervals and bands hold the choice of select's lesions, not "
+        "the luck of training"
         if s.seeds == 1
-        else f"{s.seeds} seeds a point, averaged: intervals and bands hold the choice of select's lesions and the seeds"
+        else f"{s.seeds} seeds a point, averaged: intervals and bands hold the choice of "
+        "select's lesions and the seeds"
     )
     found += [
         of_seeds,
-        f"each cell is one draw of its real images (sweep.subset_seed {s.subset_seed}): what another would do is in no interval",
-        "every trial's checkpoint was chosen on select, where it is scored too: levels are optimistic, differences between arms "
+        f"each cell is one draw of its real images (sweep.subset_seed {s.subset_seed}): "
+        "what another would do is in no interval",
+        "every trial's checkpoint was chosen on select, where it is scored too: levels are "
+        "optimistic, differences between arms "
         "favour none of them; test was not scored",
-        "Holm's correction of p values is within a question, over all cells and ratios; intervals (of differences, knees, worths) "
+        "Holm's correction of p values is within a question, over all cells and ratios; "
+        "intervals (of differences, knees, worths) "
         "are not corrected, and the largest of many is optimistic",
     ]
     if not config.data.grouped:
@@ -185,11 +202,13 @@ def _of_models(config: Config) -> list[str]:
     }
     if named := [name for name, value in given.items() if value]:
         found.append(
-            f"{', '.join(named)}: what these were trained on, every cell profits from, beside its own images"
+            f"{', '.join(named)}: what these were trained on, every cell profits from, "
+            "beside its own images"
         )
     if any(n == grid.ALL or n >= grid.JUDGED for n in config.sweep.real):
         found.append(
-            "where judges have a say, the limits of the gate (what is trivial, unlike real images, a near copy) are measured on "
+            "where judges have a say, the limits of the gate (what is trivial, unlike real "
+            "images, a near copy) are measured on "
             "held-out real images, those of select among them"
         )
     return found
@@ -200,7 +219,8 @@ def _of_cells(what: dict[str, Any]) -> list[str]:
     bare = [c["title"] for c in what["cells"] if c["judges"] is False]
     if bare:
         found.append(
-            f"no judges and no manifold in the gate of the cells {', '.join(bare)}: a class there has fewer than {grid.JUDGED} "
+            f"no judges and no manifold in the gate of the cells {', '.join(bare)}: a "
+            f"class there has fewer than {grid.JUDGED} "
             "lesions, so a label was never checked"
         )
     for c in what["cells"]:
@@ -212,7 +232,8 @@ def _of_cells(what: dict[str, Any]) -> list[str]:
             ]
             if none:
                 found.append(
-                    f"{c['title']}: no hard case of {', '.join(none)}, so nothing was added to {_them(none)}"
+                    f"{c['title']}: no hard case of {', '.join(none)}, so nothing was "
+                    f"added to {_them(none)}"
                 )
     return found
 
@@ -225,8 +246,10 @@ def _of_pools(what: dict[str, Any]) -> list[str]:
     found = []
     if any(p["sees"] == grid.ALL for p in what["pools"]):
         found.append(
-            "in the arms that end in -all the denoiser saw all of train (the protocol of Sagers et al. 2023): their pictures may "
-            "hold copies of real images outside the cell, which the cell's near-copy gate does not know, so a gain there is no "
+            "in the arms that end in -all the denoiser saw all of train (the protocol of "
+            "Sagers et al. 2023): their pictures may "
+            "hold copies of real images outside the cell, which the cell's near-copy gate "
+            "does not know, so a gain there is no "
             "gain from the cell's images alone"
         )
     waiting = sum(p["asked"] is None for p in what["pools"])
@@ -252,7 +275,8 @@ def _unreached(known: dict[str, Any]) -> list[str]:
         }
         if none := _bare(known, cell):
             found.append(
-                f"{title(cell)}: nothing was added to {', '.join(none)}: some pool kept no picture of {_them(none)}"
+                f"{title(cell)}: nothing was added to {', '.join(none)}: some pool kept no "
+                f"picture of {_them(none)}"
             )
         if short:
             told = ", ".join(
@@ -285,7 +309,10 @@ def _poorest(known: dict[str, Any], cell: str) -> str:
     if not pools:
         return ""
     p = min(pools, key=lambda p: p["kept"])
-    return f"; all arms take as many of a class as the poorest has (fewest in all: {p['variant']}, {p['kept']} of {p['asked']} kept)"
+    return (
+        "; all arms take as many of a class as the poorest has (fewest in all: "
+        f"{p['variant']}, {p['kept']} of {p['asked']} kept)"
+    )
 
 
 def _of_curves(known: dict[str, Any]) -> list[str]:
@@ -293,7 +320,8 @@ def _of_curves(known: dict[str, Any]) -> list[str]:
     same = {(c["cell"], tuple(pair)) for c in known["curves"] for pair in c["same"]}
     for cell, (ratio, first) in sorted(same):
         found.append(
-            f"{title(cell)}: ratio {ratio:g} reached no more than ratio {first:g}, so they are one dose"
+            f"{title(cell)}: ratio {ratio:g} reached no more than ratio {first:g}, so they "
+            "are one dose"
         )
     for why in sorted({c["why"] for c in known["curves"] if c["why"]}):
         where = sorted({title(c["cell"]) for c in known["curves"] if c["why"] == why})
@@ -305,7 +333,8 @@ def _of_curves(known: dict[str, Any]) -> list[str]:
         )
     if not known["worth"]:
         found.append(
-            "no worth in real images: fewer than two counts of real images were scored, or nothing was added"
+            "no worth in real images: fewer than two counts of real images were scored, or "
+            "nothing was added"
         )
     return found
 

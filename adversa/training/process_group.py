@@ -1,13 +1,17 @@
-"""Workers of one training: who this process is among them, and its share of each batch. torch.distributed alone, no Ray.
+"""Workers of one training: who this process is among them, and its share of each batch.
+torch.distributed alone, no Ray.
 
-Without a process group there is one worker, and every function here does nothing. Draws, noise, augmentation and mixing of a step
-are drawn for the whole batch on every worker and then cut to its rows, and BatchNorm sees the whole batch (`synchronise`). So the
-number of workers changes the order of summation and no more: in float32 the loss curves of one and two workers agree within 2e-4
-(classifier) and 1e-4 (denoiser), which tests/classify/test_workers.py and tests/diffuse/test_workers.py hold them to.
+Without a process group there is one worker, and every function here does nothing. Draws, noise,
+augmentation and mixing of a step are drawn for the whole batch on every worker and then cut to its
+rows, and BatchNorm sees the whole batch (`synchronise`). So the number of workers changes the order
+of summation and no more: in float32 the loss curves of one and two workers agree within 2e-4
+(classifier) and 1e-4 (denoiser), which tests/classify/test_workers.py and
+tests/diffuse/test_workers.py hold them to.
 
-Except for a model with dropout or stochastic depth (`model_args: {drop_rate: ...}`): its layers draw their masks themselves, each
-worker from a seed of its own. With another number of workers the masks are others of the same distribution, and the curve is
-another one of the same training, as with another seed.
+Except for a model with dropout or stochastic depth (`model_args: {drop_rate: ...}`): its layers
+draw their masks themselves, each worker from a seed of its own. With another number of workers the
+masks are others of the same distribution, and the curve is another one of the same training, as
+with another seed.
 """
 
 from __future__ import annotations
@@ -49,7 +53,8 @@ def rows(size: int) -> slice:
 def parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """The module to call in a training step.
 
-    Its gradients are averaged over the workers (DistributedDataParallel), its BatchNorm layers are synchronised.
+    Its gradients are averaged over the workers (DistributedDataParallel), its BatchNorm layers are
+    synchronised.
     """
     if world() == 1:
         return module
@@ -63,7 +68,9 @@ def parallel(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def share(losses: Tensor, size: int) -> Tensor:
-    """losses [this worker's rows] -> a scalar whose mean over the workers is the mean over all `size` rows, for backward."""
+    """losses [this worker's rows] -> a scalar whose mean over the workers is the mean over all
+    `size` rows, for backward.
+    """
     return losses.sum() * (world() / size)
 
 
@@ -102,15 +109,17 @@ def barrier() -> None:
         dist.barrier()
 
 
-# ---- BatchNorm ---------------------------------------------------------------------------------------------------------
+# ---- BatchNorm -----------------------------------------------------------------------------------
 
 
 def synchronise(module: nn.Module) -> None:
-    """Make every BatchNorm within `module` (timm's BatchNormAct2d is one) take its statistics from all workers' rows.
+    """Make every BatchNorm within `module` (timm's BatchNormAct2d is one) take its statistics from
+    all workers' rows.
 
-    Only with several workers, and only while a layer is in training mode: parameters, buffers and state dict stay as they are,
-    and the running statistics become those of one worker that sees the whole batch. nn.SyncBatchNorm is for GPUs only, and
-    would replace the layers. Doing it twice changes nothing.
+    Only with several workers, and only while a layer is in training mode: parameters, buffers and
+    state dict stay as they are, and the running statistics become those of one worker that sees the
+    whole batch. nn.SyncBatchNorm is for GPUs only, and would replace the layers. Doing it twice
+    changes nothing.
     """
     if world() == 1:
         return
@@ -141,10 +150,12 @@ def _forward(layer: _BatchNorm, alone: Callable[[nn.Module, Tensor], Tensor], x:
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch normalisation over the rows of all workers, in float32 or wider: (y, mean [C], biased variance [C], values a channel).
+    """Batch normalisation over the rows of all workers, in float32 or wider: (y, mean [C], biased
+    variance [C], values a channel).
 
-    Ioffe and Szegedy 2015. The workers' means and squared deviations are merged as in Chan et al. 1983, which loses no digits where
-    a mean is large. Backward: dx = w / s (dy - sum(dy) / N - xhat sum(dy xhat) / N), both sums over the workers.
+    Ioffe and Szegedy 2015. The workers' means and squared deviations are merged as in Chan et al.
+    1983, which loses no digits where a mean is large. Backward: dx = w / s (dy - sum(dy) / N - xhat
+    sum(dy xhat) / N), both sums over the workers.
     """
 
     @staticmethod

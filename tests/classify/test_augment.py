@@ -206,7 +206,9 @@ def test_rectangles_are_half_open() -> None:
 
 
 def test_a_smaller_side_shows_the_same_picture() -> None:
-    """Progressive resizing: every second pixel of a smooth picture, whatever the other strengths."""
+    """Progressive resizing: every second pixel of a smooth picture, whatever the other
+    strengths.
+    """
     ramp = torch.linspace(0, 1, 64)
     x = torch.stack(
         [ramp[None].expand(64, 64), ramp[:, None].expand(64, 64), (ramp[None] + ramp[:, None]) / 2]

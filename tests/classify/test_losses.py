@@ -57,7 +57,9 @@ def test_logit_adjusted_is_menons_equation_10() -> None:
 
 
 def test_logit_adjustment_finds_the_balanced_bayes_rule() -> None:
-    """Two classes N(-1, 1) and N(1, 1), 95% of the first: log odds are 2x + log(prior ratio), the balanced rule is x > 0."""
+    """Two classes N(-1, 1) and N(1, 1), 95% of the first: log odds are 2x + log(prior ratio), the
+    balanced rule is x > 0.
+    """
     rng = np.random.default_rng(0)
     labels = torch.from_numpy((rng.random(40_000) < 0.05).astype(np.int64))
     x = torch.from_numpy(rng.standard_normal(40_000)).float() + 2 * labels - 1

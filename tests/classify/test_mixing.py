@@ -12,7 +12,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def numbered(n: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image i is flat at i, target i is its own class: what a mixed row is made of can be read off both."""
+    """Image i is flat at i, target i is its own class: what a mixed row is made of can be read off
+    both.
+    """
     return torch.arange(float(n))[:, None, None, None].expand(
         n, 3, size, size
     ).contiguous(), torch.eye(n)

@@ -97,7 +97,8 @@ def test_an_image_scores_the_same_whatever_its_neighbours(tmp_path: Path) -> Non
 
 
 def test_the_network_only_ever_sees_batches_of_one_shape() -> None:
-    # The kernels, and with them the last bit, depend on the shape; whether a small network shows it is luck.
+    # The kernels, and with them the last bit, depend on the shape; whether a small network shows it
+    # is luck.
     seen = []
     network = build(TINY, 5, 32).eval()
     network.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape)))
@@ -284,7 +285,10 @@ def test_imagenet_weights_of_a_file_are_the_trunks(imagenet_weights: Path) -> No
 
 
 def test_imagenet_weights_of_another_model_are_refused(imagenet_weights: Path) -> None:
-    message = r"does not fit resnet18: conv1.weight is missing; layer1.0.conv1.weight is missing; .*and \d+ more"
+    message = (
+        r"does not fit resnet18: conv1.weight is missing; layer1.0.conv1.weight is missing; "
+        r".*and \d+ more"
+    )
     with pytest.raises(UserError, match=message) as e:
         build(Classifier(model="resnet18", weights=str(imagenet_weights)), 7, 64)
     assert "\n" not in str(e.value)

@@ -1,4 +1,6 @@
-"""The commands: exit codes, one line for what the user can mend, stages on one run folder, and how little `--help` loads."""
+"""The commands: exit codes, one line for what the user can mend, stages on one run folder, and how
+little `--help` loads.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,10 @@ def times(root):
 
 def loaded(*args):
     """Heavy packages in a process that ran a command."""
-    code = "import sys\nfrom adversa.cli.app import app\ntry:\n    app(sys.argv[1:])\nexcept SystemExit as e:\n    code = e.code\n"
+    code = (
+        "import sys\nfrom adversa.cli.app import app\ntry:\n    app(sys.argv[1:])\nexcept "
+        "SystemExit as e:\n    code = e.code\n"
+    )
     code += "heavy = ('torch', 'ray', 'pyarrow', 'timm', 'diffusers', 'sklearn')\n"
     code += "print([m for m in heavy if m in sys.modules], code, file=sys.stderr)"
     done = subprocess.run(
@@ -76,7 +81,7 @@ def loaded(*args):
     return done.stderr.strip().splitlines()[-1]
 
 
-# ---- what is loaded ------------------------------------------------------------------------------------------------------
+# ---- what is loaded ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("args", [["--help"], ["loop", "--help"], ["config", "show"]])
@@ -104,12 +109,13 @@ def test_several_workers_in_this_process_are_refused_before_there_is_a_run(
     )
     mendable(
         adversa(*words),
-        "cluster.training_workers 2: --engine local trains in this process alone; set 1, or use --engine ray",
+        "cluster.training_workers 2: --engine local trains in this process alone; set 1, "
+        "or use --engine ray",
     )
     assert not (tmp_path / "run").exists()
 
 
-# ---- the run folder, stage by stage ----------------------------------------------------------------------------------------
+# ---- the run folder, stage by stage --------------------------------------------------------------
 
 
 def test_stage_commands_bring_one_folder_to_its_end(adversa, micro, tmp_path):
@@ -194,7 +200,7 @@ def test_a_run_in_use_is_refused(adversa, micro, tmp_path):
         )
 
 
-# ---- what a user can mend ---------------------------------------------------------------------------------------------------
+# ---- what a user can mend ------------------------------------------------------------------------
 
 
 def test_an_unknown_key_is_named_with_the_nearest(adversa, micro):
@@ -237,7 +243,7 @@ def test_config_show_prints_what_config_reads(adversa, micro, tmp_path):
     assert "valid" in adversa("config", "check", micro).output
 
 
-# ---- our own faults, and being stopped ---------------------------------------------------------------------------------------
+# ---- our own faults, and being stopped -----------------------------------------------------------
 
 
 def breaking(monkeypatch, action):

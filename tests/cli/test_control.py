@@ -1,4 +1,6 @@
-"""`adversa pause | resume | stop`: what is written, who is waited for, and what there is to say where nobody works."""
+"""`adversa pause | resume | stop`: what is written, who is waited for, and what there is to say
+where nobody works.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`adversa plan` as a user types it, on this machine; and what `loop` refuses before it begins. No Ray is started."""
+"""`adversa plan` as a user types it, on this machine; and what `loop` refuses before it begins. No
+Ray is started.
+"""
 
 from __future__ import annotations
 
@@ -131,8 +133,8 @@ def test_memory_that_was_measured_is_refused_after_the_plan_is_shown(
     done = adversa("plan", micro)
     assert done.exit_code == 2 and "in all" in done.output
     assert (
-        "a training of the denoiser: about 1.3 GiB of memory, a GPU has 1.0 GiB; lower denoiser.batch_size"
-        in done.output
+        "a training of the denoiser: about 1.3 GiB of memory, a GPU has 1.0 GiB; lower "
+        "denoiser.batch_size" in done.output
     )
 
 

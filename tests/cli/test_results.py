@@ -1,4 +1,6 @@
-"""`adversa evaluate RUN --on` and `adversa predict`: what they print and write, what they refuse, exit codes."""
+"""`adversa evaluate RUN --on` and `adversa predict`: what they print and write, what they refuse,
+exit codes.
+"""
 
 from __future__ import annotations
 

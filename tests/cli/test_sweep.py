@@ -1,4 +1,6 @@
-"""`adversa sweep` as a user meets it: what is refused, the dry run, a first and a second run, kill -9 in the middle."""
+"""`adversa sweep` as a user meets it: what is refused, the dry run, a first and a second run, kill
+-9 in the middle.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def small(tiny_sweep, tmp_path):
         ("sweep.real=[2,900]", "sweep.real 900: train has fewer images of some classes"),
         (
             "sweep.ratios=[0]",
-            "sweep.ratios [0.0] leaves the arms replay, unguided, guided without images; add a ratio above 0",
+            "sweep.ratios [0.0] leaves the arms replay, unguided, guided without images; "
+            "add a ratio above 0",
         ),
         ("sweep.ratios=[0,-2]", "sweep.ratios.1 = -2: Input should be greater than or equal to 0"),
         ("sweep.ratios=[0,.nan]", "sweep.ratios.1 = nan: Input should be a finite number"),

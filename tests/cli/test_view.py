@@ -1,4 +1,6 @@
-"""What a person is shown: `status` from the folder alone, the live view, the plain log, the last lines."""
+"""What a person is shown: `status` from the folder alone, the live view, the plain log, the last
+lines.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,8 @@ POOL = {
         ({"shares": {"0": 0}, "images_per_second": 0.0}, "data: 64 of 640 images; 2 workers up"),
         (
             {"shares": {"0": 48, "1": 16}, "evaluations_per_second": 123.4},
-            "data: 64 of 640 images, 4.0 images/s, 2 min 24 s left; 123 evaluations/s; 2 workers: 75 25%",
+            "data: 64 of 640 images, 4.0 images/s, 2 min 24 s left; 123 evaluations/s; 2 "
+            "workers: 75 25%",
         ),
         (
             {"shares": {"0": 64}, "workers": 1},
@@ -122,7 +125,8 @@ POOL = {
                 "failed": 2,
                 "last_failed": "a1b2: ValueError: no mask",
             },
-            "data: 64 of 640 images, 4.0 images/s, 2 min 24 s left; 2 failed, the last a1b2: ValueError: no mask",
+            "data: 64 of 640 images, 4.0 images/s, 2 min 24 s left; 2 failed, the last "
+            "a1b2: ValueError: no mask",
         ),
         (
             {

@@ -43,7 +43,9 @@ def phantoms() -> tuple[list[str], np.ndarray]:
 
 @pytest.fixture(scope="module")
 def halves(phantoms) -> tuple[NearCopy, float, np.ndarray, np.ndarray]:
-    """(index of about 3/4 of the lesions, its threshold, the pictures indexed, those of the other lesions)."""
+    """(index of about 3/4 of the lesions, its threshold, the pictures indexed, those of the other
+    lesions).
+    """
     lesions, images = phantoms
     held = np.array([int(digest("held", g), 16) % 4 == 0 for g in lesions])
     ids, groups = (
@@ -123,7 +125,8 @@ def test_a_window_moved_sees_the_picture_moved() -> None:
         win.coefficients(x, middle, middle),
         atol=1e-3,
     )
-    # The window's own numbers are the orthonormal DCT of its 26 x 26 pixels: all of them would have the pixels' power.
+    # The window's own numbers are the orthonormal DCT of its 26 x 26 pixels: all of them would have
+    # the pixels' power.
     low = np.cos(np.pi * 2 * (np.arange(26) + 0.5) / 26)
     wave = np.zeros((1, 3, 32, 32), np.float32)
     wave[0, 0, 3:29, 3:29] = np.outer(np.ones(26), low)

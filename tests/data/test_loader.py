@@ -49,7 +49,8 @@ def test_the_file_is_bounded_and_holds_every_group_that_fits(folders, monkeypatc
     )
     for k in (0, 299, 0, 300, 0, 299, 300):
         assert (table.fetch([f"r{k}"])[0] == k % 251).all()
-    # 0 and 299 are decoded and kept; 300 takes the place of 299, used longer ago than 0; 299 then that of 300; 300 that of 0.
+    # 0 and 299 are decoded and kept; 300 takes the place of 299, used longer ago than 0; 299 then
+    # that of 300; 300 that of 0.
     assert decoded == [256, 44, 256, 44, 256]
     assert os.fstat(table._file.fileno()).st_size <= 2 * 256 * 8 * 8 * 3
 

@@ -97,7 +97,9 @@ def test_detail_has_none_of_the_low_frequencies():
 
 
 def test_ham_pair_that_is_one_picture(ham_zip):
-    """ISIC_0025226 and ISIC_0030074 are one photograph in two colours; lookalikes beside them are not merged."""
+    """ISIC_0025226 and ISIC_0030074 are one photograph in two colours; lookalikes beside them are
+    not merged.
+    """
     names = {
         "ISIC_0025226",
         "ISIC_0030074",

@@ -8,7 +8,9 @@ from adversa.data import draw, images, near, phantom, sources
 
 
 def ita_of(rgb):
-    """ITA in degrees of a mean sRGB colour in [0, 255]: the inverse of what the phantom paints with."""
+    """ITA in degrees of a mean sRGB colour in [0, 255]: the inverse of what the phantom paints
+    with.
+    """
     x = rgb / 255
     linear = np.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
     m = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])

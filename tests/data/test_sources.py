@@ -32,7 +32,9 @@ def table(tmp_path):
 
 
 def check(config, text, left=None):
-    """Under fail: one line with `text`. Under skip: `left` (problems, records); the same error where left is None."""
+    """Under fail: one line with `text`. Under skip: `left` (problems, records); the same error
+    where left is None.
+    """
     with pytest.raises(UserError, match=text) as caught:
         sources.list_records(config)
     assert "\n" not in str(caught.value)

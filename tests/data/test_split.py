@@ -19,7 +19,9 @@ def leaking(groups, roles):
 
 
 def roles_of(listing, config, grouped):
-    """As `prepare` does it: known pairs merged, then split by lesion; or, with grouped off, each image for itself."""
+    """As `prepare` does it: known pairs merged, then split by lesion; or, with grouped off, each
+    image for itself.
+    """
     lesions = merge_groups(
         [r.group for r in listing.records], [(a, b) for a, b, _ in listing.merged]
     )

@@ -19,7 +19,8 @@ def test_exponent_gives_the_width_back(width: float) -> None:
 
 
 def test_the_paper_s_own_numbers() -> None:
-    # gamma = 6.94 for sigma_rel = 0.10 and 16.97 for 0.05: the two averages that the paper keeps while it trains.
+    # gamma = 6.94 for sigma_rel = 0.10 and 16.97 for 0.05: the two averages that the paper keeps
+    # while it trains.
     assert average.power_exponent(0.10) == pytest.approx(6.94, abs=0.005)
     assert average.power_exponent(0.05) == pytest.approx(16.97, abs=0.005)
 

@@ -78,7 +78,7 @@ def given(kind: str, path: Path | str) -> cfg.Codec:
     return cfg.Codec(kind=kind, path=str(path))
 
 
-# ---- a given codec ---------------------------------------------------------------------------------------------------------
+# ---- a given codec -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "vae", "factor"), [("tiny", tiny_vae, 4), ("kl", kl_vae, 2)])
@@ -333,7 +333,7 @@ def test_painting_in_latents_starts_from_the_encoded_case_and_is_decoded(tmp_pat
     assert not nan[0].finite and not nan[0].image.any()
 
 
-# ---- the fitted codec ------------------------------------------------------------------------------------------------------
+# ---- the fitted codec ----------------------------------------------------------------------------
 
 
 class Killed(Exception):
@@ -404,7 +404,8 @@ def test_a_weight_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
     )  # the loss is looked at before the only step
     with pytest.raises(
         UserError,
-        match=r"a weight is not finite at step 0 \(images img0-0, img0-1, img0-2, img0-3\); lower codec.lr",
+        match=r"a weight is not finite at step 0 \(images img0-0, img0-1, img0-2, img0-3\); "
+        r"lower codec.lr",
     ):
         run(tmp_path, batches(0, 1), config)
     assert not (tmp_path / weights.MODEL).exists() and not (tmp_path / weights.CHECKPOINT).exists()
@@ -446,7 +447,9 @@ def test_the_loss_of_known_differences() -> None:
     y = x.clone()
     y[0] += 0.5  # a constant error: no difference between neighbours
     y[1, :, :, 4:] = (
-        1.0  # a step: half the pixels err by 1; of 7 differences along a row one is 1, of 3 at half the resolution one
+        # a step: half the pixels err by 1; of 7 differences along a row one is 1, of 3 at half the
+        # resolution one
+        1.0
     )
     torch.testing.assert_close(losses(x, y), torch.tensor([0.5, 0.5 + 1 / 7 + 1 / 3]))
 

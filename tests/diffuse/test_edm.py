@@ -17,7 +17,8 @@ CLASSES = ["a", "b", "c"]
 
 
 def test_input_and_target_have_unit_variance_at_every_noise_level() -> None:
-    # For data of variance s^2: c_in (y + n) and the target (y - c_skip (y + n)) / c_out have variance 1 (Karras et al. 2022, B.6).
+    # For data of variance s^2: c_in (y + n) and the target (y - c_skip (y + n)) / c_out have
+    # variance 1 (Karras et al. 2022, B.6).
     s = 0.37
     g = torch.Generator().manual_seed(0)
     for sigma in (0.01, 0.3, 1.0, 20.0):

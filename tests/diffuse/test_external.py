@@ -108,9 +108,9 @@ def test_x0_and_step_are_those_of_diffusers_own_scheduler(
 ) -> None:
     """DDIM's step (of 50) in float64 around the same network, at integer timesteps.
 
-    x0 to 1e-5 of the largest term: with epsilon sigma times the network's answer, whose last bits it multiplies. Where the step
-    leads, to 1e-5 of the largest value there (about 3 but for the cosine's last steps); in our x = x0 + sigma n it is
-    x' = x0 + sigma' / sigma (x - x0).
+    x0 to 1e-5 of the largest term: with epsilon sigma times the network's answer, whose last bits
+    it multiplies. Where the step leads, to 1e-5 of the largest value there (about 3 but for the
+    cosine's last steps); in our x = x0 + sigma n it is x' = x0 + sigma' / sigma (x - x0).
     """
     scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=clip, **schedule)
     embeddings = (
@@ -202,7 +202,9 @@ def test_x0_is_that_of_ddpm_with_a_learned_variance(tmp_path: Path) -> None:
 
 
 def test_euler_steps_are_the_solvers_ode(tmp_path: Path) -> None:
-    """Diffusers' EulerDiscreteScheduler works in x = x0 + sigma n as we do: its whole trajectory, embeddings and all."""
+    """Diffusers' EulerDiscreteScheduler works in x = x0 + sigma n as we do: its whole trajectory,
+    embeddings and all.
+    """
     scheduler = EulerDiscreteScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
     )
@@ -235,7 +237,8 @@ def test_a_timestep_between_two_is_linear_in_log_sigma_and_beyond_the_table_is_i
     s, t = denoiser.timestep(asked)
     np.testing.assert_allclose(t, [0, 7, 7.5, 999, 999], atol=1e-6)
     np.testing.assert_allclose(s / asked, [3, 1, 1, 1, 0.2], rtol=1e-6)
-    # Five times the largest sigma: the network's answer for an input of the same variance at the largest.
+    # Five times the largest sigma: the network's answer for an input of the same variance at the
+    # largest.
     x, label = (
         70 * torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
         torch.tensor([0, 1]),
@@ -251,7 +254,9 @@ def test_a_timestep_between_two_is_linear_in_log_sigma_and_beyond_the_table_is_i
 
 
 def test_a_denoiser_for_known_data_is_the_closed_form(tmp_path: Path) -> None:
-    """For data N(0, s^2) the best epsilon is known at every t; through External it must be the best denoiser at any sigma."""
+    """For data N(0, s^2) the best epsilon is known at every t; through External it must be the best
+    denoiser at any sigma.
+    """
     denoiser = external.read(saved(tmp_path, unet(), DDPMScheduler(clip_sample=False)), 3)
     s, seen = 0.5, []
 

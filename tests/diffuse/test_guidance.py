@@ -114,7 +114,9 @@ def test_steering_towards_a_log_linear_classifier_is_the_closed_form() -> None:
 
 
 def test_with_the_posterior_variance_as_its_length_the_ode_ends_at_the_tilted_gaussian() -> None:
-    """Data N(0, s^2), classifier ln p = a x: p(x0 | y) is N(s^2 a, s^2), and E[x0 | x, y] = E[x0 | x] + var(x0 | x) a exactly."""
+    """Data N(0, s^2), classifier ln p = a x: p(x0 | y) is N(s^2 a, s^2), and E[x0 | x, y] = E[x0 |
+    x] + var(x0 | x) a exactly.
+    """
     spread, a = 0.5, 0.8
     x = 20 * torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(2))
 

@@ -94,7 +94,9 @@ def test_bf16_autocast_stays_close_to_float32() -> None:
 
 
 def test_the_unet_is_diffusers_own() -> None:
-    """Same names, same answer, on either side of the 64 rows where diffusers leaves channels-last memory."""
+    """Same names, same answer, on either side of the 64 rows where diffusers leaves channels-last
+    memory.
+    """
     from diffusers import UNet2DModel
 
     ours = shaken(cfg.Denoiser(architecture="unet", channels=[16, 16, 32], patch=2, attention=True))

@@ -80,7 +80,8 @@ def test_a_worker_s_draws_are_its_rows_of_the_whole_batch_s() -> None:
 def test_min_snr_weight() -> None:
     sigma = torch.tensor([0.01, 0.4, 0.5, 2.0, 40.0])
     assert min_snr_weight(sigma, 5.0).tolist() == pytest.approx([5, 5, 4, 0.25, 1 / 1600])
-    # With gamma = 1 / sigma_data^2 it is the smooth weight with a sharp corner, where it is twice that ...
+    # With gamma = 1 / sigma_data^2 it is the smooth weight with a sharp corner, where it is twice
+    # that ...
     c = edm.coefficients(sigma, S)
     smooth = 1 / (sigma**2 + S**2)
     ratio = min_snr_weight(sigma, 1 / S**2) / smooth

@@ -1,4 +1,6 @@
-"""The weights that come with adversa: small, of another phantom seed than any run's, and fitting the defaults."""
+"""The weights that come with adversa: small, of another phantom seed than any run's, and fitting
+the defaults.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +55,12 @@ def test_they_denoise_the_demo_pictures_and_tell_the_classes_apart() -> None:
                 .mean(1)
             )
 
-    # The best linear denoiser of white data with sigma_data = 0.5 errs by 0.2 at sigma = 1; one that knows skin, by a tenth.
+    # The best linear denoiser of white data with sigma_data = 0.5 errs by 0.2 at sigma = 1; one
+    # that knows skin, by a tenth.
     assert float(errors(1.0, label).mean()) < 0.02
-    # The label that denoises best is mostly the true one (Li et al. 2023, "Your diffusion model is secretly a zero-shot
-    # classifier").
-    # Where it is not, the pictures or the classes' order changed after tools/pretrain_phantom.py ran. Chance is 0.2.
+    # The label that denoises best is mostly the true one (Li et al. 2023, "Your diffusion model is
+    # secretly a zero-shot classifier"). Where it is not, the pictures or the classes' order changed
+    # after tools/pretrain_phantom.py ran. Chance is 0.2.
     best = torch.stack([errors(0.5, torch.full_like(label, k)) for k in range(5)]).argmin(0)
     share = float((best == label).float().mean())
     assert share > 0.5, share

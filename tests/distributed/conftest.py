@@ -1,4 +1,6 @@
-"""A prepared data folder with its mix, and trainings on it: what the streams and the training workers are tested with."""
+"""A prepared data folder with its mix, and trainings on it: what the streams and the training
+workers are tested with.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""An embedded Ray keeps to this machine and to the installed modules: in a process of its own, started in a hostile folder."""
+"""An embedded Ray keeps to this machine and to the installed modules: in a process of its own,
+started in a hostile folder.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ ray.shutdown()
 def test_an_embedded_ray_listens_on_loopback_and_takes_no_module_from_the_folder_one_is_in(
     tmp_path,
 ):
-    """Whoever reaches its ports can run code; and workers would look for modules in the current folder first."""
+    """Whoever reaches its ports can run code; and workers would look for modules in the current
+    folder first.
+    """
     (tmp_path / "colorsys.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     words = [sys.executable, "-P", "-c", SCRIPT]
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {

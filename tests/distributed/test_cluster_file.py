@@ -1,4 +1,6 @@
-"""The cluster files that are shipped, against Ray's own schema; and reading them, also where they are wrong or hostile."""
+"""The cluster files that are shipped, against Ray's own schema; and reading them, also where they
+are wrong or hostile.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,14 @@ def asking(asks: str) -> str:
     return MINIMAL.replace("{ASKS}", asks)
 
 
-# ---- what is shipped ------------------------------------------------------------------------------------------------------
+# ---- what is shipped -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_a_shipped_file_is_what_ray_up_takes(name):
-    """As `ray up` does it before it calls a cloud: defaults filled in, then Ray's schema and its other rules."""
+    """As `ray up` does it before it calls a cloud: defaults filled in, then Ray's schema and its
+    other rules.
+    """
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     tree = tree_of(name)
@@ -145,7 +149,7 @@ def test_the_kuberay_entrypoint_is_a_command_of_ours():
     )
 
 
-# ---- security of what is shipped --------------------------------------------------------------------------------------------
+# ---- security of what is shipped -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
@@ -247,7 +251,7 @@ def test_pods_are_not_root():
         )
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -323,11 +327,13 @@ def test_the_ranges_are_those_of_the_configuration():
         ),
         ("metadata: 3\ncluster_name: a\nprovider: {type: aws}\n", "metadata must hold keys"),
         (
-            "apiVersion: ray.io/v1\nkind: RayJob\nmetadata: {annotations: {adversa: 'samplers: ['}}\n",
+            "apiVersion: ray.io/v1\nkind: RayJob\nmetadata: {annotations: {adversa: "
+            "'samplers: ['}}\n",
             "adversa is not valid YAML",
         ),
         (
-            "apiVersion: ray.io/v1\nkind: RayJob\nmetadata: {annotations: {adversa: 'samples: 1'}}\n",
+            "apiVersion: ray.io/v1\nkind: RayJob\nmetadata: {annotations: {adversa: "
+            "'samples: 1'}}\n",
             "did you mean samplers?",
         ),
     ],
@@ -367,7 +373,8 @@ def test_a_hostile_file_executes_nothing(written, tmp_path, tag):
     with pytest.raises(UserError, match="not valid YAML"):
         cluster_file.read(
             written(
-                f"apiVersion: ray.io/v1\nkind: RayJob\nmetadata: {{annotations: {annotation.strip()}}}\n"
+                f"apiVersion: ray.io/v1\nkind: RayJob\nmetadata: {{annotations: "
+                f"{annotation.strip()}}}\n"
             )
         )
     assert not mark.exists()

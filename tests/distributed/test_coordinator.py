@@ -1,4 +1,6 @@
-"""The coordinator on a Ray cluster of its own, in processes: what it makes is what the local engine makes, whoever dies."""
+"""The coordinator on a Ray cluster of its own, in processes: what it makes is what the local engine
+makes, whoever dies.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from adversa.storage import files
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# A head of one node, which ends with its parent's stdin: whatever becomes of the tests, no Ray stays behind.
+# A head of one node, which ends with its parent's stdin: whatever becomes of the tests, no Ray
+# stays behind.
 HEAD = """
 import sys
 from ray.cluster_utils import Cluster
@@ -96,7 +99,9 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def go(cluster, finished, tmp_path):
-    """Starts `adversa loop` on the cluster for a run in tmp_path; what still runs is killed in the end."""
+    """Starts `adversa loop` on the cluster for a run in tmp_path; what still runs is killed in the
+    end.
+    """
     config, _ = finished
     (tmp_path / "tiny.yaml").write_text(dump(config))
     started, run = [], RunDir(tmp_path / "run")

@@ -1,4 +1,6 @@
-"""RayEngine against LocalEngine: the same ids, the same noise, the same images, the same weights."""
+"""RayEngine against LocalEngine: the same ids, the same noise, the same images, the same
+weights.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def test_a_fault_the_user_can_mend_comes_home_from_ray_data(ray_engine, tmp_path
 def test_a_fault_the_user_can_mend_comes_home_from_ray_train_and_nothing_is_lost(
     finished, ray_engine, tiny, tmp_path
 ):
-    """A learning rate that explodes: one line that names the step, no model, and what was finished before stays."""
+    """A learning rate that explodes: one line that names the step, no model, and what was finished
+    before stays.
+    """
     config = tiny(classifier={"lr": 1e30}, mix={"arms": ["real"]})
     run = loop.open_run(config, tmp_path / "run")
     with pytest.raises(UserError, match="step") as e:

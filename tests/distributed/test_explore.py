@@ -1,4 +1,6 @@
-"""A sweep as an ordinary search of Ray Tune: the trainable, a space that is extended, schedulers and searchers by name."""
+"""A sweep as an ordinary search of Ray Tune: the trainable, a space that is extended, schedulers
+and searchers by name.
+"""
 
 from __future__ import annotations
 

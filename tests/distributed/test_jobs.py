@@ -1,4 +1,6 @@
-"""A run on a cluster, end to end: a head started as on a cluster (`ray start --head`), commands as a user types them."""
+"""A run on a cluster, end to end: a head started as on a cluster (`ray start --head`), commands as
+a user types them.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,15 @@ def until(what, seconds=ENOUGH):
 
 
 class Head:
-    """Ray's head in a process of its own, with a token; and what a user's shell needs to work with it."""
+    """Ray's head in a process of its own, with a token; and what a user's shell needs to work with
+    it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.address = folder, f"http://127.0.0.1:{free_port()}"
         self.secret = uuid.uuid4().hex
-        # The head's `python` and `adversa` are this environment's. A busy machine must not take it for dead.
+        # The head's `python` and `adversa` are this environment's. A busy machine must not take it
+        # for dead.
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -134,7 +139,8 @@ class Head:
             str(self.cluster),
         ]
         out = subprocess.PIPE
-        # Ctrl-C as in a terminal: a shell starts what is in the background deaf to it, these tests too.
+        # Ctrl-C as in a terminal: a shell starts what is in the background deaf to it, these tests
+        # too.
         heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
         return subprocess.Popen(
             command,
@@ -218,7 +224,8 @@ def config(tiny, head) -> Path:
     return path
 
 
-# Nothing hangs on the number of steps before the first checkpoint: a run may be resumed with another.
+# Nothing hangs on the number of steps before the first checkpoint: a run may be resumed with
+# another.
 SHORT = [
     "--set",
     "classifier.steps=4",

@@ -1,4 +1,6 @@
-"""The client of the jobs server and of Ray's launcher, against servers and commands that pretend. No Ray runs."""
+"""The client of the jobs server and of Ray's launcher, against servers and commands that pretend.
+No Ray runs.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,7 @@ def refusal(address) -> str:
     return str(told.value)
 
 
-# ---- one clear line -----------------------------------------------------------------------------------------------------
+# ---- one clear line ------------------------------------------------------------------------------
 
 
 def test_a_cluster_of_our_versions_is_taken(serve):
@@ -218,7 +220,7 @@ def test_a_token_that_is_nowhere(serve, tmp_path):
     jobs.connect(closed.address, "")
 
 
-# ---- where a run lies, what is run ----------------------------------------------------------------------------------------
+# ---- where a run lies, what is run ---------------------------------------------------------------
 
 
 def test_where_a_run_lies(tmp_path):
@@ -314,11 +316,13 @@ def test_a_job_whose_command_did_not_wait_is_known():
     assert cli_cluster._state(jobs._job(details, "/x")) == "finished"
 
 
-# ---- submitting and following -----------------------------------------------------------------------------------------------
+# ---- submitting and following --------------------------------------------------------------------
 
 
 class Cluster:
-    """Stands in for a jobs client: jobs are lists of (status, log) or errors, one a poll; the last one stays."""
+    """Stands in for a jobs client: jobs are lists of (status, log) or errors, one a poll; the last
+    one stays.
+    """
 
     def __init__(self, **scripts):
         self.scripts, self.submitted, self.now = {k: list(v) for k, v in scripts.items()}, [], {}
@@ -354,7 +358,8 @@ class Cluster:
     def submit_job(self, entrypoint, submission_id, runtime_env, metadata):
         if submission_id in self.scripts:
             raise RuntimeError(
-                f"Request failed\nValueError: Job with submission_id {submission_id} already exists.\n."
+                f"Request failed\nValueError: Job with submission_id {submission_id} "
+                "already exists.\n."
             )
         self.scripts[submission_id] = [("PENDING", "")]
         self.submitted.append((submission_id, entrypoint, runtime_env, metadata))
@@ -498,7 +503,7 @@ def test_a_cluster_that_does_not_take_the_job(tmp_path):
         jobs.submit(cluster, "/r", "run it", "", tmp_path)
 
 
-# ---- Ray's launcher, played by a script ---------------------------------------------------------------------------------------
+# ---- Ray's launcher, played by a script ----------------------------------------------------------
 
 PRETEND = """
 import http.server, json, sys
@@ -521,7 +526,9 @@ sys.exit(said.get("code", 0))
 
 @pytest.fixture
 def pretend(tmp_path, monkeypatch):
-    """pretend(out=..., code=...): what `ray` answers from now on; gives a function that tells what it was asked."""
+    """pretend(out=..., code=...): what `ray` answers from now on; gives a function that tells what
+    it was asked.
+    """
     (tmp_path / "ray.py").write_text(PRETEND)
     log = tmp_path / "asked"
 
@@ -540,7 +547,8 @@ def cluster(tmp_path):
     folder.mkdir()
     path = folder / "--cluster.yaml"
     path.write_text(
-        "cluster_name: mine; touch executed\nprovider: {type: local, head_ip: 10.0.0.1, worker_ips: [10.0.0.2]}\n"
+        "cluster_name: mine; touch executed\nprovider: {type: local, head_ip: 10.0.0.1, "
+        "worker_ips: [10.0.0.2]}\n"
     )
     return cluster_file.read(path)
 

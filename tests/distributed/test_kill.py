@@ -1,4 +1,6 @@
-"""kill -9 of the whole process tree at five points of a run on Ray; the same command finishes it."""
+"""kill -9 of the whole process tree at five points of a run on Ray; the same command finishes
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "kill_and_resume.py"
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_run_ends_like_an_undisturbed_one(finished, tmp_path):
-    """The undisturbed run is the local engine's: its images and weights are the same as Ray's (test_engine)."""
+    """The undisturbed run is the local engine's: its images and weights are the same as Ray's
+    (test_engine).
+    """
     config, undisturbed = finished
     (tmp_path / "tiny.yaml").write_text(dump(config))
     command = [sys.executable, "-m", "adversa.cli", "loop", str(tmp_path / "tiny.yaml")]

@@ -1,4 +1,6 @@
-"""The pool on real actors that fail in stated ways; what needs no process is in tests/loop/test_crew.py."""
+"""The pool on real actors that fail in stated ways; what needs no process is in
+tests/loop/test_crew.py.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +152,8 @@ def test_a_dead_actor_gives_its_part_to_another(ray_engine, tmp_path):
 def test_a_part_that_kills_every_actor_ends_the_step_and_keeps_the_others(ray_engine, tmp_path):
     with pytest.raises(
         RuntimeError,
-        match="every row of part 0 fails .row 0 of part 0, row 1 of part 0.; the last time: its worker died",
+        match="every row of part 0 fails .row 0 of part 0, row 1 of part 0.; the last time: its "
+        "worker died",
     ):
         map_parts(partial(make_dying, tmp_path, 99, 0), tmp_path / "out", attempts=2)
     assert (
@@ -190,7 +193,8 @@ def test_anything_else_that_does_is_tried_again(ray_engine, tmp_path, monkeypatc
     monkeypatch.setattr(worker_pool, "STARTS", 2)
     with pytest.raises(
         RuntimeError,
-        match="no worker comes up, each died 2 times .*ImportError: no module named flash_attention",
+        match="no worker comes up, each died 2 times .*ImportError: no module named "
+        "flash_attention",
     ):
         map_parts(make_broken, tmp_path, size=1)
 
@@ -230,7 +234,9 @@ def test_ctrl_c_ends_the_actors_and_keeps_what_is_committed(ray_engine, tmp_path
 
 
 def come_and_go(out: Path) -> None:
-    """Two samplers on two nodes; a third node comes, and takes one more; then one of the first goes for good, with its sampler."""
+    """Two samplers on two nodes; a third node comes, and takes one more; then one of the first goes
+    for good, with its sampler.
+    """
     from ray.cluster_utils import Cluster as Nodes
 
     from adversa.config import Cluster
@@ -297,7 +303,9 @@ def test_new_nodes_get_actors_and_a_node_that_goes_takes_only_its_own(tmp_path):
 
 
 def by_gpus(out: Path) -> None:
-    """Half a made-up GPU a sampler: a machine of two GPUs takes four, one of four GPUs and one CPU takes one, the head none."""
+    """Half a made-up GPU a sampler: a machine of two GPUs takes four, one of four GPUs and one CPU
+    takes one, the head none.
+    """
     import ray
     from ray.cluster_utils import Cluster as Nodes
 

@@ -1,4 +1,6 @@
-"""Trials on Ray Tune: lanes, order, faults, workers that die; the same table as the local engine's."""
+"""Trials on Ray Tune: lanes, order, faults, workers that die; the same table as the local
+engine's.
+"""
 
 from __future__ import annotations
 

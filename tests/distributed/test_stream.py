@@ -1,4 +1,6 @@
-"""Streams of training batches: the feed's order, whatever the number of workers, from whatever step."""
+"""Streams of training batches: the feed's order, whatever the number of workers, from whatever
+step.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def feed_of(prepared, **changes):
 
 @ray.remote(num_cpus=0)
 def read(shard, rank):
-    """What worker `rank` gets. The arrays become lists: a batch on a worker is a view into Ray's memory."""
+    """What worker `rank` gets. The arrays become lists: a batch on a worker is a view into Ray's
+    memory.
+    """
     return [
         b | {"image": b["image"].copy(), "label": b["label"].tolist()}
         for b in stream.batches(shard, rank)()

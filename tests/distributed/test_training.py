@@ -1,4 +1,6 @@
-"""Trainings on Ray Train: one worker against two, what is not repeated, what is not tried again, elastic groups."""
+"""Trainings on Ray Train: one worker against two, what is not repeated, what is not tried again,
+elastic groups.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from adversa.types import UserError
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STEPS = 8
-# float32: then only the order of summation differs, and AdamW's first steps blow up the last bits of tiny gradients. With BatchNorm
-# over half batches the very first loss would be off by per cents.
+# float32: then only the order of summation differs, and AdamW's first steps blow up the last bits
+# of tiny gradients. With BatchNorm over half batches the very first loss would be off by per cents.
 EXACT = {"amp": False, "steps": STEPS, "batch_size": 24, "checkpoint_steps": 3}
 
 
@@ -81,7 +83,9 @@ def test_two_workers_have_the_loss_curve_of_one(one_and_two, what, points):
 
 
 def test_a_finished_job_of_a_launch_is_not_repeated(one_and_two, jobs_in, ray_engine):
-    """As after a death in the second job: the first keeps its files, the second is trained again, to the same weights."""
+    """As after a death in the second job: the first keeps its files, the second is trained again,
+    to the same weights.
+    """
     base = one_and_two[0]
     before = (
         step_folder.fingerprint(base / "denoiser"),
@@ -118,7 +122,9 @@ class TenBatches:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Notes every start and step of every worker; commits every other step; at step 5 of the first start does `then`."""
+    """Notes every start and step of every worker; commits every other step; at step 5 of the first
+    start does `then`.
+    """
 
     then: str
 
@@ -205,7 +211,9 @@ def test_a_group_that_may_shrink_trains_with_as_many_as_there_is_room_for(ray_en
 
 
 def lose_a_node(out):
-    """A cluster of two nodes, one worker on each; the second node dies at step 5 of 10 and does not come back."""
+    """A cluster of two nodes, one worker on each; the second node dies at step 5 of 10 and does not
+    come back.
+    """
     from ray.cluster_utils import Cluster as Nodes
 
     from adversa.config import Cluster

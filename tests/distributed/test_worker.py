@@ -1,4 +1,6 @@
-"""The training worker's parts, without Ray: streams that start early, select roles that are kept, what ends a run at once."""
+"""The training worker's parts, without Ray: streams that start early, select roles that are kept,
+what ends a run at once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What every engine does with a training: count what it saw, mark it complete, and only then let go of its checkpoint."""
+"""What every engine does with a training: count what it saw, mark it complete, and only then let go
+of its checkpoint.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The bookkeeping of parts that fail: tries, the search for the rows to blame, and when a step is called broken."""
+"""The bookkeeping of parts that fail: tries, the search for the rows to blame, and when a step is
+called broken.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def leases_of(rows, attempts=3, total=None):
 
 
 def work(leases, fails, worker=0, alone=True):
-    """Do everything with one worker; fails: (part, rows that are tried) -> reason or None. The orders, in turn."""
+    """Do everything with one worker; fails: (part, rows that are tried) -> reason or None. The
+    orders, in turn.
+    """
     orders = []
     while leases.left:
         for order in leases.take(worker, 1, alone):
@@ -130,7 +134,8 @@ def test_orders_given_back_come_first_and_count_no_try():
 def test_where_nothing_succeeds_the_third_part_out_of_tries_ends_the_step():
     with pytest.raises(
         RuntimeError,
-        match="^parts 0, 1, 2 failed, nothing else succeeded .tries of each: 2.; the last time: no CUDA$",
+        match="^parts 0, 1, 2 failed, nothing else succeeded .tries of each: 2.; the last time: "
+        "no CUDA$",
     ):
         leases = leases_of([64] * 1000, attempts=2)
         orders = work(leases, lambda part, rows: "no CUDA")
@@ -156,7 +161,8 @@ def test_the_only_part_left_is_searched_though_nothing_has_succeeded():
 def test_a_part_whose_rows_all_fail_ends_the_step():
     with pytest.raises(
         RuntimeError,
-        match=r"every row of part 2 fails \(row 0 of part 2, row 1 of part 2\); the last time: ValueError: 1",
+        match=r"every row of part 2 fails \(row 0 of part 2, row 1 of part 2\); the last time: "
+        r"ValueError: 1",
     ):
         work(leases_of([2] * 1000), poison((2, 0), (2, 1)))
 
@@ -168,7 +174,8 @@ def test_more_than_one_in_a_hundred_ends_the_step():
     assert len(leases.given_up) == 3
     with pytest.raises(
         RuntimeError,
-        match=r"^4 of 300 fail \(row 0 of part 0, .*row 0 of part 9\), more than the 3 that may; the last",
+        match=r"^4 of 300 fail \(row 0 of part 0, .*row 0 of part 9\), more than the 3 that may; "
+        r"the last",
     ):
         work(leases_of([10] * 30), poison(*bad, (9, 0)))
 

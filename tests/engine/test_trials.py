@@ -50,7 +50,8 @@ def test_one_that_fails_stops_only_what_waits_for_it_and_is_told_at_the_end(tmp_
         LocalEngine().search(trials, lambda _: None)
     assert order == ["a", "c"]
     assert str(told.value) == (
-        "1 of 3 trials failed; 1 more wait for what these were to make; the first, a: a cannot be; what the others made is kept, "
+        "1 of 3 trials failed; 1 more wait for what these were to make; the first, a: a "
+        "cannot be; what the others made is kept, "
         "and the same command tries again"
     )
     mended = [trial(tmp_path, order, n, *needs) for n, needs, _ in names]

@@ -118,7 +118,7 @@ def test_pinning_takes_hold():
         os.sched_setaffinity(0, before)
 
 
-# ---- LocalEngine -------------------------------------------------------------------------------------------------------
+# ---- LocalEngine ---------------------------------------------------------------------------------
 
 
 def test_the_local_engine_does_every_part_and_puts_the_threads_back(tmp_path):

@@ -1,4 +1,6 @@
-"""The scheduling of workers, on simulated ones in simulated time: slow, dying, late, poisoned. No Ray, no process."""
+"""The scheduling of workers, on simulated ones in simulated time: slow, dying, late, poisoned. No
+Ray, no process.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ from adversa.types import UserError
 
 
 class World:
-    """A Backend whose workers take `seconds(number, part)` for a part, in a time that passes only in `wait`.
+    """A Backend whose workers take `seconds(number, part)` for a part, in a time that passes only
+    in `wait`.
 
-    room(t): how many workers there is room for. dies: {number: when}. work(number, part): raises what is to happen, Lost kills the
-    worker. latency: seconds between an answer and the next call on a worker that has no other.
+    room(t): how many workers there is room for. dies: {number: when}. work(number, part): raises
+    what is to happen, Lost kills the worker. latency: seconds between an answer and the next call
+    on a worker that has no other.
     """
 
     def __init__(
@@ -341,7 +345,9 @@ def test_workers_without_room_join_when_there_is():
 
 
 def test_new_nodes_get_new_workers_and_a_lost_one_takes_none_along():
-    """Two at first, six from t = 30; the first two die with their node at t = 60, and there is no room for others."""
+    """Two at first, six from t = 30; the first two die with their node at t = 60, and there is no
+    room for others.
+    """
     world = World(room=lambda t: 2 if t < 30 else 6 if t < 60 else 4, dies={0: 60.5, 1: 60.5})
     states = []
     go(

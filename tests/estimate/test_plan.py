@@ -1,4 +1,6 @@
-"""A plan's counts are those of a run that was done; what cannot fit is refused by value, cause and fix. No Ray."""
+"""A plan's counts are those of a run that was done; what cannot fit is refused by value, cause and
+fix. No Ray.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def amounts(config, run, command, number=0):
     return found
 
 
-# ---- how much -----------------------------------------------------------------------------------------------------------
+# ---- how much ------------------------------------------------------------------------------------
 
 
 def test_the_amounts_of_a_stage_are_those_of_a_run_that_was_done(finished):
@@ -119,7 +121,7 @@ def test_every_kind_of_work_is_measured(tiny, tmp_path):
         assert kinds == set(measure.kinds_of(config))
 
 
-# ---- where --------------------------------------------------------------------------------------------------------------
+# ---- where ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_a_placement_says_who_waits(tiny):
     assert (at.tasks, at.model_tasks) == (12, 8)
 
 
-# ---- how long -----------------------------------------------------------------------------------------------------------
+# ---- how long ------------------------------------------------------------------------------------
 
 
 def measured(seconds, kinds=tuple(measure.SHARES)):
@@ -217,7 +219,7 @@ def test_what_is_finished_costs_nothing(finished):
     assert all(c.done for c in found) and plan.total(found)[0].high == 0
 
 
-# ---- what cannot fit ----------------------------------------------------------------------------------------------------
+# ---- what cannot fit -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -303,8 +305,10 @@ def test_what_takes_more_than_a_gpu_has_is_told_of(tiny):
     needs = {"classifier": 2 * GIB, "denoiser": 20 * GIB, "paint": 9 * GIB}
     config = tiny(cluster={"gpus_per_sampler": 0.5})
     assert plan.memory_faults(needs, config, [node]) == [
-        "a training of the denoiser: about 20.0 GiB of memory, a GPU has 16.0 GiB; lower denoiser.batch_size, or a larger GPU",
-        "2 samplers a GPU: about 18.0 GiB of memory, a GPU has 16.0 GiB; lower generate.batch_size or raise "
+        "a training of the denoiser: about 20.0 GiB of memory, a GPU has 16.0 GiB; lower "
+        "denoiser.batch_size, or a larger GPU",
+        "2 samplers a GPU: about 18.0 GiB of memory, a GPU has 16.0 GiB; lower "
+        "generate.batch_size or raise "
         "cluster.gpus_per_sampler, or a larger GPU",
     ]
     assert plan.memory_faults(needs, config, [Node("n", 8, 2)]) == []  # not known
@@ -323,7 +327,7 @@ def test_networks_are_weighed_without_memory(tiny, tmp_path):
         plan.check(config, run, [Node("n", 8, 1, gpu_memory=1 << 20)])
 
 
-# ---- the measurement ----------------------------------------------------------------------------------------------------
+# ---- the measurement -----------------------------------------------------------------------------
 
 
 def test_memory_is_counted_at_its_height():

@@ -1,4 +1,6 @@
-"""The figures against other people's code: scikit-learn, torchmetrics, the ISIC challenges' own scorers."""
+"""The figures against other people's code: scikit-learn, torchmetrics, the ISIC challenges' own
+scorers.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def predictions(seed: int, n: int = 700) -> tuple[np.ndarray, np.ndarray]:
 
 
 def isic_2024(positive: np.ndarray, score: np.ndarray, floor: float) -> float:
-    """The challenge's pAUC: labels and scores turned over, scikit-learn's partial AUC, its scaling (McClish 1989) undone."""
+    """The challenge's pAUC: labels and scores turned over, scikit-learn's partial AUC, its scaling
+    (McClish 1989) undone.
+    """
     most = 1 - floor
     scaled = roc_auc_score(~positive, 1 - score, max_fpr=most)
     return 0.5 * most**2 + (most - 0.5 * most**2) / 0.5 * (scaled - 0.5)
@@ -106,7 +110,9 @@ def test_agrees_with_torchmetrics(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_agrees_with_the_isic_challenge_s_scorer(seed: int) -> None:
-    """Its auc_sens_80 counts what lies below the floor too, from the point where the curve crosses it: that rectangle is added."""
+    """Its auc_sens_80 counts what lies below the floor too, from the point where the curve crosses
+    it: that rectangle is added.
+    """
     pd = pytest.importorskip("pandas")
     isic = pytest.importorskip("isic_challenge_scoring.classification")
     logits, labels = predictions(seed)

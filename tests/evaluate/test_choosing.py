@@ -26,7 +26,9 @@ def two(n: int) -> np.ndarray:
 
 
 def scored(n: int, **right: int) -> tuple[dict[float, np.ndarray], np.ndarray, list[str]]:
-    """(ratio -> logits [1, 2 n, 2], labels, lesions): of each class so many of n are right, each image its own lesion."""
+    """(ratio -> logits [1, 2 n, 2], labels, lesions): of each class so many of n are right, each
+    image its own lesion.
+    """
     labels = two(n)
     logits = {
         float(k[1:].replace("_", ".")): says(labels, np.tile(share(n, v), 2))[None]
@@ -46,7 +48,9 @@ def test_the_best_of_equals_is_the_smallest():
 
 
 def test_the_standard_error_is_that_of_two_binomials():
-    """Of balanced accuracy, with n lesions of each of two classes: sqrt(p (1 - p) / (2 n)), but that resamples vary n, too."""
+    """Of balanced accuracy, with n lesions of each of two classes: sqrt(p (1 - p) / (2 n)), but
+    that resamples vary n, too.
+    """
     found = chosen(*scored(200, r0=160))
     assert found.figures[0.0].mean == pytest.approx(0.8) and found.figures[0.0].se == pytest.approx(
         np.sqrt(0.16 / 400), rel=0.08
@@ -121,11 +125,13 @@ def test_rare_and_absent_classes_leave_no_nan():
     assert all(np.isfinite([told[c].difference, told[c].se, told[c].bar]).all() for c in "ab")
 
 
-# ---- what helped ----------------------------------------------------------------------------------------------------------
+# ---- what helped ---------------------------------------------------------------------------------
 
 
 def helps(n: int, before: int, after: int, added=(5, 5), lesions=None) -> choosing.Help:
-    """Of class b, of which `before` and `after` of n are right (the same ones first); class a is always right."""
+    """Of class b, of which `before` and `after` of n are right (the same ones first); class a is
+    always right.
+    """
     labels = np.array([0] * 40 + [1] * n)
     a, b = (
         says(labels, np.concatenate([np.ones(40, bool), share(n, right)]))[None]
@@ -138,7 +144,9 @@ def helps(n: int, before: int, after: int, added=(5, 5), lesions=None) -> choosi
 
 
 def test_the_standard_error_of_a_difference_is_of_pairs():
-    """d of n lesions turn from wrong to right: sqrt(d / n (1 - d / n) / n), however many are right in both."""
+    """d of n lesions turn from wrong to right: sqrt(d / n (1 - d / n) / n), however many are right
+    in both.
+    """
     found = helps(100, 50, 60)
     assert (
         found.difference == pytest.approx(0.1)

@@ -1,4 +1,6 @@
-"""Dose-response curves: closed forms, and on simulated sweeps how often the intervals hold the truth and the words are right."""
+"""Dose-response curves: closed forms, and on simulated sweeps how often the intervals hold the
+truth and the words are right.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def trials(
     doses: np.ndarray = DOSES,
     lesions: float = 0.0,
 ) -> np.ndarray:
-    """[D, S]: truth, the seed's luck, the rest; lesions: sd of the luck of lesions at each dose, on 2.5 times that at all."""
+    """[D, S]: truth, the seed's luck, the rest; lesions: sd of the luck of lesions at each dose, on
+    2.5 times that at all.
+    """
     shared = lesions * (2.5 * rng.normal() + rng.normal(size=len(doses)))
     luck = ALIKE * rng.normal(size=seeds) + sd * rng.normal(size=(len(doses), seeds))
     return (
@@ -78,7 +82,9 @@ def kinds(found: list[Response]) -> Counter:
 
 
 def share_held(found: list[Response], knee: float) -> float:
-    """Of the sweeps that tell a knee, the share whose interval holds the true one; a refusal is no interval and is not counted."""
+    """Of the sweeps that tell a knee, the share whose interval holds the true one; a refusal is no
+    interval and is not counted.
+    """
     told = [r for r in found if r.knee is not None]
     return float(np.mean([r.knee_low <= knee <= r.knee_high for r in told]))
 
@@ -203,7 +209,8 @@ def test_seeds_of_their_own_at_each_dose_are_not_taken_for_pairs() -> None:
     assert response(DOSES, scores).kind == "knee"
 
 
-# Simulated sweeps. Counts are of 200; a share of 0.95 lies above 0.92 in 96% of such tests, and the seeds are fixed.
+# Simulated sweeps. Counts are of 200; a share of 0.95 lies above 0.92 in 96% of such tests, and the
+# seeds are fixed.
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -345,8 +352,8 @@ def test_a_response_is_json_and_the_same_for_the_same_seed() -> None:
         found.knee == found.curve.knee() and found.reason == "" and found.gain == found.curve.rise
     )
     assert (
-        f"90% of it by dose {found.knee:.3g} (95%, if the curve is exponential: {found.knee_low:.3g} to"
-        in found.words
+        f"90% of it by dose {found.knee:.3g} (95%, if the curve is exponential: "
+        f"{found.knee_low:.3g} to" in found.words
     )
     wide = response(DOSES, scores, seed=1, level=0.99)
     assert (
@@ -460,7 +467,9 @@ def test_the_real_curve_is_the_isotonic_regression() -> None:
     "truth, equivalent", [(log_line, 1414.0), (power, 1500.0), (power, 300.0), (power, 3500.0)]
 )
 def test_the_interval_holds_the_worth(truth: Callable, equivalent: float, seeds: int) -> None:
-    """An end that is not bounded holds all on its side; away from the ends of the data there are both in nearly all studies."""
+    """An end that is not bounded holds all on its side; away from the ends of the data there are
+    both in nearly all studies.
+    """
     found, rng = [], np.random.default_rng(12)
     for i in range(SWEEPS):
         scores = trials(rng, truth, seeds, 0.01, np.append(COUNTS, equivalent))

@@ -42,7 +42,8 @@ def brute_force(real, fake, k):
 
 
 def test_mmd_of_two_and_two_points_by_hand():
-    # D = 1. k(1, 3) = 4^3 = 64, k(0, 2) = 1; across: k(1, 0) = 1, k(1, 2) = 27, k(3, 0) = 1, k(3, 2) = 343; mean 93.
+    # D = 1. k(1, 3) = 4^3 = 64, k(0, 2) = 1; across: k(1, 0) = 1, k(1, 2) = 27, k(3, 0) = 1, k(3,
+    # 2) = 343; mean 93.
     a, b = np.array([[1.0], [3.0]]), np.array([[0.0], [2.0]])
     assert mmd2(a, b) == pytest.approx(64 + 1 - 2 * 93, abs=1e-12)
 
@@ -64,7 +65,9 @@ def test_kid_of_the_whole_sets_is_their_mmd():
 
 
 def test_kid_is_unbiased_for_one_distribution():
-    """The mean over many draws is 0 within three standard errors; a single KID is at times negative."""
+    """The mean over many draws is 0 within three standard errors; a single KID is at times
+    negative.
+    """
     found = []
     for seed in range(300):
         rng = np.random.default_rng([7, seed])
@@ -86,7 +89,8 @@ def test_kid_of_two_constants_and_of_two_normals_has_its_closed_form():
     # Points at s and at t (D = 1): k(s, s) + k(t, t) - 2 k(s, t).
     mean, std = kid(np.full((20, 1), 2.0), np.full((30, 1), 1.0), subsets=3, subset_size=10, seed=0)
     assert mean == pytest.approx(125 + 8 - 2 * 27) and std == 0
-    # D = 1, x ~ N(0, 1), y ~ N(c, 1): the moments differ by (c, c^2, 3c + c^3), and (xy + 1)^3 weighs their squares 3, 3, 1.
+    # D = 1, x ~ N(0, 1), y ~ N(c, 1): the moments differ by (c, c^2, 3c + c^3), and (xy + 1)^3
+    # weighs their squares 3, 3, 1.
     c = 0.5
     expected = 3 * c**2 + 3 * c**4 + (3 * c + c**3) ** 2
     rng = np.random.default_rng(3)
@@ -111,7 +115,9 @@ def test_prdc_is_what_brute_force_finds(monkeypatch, k, cells):
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_identical_sets(offset):
-    """Each point lies in its own ball and in those of the points it is among the k - 1 nearest of: density is exactly 1."""
+    """Each point lies in its own ball and in those of the points it is among the k - 1 nearest of:
+    density is exactly 1.
+    """
     real = np.random.default_rng(0).normal(size=(50, 6)) + offset
     shuffled = real[np.random.default_rng(1).permutation(50)]
     assert prdc(real, shuffled, 4) == {
@@ -133,10 +139,13 @@ def test_disjoint_sets():
 
 
 def test_points_on_a_line():
-    """Real 0, 1, 2, 3, 10: with k = 1 radii 1, 1, 1, 1, 7. Fake 0.5, 0.6, 3.5, 50: radii 0.1, 0.1, 2.9, 46.5."""
+    """Real 0, 1, 2, 3, 10: with k = 1 radii 1, 1, 1, 1, 7. Fake 0.5, 0.6, 3.5, 50: radii 0.1, 0.1,
+    2.9, 46.5.
+    """
     real, fake = np.array([[0.0], [1], [2], [3], [10]]), np.array([[0.5], [0.6], [3.5], [50.0]])
-    # 0.5 and 0.6 lie in the balls of 0 and 1; 3.5 in those of 3 and 10; 50 in none: 6 of 4 points' balls.
-    # Recall: 1, 2 and 3 lie in the ball of 3.5; 10 in that of 50; 0 in none. Coverage: all but 2.
+    # 0.5 and 0.6 lie in the balls of 0 and 1; 3.5 in those of 3 and 10; 50 in none: 6 of 4 points'
+    # balls. Recall: 1, 2 and 3 lie in the ball of 3.5; 10 in that of 50; 0 in none. Coverage: all
+    # but 2.
     assert prdc(real, fake, 1) == pytest.approx(
         {"precision": 0.75, "recall": 0.8, "density": 6 / 4, "coverage": 0.8}
     )
@@ -175,7 +184,9 @@ def test_classes_without_enough_images_are_counted_and_left_open():
 
 
 def test_float32_features_of_large_offset_lose_nothing():
-    """A common offset costs no digits: the answer is that of the same points in float64 around 0."""
+    """A common offset costs no digits: the answer is that of the same points in float64 around
+    0.
+    """
     rng = np.random.default_rng(2)
     real, fake = (rng.integers(-64, 64, size=(60, 4)).astype(np.float32) for _ in range(2))
     assert prdc(real + 1e5, fake + 1e5, 3) == prdc(real, fake, 3)

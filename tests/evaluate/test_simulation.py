@@ -1,4 +1,6 @@
-"""The method on simulated studies: how often it calls nothing an effect, and how often it finds one that is there."""
+"""The method on simulated studies: how often it calls nothing an effect, and how often it finds one
+that is there.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,17 @@ from adversa.evaluate.inference import word
 
 LESIONS = (320, 160, 80, 40)  # of each class
 SENSITIVITY = np.array([0.85, 0.75, 0.65, 0.55])
-# Parts of the standard deviation of how clearly an image is answered right: lesion, image (shared by all classifiers), classifier
-# and lesion, classifier and image.
+# Parts of the standard deviation of how clearly an image is answered right: lesion, image (shared
+# by all classifiers), classifier and lesion, classifier and image.
 SD = {"lesion": 1.0, "image": 0.5, "own_lesion": 0.6, "own_image": 0.4}
 RESAMPLES = 200
 
 
 @dataclass(frozen=True)
 class World:
-    """seed: sd of a classifier's skill, over all classes and for each, in units of SD; shift: what arm a has over arm b."""
+    """seed: sd of a classifier's skill, over all classes and for each, in units of SD; shift: what
+    arm a has over arm b.
+    """
 
     seeds: int
     seed: tuple[float, float] = (0.05, 0.07)
@@ -78,7 +82,8 @@ def share(found: list[Comparison], *words: str) -> float:
     return float(np.mean([word(c.low, c.high) in words for c in found]))
 
 
-# One seed: the two classifiers are equally good on all lesions, since its interval holds nothing else (see below).
+# One seed: the two classifiers are equally good on all lesions, since its interval holds nothing
+# else (see below).
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "world", [World(1, (0.0, 0.0)), World(3), World(5), World(3, (0.15, 0.15))], ids=str

@@ -11,7 +11,9 @@ CLASSES = ["x", "y"]
 
 
 def study() -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, str]]]:
-    """(logits [N, 2], labels, lesions, attributes): back has 60 lesions, face 29 of one image, hand 12 of three, 9 not known."""
+    """(logits [N, 2], labels, lesions, attributes): back has 60 lesions, face 29 of one image, hand
+    12 of three, 9 not known.
+    """
     rng = np.random.default_rng(0)
     site = ["back"] * 60 + ["face"] * 29 + ["hand"] * 36 + [""] * 9
     lesions = np.array(

@@ -34,7 +34,9 @@ def picture(number):
 
 @pytest.fixture
 def painted(tmp_path):
-    """(synthetic, requests) of 3 parts of 6 rows: the first not finite, the last not painted; parts in another order of rows."""
+    """(synthetic, requests) of 3 parts of 6 rows: the first not finite, the last not painted; parts
+    in another order of rows.
+    """
     for k in range(3):
         asked, made = [], []
         for i in range(6):
@@ -84,7 +86,7 @@ def requests_of(painted):
     return {r["request_id"]: r for r in tables.read(painted[1]).to_pylist()}
 
 
-# ---- what is written ---------------------------------------------------------------------------------------------------
+# ---- what is written -----------------------------------------------------------------------------
 
 
 def test_folder_has_each_finite_image_and_its_whole_request(painted, tmp_path):
@@ -221,7 +223,7 @@ def test_datasets_reads_it(painted, tmp_path, form, monkeypatch):
         )
 
 
-# ---- again, cut off, elsewhere -----------------------------------------------------------------------------------------
+# ---- again, cut off, elsewhere -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", images.FORMATS)
@@ -298,7 +300,7 @@ def test_one_part_at_a_time(painted, tmp_path, monkeypatch):
     ]
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def refused(painted, out, form="folder", **changes):
@@ -391,7 +393,7 @@ def test_nothing_finite_is_an_empty_export(tmp_path):
         ).read_text()
 
 
-# ---- names of folders --------------------------------------------------------------------------------------------------
+# ---- names of folders ----------------------------------------------------------------------------
 
 NASTY = [
     "a/b",
@@ -466,7 +468,7 @@ def test_folder_names_are_safe_and_different(tmp_path):
     assert formats.folder_names(plain) == plain
 
 
-# ---- --labels ----------------------------------------------------------------------------------------------------------
+# ---- --labels ------------------------------------------------------------------------------------
 
 NAMES = ["akiec", "bcc", "mel", "df", "Melanoma, NOS", "a=b"]
 

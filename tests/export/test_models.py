@@ -1,4 +1,6 @@
-"""A run's classifiers as models: they load from their folder by the card's own code, and the card's figures are the run's."""
+"""A run's classifiers as models: they load from their folder by the card's own code, and the card's
+figures are the run's.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +54,16 @@ def test_every_arm_has_a_model_and_every_seed_its_weights(finished, exported):
                 folder / "model.safetensors"
             ).read_bytes()
             assert files.read_json(copy / "config.json") == files.read_json(folder / "config.json")
-    # After the last round: the mined images have joined the arm `real`, so these are not its first classifiers.
+    # After the last round: the mined images have joined the arm `real`, so these are not its first
+    # classifiers.
     first = (run.arm(0, "real", 0) / "classifier/model.safetensors").read_bytes()
     assert (out / "adversa-run-real/seed-0/model.safetensors").read_bytes() != first
 
 
 def test_the_cards_code_gives_the_runs_logits(exported, tmp_path, monkeypatch):
-    """Both blocks, as they stand, on a picture of test: adversa's to the bit, timm's but for bf16."""
+    """Both blocks, as they stand, on a picture of test: adversa's to the bit, timm's but for
+    bf16.
+    """
     _, run, _ = exported
     place = shutil.copytree(card_of(exported, "guided").parent, tmp_path / "model")
     example = tables.read(run.data / "test", ["id", "image"]).to_pylist()[3]
@@ -156,8 +161,8 @@ def test_the_card_says_what_a_person_must_know(exported, finished):
             assert f"{note[1:]}." in text
         for c in summary["comparisons"]:
             assert (
-                f"| {c['a']} | {c['b']} | {c['difference']:+.3f} | {c['low']:+.3f} to {c['high']:+.3f} |"
-                in text
+                f"| {c['a']} | {c['b']} | {c['difference']:+.3f} | {c['low']:+.3f} to "
+                f"{c['high']:+.3f} |" in text
             )
         split = files.read_json(run.data / "split.json")
         assert f"| {sum(split['images']['test'].values())} | {split['groups']['test']} |" in text

@@ -1,4 +1,6 @@
-"""The images of a run as a data set: the same ids, labels and bytes in every form, kept ones alone, the same files again."""
+"""The images of a run as a data set: the same ids, labels and bytes in every form, kept ones alone,
+the same files again.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def picture(number, side=16):
 
 @functools.cache
 def made(number):
-    """(request, image, verdict) of one painted image; its arm, class and fate hang on its number."""
+    """(request, image, verdict) of one painted image; its arm, class and fate hang on its
+    number.
+    """
     arm, label = ("guided", "unguided")[number % 2], number % 3
     reason, key = REASONS[number % len(REASONS)], digest("r", number, size=10)
     example, strategy = (digest("e", number // 4), "vary") if arm == "guided" else (None, "sample")
@@ -77,7 +81,9 @@ def made(number):
 
 @pytest.fixture(scope="module")
 def painted(tiny, tmp_path_factory):
-    """(config, run) of a made-up run: two rounds of 60 images in 3 parts each, every reason among them. Read only."""
+    """(config, run) of a made-up run: two rounds of 60 images in 3 parts each, every reason among
+    them. Read only.
+    """
     config = tiny(
         rounds=2, generate={"weak": "/secret/place/weak"}, data={"path": "/secret/place/set.zip"}
     )
@@ -167,7 +173,7 @@ def front(out):
     return yaml.safe_load((out / "README.md").read_text().split("---\n")[1])
 
 
-# ---- what is written ---------------------------------------------------------------------------------------------------
+# ---- what is written -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -235,7 +241,7 @@ def test_one_arm_and_one_round(painted, tmp_path):
     assert read(tmp_path / "round", "folder").keys() == late and 0 < len(late) < len(wanted())
 
 
-# ---- tar shards --------------------------------------------------------------------------------------------------------
+# ---- tar shards ----------------------------------------------------------------------------------
 
 
 def test_shards_are_small_sorted_and_the_same_bytes_by_anyone(painted, tmp_path, monkeypatch):
@@ -306,7 +312,7 @@ def test_datasets_reads_it(painted, tmp_path, form, monkeypatch):
         assert told["reason"] == verdict.reason and told["contrast"] == verdict.contrast
 
 
-# ---- the card ----------------------------------------------------------------------------------------------------------
+# ---- the card ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -362,7 +368,7 @@ def test_the_card_of_refused_images_says_so(painted, tmp_path):
     assert f"The {120 - len(wanted())} images that the gate refused" in text
 
 
-# ---- again, cut off, elsewhere -----------------------------------------------------------------------------------------
+# ---- again, cut off, elsewhere -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMATS)

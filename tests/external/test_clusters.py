@@ -1,4 +1,6 @@
-"""Of which figures on a set from elsewhere an interval can be had: those made of two clusters or more."""
+"""Of which figures on a set from elsewhere an interval can be had: those made of two clusters or
+more.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A finished run on a set from elsewhere: the figures by hand, labels in other words, what is left out, what is refused."""
+"""A finished run on a set from elsewhere: the figures by hand, labels in other words, what is left
+out, what is refused.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ IMAGES = 70
 
 @pytest.fixture(scope="session")
 def two_seeds(finished, tmp_path_factory):
-    """The finished run as one of two seeds, with a named group; the second seed's classifiers are other arms' first."""
+    """The finished run as one of two seeds, with a named group; the second seed's classifiers are
+    other arms' first.
+    """
     config, run = finished
     copy = RunDir(shutil.copytree(run.root, tmp_path_factory.mktemp("two") / "run"))
     tree = config.model_dump(mode="json")
@@ -61,7 +65,9 @@ def two_seeds(finished, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """(folder, rows of its CSV): phantoms that the run has not seen, of patients with two lesions each."""
+    """(folder, rows of its CSV): phantoms that the run has not seen, of patients with two lesions
+    each.
+    """
     folder = tmp_path_factory.mktemp("clinic")
     return folder, drawn(folder, cfg.Phantom(images=IMAGES, seed=7))
 
@@ -338,7 +344,9 @@ def test_a_labels_map_takes_words_as_they_are_written(two_seeds, tmp_path):
 
 
 def test_patients_are_what_is_resampled(ask, pictures):
-    """Patients of one class each, right or wrong together: far less to go by than as many images."""
+    """Patients of one class each, right or wrong together: far less to go by than as many
+    images.
+    """
     folder, rows = pictures
     patient = {r["path"]: f"{r['label']}-{i % 2}" for i, r in enumerate(rows)}
     found, logits, labels, whose = {}, None, None, None
@@ -485,7 +493,9 @@ def test_a_cut_evaluation_goes_on_where_it_was(ask, pictures):
 
 
 def test_pictures_the_run_has_seen_are_left_out(ask, two_seeds, pictures, tmp_path):
-    """An exact copy, a mirrored smaller one, another picture of such a lesion; one of the role `test` stays."""
+    """An exact copy, a mirrored smaller one, another picture of such a lesion; one of the role
+    `test` stays.
+    """
     config, run = two_seeds
     folder = Path(shutil.copytree(pictures[0], tmp_path / "own"))
     rows = list(pictures[1])
@@ -592,7 +602,8 @@ def test_a_run_that_is_not_finished_is_refused(two_seeds, tmp_path):
     (copy.arm(1, "guided", 1) / "classifier" / step_folder.MANIFEST).unlink()
     with pytest.raises(
         UserError,
-        match="not finished .round-001/guided/seed-1/classifier is missing.; finish it with: adversa loop",
+        match="not finished .round-001/guided/seed-1/classifier is missing.; finish it with: "
+        "adversa loop",
     ):
         external_evaluate.models(config, copy)
 

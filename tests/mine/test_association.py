@@ -10,7 +10,9 @@ from adversa.mine.association import Count, attainable, columns, count, holm, ov
 
 
 def brute(inside: int, size: int, everywhere: int, total: int) -> float:
-    """P(at least `inside` of the `everywhere` images with the value fall in a subset of `size`), by counting subsets."""
+    """P(at least `inside` of the `everywhere` images with the value fall in a subset of `size`), by
+    counting subsets.
+    """
     hits = sum(
         sum(i < everywhere for i in chosen) >= inside for chosen in combinations(range(total), size)
     )
@@ -36,7 +38,8 @@ def test_holm_by_its_definition() -> None:
 
 
 def test_only_what_could_come_out_is_corrected_for() -> None:
-    # 3 tables that may reach 0.01 and 100 that cannot reach 0.5: k = 3, since 3 pass 0.05 / 3 and only 3
+    # 3 tables that may reach 0.01 and 100 that cannot reach 0.5: k = 3, since 3 pass 0.05 / 3 and
+    # only 3
     least = np.array([0.01] * 3 + [0.5] * 100)
     assert attainable(least, 0.05).tolist() == [True] * 3 + [False] * 100
     # with k = 1 two pass 0.05, with k = 2 none passes 0.025

@@ -50,7 +50,8 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 
 
 def test_allocate_is_largest_remainder() -> None:
-    # quotas 10 * (5, 3, 2) / 10; then 7 * the same = 3.5, 2.1, 1.4: one place over, to the largest remainder
+    # quotas 10 * (5, 3, 2) / 10; then 7 * the same = 3.5, 2.1, 1.4: one place over, to the largest
+    # remainder
     assert allocate(10, np.array([5.0, 3, 2]), np.array([99, 99, 99])).tolist() == [5, 3, 2]
     assert allocate(7, np.array([5.0, 3, 2]), np.array([99, 99, 99])).tolist() == [4, 2, 1]
     assert allocate(1, np.array([1.0, 1, 1]), np.array([9, 9, 9])).tolist() == [1, 0, 0]
@@ -139,7 +140,8 @@ def test_order_of_rows_makes_no_difference() -> None:
 
 
 def test_one_failure_mode_does_not_fill_the_list() -> None:
-    # 40 wrong images of one mode, harder than the 4 of another; without diversity the second mode is never taken
+    # 40 wrong images of one mode, harder than the 4 of another; without diversity the second mode
+    # is never taken
     logits = np.array([[0, 5 + 0.001 * i] for i in range(40)] + [[0, 4.0]] * 4 + [[0, 9.0]] * 10)
     labels = np.array([0] * 44 + [1] * 10)
     embeddings = np.array([[1, 0.0]] * 40 + [[0, 1.0]] * 4 + [[1, 1]] * 10)

@@ -12,7 +12,9 @@ CLASSES = ("nevus", "melanoma", "vascular")
 
 
 def simulated(seed: int = 0, rare: int = 12, n: int = 300) -> dict:
-    """Three classes; `rare` amelanotic melanomas lie together, taken for vascular; other errors lie between their two classes."""
+    """Three classes; `rare` amelanotic melanomas lie together, taken for vascular; other errors lie
+    between their two classes.
+    """
     random = np.random.default_rng(seed)
     labels = random.choice(3, n, p=[0.6, 0.25, 0.15])
     centres = np.eye(12)[:4] * 3
@@ -98,9 +100,11 @@ def test_order_of_rows_makes_no_difference() -> None:
 
 
 def test_no_false_name_where_nothing_is_associated() -> None:
-    """Modes found once, attributes of the lesions drawn 200 times without regard to them: any finding is false.
+    """Modes found once, attributes of the lesions drawn 200 times without regard to them: any
+    finding is false.
 
-    At most 5% of studies have one; were it 5% exactly, 15 or more of 200 would come with probability 0.08.
+    At most 5% of studies have one; were it 5% exactly, 15 or more of 200 would come with
+    probability 0.08.
     """
     data, random = simulated(2, n=240), np.random.default_rng(0)
     lesion = np.arange(240) // 2

@@ -1,9 +1,11 @@
-"""The control experiment: can the harness see an effect that is there, and does it see none where there is none?
+"""The control experiment: can the harness see an effect that is there, and does it see none where
+there is none?
 
-Real pictures of another draw of the same world, which no role of the run holds, go through the loop's folders as if they had been
-painted for the requests of the arm `guided`. Training images are scarce, so that more real ones must help. With right labels the
-run must say `better`, through the gate (all of it but the least agreement); with labels shuffled across classes it must not, though
-a gate lets all through.
+Real pictures of another draw of the same world, which no role of the run holds, go through the
+loop's folders as if they had been painted for the requests of the arm `guided`. Training images are
+scarce, so that more real ones must help. With right labels the run must say `better`, through the
+gate (all of it but the least agreement); with labels shuffled across classes it must not, though a
+gate lets all through.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from adversa.storage import tables
 from adversa.types import ROLES
 
 WORLD, ELSEWHERE = 0, 1  # seeds of the run's pictures, and of those that are held back
-# Nothing is painted, so the denoiser is as it starts. No augmentation, as many steps as the larger set needs, one look at `select`
-# at the end: the effect is several times the luck of training. A judge of some twenty images knows no labels, so agreement is not
-# asked for; all other checks are.
+# Nothing is painted, so the denoiser is as it starts. No augmentation, as many steps as the larger
+# set needs, one look at `select` at the end: the effect is several times the luck of training. A
+# judge of some twenty images knows no labels, so agreement is not asked for; all other checks are.
 CONTROL = {
     "data": {
         "source": "phantom",
@@ -79,7 +81,9 @@ def go(config, run, until=None):
 
 
 def held_back(config, labels):
-    """A picture (PNG) for each label, from the pictures of another seed, none twice; read as `prepare` reads the run's own."""
+    """A picture (PNG) for each label, from the pictures of another seed, none twice; read as
+    `prepare` reads the run's own.
+    """
     data = config.data.model_copy(
         update={
             "phantom": config.data.phantom.model_copy(update={"seed": ELSEWHERE, "images": 4000})
@@ -96,7 +100,8 @@ def held_back(config, labels):
 
 
 def feed(config, run, shuffled=False):
-    """What `generate` leaves, with held-back pictures in the place of painted ones: (class of each picture, label it is given).
+    """What `generate` leaves, with held-back pictures in the place of painted ones: (class of each
+    picture, label it is given).
 
     shuffled: each request gets the picture of another.
     """
@@ -146,7 +151,9 @@ def open_gate(run):
 
 
 def outcome(config, run):
-    """(summary, comparison by the arm that `guided` is compared with) of the run, brought to its end."""
+    """(summary, comparison by the arm that `guided` is compared with) of the run, brought to its
+    end.
+    """
     go(config, run)
     summary = json.loads(run.summary.read_text())
     print(summary["verdict_sentence"], summary["matched"]["added_by_class"], summary["rejected"])
@@ -197,7 +204,9 @@ def test_images_with_shuffled_labels_are_not(tmp_path):
     go(config, run, "curate")
     open_gate(
         run
-    )  # it would keep some of them out: here the question is what the comparison says of labels that are wrong
+        # it would keep some of them out: here the question is what the comparison says of labels
+        # that are wrong
+    )
     summary, against = outcome(config, run)
     assert summary["accepted"] == summary["generated"] == summary["used"]["guided"]
     assert summary["verdict"] in ("worse", "not shown")

@@ -1,4 +1,6 @@
-"""The coordinator without Ray: its outcome is in the run folder, and what is wished of it there is heard. One tiny run for all."""
+"""The coordinator without Ray: its outcome is in the run folder, and what is wished of it there is
+heard. One tiny run for all.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def test_limits_are_those_of_the_roles_that_may_choose(finished, tmp_path):
 
 
 def test_the_curve_s_held_out_images_are_searched_as_painted_ones_are(finished):
-    """Among the images of every role, those of other lesions: so that neither of the two samples has the nearer neighbours."""
+    """Among the images of every role, those of other lesions: so that neither of the two samples
+    has the nearer neighbours.
+    """
     from adversa.curate.near_copy import NearCopy
 
     _, run = finished
@@ -90,7 +92,9 @@ def test_what_is_trivial_is_measured_on_held_out_images(finished):
 
 
 def test_which_judge_speaks_does_not_hang_on_test(finished, tmp_path):
-    """A picture that is one of test, and unlike it nothing: it is judged by its neighbour in train."""
+    """A picture that is one of test, and unlike it nothing: it is judged by its neighbour in
+    train.
+    """
     config, run = finished
     row = tables.read(run.data / "test", ["id", "image", "label"]).to_pylist()[0]
     (verdict,) = inspected(
@@ -252,7 +256,9 @@ def test_what_was_not_painted_or_is_not_finite_has_that_reason(finished, tmp_pat
 
 @pytest.fixture
 def paired(finished, tmp_path):
-    """A synthetic folder of one arm in which picture b is picture a again, one pixel off, and c another."""
+    """A synthetic folder of one arm in which picture b is picture a again, one pixel off, and c
+    another.
+    """
     _, run = finished
     images = tables.decode_images(tables.read(run.data / "train", ["image"])["image"].slice(0, 2))
     again = planted.plant(images[:1], "jpeg")[0]

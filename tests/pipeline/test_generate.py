@@ -49,7 +49,9 @@ def _by(run):
 
 
 def test_each_request_says_which_classifier_asked_for_it(hard):
-    """How stale the guidance of an image is: its round less the round of that classifier's training."""
+    """How stale the guidance of an image is: its round less the round of that classifier's
+    training.
+    """
     rows, _ = planned(hard, cfg.Generate())
     assert {(r["classifier"], r["classifier_round"]) for r in rows} == {
         (step_folder.fingerprint(hard), 0)
@@ -146,7 +148,7 @@ def test_the_largest_level_at_which_the_label_is_still_seen():
     assert pipeline_generate.largest(np.array([0.4, 0.3, 0.2, 0.2]), 0.5) == 0
 
 
-# ---- on a finished run -------------------------------------------------------------------------------------------------
+# ---- on a finished run ---------------------------------------------------------------------------
 
 
 def paint_part(config, run, skip=None, steering=None):
@@ -179,7 +181,9 @@ def test_rows_that_are_given_up_are_marked_and_the_others_painted_as_ever(finish
 
 
 def test_a_poisonous_request_is_found_and_left_out_by_the_real_work(finished, tmp_path):
-    """The pool tries rows alone to find the one that fails: what painting leaves out then must be what it was told to."""
+    """The pool tries rows alone to find the one that fails: what painting leaves out then must be
+    what it was told to.
+    """
     config, run = finished
     asked = pipeline_generate.read_requests(tables.parts(run.round(1, "requests"))[0])
     # 200 requests: one in a hundred may be given up

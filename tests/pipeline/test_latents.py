@@ -1,4 +1,6 @@
-"""The cycle where latents are diffused, and where the denoiser came from elsewhere: on the local engine, without a network."""
+"""The cycle where latents are diffused, and where the denoiser came from elsewhere: on the local
+engine, without a network.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,8 @@ def test_a_whole_run_in_the_latents_of_a_codec_it_fits(short, tmp_path):
     assert (meta["resolution"], meta["channels"]) == (8, 3) and meta["codec"][
         "fingerprint"
     ] == step_folder.fingerprint(run.codec)
-    # What the denoiser is fed has zero mean and the standard deviation it is made for, channel by channel.
+    # What the denoiser is fed has zero mean and the standard deviation it is made for, channel by
+    # channel.
     whole = batches.Feed(
         folders=(run.latents("train"),),
         mix=mix,
@@ -374,7 +377,7 @@ def test_a_channel_without_spread_is_refused(tmp_path):
         latents.measure(tmp_path)
 
 
-# ---- a denoiser from elsewhere ---------------------------------------------------------------------------------------------
+# ---- a denoiser from elsewhere -------------------------------------------------------------------
 
 
 def unet_folder(root: Path, labels: int = 6) -> str:
@@ -446,7 +449,9 @@ def test_a_missing_external_folder_is_said_before_the_data_is_read(short, tmp_pa
 
 
 def test_an_external_latent_model_paints_in_its_autoencoders_own_scaling(short, tmp_path):
-    """As Stable Diffusion is: a UNet2DConditionModel with embeddings, an AutoencoderKL with its scaling factor."""
+    """As Stable Diffusion is: a UNet2DConditionModel with embeddings, an AutoencoderKL with its
+    scaling factor.
+    """
     torch.manual_seed(0)
     root = tmp_path / "theirs"
     UNet2DConditionModel(
@@ -484,7 +489,7 @@ def test_an_external_latent_model_paints_in_its_autoencoders_own_scaling(short, 
     ] == (32, 32, 3)
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def adversa(*args):

@@ -1,4 +1,6 @@
-"""The whole cycle in this process: what a run must leave behind, and that a cut-off run ends like an undisturbed one."""
+"""The whole cycle in this process: what a run must leave behind, and that a cut-off run ends like
+an undisturbed one.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def test_every_stage_leaves_its_manifest_and_the_summary_its_keys(finished):
 
 
 def test_no_lesion_has_two_roles(finished):
-    """Lesions as the source has them, not as the run wrote them (test_prepare asks the same with data.grouped off)."""
+    """Lesions as the source has them, not as the run wrote them (test_prepare asks the same with
+    data.grouped off).
+    """
     from adversa.data import sources
 
     config, run = finished
@@ -202,7 +206,9 @@ def short(tiny, **changes):
 
 
 def roles_read(monkeypatch, run):
-    """(command, role) of every Parquet file of data/<role> that is opened in this process from now on."""
+    """(command, role) of every Parquet file of data/<role> that is opened in this process from now
+    on.
+    """
     import pyarrow.parquet as pq
 
     seen, command = set(), []
@@ -243,7 +249,8 @@ def test_nothing_but_the_near_copy_gate_reads_test_before_it_is_opened(tiny, tmp
     go(config, tmp_path / "run", until="evaluate")
     assert {c for c, role in seen if role == "test"} == {"curate"}
     assert not run.test.exists()
-    # Nor does any step read more than it needs: a training never sees `mine`, mining sees nothing else.
+    # Nor does any step read more than it needs: a training never sees `mine`, mining sees nothing
+    # else.
     assert {role for c, role in seen if c == "train"} == {"train", "select"}
     assert {role for c, role in seen if c in ("mine", "generate")} == {"mine"}
     assert {role for c, role in seen if c == "evaluate"} == {"train", "select", "mine"}
@@ -286,7 +293,7 @@ def test_every_classifier_of_every_arm_takes_as_many_batches_and_images(
     )
 
 
-# ---- what cannot work is said before the work ------------------------------------------------------------------------------
+# ---- what cannot work is said before the work ----------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The numbers for a monitor, from the run folder; and that the dashboard shows those that are exported, all of them."""
+"""The numbers for a monitor, from the run folder; and that the dashboard shows those that are
+exported, all of them.
+"""
 
 from __future__ import annotations
 

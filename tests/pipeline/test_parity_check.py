@@ -1,4 +1,6 @@
-"""That the arms are matched is asked of what their folders say, before they are compared: anything else stops the run."""
+"""That the arms are matched is asked of what their folders say, before they are compared: anything
+else stops the run.
+"""
 
 from __future__ import annotations
 
@@ -210,7 +212,9 @@ def test_it_is_asked_right_after_training_and_nothing_is_scored(ready, tmp_path)
 
 
 def test_another_machine_may_finish_a_run(copy):
-    """Threads and workers change the last bits of the weights, and are told; they are no reason to stop."""
+    """Threads and workers change the last bits of the weights, and are told; they are no reason to
+    stop.
+    """
     edit(
         copy.run.arm(1, "replay", 1) / "classifier" / "manifest.json",
         lambda m: m.update(threads=8, workers=2),

@@ -1,4 +1,6 @@
-"""prepare, whole: which picture gets which role, and that a cut-off attempt leaves nothing of itself behind."""
+"""prepare, whole: which picture gets which role, and that a cut-off attempt leaves nothing of
+itself behind.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def noise(seed, width=32, height=24):
 
 
 def table(root, rows):
-    """A csv source. rows: (name, seed of the picture, label, lesion); the same seed is the same picture."""
+    """A csv source. rows: (name, seed of the picture, label, lesion); the same seed is the same
+    picture.
+    """
     root.mkdir(parents=True, exist_ok=True)
     for name, seed, _, _ in rows:
         Image.fromarray(noise(seed)).save(root / f"{name}.png")
@@ -68,7 +72,9 @@ def written(data):
 
 
 def leaking(config, data):
-    """The lesions, asked of the source and not of what was written, whose pictures have more than one role."""
+    """The lesions, asked of the source and not of what was written, whose pictures have more than
+    one role.
+    """
     listing = sources.list_records(config)
     lesion = merge_groups(
         [r.group for r in listing.records], [(a, b) for a, b, _ in listing.merged]
@@ -80,13 +86,15 @@ def leaking(config, data):
     return [g for g, r in seen.items() if len(r) > 1]
 
 
-# ---- no lesion in two roles ----------------------------------------------------------------------------------------------
+# ---- no lesion in two roles ----------------------------------------------------------------------
 
 PAIRS = 24
 
 
 def test_lesions_that_share_a_picture_are_one_lesion(tmp_path):
-    """Lesion A = {x, y}, lesion B = {copy of x, z}: y and z show the same thing, although the copy itself is dropped."""
+    """Lesion A = {x, y}, lesion B = {copy of x, z}: y and z show the same thing, although the copy
+    itself is dropped.
+    """
     rows = []
     for i in range(PAIRS):
         label = "ab"[i % 2]
@@ -126,7 +134,9 @@ def test_no_lesion_of_the_phantom_has_two_roles(tiny, tmp_path, grouped):
 
 @pytest.fixture(scope="module")
 def some_of_ham(ham_zip, tmp_path_factory):
-    """(folder, pair): lesions of three classes with several pictures each, and one pair that is known to be one lesion."""
+    """(folder, pair): lesions of three classes with several pictures each, and one pair that is
+    known to be one lesion.
+    """
     root = tmp_path_factory.mktemp("ham")
     (root / "images").mkdir()
     with zipfile.ZipFile(ham_zip) as z:
@@ -178,7 +188,7 @@ def test_no_lesion_of_ham_has_two_roles(some_of_ham, tmp_path, grouped):
         assert len(json.loads((tmp_path / "data/leaks.json").read_text())["known_pairs"]) == 1
 
 
-# ---- cut off, and asked for something else ---------------------------------------------------------------------------------
+# ---- cut off, and asked for something else -------------------------------------------------------
 
 
 class Cut(BaseException):

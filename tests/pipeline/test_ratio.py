@@ -1,4 +1,6 @@
-"""`mix.synthetic_ratio: auto`: what is swept, what is chosen, what a round remembers of earlier ones, that it all resumes."""
+"""`mix.synthetic_ratio: auto`: what is swept, what is chosen, what a round remembers of earlier
+ones, that it all resumes.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,7 @@ def fingerprint(folder):
     return step_folder.manifest(folder)["fingerprint"]
 
 
-# ---- the configuration ------------------------------------------------------------------------------------------------------
+# ---- the configuration ---------------------------------------------------------------------------
 
 
 def fault(**mix):
@@ -106,7 +108,8 @@ def test_a_ratio_is_a_finite_number_or_auto(value):
     [
         (
             [0.5, 1],
-            "mix.ratios = [0.5, 1]: must hold 0, which asks whether images help at all, and at least one other ratio",
+            "mix.ratios = [0.5, 1]: must hold 0, which asks whether images help at all, "
+            "and at least one other ratio",
         ),
         ([0], "mix.ratios = [0]: must hold 0"),
         ([], "mix.ratios = []: must hold 0"),
@@ -121,12 +124,13 @@ def test_the_ratios_that_are_tried_are_checked(ratios, text):
 
 def test_auto_needs_an_arm_that_adds_and_no_images_need_none():
     assert (
-        "mix.synthetic_ratio auto chooses how many images are added, and mix.arms [real] adds none; give a number"
-        in fault(arms=["real"], synthetic_ratio="auto")
+        "mix.synthetic_ratio auto chooses how many images are added, and mix.arms [real] "
+        "adds none; give a number" in fault(arms=["real"], synthetic_ratio="auto")
     )
     for names in (["guided"], ["unguided", "replay"], ["resample"]):
         assert fault(arms=["real", *names], synthetic_ratio=0) == (
-            f"my.yaml: mix.synthetic_ratio 0 leaves the arms {', '.join(names)} without images; give a ratio above 0, auto, or "
+            f"my.yaml: mix.synthetic_ratio 0 leaves the arms {', '.join(names)} without "
+            "images; give a ratio above 0, auto, or "
             "mix.arms=[real]"
         )
     assert check({"mix": {"arms": ["real"], "synthetic_ratio": 0}}, "x").mix.synthetic_ratio == 0
@@ -145,7 +149,7 @@ def test_what_is_tried_is_sorted_and_yaml_reads_it_back(tmp_path):
     ).mix.synthetic_ratio == 0.5
 
 
-# ---- recipes of runs with a number --------------------------------------------------------------------------------------------
+# ---- recipes of runs with a number ---------------------------------------------------------------
 
 
 def recipes(monkeypatch, tmp_path, module, call):
@@ -160,7 +164,9 @@ def recipes(monkeypatch, tmp_path, module, call):
 
 
 def test_a_ratio_that_is_a_number_has_the_recipes_it_always_had(monkeypatch, tmp_path):
-    """As of the commit before there was auto: nothing of such a run is to be done again, and no request has another id."""
+    """As of the commit before there was auto: nothing of such a run is to be done again, and no
+    request has another id.
+    """
     c = check({}, "x")
 
     def mixed(most=None):
@@ -222,7 +228,7 @@ def test_a_ratio_that_is_a_number_has_the_recipes_it_always_had(monkeypatch, tmp
     )
 
 
-# ---- counts -------------------------------------------------------------------------------------------------------------------
+# ---- counts --------------------------------------------------------------------------------------
 
 
 def test_ratios_that_reach_the_same_counts_are_trained_once():
@@ -246,7 +252,7 @@ def test_a_capped_class_leaves_its_share_to_the_others():
     assert arms.matched_counts(kept, 2, 60, 1e308) == [40, 40]
 
 
-# ---- what a round remembers ----------------------------------------------------------------------------------------------------
+# ---- what a round remembers ----------------------------------------------------------------------
 
 
 def remembered(*rounds, patience=2):
@@ -315,7 +321,7 @@ def test_a_choice_that_is_not_finished_is_none(tmp_path):
     assert ratio.read(RunDir(tmp_path), 1) is None and ratio.before(RunDir(tmp_path), 2) is None
 
 
-# ---- set by hand ----------------------------------------------------------------------------------------------------------------
+# ---- set by hand ---------------------------------------------------------------------------------
 
 
 def test_a_wish_holds_for_rounds_that_have_not_begun(tmp_path):
@@ -341,7 +347,8 @@ def test_zero_by_hand_is_refused_in_the_same_words(tmp_path):
     config = check({}, "x")
     with pytest.raises(
         UserError,
-        match="mix.synthetic_ratio 0 leaves the arms replay, unguided, guided without images; give a ratio",
+        match="mix.synthetic_ratio 0 leaves the arms replay, unguided, guided without images; "
+        "give a ratio",
     ):
         loop.changed(config, {"mix.synthetic_ratio": 0})
     assert loop.changed(config, {"mix.synthetic_ratio": "auto"}).mix.synthetic_ratio == "auto"
@@ -375,7 +382,7 @@ def test_by_hand_to_a_number_and_back_between_rounds(tiny, tmp_path):
     )
 
 
-# ---- trials ---------------------------------------------------------------------------------------------------------------------
+# ---- trials --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -495,13 +502,14 @@ def test_a_plan_counts_the_trials(copy):
     assert not [w for w in plan.work_of(stage, number, copy.run, role) if w.lanes == "trials"]
 
 
-# ---- a whole run ----------------------------------------------------------------------------------------------------------------
+# ---- a whole run ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def whole(curated, tmp_path_factory):
-    """(config, run) of two rounds. The first is made to choose ratio 0.05 and to find that images helped all classes but the one
-    with most hard cases (`no`); the second chooses for itself."""
+    """(config, run) of two rounds. The first is made to choose ratio 0.05 and to find that images
+    helped all classes but the one with most hard cases (`no`); the second chooses for itself.
+    """
     config, root = curated[0], tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(curated[1], root)
     run = RunDir(root)
@@ -650,7 +658,8 @@ def test_ratio_zero_is_a_result_and_the_notes_say_why(tmp_path):
         (
             1.0,
             0.71,
-            "ratio 0 has a balanced accuracy of 0.700, the best, ratio 1, 0.710 with a standard error of 0.030",
+            "ratio 0 has a balanced accuracy of 0.700, the best, ratio 1, 0.710 with a "
+            "standard error of 0.030",
         ),
         (0.0, 0.69, "no other ratio was better than 0.700 of balanced accuracy"),
     ):

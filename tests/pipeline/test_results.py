@@ -1,4 +1,6 @@
-"""What predictions say beside the headline: the same comparison within the groups of an attribute."""
+"""What predictions say beside the headline: the same comparison within the groups of an
+attribute.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from adversa.types import seed_of
 
 @pytest.fixture
 def study(tmp_path, tiny):
-    """(config, folder, arms): 40 lesions of the back that guided gets right and replay wrong, 35 of the face alike, 20 of the hand;
-    all are of one sex but ten."""
+    """(config, folder, arms): 40 lesions of the back that guided gets right and replay wrong, 35 of
+    the face alike, 20 of the hand; all are of one sex but ten.
+    """
     rng = np.random.default_rng(0)
     sites = ["back"] * 40 + ["face"] * 35 + ["hand"] * 20
     ids, labels = [f"i{i}" for i in range(len(sites))], rng.integers(0, 2, len(sites))

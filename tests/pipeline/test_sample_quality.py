@@ -1,4 +1,6 @@
-"""`evaluate denoiser`: what is drawn, what it is compared with, that it resumes, and where its result is shown."""
+"""`evaluate denoiser`: what is drawn, what it is compared with, that it resumes, and where its
+result is shown.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`test` is opened once: it is written down before the first image is seen, and a second opening needs leave and is told of."""
+"""`test` is opened once: it is written down before the first image is seen, and a second opening
+needs leave and is told of.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ class Cut(BaseException):
 
 
 class CutAtTest(LocalEngine):
-    """Dies when a classifier is about to see an image of test, and looks at what is written by then."""
+    """Dies when a classifier is about to see an image of test, and looks at what is written by
+    then.
+    """
 
     def __init__(self, run):
         super().__init__(1, 1)

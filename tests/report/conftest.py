@@ -1,4 +1,6 @@
-"""A run folder as the loop leaves it, small and made up: the page is tested without running the loop."""
+"""A run folder as the loop leaves it, small and made up: the page is tested without running the
+loop.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def metrics_of(arm: str, role: str) -> dict[str, float]:
 
 
 def predictions(images: list[Example], arms: tuple[str, ...], seeds: int) -> pa.Table:
-    """Each image is read as what it is, but every fourth as the next class; `guided` gets every eighth wrong."""
+    """Each image is read as what it is, but every fourth as the next class; `guided` gets every
+    eighth wrong.
+    """
     rows = []
     for arm in arms:
         for seed in range(seeds):

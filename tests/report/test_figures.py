@@ -27,7 +27,9 @@ def facts(finished: Path) -> Facts:
 
 
 def test_confusions_are_means_over_seeds(facts: Facts) -> None:
-    """4 images a class; `real` reads every fourth image, from 0 with seed 0 and from 1 with seed 1, as the next class."""
+    """4 images a class; `real` reads every fourth image, from 0 with seed 0 and from 1 with seed 1,
+    as the next class.
+    """
     found = predictions.confusions(facts, predictions.of_test(facts))
     assert found is not None and found.after is not None and found.change is not None
     wrong = (
@@ -157,7 +159,9 @@ def test_groups_compared_say_what_was_not_tested(facts: Facts) -> None:
 
 
 def test_the_budget_is_set_against_the_errors(facts: Facts) -> None:
-    """Of the 40 images of mine every fourth is wrong: 0, 4, ... 36, which are of the classes 0, 1, 2 by turns."""
+    """Of the 40 images of mine every fourth is wrong: 0, 4, ... 36, which are of the classes 0, 1,
+    2 by turns.
+    """
     rows = curation.budget(facts, 1)
     assert [(b.images, b.errors) for b in rows] == [(14, 4), (13, 3), (13, 3)]
     assert [b.taken for b in rows] == [10, 10, 10] and sum(b.near for b in rows) == 8
@@ -179,8 +183,10 @@ def test_the_groups_of_classes(facts: Facts) -> None:
 def test_what_was_not_shown(facts: Facts, finished: Path) -> None:
     told = unshown(facts, evidence.comparisons(facts.summary["comparisons"]), facts.rounds)
     assert told.comparisons == [
-        "guided minus unguided: +0.035 (\u22120.012 to +0.081), balanced accuracy, test. With 2 seeds and 158 lesions an effect of "
-        "0.066 is found 4 times in 5; a smaller one may be there. An effect of 0.02 would take 31 seeds."
+        "guided minus unguided: +0.035 (\u22120.012 to +0.081), balanced accuracy, test. "
+        "With 2 seeds and 158 lesions an effect of "
+        "0.066 is found 4 times in 5; a smaller one may be there. An effect of 0.02 would "
+        "take 31 seeds."
     ]
     assert [a.partition(":")[0] for a in told.arms] == ["resample", "replay"]
     assert (
@@ -204,7 +210,9 @@ def test_what_was_not_shown(facts: Facts, finished: Path) -> None:
 
 
 def test_a_run_of_an_older_version(make_run: Callable[..., Path]) -> None:
-    """Eight columns of verdicts, no modes, no memorisation, few keys in the summary: what is there is shown."""
+    """Eight columns of verdicts, no modes, no memorisation, few keys in the summary: what is there
+    is shown.
+    """
     run = make_run(cases=3, per_case=4)
     old = ["request_id", "arm", "label", "keep", "reason", "agreement", "nearest", "similarity"]
     for part in tables.parts(run / "round-001/verdicts"):

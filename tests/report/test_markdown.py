@@ -42,7 +42,8 @@ def test_it_says_the_same(told: str, finished: Path) -> None:
         "| sensitivity, mean of classes | 0.600",
         "| specificity, mean of classes | 0.880",
         "mine: optimistic.",
-        "| guided minus unguided, balanced accuracy, test | +0.035 | \u22120.012 to +0.081 | 0.210 | not shown | 0.066 | 31 |",
+        "| guided minus unguided, balanced accuracy, test | +0.035 | \u22120.012 to +0.081 "
+        "| 0.210 | not shown | 0.066 | 31 |",
         "| sensitivity at specificity 0.90 | 0.700 (0.660 to 0.740) |",
         "+1.250",
         "| guided | 1 min 30 s | 2 min 30 s |",

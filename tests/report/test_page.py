@@ -176,12 +176,12 @@ def test_figures_have_three_decimals_and_intervals(parsed: Page) -> None:
         "balanced accuracy 0.400 0.360 to 0.440 0.445 0.405 to 0.485 +0.045" in parsed.text
     )  # mine
     assert (
-        "guided minus unguided balanced accuracy, test +0.035 \u22120.012 to +0.081 not shown p 0.210"
-        in parsed.text
+        "guided minus unguided balanced accuracy, test +0.035 \u22120.012 to +0.081 not "
+        "shown p 0.210" in parsed.text
     )
     assert (
-        "unguided minus real accuracy, mine (optimistic) \u22120.050 \u22120.090 to \u22120.020 worse p 0.010"
-        in parsed.text
+        "unguided minus real accuracy, mine (optimistic) \u22120.050 \u22120.090 to "
+        "\u22120.020 worse p 0.010" in parsed.text
     )
 
 
@@ -354,7 +354,10 @@ def test_numbers() -> None:
 
 
 def test_it_needs_neither_torch_nor_ray() -> None:
-    code = "import sys, adversa.report.page; print([m for m in ('torch', 'ray', 'sklearn') if m in sys.modules])"
+    code = (
+        "import sys, adversa.report.page; print([m for m in ('torch', 'ray', 'sklearn') if m "
+        "in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,6 @@
-"""Wishes and settings in the run folder, and what holds a run: the lock, the lease and the thread that keeps it."""
+"""Wishes and settings in the run folder, and what holds a run: the lock, the lease and the thread
+that keeps it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def hold(run, interrupt=never, **more):
     return control.held(run, "test", interrupt, times=TIMES, **more)
 
 
-# ---- wishes ------------------------------------------------------------------------------------------------------------
+# ---- wishes --------------------------------------------------------------------------------------
 
 
 def test_nobody_wants_anything_at_first_and_the_newest_wish_counts(run):
@@ -104,7 +106,7 @@ def test_old_wishes_hold_for_one_that_comes_back_and_for_no_new_start(run, afres
         )
 
 
-# ---- holding -----------------------------------------------------------------------------------------------------------
+# ---- holding -------------------------------------------------------------------------------------
 
 
 def test_a_second_holder_is_told_who_has_the_run(run):
@@ -143,7 +145,7 @@ def test_a_holder_that_is_overtaken_is_interrupted_and_may_not_commit(run, quick
     assert place.read().owner == "elsewhere"
 
 
-# ---- restarts ----------------------------------------------------------------------------------------------------------
+# ---- restarts ------------------------------------------------------------------------------------
 
 
 def test_deaths_are_counted_with_the_time_between_and_ends_are_not(run):
@@ -160,7 +162,7 @@ def test_deaths_are_counted_with_the_time_between_and_ends_are_not(run):
     assert 60 <= control.restarts(run)[1] < 90
 
 
-# ---- settings of rounds ------------------------------------------------------------------------------------------------
+# ---- settings of rounds --------------------------------------------------------------------------
 
 
 def test_settings_hold_for_rounds_that_have_not_begun(run):

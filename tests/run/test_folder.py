@@ -36,7 +36,7 @@ def message(call, *args):
     return str(e.value)
 
 
-# ---- recipes -----------------------------------------------------------------------------------------------------------
+# ---- recipes -------------------------------------------------------------------------------------
 
 
 def test_a_run_opens_again_with_the_same_recipe(run):
@@ -167,8 +167,8 @@ def test_a_run_of_another_version_is_finished_with_that_version(run):
         in text
     )
     assert (
-        "that one does not know curate, data.crop; finish it with that version (adversa 0.0.9, commit c0ffee)"
-        in text
+        "that one does not know curate, data.crop; finish it with that version (adversa "
+        "0.0.9, commit c0ffee)" in text
     )
     assert "or give another --run-dir" in text and "use those values again" not in text
     files.write_json(run.recipe, {"recipe": newer})
@@ -209,7 +209,8 @@ def test_a_step_of_another_version_too(tmp_path):
     assert "step codec has number 1, here it has 2" in message(
         step_folder.begin, tmp_path, asked(2, kind="tiny", path=None)
     )
-    # The recipe of another kind has other fields, and weights are read where there are some: settings, both.
+    # The recipe of another kind has other fields, and weights are read where there are some:
+    # settings, both.
     for other in (
         asked(kind="kl", steps=4),
         asked(inputs={"weights": "f00"}, kind="tiny", path=None),
@@ -254,7 +255,7 @@ def test_begin_checks_the_recipe_and_finish_is_the_last_word(tmp_path):
     )
 
 
-# ---- faults of a file system ---------------------------------------------------------------------------------------------
+# ---- faults of a file system ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -362,10 +363,16 @@ def test_a_torn_or_foreign_json_file_reads_as_none(tmp_path):
     assert [files.read_json(tmp_path / n) for n in ("a", "b", "none", "a/below")] == [None] * 4
 
 
-# ---- the lock ------------------------------------------------------------------------------------------------------------
+# ---- the lock ------------------------------------------------------------------------------------
 
-HOLD = "import sys, time; from pathlib import Path; from adversa.run.folder import RunDir; r = RunDir(Path(sys.argv[1]))\n"
-HOLD += "from adversa.run import file_lock, status\nwith file_lock.lock(r):\n    status.set_status(r, 'running'); print('held', flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from pathlib import Path; from adversa.run.folder import RunDir; r = "
+    "RunDir(Path(sys.argv[1]))\n"
+)
+HOLD += (
+    "from adversa.run import file_lock, status\nwith file_lock.lock(r):\n    "
+    "status.set_status(r, 'running'); print('held', flush=True); time.sleep(60)"
+)
 
 
 def test_a_second_process_is_refused_and_a_killed_one_lets_go(run):
@@ -395,7 +402,7 @@ def test_a_folder_that_was_never_locked_is_not_locked(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- progress and the clock ------------------------------------------------------------------------------------------------
+# ---- progress and the clock ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -472,7 +479,9 @@ def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(run):
 
 
 def test_the_temporary_names_that_are_written_are_those_that_are_swept(run, monkeypatch):
-    """A process that dies before the rename leaves its temporary file: sweep must know both kinds by their names."""
+    """A process that dies before the rename leaves its temporary file: sweep must know both kinds
+    by their names.
+    """
     import pyarrow as pa
 
     from adversa.storage import tables

@@ -1,4 +1,6 @@
-"""Who may work on a run: two holders, one that died, one that slept; on the test's own clock, with and without atomic writes."""
+"""Who may work on a run: two holders, one that died, one that slept; on the test's own clock, with
+and without atomic writes.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,8 @@ def test_a_second_one_is_refused_at_the_first_heartbeat_it_sees(world, place):
     world.beats(a, 1000)
     with pytest.raises(
         UserError,
-        match=rf"runs/x is being worked on by a-\w+ on {a.record.host} \(process {os.getpid()}\) for [27] s",
+        match=rf"runs/x is being worked on by a-\w+ on {a.record.host} \(process {os.getpid()}\) "
+        r"for [27] s",
     ):
         b.take()
     assert world.now <= taken + 2 * TIMES.beat
@@ -158,7 +161,9 @@ def test_of_two_that_claim_at_the_same_time_the_last_writer_wins(world, gap):
 
 
 def test_a_late_claim_is_seen_by_the_holder_before_the_claimant_begins(world):
-    """The worst case: a claim written long after the look that allowed it, over a holder that is sure of itself."""
+    """The worst case: a claim written long after the look that allowed it, over a holder that is
+    sure of itself.
+    """
     place = Memory()
     a, b = holder(world, place, "a"), holder(world, place, "b")
     a.take()

@@ -1,4 +1,6 @@
-"""Metrics followed into TensorBoard (for real), MLflow and W&B (fakes in their place); nothing imported unless asked."""
+"""Metrics followed into TensorBoard (for real), MLflow and W&B (fakes in their place); nothing
+imported unless asked.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_tensorboard_has_every_training_and_line_once(run):
 
 
 def test_steps_stay_monotone_where_a_training_resumes(run):
-    """A training cut off at step 4 goes on from step 2 and writes 3 and 4 again: none of them is sent twice."""
+    """A training cut off at step 4 goes on from step 2 and writes 3 and 4 again: none of them is
+    sent twice.
+    """
     write(run / "denoiser", [1, 2, 3, 4])
     with tracking.Follow(["tensorboard"], run):
         pass
@@ -262,7 +266,9 @@ def test_nothing_is_imported_or_written_unless_asked(run):
 
 
 def test_a_training_of_the_loop_is_followed(tiny, tmp_path, monkeypatch):
-    """Through the cycle itself, on the local engine: what metrics.jsonl says of each training is what was sent."""
+    """Through the cycle itself, on the local engine: what metrics.jsonl says of each training is
+    what was sent.
+    """
     from adversa.engine.local import LocalEngine
     from adversa.pipeline import loop
 

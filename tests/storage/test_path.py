@@ -1,4 +1,6 @@
-"""Runs on an object store: names, refusals, faults, and whole runs on S3 (moto on loopback), cut off and resumed."""
+"""Runs on an object store: names, refusals, faults, and whole runs on S3 (moto on loopback), cut
+off and resumed.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,7 @@ def one_line(error):
     return text
 
 
-# ---- names -------------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def test_a_local_path_stays_pathlibs():
@@ -154,7 +156,7 @@ def test_the_command_line_keeps_both_slashes_and_shows_no_credentials(adversa, m
         )
 
 
-# ---- what lies there ---------------------------------------------------------------------------------------------------
+# ---- what lies there -----------------------------------------------------------------------------
 
 
 def test_files_and_folders_behave_as_pathlibs(store):
@@ -275,7 +277,7 @@ def test_listings_do_not_grow_with_the_files(store, proxy):
         assert proxy.count("GET", "list-type") - before == lists
 
 
-# ---- faults ------------------------------------------------------------------------------------------------------------
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def test_a_put_that_fails_once_is_made_again(store, proxy):
@@ -325,8 +327,10 @@ def test_what_is_interrupted_while_it_puts_ends_with_the_whole_file(store, proxy
     """As by Ctrl-C: sent to a process of its own while the store takes its time with the answer."""
     proxy.fault = lambda method, path, before: 3.0 if method == "PUT" else None
     code = (
-        "import os, signal, sys, threading; from adversa.storage.path import place; p = place(sys.argv[1]); list(p.glob('*'))\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell starts what is in the background without
+        "import os, signal, sys, threading; from adversa.storage.path import place; p = "
+        "place(sys.argv[1]); list(p.glob('*'))\n"
+        # a shell starts what is in the background without
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "try: p.write_bytes(b'x' * 1000)\n"
         "except KeyboardInterrupt: print(len(p.read_bytes()))"
@@ -378,7 +382,7 @@ def test_services_that_write_piece_by_piece_are_refused(store):
     assert "tensorboard" in one_line(e)
 
 
-# ---- a whole run -------------------------------------------------------------------------------------------------------
+# ---- a whole run ---------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -428,7 +432,9 @@ def no_secret_in(root):
 def test_a_run_on_s3_that_is_cut_off_again_and_again_ends_as_one_in_a_folder(
     finished, store, proxy, monkeypatch, adversa
 ):
-    """Killed in a training and in the generation; then the store fails in the gate, and the same command goes on."""
+    """Killed in a training and in the generation; then the store fails in the gate, and the same
+    command goes on.
+    """
     config, undisturbed = finished
     put, cuts = Remote.write_bytes, {"classifier/checkpoint.json", "synthetic/part-00001.parquet"}
 
@@ -475,7 +481,9 @@ def test_a_run_on_s3_that_is_cut_off_again_and_again_ends_as_one_in_a_folder(
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_on_ray_and_s3_is_that_of_the_local_engine(finished, store, proxy, tmp_path):
-    """Pool, streams and Ray Train of a command of its own: its Ray has the credentials of its environment, and nothing else."""
+    """Pool, streams and Ray Train of a command of its own: its Ray has the credentials of its
+    environment, and nothing else.
+    """
     config, undisturbed = finished
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cpus": 2})})
     (tmp_path / "tiny.yaml").write_text(dump(config))
@@ -518,7 +526,9 @@ def test_a_sweep_on_s3_is_that_of_a_folder(tiny_sweep, store, tmp_path):
 def test_a_second_command_on_a_run_in_a_store_is_refused_from_wherever_it_comes(
     store, monkeypatch, tmp_path
 ):
-    """From this machine by its lock, from another by the heartbeat; whoever died is followed, and nothing is left in the end."""
+    """From this machine by its lock, from another by the heartbeat; whoever died is followed, and
+    nothing is left in the end.
+    """
     run, quick = (
         run_create.open_run(store, {}, ""),
         run_lock.Times(beat=0.3, expiry=3.0, settle=0.8),

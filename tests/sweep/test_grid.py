@@ -76,7 +76,8 @@ def test_few_lesions_have_no_judges():
     [
         (
             {"ratios": [0]},
-            r"sweep.ratios \[0.0\] leaves the arms replay, unguided, guided without images; add a ratio above 0",
+            r"sweep.ratios \[0.0\] leaves the arms replay, unguided, guided without "
+            r"images; add a ratio above 0",
         ),
         ({"max_trials": 27}, r"sweep.max_trials 27: this grid has 28 trials"),
     ],
@@ -138,7 +139,8 @@ def test_a_class_with_too_few_images_is_named():
     ):
         grid.check_counts(c, {"a": 64, "b": 63}, exact=True)
     grid.check_counts(config(real=[64], scarce="all"), {"a": 3}, exact=True)
-    # of a source that is not split yet, only what is clear is refused: 0.55 of it goes to train, about
+    # of a source that is not split yet, only what is clear is refused: 0.55 of it goes to train,
+    # about
     grid.check_counts(c, {"a": 200, "b": 100}, exact=False)
     with pytest.raises(UserError, match=r"\(b about 27\)"):
         grid.check_counts(c, {"a": 200, "b": 50}, exact=False)

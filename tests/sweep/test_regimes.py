@@ -1,4 +1,6 @@
-"""The cells of a sweep: nested real images, and what is asked of the denoiser for their hard cases."""
+"""The cells of a sweep: nested real images, and what is asked of the denoiser for their hard
+cases.
+"""
 
 from __future__ import annotations
 

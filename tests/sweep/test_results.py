@@ -74,7 +74,7 @@ def pick(rows: list[dict[str, Any]], **asked: Any) -> dict[str, Any]:
     return found
 
 
-# ---- the files -----------------------------------------------------------------------------------------------------------
+# ---- the files -----------------------------------------------------------------------------------
 
 
 def test_the_table_has_a_row_a_trial_and_the_json_is_what_is_returned(curve_sweep: tuple) -> None:
@@ -128,7 +128,7 @@ def test_what_was_swept_is_counted(cells_sweep: tuple) -> None:
     )
 
 
-# ---- points, curves, contrasts ---------------------------------------------------------------------------------------------
+# ---- points, curves, contrasts -------------------------------------------------------------------
 
 
 def test_points_are_means_over_seeds_within_their_intervals(curve_sweep: tuple) -> None:
@@ -217,11 +217,13 @@ def test_verdicts_say_it_in_a_sentence_each(curve_sweep: tuple, cells_sweep: tup
     )
 
 
-# ---- in real images ----------------------------------------------------------------------------------------------------------
+# ---- in real images ------------------------------------------------------------------------------
 
 
 def test_worth_is_exact(cells_sweep: tuple) -> None:
-    """14, 44 and 164 real images score 0.5, 0.6 and 0.7 (and the same luck); straight in the logarithm in between."""
+    """14, 44 and 164 real images score 0.5, 0.6 and 0.7 (and the same luck); straight in the
+    logarithm in between.
+    """
     _, _, found = cells_sweep
     assert found["real"]["counts"] == [14, 44, 164] and found["real"]["mean"] == pytest.approx(
         [0.505, 0.605, 0.705]
@@ -265,7 +267,7 @@ def test_denoisers_are_compared_by_what_they_saw(cells_sweep: tuple) -> None:
     )
 
 
-# ---- what is not there -------------------------------------------------------------------------------------------------------
+# ---- what is not there ---------------------------------------------------------------------------
 
 
 def test_an_unfinished_sweep_shows_what_is_there(tmp_path: Path) -> None:
@@ -336,8 +338,8 @@ def test_ratios_that_reach_the_same_are_one_dose(tmp_path: Path) -> None:
     }
     notes = " | ".join(found["notes"])
     assert (
-        "20 a class: too few images for ratio 2.5 (reached 2), 5 (reached 2), 10 (reached 2); all arms take as many"
-        in notes
+        "20 a class: too few images for ratio 2.5 (reached 2), 5 (reached 2), 10 (reached "
+        "2); all arms take as many" in notes
     )
     assert "20 a class: ratio 5 reached no more than ratio 2.5, so they are one dose" in notes
 

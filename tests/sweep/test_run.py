@@ -1,4 +1,6 @@
-"""A tiny sweep on the local engine: arms matched in every class, images shared by id, resumed without a trial done twice."""
+"""A tiny sweep on the local engine: arms matched in every class, images shared by id, resumed
+without a trial done twice.
+"""
 
 from __future__ import annotations
 

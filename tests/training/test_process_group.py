@@ -1,4 +1,6 @@
-"""Workers of one training, over gloo in two processes: BatchNorm that sees all rows, losses and means that add up."""
+"""Workers of one training, over gloo in two processes: BatchNorm that sees all rows, losses and
+means that add up.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def layers() -> dict[str, nn.Module]:
 
 
 def inputs(name: str) -> torch.Tensor:
-    # A mean a thousand times the deviation: E[x^2] - E[x]^2 in float32 would leave no digit of the variance.
+    # A mean a thousand times the deviation: E[x^2] - E[x]^2 in float32 would leave no digit of the
+    # variance.
     shape = (ROWS, CHANNELS) if name == "one dimension" else (ROWS, CHANNELS, 6, 4)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 2 + (
         1000 if name == "plain" else 1
@@ -70,7 +73,8 @@ def outcome(name: str, layer: nn.Module, rows: slice) -> dict[str, object]:
         if name != "no running statistics"
         else torch.zeros(1)
     )
-    # A row's gradient is that of the sum over workers of their losses: the mean over them is the whole batch's.
+    # A row's gradient is that of the sum over workers of their losses: the mean over them is the
+    # whole batch's.
     return {
         "y": y.detach(),
         "dx": x.grad / process_group.world(),
