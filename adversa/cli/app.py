@@ -605,10 +605,11 @@ def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
 @config_app.command()
 @exits
 def show(config: ConfigPath = None, set_: Overrides = None) -> None:
-    """Print the resolved configuration."""
-    from adversa.config import dump, load
+    """Print the resolved configuration: YAML that says of each key what it is and who set it."""
+    from adversa.config import commented, load, read
 
-    typer.echo(dump(load(config, set_ or [])), nl=False)
+    options = set_ or []
+    typer.echo(commented(load(config, options), read(config, options)[1]), nl=False)
 
 
 @config_app.command()

@@ -13,10 +13,11 @@ from adversa.config.denoiser import Denoiser
 from adversa.config.evaluate import Evaluate
 from adversa.config.faults import explain, keys
 from adversa.config.generate import Generate
+from adversa.config.listing import commented
 from adversa.config.mine import Mine
 from adversa.config.mix import Mix, Ratios
 from adversa.config.quality import Quality
-from adversa.config.reading import check, dump, load, packaged
+from adversa.config.reading import check, dump, load, packaged, read
 from adversa.config.root import Config, judge_of
 from adversa.config.sweep import Count, Ratio, Search, Sweep
 from adversa.config.tracking import Tracker, Trackers
@@ -49,10 +50,12 @@ __all__ = [
     "Trackers",
     "WeightPath",
     "check",
+    "commented",
     "dump",
     "explain",
     "judge_of",
     "keys",
     "load",
     "packaged",
+    "read",
 ]

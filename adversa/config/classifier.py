@@ -43,6 +43,8 @@ class Augment(Section):
 
 
 class Classifier(Section):
+    """The classifier that every arm trains."""
+
     model: str = Field("resnet10t", description="a timm model by name")
     model_args: dict[str, Any] = Field(
         {"channels": [32, 64, 128, 256]},
@@ -65,9 +67,9 @@ class Classifier(Section):
         "data.resolution; null: off",
     )
     steps: int = Field(600, ge=1, description="optimizer steps; the same in every arm")
-    batch_size: int = Field(64, ge=2)
+    batch_size: int = Field(64, ge=2, description="images of an optimizer step")
     lr: float = Field(2e-3, gt=0, description="peak of AdamW's learning rate")
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.05, ge=0, description="of AdamW")
     warmup: float = Field(
         0.05,
         ge=0,
@@ -78,7 +80,9 @@ class Classifier(Section):
     balance: float = Field(
         0.7, ge=0, le=1, description="0: images drawn as they come; 1: every class equally often"
     )
-    label_smoothing: float = Field(0.05, ge=0, lt=1)
+    label_smoothing: float = Field(
+        0.05, ge=0, lt=1, description="probability taken from the label and spread over all classes"
+    )
     loss: Literal["cross_entropy", "logit_adjusted", "effective_number"] = Field(
         "cross_entropy",
         description="logit_adjusted: Menon et al. 2021; effective_number: Cui et al. 2019",

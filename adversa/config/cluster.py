@@ -21,7 +21,9 @@ class Cluster(Section):
     cpus: int | None = Field(
         None, ge=1, description="of the embedded Ray; null: all of this machine"
     )
-    object_store_mb: int = Field(512, ge=100)
+    object_store_mb: int = Field(
+        512, ge=100, description="object store of the embedded Ray, megabytes"
+    )
     training_threads: int | None = Field(
         None, ge=1, description="torch threads of a training worker; null: all CPUs it may use"
     )

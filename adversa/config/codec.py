@@ -42,12 +42,19 @@ class Codec(Section):
     )
     latent_channels: int = Field(4, ge=1, description="fitted codec")
     steps: int = Field(2000, ge=1, description="fitted codec: optimizer steps")
-    batch_size: int = Field(32, ge=1)
-    lr: float = Field(2e-3, gt=0)
-    warmup: float = Field(0.05, ge=0, lt=1)
-    clip: float = Field(1.0, gt=0)
+    batch_size: int = Field(32, ge=1, description="fitted codec: images of an optimizer step")
+    lr: float = Field(2e-3, gt=0, description="fitted codec: peak of AdamW's learning rate")
+    warmup: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="fitted codec: share of the steps with a rising learning rate; cosine after it",
+    )
+    clip: float = Field(1.0, gt=0, description="fitted codec: largest norm of the gradient")
     amp: bool = Field(True, description="bf16 autocast")
-    checkpoint_steps: int = Field(200, ge=1)
+    checkpoint_steps: int = Field(
+        200, ge=1, description="fitted codec: training state is committed every so many steps"
+    )
 
     @model_validator(mode="after")
     def _source(self) -> Codec:

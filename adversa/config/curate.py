@@ -11,6 +11,8 @@ from adversa.config.classifier import Classifier
 
 
 class Curate(Section):
+    """Which generated images are kept."""
+
     min_agreement: float = Field(
         0.2, ge=0, le=1, description="least probability an independent judge gives the asked label"
     )

@@ -44,8 +44,8 @@ class Columns(Section):
     attribute.
     """
 
-    path: str = "path"
-    label: str = "label"
+    path: str = Field("path", description="file of the picture, relative to the table's folder")
+    label: str = Field("label", description="class of the picture")
     group: str | None = Field("group", description="lesion; null: every image is its own group")
     patient: str | None = Field(
         None, description="carried along; the split keeps lesions apart, not patients"
@@ -57,10 +57,12 @@ class Columns(Section):
 class Split(Section):
     """Shares of the groups by role, within each class."""
 
-    train: float = Field(0.55, gt=0, lt=1)
-    mine: float = Field(0.15, gt=0, lt=1)
-    select: float = Field(0.15, gt=0, lt=1)
-    test: float = Field(0.15, gt=0, lt=1)
+    train: float = Field(0.55, gt=0, lt=1, description="fits classifier, verifiers and denoiser")
+    mine: float = Field(0.15, gt=0, lt=1, description="where hard cases are found")
+    select: float = Field(
+        0.15, gt=0, lt=1, description="chooses checkpoints, ratios and thresholds"
+    )
+    test: float = Field(0.15, gt=0, lt=1, description="opened once, at the end")
     seed: int = Field(
         0, ge=0, description="seed of the split; the run's own seed does not change it"
     )
@@ -76,7 +78,12 @@ class Split(Section):
 
 
 class Data(Section):
-    source: Literal["phantom", "ham10000", "csv", "folder"] = "phantom"
+    """Where images come from, and how they are split into roles."""
+
+    source: Literal["phantom", "ham10000", "csv", "folder"] = Field(
+        "phantom",
+        description="built-in procedural pictures; HAM10000 as distributed; a table; one folder a class",
+    )
     path: Annotated[str | None, AfterValidator(_local)] = Field(
         None, description="folder, .zip or .csv; not used by phantom"
     )

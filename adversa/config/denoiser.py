@@ -12,6 +12,8 @@ from adversa.config.base import Section, WeightPath
 
 
 class Denoiser(Section):
+    """The diffusion model that generates images."""
+
     architecture: Literal["unet", "transformer"] = Field(
         "transformer", description="diffusers' UNet2DModel, or a transformer over patches"
     )
@@ -36,10 +38,15 @@ class Denoiser(Section):
         None,
         description="a denoiser's folder to start from, phantom (shipped), or null: from scratch",
     )
-    steps: int = Field(2000, ge=0)
-    batch_size: int = Field(64, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    warmup: float = Field(0.05, ge=0, lt=1)
+    steps: int = Field(2000, ge=0, description="optimizer steps; 0: the weights as they were given")
+    batch_size: int = Field(64, ge=1, description="images of an optimizer step")
+    lr: float = Field(1e-3, gt=0, description="peak of AdamW's learning rate")
+    warmup: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="share of the steps with a rising learning rate; cosine after it",
+    )
     ema: float = Field(
         0.995,
         ge=0,
@@ -71,7 +78,7 @@ class Denoiser(Section):
         0.5, ge=0, le=1, description="0: images drawn as they come; 1: every class equally often"
     )
     flips: bool = Field(True, description="mirror images and quarter turns: a lesion has no up")
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     amp: bool = Field(True, description="bf16 autocast")
     compile: bool = Field(
         False, description="torch.compile: minutes at the start, faster after; for GPUs"
@@ -79,4 +86,6 @@ class Denoiser(Section):
     sample_steps: int = Field(
         0, ge=0, description="a grid of samples every so many steps; 0: only at the end"
     )
-    checkpoint_steps: int = Field(200, ge=1)
+    checkpoint_steps: int = Field(
+        200, ge=1, description="training state is committed every so many steps"
+    )

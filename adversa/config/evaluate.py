@@ -12,6 +12,8 @@ from adversa.config.base import Section
 
 
 class Evaluate(Section):
+    """How classifiers are compared."""
+
     seeds: int = Field(
         1, ge=1, le=100, description="classifiers an arm, paired by seed across arms"
     )

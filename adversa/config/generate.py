@@ -13,6 +13,8 @@ from adversa.config.base import Section, WeightPath
 
 
 class Generate(Section):
+    """What is generated from each hard case, and how it is sampled."""
+
     strategy: Literal["sample", "vary", "inpaint", "outpaint", "inout", "blend"] = Field(
         "vary", description="of the guided arm; the unguided one always samples"
     )
@@ -88,12 +90,19 @@ class Generate(Section):
         ge=2,
         description="pixels: low frequencies are means over so many pixels of the diffused side",
     )
-    solver: Literal["dpmpp_2m", "heun"] = "dpmpp_2m"
+    solver: Literal["dpmpp_2m", "heun"] = Field(
+        "dpmpp_2m",
+        description="DPM-Solver++(2M) (Lu et al. 2022), or Heun's method (Karras et al. 2022)",
+    )
     steps: int = Field(
         16, ge=2, le=1000, description="from sigma_max; a start below it takes its share of them"
     )
-    sigma_min: float = Field(0.02, gt=0)
-    sigma_max: float = Field(40.0, gt=0)
+    sigma_min: float = Field(
+        0.02, gt=0, description="noise level at which sampling ends, images scaled to [-1, 1]"
+    )
+    sigma_max: float = Field(
+        40.0, gt=0, description="noise level at which sampling from noise starts"
+    )
     rho: float = Field(
         7.0,
         gt=0,
@@ -108,7 +117,7 @@ class Generate(Section):
     part_size: int = Field(
         256, ge=1, description="images a part: what one worker does at a time, and a kill may lose"
     )
-    amp: bool = True
+    amp: bool = Field(True, description="bf16 autocast")
     compile: bool = Field(
         False,
         description="torch.compile of the denoiser: half a minute at each sampler's start, then up to "

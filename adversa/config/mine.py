@@ -12,6 +12,8 @@ from adversa.config.base import Section
 
 
 class Mine(Section):
+    """Which images of the mining pool count as hard cases."""
+
     budget: int = Field(
         64, ge=1, description="hard cases a round, shared among classes by their error"
     )

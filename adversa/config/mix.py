@@ -46,6 +46,8 @@ Ratios = Annotated[list[Annotated[float, Field(ge=0)]], AfterValidator(_ratios)]
 
 
 class Mix(Section):
+    """What generated images, and how many of them, join the training set."""
+
     arms: list[Literal["real", "resample", "replay", "unguided", "guided"]] = Field(
         ["real", "replay", "unguided", "guided"],
         min_length=1,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from adversa.common.sanitize import load_yaml
 from adversa.config.faults import explain
@@ -30,10 +29,21 @@ def packaged(name: str) -> Path:
     )
 
 
-def load(path: Path | None, overrides: list[str] | tuple[str, ...] = (), **top: Any) -> Config:
-    """Read a YAML file (None: the packaged demo), apply `key.sub=value` overrides, check
-    everything. UserError on any fault.
+def read(
+    path: Path | None, overrides: Sequence[str] = (), **top: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree of plain values of a YAML file (None: the packaged demo) after `key.sub=value`
+    overrides, unchecked, and who set each of its dotted keys.
+
+    Args:
+        path: The file.
+        overrides: What `--set` was given.
+        **top: Values of top-level keys that have an option of their own; None: not given.
+
+    Raises:
+        UserError: The file cannot be read, is not YAML, or an override does not fit it.
     """
+    where = "the demo" if path is None else str(path)
     path = packaged("demo.yaml") if path is None else path
     try:
         tree = load_yaml(path.read_text())
@@ -50,10 +60,32 @@ def load(path: Path | None, overrides: list[str] | tuple[str, ...] = (), **top: 
         raise UserError(
             f"{path} must hold sections (key: value), but holds a {type(tree).__name__}"
         )
+    sources = dict.fromkeys(_leaves(tree), where)
     for override in overrides:
-        _override(tree, override)
-    tree.update({k: v for k, v in top.items() if v is not None})
-    return check(tree, str(path))
+        name = _override(tree, override)
+        # What was said of the whole, or of a part of it, is said anew.
+        sources = {k: by for k, by in sources.items() if not k.startswith(f"{name}.")}
+        sources[name] = "--set"
+    given = {k: v for k, v in top.items() if v is not None}
+    tree.update(given)
+    return tree, sources | {k: f"--{k}" for k in given}
+
+
+def load(path: Path | None, overrides: Sequence[str] = (), **top: Any) -> Config:
+    """A checked configuration, as of `read`. UserError on any fault."""
+    tree, _ = read(path, overrides, **top)
+    return check(tree, str(packaged("demo.yaml") if path is None else path))
+
+
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> list[str]:
+    """The dotted keys that hold a plain value."""
+    found = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key}")
+    return found
 
 
 def check(tree: dict[str, Any], where: str) -> Config:
@@ -71,7 +103,8 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
+def _override(tree: dict[str, Any], text: str) -> str:
+    """Set one key in the tree; returns its dotted name."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UserError(f"--set {text}: write key.sub=value, for example data.resolution=64")
@@ -88,3 +121,4 @@ def _override(tree: dict[str, Any], text: str) -> None:
             raise UserError(f"--set {text}: {'.'.join(sections[: i + 1])} is not a section")
         tree = node
     tree[last] = parsed
+    return name

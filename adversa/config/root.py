@@ -24,8 +24,12 @@ from adversa.config.tracking import Trackers
 
 
 class Config(Section):
-    seed: int = Field(0, ge=0)
-    rounds: int = Field(1, ge=1, le=100)
+    """The whole configuration."""
+
+    seed: int = Field(0, ge=0, description="seed of every training and every generated image")
+    rounds: int = Field(
+        1, ge=1, le=100, description="times that the loop mines, generates, retrains"
+    )
     data: Data = Data()
     classifier: Classifier = Classifier()
     codec: Codec = Codec()

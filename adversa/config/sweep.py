@@ -27,11 +27,15 @@ class Search(Section):
     searcher: str = Field(
         "random", description="a searcher of Ray Tune by name; most need a package of their own"
     )
-    searcher_args: dict[str, Any] = {}
+    searcher_args: dict[str, Any] = Field(
+        {}, description="arguments of the searcher, as Ray Tune names them"
+    )
     scheduler: str = Field(
         "fifo", description="a scheduler of Ray Tune by name: fifo, asha, median_stopping_rule, ..."
     )
-    scheduler_args: dict[str, Any] = {}
+    scheduler_args: dict[str, Any] = Field(
+        {}, description="arguments of the scheduler, as Ray Tune names them"
+    )
 
 
 def _one_or_many(value: Any) -> Any:
@@ -64,11 +68,9 @@ class Sweep(Section):
         list[Literal["replay", "unguided", "guided"]],
         BeforeValidator(_one_or_many),
         Field(min_length=1),
-    ] = [
-        "replay",
-        "unguided",
-        "guided",
-    ]
+    ] = Field(
+        ["replay", "unguided", "guided"], description="arms that are compared with real alone"
+    )
     strategies: Annotated[
         list[Literal["sample", "vary", "inpaint", "outpaint", "inout", "blend"]] | None,
         BeforeValidator(_one_or_many),
@@ -92,8 +94,8 @@ class Sweep(Section):
         le=100,
         description="images painted for each one wanted: the gate turns some down",
     )
-    metric: Literal["balanced_accuracy", "accuracy", "auroc_macro", "worst_class"] = (
-        "balanced_accuracy"
+    metric: Literal["balanced_accuracy", "accuracy", "auroc_macro", "worst_class"] = Field(
+        "balanced_accuracy", description="what the dose-response curves show"
     )
     bootstrap: int = Field(
         2000, ge=200, description="resamples of seeds and lesions for bands and intervals"
