@@ -362,10 +362,11 @@ def test_a_column_of_pickles_is_refused_by_every_way_to_read(tmp_path, mark):
 
 
 def test_a_diffusers_folder_gives_safetensors_alone(tmp_path, mark):
+    import diffusers
+
     from adversa.diffuse import codec_fit  # noqa: F401
     from adversa.diffuse.pretrained import INDEX, WEIGHTS, load
 
-    diffusers = pytest.importorskip("diffusers")
     small = {
         "block_out_channels": (32,),
         "layers_per_block": 1,

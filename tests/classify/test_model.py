@@ -269,10 +269,10 @@ def test_a_hub_that_cannot_be_reached_is_told_in_one_line(
     assert "Retrying" not in caplog.text
 
 
-def test_imagenet_weights_of_a_file_are_the_trunks(imagenet_weights: Path) -> None:
-    config = Classifier(model="tf_efficientnet_lite0", weights=str(imagenet_weights))
+def test_imagenet_weights_of_a_file_are_the_trunks(timm_weights: Path) -> None:
+    config = Classifier(model="tf_efficientnet_lite0", weights=str(timm_weights))
     network = build(config, 7, 64)
-    state = load_file(imagenet_weights)
+    state = load_file(timm_weights)
     trunk = network.trunk.state_dict()
     assert len(trunk) > 200 and all(torch.equal(v, state[k]) for k, v in trunk.items())
     assert set(state) - set(trunk) == {
@@ -284,11 +284,11 @@ def test_imagenet_weights_of_a_file_are_the_trunks(imagenet_weights: Path) -> No
     assert np.isfinite(logits).all()
 
 
-def test_imagenet_weights_of_another_model_are_refused(imagenet_weights: Path) -> None:
+def test_imagenet_weights_of_another_model_are_refused(timm_weights: Path) -> None:
     message = (
         r"does not fit resnet18: conv1.weight is missing; layer1.0.conv1.weight is missing; "
         r".*and \d+ more"
     )
     with pytest.raises(UserError, match=message) as e:
-        build(Classifier(model="resnet18", weights=str(imagenet_weights)), 7, 64)
+        build(Classifier(model="resnet18", weights=str(timm_weights)), 7, 64)
     assert "\n" not in str(e.value)

@@ -55,7 +55,7 @@ def test_watching_lasts_as_long_as_somebody_works(adversa, run):
 
     worker = threading.Thread(target=work)
     worker.start()
-    begun.wait()
+    assert begun.wait(10)
     started = time.monotonic()
     done = adversa("watch", run.root)
     worker.join()

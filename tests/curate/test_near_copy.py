@@ -268,9 +268,9 @@ def ham(path: Path, count: int) -> tuple[list[str], list[str], np.ndarray]:
         images = []
         for row in rows:
             image = Image.open(io.BytesIO(archive.read(member[row["image_id"]])))
-            images.append(
-                np.asarray(image.crop((25, 0, 175, 150)).resize((32, 32), Image.Resampling.BOX))
-            )
+            left = (image.width - image.height) // 2
+            square = image.crop((left, 0, left + image.height, image.height))
+            images.append(np.asarray(square.resize((32, 32), Image.Resampling.BOX)))
     return [r["image_id"] for r in rows], [r["lesion_id"] for r in rows], np.stack(images)
 
 

@@ -60,8 +60,8 @@ def test_a_shipped_file_is_what_ray_up_takes(name):
 
     tree = tree_of(name)
     validate_config(prepare_config(copy.deepcopy(tree)))
-    with pytest.raises(Exception, match="metadat"):  # the schema does look at names
-        validate_config(prepare_config(tree | {"metadat": {}}))
+    with pytest.raises(Exception, match="surplus"):  # the schema does look at names
+        validate_config(prepare_config(tree | {"surplus": {}}))
 
 
 @pytest.mark.parametrize("name", LAUNCHER)

@@ -74,8 +74,9 @@ def test_sensitivity_at_specificity_is_the_best_point_of_the_curve(seed: int) ->
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_agrees_with_torchmetrics(seed: int) -> None:
-    torch = pytest.importorskip("torch")
-    tm = pytest.importorskip("torchmetrics.functional.classification")
+    import torch
+    import torchmetrics.functional.classification as tm
+
     logits, labels = predictions(seed)
     found = metrics(
         logits, labels, CLASSES, MEASURES, thresholds(logits, labels, CLASSES, MEASURES)
@@ -113,28 +114,24 @@ def test_agrees_with_the_isic_challenge_s_scorer(seed: int) -> None:
     """Its auc_sens_80 counts what lies below the floor too, from the point where the curve crosses
     it: that rectangle is added.
     """
-    pd = pytest.importorskip("pandas")
-    isic = pytest.importorskip("isic_challenge_scoring.classification")
+    import pandas as pd
+    from isic_challenge_scoring import metrics as isic
+
     logits, labels = predictions(seed)
     found = metrics(logits, labels, CLASSES, Measures({c: [c] for c in CLASSES}))
-    # The files' parser calls what pandas 3 no longer has; the scorer itself takes the tables.
+    # The metrics of its ClassificationScore, which also thins out ROC curves for a drawing.
     truth = pd.DataFrame(np.eye(7)[labels], columns=CLASSES)
     given = pd.DataFrame(softmax(logits), columns=CLASSES)
-    weights = pd.DataFrame(
-        {"score_weight": np.ones(len(labels)), "validation_weight": np.ones(len(labels))}
-    )
-    score = isic.ClassificationScore(
-        truth, given, weights, isic.ClassificationMetric.BALANCED_ACCURACY
-    )
-    assert found["balanced_accuracy"] == pytest.approx(score.overall, abs=1e-6)
-    assert found["auroc_macro"] == pytest.approx(score.macro_average["auc"], abs=1e-6)
+    weights = pd.Series(np.ones(len(labels)))
+    balanced = isic.balanced_multiclass_accuracy(truth, given, weights)
+    assert found["balanced_accuracy"] == pytest.approx(balanced, abs=1e-6)
+    aucs = {c: isic.auc(truth[c], given[c], weights) for c in CLASSES}
+    assert found["auroc_macro"] == pytest.approx(np.mean(list(aucs.values())), abs=1e-6)
     for i, c in enumerate(CLASSES):
-        assert found[f"auroc/{c}"] == pytest.approx(
-            score.per_category["auc"][i if i in score.per_category.index else c], abs=1e-6
-        )
+        assert found[f"auroc/{c}"] == pytest.approx(aucs[c], abs=1e-6)
         fpr, tpr, _ = roc_curve(labels == i, softmax(logits)[:, i], drop_intermediate=False)
         after = int(np.searchsorted(tpr, 0.8))
         share = (0.8 - tpr[after - 1]) / (tpr[after] - tpr[after - 1])
         crossing = fpr[after - 1] + share * (fpr[after] - fpr[after - 1])
-        theirs = score.per_category["auc_sens_80"][i if i in score.per_category.index else c]
+        theirs = isic.auc_above_sensitivity(truth[c], given[c], weights, 0.80)
         assert found[f"pauc@0.80/{c}"] + 0.8 * (1 - crossing) == pytest.approx(theirs, abs=1e-6)

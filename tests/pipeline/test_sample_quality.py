@@ -308,11 +308,11 @@ def test_a_feature_space_that_is_not_there_stops_the_run_first(tiny, tmp_path, q
     assert not run.data.exists()
 
 
-def test_a_feature_space_that_is_there_passes(judged, tiny, imagenet_weights):
+def test_a_feature_space_that_is_there_passes(judged, tiny, timm_weights):
     folder = judged[1].arm(0, "real", 0) / "classifier"
     for quality in (
         {"features": str(folder)},
-        {"features": "tf_efficientnet_lite0", "weights": str(imagenet_weights)},
+        {"features": "tf_efficientnet_lite0", "weights": str(timm_weights)},
         {},
     ):
         sample_quality.check(settings(tiny, **quality))

@@ -73,12 +73,19 @@ def test_a_look_raises_what_is_wished_and_rest_ends_with_the_wish(run, quick):
 
 
 def test_looks_read_no_file_more_often_than_said(run, monkeypatch):
+    monkeypatch.setattr(control, "LOOK_SECONDS", 60.0)
+    readers = []  # the thread that keeps the lease reads, too
     with hold(run) as reins:
         reins.look()
-        monkeypatch.setattr(control, "read", lambda run: pytest.fail("read again"))
+        read = control.read
+        monkeypatch.setattr(
+            control, "read", lambda run: readers.append(threading.get_ident()) or read(run)
+        )
         for _ in range(1000):
             reins.look()
-        reins.over.set()
+        assert threading.get_ident() not in readers
+        reins.look(force=True)
+        assert threading.get_ident() in readers
 
 
 def test_work_that_does_not_look_is_interrupted_after_a_grace(run, quick):
