@@ -99,7 +99,7 @@ def order(
         return
     with files.writing(out, "--out"):
         wanted.work.root.mkdir(parents=True, exist_ok=True)
-    with file_lock.lock(wanted.work):
+    with file_lock.lock(wanted.work, "--out"):
         status.set_status(wanted.work, "running", "order", command="order")
         try:
             found = _painted(wanted, config, make_engine, screen)
@@ -122,15 +122,12 @@ def order(
 def _painted(wanted: Any, config: Config, make_engine: MakeEngine, screen: Console) -> Any:
     from adversa.generation import job
 
-    try:
-        with view.Watch(screen, config, wanted.work):
-            engine = make_engine(config, wanted.work)
-            try:
-                return job.paint(wanted, engine)
-            finally:
-                engine.close()
-    except UserError as e:  # the folder of the steps is a run's to them
-        raise UserError(str(e).replace("--run-dir", "--out")) from None
+    with view.Watch(screen, config, wanted.work):
+        engine = make_engine(config, wanted.work)
+        try:
+            return job.paint(wanted, engine)
+        finally:
+            engine.close()
 
 
 def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) -> None:

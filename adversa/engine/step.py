@@ -16,18 +16,21 @@ from adversa.storage import files
 Facts = dict[str, Any]
 
 
-def run_step(folder: Path, recipe: Recipe, body: Callable[[Progress], Facts]) -> None:
+def run_step(
+    folder: Path, recipe: Recipe, body: Callable[[Progress], Facts], option: str = "--run-dir"
+) -> None:
     """Run `body` unless the step is finished; it must write every part and return at least `rows`.
 
-    UserError where the folder was made by another recipe, or cannot be written.
+    option: what the user gave the folder by. UserError where it was made by another recipe, or
+    cannot be written.
     """
-    with files.writing(folder):
+    with files.writing(folder, option, kept=True):
         folder.mkdir(parents=True, exist_ok=True)
-        if step_folder.is_finished(folder) and step_folder.begin(folder, recipe):
+        if step_folder.is_finished(folder) and step_folder.begin(folder, recipe, option):
             return
         reins = control.reins()
         reins.look()
-        step_folder.begin(folder, recipe)
+        step_folder.begin(folder, recipe, option)
         progress = Watched(folder, reins)
         facts = body(progress)
         seconds = progress.elapsed

@@ -102,7 +102,9 @@ def missing(parts: Sequence[Part], out: Path) -> list[Part]:
 def do_part(work: Work, part: Part, out: Path) -> Done:
     """Run one part and commit it. The same code on every engine."""
     started = time.perf_counter()
-    with files.writing(out):
+    with files.writing(
+        out, "folder", kept=True
+    ):  # a worker is not told by which option it was given
         found = work(part, out / tables.part_name(part.index))
     painted = found if isinstance(found, Painted) else Painted(found)
     return Done(part.index, painted.rows, time.perf_counter() - started, painted.evaluations)

@@ -109,6 +109,7 @@ def compare(
     measures: Measures | None = None,
     thresholds_a: Limits = None,
     thresholds_b: Limits = None,
+    unit: str = "lesion",
 ) -> Comparison:
     """logits [S, N, K] of arms a and b, S classifiers each, paired by seed and scored on the same N
     images.
@@ -116,7 +117,8 @@ def compare(
     The difference is the mean over seeds of a's metric minus b's; every seed and both arms see the
     same resamples. metric: any name of `metrics` (UserError otherwise, and where it has no value);
     classes: names, default "0", "1", ..; thresholds: where the metric is at a target specificity.
-    The interval holds the choice of lesions and, from two seeds on, the luck of training.
+    The interval holds the choice of lesions and, from two seeds on, the luck of training. unit:
+    what a group is called in the note.
     """
     assert logits_a.shape == logits_b.shape and logits_a.ndim == 3, (logits_a.shape, logits_b.shape)
     classes = classes or [str(k) for k in range(logits_a.shape[2])]
@@ -126,7 +128,7 @@ def compare(
         _each(logits, labels, index, weights, classes, measures, limits, metric)[metric]
         for logits, limits in ((logits_a, thresholds_a), (logits_b, thresholds_b))
     )
-    found = difference(a, b, lesions)
+    found = difference(a, b, lesions, unit)
     if found is None:
         raise UserError(
             f"{metric} has no value on these {len(labels)} images; compare another metric, "
@@ -135,7 +137,9 @@ def compare(
     return found
 
 
-def difference(a: np.ndarray, b: np.ndarray, lesions: int) -> Comparison | None:
+def difference(
+    a: np.ndarray, b: np.ndarray, lesions: int, unit: str = "lesion"
+) -> Comparison | None:
     """As `compare`, from what `draws` gave of each arm: a, b [S, 1 + R], of the same resamples.
     None where there is no value.
     """
@@ -158,7 +162,7 @@ def difference(a: np.ndarray, b: np.ndarray, lesions: int) -> Comparison | None:
         len(each),
         lesions,
         tuple(float(x) for x in each[:, 0]),
-        _note(s),
+        _note(s, unit),
         s,
     )
 
@@ -249,16 +253,16 @@ def _most(name: str, measures: Measures) -> float:
     return 2.0 if name == "brier" else 1 - measures.floor if name.startswith("pauc@") else 1.0
 
 
-def _note(s: Spread) -> str:
+def _note(s: Spread, unit: str) -> str:
     if s.lesions < 2:
-        return "one lesion only: nothing can be said of others"
+        return f"one {unit} only: nothing can be said of others"
     if s.se < _ROUNDING:
         return (
-            "both arms answer alike, on every lesion and with every seed: how much others "
+            f"both arms answer alike, on every {unit} and with every seed: how much others "
             "would differ cannot be told"
         )
     if s.seeds == 1:
-        return "one seed: the interval holds the choice of lesions, not the luck of training"
+        return f"one seed: the interval holds the choice of {unit}s, not the luck of training"
     if s.seeds == 2:
         return (
             "two seeds say little about the luck of training, so the interval is very wide; "

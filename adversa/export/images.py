@@ -171,23 +171,15 @@ def check_out(out: Path, asked: dict[str, Any] | None = None) -> None:
 def held(out: Path, asked: dict[str, Any]) -> Iterator[int]:
     """Hold `out`, rid of what a killed process left half-written and marked with what is asked;
     gives how many files that wrote.
-
-    UserErrors name the option that gave it.
     """
-    try:
-        with files.writing(out, "--out"):
-            check_out(out, asked)
-            out.mkdir(parents=True, exist_ok=True)
-            with file_lock.lock(RunDir(out)):
-                remove_partial_files(RunDir(out))
-                yield int(
-                    put(
-                        out / MARK,
-                        (json.dumps(asked, indent=2, ensure_ascii=False) + "\n").encode(),
-                    )
-                )
-    except UserError as e:
-        raise UserError(str(e).replace("--run-dir", "--out")) from None
+    with files.writing(out, "--out"):
+        check_out(out, asked)
+        out.mkdir(parents=True, exist_ok=True)
+        with file_lock.lock(RunDir(out), "--out"):
+            remove_partial_files(RunDir(out))
+            yield int(
+                put(out / MARK, (json.dumps(asked, indent=2, ensure_ascii=False) + "\n").encode())
+            )
 
 
 def rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> pa.Table:

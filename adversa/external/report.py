@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from adversa import config as cfg
+from adversa.common import markdown
 from adversa.data.files import printable
 from adversa.evaluate.metrics import absent
 from adversa.evaluate.operating import thresholds
@@ -68,7 +70,7 @@ def write(asked: External) -> dict[str, Any]:
     found = told(asked)
     if found is None:
         found = _summary(asked)
-        replace_bytes(asked.folder / "report.md", markdown(found).encode())
+        replace_bytes(asked.folder / "report.md", markdown_of(found).encode())
         files.write_json(asked.folder / "summary.json", found)
     return found
 
@@ -124,10 +126,9 @@ def _summary(asked: External) -> dict[str, Any]:
     }
     own = files.read_json(run.summary) or {}
     spent = own.get("cost") or results.costs(config, run)
-    compared = results.comparisons(config, arms, spent, "external")
     unit = asked.outside.unit
+    compared = results.comparisons(config, arms, spent, "external", unit)
     for row in compared:
-        row["note"] = row["note"].replace(cohort.LESION, unit)
         if not spread.tell(results.HEADLINE):
             row |= dict.fromkeys(UNTOLD) | {"word": "not shown", "note": ""}
     word, sentence = summary.verdict(compared, config, f"external ({asked.name})")
@@ -285,52 +286,18 @@ def notes(
 # ---- report.md -----------------------------------------------------------------------------------
 
 
-def markdown(found: dict[str, Any]) -> str:
-    arms = [BEFORE, *(arm for arm in ARMS if arm in found["arms"])]
-    unit = found["clusters"]["by"]
-    lines = [
-        f"# {_cell(found['run'])} on {_cell(found['set'])}",
-        "",
-        f"**{_cell(found['verdict_sentence'])}**",
-        "",
-        f"{counted(found['images']['scored'], 'image')} of "
-        f"{counted(found['clusters']['n'], unit)}, {found['resolution']} px, "
-        f"crop {found['crop']}; {counted(found['seeds'], 'classifier')} an arm. "
-        f"Mean over them, with 95% intervals that resample {unit}s.",
-        "",
-    ]
-    lines += [f"- {_cell(note)}" for note in found["notes"]]
-    lines += [
-        "",
-        "## Figures",
-        "",
-        *_table(
-            ["", *arms], [[name, *(value(found, a, m) for a in arms)] for m, name in rows(found)]
-        ),
-    ]
-    if found["test"]:
-        own = [
-            f"on the run's own test: {results.HEADLINE.replace('_', ' ')}",
-            *(_with(**found["test"][a]) for a in arms),
-        ]
-        lines.append(_row(own))
-    counts = [[c, str(found["images"]["by_class"][c])] for c in found["classes"]]
-    lines += ["", "## Images", "", *_table(["class", "images"], counts)]
-    if found["comparisons"]:
-        lines += ["", "## Comparisons", "", *_compared(found["comparisons"], unit)]
-    for attribute, by_arm in found["subgroups"].items():
-        lines += ["", f"## By {_cell(attribute)}", "", *_subgroups(by_arm, unit)]
-    lines += [
-        "",
-        "## Where it comes from",
-        "",
-        f"- set: {_cell(found['path'])}, content {found['content']}",
-        f"- run: {_cell(found['run'])} ({found['run_id']}), split {found['split_hash']}, "
-        f"seed {found['seed']}",
-        f"- adversa {found['versions'].get('adversa', 'unknown')}, commit "
-        f"{found['git'] or 'unknown'}",
-    ]
-    return "\n".join(lines) + "\n"
+def markdown_of(found: dict[str, Any]) -> str:
+    """The text of report.md. found: what summary.json holds."""
+    template = markdown.environment("external/templates").get_template("report.md.j2")
+    return template.render(
+        found,
+        titles={BEFORE: "baseline"} | {arm: arm for arm in ARMS if arm in found["arms"]},
+        figures=rows(found),
+        metric=results.HEADLINE.replace("_", " "),
+        value=partial(value, found),
+        with_interval=with_interval,
+        counted=counted,
+    )
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -362,62 +329,15 @@ def value(found: dict[str, Any], arm: str, metric: str) -> str:
         if arm == BEFORE
         else (found["arms"][arm], found["intervals"][arm])
     )
-    return _with(values[metric], ranges.get(metric)) if metric in values else "-"
+    return with_interval(values[metric], ranges.get(metric)) if metric in values else markdown.DASH
 
 
-def _with(value: float, interval: Sequence[float] | None) -> str:
-    return f"{value:.3f} ({interval[0]:.2f}-{interval[1]:.2f})" if interval else f"{value:.3f} (-)"
-
-
-def _compared(compared: list[dict[str, Any]], unit: str) -> list[str]:
-    head = [
-        "",
-        "difference",
-        "95% interval",
-        "p",
-        "p (Holm)",
-        f"McNemar, {unit}s won - lost",
-        "detectable",
-        "word",
-    ]
-    body = [
-        [
-            f"{c['a']} - {c['b']}",
-            f"{c['difference']:+.3f}",
-            "-" if c["low"] is None else f"{c['low']:+.3f} to {c['high']:+.3f}",
-            *("-" if c[p] is None else f"{c[p]:.3g}" for p in ("p", "p_holm")),
-            ", ".join(f"{m['won']} - {m['lost']} (p {m['p']:.2g})" for m in c["mcnemar"]),
-            "-" if c["detectable"] is None else f"{c['detectable']:.3f}",
-            c["word"],
-        ]
-        for c in compared
-    ]
-    said = list(dict.fromkeys(c["note"] for c in compared if c["note"]))
-    return [*_table(head, body), *(f"\n{note}" for note in said)]
-
-
-def _subgroups(by_arm: dict[str, list[dict[str, Any]]], unit: str) -> list[str]:
-    names = list(by_arm)
-    head = ["", "images", f"{unit}s", *names]
-    body = []
-    for at in zip(*by_arm.values(), strict=True):
-        shown = ["-" if g["value_of"] is None else _with(g["value_of"], g["interval"]) for g in at]
-        few = " (few: not tested)" if at[0]["small"] else ""
-        body.append([at[0]["value"] + few, str(at[0]["n"]), str(at[0]["lesions"]), *shown])
-    return [f"{results.HEADLINE.replace('_', ' ').capitalize()}:", "", *_table(head, body)]
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [_row(head), "|" + " --- |" * len(head), *(_row(row) for row in body)]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_cell(c) for c in cells) + " |"
-
-
-def _cell(text: str) -> str:
-    """Text that a set's author wrote, harmless in Markdown: no markup, no new cell, one line."""
-    text = printable(str(text), 2000)
-    for mark in "\\`*_[]|":
-        text = text.replace(mark, f"\\{mark}")
-    return text.replace("<", "&lt;")
+def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    """A figure with its interval, a dash in place of what is not known."""
+    if value is None:
+        return markdown.DASH
+    return (
+        f"{value:.3f} ({interval[0]:.2f}-{interval[1]:.2f})"
+        if interval
+        else f"{value:.3f} ({markdown.DASH})"
+    )

@@ -145,7 +145,7 @@ def paint(order: Order, engine: Engine) -> images.Exported:
     plan(order, requests)
     data = order.run.data if order.run is not None else None
     pipeline_generate.generate(
-        engine, requests, data, order.denoiser, attacked(order), order.config, synthetic
+        engine, requests, data, order.denoiser, attacked(order), order.config, synthetic, "--out"
     )
     own = order.run is not None and "external" not in (
         files.read_json(order.denoiser / CONFIG) or {}
@@ -203,7 +203,7 @@ def plan(order: Order, out: Path) -> None:
             index += 1
         return {"rows": sum(order.labels.values())}
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, "--out")
 
 
 # The id is the image's own; the noise is that of the same number in an order with other guidance:

@@ -298,8 +298,10 @@ def generate(
     attacked: Path | None,
     config: cfg.Generate,
     out: Path,
+    option: str = "--run-dir",
 ) -> None:
-    """Paint every request; part i of the requests becomes part i of the images.
+    """Paint every request; part i of the requests becomes part i of the images. option: what the
+    user gave `out` by.
 
     data: where the examples of requests are, in the role mine; None where they have none. attacked:
     the classifier whose weaknesses steer (config.hardness, and likeness in features); None where
@@ -343,7 +345,7 @@ def generate(
             | _totals(out)
         )
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, option)
 
 
 def _totals(out: Path) -> Facts:

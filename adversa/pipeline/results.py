@@ -128,9 +128,12 @@ def comparisons(
     arms: dict[str, Scored],
     spent: dict[str, dict[str, float]],
     role: str = "test",
+    unit: str = "lesion",
 ) -> list[dict[str, Any]]:
     """The arm in question against the others on a role: paired over seeds, lesions resampled,
     Holm-corrected, McNemar beside it.
+
+    unit: what is resampled, as the notes call it.
     """
     asked = candidate(config.mix.arms)
     others = [a for a in AGAINST if a in config.mix.arms and a != asked]
@@ -145,6 +148,7 @@ def comparisons(
             config.evaluate.bootstrap,
             seed_of("compare", config.seed),
             HEADLINE,
+            unit=unit,
         )
         extra = spent[asked]["device_seconds"] - spent[other]["device_seconds"]
         row = {

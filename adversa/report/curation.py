@@ -209,15 +209,15 @@ def memory_sentence(arm: str, m: Memory, strategies: Sequence[str]) -> str:
         )
         if any(s != "sample" for s in strategies):
             word = (
-                "nearer to real images than held-out ones do, as images that are painted from "
-                "a real one must"
+                "nearer to real images than held-out ones do, as images that are generated "
+                "from a real one must"
             )
     elif m.nearer < 0.5 - 1.96 * error:
         word = "farther from real images than held-out ones do: there is no sign of copying"
     else:
         word = "no nearer to real images than held-out ones do: there is no sign of copying"
     return (
-        f"The images painted for {arm} lie {word}. One of them is more like its nearest "
+        f"The images generated for {arm} lie {word}. One of them is more like its nearest "
         "real image than a held-out real image is "
         f"like its own with probability {m.nearer:.2f} (0.50 if they were real), and "
         f"{100 * m.beyond:.1f}% of them are more like "

@@ -243,7 +243,7 @@ def numbers(v: dict[str, Any]) -> list[Number]:
     )
     rows = [
         (
-            "judge",
+            "verifier",
             v.get("agreement"),
             "" if least is None else judge,
             (gate.DISAGREES, gate.TRIVIAL),

@@ -79,6 +79,12 @@ class Facts:
         return sorted(n for n in found if tables.parts(self.run.round(n, "hard")))
 
     @property
+    def made_with(self) -> dict[str, str]:
+        """What the run was made with, by name: versions, the commit, the machine."""
+        commit = {"commit": self.summary["git"]} if self.summary["git"] else {}
+        return self.summary["versions"] | commit | self.summary["machine"]
+
+    @property
     def after(self) -> str | None:
         """The arm that the page sets against `real`: guided, or the last there is."""
         others = [a for a in self.arms if a != "real"]

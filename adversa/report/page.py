@@ -1,5 +1,7 @@
-"""`report.html`: one file, nothing fetched, no script. Whatever comes from a user's files is
-escaped. `report.md` says the same.
+"""`report.html`, one file, nothing fetched, no script, and `report.md`, from templates over one
+view.
+
+Whatever comes from a user's files is escaped in both.
 """
 
 from __future__ import annotations
@@ -7,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from adversa.report import curation, evidence, markdown, plots, predictions, words
+from adversa.common import markdown
+from adversa.report import curation, evidence, plots, predictions, words
 from adversa.report import gallery as pictures
 from adversa.report.gather import Facts, by_round, read_facts
 from adversa.report.unshown import unshown
@@ -19,6 +22,7 @@ from adversa.storage.path import place
 
 __all__ = ["duration", "environment", "fixed", "signed", "view", "write"]
 
+TEMPLATES = "report/templates"  # in the package
 ROLES_SHOWN = ("test", "mine")
 MEASURES = ("precision", "recall", "density", "coverage")
 TONES = {
@@ -37,36 +41,50 @@ def write(run_dir: Path) -> Path:
     facts = read_facts(place(run_dir))
     known = view(facts)
     html = environment().get_template("page.html.j2").render(known)
+    text = markdown_environment().get_template("report.md.j2").render(known)
     path = facts.run.root / "report.html"
     with writing(facts.run.root):
-        replace_bytes(facts.run.root / "report.md", markdown.render(known).encode())
+        replace_bytes(facts.run.root / "report.md", text.encode())
         replace_bytes(path, html.encode())  # last: `report` is done where it is there
     return path
 
 
 def environment() -> Environment:
+    """Jinja for the HTML templates."""
     found = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=PackageLoader("adversa", TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=words.printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found.globals |= {"axis_bar": evidence.bar}
+    return _with_words(found)
+
+
+def markdown_environment() -> Environment:
+    """Jinja for `report.md.j2`."""
+    return _with_words(markdown.environment(TEMPLATES))
+
+
+def _with_words(found: Environment) -> Environment:
+    """The environment with what formats numbers and names, the same in HTML and Markdown."""
     names = ("fixed", "signed", "count", "duration", "moment", "sentence", "listed", "p_value")
     found.filters |= {name: getattr(words, name) for name in names}
-    found.globals |= {"share": words.share, "bar": evidence.bar, "counted": words.counted}
+    found.globals |= {"share": words.share, "counted": words.counted}
     return found
 
 
 def view(facts: Facts) -> dict[str, Any]:
-    """The names that the templates and the Markdown use."""
+    """The names that the templates use."""
     rounds = facts.rounds
     last = rounds[-1] if rounds else None
     compared = evidence.comparisons(facts.summary["comparisons"])
     said = predictions.of_test(facts)
     calibrations = predictions.calibrations(facts, said)
     accepted = curation.accepted(facts)
+    strategies = {arm: found.strategies for arm, found in accepted.items()}
     memories = curation.memories(facts, last) if last is not None else {}
     return {
         "facts": facts,
@@ -75,6 +93,7 @@ def view(facts: Facts) -> dict[str, Any]:
         "notes": [words.sentence(note) for note in facts.summary["notes"]],
         "grouped": facts.section("data").get("grouped", True),
         "after": facts.after,
+        "titles": predictions.titles(facts),
         "folded": facts.summary["before"] != facts.summary["arms"].get("real"),
         "roles": ROLES_SHOWN,
         "overall": {role: evidence.overall(facts, role) for role in ROLES_SHOWN},
@@ -98,20 +117,22 @@ def view(facts: Facts) -> dict[str, Any]:
         "memories": {
             arm: (
                 m,
-                plots.curves(m.curve),
-                curation.memory_sentence(
-                    arm, m, accepted[arm].strategies if arm in accepted else ()
-                ),
+                plots.uri(plots.curves(m.curve)),
+                curation.memory_sentence(arm, m, strategies.get(arm, ())),
             )
             for arm, m in memories.items()
         },
         "quality": facts.quality,
         "measures": MEASURES,
         "grid": pictures.sheet(facts.run.inside(facts.quality["grid"])) if facts.quality else None,
-        "calibrations": {arm: (c, plots.reliability(c.bins)) for arm, c in calibrations.items()},
-        "calibration_sentences": predictions.calibration_sentences(calibrations),
-        "axes": plots,
+        "calibrations": {
+            arm: (c, plots.uri(plots.reliability(c.bins))) for arm, c in calibrations.items()
+        },
+        "calibration_sentences": predictions.calibration_sentences(
+            calibrations, predictions.titles(facts)
+        ),
         "costs": evidence.costs(facts),
+        "made": facts.made_with,
         "steps": sorted(facts.summary["seconds"].items(), key=lambda s: (-s[1], s[0])),
         "unshown": unshown(facts, compared, rounds),
     }

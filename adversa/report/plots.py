@@ -1,97 +1,134 @@
-"""Geometry of the figures: numbers in, coordinates of an SVG out. The templates draw them."""
+"""What the figures of all reports share, and those of `report.html`, drawn by matplotlib.
+
+Nothing of a user's files is in them but numbers and the names of arms; their bytes are the same for
+the same numbers.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from adversa.evaluate.calibration import ReliabilityBin
 
-LEFT, TOP, WIDTH, HEIGHT = (
-    34.0,
-    10.0,
-    250.0,
-    190.0,
-)  # of the area that is plotted in, in units of the SVG
-COUNTS = 46.0  # height of the bars under a reliability curve
-GAP = 12.0
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
+
+RC: dict[RcKeyType, object] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.labelcolor": "#333333",
+    "axes.axisbelow": True,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "adversa",
+}
+FIRST, SECOND = "#1F5F6B", "#5C666D"  # the colours of the page: --accent and --soft
+SIZE = (4.2, 4.2)  # inches; the page shows it 360 to 470 pixels wide, so that text stays readable
 
 
-@dataclass(frozen=True)
-class Tick:
-    at: float
-    text: str
+@contextmanager
+def style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(RC):
+        yield
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """points: (x, y, radius); line: them as a polyline; bars: (x, y, width, height) of the counts;
-    most: the largest count.
+def svg(figure: Figure) -> bytes:
+    """The same bytes for the same figure."""
+    out = io.BytesIO()
+    with style():
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def png(figure: Figure) -> bytes:
+    """The same bytes for the same figure."""
+    out = io.BytesIO()
+    with style():
+        figure.savefig(out, format="png", dpi=150, metadata={"Software": None})
+    return out.getvalue()
+
+
+def uri(figure: Figure) -> str:
+    """As a picture: the page's policy lets it run and fetch nothing."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode()
+
+
+def settle(figure: Figure) -> None:
+    """Lay out once: anew for each file, the last bits would depend on the files before."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def reliability(bins: Sequence[ReliabilityBin]) -> Figure:
+    """Accuracy over confidence, a point for each bin that has images, its area by their number.
+
+    Below it a bar for each bin: its images (a mean over seeds may be no whole number).
     """
+    from matplotlib.figure import Figure
 
-    points: list[tuple[float, float, float]]
-    line: str
-    bars: list[tuple[float, float, float, float]]
-    most: float
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Shares of images, from 0 at the bottom to 1, at most so similar: two polylines on one
-    axis.
-    """
-
-    synthetic: str
-    held_out: str
-    ticks: list[Tick]
-
-
-def x_of(share: float) -> float:
-    return round(LEFT + WIDTH * share, 2)
-
-
-def y_of(share: float) -> float:
-    return round(TOP + HEIGHT * (1 - share), 2)
-
-
-def reliability(bins: Sequence[ReliabilityBin]) -> Reliability:
-    """Accuracy over confidence, a point a bin that has images; its area goes with their number."""
+    known = [b for b in bins if b.confidence is not None and b.accuracy is not None]
     most = max((b.n for b in bins), default=0) or 1
-    points = [
-        (x_of(b.confidence), y_of(b.accuracy), round(1.5 + 4.5 * math.sqrt(b.n / most), 2))
-        for b in bins
-        if b.confidence is not None and b.accuracy is not None
-    ]
-    foot, tall = TOP + HEIGHT + GAP + COUNTS, [round(COUNTS * b.n / most, 2) for b in bins]
-    bars = [
-        (x_of(b.low) + 0.5, foot - h, round(WIDTH * (b.high - b.low) - 1, 2), h)
-        for b, h in zip(bins, tall, strict=True)
-        if b.n
-    ]
-    return Reliability(points, " ".join(f"{x},{y}" for x, y, _ in points), bars, most)
+    with style():
+        figure = Figure(figsize=SIZE, layout="constrained")
+        upper, lower = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+        upper.plot([0, 1], [0, 1], color=SECOND, linestyle=(0, (4, 3)), linewidth=1)
+        x, y = [b.confidence for b in known], [b.accuracy for b in known]
+        upper.plot(x, y, color=FIRST, linewidth=1.8)
+        area = [90 * b.n / most + 6 for b in known]
+        upper.scatter(x, y, s=area, color=FIRST, edgecolor="white", linewidth=0.8, zorder=3)
+        _shares(upper, "share that is right")
+        width = [b.high - b.low - 0.004 for b in bins]
+        middle, count = [(b.low + b.high) / 2 for b in bins], [b.n for b in bins]
+        lower.bar(middle, count, width, color=FIRST, alpha=0.55)
+        lower.set(xlabel="probability of the answer", ylabel="images", xlim=(0, 1))
+        lower.set_yticks([0, most], ["0", f"{most:,.0f}"])
+        settle(figure)
+    return figure
 
 
-def curves(points: Sequence[tuple[float, float, float]]) -> Curves:
-    """(share, similarity of synthetic, of held-out) -> both cumulative curves over similarity."""
-    values = [v for _, s, h in points for v in (s, h)]
-    ticks = nice(min(values), max(values))
-    low, span = ticks[0], ticks[-1] - ticks[0]
+def curves(points: Sequence[tuple[float, float, float]]) -> Figure:
+    """Two cumulative curves over similarity. points: (share, similarity of generated, of real)."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    def line(column: int) -> str:
-        return " ".join(f"{x_of((p[column] - low) / span)},{y_of(p[0])}" for p in points)
+    share, synthetic, held_out = np.asarray(points, float).T
+    with style():
+        figure = Figure(figsize=(SIZE[0], 3.4), layout="constrained")
+        ax = figure.subplots()
+        dashes = (0, (5, 3))
+        ax.plot(
+            held_out, share, color=SECOND, linestyle=dashes, linewidth=1.8, label="held-out real"
+        )
+        ax.plot(synthetic, share, color=FIRST, linewidth=1.8, label="generated")
+        _shares(ax, "share of images")
+        ax.set_xlabel("similarity to the nearest real image")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.legend(loc="upper left")
+        settle(figure)
+    return figure
 
-    return Curves(
-        line(1),
-        line(2),
-        [Tick(x_of((t - low) / span), f"{t:.10g}".replace("-", "\u2212")) for t in ticks],
-    )
 
-
-def nice(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, some `about` of them."""
-    span = high - low or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / about))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if span / (power * m) <= about)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, max(last, first + 1) + 1)]
+def _shares(ax: Axes, label: str) -> None:
+    """An upright axis of shares."""
+    ax.set(ylim=(-0.02, 1.02), ylabel=label, yticks=[0, 0.25, 0.5, 0.75, 1])
+    ax.grid(axis="y")

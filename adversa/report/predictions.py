@@ -179,16 +179,22 @@ def _or_own(told: Score, own: float) -> Score:
     return told if told.value is not None else Score(own)
 
 
-def calibration_sentences(found: dict[str, Calibration]) -> list[str]:
-    """What the curves say, in words."""
+def titles(facts: Facts) -> dict[str, str]:
+    """BEFORE, and the arm in question, to what a column or a figure calls it."""
+    return {BEFORE: "baseline"} | ({facts.after: f"after ({facts.after})"} if facts.after else {})
+
+
+def calibration_sentences(found: dict[str, Calibration], names: dict[str, str]) -> list[str]:
+    """What the curves say, in words. names: of `titles`."""
     told = []
     for arm, c in found.items():
-        name = "Before" if arm == BEFORE else f"After ({arm})"
         sure = (
             f"on average {100 * abs(c.surplus):.1f} points too "
             f"{'sure' if c.surplus > 0 else 'unsure'} of its answers"
         )
-        told.append(f"{name}: ECE {_words(c.ece)}, Brier {_words(c.brier)}; {sure}.")
+        told.append(
+            f"{names[arm].capitalize()}: ECE {_words(c.ece)}, Brier {_words(c.brier)}; {sure}."
+        )
     return told
 
 

@@ -19,7 +19,7 @@ WHY = {  # arm -> what it would tell
     "resample": "whether drawing the classes evenly would do as much",
     "replay": "whether repeating the mined real images would do as much",
     "unguided": "whether synthetic images that know no hard case would do as much",
-    "guided": "whether images painted from hard cases help",
+    "guided": "whether images generated from hard cases help",
 }
 OFF = {  # column of a limit -> the check that is off where no verdict has one
     "contrast_limit": "flat images",
@@ -28,7 +28,7 @@ OFF = {  # column of a limit -> the check that is off where no verdict has one
     "realism_2_limit": "distance to the real images, second feature space",
     "similarity_limit": "near copies in pixels",
     "similarity_2_limit": "near copies in features",
-    "twin_limit": "near twins among the synthetic",
+    "twin_limit": "near-duplicates among the synthetic images",
     "quota": "quota of a source image",
 }
 ALWAYS = {"similarity_limit"}  # checked by every version; an older one wrote no limit
@@ -101,5 +101,7 @@ def checks_off(facts: Facts, round_number: int) -> list[str]:
     ]
     most = pc.min(rows["agreement_most"]).as_py()
     return (
-        found if most is not None and most < 1 else [*found, "images that are trivial to the judge"]
+        found
+        if most is not None and most < 1
+        else [*found, "images that are trivial to the verifier"]
     )

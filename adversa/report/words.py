@@ -10,8 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from adversa.common import sanitize
+from adversa.common.markdown import DASH
 
-MINUS, DASH = "\u2212", "\u2013"
+MINUS = "\u2212"
 
 
 def printable(value: Any) -> Any:

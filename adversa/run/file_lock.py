@@ -31,9 +31,9 @@ def lock_file(run: RunDir) -> Path:
 
 
 @contextlib.contextmanager
-def lock(run: RunDir) -> Iterator[None]:
+def lock(run: RunDir, option: str = "--run-dir") -> Iterator[None]:
     """Hold the run for this process; the kernel lets go when the process dies, however it dies. See
-    lock_file; run_lock.py holds it against all others.
+    lock_file; run_lock.py holds it against all others. option: what the user gave the folder by.
     """
     with open(lock_file(run), "a", opener=no_link) as f:
         for tries_left in (4, 3, 2, 1, 0):  # `status` holds a shared lock for a moment
@@ -45,7 +45,7 @@ def lock(run: RunDir) -> Iterator[None]:
                     pid = (read_json(run.status) or {}).get("pid", "unknown")
                     raise UserError(
                         f"{run.root} is in use by process {pid}; wait for it, or stop it, "
-                        "or use another --run-dir"
+                        f"or use another {option}"
                     ) from None
                 time.sleep(0.05)
             except OSError as e:
@@ -54,7 +54,7 @@ def lock(run: RunDir) -> Iterator[None]:
                 raise UserError(
                     f"{run.root}: its file system knows no locks ({e.strerror}); mount it "
                     "with them (Lustre: -o flock), or give "
-                    "another --run-dir"
+                    f"another {option}"
                 ) from None
         yield
 

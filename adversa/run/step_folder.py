@@ -19,19 +19,19 @@ RECIPE, MANIFEST, PROGRESS, OPENED = "recipe.json", "manifest.json", "progress.j
 SHAPELESS = ("order",)  # steps whose recipes have as many fields as were asked for
 
 
-def _advice(apart: list[str], made: Place) -> str:
+def _advice(apart: list[str], made: Place, option: str = "--run-dir") -> str:
     """What to do about a recipe that differs. apart: of _versions_apart; made: a folder whose
     manifest may name who made it.
     """
     if not apart:
-        return "use those values again, or another --run-dir"
+        return f"use those values again, or another {option}"
     known = read_json(made / MANIFEST) or {}
     version, commit = known.get("versions", {}).get("adversa"), known.get("git")
     named = ", ".join([f"adversa {version}"] * bool(version) + [f"commit {commit}"] * bool(commit))
     that = f"that version ({named})" if named else "that version"
     return (
         f"another version of adversa made it: {', '.join(apart)}; finish it with {that}, or "
-        "give another --run-dir"
+        f"give another {option}"
     )
 
 
@@ -62,9 +62,11 @@ class Recipe:
         return digest(json.dumps(self.to_json(), sort_keys=True))
 
 
-def begin(folder: Place, recipe: Recipe) -> bool:
+def begin(folder: Place, recipe: Recipe, option: str = "--run-dir") -> bool:
     """True where the step is finished already. Writes the recipe; UserError with the fields where
     another one is there.
+
+    option: what the user gave the folder by.
     """
     asked, saved = recipe.to_json(), read_json(folder / RECIPE)
     if saved is None:
@@ -73,7 +75,7 @@ def begin(folder: Place, recipe: Recipe) -> bool:
     elif (changed := differences(saved, asked)) and not _begun(folder):
         write_json(folder / RECIPE, asked)
     elif changed:
-        advice = _advice(_steps_apart(saved, asked), folder)
+        advice = _advice(_steps_apart(saved, asked), folder, option)
         raise UserError(f"{folder} was made by another recipe ({'; '.join(changed)}); {advice}")
     return is_finished(folder)
 

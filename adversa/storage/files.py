@@ -73,21 +73,24 @@ FIXES = {
 
 
 @contextlib.contextmanager
-def writing(folder: Place, option: str = "--run-dir") -> Iterator[None]:
-    """Turn the faults of a file system that a user can mend into a UserError. option: what the user
-    gave the folder by.
+def writing(folder: Place, option: str = "--run-dir", kept: bool | None = None) -> Iterator[None]:
+    """Turn the faults of a file system that a user can mend into a UserError.
+
+    option: what the user gave the folder by. kept: whether the same command goes on where it was
+    (default: with --run-dir).
     """
     try:
         yield
     except OSError as e:
         if e.errno not in FIXES or _is_ours(folder, e):
             raise
-        kept = ", finished parts are kept" if option == "--run-dir" else ""
+        goes_on = option == "--run-dir" if kept is None else kept
+        promise = ", finished parts are kept" if goes_on else ""
         where = (
             e.filename2 or e.filename or folder
         )  # of two names (a rename) the second is where it was to go
         raise UserError(
-            f"cannot write to {where}: {FIXES[e.errno].format(option=option, kept=kept)}"
+            f"cannot write to {where}: {FIXES[e.errno].format(option=option, kept=promise)}"
         ) from None
 
 

@@ -7,14 +7,13 @@ the same numbers.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adversa.report.plots import settle, style
 from adversa.sweep.grid import ALL
 from adversa.sweep.wording import NAMES, title
 
@@ -36,22 +35,6 @@ PLAIN = {"replay": ("#5A5A5A", "s"), "unguided": ("#0072B2", "o"), "real": ("#00
 PANEL = (4.6, 3.5)  # inches
 KNEE = 0.045  # of a panel's height, for each knee's line
 STEP = 5.0  # points between arms at one place of an axis
-RC = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#777777",
-    "axes.labelcolor": "#333333",
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "adversa",
-}
 
 
 @dataclass(frozen=True)
@@ -68,28 +51,6 @@ def look(variant: dict[str, Any]) -> Look:
         MARKERS[variant["strategy"]],
     )
     return Look(color, marker, "--" if variant["sees"] == ALL else "-")
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context(RC):
-        yield
-
-
-def svg(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    with style():
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
-
-
-def png(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    with style():
-        figure.savefig(out, format="png", dpi=150, metadata={"Software": None})
-    return out.getvalue()
 
 
 # ---- score against dose --------------------------------------------------------------------------
@@ -185,14 +146,8 @@ def dose_figure(chosen: Sequence[Panel], metric: str) -> Figure:
                 loc="outside upper center",
                 ncol=min(len(key), 3 if columns == 1 else 5),
             )
-        _settle(figure)
+        settle(figure)
     return figure
-
-
-def _settle(figure: Figure) -> None:
-    """Lay out once: anew for each file, the last bits would hang on the files before."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
 
 
 def draw_panel(ax: Axes, panel: Panel, metric: str) -> None:
@@ -203,8 +158,7 @@ def draw_panel(ax: Axes, panel: Panel, metric: str) -> None:
     _score_axis(ax, panel.ends)
     _dose_axis(ax, doses)
     ax.set(title=panel.title, xlabel="images added for each real one", ylabel=NAMES[metric])
-    ax.grid(axis="y", color="#DDDDDD", linewidth=0.7)
-    ax.set_axisbelow(True)
+    ax.grid(axis="y")
     _whiskers(ax, [p for p in panel.points if p["arm"] == "real"], PLAIN["real"][0], "o", 0.0, True)
     lines = 0
     for i, curve in enumerate(panel.curves):
@@ -360,8 +314,7 @@ def learning_figure(known: dict[str, Any]) -> Figure:
             xlabel="real images in training, of all classes (not to scale)", ylabel=NAMES[metric]
         )
         _score_axis(ax, limits(known["points"], [{"response": real}]))
-        ax.grid(axis="y", color="#DDDDDD", linewidth=0.7)
-        ax.set_axisbelow(True)
+        ax.grid(axis="y")
         if real["counts"]:
             at = [place[n] for n in real["counts"]]
             ax.fill_between(at, real["low"], real["high"], color="#000000", alpha=0.09, linewidth=0)
@@ -380,7 +333,7 @@ def learning_figure(known: dict[str, Any]) -> Figure:
         ax.set_xticks(range(len(counts)), [f"{n:,}\n{name}" for n, name in counts])
         if known["curves"]:
             figure.legend(loc="outside upper center", ncol=min(4, 1 + len(variants)))
-        _settle(figure)
+        settle(figure)
     return figure
 
 

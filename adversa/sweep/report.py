@@ -4,18 +4,18 @@ script, everything escaped.
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adversa.config import Config
-from adversa.report import evidence, page, words
+from adversa.report import evidence, page, plots, words
 from adversa.run.folder import RunDir
 from adversa.storage.files import replace_bytes, writing
 from adversa.storage.path import Place
-from adversa.sweep import plots, results, wording
+from adversa.sweep import plots as sweep_plots
+from adversa.sweep import results, wording
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,16 +28,21 @@ def write(config: Config, run: RunDir) -> Path:
     not; the path of the page.
     """
     known = results.write(config, run)
-    chosen, metric = plots.panels(known), known["what"]["metric"]
-    whole = {"dose": plots.dose_figure(chosen, metric), "learning": plots.learning_figure(known)}
+    chosen, metric = sweep_plots.panels(known), known["what"]["metric"]
+    whole = {
+        "dose": sweep_plots.dose_figure(chosen, metric),
+        "learning": sweep_plots.learning_figure(known),
+    }
     html = (
         environment()
         .get_template("sweep.html.j2")
         .render(
             view(known)
             | {
-                "panels": [(p, uri(plots.dose_figure([p], metric)), caption(p)) for p in chosen],
-                "learning": uri(whole["learning"]),
+                "panels": [
+                    (p, plots.uri(sweep_plots.dose_figure([p], metric)), caption(p)) for p in chosen
+                ],
+                "learning": plots.uri(whole["learning"]),
                 "trials": results.table(config, run)
                 .drop_columns(["metrics", "added_by_class"])
                 .to_pylist(),
@@ -58,16 +63,9 @@ def _figures(folder: Place, whole: dict[str, Figure]) -> None:
         replace_bytes(folder / f"{name}.svg", plots.svg(figure))
 
 
-def uri(figure: Figure) -> str:
-    """As a picture: the page's policy lets it run and fetch nothing, and no name in it meets
-    another's.
-    """
-    return "data:image/svg+xml;base64," + base64.b64encode(plots.svg(figure)).decode()
-
-
 def environment() -> Any:
     found = page.environment()
-    found.globals |= {"title": wording.title, "evidence_bar": evidence.bar}
+    found.globals |= {"title": wording.title}
     return found
 
 
@@ -102,7 +100,7 @@ def tally(rows: Sequence[dict[str, Any]]) -> str:
     return ", ".join(f"{counts[w]} {w}" for w in page.TONES)
 
 
-def caption(panel: plots.Panel) -> list[tuple[str, str]]:
+def caption(panel: sweep_plots.Panel) -> list[tuple[str, str]]:
     """(arm, what its curve says) of a panel."""
     return [
         (c["variant"], c["response"]["words"] if c["response"] else f"no curve: {c['why']}")

@@ -33,6 +33,16 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(tmp_path):
     assert "config.a" not in str(e.value)
 
 
+def test_messages_name_the_option_that_gave_the_folder(tmp_path):
+    run_step(tmp_path / "s", recipe(a=1), lambda p: {"rows": 0})
+    with pytest.raises(UserError, match="use those values again, or another --out"):
+        run_step(tmp_path / "s", recipe(a=2), lambda p: {"rows": 0}, "--out")
+    (tmp_path / "file").write_text("")
+    for options, named in (((), "--run-dir"), (("--out",), "--out")):
+        with pytest.raises(UserError, match=f"a file is in the way; give another {named}"):
+            run_step(tmp_path / "file/s", recipe(a=1), lambda p: {"rows": 0}, *options)
+
+
 def test_a_step_that_fails_has_no_manifest_and_is_done_again(tmp_path):
     def fails(progress):
         raise RuntimeError("power cut")

@@ -133,7 +133,11 @@ def test_arms_that_answer_alike_say_nothing_of_what_could_be_seen() -> None:
         1,
         None,
     ) and c.seeds_needed(0.02) is None
-    assert "answer alike" in c.note
+    assert "answer alike, on every lesion" in c.note
+    assert (
+        "on every patient"
+        in compare(logits, logits, labels, np.arange(60), 100, 0, unit="patient").note
+    )
 
 
 def test_one_lesion_needs_no_number_of_seeds() -> None:

@@ -162,7 +162,7 @@ def test_card_says_what_a_person_must_know(painted, tmp_path, form):
         "| guidance | 2 |",
         "0.1 to 1.6 (16 values)",
         "1 more came out not finite",
-        "1 more could not be painted",
+        "1 more could not be generated",
         "not done",
         "Fill in the licence",
     ):
@@ -359,7 +359,8 @@ def test_out_below_a_file_names_the_option(painted, tmp_path):
 def test_out_in_use_is_refused(painted, tmp_path):
     (tmp_path / "out").mkdir()
     with file_lock.lock(run_folder.RunDir(tmp_path / "out")):
-        assert "in use" in refused(painted, tmp_path / "out")
+        message = refused(painted, tmp_path / "out")
+    assert "in use" in message and message.endswith("use another --out")
 
 
 def test_a_part_that_was_never_painted_is_counted(painted, tmp_path):

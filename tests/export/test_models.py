@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from adversa.common import markdown
 from adversa.export import model_card, models, run_card
 from adversa.export import run as export_run
 from adversa.run import folder as run_folder
@@ -37,6 +38,18 @@ def card_of(exported, arm):
 
 def blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def text_of(finished, arm, **changes):
+    """The card of an arm, of a summary.json with these keys changed."""
+    config, run = finished
+    metas = [
+        {"sha256": "0", "best_step": 1, "select_balanced_accuracy": 0.5} | changes.pop("meta", {})
+    ]
+    own = files.read_json(run.arm(0, "real", 0) / "classifier/config.json")
+    return model_card.text(
+        "model", arm, [own | m for m in metas], files.read_json(run.summary) | changes, config, run
+    )
 
 
 def test_every_arm_has_a_model_and_every_seed_its_weights(finished, exported):
@@ -95,7 +108,6 @@ def test_the_card_of_a_resized_model_loads_too(finished, tmp_path, monkeypatch):
     from adversa.config import Classifier
     from adversa.storage.weights import save_model
 
-    config, _ = finished
     asked = Classifier(model="mobilenetv3_small_050", model_args={}, input_size=64, views=2)
     network = model.build(asked, 3, 32)
     meta = {"config": asked.model_dump(mode="json"), "num_classes": 3, "resolution": 32}
@@ -104,7 +116,7 @@ def test_the_card_of_a_resized_model_loads_too(finished, tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
-    first, second = blocks(model_card._loading(meta, ["a", "b", "c"], config))
+    first, second = blocks(text_of(finished, "real", meta=meta, classes=["a", "b", "c"]))
     exec(first, {})
     exec(second, alone := {})
     expected = network.eval()(model.to_pixels(pixels[None]))[0].detach().numpy()
@@ -146,7 +158,7 @@ def test_the_card_says_what_a_person_must_know(exported, finished):
         for word in (
             "Not a medical device",
             "Out of scope: diagnosis",
-            summary["verdict_sentence"],
+            markdown.text(summary["verdict_sentence"]),
             summary["split_hash"],
             f"first opened {summary['test_opened']}",
             summary["run_id"],
@@ -158,7 +170,7 @@ def test_the_card_says_what_a_person_must_know(exported, finished):
         ):
             assert word in text, (arm, word)
         for note in summary["notes"]:
-            assert f"{note[1:]}." in text
+            assert f"{markdown.text(note[1:])}." in text
         for c in summary["comparisons"]:
             assert (
                 f"| {c['a']} | {c['b']} | {c['difference']:+.3f} | {c['low']:+.3f} to "
@@ -171,8 +183,7 @@ def test_the_card_says_what_a_person_must_know(exported, finished):
         assert str(run.root) not in text and str(Path.home()) not in text
 
 
-def test_subgroups_are_shown_and_small_ones_set_apart(exported):
-    summary, _, _ = exported
+def test_subgroups_are_shown_and_small_ones_set_apart(finished):
     big = {
         "value": "f",
         "n": 40,
@@ -182,13 +193,11 @@ def test_subgroups_are_shown_and_small_ones_set_apart(exported):
         "interval": [0.5, 1.0],
     }
     little = {"value": "m", "n": 4, "lesions": 3, "small": True, "value_of": 0.25, "interval": None}
-    told = summary | {
-        "subgroups": {"sex": {"guided": [big, little], "before": [big | {"value_of": 0.5}]}}
-    }
-    text = model_card._subgroups("guided", told)
+    told = {"sex": {"guided": [big, little], "before": [big | {"value_of": 0.5}]}}
+    text = text_of(finished, "guided", subgroups=told)
     assert "| sex | f | 40 | 31 | 0.750, 0.500 to 1.000 | 0.500, 0.500 to 1.000 |" in text
-    assert "| sex | m | 4 | 3 | (0.250) | - |" in text
-    assert "Not computed for this arm" in model_card._subgroups("replay", told)
+    assert "| sex | m | 4 | 3 | (0.250) | \u2013 |" in text
+    assert "Not computed for this arm" in text_of(finished, "replay", subgroups=told)
 
 
 def test_what_is_no_number_stays_out_of_the_metadata(exported, finished):
@@ -202,9 +211,29 @@ def test_what_is_no_number_stays_out_of_the_metadata(exported, finished):
     assert (one.metric_name, one.metric_args) == ("accuracy", None)
 
 
-def test_a_second_opening_is_said_in_the_card(exported, finished):
-    summary, _, _ = exported
-    assert "**2 times in all**" in model_card._result("real", summary | {"test_openings": 2})
+def test_a_second_opening_is_said_in_the_card(finished):
+    assert text_of(finished, "real", test_openings=2).count("**2 times in all**") == 2
+    assert "times in all" not in text_of(finished, "real")
+
+
+def test_hostile_names_are_text_in_the_card(finished):
+    hostile = "x|<img src=y> [z](w) ```\n# q"
+    text = text_of(
+        finished,
+        "real",
+        run=hostile,
+        verdict_sentence=hostile,
+        notes=[hostile],
+        classes=[hostile, "b", "c"],
+    )
+    body = text.partition("\n---\n")[2]
+    shown = r"x\|\<img src=y\> \[z\](w) \`\`\` \# q"
+    assert (
+        shown in body
+        and f"| run | {shown} (" in body
+        and "<img" not in body.replace(r"\<img", "").replace(repr(hostile), "")
+    )
+    assert f"CLASSES = {[hostile, 'b', 'c']!r}\n" in body and len(blocks(text)) == 2
 
 
 def test_no_place_of_this_machine_is_handed_on(finished, tmp_path, tiny):

@@ -328,7 +328,7 @@ def test_the_card_says_what_a_person_must_know(painted, tmp_path, form):
         "Not for diagnosis",
         "Evaluate on real images only",
         "`f00d`",
-        "the run `demo`",
+        "trained by the run demo",
         "5b1174a5",
         "phantoms (seed",
         "| torch | 9.9 |",
@@ -341,7 +341,7 @@ def test_the_card_says_what_a_person_must_know(painted, tmp_path, form):
         "nevus 1, melanoma 2, test 3",
         "| off |",
         "| 1 | guided | 30 | 40 | 0.400 / 0.500 | 0.400 / 0.500 | 0.625 | 0.037 |",
-        "17 of 120 painted images refused (17 near copy)",
+        "17 of 120 generated images rejected (17 near copy)",
         export_run.run_card.run_id(run),
         "All images passed",
     ):
@@ -365,7 +365,7 @@ def test_the_card_of_refused_images_says_so(painted, tmp_path):
     export(painted, tmp_path / "out", rejected=True)
     text = (tmp_path / "out/README.md").read_text()
     assert "`reason` says why" in text and "All images passed" not in text
-    assert f"The {120 - len(wanted())} images that the gate refused" in text
+    assert f"The {120 - len(wanted())} images that the filter rejected" in text
 
 
 # ---- again, cut off, elsewhere -------------------------------------------------------------------

@@ -401,8 +401,8 @@ def test_one_patient_says_nothing_of_others(ask, pictures):
     text = (ask(folder / "one.csv").folder / "report.md").read_text()
     assert "70 images of 1 patient," in text and "1 patients" not in text and "-1.000" not in text
     row = next(line for line in text.splitlines() if line.startswith("| balanced accuracy |"))
-    assert row.count(" (-) ") == len(found["arms"]) + 1
-    assert "| - | - | - |" in next(
+    assert row.count(" (\u2013) ") == len(found["arms"]) + 1
+    assert "| \u2013 | \u2013 | \u2013 |" in next(
         line for line in text.splitlines() if line.startswith("| guided - replay |")
     )
 
@@ -608,5 +608,36 @@ def test_a_run_that_is_not_finished_is_refused(two_seeds, tmp_path):
         external_evaluate.models(config, copy)
 
 
-def test_the_reports_words_are_harmless_in_markdown():
-    assert report._cell("a|b<img src=x>\n[x](y) `z`") == r"a\|b&lt;img src=x>\\n\[x\](y) \`z\`"
+def test_the_reports_words_are_harmless_in_markdown(ask, pictures):
+    """Whatever a set's author wrote is text: names of classes, values of attributes, paths,
+    notes.
+    """
+    hostile = "a|b<img src=x>\n[x](y) `z`"
+    asked = ask(written(*pictures))
+    found = results(asked)
+    group = {
+        "value": hostile,
+        "n": 1,
+        "lesions": 1,
+        "small": True,
+        "value_of": None,
+        "interval": None,
+    }
+    text = report.markdown_of(
+        found
+        | {
+            "run": hostile,
+            "set": hostile,
+            "path": hostile,
+            "notes": [hostile],
+            "subgroups": {hostile: {hostile: [group]}},
+        }
+    )
+    shown = r"a\|b\<img src=x\> \[x\](y) \`z\`"
+    assert (
+        text.startswith(f"# {shown} on {shown}\n")
+        and f"\n- {shown}\n" in text
+        and f"- set: {shown}, content" in text
+    )
+    assert f"## By {shown}\n" in text and f"| {shown} (few: not tested) | 1 | 1 | \u2013 |" in text
+    assert "<img" not in text.replace(r"\<img", "") and "`z`" not in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -82,8 +83,8 @@ def test_calibration_is_that_of_the_predictions(facts: Facts) -> None:
     probability = np.exp(said[BEFORE].logits) / np.exp(said[BEFORE].logits).sum(2, keepdims=True)
     right = (said[BEFORE].logits.argmax(2) == said[BEFORE].labels).mean()
     assert right == 0.75 and c.surplus == pytest.approx(probability.max(2).mean() - right)
-    text = predictions.calibration_sentences(found)[0]
-    assert text.startswith("Before: ECE 0.050 (0.010 to 0.090), Brier 0.400 (0.360 to 0.440); ")
+    text = predictions.calibration_sentences(found, predictions.titles(facts))[0]
+    assert text.startswith("Baseline: ECE 0.050 (0.010 to 0.090), Brier 0.400 (0.360 to 0.440); ")
     assert text.endswith("on average 0.8 points too sure of its answers.")
 
 
@@ -106,21 +107,52 @@ def test_points_lie_where_they_belong() -> None:
         predictions.ReliabilityBin(0.0, 0.5, 0, None, None),
         predictions.ReliabilityBin(0.5, 1.0, 8, 0.75, 0.25),
     ]
-    drawn = plots.reliability(bins)
-    assert drawn.points == [(plots.LEFT + 0.75 * plots.WIDTH, plots.TOP + 0.75 * plots.HEIGHT, 6.0)]
-    assert len(drawn.bars) == 1 and drawn.bars[0][3] == plots.COUNTS and drawn.most == 8
+    upper, lower = plots.reliability(bins).axes
+    (points,) = upper.collections
+    assert points.get_offsets().tolist() == [[0.75, 0.25]]
+    diagonal, line = upper.lines
+    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]] and line.get_xydata().tolist() == [
+        [0.75, 0.25]
+    ]
+    assert [bar.get_height() for bar in lower.patches] == [0, 8]
+    assert lower.patches[1].get_x() == pytest.approx(0.502) and lower.patches[
+        1
+    ].get_width() == pytest.approx(0.496)
+    assert upper.get_xlim() == (0, 1) and lower.get_ylim()[1] >= 8
+
+
+def test_bins_without_an_image_are_drawn() -> None:
+    upper, lower = plots.reliability([predictions.ReliabilityBin(0.0, 1.0, 0, None, None)]).axes
+    assert not len(upper.collections[0].get_offsets()) and [
+        bar.get_height() for bar in lower.patches
+    ] == [0]
 
 
 @pytest.mark.parametrize(
     ("low", "high"),
     [(0.0, 1.0), (0.45, 0.9), (0.913, 0.9131), (-3.0, 250.0), (0.5, 0.5), (0.0, 0.0)],
 )
-def test_ticks_enclose_what_is_shown(low: float, high: float) -> None:
-    ticks = plots.nice(low, high)
-    assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9 and 2 <= len(ticks) <= 8
-    curves = plots.curves([(0.0, low, low), (1.0, high, high)])
-    xs = [float(p.split(",")[0]) for p in curves.synthetic.split()]
-    assert all(plots.LEFT - 0.01 <= x <= plots.LEFT + plots.WIDTH + 0.01 for x in xs)
+def test_the_axis_encloses_what_is_shown(low: float, high: float) -> None:
+    (ax,) = plots.curves([(0.0, low, low), (1.0, high, high)]).axes
+    left, right = ax.get_xlim()
+    assert left <= low <= high <= right and left < right
+    assert 2 <= sum(left <= t <= right for t in ax.get_xticks()) <= 8
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[low, 0.0], [high, 1.0]]] * 2
+
+
+def test_figures_are_small_and_fetch_nothing(facts: Facts) -> None:
+    """And have the same bytes again: neither a date nor a random id is in them."""
+    calibration = predictions.calibrations(facts, predictions.of_test(facts))[BEFORE]
+    curve = curation.memories(facts, 1)["unguided"].curve
+    for draw, given in ((plots.reliability, calibration.bins), (plots.curves, curve)):
+        found = plots.svg(draw(given))
+        assert plots.svg(draw(given)) == found and len(found) < 60_000
+        text = found.decode()
+        assert (
+            not re.search(r'(?:href|src)="(?!#)', text)
+            and not re.search(r"url\((?!#)", text)
+            and "<dc:date>" not in text
+        )
 
 
 def test_memorisation_in_words(facts: Facts) -> None:
@@ -135,7 +167,7 @@ def test_memorisation_in_words(facts: Facts) -> None:
     assert "may repeat what the denoiser was trained on" in curation.memory_sentence(
         "unguided", near, ["sample"]
     )
-    assert "painted from a real one must" in curation.memory_sentence(
+    assert "generated from a real one must" in curation.memory_sentence(
         "guided", near, ["sample", "vary"]
     )
     assert "lie farther from real images" in curation.memory_sentence("unguided", far, ["sample"])
@@ -198,7 +230,7 @@ def test_what_was_not_shown(facts: Facts, finished: Path) -> None:
     assert told.checks == [
         "distance to the real images, second feature space",
         "near copies in features",
-        "images that are trivial to the judge",
+        "images that are trivial to the verifier",
     ]
     text = page.write(finished).with_suffix(".html").read_text()
     assert (
@@ -254,7 +286,7 @@ def test_a_run_of_an_older_version(make_run: Callable[..., Path]) -> None:
         and "It was not measured" in text
         and "near copies in pixels" not in text
     )
-    assert "near twins among the synthetic" in text
+    assert "near-duplicates among the synthetic" in text
 
 
 def test_twenty_thousand_verdicts_take_seconds(make_run: Callable[..., Path]) -> None:

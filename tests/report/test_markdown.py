@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from markdown_it import MarkdownIt
+from markdown_it.common.utils import escapeHtml
 
-from adversa.report import markdown, page
+from adversa.common import markdown
+from adversa.report import page
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +24,7 @@ def told(finished: Path) -> str:
 def test_it_has_the_sections_of_the_page(told: str, finished: Path) -> None:
     html = (finished / "report.html").read_text()
     assert re.findall(r"^## (.*)$", told, re.M) == [
-        "Before and after",
+        "Against the baseline",
         "Arms",
         "Confusion, on test",
         "Failure modes",
@@ -91,15 +95,65 @@ def test_hostile_names_are_text(told: str, made_up: SimpleNamespace) -> None:
         ("www.evil.example", "www\\.evil.example"),
         ("`code` _a_ *b* ~~c~~ $d$ #e", "\\`code\\` \\_a\\_ \\*b\\* \\~\\~c\\~\\~ \\$d\\$ \\#e"),
         ("back\\slash", "back\\\\slash"),
+        ("balanced_accuracy", "balanced_accuracy"),
+        ("__a__b a_", "\\_\\_a\\_\\_b a\\_"),
+        ("+0.012", "+0.012"),
+        ("0.600", "0.600"),
+        ("--- a", "\\--- a"),
     ],
 )
 def test_nothing_in_a_text_is_markup(given: str, shown: str) -> None:
     assert markdown.text(given) == shown
 
 
+def test_a_reader_of_markdown_sees_the_text_itself() -> None:
+    """In a paragraph, an item of a list and a cell, of names made of what is markup somewhere."""
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    random = np.random.default_rng(0)
+    pieces = [
+        "~~",
+        *"\\`*_{}[]()<>#|~&!$@^+-=.:/ 1a",
+        "__",
+        "**",
+        "[x](y)",
+        "[x]: y",
+        "<b>",
+        "&amp;",
+        "```",
+        "1. ",
+        "- ",
+        "http://x",
+    ]
+    for n in range(1000):
+        given = " ".join("".join(random.choice(pieces, 1 + n % 12)).split()) or "a"
+        shown, wanted = markdown.text(given), escapeHtml(given)
+        assert reader.render(shown) == f"<p>{wanted}</p>\n", given
+        assert f"<li>{wanted}</li>" in reader.render(f"- {shown}\n"), given
+        cells = reader.render(markdown.table(["a", "b"], [[given, given]]))
+        assert cells.count(f">{wanted}</td>") == 2, given
+
+
+def test_a_template_escapes_what_it_prints_and_nothing_twice() -> None:
+    """Not what a macro or a table made, and a name that a template puts words round all the
+    same.
+    """
+    template = markdown.environment("report/templates").from_string(
+        "{% macro bold(x) %}**{{ x }}**{% endmacro %}\n"
+        "{{ bold(name) }} {{ name ~ ' (' ~ 3 ~ ')' }} {{ [name, '+1'] | join(', ') }}\n"
+        "{{ table(['|', bold(name)], [[1, name]]) }}\n{{ '`a|' | code }}\n"
+    )
+    assert template.render(name="<b>*x").splitlines() == [
+        "**\\<b\\>\\*x** \\<b\\>\\*x (3) \\<b\\>\\*x, +1",
+        "| \\| | **\\<b\\>\\*x** |",
+        "| --- | ---: |",
+        "| 1 | \\<b\\>\\*x |",
+        "`` `a\\| ``",
+    ]
+
+
 def test_a_fence_is_longer_than_any_within() -> None:
-    lines = markdown.block("a: ```\nb: `````x")
-    assert lines[0] == "``````yaml" and lines[-2] == "``````"
+    lines = markdown.block("a: ```\nb: `````x", "yaml").splitlines()
+    assert lines[0] == "``````yaml" and lines[-1] == "``````"
 
 
 def test_a_run_without_anything_painted(make_run: Callable[..., Path]) -> None:

@@ -107,7 +107,12 @@ def test_it_fetches_nothing_and_runs_nothing(html: str, parsed: Page) -> None:
 def test_every_picture_is_there_and_described(
     parsed: Page, finished: Path, made_up: SimpleNamespace
 ) -> None:
-    images = parsed.of("img")
+    drawn, images = [], []
+    for image in parsed.of("img"):
+        (drawn if (image["src"] or "").startswith("data:image/svg+xml;") else images).append(image)
+    assert len(drawn) == 3 and all(
+        image["alt"] for image in drawn
+    )  # one curve of memorisation, two of calibration
     offspring = gallery.CASES * gallery.OFFSPRING + len(made_up.CLASSES) * gallery.SAMPLES
     shown = [p for c in view(finished).cases for p in c.offspring] + [
         p for s in view(finished).samples.values() for p in s
@@ -297,7 +302,7 @@ def test_a_run_without_synthetic_arms(make_run: Callable[..., Path]) -> None:
     text = Page(page.write(run).read_text()).text
     assert "There are no hard cases" in text and "There are no verdicts" in text
     assert (
-        "Before: the classifiers whose mistakes were mined" in text
+        "Baseline: the classifiers whose mistakes were mined" in text
         and "After is the arm" not in text
     )
 

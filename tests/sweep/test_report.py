@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adversa.sweep import plots, report, results
+from adversa.report import plots
+from adversa.sweep import plots as sweep_plots
+from adversa.sweep import report, results
 from adversa.sweep.grid import Point
 
 
@@ -155,7 +157,7 @@ def test_figures_are_valid_and_the_same_for_the_same_numbers(written: tuple, par
         )  # text is drawn as paths
     assert len(parsed.of("img")) == 4 + 1  # two cells, seen two ways, and the real images
     known = results.results(*written[:2])
-    again = plots.dose_figure(plots.panels(known), "balanced_accuracy")
+    again = sweep_plots.dose_figure(sweep_plots.panels(known), "balanced_accuracy")
     assert plots.svg(again) == (run.root / "figures/dose.svg").read_bytes()
     assert plots.png(again) == (run.root / "figures/dose.png").read_bytes()
 
@@ -175,7 +177,7 @@ def test_pictures_show_the_arms(written: tuple) -> None:
 
 def test_panels_hold_what_was_reached(written: tuple) -> None:
     known = results.results(*written[:2])
-    chosen = plots.panels(known)
+    chosen = sweep_plots.panels(known)
     assert [p.title for p in chosen] == [
         "5 a class",
         "5 a class, denoiser saw all of train",
@@ -192,7 +194,7 @@ def test_panels_hold_what_was_reached(written: tuple) -> None:
         assert (
             all(p.ends[0] < x["mean"] < p.ends[1] for x in p.points) and len(p.points) == 1 + 3 * 3
         )
-    figure = plots.dose_figure(chosen[:1], "balanced_accuracy")
+    figure = sweep_plots.dose_figure(chosen[:1], "balanced_accuracy")
     ax = figure.axes[0]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1", "2.6", "5"] and min(
         ax.get_yticks()
@@ -207,7 +209,7 @@ def test_an_empty_sweep_is_a_page_too(tmp_path: Path) -> None:
     assert (
         "4 of 4 trials are missing" in text
         and "No trial is finished." in text
-        and "no arm paints" in text
+        and "no arm generates images" in text
     )
 
 
