@@ -13,8 +13,8 @@ import json
 import time
 from pathlib import Path
 
-import faiss
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from adversa.config import Phantom
 from adversa.curate.near_copy import NearCopy
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    faiss.omp_set_num_threads(args.threads)
+    threadpool_limits(args.threads)
     ids, groups, images = prepared(args.run) if args.run else phantom(args.real, args.side)
     real = (ids[: args.real], groups[: args.real], images[: args.real])
     result: dict[str, object] = {"side": int(images.shape[1])}

@@ -329,11 +329,11 @@ def search(counts: tuple[int, ...], queries: int) -> list[Result]:
     """The twin search's seconds a picture, by one thread, as an arm becomes larger; the pictures
     are noise, smoothed.
     """
-    import faiss
+    from threadpoolctl import threadpool_limits
 
     from adversa.curate.near_copy import NearCopy
 
-    faiss.omp_set_num_threads(1)
+    threadpool_limits(1)
     rng, found, each, memory = np.random.default_rng(0), [], [], []
     for count in counts:
         images = (

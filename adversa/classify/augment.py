@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from adversa.common.symmetry import matrices, turn
 from adversa.config import Augment
 
 ALL = slice(None)
@@ -52,25 +53,6 @@ def augment(
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def symmetry(pixels: Tensor, k: int) -> Tensor:
-    """The k-th of the square's eight symmetries, exactly: bit 0 mirrors left-right, bit 1
-    top-bottom, bit 2 transposes, last.
-    """
-    mirrored = pixels.flip([d for d, bit in ((3, 1), (2, 2)) if k & bit]) if k & 3 else pixels
-    return mirrored.transpose(2, 3) if k & 4 else mirrored
-
-
-def turn(pixels: Tensor, which: Tensor) -> Tensor:
-    """Symmetry which[i] in 0 ... 7 of image i, without resampling."""
-    assert pixels.shape[-1] == pixels.shape[-2], tuple(pixels.shape)
-    out = torch.empty_like(pixels)
-    for k in range(8):
-        rows = (which == k).nonzero().squeeze(1).to(pixels.device)
-        if len(rows):
-            out[rows] = symmetry(pixels[rows], k)
-    return out
-
-
 def placement(config: Augment, u: Tensor, which: Tensor | None) -> Tensor:
     """u [4, B] in [0, 1) -> [B, 2, 3]: from a place in the output to one in the input, the side
     being [-1, 1].
@@ -86,7 +68,7 @@ def placement(config: Augment, u: Tensor, which: Tensor | None) -> Tensor:
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     linear = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
     if which is not None:
-        linear = linear @ _symmetries()[which]
+        linear = linear @ torch.from_numpy(matrices())[which]
     return torch.cat([linear, shift.T[:, :, None]], 2)
 
 
@@ -157,12 +139,3 @@ def rectangles(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, side: i
     rows = (at >= top[:, None]) & (at < bottom[:, None])
     columns = (at >= left[:, None]) & (at < right[:, None])
     return rows[:, None, :, None] & columns[:, None, None, :]
-
-
-def _symmetries() -> Tensor:
-    """[8, 2, 2]: where in (x, y) `symmetry(image, k)` reads what it puts at (x, y)."""
-    out = torch.zeros(8, 2, 2)
-    for k in range(8):
-        x, y = 1.0 - 2.0 * (k & 1), 1.0 - (k & 2)
-        out[k] = torch.tensor([[0.0, x], [y, 0.0]] if k & 4 else [[x, 0.0], [0.0, y]])
-    return out

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from adversa.classify.augment import augment
 from adversa.classify.losses import Loss, make_loss
@@ -207,7 +208,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     d = min(decay, (1 + step) / (10 + step)) if decay else 0.0
     new, old = model.state_dict(), average.state_dict()
     real = [k for k, v in new.items() if v.is_floating_point()]
-    torch._foreach_lerp_([old[k] for k in real], [new[k] for k in real], 1 - d)
+    get_ema_multi_avg_fn(d)([old[k] for k in real], [new[k] for k in real], 0)
     for k in new.keys() - set(real):
         old[k].copy_(new[k])
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adversa.classify.augment import symmetry
 from adversa.classify.model import Network, load, to_pixels
+from adversa.common.symmetry import symmetry
 from adversa.training import process_group
 
 # Images scored together. Always this many (the last ones are padded): the kernels, and so the last
@@ -53,7 +53,7 @@ def forward(
     """uint8 [N, H, W, 3], N > 0 -> (logits [N, K], embedding [N, D]) float32, by a network in eval
     mode.
 
-    Both are means over the first `views` of the square's eight symmetries (augment.symmetry): the
+    Both are means over the first `views` of the square's eight symmetries (common.symmetry): the
     image itself, mirrored left to right, both of these mirrored top to bottom, and those four
     transposed.
     """

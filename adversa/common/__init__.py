@@ -1,1 +1,1 @@
-"""What several packages need: small functions without a subject of their own."""
+"""What several of the core packages need, written once."""

@@ -1,10 +1,10 @@
 """Is this picture (nearly) a copy of a real one, in pixels or in features?
 
-In pixels two stages. FAISS finds candidates: the low frequencies of a picture's middle, under the 8
-mirror images and quarter turns, against each real picture's, shifted and cropped a few ways. Each
-candidate is then aligned (turn, shift, crop) and compared: similarity says how much likelier the
-picture is as a copy that was compressed, made noisy, brighter or of more contrast, than as another
-picture (`window.evidence`). A correlation does not do: noise of 6 grey levels takes a faint
+In pixels two stages. A search finds candidates: the low frequencies of a picture's middle, under
+the 8 mirror images and quarter turns, against each real picture's, shifted and cropped a few ways.
+Each candidate is then aligned (turn, shift, crop) and compared: similarity says how much likelier
+the picture is as a copy that was compressed, made noisy, brighter or of more contrast, than as
+another picture (`window.evidence`). A correlation does not do: noise of 6 grey levels takes a faint
 lesion's correlation with its own copy below that of strong lesions with each other.
 
 What counts as near is measured, not set: it depends on how similar pictures of different lesions
@@ -16,10 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 
-from adversa.curate import planted
+from adversa.curate import planted, search
 from adversa.curate import window as win
 from adversa.types import digest, seed_of
 
@@ -108,13 +107,15 @@ class NearCopy:
 
     def _fill(self) -> None:
         self._weight = (1 / np.sqrt(self.signal + self.noise))[win.COARSE].astype(np.float32)
-        self._index = faiss.IndexFlatIP(int(win.COARSE.sum()))
-        for zoom, y, x in VIEWS:  # entry = view * N + row
+        self._entries = np.empty((len(VIEWS), len(self.ids), win.COARSE.sum()), np.float32)
+        for view, (zoom, y, x) in zip(self._entries, VIEWS, strict=True):
             for start in range(0, len(self.ids), PAIRS):
-                seen = win.planes(self.small[start : start + PAIRS])
-                self._index.add(
-                    self._prints(win.coefficients(seen, self._table(zoom, y), self._table(zoom, x)))
+                here = slice(start, start + PAIRS)
+                seen = win.coefficients(
+                    win.planes(self.small[here]), self._table(zoom, y), self._table(zoom, x)
                 )
+                view[here] = self._prints(seen)
+        self._entries = self._entries.reshape(-1, self._entries.shape[-1])  # entry = view * N + row
 
     def nearest(self, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """(similarity float64 [M] in [-1, 1], id of the most similar real image [M]) of uint8
@@ -234,8 +235,8 @@ class NearCopy:
         wanted = ENTRIES
         if group is not None:  # a lesion's other pictures stand before those of others
             wanted += min(3, int(np.bincount(group).max())) * len(VIEWS)
-        wanted = min(wanted, self._index.ntotal)
-        score, entry = self._index.search(self._prints(seen), wanted)
+        wanted = min(wanted, len(self._entries))
+        score, entry = search.most_alike(self._prints(seen), self._entries, wanted)
         score, entry = (
             a.reshape(8, n, wanted).transpose(1, 0, 2).reshape(n, -1) for a in (score, entry)
         )
@@ -294,8 +295,8 @@ class NearCopy:
 
 
 class NearFeatures:
-    """The same question in features: cosine similarity, float [N, D], by FAISS. Rows may come in
-    any order.
+    """The same question in features: cosine similarity, float [N, D]. Rows may come in any
+    order.
     """
 
     def __init__(self, ids: Sequence[str], features: np.ndarray) -> None:
@@ -305,8 +306,6 @@ class NearFeatures:
         order = sorted(range(len(ids)), key=ids.__getitem__)
         self.ids, self.features = [ids[i] for i in order], _rows(features)[order]
         assert np.isfinite(self.features).all(), "features of real images must be finite"
-        self._index = faiss.IndexFlatIP(features.shape[1])
-        self._index.add(self.features)
 
     def nearest(self, features: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """(cosine float64 [M], id of the most similar real image [M]); NaN where a row is not
@@ -314,9 +313,9 @@ class NearFeatures:
         """
         rows = _rows(features)
         known = np.isfinite(rows).all(axis=1)
-        score, row = self._index.search(np.where(known[:, None], rows, 0), 1)
+        score, row = search.most_alike(np.where(known[:, None], rows, 0), self.features, 1)
         similarity = np.where(known, np.round(score[:, 0].astype(np.float64), 5), np.nan)
-        return similarity, [self.ids[i] for i in np.maximum(row[:, 0], 0)]
+        return similarity, [self.ids[i] for i in row[:, 0]]
 
     def threshold(self, ids: Sequence[str], groups: Sequence[str], quantile: float) -> float:
         """As NearCopy.threshold, of cosines."""
@@ -325,7 +324,7 @@ class NearFeatures:
             return LARGEST_THRESHOLD
         sample = drawn(self.ids, SAMPLE)
         wanted = min(int(np.bincount(codes).max()) + 1, len(self.ids))
-        score, row = self._index.search(self.features[sample], wanted)
+        score, row = search.most_alike(self.features[sample], self.features, wanted)
         score = np.where(codes[row] == codes[sample][:, None], NOTHING, score)
         return threshold(score.max(axis=1), quantile)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from adversa.common.symmetry import symmetry
+
 CROP = 0.9  # share of each side that a cropped copy keeps
 
 
@@ -21,8 +23,10 @@ def turned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Another of the eight mirror images and quarter turns (of four where height and width
     differ).
     """
-    whole = [np.rot90(x, k) for x in (image, image[:, ::-1]) for k in range(4)]
-    others = [x for x in whole[1:] if x.shape == image.shape]
+    whole = (
+        symmetry(image, k, 0, 1) for k in (5, 3, 6, 1, 4, 2, 7)
+    )  # the order says which a seed draws
+    others = [x for x in whole if x.shape == image.shape]
     return others[int(rng.integers(len(others)))]
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import faiss
 import numpy as np
+
+from adversa.curate.search import nearest
 
 NEIGHBOUR = 3  # the k of the paper
 BLOCK, NEAR = 1024, 64
@@ -31,18 +32,15 @@ class Manifold:
         assert codes.max(initial=0) >= neighbour, f"a manifold needs more than {neighbour} lesions"
         radius = _radii(x, codes, neighbour)
         kept = radius <= np.median(radius)
-        self._index = faiss.IndexFlatL2(x.shape[1])
-        self._index.add(x[kept])
+        self._centres = x[kept]
         self._radius = np.maximum(radius[kept], 1e-6)
 
     def ratio(self, features: np.ndarray) -> np.ndarray:
         """float64 [M]; NaN where a row is not finite. Read off the 64 nearest balls' centres."""
         x = np.ascontiguousarray(features, np.float32)
         known = np.isfinite(x).all(axis=1)
-        square, row = self._index.search(
-            np.where(known[:, None], x, 0), min(NEAR, self._index.ntotal)
-        )
-        ratio = (np.sqrt(np.maximum(square, 0)) / self._radius[row]).min(axis=1)
+        distance, row = nearest(np.where(known[:, None], x, 0), self._centres, NEAR)
+        ratio = (distance / self._radius[row]).min(axis=1)
         return np.where(known, np.round(ratio.astype(np.float64), 5), np.nan)
 
 
@@ -65,13 +63,11 @@ def limits(
 
 def _radii(x: np.ndarray, codes: np.ndarray, neighbour: int) -> np.ndarray:
     """Distance [N] of each row to the `neighbour`-th nearest row of another lesion."""
-    index = faiss.IndexFlatL2(x.shape[1])
-    index.add(x)
-    wanted = min(neighbour + int(np.bincount(codes).max()), len(x))
+    wanted = neighbour + int(np.bincount(codes).max())
     radius = np.empty(len(x))
     for start in range(0, len(x), BLOCK):
         here = slice(start, start + BLOCK)
-        square, row = index.search(x[here], wanted)
-        square = np.where(codes[row] == codes[here][:, None], np.inf, square)
-        radius[here] = np.sqrt(np.maximum(np.sort(square, axis=1)[:, neighbour - 1], 0))
+        distance, row = nearest(x[here], x, wanted)
+        distance[codes[row] == codes[here][:, None]] = np.inf
+        radius[here] = np.sort(distance, axis=1)[:, neighbour - 1]
     return radius

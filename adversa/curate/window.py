@@ -7,6 +7,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from scipy.fft import dct
+
+from adversa.common.symmetry import COUNT as TURNS
+from adversa.common.symmetry import symmetry
 
 SIDE, WINDOW = (
     32,
@@ -60,14 +64,6 @@ def planes(small: np.ndarray) -> np.ndarray:
     return np.einsum("nhwc,kc->nkhw", small.astype(np.float32), COLOURS, optimize=True)
 
 
-@lru_cache(maxsize=1)
-def _dct() -> np.ndarray:
-    k = np.arange(GREY)[:, None]
-    return np.cos(np.pi * k * (np.arange(WINDOW) + 0.5) / WINDOW) * np.sqrt(
-        np.where(k == 0, 1, 2) / WINDOW
-    )
-
-
 def window(zoom: float, move: float) -> np.ndarray:
     """float32 [14, 32]: the DCT of 26 points `zoom` pixels apart, whose middle lies `move` pixels
     off that of 32 pixels.
@@ -79,7 +75,7 @@ def window(zoom: float, move: float) -> np.ndarray:
     w = np.where(
         t < 1, 1.5 * t**3 - 2.5 * t**2 + 1, np.where(t < 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0)
     )
-    return (_dct() @ (w / w.sum(axis=1, keepdims=True))).astype(np.float32)
+    return dct(w / w.sum(axis=1, keepdims=True), axis=0, norm="ortho")[:GREY].astype(np.float32)
 
 
 _F = np.arange(GREY)
@@ -109,7 +105,7 @@ def coefficients(x: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nda
 
 def turned(x: np.ndarray) -> np.ndarray:
     """Planes [N, 3, S, S] to [8, N, 3, S, S]: the 8 mirror images and quarter turns."""
-    return np.stack([np.rot90(p, k, axes=(2, 3)) for p in (x, x[..., ::-1]) for k in range(4)])
+    return np.stack([symmetry(x, k) for k in range(TURNS)])
 
 
 def smooth(power: np.ndarray) -> np.ndarray:

@@ -18,9 +18,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.fft import dct
+
+from adversa.common.symmetry import COUNT as TURNS
+from adversa.common.symmetry import symmetry
 
 THUMB = 32  # side of a thumbnail, in pixels
 LOW = 8  # coefficients a side that the hash reads and the detail leaves out
+# [LOW, THUMB] rows of the DCT-II. Two products with them are three times as fast as `dctn`.
+BASIS = dct(np.eye(THUMB), axis=0, norm="ortho")[:LOW]
 MIN_CORRELATION = 0.94
 BLOCK, ROWS = (
     2048,
@@ -31,16 +37,9 @@ PIECE = (
 )
 
 
-def _dct(n: int) -> np.ndarray:
-    """[LOW, n] orthonormal rows of the DCT-II."""
-    k = np.arange(LOW)[:, None]
-    return np.cos(np.pi * k * (np.arange(n) + 0.5) / n) * np.sqrt(np.where(k == 0, 1, 2) / n)
-
-
 def perceptual_hash(thumbs: np.ndarray) -> np.ndarray:
     """uint8 grey thumbnails [N, 32, 32] to uint64 [N]. A constant thumbnail hashes to 0."""
-    basis = _dct(THUMB)
-    c = np.round(basis @ thumbs.astype(np.float64) @ basis.T, 6).reshape(len(thumbs), LOW * LOW)
+    c = np.round(BASIS @ thumbs.astype(np.float64) @ BASIS.T, 6).reshape(len(thumbs), LOW * LOW)
     bits = c > np.median(c[:, 1:], axis=1, keepdims=True)
     bits[:, 0] = False  # the mean says nothing about the picture
     return (bits.astype(np.uint64) << np.arange(64, dtype=np.uint64)).sum(1, dtype=np.uint64)
@@ -53,7 +52,7 @@ def detail(thumbs: np.ndarray) -> np.ndarray:
     A dot product is a correlation.
     """
     x = thumbs.astype(np.float32)
-    basis = _dct(THUMB).astype(np.float32)
+    basis = BASIS.astype(np.float32)
     project = basis.T @ basis
     x = (x - project @ x @ project).reshape(len(x), -1)
     norm = np.linalg.norm(x, axis=1, keepdims=True)
@@ -155,23 +154,21 @@ def _alike(
     """(a, b, bits, correlation) of pairs a < b of rows [M] that look alike under a turn; at most
     two blocks' detail in memory.
     """
-    turned = np.empty((8, len(rows)), np.uint64)
+    turned = np.empty((TURNS, len(rows)), np.uint64)
     for here, block in _blocks(thumbs, rows):
-        for k, looks in enumerate(_eight(block)):
-            turned[k, here] = perceptual_hash(looks)
+        for k in range(TURNS):
+            turned[k, here] = perceptual_hash(symmetry(block, k))
     flat = np.empty((min(ROWS, len(rows)), THUMB**2), np.float32)
     for top in range(0, len(rows), ROWS):
         for here, block in _blocks(thumbs, rows[top : top + ROWS]):
             flat[here] = detail(block)
         for here, block in _blocks(thumbs, rows, top):
             columns = detail(block).reshape(-1, THUMB, THUMB)
-            for k, looks in enumerate(
-                _eight(columns)
-            ):  # what is left out is the same for a turned picture
+            for k in range(TURNS):  # what is left out is the same for a turned picture
                 a, b, d = _within(hashes[top : top + ROWS], turned[k, here], bits)
                 keep = (a + top < b + here.start) & (group[a + top] != group[b + here.start])
                 a, b, d = a[keep], b[keep], d[keep]
-                r = _correlations(flat, looks.reshape(len(looks), -1), a, b)
+                r = _correlations(flat, symmetry(columns, k).reshape(len(columns), -1), a, b)
                 good = np.flatnonzero(r >= correlation)
                 yield from zip(
                     (a + top)[good].tolist(),
@@ -208,10 +205,3 @@ def _correlations(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray) ->
     return np.concatenate(
         [np.einsum("nd,nd->n", x[a[p]], y[b[p]]) for p in pieces] or [np.zeros(0, np.float32)]
     )
-
-
-def _eight(thumbs: np.ndarray) -> Iterator[np.ndarray]:
-    for turns in range(4):
-        turned = np.rot90(thumbs, turns, axes=(1, 2))
-        yield turned
-        yield turned[:, :, ::-1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+from adversa.common.rounding import largest_remainder
 from adversa.config import Split
 from adversa.types import ROLES, UserError, digest
 
@@ -63,10 +64,7 @@ def split(
 
 def _deal(n: int, shares: Sequence[float]) -> list[int]:
     """n split by shares that add up to 1: largest remainder, each at least 1. n >= len(shares)."""
-    exact = [n * s for s in shares]
-    counts = [int(e) for e in exact]
-    for i in sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))[: n - sum(counts)]:
-        counts[i] += 1
+    counts = largest_remainder([n * s for s in shares], n).tolist()
     while min(counts) < 1:
         counts[counts.index(max(counts))] -= 1
         counts[counts.index(min(counts))] += 1

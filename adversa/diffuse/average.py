@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from adversa import config as cfg
 
@@ -34,6 +34,6 @@ def decay(config: cfg.Denoiser, step: int, scratch: bool) -> float:
     return min(config.ema, step / (9 + step)) if scratch else config.ema
 
 
-@torch.no_grad()
 def update(average: list[Tensor], weights: list[Tensor], beta: float) -> None:
-    torch._foreach_lerp_(average, weights, 1 - beta)
+    """average <- beta average + (1 - beta) weights."""
+    get_ema_multi_avg_fn(beta)(average, weights, 0)

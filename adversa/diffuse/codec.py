@@ -312,12 +312,3 @@ def psnr(images: np.ndarray, others: np.ndarray) -> float:
     """
     error = ((images.astype(np.float64) - others) ** 2).reshape(len(images), -1).mean(1)
     return float(np.mean(np.minimum(10 * np.log10(255**2 / np.maximum(error, 1e-12)), 100.0)))
-
-
-def symmetry(images: np.ndarray, view: int) -> np.ndarray:
-    """uint8 [B, R, R, 3] in one of the square's 8 symmetries: bit 0 of `view` mirrors, 1 turns
-    upside down, 2 transposes.
-    """
-    x = images[:, :, ::-1] if view & 1 else images
-    x = x[:, ::-1] if view & 2 else x
-    return np.ascontiguousarray(x.transpose(0, 2, 1, 3) if view & 4 else x)

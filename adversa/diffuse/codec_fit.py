@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adversa import config as cfg
+from adversa.common.symmetry import turn
 from adversa.diffuse import codec
 from adversa.diffuse.edm import to_tensor
 from adversa.storage import files, tables, weights
@@ -128,15 +129,10 @@ def losses(x: Tensor, y: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, views: int, generator: torch.Generator, rows: slice, size: int) -> Tensor:
-    """Each row in one of the first `views` symmetries of the square (as codec.symmetry), drawn for
-    the batch of all workers.
+    """Each row in one of the first `views` symmetries of the square, drawn for the batch of all
+    workers.
     """
-    view = (
-        torch.randint(0, views, (size,), generator=generator)[rows].to(x.device).view(-1, 1, 1, 1)
-    )
-    x = torch.where((view & 1).bool(), x.flip(3), x)
-    x = torch.where((view & 2).bool(), x.flip(2), x)
-    return torch.where((view & 4).bool(), x.transpose(2, 3), x)
+    return turn(x, torch.randint(0, views, (size,), generator=generator)[rows])
 
 
 def _start(

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from adversa import config as cfg
+from adversa.common.symmetry import turn
 from adversa.diffuse import average, edm
-from adversa.diffuse.objective import Objective, draw, turn, validation_loss
+from adversa.diffuse.objective import Objective, draw, validation_loss
 from adversa.diffuse.paint import paint
 from adversa.diffuse.strategy import Sources
 from adversa.storage import files, tables, weights
@@ -234,7 +235,7 @@ def _train_step(state: State, batch: Batch, config: cfg.Denoiser, seed: int) -> 
     if (
         config.flips and "image" in batch
     ):  # a turned latent is not the latent of the turned image: whoever encodes, turns
-        x = turn(x, draws.flips)
+        x = turn(x, draws.symmetry)
     label = label.masked_fill(draws.dropped, state.averaged.num_classes)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)

@@ -23,13 +23,13 @@ CHUNK = 64  # images of the validation loss in one pass; its noise is drawn chun
 
 class Draws(NamedTuple):
     """sigma [B]; noise [B, C, h, w] of unit variance; dropped bool [B]: the label becomes the null
-    class; flips bool [3, B].
+    class; symmetry int64 [B]: as `common.symmetry` numbers them.
     """
 
     sigma: Tensor
     noise: Tensor
     dropped: Tensor
-    flips: Tensor
+    symmetry: Tensor
 
 
 def draw(
@@ -48,20 +48,11 @@ def draw(
     generator = torch.Generator("cpu").manual_seed(seed)
     sigma = (config.p_mean + config.p_std * torch.randn(shape[0], generator=generator)).exp()
     dropped = torch.rand(shape[0], generator=generator) < config.null_probability
-    flips = torch.rand(3, shape[0], generator=generator) < 0.5
+    upset, mirrored, transposed = (torch.rand(3, shape[0], generator=generator) < 0.5).long()
+    symmetry = mirrored + 2 * upset + 4 * transposed
     source = generator if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
     noise = torch.randn(shape, generator=source, device=device)[rows]
-    return Draws(sigma[rows].to(device), noise, dropped[rows].to(device), flips[:, rows].to(device))
-
-
-def turn(x: Tensor, flips: Tensor) -> Tensor:
-    """One of the 8 symmetries of the square for each row: flips bool [3, B] says up-down,
-    left-right, transpose.
-    """
-    a, b, c = (f.view(-1, 1, 1, 1) for f in flips)
-    x = torch.where(a, x.flip(2), x)
-    x = torch.where(b, x.flip(3), x)
-    return torch.where(c, x.transpose(2, 3), x)
+    return Draws(sigma[rows].to(device), noise, dropped[rows].to(device), symmetry[rows].to(device))
 
 
 def min_snr_weight(sigma: Tensor, gamma: float) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adversa.evaluate.inference import ALPHA, Spread, holm, spread, word
+from adversa.evaluate.inference import ALPHA, Spread, spread, word
 from adversa.evaluate.operating import Measures
 from adversa.evaluate.scores import checked
 from adversa.evaluate.weighted import values
@@ -25,7 +25,6 @@ __all__ = [
     "compare",
     "difference",
     "draws",
-    "holm",
     "interval",
     "intervals",
     "resample",

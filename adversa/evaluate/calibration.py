@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adversa.evaluate.scores import bin_of, checked, softmax
+from adversa.common.statistics import softmax
+from adversa.evaluate.scores import bin_of, checked
 
 
 @dataclass(frozen=True)

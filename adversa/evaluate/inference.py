@@ -145,18 +145,6 @@ def spread(observed: np.ndarray, drawn: np.ndarray, lesions: int) -> Spread:
     return Spread(seeds, lesions, common, diagonal - common, float(np.var(observed, ddof=1)))
 
 
-def holm(pvalues: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (Holm 1979): adjusted p values in the order given, each in [0,
-    1].
-    """
-    p = np.asarray(pvalues, np.float64)
-    assert np.isfinite(p).all() and ((p >= 0) & (p <= 1)).all(), p
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))))
-    return adjusted.tolist()
-
-
 def word(low: float, high: float) -> str:
     """The interval of a difference in one of three words: better, worse, not shown."""
     return "better" if low > 0 else "worse" if high < 0 else "not shown"

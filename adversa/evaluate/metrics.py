@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from adversa.evaluate.operating import Measures
-from adversa.evaluate.scores import checked, softmax
+from adversa.evaluate.scores import checked
 from adversa.evaluate.weighted import confusion, from_confusion, values
 
-__all__ = ["absent", "checked", "confusion", "from_confusion", "metrics", "softmax"]
+__all__ = ["absent", "checked", "confusion", "from_confusion", "metrics"]
 
 
 def metrics(

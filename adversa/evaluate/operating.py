@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from adversa.evaluate.scores import checked, softmax
+from adversa.common.statistics import softmax
+from adversa.evaluate.scores import checked
 from adversa.types import UserError
 
 

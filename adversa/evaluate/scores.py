@@ -1,4 +1,4 @@
-"""Logits, checked, and what they say: probabilities, and the bin each confidence falls in."""
+"""Logits, checked, and the bin each confidence falls in."""
 
 from __future__ import annotations
 
@@ -24,12 +24,6 @@ def checked(
             f"logits of {bad} of {len(labels)} images are not finite; lower classifier.lr"
         )
     return logits, labels
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities [..., K] from logits."""
-    e = np.exp(logits - logits.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:

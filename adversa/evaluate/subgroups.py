@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adversa.common.statistics import holm
 from adversa.evaluate.bootstrap import Comparison, Limits, compare, draws, intervals
-from adversa.evaluate.inference import holm, word
+from adversa.evaluate.inference import word
 from adversa.evaluate.operating import Measures
 from adversa.types import UserError
 
@@ -127,7 +128,7 @@ def compare_by_attribute(
             and np.isfinite(draws(a, *given, 0, seed, names, only=metric)[0][metric]).all()
         ):
             tested[value] = compare(a, b, *given, resamples, seed, metric, names)
-    adjusted = dict(zip(tested, holm([c.p for c in tested.values()]), strict=True))
+    adjusted = dict(zip(tested, holm([c.p for c in tested.values()]).tolist(), strict=True))
     found = []
     for value, rows, lesions in parts:
         c, p = tested.get(value), adjusted.get(value)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from adversa.common.statistics import softmax
 from adversa.evaluate.operating import Measures, level, members, one_vs_rest
-from adversa.evaluate.scores import bin_of, softmax
+from adversa.evaluate.scores import bin_of
 from adversa.types import UserError
 
 _CELLS = 4_000_000  # entries of a [resamples, images] array worked on at once: 32 MB

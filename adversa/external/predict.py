@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from adversa import config as cfg
+from adversa.common.statistics import softmax
 from adversa.data import files, images
 from adversa.data.records import Record
 from adversa.engine.interface import Engine
 from adversa.engine.tasks import Part, Report, Work
-from adversa.evaluate.scores import softmax
 from adversa.storage import tables
 from adversa.types import UserError
 
@@ -159,7 +159,7 @@ def make_answers(models: Sequence[Path], data: cfg.Data, on_error: str) -> Work:
         rows = [{"path": files.printable(n), "problem": p} for n, p in bad]
         if good:
             pictures = np.stack([found[n].image for n in good])
-            each = np.stack([softmax(scorer(pictures)[0].astype(np.float64)) for scorer in scorers])
+            each = np.stack([softmax(scorer(pictures)[0]) for scorer in scorers])
             mean, spread = summed_up(each)
             rows += [
                 {"path": n, "probability": p, "spread": s}

@@ -12,6 +12,8 @@ import numpy as np
 from scipy.stats import hypergeom
 from scipy.stats.contingency import odds_ratio
 
+from adversa.common.statistics import holm
+
 UNKNOWN = frozenset(
     {"", "unknown", "nan", "na", "n/a", "null"}
 )  # an image without the attribute; none of these is a finding
@@ -129,7 +131,7 @@ def over_represented(
     least = hypergeom.sf(np.minimum(everywhere, size) - 1, total, everywhere, size)
     tested = np.flatnonzero(attainable(least, alpha))
     p = hypergeom.sf(inside[tested] - 1, total[tested], everywhere[tested], size[tested])
-    corrected = holm(p)
+    corrected = holm(np.minimum(p, 1))  # a sum of probabilities, which rounding may take above 1
     found: list[list[Finding]] = [[] for _ in range(subsets)]
     for j in np.flatnonzero(corrected <= alpha):
         table = tables[tested[j]]
@@ -148,15 +150,6 @@ def attainable(least: np.ndarray, alpha: float) -> np.ndarray:
     while np.searchsorted(ordered, alpha / k, side="right") > k:
         k += 1
     return least <= alpha / k
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down corrected p values, at most 1."""
-    order = np.argsort(p, kind="stable")
-    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(steps, 1)
-    return corrected
 
 
 def _finding(t: Count, p: float, corrected: float) -> Finding:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from adversa.common.rounding import largest_remainder
+
 
 def shares(
     error: np.ndarray,
@@ -52,8 +54,6 @@ def allocate(budget: int, weights: np.ndarray, room: np.ndarray) -> np.ndarray:
         if full.any():
             taken[full] = room[full]
         else:
-            taken += np.floor(quota).astype(np.int64)
-            rest = int(min(budget, room.sum()) - taken.sum())
-            taken[np.argsort(-(quota % 1), kind="stable")[:rest]] += 1
+            taken += largest_remainder(quota, left)
         left = int(min(budget, room.sum()) - taken.sum())
     return taken

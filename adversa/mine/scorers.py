@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import log_softmax
 
 from adversa.types import UserError
 
@@ -113,12 +114,8 @@ def scores(name: str, evidence: Evidence) -> np.ndarray:
 
 
 def _log_p(logits: np.ndarray) -> np.ndarray:
-    """ln softmax over the last axis, in float64: at a logit lead of 20, 1 - p is 2e-9, which
-    float32 rounds to 0.
-    """
-    shifted = np.asarray(logits, np.float64)
-    shifted = shifted - shifted.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    """In float64: at a logit lead of 20, 1 - p is 2e-9, which float32 rounds to 0."""
+    return log_softmax(np.asarray(logits, np.float64), axis=-1)
 
 
 def _mean_log_p(evidence: Evidence) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+from adversa.common.rounding import largest_remainder
 from adversa.storage import tables
 from adversa.types import PAINTED
 
@@ -16,8 +17,11 @@ Pairs = Sequence[tuple[str, int]]
 
 
 def shares(weights: Sequence[float], total: int, caps: Sequence[int]) -> list[int]:
-    """Integers that add up to min(total, sum(caps)), proportional to the weights (largest
-    remainder), none above its cap.
+    """Integers that add up to min(total, sum(caps)), proportional to the weights, none above its
+    cap.
+
+    Rounded down again and again, what is left being shared anew; at last one each, the largest
+    weights first.
     """
     caps_ = np.asarray(caps, dtype=np.int64)
     given = np.zeros(len(caps_), dtype=np.int64)
@@ -29,9 +33,8 @@ def shares(weights: Sequence[float], total: int, caps: Sequence[int]) -> list[in
             break
         ideal = np.where(open_, weights_, 0) / weights_[open_].sum() * left
         step = np.minimum(np.floor(ideal).astype(np.int64), caps_ - given)
-        if step.sum() == 0:  # only remainders are left: one each, largest first, ties by position
-            for i in sorted(np.flatnonzero(open_), key=lambda i: (-ideal[i], i))[:left]:
-                step[i] = 1
+        if step.sum() == 0:  # only remainders are left
+            step = largest_remainder(ideal, left)
         given += step
         left -= int(step.sum())
     return given.tolist()

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from adversa import config as cfg
+from adversa.common.statistics import softmax
 from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, cost, inputs, run_step
 from adversa.engine.tasks import Part, Work
@@ -30,7 +31,7 @@ from adversa.run.folder import classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
 from adversa.storage.path import place
-from adversa.storage.predictions import matrix, softmax
+from adversa.storage.predictions import matrix
 from adversa.types import ROLES, UserError, Verdict
 
 CHOOSING = tuple(r for r in ROLES if r != "test")

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from adversa import config as cfg
+from adversa.common.statistics import softmax
 from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, cost, inputs, run_step
 from adversa.engine.tasks import Painted, Part, Work
@@ -24,7 +25,6 @@ from adversa.run import step_folder
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
 from adversa.storage.path import place
-from adversa.storage.predictions import softmax
 from adversa.storage.weights import CONFIG
 from adversa.types import (
     FILLING,

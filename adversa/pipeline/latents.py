@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from adversa import config as cfg
+from adversa.common.symmetry import symmetry
 from adversa.engine.batches import STATS, Feed
 from adversa.engine.interface import Engine, FitJob
 from adversa.engine.step import Facts, cost, inputs, run_step
@@ -161,9 +162,8 @@ def make_encode(codec_folder: Path, views: int) -> Work:
     def work(part: Part, path: Path) -> int:
         rows = tables.read_part(place(part.payload["path"]), ["id", "label", "image"])
         images = tables.decode_images(rows["image"])
-        latents = np.stack(
-            [loaded.encode(codec.symmetry(images, v)).numpy() for v in range(views)], axis=1
-        )
+        turned = (np.ascontiguousarray(symmetry(images, v, 1, 2)) for v in range(views))
+        latents = np.stack([loaded.encode(x).numpy() for x in turned], axis=1)
         if not (np.abs(latents) < np.finfo(np.float16).max).all():
             bad = rows["id"][
                 int(

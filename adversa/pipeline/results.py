@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from adversa import config as cfg
+from adversa.common.statistics import holm
 from adversa.evaluate.bootstrap import compare, intervals
-from adversa.evaluate.inference import gain_per_hour, holm, mcnemar, word
+from adversa.evaluate.inference import gain_per_hour, mcnemar, word
 from adversa.evaluate.metrics import metrics
 from adversa.evaluate.operating import Measures, members, thresholds
 from adversa.evaluate.subgroups import by_attribute, compare_by_attribute
@@ -177,7 +178,7 @@ def comparisons(
             else None,
         }
         found.append(row)
-    for row, p in zip(found, holm([r["p"] for r in found]), strict=True):
+    for row, p in zip(found, holm([r["p"] for r in found]).tolist(), strict=True):
         row["p_holm"] = float(p)
         # The word needs both: an interval clear of zero, and significance after correction for
         # several comparisons.
@@ -260,7 +261,7 @@ def subgroup_comparisons(
         for attribute in _present(config, known, arms)
     ]
     told = [c.comparison for groups in compared for c in groups if c.comparison is not None]
-    adjusted = iter(holm([c.p for c in told]))
+    adjusted = iter(holm([c.p for c in told]).tolist())
     found: dict[str, Any] = {}
     for group in (g for groups in compared for g in groups):
         row: dict[str, Any] = {

@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from adversa import config as cfg
+from adversa.common.statistics import softmax
 from adversa.engine.interface import FitJob
 from adversa.engine.step import Facts, inputs, run_step
 from adversa.pipeline import train
 from adversa.run import step_folder
 from adversa.run.step_folder import Progress, Recipe
-from adversa.storage import predictions, tables
+from adversa.storage import tables
 from adversa.types import digest, seed_of
 
 
@@ -97,7 +98,7 @@ class Judges:
         where none has, the row is NaN.
         """
         scored = [scorer(images) for scorer in self.scorers]
-        each = np.stack([predictions.softmax(logits) for logits, _ in scored])  # [folds, N, K]
+        each = np.stack([softmax(logits) for logits, _ in scored])  # [folds, N, K]
         knows = np.array([[int(c) in known for c in labels] for known in self.known], dtype=bool)
         knows = knows.reshape(len(each), len(images))
         apart = (

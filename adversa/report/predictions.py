@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 
+from adversa.common.statistics import softmax
 from adversa.evaluate.calibration import ReliabilityBin, expected_calibration_error, reliability
-from adversa.evaluate.scores import softmax
 from adversa.report.gather import Facts, Score, score
 from adversa.storage import tables
 from adversa.types import BEFORE

@@ -36,9 +36,3 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
     """A list column of equal lengths to float32 [N, D]."""
     rows = column.to_pylist()
     return np.asarray(rows, dtype=np.float32).reshape(len(rows), -1 if rows else 0)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 [N, K] to probabilities, in float64."""
-    z = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True, initial=-np.inf))
-    return z / z.sum(1, keepdims=True)

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from adversa.common.statistics import holm
 from adversa.config import Config
 from adversa.evaluate import dose
-from adversa.evaluate.bootstrap import difference, draws, holm, interval, word
+from adversa.evaluate.bootstrap import difference, draws, interval, word
 from adversa.evaluate.inference import ALPHA
 from adversa.pipeline import train
 from adversa.run import environment, status, step_folder
@@ -442,7 +443,7 @@ def contrasts(found: Trials) -> list[dict[str, Any]]:
         ]
     for asked in QUESTIONS:
         family = [r for r in rows if r["question"] == asked]
-        for row, p in zip(family, holm([r["p"] for r in family]), strict=True):
+        for row, p in zip(family, holm([r["p"] for r in family]).tolist(), strict=True):
             row |= {
                 "p_holm": p,
                 "family": len(family),

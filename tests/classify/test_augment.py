@@ -6,17 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adversa.classify.augment import (
-    ERASED,
-    augment,
-    colour,
-    erase,
-    placement,
-    rectangles,
-    symmetry,
-    turn,
-    warp,
-)
+from adversa.classify.augment import ERASED, augment, colour, erase, placement, rectangles, warp
+from adversa.common.symmetry import symmetry, turn
 from adversa.config import Augment
 
 OFF = Augment(

@@ -15,11 +15,11 @@ from PIL import Image
 
 from adversa import config as cfg
 from adversa.classify.score import make_scorer
+from adversa.common.statistics import softmax
 from adversa.data import phantom
 from adversa.external import predict
 from adversa.run import folder as run_folder
 from adversa.run.folder import RunDir
-from adversa.storage import predictions
 
 LOCAL = ("--engine", "local")
 
@@ -207,7 +207,7 @@ def test_predictions_are_what_the_classifier_says(adversa, run, tree, tmp_path):
             for r in found
         ]
     )
-    wanted = predictions.softmax(make_scorer(run.arm(1, "guided", 0) / "classifier")(pictures)[0])
+    wanted = softmax(make_scorer(run.arm(1, "guided", 0) / "classifier")(pictures)[0])
     told = np.array([[float(r[f"p_{c}"]) for c in classes] for r in found])
     assert np.allclose(told, wanted, atol=1e-6) and np.allclose(told.sum(1), 1, atol=1e-6)
     assert [r["predicted"] for r in found] == [classes[k] for k in wanted.argmax(1)] and {

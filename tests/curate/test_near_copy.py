@@ -137,6 +137,16 @@ def test_a_window_moved_sees_the_picture_moved() -> None:
     )
 
 
+def test_a_window_is_its_transform_written_out() -> None:
+    k, x = np.arange(win.GREY)[:, None], np.arange(win.WINDOW)
+    cosines = np.cos(np.pi * k * (x + 0.5) / win.WINDOW) * np.sqrt(
+        np.where(k == 0, 1, 2) / win.WINDOW
+    )
+    expected = np.zeros((win.GREY, win.SIDE))
+    expected[:, 5 : 5 + win.WINDOW] = cosines  # moved by two whole pixels, nothing lies between
+    np.testing.assert_allclose(win.window(1, 2), expected, atol=1e-7)
+
+
 def test_evidence_is_the_log_ratio_of_the_two_densities(monkeypatch: pytest.MonkeyPatch) -> None:
     from scipy.stats import norm
 

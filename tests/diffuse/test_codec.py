@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 
 from adversa import config as cfg
+from adversa.common.symmetry import symmetry
 from adversa.diffuse import codec, codec_fit, edm, pretrained
 from adversa.diffuse.codec_fit import fit_codec, learning_rate, losses, resume_step, turned
 from adversa.diffuse.paint import paint
@@ -456,7 +457,7 @@ def test_the_loss_of_known_differences() -> None:
 
 def test_symmetries_are_eight_and_those_of_the_feed_are_those_of_the_fit() -> None:
     image = np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3)
-    all_ = [codec.symmetry(image, v) for v in range(8)]
+    all_ = [symmetry(image, v, 1, 2).copy() for v in range(8)]
     assert len({a.tobytes() for a in all_}) == 8 and np.array_equal(all_[0], image)
     g = torch.Generator().manual_seed(0)
     x = edm.to_tensor(np.repeat(image, 64, 0))

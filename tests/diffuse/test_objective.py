@@ -16,7 +16,6 @@ from adversa.diffuse.objective import (
     draw,
     levels,
     min_snr_weight,
-    turn,
     validation_loss,
     validation_losses,
 )
@@ -60,9 +59,7 @@ def test_draws_follow_the_configured_distribution() -> None:
         log_sigma.std()
     ) == pytest.approx(0.9, rel=0.03)
     assert float(d.dropped.float().mean()) == pytest.approx(0.25, abs=0.02)
-    assert float(d.flips.float().mean()) == pytest.approx(0.5, abs=0.02) and float(
-        d.noise.std()
-    ) == pytest.approx(1, rel=0.02)
+    assert float(d.noise.std()) == pytest.approx(1, rel=0.02)
     other = draw((8000, 1, 2, 2), config, 4, CPU)
     assert not torch.equal(other.noise, d.noise)
 
@@ -72,9 +69,8 @@ def test_a_worker_s_draws_are_its_rows_of_the_whole_batch_s() -> None:
     parts = [
         draw((10, 3, 4, 4), cfg.Denoiser(), 3, CPU, rows) for rows in (slice(0, 3), slice(3, 10))
     ]
-    for name in ("sigma", "noise", "dropped"):
+    for name in ("sigma", "noise", "dropped", "symmetry"):
         assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name
-    assert torch.equal(torch.cat([p.flips for p in parts], 1), whole.flips)
 
 
 def test_min_snr_weight() -> None:
@@ -134,14 +130,6 @@ def test_uncertainty_in_the_objective() -> None:
         u = objective.uncertainty(d.sigma)
     assert u.dtype == torch.float32 and not error.requires_grad
     torch.testing.assert_close(loss, error * (-u).exp() + u)
-
-
-def test_eight_symmetries() -> None:
-    x = torch.arange(16.0).view(1, 1, 4, 4).repeat(8, 1, 1, 1)
-    flips = torch.tensor([[i >> k & 1 for i in range(8)] for k in range(3)]).bool()
-    turned = turn(x, flips)
-    assert len({tuple(t.flatten().tolist()) for t in turned}) == 8 and torch.equal(turned[0], x[0])
-    assert all(sorted(t.flatten().tolist()) == list(range(16)) for t in turned)
 
 
 def test_validation_loss_is_the_training_loss_and_depends_on_nothing_else() -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from adversa.common.statistics import softmax
 from adversa.evaluate.calibration import expected_calibration_error, reliability
-from adversa.evaluate.metrics import metrics, softmax
+from adversa.evaluate.metrics import metrics
 from adversa.evaluate.operating import Measures, thresholds
 
 CLASSES = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]

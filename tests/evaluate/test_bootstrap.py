@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from adversa.common.statistics import softmax
 from adversa.evaluate import weighted
 from adversa.evaluate.bootstrap import compare, draws, intervals, resample
 from adversa.evaluate.inference import word
-from adversa.evaluate.metrics import metrics, softmax
+from adversa.evaluate.metrics import metrics
 from adversa.evaluate.operating import Measures, thresholds
 from adversa.types import UserError
 

@@ -5,13 +5,8 @@ import pytest
 from scipy.stats import t, ttest_1samp
 
 from adversa.evaluate.bootstrap import compare
-from adversa.evaluate.inference import Spread, gain_per_hour, holm, mcnemar, spread, word
+from adversa.evaluate.inference import Spread, gain_per_hour, mcnemar, spread, word
 from adversa.types import UserError
-
-
-def test_holm() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_word_needs_the_whole_interval() -> None:

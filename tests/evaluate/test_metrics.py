@@ -10,7 +10,8 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from adversa.evaluate.metrics import absent, metrics, softmax
+from adversa.common.statistics import softmax
+from adversa.evaluate.metrics import absent, metrics
 from adversa.types import UserError
 
 CLASSES = ["a", "b", "c", "d"]

@@ -17,6 +17,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from adversa import config as cfg
 from adversa.classify.score import make_scorer
+from adversa.common.statistics import softmax
 from adversa.data import images, phantom
 from adversa.engine.local import LocalEngine
 from adversa.evaluate.bootstrap import intervals
@@ -131,7 +132,7 @@ class Idle(LocalEngine):
 def by_hand(asked, arm, seed):
     """(softmax in the run's classes [N, K], labels, ids) of what was scored."""
     p = predictions.predictions(tables.read(asked.scores), arm, seed)
-    return predictions.softmax(p.logits), p.labels, p.ids
+    return softmax(p.logits), p.labels, p.ids
 
 
 def test_figures_are_those_of_the_predictions(ask, pictures):
@@ -214,7 +215,7 @@ def test_thresholds_come_from_the_runs_select(ask, pictures):
     for seed in range(2):
         chosen = predictions.predictions(tables.read(asked.run.select), "guided", seed)
         negatives = np.sort(
-            predictions.softmax(chosen.logits)[:, inside].sum(1)[~np.isin(chosen.labels, inside)]
+            softmax(chosen.logits)[:, inside].sum(1)[~np.isin(chosen.labels, inside)]
         )
         limit = negatives[int(np.ceil(0.8 * len(negatives))) - 1]
         p, y, _ = by_hand(asked, "guided", seed)

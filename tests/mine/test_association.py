@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from adversa.mine.association import Count, attainable, columns, count, holm, over_represented
+from adversa.mine.association import Count, attainable, columns, count, over_represented
 
 
 def brute(inside: int, size: int, everywhere: int, total: int) -> float:
@@ -26,15 +26,6 @@ def test_p_values_are_those_of_all_subsets() -> None:
     assert got.keys() == {0, 1, 2, 3, 4}
     for k, p in got.items():
         assert p == pytest.approx(brute(k, 4, 5, 12))
-
-
-def test_holm_by_its_definition() -> None:
-    p = np.array([0.01, 0.04, 0.03, 0.005, 0.9])
-    ranked = sorted(range(5), key=lambda i: p[i])
-    for place, i in enumerate(ranked):
-        expected = min(1.0, max((5 - j) * p[ranked[j]] for j in range(place + 1)))
-        assert holm(p)[i] == pytest.approx(expected)
-    assert holm(np.zeros(0)).size == 0
 
 
 def test_only_what_could_come_out_is_corrected_for() -> None:

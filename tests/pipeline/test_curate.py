@@ -102,8 +102,8 @@ def test_which_judge_speaks_does_not_hang_on_test(finished, tmp_path):
     )
     assert verdict["nearest"] == row["id"]
     from adversa.classify.score import make_scorer
+    from adversa.common.statistics import softmax
     from adversa.pipeline.verifier import fold_of, folders
-    from adversa.storage.predictions import softmax
 
     image = tables.decode_images([row["image"]])
     each = [

@@ -9,10 +9,10 @@ import pytest
 
 from adversa import config as cfg
 from adversa.classify.score import make_scorer
+from adversa.common.statistics import softmax
 from adversa.pipeline import verifier
 from adversa.run import step_folder
 from adversa.storage import files, tables
-from adversa.storage.predictions import softmax
 
 
 def test_a_lesion_is_in_one_fold_and_classes_are_shared_out(finished):
