@@ -59,7 +59,7 @@ def execute(
     from adversa import distributed
     from adversa.cli.console import Screen
     from adversa.config import load
-    from adversa.estimate import plan
+    from adversa.estimate import memory
     from adversa.pipeline import loop
     from adversa.pipeline.stages import has_codec
     from adversa.types import UserError
@@ -102,7 +102,7 @@ def execute(
         )
     run = loop.open_run(config, root, reopen)
     if loop.todo(config, run, None if command == "loop" else command):
-        plan.check(config, run, [] if clustered else _machine())
+        memory.check(config, run, [] if clustered else _machine())
     if clustered and (reopen or loop.todo(config, run, None if command == "loop" else command)):
         worked = _on_cluster(command, config, run, verbose, screen, reopen, detach)
         if detach:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from adversa.config import Config
-    from adversa.estimate.plan import Range
     from adversa.run.folder import RunDir
 
 
@@ -122,62 +121,37 @@ def _work(config: Config, run: RunDir, engine_name: str, verbose: bool, screen: 
 
 
 def dry_run(config: Config, run: RunDir, screen: Console, seconds: float) -> None:
-    """Print the number of trials and an estimate of time and device-hours, from a short
-    measurement. Writes nothing.
-    """
+    """Print the number of trials and an estimate of device-hours. Begins nothing."""
     from adversa import distributed
-    from adversa.cli.plan import _clock, _hours, _measured, _nodes, _range, _table
+    from adversa.cli import plan
     from adversa.engine import resources
-    from adversa.estimate import measure
+    from adversa.estimate.plan import NOTHING
     from adversa.sweep import estimate
 
-    amounts, there = estimate.amounts(config, run), distributed.address() is not None
-    nodes = _nodes(config)
-    resources.refuse(resources.faults(nodes, config.cluster, grows=there))
-    lanes, asked = resources.trials_at_once(config.cluster, nodes), estimate.measurable(config)
-    with screen.status(
-        "measuring"
-    ):  # a lane has one thread; of several kinds of machines the slowest counts
-        every = (
-            list(_measured(asked, nodes, seconds)[0].values())
-            if there
-            else [measure.measure(asked, 1, seconds)]
-        )
-    found = max(every, key=lambda m: m.timings["classifier"].seconds)
-    costs = estimate.costs(amounts, found)
-    table = _table("How much", ["what", "how many", "amount", "device-hours", "range"], right=1)
-    for cost in costs:
-        table.add_row(
-            cost.what,
-            str(cost.count),
-            cost.amount,
-            _hours(cost.seconds.mid),
-            _device_range(cost.seconds),
-        )
-    wall, device = estimate.total(costs, lanes)
-    table.add_row(
-        "in all", str(amounts.trials), "", _hours(device.mid), _device_range(device), style="bold"
-    )
-    screen.print(table)
-    for line in _notes(amounts, lanes, found, _clock(wall.mid), _range(wall)):
-        screen.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def _device_range(r: Range) -> str:
-    from adversa.cli.plan import _hours
-
-    return f"{_hours(r.low)}-{_hours(r.high)}"
-
-
-def _notes(amounts: Any, lanes: int, found: Any, middle: str, span: str) -> Sequence[str]:
-    what = "GPU" if found.device != "cpu" else "CPU"
-    lines = [
-        f"{amounts.trials} trials in {amounts.cells} cells, {lanes} at a time (one {what} "
-        f"each): about {middle} ({span}), from "
-        f"{found.seconds:.0f} s of measurement.",
+    amounts, clustered = estimate.amounts(config, run), distributed.address() is not None
+    nodes = plan.nodes(config)
+    resources.refuse(resources.faults(nodes, config.cluster, grows=clustered))
+    trials = resources.trials_at_once(config.cluster, nodes)
+    if not clustered:  # a trial has one thread
+        nodes = [replace(n, cpus=1) for n in nodes]
+    with screen.status("measuring"):
+        measured, _ = plan.measure(estimate.measurable(config), nodes, seconds)
+    slowest = max(measured.values(), key=lambda m: m.seconds["classifier"].mid)
+    columns = "what", "how many", "amount", "device-hours", "range"
+    table, device = plan.table("How much", *columns), NOTHING
+    for line in amounts.lines:
+        one = line.seconds(slowest)
+        device += one
+        span = f"{plan.hours(one.low)}-{plan.hours(one.high)}"
+        table.add_row(line.what, str(line.count), line.amount, plan.hours(one.mid), span)
+    span = f"{plan.hours(device.low)}-{plan.hours(device.high)}"
+    table.add_row("in all", str(amounts.trials), "", plan.hours(device.mid), span, style="bold")
+    wall = device * (1 / trials)
+    said = [
+        f"{amounts.trials} trials in {amounts.cells} cells, {trials} at a time: about "
+        f"{plan.clock(wall.mid)} ({plan.span(wall)}).",
     ]
     if amounts.images:
-        lines.append(
-            f"Painted images are {amounts.overdraw:g} times those wanted; {amounts.images} in all."
-        )
-    return [*lines, *amounts.notes]
+        said.append(f"Generated images are {config.sweep.overdraw:g} times those wanted.")
+    for part in [table, *said, *amounts.notes, *plan.notes(measured)]:
+        screen.print(part, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -1,1 +1,1 @@
-"""What a run will take: placement, memory, time."""
+"""What a run will take, before it begins: where its work lies, memory, disk, time."""

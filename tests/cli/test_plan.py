@@ -13,7 +13,7 @@ import yaml
 
 from adversa.config import dump
 from adversa.estimate import measure
-from adversa.estimate.measure import Measured, Timing
+from adversa.estimate.measure import Measured, Range
 
 
 @pytest.fixture
@@ -26,13 +26,14 @@ def micro(tiny, tmp_path, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """A measurement that was made before."""
-    timings = {k: Timing(0.1, 0.05, 0.2, 5, scaled=k == "paint") for k in measure.SHARES}
-    memory = dict.fromkeys(("classifier", "judge", "denoiser", "paint"), 3 << 28)
+    kinds = "read", "classifier", "score", "verifier", "verify", "denoiser", "generate", "compare"
+    each = dict.fromkeys(kinds, Range(0.05, 0.1, 0.2))
+    memory = dict.fromkeys(("classifier", "verifier", "denoiser", "generate"), 3 << 28)
     asked = []
 
     def made(config, cpus, seconds):
         asked.append((cpus, seconds))
-        return Measured(timings, memory, "cpu", None, 2.0, 19.6)
+        return Measured(each, ["generate"], memory, "cpu", None, 2.0, 19.6, 0.5)
 
     monkeypatch.setattr(measure, "measure", made)
     return asked
@@ -48,18 +49,18 @@ def test_a_plan_says_where_how_much_and_how_long(adversa, micro, quick, tmp_path
     assert max(map(len, adversa("plan", micro).output.splitlines())) <= 80
     said = " ".join(done.output.split())
     for part in (
-        "this machine",
-        "768 MiB",
-        "1 classifier x 24 steps",
+        "1 x 2 CPUs",
+        "generate 768 MiB",
+        "1 x classifier, 24 steps",
+        "300 images",
         "at most 48 images",
         "in all",
-        "From 20 s of measurement; 300",
+        "Measured in 20 s.",
+        "Scaled from fewer rows, whole steps took too long: generate.",
+        "50% of a core was left to measure with",
     ):
         assert part in said
-    assert (
-        "Scaled from smaller batches, a whole one took too long: paint." in said
-        and quick == 2 * [(2, measure.SECONDS)]
-    )
+    assert quick == 2 * [(2, measure.SECONDS)]
     assert ray.is_initialized() == before and not (tmp_path / "run").exists()
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert [s["stage"] for s in figures["stages"]][:3] == ["prepare", "train", "round 1: mine"]

@@ -98,7 +98,7 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(adversa, small, tmp_p
         and "14 trials in 2 cells, " in result.output
     )
     assert re.search(
-        r"painted images +4 +180 images", result.output
+        r"generated images +4 +180 images", result.output
     )  # 2 arms x (2 + 4) x 5 classes x ratio 2 x 1.5
     assert not (tmp_path / "run").exists()
 

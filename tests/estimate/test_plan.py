@@ -5,19 +5,17 @@ fix. No Ray.
 from __future__ import annotations
 
 import shutil
-import time
-from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from adversa.config import Cluster
 from adversa.engine import resources
 from adversa.engine.resources import Node
-from adversa.estimate import measure, plan
-from adversa.estimate.measure import Enough, Measured, Timing
-from adversa.estimate.memory import of_rows, peak
+from adversa.estimate import measure, memory, plan
+from adversa.estimate.measure import STEPS, Measured, Range, Steps
 from adversa.pipeline.stages import judges, stages, trained
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
@@ -32,13 +30,38 @@ def manifest(folder):
     return files.read_json(folder / step_folder.MANIFEST)
 
 
+def works(config, run):
+    role = plan.roles(config, run)
+    return {(s.command, s.round): plan.work_of(s, config, run, role) for s in stages(config, run)}
+
+
 def amounts(config, run, command, number=0):
-    """kind of work to its amount in a stage."""
-    stage = next(s for s in stages(config, run) if (s.command, s.round) == (command, number))
+    """(kind of work, who does it) to its amount in a stage."""
     found = {}
-    for work in plan.work_of(stage, config, run, plan.roles(config, 0, run)):
-        found[work.kind, work.lanes] = found.get((work.kind, work.lanes), 0) + work.amount
+    for work in works(config, run)[command, number]:
+        found[work.kind, work.by] = found.get((work.kind, work.by), 0) + work.amount
     return found
+
+
+KINDS = {
+    "read",
+    "classifier",
+    "score",
+    "verifier",
+    "verify",
+    "codec",
+    "encode",
+    "denoiser",
+    "generate",
+    "compare",
+}
+
+
+def measurable(config, folder):
+    return {
+        kind.name
+        for kind in (*measure.trained(config, folder, 1), *measure.applied(config, folder))
+    }
 
 
 # ---- how much ------------------------------------------------------------------------------------
@@ -46,11 +69,7 @@ def amounts(config, run, command, number=0):
 
 def test_the_amounts_of_a_stage_are_those_of_a_run_that_was_done(finished):
     config, run = finished
-    assert (
-        amounts(config, run, "prepare")["read", "tasks"]
-        == manifest(run.data)["rows"]
-        == plan.images_of(config, run)
-    )
+    assert amounts(config, run, "prepare")["read", "reading"] == manifest(run.data)["rows"]
     assert (
         amounts(config, run, "mine", 1)["score", "tasks"]
         == manifest(run.round(1, "scores"))["rows"]
@@ -65,22 +84,29 @@ def test_the_amounts_of_a_stage_are_those_of_a_run_that_was_done(finished):
         n: sum(manifest(f)["metrics"]["steps"] for f in trained(config, run, n)) for n in (0, 1)
     }
     assert (first["classifier", "workers"], later["classifier", "workers"]) == (steps[0], steps[1])
-    assert first["judge", "workers"] == sum(
-        manifest(f)["metrics"]["steps"] for f in judges(config, run) if "fold" in f.name
-    )
+    folds = [f for f in judges(config, run) if "fold" in f.name]
+    assert first["verifier", "workers"] == sum(manifest(f)["metrics"]["steps"] for f in folds)
     assert first["denoiser", "workers"] == manifest(run.denoiser)["metrics"]["steps"]
+
+
+def test_the_images_of_a_run_are_counted_or_looked_up_or_bounded(finished, tiny, tmp_path):
+    config, run = finished
+    assert sum(plan.roles(config, run).values()) == manifest(run.data)["rows"]
+    fresh = RunDir(tmp_path / "run")
+    assert sum(plan.roles(tiny(), fresh).values()) == 300
+    source = tiny(data={"source": "folder", "path": str(tmp_path / "nowhere")})
+    assert plan.roles(source, fresh, look=False) == {"train": 0, "mine": 12, "select": 0, "test": 0}
 
 
 def test_what_mining_finds_is_bounded(finished):
     config, run = finished
-    done, mined = manifest(run.round(1, "synthetic")), plan.roles(config, 0, run)["mine"]
-    assert 0 < done["rows"] <= plan.painted(config, mined)
-    stage = next(s for s in stages(config, run) if s.command == "generate")
-    works = plan.work_of(stage, config, run, plan.roles(config, 0, run))
-    assert all(w.bound for w in works) and done["evaluations"] <= sum(w.amount for w in works)
+    done, mined = manifest(run.round(1, "synthetic")), plan.roles(config, run)["mine"]
+    assert 0 < done["rows"] <= plan.generated(config, mined)
+    found = works(config, run)["generate", 1]
+    assert all(w.bound for w in found) and done["evaluations"] <= sum(w.amount for w in found)
     few = config.model_copy(update={"mine": config.mine.model_copy(update={"budget": 10**6})})
     assert (
-        plan.painted(few, mined) == 2 * mined * config.generate.per_case
+        plan.generated(few, mined) == 2 * mined * config.generate.per_case
     )  # no more cases than images
 
 
@@ -94,18 +120,13 @@ def test_an_image_takes_the_evaluations_that_it_took(finished):
     assert done["evaluations"] == pytest.approx(done["rows"] / 2 * sum(each), rel=1e-6)
 
 
-def test_a_run_that_paints_nothing_has_no_judge_and_no_denoiser(tiny, tmp_path):
-    config, run = tiny(mix={"arms": ["real", "replay"]}), RunDir(tmp_path / "run")
-    kinds = {
-        w.kind
-        for s in stages(config, run)
-        for w in plan.work_of(s, config, run, plan.roles(config, 300))
-    }
-    assert kinds == {"read", "classifier", "score"} == set(measure.kinds_of(config))
+def test_a_run_that_generates_nothing_has_no_verifier_and_no_denoiser(tiny, tmp_path):
+    config = tiny(mix={"arms": ["real", "replay"]})
+    kinds = {w.kind for found in works(config, RunDir(tmp_path / "run")).values() for w in found}
+    assert kinds == {"read", "classifier", "score"} == measurable(config, tmp_path)
 
 
 def test_every_kind_of_work_is_measured(tiny, tmp_path):
-    run = RunDir(tmp_path / "run")
     latent = {"kind": "tiny"}
     for config in (
         tiny(),
@@ -114,11 +135,9 @@ def test_every_kind_of_work_is_measured(tiny, tmp_path):
         tiny(rounds=2, evaluate={"seeds": 2}),
     ):
         kinds = {
-            w.kind
-            for s in stages(config, run)
-            for w in plan.work_of(s, config, run, plan.roles(config, 300))
+            w.kind for found in works(config, RunDir(tmp_path / "run")).values() for w in found
         }
-        assert kinds == set(measure.kinds_of(config))
+        assert kinds == measurable(config, tmp_path)
 
 
 # ---- where ---------------------------------------------------------------------------------------
@@ -144,78 +163,86 @@ def test_a_placement_says_who_waits(tiny):
     at = plan.placement(
         nodes, tiny(cluster={"training_workers": 3, "samplers": 8, "gpus_per_sampler": 0.5})
     )
-    assert (at.workers, at.samplers, at.waiting) == ((2, 0), (4, 0), (1, 4))
-    assert (at.tasks, at.model_tasks) == (12, 8)
+    assert (at.shares["workers"], at.shares["samplers"], at.waiting) == ([2, 0], [4, 0], (1, 4))
+    assert (at.shares["reading"], at.shares["tasks"]) == ([8, 4], [8, 0])  # models wait for GPUs
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "trials"),
+    [
+        ([(4, 0)], {}, 4),
+        ([(4, 0)], {"training_threads": None}, 1),
+        ([(8, 2)], {}, 2),
+        ([(4, 0)], {"training_workers": 2}, 1),
+    ],
+)
+def test_trials_at_a_time_are_those_that_do_not_slow_each_other(tiny, nodes, asked, trials):
+    at = plan.placement([Node("n", c, g) for c, g in nodes], tiny(cluster=asked))
+    assert at.shares["trials"] == [trials * n for n in at.shares["workers"]]
 
 
 # ---- how long ------------------------------------------------------------------------------------
 
 
-def measured(seconds, kinds=tuple(measure.SHARES)):
+def measured(seconds, device="cpu", start=1.0):
     return Measured(
-        {k: Timing(seconds, seconds / 2, 2 * seconds, 9) for k in kinds}, {}, "cpu", None, 1.0, 20.0
+        {k: Range(seconds / 2, seconds, 2 * seconds) for k in KINDS},
+        [],
+        {},
+        device,
+        None,
+        start,
+        20.0,
     )
 
 
-def test_time_is_work_over_lanes_and_a_trainings_devices_are_its_workers(tiny, tmp_path):
-    config, run = tiny(cluster={"training_workers": 2}), RunDir(tmp_path / "run")
-    node, role = Node("n", 4), plan.roles(tiny(), 300)
-    at = plan.placement([node], config)
-    found = {
-        c.stage.command: c for c in plan.costs(config, run, role, at, {node.kind: measured(0.5)})
-    }
-    start = plan.STARTS["generate"]
-    assert found["generate"].seconds.mid == pytest.approx(
-        found["generate"].device_seconds.mid / 4 + start
+def costs(config, run, nodes, found):
+    return plan.costs(config, run, plan.roles(config, run), plan.placement(nodes, config), found)
+
+
+def test_time_is_work_over_devices_and_a_trainings_devices_are_its_workers(tiny, tmp_path):
+    config, run, node = (
+        tiny(cluster={"training_workers": 2}),
+        RunDir(tmp_path / "run"),
+        Node("n", 4),
     )
-    assert found["train"].seconds.mid == pytest.approx(
-        found["train"].device_seconds.mid / 2 + plan.STARTS["train"]
-    )
+    every = costs(config, run, [node], {node.kind: measured(0.5)})
+    found = {c.stage: c for c in every}
+    generate, train = found["round 1: generate"], found["train"]
+    assert generate.seconds.mid == pytest.approx(generate.device_seconds.mid / 4 + 1)  # start
+    assert train.seconds.mid == pytest.approx(train.device_seconds.mid / 2 + 1)
+    assert generate.device_seconds.low == 0 < train.device_seconds.low  # there may be no hard case
+    steps, looks = 24 + 2 * 8 + 12, (2 + 2 * 1) * plan.roles(config, run)["select"]
+    assert train.device_seconds.mid == pytest.approx((steps + looks) * 0.5 * 2)
+    wall, _ = plan.total(every)
     assert (
-        found["generate"].device_seconds.low == 0 < found["train"].device_seconds.low
-    )  # there may be no hard case
-    steps = 24 + 2 * 8 + 12
-    looks = (2 + 2 * 1) * role["select"]
-    assert found["train"].device_seconds.mid == pytest.approx((steps + looks) * 0.5 * 2)
-    wall, _ = plan.total(list(found.values()))
-    assert (
-        wall.mid == pytest.approx(sum(c.seconds.mid for c in found.values()))
+        wall.mid == pytest.approx(sum(c.seconds.mid for c in every))
         and wall.low < wall.mid < wall.high
     )
 
 
-def test_the_range_reaches_further_up_where_the_work_shares_cores_with_ray(tiny, tmp_path):
+def test_the_range_is_that_of_the_steps_and_one_factor(tiny, tmp_path):
     config, run, node = tiny(), RunDir(tmp_path / "run"), Node("n", 4)
-    at = plan.placement([node], config)
-    for device, above in (("cpu", 2.2), ("H100", 1.35)):
-        known = {node.kind: replace(measured(0.5), device=device, start=0.0)}
-        found = {
-            c.stage.command: c.seconds
-            for c in plan.costs(config, run, plan.roles(config, 300), at, known)
-        }
-        assert found["train"].high == pytest.approx(
-            found["train"].mid * 2 * above
-        )  # the slowest step took twice the median
-        assert found["train"].low == pytest.approx(found["train"].mid / 2 / 1.35)
+    train = costs(config, run, [node], {node.kind: measured(0.5, start=0.0)})[1].seconds
+    assert train.high == pytest.approx(train.mid * 2 * plan.BESIDE)
+    assert train.low == pytest.approx(train.mid / 2)
 
 
 def test_a_training_waits_for_the_slowest_and_samplers_add_up(tiny, tmp_path):
     config, run = tiny(cluster={"training_workers": 6}), RunDir(tmp_path / "run")
     fast, slow = Node("fast", 4), Node("slow", 3)
-    at, role = plan.placement([fast, slow], config), plan.roles(tiny(), 300)
-    both = plan.costs(config, run, role, at, {fast.kind: measured(0.1), slow.kind: measured(0.4)})
-    alone = plan.costs(config, run, role, at, {fast.kind: measured(0.4), slow.kind: measured(0.4)})
-    found, worst = ({c.stage.command: c.device_seconds.mid for c in x} for x in (both, alone))
-    assert found["train"] == pytest.approx(worst["train"])
-    assert found["generate"] / worst["generate"] == pytest.approx(7 / (4 / 0.1 + 3 / 0.4) / 0.4)
+    both = costs(config, run, [fast, slow], {fast.kind: measured(0.1), slow.kind: measured(0.4)})
+    alone = costs(config, run, [fast, slow], {fast.kind: measured(0.4), slow.kind: measured(0.4)})
+    found, worst = ({c.stage: c.device_seconds for c in x} for x in (both, alone))
+    assert found["train"] == worst["train"]
+    ratio = found["round 1: generate"].mid / worst["round 1: generate"].mid
+    assert ratio == pytest.approx(7 / (4 / 0.1 + 3 / 0.4) / 0.4)
 
 
 def test_what_is_finished_costs_nothing(finished):
     config, run = finished
-    at = plan.placement([Node("n", 2)], config)
-    found = plan.costs(
-        config, run, plan.roles(config, 0, run), at, {at.nodes[0].kind: measured(1.0)}
-    )
+    node = Node("n", 2)
+    found = costs(config, run, [node], {node.kind: measured(1.0)})
     assert all(c.done for c in found) and plan.total(found)[0].high == 0
 
 
@@ -281,100 +308,153 @@ def test_every_fault_is_told_at_once():
 
 def test_a_disk_too_small_for_the_images_is_told_of(tiny, tmp_path, monkeypatch):
     config = tiny(rounds=3)
-    needed = plan.disk_bytes(config, 300)
+    role = plan.roles(config, RunDir(tmp_path / "run"))
+    needed = memory.disk_bytes(config, role)
     assert (
         needed == (2 * 300 + 3 * 2 * 12 * 2) * 32 * 32 * 2
     )  # real ones twice; rounds, arms, cases, images a case
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    assert plan.disk_fault(config, tmp_path / "not" / "yet", 300) is None
+    assert memory.disk_faults(config, tmp_path / "not" / "yet", role) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    assert (
-        "the disk has 1 MiB free, the run's images take about 1 MiB; free some, or take another"
-        in plan.disk_fault(config, tmp_path / "run", 300)
-    )
+    assert memory.disk_faults(config, tmp_path / "run", role) == [
+        f"--run-dir {tmp_path}/run: the disk has 1 MiB free, the run's images take about 1 "
+        "MiB; free some, or take another"
+    ]
     (tmp_path / "run" / "data").mkdir(parents=True)
     (tmp_path / "run" / "data" / "part").write_bytes(b"12")
     assert (
-        plan.disk_fault(config, tmp_path / "run", 300) is None
+        memory.disk_faults(config, tmp_path / "run", role) == []
     )  # what is there need not be written again
-    assert plan.disk_fault(config, place("s3://bucket/run?region=x"), 300) is None
+    assert memory.disk_faults(config, place("s3://bucket/run?region=x"), role) == []
 
 
 def test_what_takes_more_than_a_gpu_has_is_told_of(tiny):
     node = Node("n", 8, 2, gpu_type="T4", gpu_memory=16 * GIB)
-    needs = {"classifier": 2 * GIB, "denoiser": 20 * GIB, "paint": 9 * GIB}
+    needs = {"classifier": 2 * GIB, "verifier": 17 * GIB, "denoiser": 20 * GIB, "generate": 9 * GIB}
     config = tiny(cluster={"gpus_per_sampler": 0.5})
-    assert plan.memory_faults(needs, config, [node]) == [
+    assert memory.faults(needs, config, [node]) == [
+        "a training of the verifier: about 17.0 GiB of memory, a GPU has 16.0 GiB; lower "
+        "curate.judge.batch_size, or a larger GPU",
         "a training of the denoiser: about 20.0 GiB of memory, a GPU has 16.0 GiB; lower "
         "denoiser.batch_size, or a larger GPU",
         "2 samplers a GPU: about 18.0 GiB of memory, a GPU has 16.0 GiB; lower "
         "generate.batch_size or raise "
         "cluster.gpus_per_sampler, or a larger GPU",
     ]
-    assert plan.memory_faults(needs, config, [Node("n", 8, 2)]) == []  # not known
-    assert plan.memory_faults(needs, config, [Node("n", 8, 0, gpu_memory=1)]) == []
+    assert memory.faults(needs, config, [Node("n", 8, 2)]) == []  # not known
+    assert memory.faults(needs, config, [Node("n", 8, 0, gpu_memory=1)]) == []
 
 
 def test_networks_are_weighed_without_memory(tiny, tmp_path):
     config, run = tiny(), RunDir(tmp_path / "run")
-    found = plan.least_memory(config)
-    assert set(found) == {"classifier", "judge", "denoiser", "paint"}
-    assert found["denoiser"] - plan.CONTEXT == plan.COPIES * (found["paint"] - plan.CONTEXT)
-    plan.check(config, run, [])
+    found = memory.least(config)
+    assert set(found) == {"classifier", "verifier", "denoiser", "generate"}
+    assert found["denoiser"] - memory.CONTEXT == memory.COPIES * (
+        found["generate"] - memory.CONTEXT
+    )
+    memory.check(config, run, [])
     with pytest.raises(
         UserError, match="at least .* of memory, a GPU has 1 MiB; take a smaller network"
     ):
-        plan.check(config, run, [Node("n", 8, 1, gpu_memory=1 << 20)])
+        memory.check(config, run, [Node("n", 8, 1, gpu_memory=1 << 20)])
 
 
 # ---- the measurement -----------------------------------------------------------------------------
 
 
-def test_memory_is_counted_at_its_height():
-    def work():
-        a = torch.zeros(1000)
-        b = a + 1  # 8 kB are held
-        del a
-        c = b * 2
-        del b, c
-
-    assert peak(work) == 8000
-    assert of_rows(100, 140, 2, 4, 10) == 260 and of_rows(100, 90, 2, 4, 10) == 100
+def spent(steps, *, a_row=0.0, stalls=(), clock=None):
+    """Do steps that take so long a row on a clock of their own, and a second more where something
+    else comes between.
+    """
+    for i, rows in enumerate(steps):
+        clock[0] += a_row * rows + (i in stalls)
+        clock[1] += a_row * rows
 
 
-def test_rows_grow_while_there_is_time_and_the_rest_is_scaled():
-    for a_row, whole in ((0.0, True), (0.02, False)):
-        clocked, seen = measure.Clocked(64, 0.3, lambda rows: {"rows": rows}), []
-        with pytest.raises(Enough):
-            for batch in clocked:
-                seen.append(batch["rows"])
-                time.sleep(a_row * batch["rows"])
-        found = clocked.timing()
-        assert found.scaled is not whole and seen[0] == measure.FIRST and len(clocked.steps) >= 1
-        assert (seen[-1] == 64) is whole
-        if not whole:
-            assert found.seconds >= 0.02 * 64  # as if of all rows
+@pytest.fixture
+def clock(monkeypatch):
+    """[seconds by the clock, seconds of this process]"""
+    now = [0.0, 0.0]
+    monkeypatch.setattr(measure, "_now", lambda: np.array(now))
+    return now
 
 
-def test_each_kind_of_work_is_really_done(tiny, tmp_path):
-    config = tiny(
-        generate={"strategy": "inout", "hardness": 1.0},
-        codec={"kind": "tiny", "width": 8},
-        denoiser={"patch": 1},
+def test_a_step_has_as_many_rows_as_there_is_time_for(clock):
+    for a_row, rows in ((0.001, 64), (0.01, 16), (1.0, 4)):
+        steps = Steps(64, (STEPS + 1) * 0.16)
+        spent(steps, a_row=a_row, clock=clock)
+        assert steps.rows == rows and len(steps.wall) == STEPS
+        assert steps.seconds.mid == pytest.approx(a_row * rows)
+
+
+def test_a_slow_step_is_not_drawn_on(clock):
+    """One that something came between moves no median; where it came between all, the process's own
+    seconds count.
+    """
+    steps = Steps(8, 100.0)
+    spent(steps, a_row=0.01, stalls=[5], clock=clock)
+    found = steps.seconds
+    assert (found.low, found.mid, found.high) == (pytest.approx(0.08),) * 3
+    steps = Steps(8, 100.0)
+    spent(steps, a_row=0.01, stalls=range(20), clock=clock)
+    found = steps.seconds
+    assert found.mid == pytest.approx(0.08) and found.high == pytest.approx(
+        1.08
+    )  # as long as the other work lasts
+
+
+def test_each_kind_of_work_is_really_done(tiny):
+    config = tiny(codec={"kind": "tiny", "width": 8}, denoiser={"patch": 1})
+    found = measure.measure(config, 1, 0.2)
+    assert set(found.seconds) == KINDS
+    assert all(0 < r.low <= r.mid <= r.high for r in found.seconds.values())
+    assert set(found.memory) == {"classifier", "verifier", "denoiser", "codec", "generate"}
+    assert (
+        all(takes > 50 << 20 for takes in found.memory.values())
+        and found.device == "cpu"
+        and 0 < found.share <= 1
     )
-    found, bench = measure.measure(config, 1, 0.2), measure.Bench(config, 1, tmp_path)
-    found = replace(
-        found, memory=bench.memory(measure.kinds_of(config))
-    )  # however busy the machine is
-    assert bench.memory(measure.kinds_of(config), until=0.0) == {}
-    measure.check_kinds(found, config)
-    assert set(found.timings) == set(measure.SHARES) and all(
-        t.fast <= t.seconds <= t.slow for t in found.timings.values()
+
+
+def test_a_denoiser_and_a_codec_from_elsewhere_are_timed_as_they_are(tiny, tmp_path):
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
+
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+    ).save_pretrained(tmp_path / "vae")
+    UNet2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        add_attention=False,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        num_class_embeds=6,
+    ).save_pretrained(tmp_path / "unet")
+    DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    codec = {"kind": "kl", "path": str(tmp_path / "vae")}
+    found = measure.measure(tiny(codec=codec, denoiser={"external": str(tmp_path)}), 1, 0.2)
+    assert set(found.seconds) == KINDS - {"codec", "denoiser"}
+    found = measure.measure(tiny(codec=codec), 1, 0.2)
+    assert set(found.seconds) == KINDS - {"codec"}
+
+
+def test_a_step_that_a_gpu_has_no_room_for_is_told_of(tiny, monkeypatch):
+    def work(sizes):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(
+        measure, "trained", lambda *_: [measure.Kind("denoiser", "workers", 64, work)]
     )
-    assert set(found.memory) == {"classifier", "judge", "denoiser", "codec", "paint"}
-    least = plan.least_memory(
-        config
-    )  # weights, gradients, AdamW's state and the average, and a step's tensors beside them
-    assert all(found.memory[k] > least[k] - plan.CONTEXT > 0 for k in least)
-    with pytest.raises(UserError, match="nothing was measured of paint"):
-        measure.check_kinds(measured(1.0, tuple(k for k in measure.SHARES if k != "paint")), tiny())
+    with pytest.raises(
+        UserError,
+        match="denoiser: a step of 4 rows is too large for this GPU; lower its batch_size",
+    ):
+        measure.measure(tiny(), 1, 0.1)

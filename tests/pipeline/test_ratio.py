@@ -488,18 +488,16 @@ def test_trials_travel_and_are_shown_while_they_run(copy):
 
 
 def test_a_plan_counts_the_trials(copy):
-    role = plan.roles(copy.config, 0, copy.run)
+    role = plan.roles(copy.config, copy.run)
     stage = next(s for s in stages(copy.config, copy.run) if s.command == "evaluate")
-    works = [w for w in plan.work_of(stage, copy.config, copy.run, role) if w.lanes == "trials"]
+    works = [w for w in plan.work_of(stage, copy.config, copy.run, role) if w.by == "trials"]
     steps_, looks = (
         sum(w.amount for w in works if w.kind == kind) for kind in ("classifier", "score")
     )
     assert steps_ == 10 * copy.config.classifier.steps and looks == 10 * 2 * role["select"]
-    assert [w.bound for w in works] == [False, False, True, True] and works[
-        0
-    ].shown == "5 ratios x 2 seeds x 6 steps"
+    assert [w.bound for w in works] == [False, False, True, True]
     number = copy.config.model_copy(update={"mix": ratio.at(copy.config.mix, 0.5)})
-    assert not [w for w in plan.work_of(stage, number, copy.run, role) if w.lanes == "trials"]
+    assert not [w for w in plan.work_of(stage, number, copy.run, role) if w.by == "trials"]
 
 
 # ---- a whole run ---------------------------------------------------------------------------------
