@@ -22,6 +22,7 @@ from adversa.config import keys
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+COMMAND = typer.main.get_command(app)
 KEYS = set(keys())
 SECTIONS = {key.partition(".")[0] for key in KEYS}
 MAPPINGS = {  # their keys are the user's
@@ -34,7 +35,6 @@ MAPPINGS = {  # their keys are the user's
 }
 FILES = (".py", ".md", ".json", ".html", ".parquet", ".yaml")
 FOLDERS = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")}
-PACKAGES = {p.name for p in (ROOT / "adversa").iterdir() if p.is_dir()}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -91,7 +91,7 @@ def unknown_commands(text: str) -> list[str]:
 
 def is_known(line: str) -> bool:
     _, *words = shlex.split(line.replace("[", " ").replace("]", " "), comments=True)
-    command = typer.main.get_command(app)
+    command = COMMAND
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
     if getattr(command, "commands", {}) and words not in (["--help"], ["COMMAND", "--help"]):
@@ -138,20 +138,13 @@ def table_keys(text: str) -> Iterator[str]:
 
 
 def missing_paths(text: str) -> list[str]:
-    """Typed paths that begin with a folder of the repository, or are a module below one of
-    adversa's packages, and do not exist.
+    """Typed paths of modules, or below a folder of the repository, that do not exist there or below
+    adversa.
     """
-    missing = []
-    for line in lines(text):
-        for word in (w.strip("(),;.") for w in line.split()):
-            first, slash, _ = word.partition("/")
-            if not slash or re.search(r"[<>*:{}$]", word):
-                continue
-            below = first in PACKAGES and word.endswith(".py")
-            ours = first in FOLDERS and (first not in PACKAGES or word.endswith((".py", ".yaml")))
-            if (ours or below) and not any((at / word).exists() for at in (ROOT, ROOT / "adversa")):
-                missing.append(word)
-    return missing
+    words = [w.strip("(),;.") for line in lines(text) for w in line.split() if "/" in w]
+    words = [w for w in words if not re.search(r"[<>*:{}$]", w)]
+    ours = [w for w in words if w.endswith(".py") or w.partition("/")[0] in FOLDERS]
+    return [w for w in ours if not any((at / w).exists() for at in (ROOT, ROOT / "adversa"))]
 
 
 def missing_imports(text: str) -> list[str]:
