@@ -45,6 +45,7 @@ from adversa.pipeline.sample_quality import HELD_OUT, held_out, request
 from adversa.run import environment
 from adversa.run import folder as run_folder
 from adversa.storage import files, tables
+from adversa.training.loop import Batch, resume_step
 from adversa.types import digest, seed_of
 
 # The first three cost about the same: 4.6, 5.4 and 5.4 ms of one core for an image of 32 px in
@@ -81,11 +82,11 @@ class Clock:
     all steps but the last.
     """
 
-    def __init__(self, batches: Iterable[fit.Batch]) -> None:
+    def __init__(self, batches: Iterable[Batch]) -> None:
         self.batches = batches
         self.seconds: list[float] = []
 
-    def __iter__(self) -> Iterator[fit.Batch]:
+    def __iter__(self) -> Iterator[Batch]:
         before = None
         for batch in self.batches:
             now = time.process_time()
@@ -243,7 +244,7 @@ def row(args: argparse.Namespace, preset: str, name: str, data: Path, real: Real
     seconds = plan(args, preset, out, data, real)
     config = section(args, preset, steps=max(1, round(60 * args.minutes / seconds)))
     started, cpu = time.perf_counter(), time.process_time()
-    begun = fit.resume_step(out)
+    begun = resume_step(out)
     trained = train(args, config, out, data, real, print_progress(name))
     wall, cpu = time.perf_counter() - started, (time.process_time() - cpu) / args.threads
     denoiser, meta, _ = edm.load(out)
@@ -309,7 +310,7 @@ def train(
         balance=config.balance,
         seed=seed_of("feed", args.seed),
     )
-    clock = Clock(feed.batches(fit.resume_step(out)))
+    clock = Clock(feed.batches(resume_step(out)))
     trained = fit.fit(
         clock,
         config=config,

@@ -39,6 +39,7 @@ from adversa.engine.local import LocalEngine
 from adversa.pipeline import prepare
 from adversa.pipeline import train as pipeline_train
 from adversa.run import folder as run_folder
+from adversa.training.loop import resume_step
 from adversa.types import GenerationRequest, seed_of
 
 SIDE = 32
@@ -150,7 +151,7 @@ def train(folder: Path, count: int, epochs: int) -> Path:
     )
     classes = run_folder.classes_of(folder / "data")
     fit.fit(
-        feed.batches(fit.resume_step(out)),
+        feed.batches(resume_step(out)),
         config=config,
         num_classes=len(classes),
         resolution=SIDE,

@@ -594,7 +594,7 @@ def test_a_denoiser_that_diverges_is_stopped_and_goes_on_from_its_checkpoint(tmp
         return tuple(rows * (float("nan") if counts["calls"] == 6 else 1) for rows in real(*args))
 
     monkeypatch.setattr(Objective, "forward", forward)
-    refused(train(tmp_path / "run"), "denoiser", "nan", "step 5", "lower denoiser.lr")
+    refused(train(tmp_path / "run"), "denoiser", "nan", "step 6", "lower denoiser.lr")
     run_dir = RunDir(tmp_path / "run")
     before = (run_dir.data / "manifest.json").stat().st_mtime_ns
     assert train(tmp_path / "run").exit_code == 0

@@ -25,8 +25,9 @@ from adversa import config as cfg
 from adversa.data.images import make_decoder
 from adversa.data.sources import list_records
 from adversa.diffuse import edm
-from adversa.diffuse.fit import fit, resume_step
+from adversa.diffuse.fit import fit
 from adversa.storage import weights
+from adversa.training.loop import resume_step
 
 SEED = 1000  # data.phantom.seed of the pretraining pictures; the demo's is 0
 MOST_BYTES = 4_000_000

@@ -48,11 +48,6 @@ def training_side(step: int, config: Classifier, resolution: int) -> int:
     return last if share >= 1 else min(last, max(16, side))
 
 
-def evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    """The steps after which `select` is scored: evenly spaced, the last always."""
-    return {max(1, round(i * steps / evaluations)) for i in range(1, evaluations + 1)}
-
-
 def parameter_groups(network: Network, config: Classifier) -> list[dict[str, Any]]:
     """AdamW's groups. lr_scale: of the group's rate; trunk: whether it is frozen during
     config.head_steps.
@@ -88,8 +83,11 @@ def parameter_groups(network: Network, config: Classifier) -> list[dict[str, Any
     ]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, step: int, config: Classifier) -> None:
-    """The rate of each group for this step."""
+def set_rates(optimizer: torch.optim.Optimizer, config: Classifier, step: int) -> float:
+    """The learning rate of this step, which each group is given its part of."""
+    rate = learning_rate(step, config)
     for group in optimizer.param_groups:
-        rate = learning_rate(step, config) * group["lr_scale"]
-        group["lr"] = rate * thaw(step, config) if group["trunk"] else rate
+        group["lr"] = rate * group["lr_scale"]
+        if group["trunk"]:
+            group["lr"] *= thaw(step, config)
+    return rate

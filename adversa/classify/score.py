@@ -91,7 +91,7 @@ def score_batches(
             waiting = [images[whole:]]
     if sum(map(len, waiting)):
         logits.append(forward(network, np.concatenate(waiting), amp, views)[0])
-    return process_group.gather(np.concatenate(logits)), process_group.gather(
+    return process_group.all_gather_rows(np.concatenate(logits)), process_group.all_gather_rows(
         np.concatenate(labels)
     )
 

@@ -1,18 +1,16 @@
-"""Train a denoiser. Resumed from a checkpoint, it ends with the very weights of an undisturbed run
-(same machine, same threads).
+"""Train a denoiser, in one process or several (adversa/training).
 
-On one worker or on several (adversa.workers): each sees its rows of every batch, all draws are made
-for the whole batch.
+All that a step draws is drawn for its whole batch.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-import math
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,49 +25,38 @@ from adversa.diffuse.objective import Objective, draw, validation_loss
 from adversa.diffuse.paint import paint
 from adversa.diffuse.strategy import Sources
 from adversa.storage import files, tables, weights
-from adversa.training import process_group
-from adversa.types import GenerationRequest, UserError, digest, seed_of
+from adversa.training import loop, process_group
+from adversa.training.loop import Batch
+from adversa.training.schedule import evenly_spaced, log_steps, set_rates
+from adversa.types import GenerationRequest, digest, seed_of
 
-# "id" list[str], "label" int64 [B], and "image" uint8 [B, H, W, 3] or "latent" float32 [B, C, h,
-# w]; "size": int where these are a worker's rows of a larger batch
-Batch = dict[str, Any]
-LOG_STEPS = 50
 VALIDATIONS = 5  # of a training with `select`, evenly spaced, the last step included
 VALIDATED = 128  # images of `select`
+Decode = Callable[[Tensor], np.ndarray]  # the diffused space [B, C, h, w] to uint8 [B, R, R, 3]
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
-    """All that a step reads and changes; `_commit` says what of it outlives the process."""
+    """What a step reads and changes.
 
-    objective: Objective  # the denoiser, and what is trained along with it
-    parallel: (
-        nn.Module
-    )  # what a step calls: the objective, or its wrapper that averages gradients over the workers
-    averaged: edm.Denoiser  # the moving average of the weights: what becomes the model
-    optimizer: torch.optim.Optimizer
+    Attributes:
+        objective: The denoiser, and what is trained along with it.
+        parallel: What a step calls: the objective, or its wrapper that averages the gradients.
+        averaged: The moving average of the denoiser's weights: what becomes the model.
+        meta: The model's config.json.
+        init: Where the weights came from: "scratch", or a folder.
+    """
+
+    config: cfg.Denoiser
+    objective: Objective
+    parallel: nn.Module
+    averaged: edm.Denoiser
+    meta: dict[str, Any]
     init: str
-    recipe: str  # digest of what makes the training: a checkpoint of another is refused
+    seed: int
     device: torch.device
-    step: int = 0
-    loss: float = math.nan  # of the last step that was looked at
-    losses: list[float] = field(default_factory=list)  # since the last line of history
-    history: list[dict[str, float]] = field(default_factory=list)
-    pending: tuple[int, list[str], Tensor, Tensor, Tensor] | None = (
-        None  # a step not looked at yet: see `_look`
-    )
-
-    def __post_init__(self) -> None:
-        self.trained, self.means = (
-            list(self.objective.denoiser.parameters()),
-            list(self.averaged.parameters()),
-        )
-
-
-def resume_step(out: Path) -> int:
-    """Steps finished in the committed checkpoint of `out`; 0 without one."""
-    state = weights.load_checkpoint(out)
-    return int(state["step"]) if state else 0
+    out: Path
+    decode: Decode
 
 
 def fit(
@@ -85,207 +72,125 @@ def fit(
     threads: int | None = None,
     channels: int = 3,
     codec: dict[str, Any] | None = None,
-    decode: Callable[[Tensor], np.ndarray] = edm.to_images,
+    decode: Decode = edm.to_images,
     select: Callable[[], Iterable[Batch]] | None = None,
     committed: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Train for config.steps steps and write model.safetensors (the moving average), config.json,
-    metrics.jsonl, samples.png.
+    """Train for config.steps steps; write the model (the moving average), metrics and samples.png.
 
-    `batches` begins at step resume_step(out) and holds the steps that are left. resolution,
-    channels: of the space that is diffused; codec: what config.json says of it where that is not
-    pixels; decode: from there [B, C, h, w] to uint8 [B, R, R, 3]. select: held-out batches; the
-    validation loss of VALIDATED images of them is then in metrics.jsonl, VALIDATIONS times.
-    committed: called on every worker, with the step, once a checkpoint is on disk. Returns
-    {"steps", "loss" (EDM's weighted error, mean since the last multiple of LOG_STEPS, whatever
-    config.loss minimises), "init", "fingerprint", "parameters"}. UserError where a loss, a gradient
-    or a weight stops being finite, naming step and ids, where config.weights do not fit, or where
-    the checkpoint is one of other settings.
+    Resumed from a checkpoint, it ends with the very weights of an undisturbed run.
+
+    Args:
+        batches: From step resume_step(out) on: "label" int64 [B], and "image" uint8 [B, H, W, 3] or
+            "latent" float32 [B, C, h, w].
+        resolution: Of the space that is diffused; so is `channels`.
+        codec: What config.json says of that space where it is not pixels.
+        select: Held-out batches; the validation loss of VALIDATED images of them is then in
+            metrics.jsonl, VALIDATIONS times.
+        committed: Called in every process, with the step, once a checkpoint is on disk.
+
+    Returns:
+        {"steps", "loss" (EDM's weighted error, mean since the last multiple of LOG_STEPS, whatever
+        config.loss minimises), "init", "fingerprint", "parameters"}.
+
+    Raises:
+        UserError: A loss, a gradient or a weight is not finite (step and ids), config.weights do
+            not fit, or the checkpoint is one of other settings.
     """
     assert num_classes == len(classes), (num_classes, classes)
-    if threads:
-        torch.set_num_threads(threads)
-    meta = edm.describe(
-        config, classes, resolution, channels, **({} if codec is None else {"codec": codec})
-    )
-    state = _start(config, meta, out, seed)
-    held_out = None if select is None else _held_out(select())
-    iterator, told = iter(batches), 0.0
-    while state.step < config.steps:
-        batch = next(iterator, None)
-        assert batch is not None, f"the batches ended at step {state.step} of {config.steps}"
-        _train_step(state, batch, config, seed)
-        last, news = state.step == config.steps, {}
-        if last or state.step % LOG_STEPS == 0:
-            _log(state, config)
-        if held_out is not None and state.step in validation_steps(config.steps):
-            news = _validate(state, held_out, config, seed)
-        if config.sample_steps and state.step % config.sample_steps == 0 and not last:
-            _write_samples(state, meta, seed, decode, out / f"samples-{state.step:06d}.png")
-        if last or state.step % config.checkpoint_steps == 0:
-            _commit(state, config, out)
-            committed(state.step)
-        if (
-            process_group.lead()
-            and (last or news or time.monotonic() - told > 1)
-            and math.isfinite(state.loss)
-        ):
-            told = time.monotonic()
-            report(
-                {
-                    "done": state.step,
-                    "total": config.steps,
-                    "unit": "step",
-                    "loss": state.loss,
-                    "init": state.init,
-                    **news,
-                }
-            )
-    return _finish(state, meta, out, seed, decode)
+    space = {} if codec is None else {"codec": codec}
+    meta = edm.describe(config, classes, resolution, channels, **space)
+    with loop.session(threads) as device:
+        recipe = _recipe(config, meta, seed)
+        saved = loop.load(out, recipe)
+        state = _start(config, meta, saved, out, seed, device, decode)
+        held_out = None if select is None else _held_out(select())
+        training = _describe(state, recipe, held_out)
+        record = loop.run(training, batches, saved, out, report, committed)
+        return _finish(state, record)
 
 
-def learning_rate(config: cfg.Denoiser, step: int) -> float:
-    """Linear warm-up over config.warmup of the steps, then a half cosine to 0."""
-    warm = config.warmup * config.steps
-    if step < warm:
-        return config.lr * (step + 1) / (warm + 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, config.steps - warm)))
+def _recipe(config: cfg.Denoiser, meta: dict[str, Any], seed: int) -> str:
+    """Of all but how often the training is saved and shown."""
+    given = config.model_dump_json(exclude={"checkpoint_steps", "sample_steps"})
+    codec = json.dumps(meta.get("codec"), sort_keys=True)
+    return digest(given, meta["classes"], meta["resolution"], meta["channels"], codec, seed)
 
 
-def validation_steps(steps: int) -> set[int]:
-    return {max(1, round(i * steps / VALIDATIONS)) for i in range(1, VALIDATIONS + 1)}
-
-
-def _start(config: cfg.Denoiser, meta: dict[str, Any], out: Path, seed: int) -> State:
-    """Model, moving average and optimizer: fresh, or as the checkpoint has them."""
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    space = meta["resolution"], meta["channels"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of("denoiser", seed))
-        denoiser = edm.build(config, len(meta["classes"]), *space)
-        objective = Objective(denoiser, config)
-    # All but how often it is saved and shown.
-    recipe = digest(
-        config.model_dump_json(exclude={"checkpoint_steps", "sample_steps"}),
+def _start(
+    config: cfg.Denoiser,
+    meta: dict[str, Any],
+    saved: dict[str, Any] | None,
+    out: Path,
+    seed: int,
+    device: torch.device,
+    decode: Decode,
+) -> State:
+    classes, space, codec = (
         meta["classes"],
-        *space,
-        json.dumps(meta.get("codec"), sort_keys=True),
-        seed,
+        (meta["resolution"], meta["channels"]),
+        meta.get("codec"),
     )
-    saved = weights.load_checkpoint(out)
-    if saved and saved.get("recipe") != recipe:
-        raise UserError(
-            f"{out} holds an unfinished training with other settings; delete that folder "
-            "to start it anew"
-        )
-    init = (
-        saved["init"]
-        if saved
-        else edm.start_from(denoiser, config, meta["classes"], *space, meta.get("codec"))
-    )
+    torch.manual_seed(seed_of("denoiser", seed))
+    denoiser = edm.build(config, len(classes), *space)
+    objective = Objective(denoiser, config)
+    start = partial(edm.start_from, denoiser, config, classes, *space, codec)
+    init = saved["extra"]["init"] if saved else start()
     objective.to(device).train()
     averaged = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    if config.compile:  # in place: the weights keep their names, and the average is asked eagerly
+        denoiser.network.compile(dynamic=False)
+    parallel = process_group.data_parallel(objective, device)
+    return State(config, objective, parallel, averaged, meta, init, seed, device, out, decode)
+
+
+def _describe(state: State, recipe: str, held_out: tuple[Tensor, Tensor] | None) -> loop.Training:
+    config = state.config
+    trained: list[Tensor] = [*state.objective.denoiser.parameters()]
+    means: list[Tensor] = [*state.averaged.parameters()]
     optimizer = torch.optim.AdamW(
-        objective.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        state.objective.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
-    if saved:
-        objective.load_state_dict(saved["model"])
-        averaged.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-    if config.compile:
-        denoiser.network.compile(
-            dynamic=False
-        )  # in place: the weights keep their names, and the average is asked eagerly
-    state = State(
-        objective,
-        process_group.parallel(objective, device),
-        averaged,
-        optimizer,
-        init,
-        recipe,
-        device,
+    validated = set() if held_out is None else evenly_spaced(config.steps, VALIDATIONS)
+    return loop.Training(
+        section="denoiser",
+        config=config,
+        recipe=recipe,
+        modules={"model": state.objective, "average": state.averaged},
+        optimizer=optimizer,
+        clipped=trained,
+        forward=partial(_forward, state),
+        set_rates=partial(set_rates, optimizer, config),
+        update=partial(_update, state, trained, means),
+        log_steps=log_steps(config.steps),
+        evaluation_steps=validated,
+        evaluate=lambda _: _validate(state, held_out),
+        extra=lambda: {"init": state.init},
     )
-    if saved:
-        state.step, state.history, state.losses = (
-            int(saved["step"]),
-            saved["history"],
-            saved["losses"],
-        )
-    return state
 
 
-def _train_step(state: State, batch: Batch, config: cfg.Denoiser, seed: int) -> None:
-    """One step. Its loss is looked at when the next one is on its way, so that a GPU need not wait
-    for the CPU in between.
-    """
-    device, size = state.device, int(batch.get("size", len(batch["id"])))
+def _forward(state: State, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+    """(what config.loss minimises, EDM's weighted error), each [B]."""
+    config, device = state.config, state.device
+    size = int(batch.get("size", len(batch["id"])))
     x, label = (t.to(device) for t in _tensors(batch))
-    draws = draw(
-        (size, *x.shape[1:]),
-        config,
-        seed_of("denoiser", seed, state.step),
-        device,
-        process_group.rows(size),
-    )
+    seed, rows = seed_of("denoiser", state.seed, step - 1), process_group.rows(size)
+    draws = draw((size, *x.shape[1:]), config, seed, device, rows)
     assert x.shape == draws.noise.shape, (x.shape, draws.noise.shape)
-    if (
-        config.flips and "image" in batch
-    ):  # a turned latent is not the latent of the turned image: whoever encodes, turns
+    # A turned latent is not the latent of the turned image: whoever encodes, turns.
+    if config.flips and "image" in batch:
         x = turn(x, draws.symmetry)
     label = label.masked_fill(draws.dropped, state.averaged.num_classes)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
         losses, errors = state.parallel(x, draws.sigma, draws.noise, label)
-    state.optimizer.zero_grad(set_to_none=True)
-    process_group.share(losses, size).backward()
-    norm = nn.utils.clip_grad_norm_(state.trained, config.clip)
-    state.optimizer.step()
-    beta = average.decay(config, state.step + 1, state.init == "scratch")
-    average.update(state.means, state.trained, beta)
-    _look(state, config)
-    # Of the losses nothing is wanted but whether they are finite: 0 times one that is not, is not.
-    state.pending = (
-        state.step,
-        batch["id"],
-        process_group.share(errors + 0 * losses.detach(), size),
-        norm,
-        losses.detach(),
-    )
-    state.step += 1
+    return losses, errors + 0 * losses.detach()  # 0 times what is not finite is not finite
 
 
-def _look(state: State, config: cfg.Denoiser) -> None:
-    """Note the loss of the pending step; UserError where it, or its gradient, is not finite. On all
-    workers alike.
-    """
-    if state.pending is None:
-        return
-    (step, ids, error, norm, losses), state.pending = state.pending, None
-    state.loss, gradient = process_group.mean(error), float(norm)
-    if not math.isfinite(state.loss) or not math.isfinite(gradient):
-        guilty = [
-            i for i, finite in zip(ids, torch.isfinite(losses).tolist(), strict=True) if not finite
-        ]
-        rows = (
-            process_group.gather(np.array(guilty, str)).tolist()
-            or process_group.gather(np.array(ids, str)).tolist()
-        )
-        raise _diverged(f"loss {state.loss:g}, gradient {gradient:g}", step, rows, config)
-    state.losses.append(state.loss)
-
-
-def _diverged(what: str, step: int, ids: list[str], config: cfg.Denoiser) -> UserError:
-    shown = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
-    return UserError(
-        f"denoiser training is not finite: {what} at step {step} (images {shown}); lower "
-        f"denoiser.lr (now {config.lr:g}), "
-        "or look at the images"
-    )
+def _update(state: State, trained: list[Tensor], means: list[Tensor], step: int) -> None:
+    config = state.config
+    average.update(means, trained, average.decay(config, step, state.init == "scratch"))
+    if config.sample_steps and step % config.sample_steps == 0 and step < config.steps:
+        _write_samples(state, f"samples-{step:06d}.png")
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -299,16 +204,8 @@ def _tensors(batch: Batch) -> tuple[Tensor, Tensor]:
     return x, torch.as_tensor(np.asarray(batch["label"]), dtype=torch.int64)
 
 
-def _log(state: State, config: cfg.Denoiser) -> None:
-    _look(state, config)
-    lr = learning_rate(config, state.step - 1)
-    state.history.append({"step": state.step, "loss": float(np.mean(state.losses)), "lr": lr})
-    state.losses = []
-
-
 def _held_out(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """VALIDATED images of all workers' batches together, and their labels: those whose ids hash
-    lowest.
+    """VALIDATED images of all processes' batches, and their labels: those whose ids hash lowest.
 
     A random choice, which no order changes: data sets often list one class after the other.
     """
@@ -322,102 +219,43 @@ def _held_out(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
             strict=True,
         )
         kept = sorted([*kept, *rows], key=lambda row: row[0])[:VALIDATED]
-    found = sorted(
-        (row for rows in process_group.everyones(kept) for row in rows), key=lambda row: row[0]
-    )[:VALIDATED]
+    every = itertools.chain(*process_group.all_gather_object(kept))
+    found = sorted(every, key=lambda row: row[0])[:VALIDATED]
     assert found, "the select role is empty"
     return torch.from_numpy(np.stack([x for _, x, _ in found])), torch.tensor(
         [int(label) for _, _, label in found]
     )
 
 
-def _validate(
-    state: State, held_out: tuple[Tensor, Tensor], config: cfg.Denoiser, seed: int
-) -> dict[str, float]:
-    """On the lead alone: the others wait for it in the next step."""
-    _look(state, config)
-    if not process_group.lead():
+def _validate(state: State, held_out: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+    """In the main process alone: the others wait for it in the next step."""
+    if held_out is None or not process_group.is_main_process():
         return {}
-    found = {
-        "validation_loss": validation_loss(state.averaged, *held_out, config, seed, state.device)
-    }
-    state.history.append({"step": state.step, **found})
-    return found
+    loss = validation_loss(state.averaged, *held_out, state.config, state.seed, state.device)
+    return {"validation_loss": loss}
 
 
-def _write_samples(
-    state: State,
-    meta: dict[str, Any],
-    seed: int,
-    decode: Callable[[Tensor], np.ndarray],
-    path: Path,
-) -> None:
-    if process_group.lead():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace_bytes(
-            path,
-            tables.encode_png(sample_grid(state.averaged, meta, seed, state.device, decode=decode)),
-        )
+def _write_samples(state: State, name: str) -> None:
+    if process_group.is_main_process():
+        state.out.mkdir(parents=True, exist_ok=True)
+        given = state.averaged, state.meta, state.seed, state.device
+        grid = sample_grid(*given, decode=state.decode)
+        files.replace_bytes(state.out / name, tables.encode_png(grid))
 
 
-def _commit(state: State, config: cfg.Denoiser, out: Path) -> None:
-    """Everything to go on from, on disk; UserError instead where a weight is not finite."""
-    ids = state.pending[1] if state.pending else []
-    _look(state, config)
-    largest = torch.stack(torch._foreach_norm([*state.trained, *state.means], math.inf)).sum()
-    if not math.isfinite(process_group.mean(largest)):
-        raise _diverged(
-            "a weight is not finite",
-            state.step - 1,
-            process_group.gather(np.array(ids, str)).tolist(),
-            config,
-        )
-    if process_group.lead():
-        weights.save_checkpoint(
-            out,
-            {
-                "step": state.step,
-                "model": state.objective.state_dict(),
-                "ema": state.averaged.state_dict(),
-                "optimizer": state.optimizer.state_dict(),
-                "history": state.history,
-                "losses": state.losses,
-                "init": state.init,
-                "recipe": state.recipe,
-            },
-        )
-        _write_history(state, out)
-    process_group.barrier()
-
-
-def _write_history(state: State, out: Path) -> None:
-    files.replace_bytes(
-        out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in state.history).encode()
-    )
-
-
-def _finish(
-    state: State, meta: dict[str, Any], out: Path, seed: int, decode: Callable[[Tensor], np.ndarray]
-) -> dict[str, Any]:
+def _finish(state: State, record: loop.Record) -> dict[str, Any]:
     """Write the model and a grid of samples."""
-    if process_group.lead():
-        weights.save_model(
-            out, state.averaged.state_dict(), meta | {"steps": state.step, "init": state.init}
-        )
-        _write_history(state, out)
-        _write_samples(state, meta, seed, decode, out / "samples.png")
+    if process_group.is_main_process():
+        made = state.meta | {"steps": record.step, "init": state.init}
+        weights.save_model(state.out, state.averaged.state_dict(), made)
+        _write_samples(state, "samples.png")
     process_group.barrier()
-    fingerprint = weights.read_model(out)[2]
-    loss = next(
-        (row["loss"] for row in reversed(state.history) if "loss" in row), None
-    )  # none without a step
-    parameters = sum(p.numel() for p in state.means)
     return {
-        "steps": state.step,
-        "loss": loss,
+        "steps": record.step,
+        "loss": record.mean_loss,
         "init": state.init,
-        "fingerprint": fingerprint,
-        "parameters": parameters,
+        "fingerprint": weights.read_model(state.out)[2],
+        "parameters": sum(p.numel() for p in state.averaged.parameters()),
     }
 
 
@@ -428,7 +266,7 @@ def sample_grid(
     device: torch.device | str = "cpu",
     columns: int = 8,
     generate: cfg.Generate | None = None,
-    decode: Callable[[Tensor], np.ndarray] = edm.to_images,
+    decode: Decode = edm.to_images,
 ) -> np.ndarray:
     """One row of `columns` samples a class: uint8 [classes * R, columns * R, 3].
 

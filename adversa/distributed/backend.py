@@ -3,7 +3,7 @@ controller imports this module.
 
 Ray Train's own TorchConfig makes the controller import torch, 1.5 s of a core before the first
 worker starts, and makes a process group for one worker too. Here one worker has none
-(adversa.workers then does nothing), and several get Ray Train's own.
+(process_group.py then does nothing), and several get Ray Train's own.
 """
 
 from __future__ import annotations

@@ -123,11 +123,15 @@ class Reports:
         from adversa.training import process_group
 
         due = time.monotonic() - self.last >= REPORT_SECONDS
-        if not process_group.everyones(due)[0]:  # a report takes every worker: the lead decides
+        if not process_group.all_gather_object(due)[
+            0
+        ]:  # a report takes every worker: the main process decides
             return
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / POINTER).write_text(json.dumps({"out": str(self.out), "step": step}))
-            checkpoint = Checkpoint.from_directory(folder) if process_group.lead() else None
+            checkpoint = (
+                Checkpoint.from_directory(folder) if process_group.is_main_process() else None
+            )
             ray.train.report({"out": str(self.out), "step": step}, checkpoint=checkpoint)
         self.last = time.monotonic()
 

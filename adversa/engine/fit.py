@@ -39,7 +39,7 @@ def do_job(
     from adversa.training import process_group  # torch
 
     started_at = job.resume(job.out)
-    if len(set(at := process_group.everyones((str(job.out), started_at)))) > 1:
+    if len(set(at := process_group.all_gather_object((str(job.out), started_at)))) > 1:
         raise UserError(
             f"the workers see different files (folder, step: {at}); put --run-dir where "
             "every node sees the same"
@@ -49,8 +49,12 @@ def do_job(
     optional = {} if job.select is None else {"select": select}
     with files.writing(job.out):
         waited = Waited(batches)
-        count = process_group.world()
-        report = partial(_tell, progress, listen, count) if process_group.lead() else _tell_nobody
+        count = process_group.world_size()
+        report = (
+            partial(_tell, progress, listen, count)
+            if process_group.is_main_process()
+            else _tell_nobody
+        )
         metrics = job.fit(
             waited, out=job.out, report=report, threads=threads, committed=committed, **optional
         )
@@ -60,7 +64,7 @@ def do_job(
         )
         seconds = progress.elapsed
         compute = seconds - waited.seconds
-        if process_group.lead():
+        if process_group.is_main_process():
             _, _, fingerprint = read_model(job.out)
             step_folder.finish(
                 job.out,

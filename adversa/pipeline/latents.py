@@ -58,6 +58,7 @@ def codec_job(
 ) -> FitJob:
     """Fit an autoencoder on what the arm `real` sees; `select` only tells how well it does."""
     from adversa.diffuse import codec_fit
+    from adversa.training.loop import resume_step
 
     feed = Feed(
         folders=(data / "train",),
@@ -79,7 +80,7 @@ def codec_job(
         out,
         recipe,
         job,
-        codec_fit.resume_step,
+        resume_step,
         feed,
         Feed(folders=(data / "select",), batch_size=config.batch_size),
     )

@@ -137,6 +137,7 @@ def classifier_job(
     added: folders of what is in the mix beside the images of `train`.
     """
     from adversa.classify import fit
+    from adversa.training.loop import resume_step
 
     select = Feed(folders=(data / "select",), batch_size=config.batch_size)
     feed = Feed(
@@ -165,7 +166,7 @@ def classifier_job(
         counts=counts,
         priors=priors,
     )
-    return FitJob(out, recipe, job, fit.resume_step, feed, select)
+    return FitJob(out, recipe, job, resume_step, feed, select)
 
 
 def round_classifier(
@@ -215,6 +216,7 @@ def denoiser_job(
     """
     from adversa.diffuse import edm
     from adversa.diffuse import fit as diffuse_fit
+    from adversa.training.loop import resume_step
 
     classes = classes_of(data)
     images, std = (codec[1], config.sigma_data) if codec else (data, None)
@@ -246,7 +248,7 @@ def denoiser_job(
             latents.fit_denoiser, codec_folder=codec[0], codec=space, config=config, **given
         )
     select = Feed(folders=(images / "select",), batch_size=config.batch_size, latent_std=std)
-    return FitJob(out, recipe, job, diffuse_fit.resume_step, feed, select)
+    return FitJob(out, recipe, job, resume_step, feed, select)
 
 
 def _weights(name: str | None) -> dict[str, str]:

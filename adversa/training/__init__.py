@@ -1,1 +1,1 @@
-"""What every training needs, whatever it trains."""
+"""How every network here is trained: the one loop, its schedules, its processes."""

@@ -1,22 +1,20 @@
-"""Workers of one training: who this process is among them, and its share of each batch.
-torch.distributed alone, no Ray.
+"""The processes of one training: which one this is, and its rows of each batch. No Ray.
 
-Without a process group there is one worker, and every function here does nothing. Draws, noise,
-augmentation and mixing of a step are drawn for the whole batch on every worker and then cut to its
-rows, and BatchNorm sees the whole batch (`synchronise`). So the number of workers changes the order
-of summation and no more: in float32 the loss curves of one and two workers agree within 2e-4
-(classifier) and 1e-4 (denoiser), which tests/classify/test_workers.py and
-tests/diffuse/test_workers.py hold them to.
+Without a torch.distributed process group there is one process, and every function here does
+nothing. All that a step draws (noise, augmentation, mixing) is drawn for the whole batch in every
+process and then cut to its rows, and BatchNorm sees the whole batch. So the number of processes
+changes the order of summation and no more: in float32 the loss curves of one and two agree within
+2e-4 (classifier) and 1e-4 (denoiser); tests/classify/test_workers.py and
+tests/diffuse/test_workers.py hold them to it.
 
 Except for a model with dropout or stochastic depth (`model_args: {drop_rate: ...}`): its layers
-draw their masks themselves, each worker from a seed of its own. With another number of workers the
-masks are others of the same distribution, and the curve is another one of the same training, as
-with another seed.
+draw their masks themselves, in each process from a seed of its own. With another number of
+processes the curve is another one of the same training, as with another seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,117 +30,98 @@ from adversa.types import share_of
 T = TypeVar("T")
 
 
-def world() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if world() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def lead() -> bool:
-    """Whether this worker writes files."""
+def is_main_process() -> bool:
+    """Whether this process writes files."""
     return rank() == 0
 
 
 def rows(size: int) -> slice:
-    """This worker's rows of a batch of `size` (types.share_of)."""
-    return share_of(size, rank(), world())
+    """This process's rows of a batch of `size` (types.share_of)."""
+    return share_of(size, rank(), world_size())
 
 
-def parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module to call in a training step.
-
-    Its gradients are averaged over the workers (DistributedDataParallel), its BatchNorm layers are
-    synchronised.
-    """
-    if world() == 1:
+def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module to call in a step: its gradients and BatchNorm are those of the whole batch."""
+    if world_size() == 1:
         return module
-    synchronise(module)
-    ids = (
-        [torch.cuda.current_device() if device.index is None else device.index]
-        if device.type == "cuda"
-        else None
-    )
+    convert_sync_batchnorm(module)
+    index = torch.cuda.current_device() if device.type == "cuda" else None
+    ids = None if index is None else [index if device.index is None else device.index]
     return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
 
-def share(losses: Tensor, size: int) -> Tensor:
-    """losses [this worker's rows] -> a scalar whose mean over the workers is the mean over all
-    `size` rows, for backward.
+def scale_loss(losses: Tensor, size: int) -> Tensor:
+    """A scalar whose mean over the processes is the mean of all `size` rows' losses, for backward.
+
+    losses: [this process's rows].
     """
-    return losses.sum() * (world() / size)
+    return losses.sum() * (world_size() / size)
 
 
-def mean(value: Tensor) -> float:
-    """Mean over the workers of a detached scalar."""
+def all_reduce_mean(value: Tensor) -> float:
+    """Mean over the processes of a detached scalar."""
     value = value.detach().clone()
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(value)
-    return value.item() / world()
+    return value.item() / world_size()
 
 
-def agree(tensors: Iterable[Tensor]) -> None:
-    """In place: each floating-point tensor becomes its mean over the workers."""
-    if world() > 1:
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                dist.all_reduce(tensor)
-                tensor /= world()
+def all_gather_rows(array: np.ndarray) -> np.ndarray:
+    """Every process's rows, concatenated in the order of their ranks; in each of them."""
+    return array if world_size() == 1 else np.concatenate(all_gather_object(array))
 
 
-def gather(array: np.ndarray) -> np.ndarray:
-    """Every worker's rows, concatenated in the order of the workers; on each of them."""
-    return array if world() == 1 else np.concatenate(everyones(array))
-
-
-def everyones(value: T) -> list[T]:
-    """Every worker's value, in the order of the workers; on each of them."""
-    found: list[Any] = [value] * world()
-    if world() > 1:
+def all_gather_object(value: T) -> list[T]:
+    """Every process's value, in the order of their ranks; in each of them."""
+    found: list[Any] = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(found, value)
     return found
 
 
 def barrier() -> None:
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-# ---- BatchNorm -----------------------------------------------------------------------------------
+def convert_sync_batchnorm(module: nn.Module) -> None:
+    """Make every BatchNorm within `module` take its statistics from all processes' rows.
 
-
-def synchronise(module: nn.Module) -> None:
-    """Make every BatchNorm within `module` (timm's BatchNormAct2d is one) take its statistics from
-    all workers' rows.
-
-    Only with several workers, and only while a layer is in training mode: parameters, buffers and
-    state dict stay as they are, and the running statistics become those of one worker that sees the
-    whole batch. nn.SyncBatchNorm is for GPUs only, and would replace the layers. Doing it twice
-    changes nothing.
+    timm's BatchNormAct2d is one too. Only with several processes, and only while a layer is in
+    training mode: parameters, buffers and state dict stay as they are, and the running statistics
+    become those of one process that sees the whole batch. nn.SyncBatchNorm is for GPUs only, and
+    would replace the layers. Doing it twice changes nothing.
     """
-    if world() == 1:
+    if world_size() == 1:
         return
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             layer.forward = partial(_forward, layer, type(layer).forward)  # type: ignore[method-assign]
 
 
-def _forward(layer: _BatchNorm, alone: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
+def _forward(layer: _BatchNorm, alone: Callable[[_BatchNorm, Tensor], Tensor], x: Tensor) -> Tensor:
     """What nn.BatchNorm2d.forward does, and what timm's BatchNormAct2d does after it."""
     if not layer.training:
         return alone(layer, x)
+    y: Tensor
     y, mu, var, total = _Normalise.apply(x, layer.weight, layer.bias, layer.eps)
     if layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
-        factor = (
-            layer.momentum if layer.momentum is not None else 1.0 / float(layer.num_batches_tracked)
-        )
+        factor, mean, variance = layer.momentum, layer.running_mean, layer.running_var
+        assert mean is not None and variance is not None
+        if factor is None:
+            factor = 1.0 / float(layer.num_batches_tracked)
         with torch.no_grad():
-            layer.running_mean.lerp_(mu.to(layer.running_mean.dtype), factor)
-            layer.running_var.lerp_(
-                (var * (total / (total - 1))).to(layer.running_var.dtype), factor
-            )
+            mean.lerp_(mu.to(mean.dtype), factor)
+            variance.lerp_((var * (total / (total - 1))).to(variance.dtype), factor)
     for name in ("drop", "act"):
         if isinstance(getattr(layer, name, None), nn.Module):
             y = getattr(layer, name)(y)
@@ -150,24 +129,23 @@ def _forward(layer: _BatchNorm, alone: Callable[[nn.Module, Tensor], Tensor], x:
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch normalisation over the rows of all workers, in float32 or wider: (y, mean [C], biased
-    variance [C], values a channel).
+    """Batch normalisation over the rows of all processes, in float32 or wider.
 
-    Ioffe and Szegedy 2015. The workers' means and squared deviations are merged as in Chan et al.
-    1983, which loses no digits where a mean is large. Backward: dx = w / s (dy - sum(dy) / N - xhat
-    sum(dy xhat) / N), both sums over the workers.
+    Gives (y, mean [C], biased variance [C], values a channel). Ioffe and Szegedy 2015; means and
+    squared deviations are merged as in Chan et al. 1983, which loses no digits where a mean is
+    large. Backward: dx = w / s (dy - sum(dy) / N - xhat sum(dy xhat) / N), sums over all rows.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, ...]:
-        assert x.numel(), "a worker without rows"
+        assert x.numel(), "a process without rows"
         wide, dims = _wide(x), [0, *range(2, x.ndim)]
         count = x.numel() // x.shape[1]
         var, mu = torch.var_mean(wide, dims, correction=0)
         mine = torch.cat([mu, var * count, mu.new_tensor([count])])
-        found = [torch.empty_like(mine) for _ in range(world())]
+        found = [torch.empty_like(mine) for _ in range(world_size())]
         dist.all_gather(found, mine)
         parts = torch.stack(found)
         means, squares, counts = parts[:, : len(mu)], parts[:, len(mu) : -1], parts[:, -1:]
@@ -187,7 +165,7 @@ class _Normalise(torch.autograd.Function):
         sums = torch.stack([wide.sum(dims), (wide * xhat).sum(dims)])
         ours = (
             sums.clone()
-        )  # a parameter's gradient is this worker's: DistributedDataParallel adds up the others'
+        )  # of this process alone: DistributedDataParallel adds up the parameters' gradients
         dist.all_reduce(sums)
         along, across = (sums / total).view(2, *shape)
         dx = (wide - along - xhat * across) * (scale if weight is None else scale * weight).view(

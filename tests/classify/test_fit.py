@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from adversa.classify.fit import (
-    Batch,
-    balanced_accuracy,
-    clip_gradient,
-    fit,
-    resume_step,
-    update_average,
-)
+from adversa.classify.fit import balanced_accuracy, fit, update_average
 from adversa.classify.model import build
 from adversa.classify.score import forward, make_scorer, score_batches
 from adversa.config import Augment, Classifier, check
 from adversa.storage.weights import load_checkpoint, read_model
+from adversa.training.loop import Batch, resume_step
 from adversa.types import UserError, seed_of
 
 TINY = {"model": "test_resnet", "model_args": {"drop_rate": 0.1}, "batch_size": 8}
@@ -381,26 +375,6 @@ def test_average_follows_weights_and_statistics_by_the_closed_form() -> None:
     assert average.num_batches_tracked == 10
     update_average(average, model, 0.0, 5)
     assert torch.equal(average.weight, model.weight)
-
-
-@pytest.mark.parametrize("size", [1e-3, 1e3, float("inf")])
-def test_clipping_gives_the_numbers_of_torch(size: float) -> None:
-    def parameters() -> list[torch.nn.Parameter]:
-        generator = torch.Generator().manual_seed(0)
-        found = [torch.nn.Parameter(torch.zeros(5, k + 1)) for k in range(4)]
-        for p in found[1:]:  # the first has no gradient, as in a frozen trunk
-            p.grad = size * torch.randn(p.shape, generator=generator)
-        return found
-
-    ours, theirs = parameters(), parameters()
-    norm = clip_gradient(iter(ours), 1.0)
-    assert norm == torch.nn.utils.clip_grad_norm_(theirs, 1.0).item()
-    for a, b in zip(ours[1:], theirs[1:], strict=True):
-        assert (
-            a.grad is not None
-            and b.grad is not None
-            and torch.equal(a.grad.nan_to_num(), b.grad.nan_to_num())
-        )
 
 
 def test_balanced_accuracy_ignores_absent_classes() -> None:

@@ -8,7 +8,6 @@ import torch
 
 from adversa.classify.model import build
 from adversa.classify.schedule import (
-    evaluation_steps,
     learning_rate,
     parameter_groups,
     set_rates,
@@ -39,11 +38,6 @@ def test_schedule() -> None:
     assert learning_rate(1, config.model_copy(update={"warmup": 0.0})) == pytest.approx(
         1.0, abs=1e-3
     )
-
-
-def test_evaluations_are_even_and_include_the_last_step() -> None:
-    assert evaluation_steps(600, 5) == {120, 240, 360, 480, 600}
-    assert evaluation_steps(3, 5) == {1, 2, 3} and evaluation_steps(7, 1) == {7}
 
 
 def test_a_thawed_trunk_warms_up_anew() -> None:
@@ -108,8 +102,7 @@ def test_rates_are_the_schedule_times_the_groups_scale() -> None:
         g for g in optimizer.param_groups if any(p is network.head.weight for p in g["params"])
     )
     for step, part in ((3, 0.0), (5, 0.5), (9, 1.0)):
-        set_rates(optimizer, step, config)
-        assert head["lr"] == learning_rate(step, config)
+        assert set_rates(optimizer, config, step) == head["lr"] == learning_rate(step, config)
         assert stem["lr"] == pytest.approx(learning_rate(step, config) * 0.5**layers * part)
 
 

@@ -11,18 +11,11 @@ import torch
 
 from adversa import config as cfg
 from adversa.diffuse import average, edm
-from adversa.diffuse.fit import (
-    VALIDATED,
-    VALIDATIONS,
-    _held_out,
-    fit,
-    learning_rate,
-    resume_step,
-    sample_grid,
-    validation_steps,
-)
+from adversa.diffuse.fit import VALIDATED, VALIDATIONS, _held_out, fit, sample_grid
 from adversa.diffuse.objective import validation_loss
 from adversa.storage import tables, weights
+from adversa.training.loop import resume_step
+from adversa.training.schedule import evenly_spaced
 from adversa.types import UserError, seed_of
 
 CONFIG = cfg.Denoiser(
@@ -130,7 +123,9 @@ def test_validation_rows_hold_the_validation_loss_of_the_average(tmp_path: Path)
     run(tmp_path, batches(0), said=said, select=lambda: batches(100, 150))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
-    assert set(found) == validation_steps(7) == {1, 3, 4, 6, 7} and len(found) == VALIDATIONS
+    assert (
+        set(found) == evenly_spaced(7, VALIDATIONS) == {1, 3, 4, 6, 7} and len(found) == VALIDATIONS
+    )
     assert [s["validation_loss"] for s in said if "validation_loss" in s] == list(found.values())
     denoiser, _, _ = edm.load(tmp_path)
     rows = [
@@ -275,7 +270,7 @@ def test_starting_from_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", ["edm", "uncertainty"])
 def test_a_loss_that_is_not_finite_stops_naming_step_and_images(tmp_path: Path, loss: str) -> None:
-    with pytest.raises(UserError, match=r"at step [1-6] \(images img[1-6]-\d, img") as caught:
+    with pytest.raises(UserError, match=r"at step [2-7]: .*images: img[1-6]-\d, img") as caught:
         run(
             tmp_path,
             batches(0),
@@ -292,7 +287,9 @@ def test_the_images_whose_loss_is_not_finite_are_named(tmp_path: Path) -> None:
                 latent[1, 0, 3, 3] = np.nan
             yield {"id": batch["id"], "latent": latent, "label": batch["label"]}
 
-    with pytest.raises(UserError, match=r"loss nan, .* at step 2 \(images img2-1\); lower"):
+    with pytest.raises(
+        UserError, match=r"at step 3: loss nan, .*; lower denoiser.lr .* images: img2-1$"
+    ):
         run(tmp_path, poisoned(), CONFIG.model_copy(update={"checkpoint_steps": 10}))
     assert not (tmp_path / weights.CHECKPOINT).exists()
 
@@ -309,8 +306,7 @@ def test_a_weight_that_is_not_finite_is_never_written(
 
     monkeypatch.setattr(average, "update", update)
     with pytest.raises(
-        UserError,
-        match=r"a weight is not finite at step 3 \(images img3-0, img3-1, img3-2, img3-3\)",
+        UserError, match=r"step 4: a weight that is not finite; .* img3-0, img3-1, img3-2, img3-3$"
     ):
         run(tmp_path, batches(0))
     assert resume_step(tmp_path) == 2 and not (tmp_path / weights.MODEL).exists()
@@ -365,14 +361,3 @@ def test_a_grid_is_sampled_as_the_denoiser_was_trained(amp: bool, null_probabili
     assert precise == {amp} and asked == (
         {0, 1, 2} if null_probability else {0, 1}
     )  # 2 is the null class
-
-
-def test_learning_rate_rises_then_falls() -> None:
-    config = CONFIG.model_copy(update={"steps": 100, "warmup": 0.1})
-    rates = [learning_rate(config, step) for step in range(100)]
-    assert max(rates) == pytest.approx(config.lr) and rates.index(max(rates)) == 10
-    assert (
-        rates[:11] == sorted(rates[:11])
-        and rates[10:] == sorted(rates[10:], reverse=True)
-        and rates[-1] < 0.01 * config.lr
-    )

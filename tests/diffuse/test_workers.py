@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from adversa import config as cfg
 from adversa.diffuse import fit
 from adversa.storage import weights
-from adversa.training import process_group
+from adversa.training import process_group, schedule
+from adversa.training.loop import resume_step
 from adversa.types import UserError
 
 SIZE = 5  # of a batch: two rows for one worker, three for the other
@@ -61,8 +61,8 @@ def batches(first: int, last: int, nan_at: int | None = None) -> Iterator[dict[s
 def run(
     out: Path, config: cfg.Denoiser, last: int = 8, nan_at: int | None = None, **more: Any
 ) -> dict[str, Any]:
-    fit.LOG_STEPS = 1  # every step's loss in metrics.jsonl
-    source = batches(fit.resume_step(out), last, nan_at)
+    schedule.LOG_STEPS = 1  # every step's loss in metrics.jsonl
+    source = batches(resume_step(out), last, nan_at)
     return fit.fit(
         source,
         config=config,
@@ -87,7 +87,7 @@ def train_all(root: Path) -> dict[str, Any]:
     with pytest.raises(AssertionError, match="the batches ended at step 6"):
         run(root / "killed", CASES["uncertainty"], last=6)
     process_group.barrier()
-    assert fit.resume_step(root / "killed") == 4
+    assert resume_step(root / "killed") == 4
     found["killed"] = run(root / "killed", CASES["uncertainty"])
     with pytest.raises(UserError) as caught:
         run(root / "nan", PLAIN, nan_at=2)
@@ -104,11 +104,10 @@ def worker(rank: int, root: Path) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of everything trained by one worker (this process), and by two."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    logged, threads = fit.LOG_STEPS, torch.get_num_threads()
+    logged = schedule.LOG_STEPS
     mp.spawn(worker, (two,), nprocs=2)
     (one / "0.json").write_text(json.dumps(train_all(one)))
-    fit.LOG_STEPS = logged
-    torch.set_num_threads(threads)
+    schedule.LOG_STEPS = logged
     return one, two
 
 
@@ -152,7 +151,5 @@ def test_two_killed_workers_go_on_to_the_same_weights(both: tuple[Path, Path]) -
 
 def test_both_name_the_image_that_only_one_has_seen(both: tuple[Path, Path]) -> None:
     for path in (both[0] / "0.json", both[1] / "0.json", both[1] / "1.json"):
-        assert (
-            "loss nan" in (text := json.loads(path.read_text())["nan"])
-            and "at step 2 (images 2-4);" in text
-        )
+        text = json.loads(path.read_text())["nan"]
+        assert "at step 3: loss nan" in text and text.endswith("images: 2-4")

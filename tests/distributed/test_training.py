@@ -133,7 +133,7 @@ class Fit:
 
         step = resume(out)
         with open(out / "log", "a", buffering=1) as log:
-            log.write(f"start {process_group.rank()}/{process_group.world()} at {step}\n")
+            log.write(f"start {process_group.rank()}/{process_group.world_size()} at {step}\n")
             for batch in batches:
                 assert batch["image"].max() == step
                 if (
@@ -147,16 +147,18 @@ class Fit:
                     if self.then == "wait":
                         (out / "half").touch()
                         time.sleep(3600)
-                    if process_group.rank() == process_group.world() - 1:
+                    if process_group.rank() == process_group.world_size() - 1:
                         os.kill(os.getpid(), signal.SIGKILL)
                 step += 1
-                process_group.mean(np_to_tensor(step))  # as a training step does: nobody runs ahead
+                process_group.all_reduce_mean(
+                    np_to_tensor(step)
+                )  # as a training step does: nobody runs ahead
                 if step % 2 == 0:
-                    if process_group.lead():
+                    if process_group.is_main_process():
                         save_checkpoint(out, {"step": step})
                     process_group.barrier()
                     committed(step)
-        if process_group.lead():
+        if process_group.is_main_process():
             save_model(out, {"w": np_to_tensor(step)}, {})
         process_group.barrier()
         return {"steps": step}

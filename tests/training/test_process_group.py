@@ -1,6 +1,4 @@
-"""Workers of one training, over gloo in two processes: BatchNorm that sees all rows, losses and
-means that add up.
-"""
+"""Two processes of one training over gloo: BatchNorm sees all rows, losses and means add up."""
 
 from __future__ import annotations
 
@@ -57,17 +55,17 @@ def outcome(name: str, layer: nn.Module, rows: slice) -> dict[str, object]:
     x = inputs(name)[rows].requires_grad_()
     for _ in range(2):
         called = (
-            process_group.parallel(layer, torch.device("cpu"))
+            process_group.data_parallel(layer, torch.device("cpu"))
             if list(layer.parameters())
             else layer
         )
         if called is layer:
-            process_group.synchronise(layer)
+            process_group.convert_sync_batchnorm(layer)
         layer.zero_grad()
         x.grad = None
         y = called(x)
         weights = torch.linspace(-1, 1, ROWS * y[0].numel()).view(ROWS, *y.shape[1:])[rows]
-        process_group.share((y.square() * weights).flatten(1).sum(1), ROWS).backward()
+        process_group.scale_loss((y.square() * weights).flatten(1).sum(1), ROWS).backward()
     scored = (
         copy.deepcopy(layer).eval()(inputs(name))
         if name != "no running statistics"
@@ -77,7 +75,7 @@ def outcome(name: str, layer: nn.Module, rows: slice) -> dict[str, object]:
     # whole batch's.
     return {
         "y": y.detach(),
-        "dx": x.grad / process_group.world(),
+        "dx": x.grad / process_group.world_size(),
         "scored": scored.detach(),
         "buffers": dict(layer.named_buffers()),
         "gradients": {k: p.grad for k, p in layer.named_parameters()},
@@ -90,18 +88,16 @@ def worker(rank: int, root: Path) -> None:
         k: outcome(k, layer, process_group.rows(ROWS)) for k, layer in layers().items()
     }
     half = nn.BatchNorm2d(CHANNELS)
-    process_group.synchronise(half)
+    process_group.convert_sync_batchnorm(half)
     found["bf16"] = half(
         inputs("")
         .bfloat16()
         .contiguous(memory_format=torch.channels_last)[process_group.rows(ROWS)]
     ).detach()
-    found["mean"] = process_group.mean(torch.tensor(float(rank)))
-    found["gathered"] = process_group.gather(np.arange(ROWS)[process_group.rows(ROWS)])
-    found["everyones"] = process_group.everyones(f"worker {rank}")
-    tensors = [torch.full((2,), float(rank)), torch.tensor(rank)]
-    process_group.agree(tensors)
-    found["agreed"], found["lead"] = tensors, process_group.lead()
+    found["mean"] = process_group.all_reduce_mean(torch.tensor(float(rank)))
+    found["gathered"] = process_group.all_gather_rows(np.arange(ROWS)[process_group.rows(ROWS)])
+    found["objects"] = process_group.all_gather_object(f"worker {rank}")
+    found["main"] = process_group.is_main_process()
     torch.save(found, root / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -140,28 +136,25 @@ def test_what_comes_in_as_bf16_goes_out_as_bf16_in_the_same_memory_format(two):
     assert torch.allclose(joined.float(), whole.float(), atol=0.02)
 
 
-def test_what_workers_tell_each_other(two):
+def test_what_processes_tell_each_other(two):
     for rank, w in enumerate(two):
         assert (
             w["mean"] == 0.5
             and w["gathered"].tolist() == list(range(ROWS))
-            and w["lead"] == (rank == 0)
+            and w["main"] == (rank == 0)
         )
-        assert w["everyones"] == ["worker 0", "worker 1"]
-        assert (
-            w["agreed"][0].tolist() == [0.5, 0.5] and w["agreed"][1].item() == rank
-        )  # counters stay
+        assert w["objects"] == ["worker 0", "worker 1"]
 
 
 def test_alone_nothing_happens():
     layer = nn.BatchNorm2d(2)
-    assert process_group.parallel(layer, torch.device("cpu")) is layer and "forward" not in vars(
-        layer
-    )
+    assert process_group.data_parallel(
+        layer, torch.device("cpu")
+    ) is layer and "forward" not in vars(layer)
     assert (
         process_group.rows(7) == slice(0, 7)
-        and process_group.everyones(3) == [3]
-        and process_group.lead()
+        and process_group.all_gather_object(3) == [3]
+        and process_group.is_main_process()
     )
     process_group.barrier()
 
