@@ -43,8 +43,8 @@ from adversa.pipeline import curate, train
 from adversa.pipeline import generate as pipeline_generate
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
-from adversa.storage import path as storage_path
 from adversa.storage import tables
+from adversa.storage.path import rmtree, storage_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import s3
@@ -198,7 +198,7 @@ def child(name: str, root: str, samplers: int) -> None:
             generate(RunDir(Path(folder)), 1)
     Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is counted from here
     base, cpu, began = resident("VmRSS"), time.process_time(), time.perf_counter()
-    extra = PHASES[name](RunDir(storage_path.place(root)), samplers)
+    extra = PHASES[name](RunDir(storage_path(root)), samplers)
     took = {
         "cpu": time.process_time() - cpu,
         "seconds": time.perf_counter() - began,
@@ -264,7 +264,7 @@ def samplers(cases: int, counts: list[int], base: Path) -> list[Result]:
     """The hand-out with fewer samplers than 64, of the largest size."""
     run, found = RunDir(base / f"run-{cases}"), []
     for count in counts:
-        storage_path.rmtree(run.round(1, "synthetic"))
+        rmtree(run.round(1, "synthetic"))
         took = phase("generate", run.root, count)
         found.append(
             Result(f"handed out, {count} samplers", images_of(cases) / took["crew"], "requests/s")
@@ -280,7 +280,7 @@ def on_s3(sizes: list[int]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     with store() as (proxy, address):
         for cases in sizes:
-            run = RunDir(storage_path.place(address(f"run-{cases}")))
+            run = RunDir(storage_path(address(f"run-{cases}")))
             prepare(run, cases)
             for name in ("plan", "generate", "resume"):
                 proxy.seen.clear()

@@ -32,7 +32,7 @@ from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import Recipe
 from adversa.storage import files, tables
-from adversa.storage import path as storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.types import ROLES, HardCase, Verdict, digest
 
 CLASSES, SIDE = 7, 32
@@ -48,7 +48,7 @@ FACTS = {"seconds": 0.0, "compute_seconds": 0.0, "device_seconds": 0.0, "rows": 
 # ---- a run without models ------------------------------------------------------------------------
 
 
-def finished(folder: storage_path.Place) -> None:
+def finished(folder: StoragePath) -> None:
     """Mark a folder as a finished step: what reads it asks for no more."""
     recipe = Recipe("given", 1, {}, {})
     step_folder.begin(folder, recipe)
@@ -96,9 +96,9 @@ def prepare(run: RunDir, cases: int) -> None:
         finished(folder)
 
 
-def paint(part: Part, path: storage_path.Place) -> Painted:
+def paint(part: Part, path: StoragePath) -> Painted:
     """A sampler's part: its requests read, a row for each committed."""
-    requests = generate.read_requests(storage_path.place(part.payload["path"]))
+    requests = generate.read_requests(storage_path(part.payload["path"]))
     rows = [
         {
             "request_id": r.request_id,
@@ -116,13 +116,13 @@ def paint(part: Part, path: storage_path.Place) -> Painted:
     return Painted(len(rows), len(rows) * GENERATE.steps)
 
 
-def judge(part: Part, path: storage_path.Place) -> int:
+def judge(part: Part, path: StoragePath) -> int:
     """A verdict for each image: every tenth is not let through."""
     rows = tables.read_part(
-        storage_path.place(part.payload["path"]), ["request_id", "arm", "label"]
+        storage_path(part.payload["path"]), ["request_id", "arm", "label"]
     ).to_pylist()
     asked = tables.read_part(
-        storage_path.place(part.payload["requests"]), ["strategy", "example"]
+        storage_path(part.payload["requests"]), ["strategy", "example"]
     ).to_pylist()
     told = [
         Verdict(
@@ -154,11 +154,11 @@ def judge(part: Part, path: storage_path.Place) -> int:
     return len(rows)
 
 
-def pair(inspected: storage_path.Place) -> Callable[[Part, storage_path.Place], int]:
+def pair(inspected: StoragePath) -> Callable[[Part, StoragePath], int]:
     """Every tenth image has a twin: the one before it."""
     waiting = curate.waiting(inspected)
 
-    def work(part: Part, path: storage_path.Place) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         ids = waiting[part.payload["arm"]][part.payload["start"] : part.payload["stop"]]
         rows = [{"a": i} for i in ids] + [
             {"a": a, "b": b, "similarity": 0.95}
@@ -182,7 +182,7 @@ class Fleet:
     `working_cpu`.
     """
 
-    out: storage_path.Place
+    out: StoragePath
     pace: float
     clock: float = 0.0
     working: float = 0.0

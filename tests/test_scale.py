@@ -18,7 +18,7 @@ from adversa.pipeline import curate, generate
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files, tables
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.types import HardCase, Verdict
 
 
@@ -84,7 +84,7 @@ class Paint:
 
     def map_parts(self, make, parts, out, report, name):
         for part in parts:
-            ids = tables.read_part(generate.place(part.payload["path"]), ["request_id"])[
+            ids = tables.read_part(generate.storage_path(part.payload["path"]), ["request_id"])[
                 "request_id"
             ].to_pylist()
             rows = [{"request_id": i, "finite": True, "evaluations": 1, "skipped": 0} for i in ids]
@@ -205,7 +205,7 @@ def test_masks_are_read_once_and_not_for_every_part(tmp_path, calls):
 
 def test_on_an_object_store_many_parts_are_looked_into_at_the_same_time():
     """Each look waits here until eight have begun."""
-    together, folder = threading.Barrier(8, timeout=30), place("s3://bucket/run")
+    together, folder = threading.Barrier(8, timeout=30), storage_path("s3://bucket/run")
     paths = [folder / tables.part_name(i) for i in range(16)]
     assert tables.each(lambda p: together.wait() >= 0 and p.name, paths) == [p.name for p in paths]
 

@@ -280,7 +280,7 @@ class Scene:
             found[-1].kill()
             return name
         if self.victim == "coordinator":
-            pid = json.loads((self.run / "lease.json").read_text())["pid"]
+            pid = json.loads((self.run / "lock.json").read_text())["pid"]
             psutil.Process(pid).kill()
             return f"process {pid}"
         return self.nodes.kill_node() if self.victim == "node" else self.nodes.kill_head()
@@ -314,9 +314,9 @@ class Scene:
         self.command = self.start()
 
     def owner(self) -> str:
-        """Who works on the run, as its lease has it."""
+        """Who works on the run, as its lock has it."""
         try:
-            return str(json.loads((self.run / "lease.json").read_text())["owner"])
+            return str(json.loads((self.run / "lock.json").read_text())["owner"])
         except FileNotFoundError:
             return ""
 

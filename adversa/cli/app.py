@@ -25,7 +25,7 @@ from adversa.cli.options import (
     Verbose,
     exits,
     reads_run,
-    run_place,
+    run_path,
     saved_run,
 )
 from adversa.cli.run import engines, error, execute, root_of, stoppable
@@ -370,7 +370,7 @@ def generate(
 @exits
 @reads_run
 def regenerate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_place, help="The run's folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_path, help="The run's folder.")],
     request_id: Annotated[
         str, typer.Argument(metavar="REQUEST_ID", help="Of the image; the report names it.")
     ],
@@ -389,7 +389,7 @@ def regenerate(
 @exits
 @reads_run
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_place, help="The run's folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_path, help="The run's folder.")],
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where it goes: a new or empty folder.")
     ],
@@ -428,7 +428,7 @@ def bench_generate(
     run: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN]", parser=run_place, help="A run's folder; none: the shipped denoiser."
+            metavar="[RUN]", parser=run_path, help="A run's folder; none: the shipped denoiser."
         ),
     ] = None,
     denoiser: Annotated[
@@ -535,7 +535,7 @@ def evaluate(
 @exits
 @reads_run
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_place, help="The run's folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_path, help="The run's folder.")],
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGES...", help="Files, folders, globs.")
     ],

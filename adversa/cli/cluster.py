@@ -283,12 +283,11 @@ class _View:
         from adversa.cli import view
         from adversa.config import load
         from adversa.run.folder import RunDir
-        from adversa.storage.path import Remote
-        from adversa.storage.path import place as of
+        from adversa.storage.path import BucketPath, storage_path
 
-        run = RunDir(of(self.run))
+        run = RunDir(storage_path(self.run))
         with contextlib.suppress(UserError):  # not to be read from here, or not yet
-            if isinstance(run.root, Remote) and run.config.is_file():
+            if isinstance(run.root, BucketPath) and run.config.is_file():
                 self.watch = view.Watch(self.screen, load(run.config), run)
                 self.watch.__enter__()
 

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def run_place(text: str) -> Any:
+def run_path(text: str) -> Any:
     """A run's folder, or its address on an object store: pathlib would take the slashes of s3://
     for one.
     """
     if "://" not in text:
         return Path(text)
-    from adversa.storage.path import place
+    from adversa.storage.path import storage_path
     from adversa.types import UserError
 
     try:
-        return place(text)
+        return storage_path(text)
     except UserError as e:
         raise typer.BadParameter(str(e)) from None
 
@@ -43,7 +43,7 @@ RunPath = Annotated[
     typer.Option(
         "--run-dir",
         metavar="DIR",
-        parser=run_place,
+        parser=run_path,
         help="The run's folder, or s3://BUCKET/FOLDER; default: runs/NAME-OF-CONFIG.",
     ),
 ]
@@ -55,14 +55,14 @@ Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds of mine, ge
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
 SavedRun = Annotated[
     Path | None,
-    typer.Argument(metavar="[RUN]", parser=run_place, help="The run's folder; default: runs/demo."),
+    typer.Argument(metavar="[RUN]", parser=run_path, help="The run's folder; default: runs/demo."),
 ]
 SavedRunDir = Annotated[
     Path | None,
     typer.Option(
         "--run-dir",
         metavar="DIR",
-        parser=run_place,
+        parser=run_path,
         help="The same, as the other commands take it.",
     ),
 ]

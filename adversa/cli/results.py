@@ -24,7 +24,7 @@ from adversa.pipeline import stages
 from adversa.run import file_lock, status
 from adversa.run.folder import RunDir, check_links
 from adversa.storage import files
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.types import ARMS, BEFORE, UserError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run_of(
     if on is None:
         if given := [name for name, value in with_on.items() if value is not None]:
             raise UserError(f"{given[0]} goes with --on CSV_OR_FOLDER: what to score the run on")
-        if len(words) == 1 and (place(words[0]) / "config.yaml").is_file():
+        if len(words) == 1 and (storage_path(words[0]) / "config.yaml").is_file():
             raise UserError(
                 f"{words[0]} is a run: go on with it by --run-dir {words[0]}, or say with "
                 "--on SET what to score it on"
@@ -67,7 +67,7 @@ def run_of(
         return None
     if given := [name for name, value in without.items() if value is not None]:
         raise UserError(f"{given[0]} does not go with --on: a finished run is scored as it is")
-    roots = [*map(place, words), *([run_dir] if run_dir else [])]
+    roots = [*map(storage_path, words), *([run_dir] if run_dir else [])]
     if len(roots) != 1:
         raise UserError(
             "--on scores one finished run; write adversa evaluate RUN --on CSV_OR_FOLDER"

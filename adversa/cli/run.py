@@ -169,7 +169,7 @@ def hold(
     ended: the state of a run whose work came to its end; told: what else status.json is to say.
     """
     from adversa.run import control, status
-    from adversa.run.run_lock import LeaseLost
+    from adversa.run.run_lock import RunLockLost
 
     try:
         with (
@@ -180,13 +180,13 @@ def hold(
                 found = work()
             except KeyboardInterrupt as stop:
                 reins.ending = True
-                if reins.lease.lost is not None:
-                    raise reins.lease.lost from None
+                if reins.lock.lost is not None:
+                    raise reins.lock.lost from None
                 status.set_status(run, "stopped", **told)
                 raise _stopped(
                     screen, KeyboardInterrupt() if control.read(run).wish == control.STOP else stop
                 ) from None
-            except LeaseLost:
+            except RunLockLost:
                 raise
             except Exception as e:
                 _note_failure(run, e, **told)

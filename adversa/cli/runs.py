@@ -16,7 +16,7 @@ from adversa.cli.options import (
     SavedRunDir,
     exits,
     reads_run,
-    run_place,
+    run_path,
     saved_run,
     say,
 )
@@ -67,7 +67,7 @@ def runs_(
     folder: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[DIR]", parser=run_place, help="What holds run folders; default: runs."
+            metavar="[DIR]", parser=run_path, help="What holds run folders; default: runs."
         ),
     ] = None,
     cluster: ClusterPath = None,

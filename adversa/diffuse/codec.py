@@ -25,7 +25,7 @@ from adversa import config as cfg
 from adversa.diffuse import pretrained
 from adversa.diffuse.edm import to_images, to_tensor
 from adversa.storage import files, weights
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.types import UserError
 
 KIND = "codec"
@@ -172,7 +172,7 @@ def load(
     """
     import diffusers
 
-    state, meta, fingerprint = weights.read_model(place(folder))
+    state, meta, fingerprint = weights.read_model(storage_path(folder))
     if meta.get("kind") != KIND or meta.get("class") not in CLASSES.values():
         raise UserError(
             f"{folder} holds a model of kind {meta.get('kind')!r}, not a codec; give the "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adversa import config as cfg
 from adversa.diffuse.network import build_network
 from adversa.storage import weights
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.types import UserError
 
 DenoiserFn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -133,7 +133,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Denoiser, di
     """(denoiser in eval mode, without gradients; its config.json; fingerprint). UserError where the
     folder holds none.
     """
-    state, meta, fingerprint = weights.read_model(place(folder))
+    state, meta, fingerprint = weights.read_model(storage_path(folder))
     if meta.get("kind") != KIND:
         raise UserError(
             f"{folder} holds a model of kind {meta.get('kind')!r}, not a denoiser "

@@ -17,7 +17,7 @@ from adversa.diffuse import codec, edm, external
 from adversa.diffuse.paint import Canvas, Painted, Steering
 from adversa.diffuse.strategy import Sources
 from adversa.storage import weights
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.types import GenerationRequest, UserError
 
 
@@ -105,12 +105,12 @@ def load(
     beside it, as a run keeps them.
     """
     device = torch.device(device)
-    model, meta, fingerprint = read(place(denoiser), device)
+    model, meta, fingerprint = read(storage_path(denoiser), device)
     space = meta.get("codec")
     found = (
         None
         if space is None
-        else codec.load(codec_folder or place(denoiser).parent / "codec", device, space)
+        else codec.load(codec_folder or storage_path(denoiser).parent / "codec", device, space)
     )
     return Painter(model, found, meta, fingerprint, device)
 

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from adversa.common.sanitize import load_yaml
 from adversa.config import Section, explain
-from adversa.storage.path import Remote, place
+from adversa.storage.path import storage_path
 from adversa.types import UserError
 
 KUBERAY = ("RayJob", "RayCluster", "RayService")
@@ -131,8 +131,7 @@ def is_absolute(where: str) -> bool:
     """Whether every node calls the same place so. UserError for an object store's address that
     cannot be used.
     """
-    found = place(where)
-    return isinstance(found, Remote) or found.is_absolute()
+    return storage_path(where).is_absolute()
 
 
 def jobs_address(text: str) -> str:

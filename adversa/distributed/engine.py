@@ -19,7 +19,7 @@ from adversa.engine.tasks import Done, Make, Name, Part, Report, Share, row_name
 from adversa.engine.trials import Board, in_turn
 from adversa.run import control
 from adversa.run.step_folder import is_finished
-from adversa.storage.path import Place, rmtree
+from adversa.storage.path import StoragePath, rmtree
 from adversa.types import UserError
 
 AGAIN = "run the same command again, finished parts are kept"
@@ -158,7 +158,7 @@ class RayEngine:
             search.idle()
 
     @contextlib.contextmanager
-    def tuning(self) -> Iterator[tuple[search.Lanes, Place]]:
+    def tuning(self) -> Iterator[tuple[search.Lanes, StoragePath]]:
         """The lanes of a search by Ray Tune, and a place for what Tune keeps, which goes with
         it.
         """

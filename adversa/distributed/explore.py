@@ -10,7 +10,6 @@ its own has a pool of its own.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import inspect
 import json
 import math
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler, create_scheduler
 from ray.tune.search import create_searcher
@@ -35,12 +35,12 @@ from adversa.distributed.training import _stored
 from adversa.engine.local import LocalEngine
 from adversa.engine.trials import fault
 from adversa.pipeline import prepare
-from adversa.run import control, file_lock, status, step_folder, tracking
+from adversa.run import control, status, step_folder, tracking
 from adversa.run.folder import RunDir, remove_partial_files
 from adversa.run.status import Clock
 from adversa.run.step_folder import Progress
 from adversa.storage import files
-from adversa.storage.path import Place
+from adversa.storage.path import StoragePath
 from adversa.sweep import grid, regimes
 from adversa.sweep import run as sweep_run
 from adversa.sweep.grid import Cell, Variant
@@ -315,7 +315,7 @@ def trainable(
     return trial
 
 
-def folder_of(config: Config, run: RunDir) -> Place:
+def folder_of(config: Config, run: RunDir) -> StoragePath:
     """Where the trials of a search lie: another search has another folder; `own` is of a space that
     came from elsewhere.
     """
@@ -327,7 +327,7 @@ def folder_of(config: Config, run: RunDir) -> Place:
     )
 
 
-def trial_dir(folder: Place, asks: dict[str, Any]) -> Place:
+def trial_dir(folder: StoragePath, asks: dict[str, Any]) -> StoragePath:
     return folder / digest(json.dumps(_plain(asks), sort_keys=True), size=8)
 
 
@@ -337,7 +337,7 @@ def explored(
     asks: dict[str, Any],
     threads: int,
     report: Callable[[dict[str, Any]], None],
-    folder: Place,
+    folder: StoragePath,
 ) -> dict[str, Any]:
     """One trial, by its configuration alone: the same configuration is the same folder, which is
     not made twice; what it said at its evaluations it says again.
@@ -469,7 +469,7 @@ def _pools(
 
 
 @contextlib.contextmanager
-def alone(folder: Place) -> Iterator[None]:
+def alone(folder: StoragePath) -> Iterator[None]:
     """One trial at a time makes a folder. On an object store, which knows no locks, two may make
     the same bytes at once.
     """
@@ -477,8 +477,7 @@ def alone(folder: Place) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".made", "a", opener=file_lock.no_link) as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+    with FileLock(folder / ".made", fallback_to_soft=False):
         yield
 
 
@@ -501,7 +500,7 @@ class _Halt(tune.Stopper):
 class _Watch(tune.Callback):
     """Notes what a scheduler stopped, so that it is not begun again, and how far the search is."""
 
-    def __init__(self, folder: Place, total: int, halt: _Halt) -> None:
+    def __init__(self, folder: StoragePath, total: int, halt: _Halt) -> None:
         self.folder, self.total, self.halt = folder, total, halt
         self.running: dict[str, str] = {}
         self.done = self.stopped = self.failed = 0
@@ -594,7 +593,7 @@ def explore(
     config: Config,
     run: RunDir,
     lanes: Lanes,
-    storage: Place,
+    storage: StoragePath,
     report: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """A row for each trial (`rows`). UserError where trials failed; control's Pause."""
@@ -663,7 +662,7 @@ def _mendable(
     return told
 
 
-def rows(folder: Place, metric: str) -> list[dict[str, Any]]:
+def rows(folder: StoragePath, metric: str) -> list[dict[str, Any]]:
     """Every trial of a search so far, the best first, those the scheduler stopped after those that
     finished: asks (its configuration), state, score and what else is known.
     """

@@ -30,7 +30,7 @@ from adversa.engine.interface import Tell, Trial
 from adversa.engine.local import LocalEngine
 from adversa.engine.trials import Board, fault
 from adversa.run import control
-from adversa.storage.path import Place
+from adversa.storage.path import StoragePath
 from adversa.types import UserError
 
 LOOK_SECONDS = 0.5
@@ -144,7 +144,7 @@ def _tell_nobody(state: dict[str, Any]) -> None:
     """Progress lies in the trial's folders; Tune needs none where no scheduler chooses."""
 
 
-def search(trials: Sequence[Trial], on: Lanes, storage: Place, report: Tell) -> None:
+def search(trials: Sequence[Trial], on: Lanes, storage: StoragePath, report: Tell) -> None:
     """Do every trial that is not finished. UserError where some failed; control's Pause once what
     was in flight is finished.
     """

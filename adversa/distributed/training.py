@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 from ray.exceptions import ActorUnschedulableError, NodeDiedError, RayActorError
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -25,7 +26,7 @@ from adversa.distributed.errors import NoRetry, user_error
 from adversa.distributed.worker import Loop
 from adversa.engine.interface import FitJob
 from adversa.run.step_folder import is_finished
-from adversa.storage.path import Place, Remote
+from adversa.storage.path import BucketPath, StoragePath, filesystem
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: Group) -
     return result.return_value
 
 
-def _stored(storage: Place) -> dict[str, Any]:
+def _stored(storage: StoragePath) -> dict[str, Any]:
     """Where Ray Train keeps its pointers. Of an object store Ray gets the filesystem: it would read
     the address its own way.
     """
-    if isinstance(storage, Remote):
-        filesystem, path = storage.store
-        return {"storage_path": path, "storage_filesystem": filesystem}
+    if isinstance(storage, BucketPath):
+        handler = pafs.FSSpecHandler(filesystem(storage))
+        return {"storage_path": storage.path, "storage_filesystem": pafs.PyFileSystem(handler)}
     return {"storage_path": str(storage.resolve())}
 
 

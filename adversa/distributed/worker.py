@@ -25,7 +25,7 @@ from adversa.engine.fit import do_job
 from adversa.engine.interface import FitJob
 from adversa.run.environment import cpus
 from adversa.run.step_folder import is_finished
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.storage.weights import committed_step
 from adversa.types import UserError
 
@@ -102,7 +102,7 @@ class Loop:
             return
         with checkpoint.as_directory() as folder:
             pointer = json.loads((Path(folder) / POINTER).read_text())
-        out, step = place(pointer["out"]), pointer["step"]
+        out, step = storage_path(pointer["out"]), pointer["step"]
         if not is_finished(out) and (found := committed_step(out)) < step:
             raise UserError(
                 f"{out} held the training state of step {step} and has that of step {found} now: "

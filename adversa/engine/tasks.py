@@ -10,11 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from adversa.storage import files, tables
-from adversa.storage.path import names
+from adversa.storage.path import StoragePath, names
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -81,7 +80,7 @@ class Share:
 # Does one part: (part, file to write) -> rows written. Made on the worker by a picklable `make()`,
 # which loads models from folders. It leaves out the rows in `part.skip`, and writes nowhere but to
 # the file: `map_parts` may call it for a file it throws away.
-Work = Callable[[Part, Path], "int | Painted"]
+Work = Callable[[Part, StoragePath], "int | Painted"]
 Make = Callable[[], Work]
 # What a row of a part is called in messages.
 Name = Callable[[Part, int], str]
@@ -91,7 +90,7 @@ def row_name(part: Part, row: int) -> str:
     return f"row {row} of part {part.index}"
 
 
-def missing(parts: Sequence[Part], out: Path) -> list[Part]:
+def missing(parts: Sequence[Part], out: StoragePath) -> list[Part]:
     """Parts that are not committed yet. One listing of the folder: a look at each file takes
     seconds for 100,000 of them.
     """
@@ -99,7 +98,7 @@ def missing(parts: Sequence[Part], out: Path) -> list[Part]:
     return [p for p in parts if tables.part_name(p.index) not in there]
 
 
-def do_part(work: Work, part: Part, out: Path) -> Done:
+def do_part(work: Work, part: Part, out: StoragePath) -> Done:
     """Run one part and commit it. The same code on every engine."""
     started = time.perf_counter()
     with files.writing(

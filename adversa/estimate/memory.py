@@ -15,7 +15,7 @@ from adversa.engine.resources import Node
 from adversa.estimate.measure import Measured
 from adversa.estimate.plan import generated, roles
 from adversa.run.folder import RunDir
-from adversa.storage.path import Place
+from adversa.storage.path import StoragePath
 
 PNG_BYTES = 2.0  # of a pixel in a run's images: 1.75 generated phantoms, 1.85 real ones with masks
 CONTEXT = 600 << 20  # bytes that a process takes of a GPU before its first tensor
@@ -44,7 +44,7 @@ def disk_bytes(config: Config, role: Mapping[str, int]) -> int:
     return int((2 * sum(role.values()) + drawn) * config.data.resolution**2 * PNG_BYTES)
 
 
-def disk_faults(config: Config, root: Place, role: Mapping[str, int]) -> list[str]:
+def disk_faults(config: Config, root: StoragePath, role: Mapping[str, int]) -> list[str]:
     """Too little room for the images; what `root` holds is part of them. Object stores have it."""
     if not isinstance(root, Path):
         return []

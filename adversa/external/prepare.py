@@ -28,8 +28,7 @@ from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage import path as storage_path
-from adversa.storage.path import place, rmtree
+from adversa.storage.path import rmtree, scratch, storage_path
 from adversa.types import ROLES, UserError
 
 LOOKS = ".looks"  # thumbnails of the run's own pictures, shared by all sets
@@ -166,7 +165,7 @@ def own_looks(run: RunDir, engine: Engine) -> Path:
 def make_looks() -> Work:
     def work(part: Part, path: Path) -> int:
         ids, thumbs = [], []
-        for batch in tables.batches(place(part.payload["path"]), ["id", "image"]):
+        for batch in tables.batches(storage_path(part.payload["path"]), ["id", "image"]):
             ids += batch["id"].to_pylist()
             thumbs += [thumb(tables.decode_png(data)) for data in batch["image"].to_pylist()]
         tables.write_part(path, pa.table({"id": ids, "thumb": thumbs}, schema=LOOK))
@@ -295,8 +294,8 @@ def _alike(
     groups = [r["id"] for r in rows] + ["run"] * len(
         own
     )  # the run's own pictures are not compared with each other
-    with storage_path.scratch(folder) as scratch:
-        path = scratch / "thumbs"
+    with scratch(folder) as local:
+        path = local / "thumbs"
         with open(path, "wb") as f:
             f.writelines(r["thumb"] for r in rows)
             for data in own["thumb"].to_pylist():

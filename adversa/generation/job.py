@@ -24,7 +24,7 @@ from adversa.run import folder as run_folder
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.storage.weights import CONFIG
 from adversa.types import GenerationRequest, UserError, digest, seed_of
 
@@ -86,7 +86,7 @@ def check(order: Order) -> None:
         pipeline_generate.check_denoiser(order.denoiser, order.run.data)
     attacked(order)
     if order.config.weak:
-        pipeline_generate.fingerprint(place(order.config.weak))
+        pipeline_generate.fingerprint(storage_path(order.config.weak))
 
 
 def attacked(order: Order) -> Path | None:
@@ -131,7 +131,7 @@ def _identity(order: Order) -> dict[str, object]:
     if (steers := attacked(order)) is not None:
         models["attacked"] = step_folder.fingerprint(steers)
     if order.config.weak:
-        models["weak"] = pipeline_generate.fingerprint(place(order.config.weak))
+        models["weak"] = pipeline_generate.fingerprint(storage_path(order.config.weak))
     if order.run is not None:
         models["data"] = step_folder.fingerprint(order.run.data)
     return {**asked, "format": order.form, "generate": generate, **models}

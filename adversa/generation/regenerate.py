@@ -16,7 +16,7 @@ from adversa.pipeline.stages import attacked_in
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files, tables
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.types import GenerationRequest, UserError
 
 
@@ -96,7 +96,7 @@ def _check_steering(synthetic: Path, attacked: Path | None, generate: cfg.Genera
     then = (files.read_json(synthetic / step_folder.RECIPE) or {}).get("inputs", {})
     now = {"attacked": step_folder.fingerprint(attacked)} if attacked else {}
     if generate.weak:
-        now["weak"] = pipeline_generate.fingerprint(place(generate.weak))
+        now["weak"] = pipeline_generate.fingerprint(storage_path(generate.weak))
     for name, found in now.items():
         if name in then and then[name] != found:
             raise UserError(

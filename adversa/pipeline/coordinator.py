@@ -22,14 +22,14 @@ from adversa.engine.interface import Engine
 from adversa.pipeline import loop
 from adversa.run import control, status
 from adversa.run.folder import RunDir
-from adversa.run.run_lock import InUse, LeaseLost, Pulse, Times, place_of
+from adversa.run.run_lock import InUse, RunLockLost, Timing, Watch
 from adversa.storage import files
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.types import UserError
 
 ENDED = ("finished", "stopped", "failed")
 LOOK_SECONDS = 0.5
-# Without a heartbeat. A coordinator that comes back starts slowly, and has waited for the lease of
+# Without a heartbeat. A coordinator that comes back starts slowly, and has waited for the lock of
 # the dead one.
 LOST_SECONDS = 120.0
 PREDECESSOR_SECONDS = (
@@ -67,18 +67,18 @@ class Coordinator:
         page: Callable[[Path], Path],
         end: Callable[[], None],
         back: bool = False,
-        times: Times | None = None,
+        timing: Timing | None = None,
     ) -> None:
-        self.task, self.engine, self.page, self.end, self.back, self.times = (
+        self.task, self.engine, self.page, self.end, self.back, self.timing = (
             task,
             engine,
             page,
             end,
             back,
-            times,
+            timing,
         )
         self.config = check(load_yaml(task.config), "the coordinator's configuration")
-        self.run = RunDir(place(task.root))
+        self.run = RunDir(storage_path(task.root))
         self.note = "starting"
         self.refused: str | None = None
         self.taken, self.over = threading.Event(), threading.Event()
@@ -120,7 +120,7 @@ class Coordinator:
                         self._interrupt,
                         self._tell,
                         not self.back,
-                        self.times,
+                        timing=self.timing,
                     ) as reins:
                         self.reins, self.note = reins, ""
                         self.taken.set()
@@ -146,7 +146,7 @@ class Coordinator:
     def _carry_out(self) -> None:
         try:
             self._note(*self._outcome())
-        except LeaseLost:
+        except RunLockLost:
             raise
         except control.Stop:
             status.set_status(self.run, "stopped", command=self._until)
@@ -201,16 +201,16 @@ class Coordinator:
         self.note = text
 
     def _interrupt(self) -> None:
-        """From the thread that keeps the lease: the work does not look up. What it has on disk is
+        """From the thread that keeps the lock: the work does not look up. What it has on disk is
         what a kill would leave.
         """
         assert self.reins is not None
         try:
-            if self.reins.lease.lost is None:
+            if self.reins.lock.lost is None:
                 status.set_status(self.run, "stopped", command=self._until)
-                self.reins.lease.release()
+                self.reins.lock.release()
             else:
-                self.refused = str(self.reins.lease.lost)
+                self.refused = str(self.reins.lock.lost)
         finally:
             self.over.set()
             self.end()
@@ -222,7 +222,7 @@ def follow(run: RunDir, patience: float = LOST_SECONDS) -> dict[str, Any]:
     Reads the folder alone: neither a head that dies nor a machine that sleeps takes the follower
     with it. UserError where there was no sign of life for so many seconds.
     """
-    pulse = Pulse(place_of(run))
+    pulse = Watch(run)
     while True:
         with contextlib.suppress(
             OSError

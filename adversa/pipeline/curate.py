@@ -30,7 +30,7 @@ from adversa.run import step_folder
 from adversa.run.folder import classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.storage.predictions import matrix
 from adversa.types import ROLES, UserError, Verdict
 
@@ -103,7 +103,8 @@ def make_features(classifier: Path, judges: Sequence[Path]) -> Work:
 
     def work(part: Part, path: Path) -> int:
         rows = tables.read_part(
-            place(part.payload["path"]), ["id", "image", *(("label", "group") if panel else ())]
+            storage_path(part.payload["path"]),
+            ["id", "image", *(("label", "group") if panel else ())],
         )
         images = tables.decode_images(rows["image"])
         found = [
@@ -348,9 +349,9 @@ def make_inspected(
     spaces = [manifold(features, c) for c in ("classifier", "judge")] if allowed.realism else None
 
     def work(part: Part, path: Path) -> int:
-        rows = tables.read_part(place(part.payload["path"]))
+        rows = tables.read_part(storage_path(part.payload["path"]))
         asked = tables.read_part(
-            place(part.payload["requests"]), ["request_id", "strategy", "example"]
+            storage_path(part.payload["requests"]), ["request_id", "strategy", "example"]
         ).to_pylist()
         request = {r["request_id"]: r for r in asked}
         names, labels = rows["request_id"].to_pylist(), rows["label"].to_pylist()

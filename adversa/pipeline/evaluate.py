@@ -18,7 +18,7 @@ from adversa.run import step_folder
 from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.storage.predictions import predictions
 from adversa.types import BEFORE, Scorecard, seed_of
 
@@ -71,7 +71,9 @@ def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:
     scorers = [(arm, seed, make_scorer(folder, embed=embed)) for arm, seed, folder in models]
 
     def work(part: Part, path: Path) -> int:
-        examples = tables.read_part(place(part.payload["path"]), ["id", "label", "group", "image"])
+        examples = tables.read_part(
+            storage_path(part.payload["path"]), ["id", "label", "group", "image"]
+        )
         images = tables.decode_images(examples["image"])
         scored = []
         for arm, seed, scorer in scorers:

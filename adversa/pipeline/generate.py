@@ -24,7 +24,7 @@ from adversa.engine.tasks import Painted, Part, Work
 from adversa.run import step_folder
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.storage.weights import CONFIG
 from adversa.types import (
     FILLING,
@@ -202,7 +202,7 @@ def levels(
         hard=hard, denoiser=denoiser, data=data, **{f"judge-{k}": f for k, f in enumerate(judges)}
     )
     if config.weak:
-        names |= {"weak": fingerprint(place(config.weak))}
+        names |= {"weak": fingerprint(storage_path(config.weak))}
     recipe = Recipe("levels", 2, section, names)
 
     def body(progress: Progress) -> Facts:
@@ -315,7 +315,7 @@ def generate(
     )
     names |= inputs(attacked=attacked) if attacked and steers else {}
     if config.weak:
-        names |= {"weak": fingerprint(place(config.weak))}
+        names |= {"weak": fingerprint(storage_path(config.weak))}
     recipe = Recipe("generate", 2, config.model_dump(mode="json"), names)
 
     def body(progress: Progress) -> Facts:
@@ -415,7 +415,7 @@ def make_paint(
     pictures = Pictures(examples)
 
     def work(part: Part, path: Path) -> Painted:
-        requests = read_requests(place(part.payload["path"]))
+        requests = read_requests(storage_path(part.payload["path"]))
         given = sources([r for i, r in enumerate(requests) if i not in part.skip], pictures, config)
         faults = dict(part.skip)  # a reason may be empty: of rows that a trial leaves out
         faults |= {
@@ -459,7 +459,7 @@ def read_requests(path: Path) -> list[GenerationRequest]:
 
 def request_name(part: Part, row: int) -> str:
     """Of a request that could not be painted, for messages."""
-    return f"request {read_requests(place(part.payload['path']))[row].request_id}"
+    return f"request {read_requests(storage_path(part.payload['path']))[row].request_id}"
 
 
 def _row(request: GenerationRequest, painted: Any, fault: str | None, loaded: Any) -> Row:
@@ -517,7 +517,7 @@ def _weak(loaded: Any, name: str) -> Any:
     """The denoiser of autoguidance. UserError where it is not one of the same classes and space."""
     from adversa.diffuse import painter
 
-    denoiser, meta, _ = painter.read(place(name), loaded.device)
+    denoiser, meta, _ = painter.read(storage_path(name), loaded.device)
     for key, default in (("classes", None), ("resolution", None), ("channels", 3), ("codec", None)):
         theirs, ours = meta.get(key, default), loaded.meta.get(key, default)
         if theirs != ours:

@@ -20,7 +20,7 @@ from adversa.engine.tasks import Part, Work
 from adversa.run import step_folder
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables, weights
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.types import UserError, seed_of
 
 MEASURED = 64  # images of `select` that a given codec's PSNR is measured on
@@ -161,7 +161,7 @@ def make_encode(codec_folder: Path, views: int) -> Work:
     loaded = codec.load(codec_folder, "cuda" if torch.cuda.is_available() else "cpu")
 
     def work(part: Part, path: Path) -> int:
-        rows = tables.read_part(place(part.payload["path"]), ["id", "label", "image"])
+        rows = tables.read_part(storage_path(part.payload["path"]), ["id", "label", "image"])
         images = tables.decode_images(rows["image"])
         turned = (np.ascontiguousarray(symmetry(images, v, 1, 2)) for v in range(views))
         latents = np.stack([loaded.encode(x).numpy() for x in turned], axis=1)

@@ -22,9 +22,8 @@ from adversa.engine.step import Facts, cost, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files as storage_files
-from adversa.storage import path as storage_path
 from adversa.storage import tables
-from adversa.storage.path import rmtree
+from adversa.storage.path import rmtree, scratch
 from adversa.types import ROLES, UserError, digest
 
 # A decoded image on its way to its role: an Example plus what the split needs to know about its
@@ -164,8 +163,8 @@ def _roles(
     ids, groups, labels = rows["id"].to_pylist(), rows["group"].to_pylist(), _names(rows["class"])
     similar: list[Any] = []
     if config.grouped and config.near_duplicate_bits >= 0:
-        with storage_path.scratch(staging) as scratch:
-            thumbs = near.Thumbs(_thumbs(staging, scratch), kept)
+        with scratch(staging) as local:
+            thumbs = near.Thumbs(_thumbs(staging, local), kept)
             similar = near.near_identical(
                 ids, rows["phash"].to_numpy(), thumbs, groups, config.near_duplicate_bits
             )

@@ -23,7 +23,7 @@ from adversa.run import step_folder, tracking
 from adversa.run.folder import RunDir, classes_of, split_hash
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, predictions, tables
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.types import GenerationRequest, UserError, digest, seed_of
 
 # What the denoiser was never fitted on, and whose pictures may be looked at before the end: `test`
@@ -235,7 +235,7 @@ def make_features(found: Any, resolution: int) -> Work:
         key = "request_id" if kind == "sample" else "id"
         columns = [key, "label", "image"] + (["finite"] if kind == "sample" else [])
         rows = tables.read_part(
-            place(part.payload["path"]), columns, None if ids is None else [(key, "in", ids)]
+            storage_path(part.payload["path"]), columns, None if ids is None else [(key, "in", ids)]
         )
         values = compute(tables.decode_images(rows["image"]))
         finite = rows["finite"] if kind == "sample" else [True] * len(rows)

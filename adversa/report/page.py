@@ -18,7 +18,7 @@ from adversa.report.gather import Facts, by_round, read_facts
 from adversa.report.unshown import unshown
 from adversa.report.words import duration, fixed, signed
 from adversa.storage.files import read_json, replace_bytes, writing
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 
 __all__ = ["duration", "environment", "fixed", "signed", "view", "write"]
 
@@ -38,7 +38,7 @@ def write(run_dir: Path) -> Path:
 
     UserError where the run is not finished, or cannot be written.
     """
-    facts = read_facts(place(run_dir))
+    facts = read_facts(storage_path(run_dir))
     known = view(facts)
     html = environment().get_template("page.html.j2").render(known)
     text = markdown_environment().get_template("report.md.j2").render(known)

@@ -2,7 +2,7 @@
 folder.
 
 The cycle looks at it between steps and, in the long ones, between parts (`look`). The same look
-tells a holder of the run that it has lost its lease. Settings change for rounds that have not
+tells a holder of the run that it has lost its lock. Settings change for rounds that have not
 begun; `settings.json` says which values held for which round.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from adversa.run import environment, file_lock, run_lock, status
 from adversa.run.folder import RunDir
-from adversa.run.run_lock import Lease, LeaseLost, Times
+from adversa.run.run_lock import RunLock, RunLockLost, Timing
 from adversa.storage import files
 from adversa.storage.path import modified
 from adversa.types import UserError, digest
@@ -163,7 +163,7 @@ class Free:
     """Nobody else can want anything of this work: tests, exports, orders."""
 
     def check(self) -> None:
-        """There is no lease to lose."""
+        """There is no lock to lose."""
 
     def look(self, force: bool = False) -> None:
         """There is nobody to listen to."""
@@ -173,14 +173,14 @@ class Free:
 
 
 class Reins:
-    """What holds work on a run back: its lease and people's wishes. A thread keeps the lease alive.
+    """What holds work on a run back: its lock and people's wishes. A thread keeps the lock alive.
 
     interrupt: called from that thread where the work must end and has not looked for GRACE_SECONDS
     (in a training).
     """
 
-    def __init__(self, run: RunDir, held: Lease, interrupt: Callable[[], None]) -> None:
-        self.run, self.lease, self.interrupt = run, held, interrupt
+    def __init__(self, run: RunDir, held: RunLock, interrupt: Callable[[], None]) -> None:
+        self.run, self.lock, self.interrupt = run, held, interrupt
         self.looked = float("-inf")
         self.between = LOOK_SECONDS if isinstance(run.root, Path) else STORE_LOOK_SECONDS
         self.ending = False  # the work knows
@@ -188,16 +188,16 @@ class Reins:
         self.thread = threading.Thread(target=self._beat, daemon=True)
 
     def check(self) -> None:
-        """LeaseLost where another holds the run. Before every commit."""
+        """RunLockLost where another holds the run. Before every commit."""
         try:
-            self.lease.check()
-        except LeaseLost:
+            self.lock.check()
+        except RunLockLost:
             self.ending = True
             raise
 
     def look(self, force: bool = False) -> None:
-        """LeaseLost, Stop or Pause. Cheap: the files are read twice a second at most, on an object
-        store every two seconds.
+        """RunLockLost, Stop or Pause. Cheap: the files are read twice a second at most, on an
+        object store every two seconds.
         """
         if not force and time.monotonic() - self.looked < self.between:
             return
@@ -220,16 +220,16 @@ class Reins:
                 time.sleep(self.between)
 
     def _beat(self) -> None:
-        beat, due = self.lease.times.beat, float("inf")
+        beat, due = self.lock.timing.heartbeat, float("inf")
         while not self.over.wait(min(beat, 1.0)):
             stops = False
             with contextlib.suppress(
                 UserError, OSError
-            ):  # a lost lease is said where the work looks, or by `interrupt`
-                if run_lock.clock() - self.lease.renewed >= beat:
-                    self.lease.renew()
+            ):  # a lost lock is said where the work looks, or by `interrupt`
+                if run_lock.clock() - self.lock.renewed >= beat:
+                    self.lock.renew()
                 stops = read(self.run).wish == STOP
-            if self.lease.lost is None and not stops:
+            if self.lock.lost is None and not stops:
                 due = float("inf")
             elif due == float("inf"):
                 due = time.monotonic() + GRACE_SECONDS
@@ -262,23 +262,21 @@ def held(
     interrupt: Callable[[], None],
     tell: Callable[[str], None] = lambda text: None,
     afresh: bool = True,
-    times: Times | None = None,
+    timing: Timing | None = None,
 ) -> Iterator[Reins]:
-    """Hold a run, by this machine's lock and by the lease. UserError where somebody else does.
+    """Hold a run, by this machine's lock and by the run lock. UserError where somebody else does.
 
     afresh: whoever starts work wants it to go on, whatever was wished before; not so a coordinator
     that comes back.
     """
-    place, before = run_lock.place_of(run), files.read_json(run.root / CONTROL)
+    before = files.read_json(run.root / CONTROL)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(file_lock.lock(run))
         except UserError as e:
-            found = place.read()
-            raise run_lock.InUse(str(run.root), found) if found is not None else e from None
-        mine = Lease(
-            place, str(run.root), owner, run_lock.machine(run), times or run_lock.times_of(run)
-        )
+            found = run_lock.holder(run)
+            raise run_lock.InUse(run, found) if found is not None else e from None
+        mine = RunLock(run, owner, timing)
         mine.take(alone_here=True, tell=tell)
         stack.callback(_release, mine)
         if (
@@ -292,6 +290,6 @@ def held(
         yield found_reins
 
 
-def _release(mine: Lease) -> None:
+def _release(mine: RunLock) -> None:
     with contextlib.suppress(OSError):  # it is then given up after its expiry
         mine.release()

@@ -14,12 +14,12 @@ from adversa.run.file_lock import is_locked
 from adversa.run.folder import RunDir, check_links
 from adversa.run.step_folder import MANIFEST, OPENED, RECIPE, _advice, _begun, is_finished
 from adversa.storage.files import read_json, replace_bytes, write_json, writing
-from adversa.storage.path import Place, StoreError
+from adversa.storage.path import StoragePath, StoreError
 from adversa.types import UserError
 
 
 def open_run(
-    root: Place,
+    root: StoragePath,
     recipe: dict[str, Any],
     config_yaml: str,
     reopen: bool = False,
@@ -136,7 +136,7 @@ def _only_reads(run: RunDir, changed: list[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _opening(root: Place) -> Iterator[None]:
+def _opening(root: StoragePath) -> Iterator[None]:
     """Whatever a file system says against a new run folder is for the user to mend: here it can't
     be a fault of ours.
     """

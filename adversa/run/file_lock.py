@@ -7,9 +7,10 @@ import errno
 import fcntl
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from adversa.run.folder import RunDir
 from adversa.storage.files import read_json
@@ -35,35 +36,24 @@ def lock(run: RunDir, option: str = "--run-dir") -> Iterator[None]:
     """Hold the run for this process; the kernel lets go when the process dies, however it dies. See
     lock_file; run_lock.py holds it against all others. option: what the user gave the folder by.
     """
-    with open(lock_file(run), "a", opener=no_link) as f:
-        for tries_left in (4, 3, 2, 1, 0):  # `status` holds a shared lock for a moment
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if tries_left == 0:
-                    pid = (read_json(run.status) or {}).get("pid", "unknown")
-                    raise UserError(
-                        f"{run.root} is in use by process {pid}; wait for it, or stop it, "
-                        f"or use another {option}"
-                    ) from None
-                time.sleep(0.05)
-            except OSError as e:
-                if e.errno not in NO_LOCKS:
-                    raise
-                raise UserError(
-                    f"{run.root}: its file system knows no locks ({e.strerror}); mount it "
-                    "with them (Lustre: -o flock), or give "
-                    f"another {option}"
-                ) from None
+    held = FileLock(lock_file(run), fallback_to_soft=False)
+    try:
+        holding = held.acquire(timeout=0.2)  # `status` holds a shared lock for a moment
+    except Timeout:
+        pid = (read_json(run.status) or {}).get("pid", "unknown")
+        raise UserError(
+            f"{run.root} is in use by process {pid}; wait for it, or stop it, "
+            f"or use another {option}"
+        ) from None
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{run.root}: its file system knows no locks ({e.strerror}); mount it "
+            f"with them (Lustre: -o flock), or give another {option}"
+        ) from None
+    with holding:
         yield
-
-
-def no_link(path: str, flags: int) -> int:
-    """Not through a link: in a temporary folder, or a folder from a stranger, it may lead to a file
-    of this user's.
-    """
-    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 
 def is_locked(run: RunDir) -> bool:
@@ -74,9 +64,7 @@ def is_locked(run: RunDir) -> bool:
             return False
     except BlockingIOError:
         return True
-    except FileNotFoundError:
-        return False
     except OSError as e:
-        if e.errno not in NO_LOCKS:
+        if e.errno not in (errno.ENOENT, *NO_LOCKS):
             raise
         return False

@@ -10,98 +10,98 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adversa.storage import files
-from adversa.storage.path import Place, Remote
+from adversa.storage.path import BucketPath, StoragePath
 from adversa.types import UserError, digest
 
 
-def classes_of(data: Path) -> list[str]:
+def classes_of(data: StoragePath) -> list[str]:
     found = files.read_json(data / "classes.json")
     assert found is not None, f"{data} is not prepared"
     return found["classes"]
 
 
-def split_hash(data: Path) -> str:
+def split_hash(data: StoragePath) -> str:
     return (files.read_json(data / "split.json") or {})["split_hash"]
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Places of a run, of the kind of `root`. `round-00N/<arm>` of the arm `real` is always round
+    """Storage paths of a run. `round-00N/<arm>` of the arm `real` is always round
     0: it never changes.
     """
 
-    root: Place
+    root: StoragePath
 
     @property
-    def config(self) -> Place:
+    def config(self) -> StoragePath:
         return self.root / "config.yaml"
 
     @property
-    def recipe(self) -> Place:
+    def recipe(self) -> StoragePath:
         return self.root / "run.json"
 
     @property
-    def data(self) -> Place:
+    def data(self) -> StoragePath:
         return self.root / "data"
 
     @property
-    def denoiser(self) -> Place:
+    def denoiser(self) -> StoragePath:
         return self.root / "denoiser"
 
     @property
-    def codec(self) -> Place:
+    def codec(self) -> StoragePath:
         return self.root / "codec"
 
-    def latents(self, role: str) -> Place:
+    def latents(self, role: str) -> StoragePath:
         return self.root / "latents" / role
 
     @property
-    def judge(self) -> Place:
+    def judge(self) -> StoragePath:
         return self.root / "judge"
 
     @property
-    def features(self) -> Place:
+    def features(self) -> StoragePath:
         """What two classifiers make of the real images, a folder for each role: the gate measures
         distances in them.
         """
         return self.root / "features"
 
     @property
-    def limits(self) -> Place:
+    def limits(self) -> StoragePath:
         """What a painted image must keep to, as measured on real images."""
         return self.root / "limits"
 
     @property
-    def test(self) -> Place:
+    def test(self) -> StoragePath:
         return self.root / "test"
 
     @property
-    def openings(self) -> Place:
+    def openings(self) -> StoragePath:
         """Every time `test` was opened: outside its folder, which may be deleted."""
         return self.root / "openings.json"
 
     @property
-    def select(self) -> Place:
+    def select(self) -> StoragePath:
         """What the classifiers of `test` say of `select`: where thresholds are set."""
         return self.root / "select"
 
     @property
-    def summary(self) -> Place:
+    def summary(self) -> StoragePath:
         return self.root / "summary.json"
 
     @property
-    def status(self) -> Place:
+    def status(self) -> StoragePath:
         return self.root / "status.json"
 
-    def round(self, number: int, step: str = "") -> Place:
+    def round(self, number: int, step: str = "") -> StoragePath:
         return self.root / f"round-{number:03d}" / step
 
-    def arm(self, number: int, arm: str, seed: int | None = None) -> Place:
+    def arm(self, number: int, arm: str, seed: int | None = None) -> StoragePath:
         folder = self.round(number) / arm
         return folder if seed is None else folder / f"seed-{seed}"
 
-    def inside(self, name: str) -> Place:
-        """A place of the run by its relative name, as a file of the run says it. UserError for one
+    def inside(self, name: str) -> StoragePath:
+        """A path of the run by its relative name, as a file of the run says it. UserError for one
         that would lie elsewhere.
         """
         path = PurePosixPath(name)
@@ -109,7 +109,7 @@ class RunDir:
             raise UserError(f"{self.root} names a file outside of itself ({name}); not read")
         return self.root / name
 
-    def name_of(self, folder: Place) -> str:
+    def name_of(self, folder: StoragePath) -> str:
         return folder.relative_to(self.root).as_posix()
 
 
@@ -119,7 +119,7 @@ def run_id(recipe: dict[str, Any]) -> str:
     return digest(json.dumps(recipe | {"data": data}, sort_keys=True), size=8)
 
 
-def check_links(root: Place, below: str = "") -> None:
+def check_links(root: StoragePath, below: str = "") -> None:
     """UserError where a link in a run (below one of its folders) leads out of it: what is written
     there would be written elsewhere.
 
@@ -151,7 +151,7 @@ def remove_partial_files(run: RunDir) -> None:
 
     An object store has no such files.
     """
-    if isinstance(run.root, Remote):
+    if isinstance(run.root, BucketPath):
         return
     for path in run.root.rglob(".*"):
         if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():

@@ -1,16 +1,15 @@
-"""Who may work on a run: `lease.json` in its folder. Right for machines that share nothing but the
+"""Who may work on a run: `lock.json` in its folder. Right for machines that share nothing but the
 folder.
 
-The holder raises a counter in the file every `beat` seconds. Whoever wants the run watches that
-counter: it counts as given up when it stood still for `expiry` seconds of the watcher's own clock.
-Two machines' clocks are never compared.
+The file is made only where there is none, in one go. Its holder raises a counter in it with every
+heartbeat. Whoever wants the run watches that counter: the run counts as abandoned when it stood
+still for `expiry` seconds of the watcher's own clock. Two machines' clocks are never compared.
 
-Where a storage can write a file only if there is none, that decides. Everywhere else a claim is
-written, and read again `settle` seconds later: the last writer wins, and whoever reads another name
-than its own steps back. A holder reads the file at every beat and before every commit, and `settle`
-is longer than a beat: it has seen a claim before the claimant begins. So two never commit at the
-same time as long as a write is seen by others within settle - beat seconds. A holder that slept
-finds out at its next look.
+An abandoned run is taken over by writing the file, and reading it again `settle` seconds later: the
+last writer wins, and whoever reads another name than its own steps back. A holder reads the file at
+every heartbeat and before every commit, and `settle` is longer than a heartbeat: it has seen a
+takeover before the other begins. So two never commit at the same time as long as a write is seen by
+others within settle - heartbeat seconds. A holder that slept finds out at its next look.
 """
 
 from __future__ import annotations
@@ -23,124 +22,70 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from adversa.run import file_lock
-from adversa.run.environment import now
 from adversa.run.folder import RunDir
-from adversa.storage import path as storage_path
-from adversa.storage.files import read_json, write_json
+from adversa.storage.files import create_json, read_json, write_json
+from adversa.storage.path import StoragePath
 from adversa.types import UserError
 
-LEASE = "lease.json"
-LOOK_SECONDS = 0.5  # between two looks at somebody else's counter
+LOCK = "lock.json"
+POLL_SECONDS = 0.5  # between two looks at somebody else's counter
 
 
-class LeaseLost(UserError):
+class RunLockLost(UserError):
     """Somebody else works on the run now: nothing more may be written to it."""
 
 
 @dataclass(frozen=True)
-class Times:
-    """Seconds. expiry: without a heartbeat, after which a lease counts as given up; settle: from a
-    claim to its confirmation.
+class Timing:
+    """Seconds. heartbeat: between two; expiry: without one, after which a run counts as abandoned;
+    settle: from a takeover to its confirmation.
     """
 
-    beat: float = 2.0
+    heartbeat: float = 2.0
     expiry: float = 20.0
     settle: float = 5.0
 
     def __post_init__(self) -> None:
-        assert self.beat * 2 < self.settle < self.expiry, self
+        assert self.heartbeat * 2 < self.settle < self.expiry, self
 
 
-TIMES = Times()
-STORE_TIMES = Times(
-    beat=4.0, expiry=40.0, settle=12.0
-)  # on an object store: requests cost, and take their time
+TIMING = Timing()
+# on an object store: requests cost, and take their time
+STORE_TIMING = Timing(heartbeat=4.0, expiry=40.0, settle=12.0)
 
 
 @dataclass(frozen=True)
-class Record:
-    """machine: until its next start; beat: the counter; taken, held: when, and for how many seconds
-    of the holder's own clock.
-    """
+class Holder:
+    """machine: until its next start; beat: the counter; held: seconds of the holder's own clock."""
 
     owner: str
     host: str
     machine: str
     pid: int
-    taken: str
     beat: int
     held: float
-    heartbeat: str  # wall time, for people: nothing is decided by it
 
     def line(self) -> str:
         return f"{self.owner} on {self.host} (process {self.pid}) for {self.held:.0f} s"
 
 
-class Place(Protocol):
-    """Where the record lies. OSError where the storage fails."""
-
-    def read(self) -> Record | None: ...
-
-    def write(self, record: Record) -> None: ...
-
-    def create(self, record: Record) -> bool | None:
-        """Write it only where there is none, in one go: whether it was. None where the storage has
-        no such thing.
-        """
-        ...
-
-    def remove(self) -> None: ...
+def holder(run: RunDir) -> Holder | None:
+    """Who holds a run, by its LOCK; None where nobody does, or nobody that can be read."""
+    found = read_json(run.root / LOCK)
+    try:
+        return None if found is None else Holder(**found)
+    except TypeError:
+        raise UserError(
+            f"{run.root / LOCK} is no lock that this version of adversa can read; use the "
+            "version that wrote it"
+        ) from None
 
 
-@dataclass(frozen=True)
-class File:
-    """A place on a file system that replaces a file in one go, or on an object store. The first may
-    know hard links.
-    """
-
-    path: storage_path.Place
-
-    def read(self) -> Record | None:
-        found = read_json(self.path)
-        try:
-            return None if found is None else Record(**found)
-        except TypeError:
-            raise UserError(
-                f"{self.path} is no lease that this version of adversa can read; use the "
-                "version that wrote it"
-            ) from None
-
-    def write(self, record: Record) -> None:
-        write_json(self.path, asdict(record))
-
-    def create(self, record: Record) -> bool | None:
-        if not isinstance(self.path, Path):
-            return None  # pyarrow cannot ask a store to put an object only where there is none
-        ready = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
-        write_json(ready, asdict(record))
-        try:
-            os.link(ready, self.path)  # with its content, or not at all
-            return True
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without links
-            return None
-        finally:
-            ready.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-
-def place_of(run: RunDir) -> Place:
-    return File(run.root / LEASE)
-
-
-def times_of(run: RunDir) -> Times:
-    return TIMES if isinstance(run.root, Path) else STORE_TIMES
+def timing_of(run: RunDir) -> Timing:
+    return TIMING if isinstance(run.root, Path) else STORE_TIMING
 
 
 def machine(run: RunDir) -> str:
@@ -151,10 +96,8 @@ def machine(run: RunDir) -> str:
         name = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         name = f"{socket.gethostname()}-{uuid.getnode():x}"
-    try:
-        found = os.stat(
-            file_lock.lock_file(run)
-        )  # two containers of one machine may have a mount, or a temporary folder, each
+    try:  # two containers of one machine may have a mount, or a temporary folder, each
+        found = os.stat(file_lock.lock_file(run))
     except FileNotFoundError:
         return ""  # nobody here has held the run
     return f"{name}-{found.st_dev:x}-{found.st_ino:x}"
@@ -162,25 +105,48 @@ def machine(run: RunDir) -> str:
 
 def clock() -> float:
     """Seconds that pass while the machine sleeps too (Linux: time.monotonic stands still then)."""
-    return (
-        time.clock_gettime(time.CLOCK_BOOTTIME)
-        if hasattr(time, "CLOCK_BOOTTIME")
-        else time.monotonic()
-    )
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class InUse(UserError):
-    """Somebody else works on the run. by: its lease."""
+    """Somebody else works on the run."""
 
-    def __init__(self, what: str, by: Record) -> None:
+    def __init__(self, run: RunDir, by: Holder) -> None:
         super().__init__(
-            f"{what} is being worked on by {by.line()}; `adversa stop` ends that, or use "
+            f"{run.root} is being worked on by {by.line()}; `adversa stop` ends that, or use "
             "another --run-dir"
         )
         self.by = by
 
 
-_pulses: dict[storage_path.Place, Pulse] = {}
+class Watch:
+    """What a reader has seen of a run's lock: for how long its counter has stood still, by the
+    reader's own clock.
+    """
+
+    def __init__(self, run: RunDir, clock: Callable[[], float] = clock) -> None:
+        self.run, self.clock = run, clock
+        self.mark: tuple[str, int] | None = None
+        self.since = clock()
+        self.changes = 0
+
+    def look(self) -> Holder | None:
+        found = holder(self.run)
+        if (mark := _mark(found)) != self.mark:
+            self.changes += self.mark is not None and found is not None
+            self.mark, self.since = mark, self.clock()
+        return found
+
+    def still(self) -> float:
+        """Seconds without a change, as of the last look."""
+        return self.clock() - self.since
+
+
+def _mark(found: Holder | None) -> tuple[str, int] | None:
+    return None if found is None else (found.owner, found.beat)
+
+
+_watched: dict[StoragePath, Watch] = {}
 
 
 def is_worked_on(run: RunDir) -> bool:
@@ -191,42 +157,38 @@ def is_worked_on(run: RunDir) -> bool:
     """
     if file_lock.is_locked(run):
         return True
-    found, times = place_of(run).read(), times_of(run)
+    found, timing = holder(run), timing_of(run)
     if found is None or found.machine == machine(run):
-        _pulses.pop(run.root, None)
+        _watched.pop(run.root, None)
         return False
-    if run.root not in _pulses:
-        _pulses[run.root] = Pulse(place_of(run))
-        until = time.monotonic() + 2 * times.beat + 1
-        while not _pulses[run.root].changes and time.monotonic() < until:
-            _pulses[run.root].look()
-            time.sleep(LOOK_SECONDS)
-    pulse = _pulses[run.root]
-    pulse.look()
-    return pulse.changes > 0 and pulse.still() < times.expiry
+    if (watch := _watched.get(run.root)) is None:
+        watch = _watched[run.root] = Watch(run)
+        until = time.monotonic() + 2 * timing.heartbeat + 1
+        while not watch.changes and time.monotonic() < until:
+            watch.look()
+            time.sleep(POLL_SECONDS)
+    watch.look()
+    return watch.changes > 0 and watch.still() < timing.expiry
 
 
-class Lease:
-    """One holder's side of it. what: the run, for messages; owner: a name for people, made unique;
-    machine: as `machine` says.
-    """
+class RunLock:
+    """One holder's side of it. owner: a name for people, made unique."""
 
     def __init__(
         self,
-        place: Place,
-        what: str,
+        run: RunDir,
         owner: str,
-        machine: str,
-        times: Times = TIMES,
+        timing: Timing | None = None,
         clock: Callable[[], float] = clock,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.place, self.what, self.times, self.clock, self.sleep = place, what, times, clock, sleep
-        name = f"{owner}-{uuid.uuid4().hex[:8]}"
-        self.record = Record(name, socket.gethostname(), machine, os.getpid(), now(), 0, 0.0, now())
+        self.run, self.path, self.clock, self.sleep = run, run.root / LOCK, clock, sleep
+        self.timing = timing or timing_of(run)
+        name, host = f"{owner}-{uuid.uuid4().hex[:8]}", socket.gethostname()
+        self.record = Holder(name, host, machine(run), os.getpid(), 0, 0.0)
         self.since = self.renewed = clock()
         self.held = False
-        self.lost: LeaseLost | None = None
+        self.lost: RunLockLost | None = None
         self.writing = threading.RLock()  # the thread that renews, and the one that works
 
     # ---- taking ----------------------------------------------------------------------------------
@@ -236,162 +198,112 @@ class Lease:
     ) -> None:
         """UserError where somebody else works on the run.
 
-        alone_here: the caller holds the run's lock on this machine, so that a lease of this machine
+        alone_here: the caller holds the run's lock on this machine, so that a LOCK of this machine
         has outlived its holder. tell: is given a line before a wait of `expiry` seconds.
         """
         started = self.clock()
-        while True:
-            found = self.place.read()
+        while not self.held:
+            found = holder(self.run)
             if found is None:
-                created = self.place.create(self._next())
-                if (
-                    created is False and self.clock() - started < self.times.expiry
-                ):  # another was faster, or it is unreadable
-                    self.sleep(LOOK_SECONDS)
-                    continue
-                if not created:
-                    self._claim(None)
-                self._hold()
-                return
-            if alone_here and found.machine == self.record.machine:
-                self.place.write(self._next())
-                self._hold()
-                return
-            if self._is_given_up(found, tell):
-                self._claim(found)
-                self._hold()
-                return
+                self.held = self._create()
+                if not self.held and self.clock() - started >= self.timing.expiry:  # unreadable
+                    self._take_over()
+                elif not self.held:  # another was faster
+                    self.sleep(POLL_SECONDS)
+            elif found.owner == self.record.owner:  # the answer to `create` had been lost
+                self.held = True
+            elif alone_here and found.machine == self.record.machine:
+                self._write()
+                self.held = True
+            elif self._is_abandoned(found, tell):
+                self._take_over()
+        self.renewed = self.clock()
 
-    def _is_given_up(self, found: Record, tell: Callable[[str], None]) -> bool:
+    def _is_abandoned(self, found: Holder, tell: Callable[[str], None]) -> bool:
         """False where it was released while we watched."""
         tell(
-            f"{self.what} was left by {found.line()}, or is still worked on: watching its "
-            f"heartbeat for {self.times.expiry:.0f} s"
+            f"{self.run.root} was left by {found.line()}, or is still worked on: watching its "
+            f"heartbeat for {self.timing.expiry:.0f} s"
         )
-        until = self.clock() + self.times.expiry
+        until = self.clock() + self.timing.expiry
         while self.clock() < until:
-            self.sleep(min(LOOK_SECONDS, self.times.beat / 2))
-            again = self.place.read()
-            if again is None:
+            self.sleep(min(POLL_SECONDS, self.timing.heartbeat / 2))
+            if (again := holder(self.run)) is None:
                 return False
             if _mark(again) != _mark(found):
-                raise InUse(self.what, again)
+                raise InUse(self.run, again)
         return True
 
-    def _claim(self, seen: Record | None) -> None:
-        again = self.place.read()
-        if again is not None and _mark(again) != _mark(seen):
-            raise InUse(self.what, again)
-        self.place.write(self._next())
-        self.sleep(self.times.settle)
-        after = self.place.read()
-        if after is None or after.owner != self.record.owner:
-            raise (
-                InUse(self.what, after)
-                if after is not None
-                else UserError(f"{self.what}: its {LEASE} was removed; try again")
-            )
+    def _take_over(self) -> None:
+        self._write()
+        self.sleep(self.timing.settle)
+        if (after := holder(self.run)) is None:
+            raise UserError(f"{self.run.root}: its {LOCK} was removed; try again")
+        if after.owner != self.record.owner:
+            raise InUse(self.run, after)
+        self.held = True
 
-    def _hold(self) -> None:
-        self.held, self.renewed = True, self.clock()
+    def _next(self) -> dict[str, object]:
+        """The record with the next heartbeat."""
+        held = self.clock() - self.since
+        self.record = replace(self.record, beat=self.record.beat + 1, held=held)
+        return asdict(self.record)
 
-    def _next(self) -> Record:
-        self.record = replace(
-            self.record, beat=self.record.beat + 1, held=self.clock() - self.since, heartbeat=now()
-        )
-        return self.record
+    def _write(self) -> None:
+        write_json(self.path, self._next())
+
+    def _create(self) -> bool:
+        return create_json(self.path, self._next())
 
     # ---- holding ---------------------------------------------------------------------------------
 
     def renew(self) -> None:
-        """To be called every `beat` seconds. LeaseLost where another has the run, or may think that
-        this one has died.
+        """To be called every `heartbeat` seconds. RunLockLost where another has the run, or may
+        think that this one has died.
         """
         with self.writing:
-            self._still()
+            self._check_held()
             started = self.clock()
+            slept = started - self.renewed
             try:
-                found = self.place.read()
-                if found is not None and found.owner != self.record.owner:
-                    self._lose(found)
-                if (
-                    found is None and started - self.renewed >= self.times.expiry
-                ):  # another may have come, and gone, meanwhile
-                    self._lose(
-                        None,
-                        f"it stood still for {started - self.renewed:.0f} s, and its "
-                        f"{LEASE} is gone",
-                    )
-                if found is None and self.place.create(self._next()) is False:
-                    self._lose(self.place.read())
-                self.place.write(self._next())
+                found = holder(self.run)
+                if found is None and slept >= self.timing.expiry:  # another may have come and gone
+                    self._lose(f"it stood still for {slept:.0f} s, and its {LOCK} is gone")
+                if found is None and not self._create():
+                    found = holder(self.run)
+                self._check_owner(found)
+                self._write()
                 self.renewed = started
             except OSError as e:
-                if started - self.renewed > self.times.expiry / 2:
-                    self._lose(
-                        None,
-                        f"its {LEASE} could not be written for "
-                        f"{started - self.renewed:.0f} s ({e})",
-                    )
+                if slept > self.timing.expiry / 2:
+                    self._lose(f"its {LOCK} could not be written for {slept:.0f} s ({e})")
 
     def check(self) -> None:
         """To be called before every commit."""
         with self.writing:
-            self._still()
-            if (
-                self.clock() - self.renewed > 2 * self.times.beat
-            ):  # it slept, or was held up: somebody may be about to take over
-                self.renew()
-                return
-            found = self.place.read()
-            if found is not None and found.owner != self.record.owner:
-                self._lose(found)
+            self._check_held()
+            if self.clock() - self.renewed > 2 * self.timing.heartbeat:
+                self.renew()  # it slept, or was held up: somebody may be about to take over
+            else:
+                self._check_owner(holder(self.run))
 
     def release(self) -> None:
         with self.writing:
             if self.held and self.lost is None:
-                found = self.place.read()
+                found = holder(self.run)
                 if found is not None and found.owner == self.record.owner:
-                    self.place.remove()
+                    self.path.unlink(missing_ok=True)
             self.held = False
 
-    def _still(self) -> None:
+    def _check_held(self) -> None:
         if self.lost is not None:
             raise self.lost
-        assert self.held, "a lease that was not taken"
+        assert self.held, "a lock that was not taken"
 
-    def _lose(self, by: Record | None, why: str = "") -> NoReturn:
-        why = (
-            f"{by.line()} has taken it over"
-            if by is not None
-            else why or f"its {LEASE} was removed"
-        )
-        self.lost = LeaseLost(f"{self.what}: {why}; this process has stopped working on it")
+    def _check_owner(self, found: Holder | None) -> None:
+        if found is not None and found.owner != self.record.owner:
+            self._lose(f"{found.line()} has taken it over")
+
+    def _lose(self, why: str) -> NoReturn:
+        self.lost = RunLockLost(f"{self.run.root}: {why}; this process has stopped working on it")
         raise self.lost
-
-
-def _mark(record: Record | None) -> tuple[str, int] | None:
-    return None if record is None else (record.owner, record.beat)
-
-
-class Pulse:
-    """What a reader has seen of a lease: for how long its counter has stood still, by the reader's
-    own clock.
-    """
-
-    def __init__(self, place: Place, clock: Callable[[], float] = clock) -> None:
-        self.place, self.clock = place, clock
-        self.mark: tuple[str, int] | None = None
-        self.since = clock()
-        self.changes = 0
-
-    def look(self) -> Record | None:
-        found = self.place.read()
-        if (mark := _mark(found)) != self.mark:
-            self.changes += self.mark is not None and found is not None
-            self.mark, self.since = mark, self.clock()
-        return found
-
-    def still(self) -> float:
-        """Seconds without a change, as of the last look."""
-        return self.clock() - self.since

@@ -10,7 +10,7 @@ from typing import Any
 
 from adversa.run.folder import RunDir
 from adversa.storage.files import read_json, write_json, writing
-from adversa.storage.path import Remote, StoreError
+from adversa.storage.path import BucketPath, StoreError
 
 # ---- what the run is doing -----------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class Clock:
     def _beat(self) -> None:
         stopped = False
         while not stopped:
-            stopped = self.stopped.wait(5 if isinstance(self.path, Remote) else 2)
+            stopped = self.stopped.wait(5 if isinstance(self.path, BucketPath) else 2)
             try:
                 self.tick()
             except StoreError:

@@ -10,7 +10,7 @@ from typing import Any
 from adversa.run.differences import _versions_apart, differences, flatten
 from adversa.run.environment import git_commit, machine, now, versions
 from adversa.storage.files import read_json, write_json, writing
-from adversa.storage.path import Place, Remote
+from adversa.storage.path import BucketPath, StoragePath
 from adversa.types import UserError, digest
 
 RECIPE, MANIFEST, PROGRESS, OPENED = "recipe.json", "manifest.json", "progress.json", "opened.json"
@@ -19,7 +19,7 @@ RECIPE, MANIFEST, PROGRESS, OPENED = "recipe.json", "manifest.json", "progress.j
 SHAPELESS = ("order",)  # steps whose recipes have as many fields as were asked for
 
 
-def _advice(apart: list[str], made: Place, option: str = "--run-dir") -> str:
+def _advice(apart: list[str], made: StoragePath, option: str = "--run-dir") -> str:
     """What to do about a recipe that differs. apart: of _versions_apart; made: a folder whose
     manifest may name who made it.
     """
@@ -62,7 +62,7 @@ class Recipe:
         return digest(json.dumps(self.to_json(), sort_keys=True))
 
 
-def begin(folder: Place, recipe: Recipe, option: str = "--run-dir") -> bool:
+def begin(folder: StoragePath, recipe: Recipe, option: str = "--run-dir") -> bool:
     """True where the step is finished already. Writes the recipe; UserError with the fields where
     another one is there.
 
@@ -96,18 +96,19 @@ def _steps_apart(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     return apart
 
 
-def _begun(folder: Place) -> bool:
+def _begun(folder: StoragePath) -> bool:
     """Whether a step has anything to lose: a part, a model, training state, or its manifest."""
     return any(
-        next(folder.rglob(p), None) for p in ("*.parquet", "*.safetensors", "*.pt", MANIFEST)
+        p.name == MANIFEST or p.suffix in (".parquet", ".safetensors", ".pt")
+        for p in folder.rglob("*")
     )
 
 
-def is_finished(folder: Place) -> bool:
+def is_finished(folder: StoragePath) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def finish(folder: Place, recipe: Recipe, **facts: Any) -> dict[str, Any]:
+def finish(folder: StoragePath, recipe: Recipe, **facts: Any) -> dict[str, Any]:
     """Mark a step complete: the manifest is the last thing written.
 
     facts: at least seconds, compute_seconds, device_seconds and rows.
@@ -119,13 +120,13 @@ def finish(folder: Place, recipe: Recipe, **facts: Any) -> dict[str, Any]:
     return manifest
 
 
-def manifest(folder: Place) -> dict[str, Any]:
+def manifest(folder: StoragePath) -> dict[str, Any]:
     found = read_json(folder / MANIFEST)
     assert found is not None, f"{folder} is not finished"
     return found
 
 
-def fingerprint(folder: Place) -> str:
+def fingerprint(folder: StoragePath) -> str:
     return manifest(folder)["fingerprint"]
 
 
@@ -142,10 +143,10 @@ class Progress:
     step's whole cost.
     """
 
-    def __init__(self, folder: Place, interval: float = 0.5) -> None:
+    def __init__(self, folder: StoragePath, interval: float = 0.5) -> None:
         self.folder, self.interval = (
             folder,
-            max(interval, REMOTE_SECONDS) if isinstance(folder, Remote) else interval,
+            max(interval, REMOTE_SECONDS) if isinstance(folder, BucketPath) else interval,
         )
         self.started = time.monotonic()
         self.before = float((read_json(folder / PROGRESS) or {}).get("elapsed", 0.0))

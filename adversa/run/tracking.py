@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adversa.storage import files
+from adversa.storage.path import StoragePath
 from adversa.types import UserError, digest
 
 METRICS = "metrics.jsonl"
@@ -44,7 +45,7 @@ class Sink(Protocol):
 class TensorBoard:
     """Event files in `tracking/tensorboard`, a TensorBoard run for each training."""
 
-    def __init__(self, root: Path, state: dict[str, Any]) -> None:
+    def __init__(self, root: StoragePath, state: dict[str, Any]) -> None:
         self.writer = _import("tensorboard", "torch.utils.tensorboard").SummaryWriter
         self.folder = _local(root, "tensorboard") / "tracking" / "tensorboard"
         self.writers: dict[str, Any] = {}
@@ -69,7 +70,7 @@ class MLflow:
     `tracking/mlflow` of the run folder.
     """
 
-    def __init__(self, root: Path, state: dict[str, Any]) -> None:
+    def __init__(self, root: StoragePath, state: dict[str, Any]) -> None:
         self.module, self.root, self.state = _import("mlflow"), root, state
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             _local(root, "mlflow (without MLFLOW_TRACKING_URI)")
@@ -116,7 +117,7 @@ class Wandb:
     set.
     """
 
-    def __init__(self, root: Path, state: dict[str, Any]) -> None:
+    def __init__(self, root: StoragePath, state: dict[str, Any]) -> None:
         self.module, self.root = _import("wandb"), root
         _local(root, "wandb")
         self.run: Any = None
@@ -158,14 +159,14 @@ class Wandb:
             self.run.finish()
 
 
-SINKS: dict[str, Callable[[Path, dict[str, Any]], Sink]] = {
+SINKS: dict[str, Callable[[StoragePath, dict[str, Any]], Sink]] = {
     "tensorboard": TensorBoard,
     "mlflow": MLflow,
     "wandb": Wandb,
 }
 
 
-def _local(root: Path, service: str) -> Path:
+def _local(root: StoragePath, service: str) -> Path:
     """UserError where the run lies on an object store, and this service writes files beside it,
     piece by piece.
     """
@@ -195,7 +196,7 @@ class Follow:
     from then on, with a warning: it gets the rest when the same command runs again.
     """
 
-    def __init__(self, names: Sequence[str], root: Path) -> None:
+    def __init__(self, names: Sequence[str], root: StoragePath) -> None:
         self.root = root
         self.states = {n: files.read_json(self._noted(n)) or {} for n in names}
         self.sinks = {n: SINKS[n](root, self.states[n]) for n in names}
@@ -257,7 +258,7 @@ class Follow:
                 " ".join(str(e).split())[:300] or type(e).__name__,
             )
 
-    def _noted(self, service: str) -> Path:
+    def _noted(self, service: str) -> StoragePath:
         return self.root / "tracking" / f"{service}.json"
 
 
@@ -279,7 +280,7 @@ def unsent(
     return rows[noted["lines"] :]
 
 
-def lines(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+def lines(path: StoragePath) -> Iterator[tuple[int, dict[str, float]]]:
     """(step, its finite numbers) of each whole line of a metrics.jsonl, in order."""
     for text in path.read_text().splitlines(keepends=True):
         if not text.endswith("\n"):

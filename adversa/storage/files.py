@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adversa.storage.path import Place, Remote
+from adversa.storage.path import BucketPath, StoragePath
 from adversa.types import UserError
 
 
-def read_json(path: Place) -> dict[str, Any] | None:
+def read_json(path: StoragePath) -> dict[str, Any] | None:
     """The JSON object of a file, or None where there is none (or it is being replaced on a file
     system without atomic rename).
     """
@@ -31,7 +31,7 @@ def read_json(path: Place) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _fresh(path: Place) -> str:
+def _fresh(path: StoragePath) -> str:
     """Of a network file system: a file that another machine replaces while it is read is a stale
     handle, once or twice.
     """
@@ -44,9 +44,33 @@ def _fresh(path: Place) -> str:
     return path.read_text()
 
 
-def write_json(path: Place, value: dict[str, Any] | list[Any]) -> None:
+def write_json(path: StoragePath, value: dict[str, Any] | list[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    replace_bytes(path, _encode(value))
+
+
+def create_json(path: StoragePath, value: dict[str, Any]) -> bool:
+    """Whether the file was written: only where there is none. Of several who try at the same time
+    one succeeds, on whatever machines (S3 needs conditional puts: AWS, MinIO, R2 and Ceph do).
+    """
+    try:
+        if isinstance(path, BucketPath):
+            path.write_bytes(_encode(value), exclusive=True)
+            return True
+        with open(path, "xb") as f:
+            try:
+                f.write(_encode(value))
+                f.flush()
+            except BaseException:
+                path.unlink()
+                raise
+        return True
+    except FileExistsError:
+        return False
+
+
+def _encode(value: dict[str, Any] | list[Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 # {option}: what says where to write; {kept}: that the same command goes on where it was.
@@ -73,7 +97,9 @@ FIXES = {
 
 
 @contextlib.contextmanager
-def writing(folder: Place, option: str = "--run-dir", kept: bool | None = None) -> Iterator[None]:
+def writing(
+    folder: StoragePath, option: str = "--run-dir", kept: bool | None = None
+) -> Iterator[None]:
     """Turn the faults of a file system that a user can mend into a UserError.
 
     option: what the user gave the folder by. kept: whether the same command goes on where it was
@@ -94,11 +120,11 @@ def writing(folder: Place, option: str = "--run-dir", kept: bool | None = None) 
         ) from None
 
 
-def _is_ours(folder: Place, error: OSError) -> bool:
+def _is_ours(folder: StoragePath, error: OSError) -> bool:
     """Whether it is a fault of ours: a file missing in a folder that is there, or something in the
     way elsewhere.
     """
-    if isinstance(folder, Remote):
+    if isinstance(folder, BucketPath):
         return True  # what a store refuses is told by it
     named = Path(error.filename) if isinstance(error.filename, str) else folder
     near = named == folder or folder in named.parents or named in folder.parents
@@ -107,11 +133,11 @@ def _is_ours(folder: Place, error: OSError) -> bool:
     return error.errno in (errno.EEXIST, errno.EISDIR) and not near
 
 
-def replace_bytes(path: Place, data: bytes | memoryview) -> None:
+def replace_bytes(path: StoragePath, data: bytes | memoryview) -> None:
     """Write a whole file, or leave the old one: to a temporary name beside it, flushed, then
     renamed; or by one put.
     """
-    if isinstance(path, Remote):
+    if isinstance(path, BucketPath):
         path.write_bytes(data)
         return
     temporary = _beside(path)

@@ -1,35 +1,37 @@
-"""Where a run lies: a local folder as a `pathlib.Path`, or a folder of an object store as a
-`Remote`, which is used like one.
+"""Storage paths: a local folder as a `pathlib.Path`, a folder of an object store as a `BucketPath`
+(a `UPath` over fsspec), which is used like one.
 
 An object store has no renaming and no appending. It has puts: a reader sees the old object or the
 new one, never a part. So a file of a run is written whole, by one put, and what marks a step as
 finished is put last (docs/storage.md).
 
-Credentials come from the environment's own chain alone (variables, profiles, roles: what the AWS
-and Google clients look at). A URI that carries some is refused, and no error shows any.
+Credentials come from the environment's own chain alone (variables, profiles, roles: what the AWS,
+Google and Azure clients look at). A URI that carries some is refused, and no error shows any.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import errno
 import os
 import re
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from functools import cache
-from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, unquote, urlencode
 
-import pyarrow as pa
-import pyarrow.fs as pafs
+from upath.implementations.cloud import CloudPath
 
+from adversa.storage.hub import unreachable
 from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 # What a URI's query may say: where the store is and how it is spoken to, nothing that proves who
 # asks.
@@ -40,23 +42,23 @@ OPTIONS = frozenset(
         "region",
         "force_virtual_addressing",
         "project_id",
-        "retry_limit_seconds",
-        "enable_tls",
-        "blob_storage_authority",
-        "dfs_storage_authority",
+        "account_name",
     ]
 )
-# Stores whose puts are whole. Others that pyarrow knows (hdfs) show a file while it is written.
-SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
-# pyarrow gives a request 3 seconds, which a long listing does not keep; and tries again for a
-# minute where there is no network.
-TIMEOUTS = {"connect_timeout": 10, "request_timeout": 60}
+# Stores whose puts are whole, and the extra of this package that each needs.
+SCHEMES = {"s3": "s3", "gs": "gcs", "gcs": "gcs"} | dict.fromkeys(("az", "abfs", "abfss"), "azure")
+# s3fs gives a request 15 seconds, which a long listing does not keep, and tries five times what
+# botocore has tried five times.
+TIMEOUTS = {"connect_timeout": 10, "read_timeout": 60}
 ATTEMPTS = 4
 SECRETS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_SAS_TOKEN",
     "AZURE_CLIENT_SECRET",
 )
 
@@ -67,217 +69,118 @@ class StoreError(UserError, OSError):
     """
 
 
-@dataclass(frozen=True, order=True)
-class Remote:
-    """A file or folder of an object store: the part of pathlib's interface that adversa uses, with
-    its exceptions.
+class BucketPath(CloudPath):
+    """A file or folder of an object store, with pathlib's interface and exceptions.
 
-    StoreError where the store refuses or cannot be reached. Pickled as the names it is made of:
-    whoever unpickles it uses the credentials of its own environment. query: how the store is spoken
-    to (OPTIONS).
+    Its one storage option is `query`: how the store is spoken to (OPTIONS), as its URI says it.
+    Pickled as its names: whoever unpickles it uses the credentials of its own environment.
+
+    Raises:
+        StoreError: where the store refuses or cannot be reached.
     """
 
-    scheme: str
-    authority: str  # the bucket, or what else stands for it
-    key: PurePosixPath
-    query: str = ""
+    __slots__ = ()
+
+    def __new__(cls, *_: object, **__: object) -> BucketPath:
+        return object.__new__(cls)  # UPath would choose a class by the scheme
+
+    @classmethod
+    def _parse_storage_options(
+        cls, urlpath: str, protocol: str, storage_options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return dict(storage_options)  # UPath would import the store's client, to name a path
 
     def __str__(self) -> str:
-        path = "" if self.key == PurePosixPath() else f"/{self.key}"
-        return f"{self.scheme}://{self.authority}{path}" + (f"?{self.query}" if self.query else "")
-
-    def __repr__(self) -> str:
-        return f"Remote({str(self)!r})"
-
-    # ---- names: no request -----------------------------------------------------------------------
-
-    def __truediv__(self, name: str | PurePosixPath) -> Remote:
-        return replace(self, key=self.key / name)
+        if self._relative_base is not None:
+            return super().__str__()
+        query = self.storage_options["query"]
+        return f"{self.protocol}://{self.path.rstrip('/')}" + (f"?{query}" if query else "")
 
     @property
-    def name(self) -> str:
-        return self.key.name or self.authority
+    def fs(self) -> AbstractFileSystem:
+        """The filesystem, one a process, whose faults are told as `asking` says."""
+        return _Asked(self)  # type: ignore[return-value]
 
-    @property
-    def stem(self) -> str:
-        return self.key.stem
+    # ---- what is there: as few requests as it takes ----------------------------------------------
 
-    @property
-    def suffix(self) -> str:
-        return self.key.suffix
+    def iterdir(self) -> Iterator[BucketPath]:
+        found = self.fs.ls(self.path, detail=False)
+        return iter(sorted(self / name.rpartition("/")[2] for name in found if name != self.path))
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return (f"{self.scheme}://{self.authority}", *self.key.parts)
-
-    @property
-    def parent(self) -> Remote:
-        return replace(self, key=self.key.parent)
-
-    @property
-    def parents(self) -> tuple[Remote, ...]:
-        return tuple(replace(self, key=p) for p in self.key.parents)
-
-    def with_name(self, name: str) -> Remote:
-        return replace(self, key=self.key.with_name(name))
-
-    def with_suffix(self, suffix: str) -> Remote:
-        return replace(self, key=self.key.with_suffix(suffix))
-
-    def as_posix(self) -> str:
-        return str(self)
-
-    def absolute(self) -> Remote:
-        return self
-
-    resolve = absolute
-
-    def relative_to(self, other: Place) -> PurePosixPath:
-        if not isinstance(other, Remote) or replace(other, key=self.key) != self:
-            raise ValueError(f"{self} is not in the subpath of {other}")
-        return self.key.relative_to(other.key)
-
-    def is_relative_to(self, other: Place) -> bool:
-        return (
-            isinstance(other, Remote)
-            and replace(other, key=self.key) == self
-            and self.key.is_relative_to(other.key)
-        )
-
-    # ---- what is there ---------------------------------------------------------------------------
-
-    @property
-    def store(self) -> tuple[pafs.FileSystem, str]:
-        """The filesystem, and what it calls this place."""
-        with asking(self):
-            filesystem, base = _store(self.scheme, self.authority, self.query)
-        return filesystem, str(PurePosixPath(base) / self.key)
-
-    def _kind(self) -> pafs.FileType:
-        filesystem, path = self.store
-        with asking(self):
-            return filesystem.get_file_info(path).type
-
-    def exists(self) -> bool:
-        return self._kind() != pafs.FileType.NotFound
-
-    def is_file(self) -> bool:
-        return self._kind() == pafs.FileType.File
-
-    def is_dir(self) -> bool:
-        return self._kind() == pafs.FileType.Directory
-
-    def _list(self, deep: bool, missing_ok: bool) -> list[tuple[Remote, bool]]:
-        """(what lies in the folder, whether it is a folder itself), by name."""
-        filesystem, path = self.store
-        with asking(self):
-            found = filesystem.get_file_info(
-                pafs.FileSelector(path, recursive=deep, allow_not_found=missing_ok)
-            )
-        inside = [
-            (PurePosixPath(i.path).relative_to(path), i.type == pafs.FileType.Directory)
-            for i in found
-        ]
-        return [(replace(self, key=self.key / name), folder) for name, folder in sorted(inside)]
-
-    def iterdir(self) -> Iterator[Remote]:
-        return iter([p for p, _ in self._list(deep=False, missing_ok=False)])
-
-    def glob(self, pattern: str) -> Iterator[Remote]:
+    def glob(self, pattern: str) -> Iterator[BucketPath]:  # type: ignore[override]
         """Level by level: one listing for each folder that a wild card stands for."""
         head, _, rest = pattern.partition("/")
         if not re.search(r"[*?\[]", head):
             below = self / head
             yield from below.glob(rest) if rest else [below] * below.exists()
             return
-        for path, folder in self._list(deep=False, missing_ok=True):
-            if fnmatchcase(path.name, head) and (folder or not rest):
-                yield from path.glob(rest) if rest else [path]
+        try:
+            found = self.fs.ls(self.path, detail=True)
+        except FileNotFoundError:
+            return
+        for info in sorted(found, key=lambda info: info["name"]):
+            name = info["name"].rpartition("/")[2]
+            if fnmatchcase(name, head) and (info["type"] == "directory" or not rest):
+                yield from (self / name).glob(rest) if rest else [self / name]
 
-    def rglob(self, pattern: str) -> Iterator[Remote]:
-        """One listing, however deep. pattern: of a name, without a slash."""
+    def rglob(self, pattern: str) -> Iterator[BucketPath]:  # type: ignore[override]
+        """Files only; one listing, however deep. pattern: of a name, without a slash."""
         assert "/" not in pattern, pattern
-        yield from (
-            p for p, _ in self._list(deep=True, missing_ok=True) if fnmatchcase(p.name, pattern)
-        )
+        inside = (name.removeprefix(self.path + "/") for name in sorted(self.fs.find(self.path)))
+        return (self / name for name in inside if fnmatchcase(name.rpartition("/")[2], pattern))
 
     # ---- whole files -----------------------------------------------------------------------------
 
-    def open(self) -> pa.NativeFile:
-        """To read from anywhere in it. FileNotFoundError where it is not. What it reads is to be
-        wrapped in `asking`.
-        """
-        filesystem, path = self.store
-        with asking(self):
-            return filesystem.open_input_file(path)
-
     def read_bytes(self) -> bytes:
-        with asking(self), self.open() as file:
-            return file.readall()
+        # one GET: to fetch ranges at the same time, s3fs would ask for the size first
+        return self.fs.cat_file(self.path, max_concurrency=1)
 
-    def read_text(self, encoding: str = "utf-8") -> str:
+    def read_text(self, encoding: str = "utf-8") -> str:  # type: ignore[override]
         return self.read_bytes().decode(encoding)
 
-    def write_bytes(self, data: bytes | memoryview) -> None:
+    def write_bytes(self, data: bytes | memoryview, exclusive: bool = False) -> None:  # type: ignore[override]
         """One put: afterwards the object is there whole; where this raises, it is as it was before.
 
-        In a thread of its own, which no signal reaches: a stream that Ctrl-C drops between its
-        opening and its writing is closed by pyarrow, and an empty object lies there. What is
-        interrupted waits for it: what comes next may be put in the same place.
+        What is interrupted (Ctrl-C) waits for it: what comes next may be put in the same place.
+        exclusive: FileExistsError where there is one already.
         """
-        failure: list[BaseException] = []
-        ended = (
-            threading.Event()
-        )  # Thread.join, once interrupted, takes a thread for ended that is not
-
-        def send() -> None:
+        with asking(self):
+            fs, mode = filesystem(self), "create" if exclusive else "overwrite"
+            put = asyncio.run_coroutine_threadsafe(
+                fs._pipe_file(self.path, bytes(data), mode=mode), fs.loop
+            )
             try:
-                with asking(self):
-                    filesystem, path = self.store
-                    stream = filesystem.open_output_stream(path)
-                    stream.write(data)
-                    stream.close()
-            except BaseException as e:  # raised below, whatever it is
-                failure.append(e)
-            finally:
-                ended.set()
+                put.result()
+            except BaseException:
+                concurrent.futures.wait([put])
+                raise
 
-        threading.Thread(target=send).start()
-        try:
-            ended.wait()
-        except BaseException:
-            ended.wait()
-            raise
-        if failure:
-            raise failure[0]
-
-    def touch(self) -> None:
+    def touch(self) -> None:  # type: ignore[override]
         """An empty file."""
         self.write_bytes(b"")
 
-    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+    def mkdir(self, mode: int = 0, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: a folder is there as long as something lies in it."""
 
-    def rmdir(self) -> None:
+    def rmdir(self) -> None:  # type: ignore[override]
         """Nothing: a folder has gone with the last that lay in it."""
 
     def unlink(self, missing_ok: bool = False) -> None:
-        filesystem, path = self.store
-        with asking(self), contextlib.suppress(*[FileNotFoundError] * missing_ok):
-            filesystem.delete_file(path)
+        if not missing_ok:
+            self.stat()  # to delete what is not there is no fault to a store
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path)
 
 
-Place = (
-    Path | Remote
-)  # where a signature says Path and means a place in a run, a Remote does as well
+StoragePath = Path | BucketPath
 
 
 # ---- from text -----------------------------------------------------------------------------------
 
 
-def place(where: str | Place) -> Place:
+def storage_path(where: str | StoragePath) -> StoragePath:
     """A path, or a URI of an object store (SCHEMES); UserError where it can't be used."""
-    if isinstance(where, Path | Remote):
+    if isinstance(where, Path | BucketPath):
         return where
     if not (found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", where)):
         return Path(where)
@@ -292,18 +195,20 @@ def place(where: str | Place) -> Place:
             f"{shown}: a run lies in a local folder or an object store "
             f"({', '.join(f'{s}://' for s in SCHEMES)})"
         )
-    if "@" in authority and (
-        scheme not in ("abfs", "abfss") or ":" in authority
-    ):  # there container@account is a name
+    options = parse_qsl(query, keep_blank_values=True)
+    if "@" in authority and SCHEMES[scheme] == "azure" and ":" not in authority:
+        authority, _, account = authority.partition("@")  # container@account is a name
+        options.append(("account_name", account.partition(".")[0]))
+    if "@" in authority:
         raise UserError(
             f"{shown}: an address must not carry credentials; take out what stands before "
             "the @, and put it where the store's own "
             "tools look for it (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, a role)"
         )
-    options = parse_qsl(query, keep_blank_values=True)
     if other := sorted({name for name, _ in options} - OPTIONS):
+        plain = re.fullmatch(r"[a-z_]{1,40}", other[0])  # or it may be a key that lost its name
         raise UserError(
-            f"{shown}: unknown option {_plain(other[0])}; known: "
+            f"{shown}: unknown option {other[0] if plain else '(not a name)'}; known: "
             f"{', '.join(sorted(OPTIONS))}; credentials never"
         )
     if any("@" in value for _, value in options):
@@ -312,191 +217,201 @@ def place(where: str | Place) -> Place:
         )
     if not authority:
         raise UserError(f"{shown}: it names no bucket; write {scheme}://BUCKET/FOLDER")
-    return Remote(
-        scheme, authority, PurePosixPath(key.strip("/")), urlencode(sorted(options), safe=":/")
+    key = "/".join(part for part in key.split("/") if part not in ("", "."))
+    return BucketPath(
+        f"{scheme}://{authority}/{key}",
+        protocol=scheme,
+        query=urlencode(sorted(options), safe=":/"),
     )
 
 
-def _plain(name: str) -> str:
-    """An option's name, unless it may be a key that lost its name."""
-    return name if re.fullmatch(r"[a-z_]{1,40}", name) else "(not a name)"
-
-
-@cache
-def _store(scheme: str, authority: str, query: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a bucket, one a process, and what it calls the bucket."""
-    if scheme == "s3":
-        return _s3(authority, dict(parse_qsl(query))), authority
-    try:
-        return pafs.FileSystem.from_uri(f"{scheme}://{authority}/" + (f"?{query}" if query else ""))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
-        raise StoreError(
-            f"{scheme}://{authority}: pyarrow cannot use it ({scrubbed(str(e))[:200]}); "
-            "mend the address"
-        ) from None
-
-
-def _s3(bucket: str, options: dict[str, str]) -> pafs.S3FileSystem:
-    """pyarrow reads the chain of credentials by itself, and neither AWS_ENDPOINT_URL nor where a
-    bucket is.
+def filesystem(path: BucketPath) -> AbstractFileSystem:
+    """The fsspec filesystem of a store, one a process. Its clients read the chain of credentials,
+    and AWS_ENDPOINT_URL, by themselves.
     """
-    override = options.get("endpoint_override")
-    if not override and (
-        url := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    ):
-        split = urlsplit(url)
-        override = split.netloc.rpartition("@")[2] + split.path.rstrip("/")
-        options = {"scheme": split.scheme} | options
-    region = (
-        options.get("region")
-        or os.environ.get("AWS_REGION")
-        or os.environ.get("AWS_DEFAULT_REGION")
-    )
-    if not region:
-        region = "us-east-1" if override else pafs.resolve_s3_region(bucket)
-    return pafs.S3FileSystem(
-        endpoint_override=override,
-        scheme=options.get("scheme", "https"),
-        region=region,
-        force_virtual_addressing=options.get("force_virtual_addressing", "").lower() == "true",
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-        # one put for what is small, where an upload in parts would take three requests
-        allow_delayed_open=True,
-        **TIMEOUTS,
-    )
+    import fsspec
+
+    asked = dict(parse_qsl(path.storage_options["query"]))
+    host, kind = asked.get("endpoint_override"), SCHEMES[path.protocol]
+    url = f"{asked.get('scheme', 'https')}://{host}" if host else None
+    options: dict[str, Any]
+    if kind == "s3":
+        retries = {"mode": "standard", "total_max_attempts": ATTEMPTS}
+        style = "virtual" if asked.get("force_virtual_addressing", "").lower() == "true" else "auto"
+        config = TIMEOUTS | {"retries": retries, "s3": {"addressing_style": style}}
+        region = asked.get("region") or os.environ.get("AWS_REGION")
+        client = {"region_name": region} if region else {}
+        options = {"endpoint_url": url, "config_kwargs": config, "client_kwargs": client}
+    elif kind == "gcs":
+        options = {"endpoint_url": url, "project": asked.get("project_id")}
+    else:
+        options = {"account_host": host, "account_name": asked.get("account_name")}
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        found = fsspec.filesystem(path.protocol, use_listings_cache=False, **given)
+    except ImportError:
+        raise StoreError(
+            f"{path}: the store's client is not installed; pip install 'adversa[{kind}]'"
+        ) from None
+    if kind == "s3":
+        found.retries = 1  # botocore tries again
+    return found
+
+
+class _Asked:
+    """A filesystem whose methods tell their faults of `path` as `asking` says."""
+
+    def __init__(self, path: BucketPath) -> None:
+        self.path, self.filesystem = path, filesystem(path)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self.filesystem, name)
+
+        def ask(*args: object, **options: object) -> object:
+            with asking(self.path):
+                return method(*args, **options)
+
+        return ask
 
 
 # ---- what a store says ---------------------------------------------------------------------------
 
 AGAIN = "run the same command again, finished parts are kept"
 _KEYS = "the credentials of the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, a role)"
+_DENIED = ("access denied", f"{_KEYS} must allow to read, put, list and delete there")
+_BUSY = ("the store asks to slow down", AGAIN)
+_NO_KEY = ("there are no credentials", f"set {_KEYS}")
 FIXES = {
-    "NO_SUCH_BUCKET": ("there is no such bucket", "make it, or correct the name"),
-    "ACCESS_DENIED": ("access denied", f"{_KEYS} must allow to read, put, list and delete there"),
-    "INVALID_ACCESS_KEY_ID": ("the store does not know the key", f"mend {_KEYS}"),
-    "SIGNATURE_DOES_NOT_MATCH": ("the store refuses the key", f"mend {_KEYS}"),
-    "EXPIRED_TOKEN": ("the credentials have expired", f"renew {_KEYS}, then {AGAIN}"),
-    "NETWORK_CONNECTION": (
-        "the store cannot be reached",
-        f"look at the network and at the endpoint, then {AGAIN}",
-    ),
-    "SLOW_DOWN": ("the store asks to slow down", AGAIN),
+    "NoSuchBucket": ("there is no such bucket", "make it, or correct the name"),
+    "AccessDenied": _DENIED,
+    "PermissionError": _DENIED,
+    "403": _DENIED,
+    "InvalidAccessKeyId": ("the store does not know the key", f"mend {_KEYS}"),
+    "SignatureDoesNotMatch": ("the store refuses the key", f"mend {_KEYS}"),
+    "ExpiredToken": ("the credentials have expired", f"renew {_KEYS}, then {AGAIN}"),
+    "SlowDown": _BUSY,
+    "503": _BUSY,
+    "429": _BUSY,
+    "NoCredentialsError": _NO_KEY,
+    "DefaultCredentialsError": _NO_KEY,
+    "ClientAuthenticationError": _NO_KEY,
 }
+# Whose exceptions are a store's, where they are no OSError.
+CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "adlfs", "azure")
 
 
 @contextlib.contextmanager
-def asking(path: Place) -> Iterator[None]:
-    """Turn what pyarrow raises about a remote place into FileNotFoundError or StoreError. Of a
-    local one nothing is touched.
+def asking(path: StoragePath) -> Iterator[None]:
+    """Turn what a store's client raises into FileNotFoundError, FileExistsError or StoreError. Of a
+    local path nothing is touched.
     """
     try:
         yield
-    except StoreError:
-        raise
-    except FileNotFoundError:
-        if not isinstance(path, Remote):
+    except Exception as e:
+        theirs = isinstance(e, OSError) or type(e).__module__.partition(".")[0] in CLIENTS
+        if isinstance(path, Path) or isinstance(e, StoreError) or not theirs:
             raise
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
-    except OSError as e:
-        if not isinstance(path, Remote):
-            raise
-        raise StoreError(f"{path}: {_why(e)}") from None
+        code, request = _code(e)
+        if isinstance(e, FileNotFoundError) and code != "NoSuchBucket":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+        if isinstance(e, FileExistsError) or code == "ConditionalRequestConflict":
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        if unreachable(e) or re.search("Connect|Timeout|Disconnect", type(e).__name__):
+            found = (
+                "the store cannot be reached",
+                f"look at the network and the endpoint; {AGAIN}",
+            )
+        else:
+            said = f"the store failed ({code}: {scrubbed(str(e))[:300]})"
+            found = FIXES.get(code, (said, AGAIN))
+        raise StoreError(f"{path}: {found[0]}{request}; {found[1]}") from None
 
 
-def _why(e: OSError) -> str:
-    found = re.search(r"AWS Error (\w+)(.*?) during (\w+) operation", str(e))
-    if found is None:
-        return f"the store failed ({scrubbed(str(e))[:300]}); {AGAIN}"
-    code, status, operation = found.groups()
-    if code == "UNKNOWN" and "403" in status:
-        code = "ACCESS_DENIED"
-    cause, fix = FIXES.get(code, (f"the store failed ({code}{status})", AGAIN))
-    return f"{cause} in {operation}; {fix}"
+def _code(e: Exception) -> tuple[str, str]:
+    """What the store, or its client, calls a fault; and " in " the request that met with it."""
+    e = e.__cause__ or e  # s3fs makes an OSError of what botocore raised
+    answer = getattr(e, "response", None)
+    if isinstance(answer, dict):
+        return answer.get("Error", {}).get("Code", ""), f" in {getattr(e, 'operation_name', '')}"
+    return str(getattr(e, "status_code", getattr(e, "code", type(e).__name__))), ""
 
 
 def scrubbed(text: str) -> str:
-    """In one line, and without the environment's credentials, or what looks like an AWS key."""
-    for value in (os.environ.get(name) for name in SECRETS):
-        if value:
-            text = text.replace(value, "***")
-    return " ".join(re.sub(r"\b(AKIA|ASIA)[A-Z0-9]{12,}\b", "***", text).split())
+    """In one line, and without the environment's credentials, or what looks like some."""
+    for value in filter(None, map(os.environ.get, SECRETS)):
+        text = text.replace(value, "***")
+    text = re.sub(r"\b(AKIA|ASIA)[A-Z0-9]{12,}\b", "***", text)
+    return " ".join(re.sub(r"//[^/@\s]+@", "//***@", text).split())
 
 
 # ---- what pathlib and shutil do for a local folder -----------------------------------------------
 
 
-def source(path: Place) -> Any:
+def source(path: StoragePath) -> Path | IO[bytes]:
     """What pyarrow.parquet reads from: of a remote file only the asked parts are fetched."""
-    return path.open() if isinstance(path, Remote) else path
+    return path if isinstance(path, Path) else path.open("rb", cache_type="none")
 
 
-def names(folder: Place) -> set[str]:
+def names(folder: StoragePath) -> set[str]:
     """What lies in a folder, by one listing; nothing where there is none."""
-    if isinstance(folder, Remote):
-        return {p.name for p, _ in folder._list(deep=False, missing_ok=True)}
-    return set(os.listdir(folder)) if folder.exists() else set()
+    try:
+        return {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
 
 
-def modified(path: Place) -> float | None:
+def modified(path: StoragePath) -> float | None:
     """When a file was last written, in Unix seconds by its storage's clock; None where it is
     not.
     """
-    if isinstance(path, Remote):
-        filesystem, name = path.store
-        with asking(path):
-            found = filesystem.get_file_info(name)
-        return None if found.mtime is None else found.mtime.timestamp()
-    return path.stat().st_mtime if path.exists() else None
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
-def append(path: Place, text: str) -> None:
+def append(path: StoragePath, text: str) -> None:
     """Add to a file that one process alone writes, and that is small: on an object store it is put
     anew.
     """
-    if isinstance(path, Remote):
-        try:
-            before = path.read_bytes()
-        except FileNotFoundError:
-            before = b""
-        path.write_bytes(before + text.encode())
+    if isinstance(path, Path):
+        with open(path, "a") as f:
+            f.write(text)
         return
-    with open(path, "a") as f:
-        f.write(text)
+    before = b""
+    with contextlib.suppress(FileNotFoundError):
+        before = path.read_bytes()
+    path.write_bytes(before + text.encode())
 
 
-def rmtree(folder: Place, missing_ok: bool = False) -> None:
+def rmtree(folder: StoragePath, missing_ok: bool = False) -> None:
     """Remove a folder with all in it. missing_ok: no fault is told, as of what is only in the
     way.
     """
-    if not isinstance(folder, Remote):
-        shutil.rmtree(folder, ignore_errors=missing_ok)
-        return
-    filesystem, path = folder.store
-    with contextlib.suppress(*[OSError] * missing_ok), asking(folder):
-        filesystem.delete_dir(path)
+    with contextlib.suppress(*[OSError] * missing_ok):
+        if isinstance(folder, Path):
+            shutil.rmtree(folder, ignore_errors=missing_ok)
+        else:
+            folder.fs.rm(folder.path, recursive=True)
 
 
-def move(old: Place, new: Place, last: str = "") -> None:
+def move(old: StoragePath, new: StoragePath, last: str = "") -> None:
     """Rename a file or a folder of one run. On an object store file by file, each copied before it
     is removed; `last` (a file's name) comes after all others: done again after a cut, with the same
     names, it goes on.
     """
-    if not isinstance(old, Remote) or not isinstance(new, Remote):
+    if isinstance(old, Path) or isinstance(new, Path):
         shutil.move(old, new)
         return
-    inside = [p for p, folder in old._list(deep=True, missing_ok=True) if not folder]
-    for path in sorted(inside, key=lambda p: (p.name == last, p)) or [old]:
+    inside = sorted(old.rglob("*"), key=lambda path: (path.name == last, path))
+    for path in inside or [old]:
         target = new / path.relative_to(old) if inside else new
-        (filesystem, source), (_, destination) = path.store, target.store
-        with asking(path):
-            filesystem.copy_file(source, destination)
-            filesystem.delete_file(source)
-    if inside:
-        rmtree(old, missing_ok=True)
+        path.fs.cp_file(path.path, target.path)
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def scratch(folder: Place) -> Iterator[Path]:
+def scratch(folder: StoragePath) -> Iterator[Path]:
     """A local folder for files that are read and written in pieces: the folder itself, or a
     temporary one where it is remote.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from adversa.storage.files import _beside
-from adversa.storage.path import Place, Remote, asking, source
+from adversa.storage.files import replace_bytes
+from adversa.storage.path import StoragePath, asking, source
 from adversa.types import UserError
 
 MOST_PIXELS = (
@@ -197,46 +197,33 @@ def to_table(rows: Iterable[object], schema: pa.Schema) -> pa.Table:
     )
 
 
-def write_part(path: Place, table: pa.Table) -> None:
-    """Commit one part: a temporary name (hidden from readers), flushed, then renamed; on an object
-    store one put.
-
-    A failed write leaves nothing behind.
-    """
-    if isinstance(path, Remote):
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, row_group_size=ROW_GROUP, compression="zstd")
-        path.write_bytes(memoryview(buffer.getvalue()))
-        return
+def write_part(path: StoragePath, table: pa.Table) -> None:
+    """Commit one part, whole or not at all: a failed write leaves nothing behind."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, row_group_size=ROW_GROUP, compression="zstd")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    try:
-        pq.write_table(table, temporary, row_group_size=ROW_GROUP, compression="zstd")
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    replace_bytes(path, memoryview(buffer.getvalue()))
 
 
-def parts(folder: Place) -> list[Place]:
-    """The committed parts of a folder, in the order of their numbers: places as `folder` is one."""
+def parts(folder: StoragePath) -> list[StoragePath]:
+    """The committed parts of a folder, in the order of their numbers."""
     found = (p for p in folder.glob("*.parquet") if not p.name.startswith("."))
     return sorted(found, key=lambda p: (len(p.name), p.name))  # part-100000 comes after part-99999
 
 
-def each(look: Callable[[Place], T], paths: Sequence[Place]) -> list[T]:
-    """What `look` gives of each place, in order; on an object store AT_ONCE of them wait for their
+def each(look: Callable[[StoragePath], T], paths: Sequence[StoragePath]) -> list[T]:
+    """What `look` gives of each path, in order; on an object store AT_ONCE of them wait for their
     answers at the same time.
     """
-    if not paths or not isinstance(paths[0], Remote):
+    if not paths or isinstance(paths[0], Path):
         return [look(p) for p in paths]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(look, paths))
 
 
-def read_part(path: Place, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:
+def read_part(
+    path: StoragePath, columns: Sequence[str] | None = None, filters: Any = None
+) -> pa.Table:
     """The rows of one part; filters: of pyarrow.parquet.read_table."""
     with _reading(path), asking(path):
         table = pq.read_table(
@@ -246,32 +233,32 @@ def read_part(path: Place, columns: Sequence[str] | None = None, filters: Any = 
         return table
 
 
-def count(path: Place) -> int:
+def count(path: StoragePath) -> int:
     """The rows of one part, from its end alone."""
     with _reading(path), asking(path):
         return pq.read_metadata(source(path)).num_rows
 
 
-def schema_of(path: Place) -> pa.Schema:
+def schema_of(path: StoragePath) -> pa.Schema:
     """The columns of one part."""
     with _reading(path), asking(path):
         return pq.read_schema(source(path))
 
 
 @contextlib.contextmanager
-def opened(path: Place) -> Iterator[pq.ParquetFile]:
+def opened(path: StoragePath) -> Iterator[pq.ParquetFile]:
     """A part to read from group by group."""
     with (
         _reading(path),
         asking(path),
-        pq.ParquetFile(source(path), pre_buffer=isinstance(path, Remote)) as file,
+        pq.ParquetFile(source(path), pre_buffer=not isinstance(path, Path)) as file,
     ):
         _check_types(file.schema_arrow, path)
         yield file
 
 
 @contextlib.contextmanager
-def _reading(path: Place) -> Iterator[None]:
+def _reading(path: StoragePath) -> Iterator[None]:
     """UserError for a part that is no Parquet, or is torn; a file that is missing stays what it
     is.
     """
@@ -289,7 +276,7 @@ def _reading(path: Place) -> Iterator[None]:
 PLAIN = frozenset({"arrow.fixed_shape_tensor"})  # the extension types that adversa writes
 
 
-def _check_types(schema: pa.Schema, path: Place) -> None:
+def _check_types(schema: pa.Schema, path: StoragePath) -> None:
     """UserError for a column of a type that a library adds to Arrow: Ray's `arrow_pickled_object`
     unpickles each value it shows.
     """
@@ -317,7 +304,7 @@ def _types(kind: pa.DataType) -> Iterator[pa.DataType]:
 
 
 def batches(
-    path: Place, columns: Sequence[str] | None = None, size: int = ROW_GROUP
+    path: StoragePath, columns: Sequence[str] | None = None, size: int = ROW_GROUP
 ) -> Iterator[pa.RecordBatch]:
     """The rows of one part, `size` at a time."""
     with opened(path) as file:
@@ -325,7 +312,7 @@ def batches(
 
 
 def read(
-    folder: Place, columns: Sequence[str] | None = None, schema: pa.Schema | None = None
+    folder: StoragePath, columns: Sequence[str] | None = None, schema: pa.Schema | None = None
 ) -> pa.Table:
     """All rows of a folder, parts in order. An empty folder gives an empty table of `schema`
     (required then).

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adversa.storage.files import replace_bytes
-from adversa.storage.path import Place, StoreError
+from adversa.storage.path import StoragePath, StoreError
 from adversa.types import UserError
 
 MODEL, CONFIG, CHECKPOINT = "model.safetensors", "config.json", "checkpoint.pt"
@@ -22,7 +22,7 @@ MODEL, CONFIG, CHECKPOINT = "model.safetensors", "config.json", "checkpoint.pt"
 COMMITTED = "checkpoint.json"
 
 
-def save_model(folder: Place, state: dict[str, Any], config: dict[str, Any]) -> str:
+def save_model(folder: StoragePath, state: dict[str, Any], config: dict[str, Any]) -> str:
     """Write a state dict (name -> tensor) and its config; returns the fingerprint (sha256 of the
     weights and the config).
     """
@@ -36,7 +36,7 @@ def save_model(folder: Place, state: dict[str, Any], config: dict[str, Any]) -> 
     return hashlib.sha256(data + text.encode()).hexdigest()[:32]
 
 
-def read_model(folder: Place) -> tuple[dict[str, Any], dict[str, Any], str]:
+def read_model(folder: StoragePath) -> tuple[dict[str, Any], dict[str, Any], str]:
     """(state dict, config, fingerprint) of a model folder; UserError where it is not one."""
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -61,7 +61,7 @@ def read_model(folder: Place) -> tuple[dict[str, Any], dict[str, Any], str]:
         ) from None
 
 
-def save_checkpoint(folder: Place, state: dict[str, Any]) -> None:
+def save_checkpoint(folder: StoragePath, state: dict[str, Any]) -> None:
     """Commit the training state (nested dicts and lists of tensors and numbers; key `step`: steps
     finished).
     """
@@ -76,7 +76,7 @@ def save_checkpoint(folder: Place, state: dict[str, Any]) -> None:
     replace_bytes(folder / COMMITTED, json.dumps({"step": int(state["step"])}).encode())
 
 
-def load_checkpoint(folder: Place) -> dict[str, Any] | None:
+def load_checkpoint(folder: StoragePath) -> dict[str, Any] | None:
     """The last committed training state, on the CPU, or None. UserError where the file is none that
     adversa wrote.
     """
@@ -107,7 +107,7 @@ def load_checkpoint(folder: Place) -> dict[str, Any] | None:
     return state
 
 
-def committed_step(folder: Place) -> int:
+def committed_step(folder: StoragePath) -> int:
     """Steps in the last committed training state, 0 without one. Killed between its two files, it
     is an earlier one's: too few steps do no harm, so that 0 stands for a number that cannot be read
     as well.
@@ -120,7 +120,7 @@ def committed_step(folder: Place) -> int:
         return 0
 
 
-def drop_checkpoint(folder: Place) -> None:
+def drop_checkpoint(folder: StoragePath) -> None:
     """Remove the training state of a finished model: the model's folder keeps only what rebuilds
     it.
     """

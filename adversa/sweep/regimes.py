@@ -27,7 +27,7 @@ from adversa.run import step_folder
 from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage.path import Place
+from adversa.storage.path import StoragePath
 from adversa.sweep import grid
 from adversa.sweep.grid import Cell, Variant
 from adversa.types import ROLES, GenerationRequest, digest, seed_of
@@ -105,7 +105,7 @@ def _groups(kept: dict[str, list[Any]]) -> dict[str, int]:
     return {role: len({r["group"] for r in rows}) for role, rows in kept.items()}
 
 
-def _only(role: Place, ids: set[str], out: Place) -> None:
+def _only(role: StoragePath, ids: set[str], out: StoragePath) -> None:
     """The examples of these ids, as few parts as their number allows."""
     wanted = pa.array(sorted(ids))
     rows = pa.concat_tables(
@@ -118,7 +118,7 @@ def _only(role: Place, ids: set[str], out: Place) -> None:
         )
 
 
-def _same(role: Place, out: Place) -> None:
+def _same(role: StoragePath, out: StoragePath) -> None:
     """The parts of a role under another name: a second name of the same file, or a copy where there
     can be none.
     """

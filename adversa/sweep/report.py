@@ -13,7 +13,7 @@ from adversa.config import Config
 from adversa.report import evidence, page, plots, words
 from adversa.run.folder import RunDir
 from adversa.storage.files import replace_bytes, writing
-from adversa.storage.path import Place
+from adversa.storage.path import StoragePath
 from adversa.sweep import plots as sweep_plots
 from adversa.sweep import results, wording
 
@@ -56,7 +56,7 @@ def write(config: Config, run: RunDir) -> Path:
     return path
 
 
-def _figures(folder: Place, whole: dict[str, Figure]) -> None:
+def _figures(folder: StoragePath, whole: dict[str, Figure]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in whole.items():
         replace_bytes(folder / f"{name}.png", plots.png(figure))

@@ -129,11 +129,12 @@ def test_a_stop_that_is_not_heard_is_said(at_work, monkeypatch):
 def test_a_run_of_another_machine_is_known_by_its_heartbeat(run, monkeypatch):
     from adversa.cli import view
 
-    quick = run_lock.Times(beat=0.3, expiry=2.0, settle=0.7)
-    monkeypatch.setattr(run_lock, "TIMES", quick)
-    monkeypatch.setattr(run_lock, "LOOK_SECONDS", 0.05)
+    quick = run_lock.Timing(heartbeat=0.3, expiry=2.0, settle=0.7)
+    monkeypatch.setattr(run_lock, "TIMING", quick)
+    monkeypatch.setattr(run_lock, "POLL_SECONDS", 0.05)
     status.set_status(run, "running", "train")
-    far = run_lock.Lease(run_lock.place_of(run), "x", "far", "far", quick)
+    far = run_lock.RunLock(run, "far", quick)
+    far.record = run_lock.replace(far.record, machine="far")
     far.take()
     assert view.state_of(run)[0] == "killed"  # no sign of life
     over = threading.Event()
@@ -145,7 +146,7 @@ def test_a_run_of_another_machine_is_known_by_its_heartbeat(run, monkeypatch):
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        run_lock._pulses.clear()
+        run_lock._watched.clear()
         assert view.state_of(run)[0] == "running"
     finally:
         over.set()

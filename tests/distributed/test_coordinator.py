@@ -146,8 +146,8 @@ def has(run, pattern):
 
 
 def worker_of(run):
-    """The coordinator's process, as the lease has it."""
-    return run_lock.place_of(run).read().pid
+    """The coordinator's process, as the lock has it."""
+    return run_lock.holder(run).pid
 
 
 def served(cluster):
@@ -189,7 +189,7 @@ def test_the_run_goes_on_without_its_command_and_the_same_command_follows_it(go,
     assert again.returncode == 0, text
     assert "is worked on already; following it" in text and "report: " in text
     assert results(run.root) == results(finished[1].root)
-    assert control.restarts(run)[0] == 0 and run_lock.place_of(run).read() is None
+    assert control.restarts(run)[0] == 0 and run_lock.holder(run) is None
 
 
 def test_a_coordinator_that_is_killed_comes_back_and_ends_the_same(go, finished):
@@ -201,9 +201,7 @@ def test_a_coordinator_that_is_killed_comes_back_and_ends_the_same(go, finished)
         killed.append(worker_of(run))
         before = {p: p.stat().st_mtime_ns for p in run.root.rglob("manifest.json")}
         os.kill(killed[-1], signal.SIGKILL)
-        wait_for(
-            lambda: (found := run_lock.place_of(run).read()) is None or found.pid != killed[-1]
-        )
+        wait_for(lambda: (found := run_lock.holder(run)) is None or found.pid != killed[-1])
         assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     text = said(command)
     assert command.returncode == 0, text

@@ -226,7 +226,7 @@ def test_a_token_that_is_nowhere(serve, tmp_path):
 def test_where_a_run_lies(tmp_path):
     from pathlib import Path
 
-    from adversa.storage.path import place
+    from adversa.storage.path import storage_path
 
     shared, none = Asks(run_storage="/shared/"), Asks()
     assert cli_cluster.place(Path("configs/ham.yaml"), None, shared) == "/shared/ham"
@@ -237,7 +237,7 @@ def test_where_a_run_lies(tmp_path):
         == cli_cluster.place(None, Path("/runs/one"), shared)
         == "/runs/one"
     )
-    assert cli_cluster.place(None, place("s3://bucket/ham"), none) == "s3://bucket/ham"
+    assert cli_cluster.place(None, storage_path("s3://bucket/ham"), none) == "s3://bucket/ham"
     assert cli_cluster.place(None, Path("x"), Asks(run_storage="gs://bucket")) == "gs://bucket/x"
     with pytest.raises(
         UserError, match="--run-dir mine is relative, and the cluster file names no run_storage"

@@ -20,7 +20,7 @@ from adversa.pipeline.stages import judges, stages, trained
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
-from adversa.storage.path import place
+from adversa.storage.path import storage_path
 from adversa.types import UserError
 
 GIB = 1 << 30
@@ -325,7 +325,7 @@ def test_a_disk_too_small_for_the_images_is_told_of(tiny, tmp_path, monkeypatch)
     assert (
         memory.disk_faults(config, tmp_path / "run", role) == []
     )  # what is there need not be written again
-    assert memory.disk_faults(config, place("s3://bucket/run?region=x"), role) == []
+    assert memory.disk_faults(config, storage_path("s3://bucket/run?region=x"), role) == []
 
 
 def test_what_takes_more_than_a_gpu_has_is_told_of(tiny):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -15,11 +16,11 @@ from adversa.engine.local import LocalEngine
 from adversa.pipeline import generate, loop
 from adversa.pipeline.coordinator import Coordinator, Task, follow
 from adversa.run import control, file_lock, status, step_folder
-from adversa.run.run_lock import Times
+from adversa.run.run_lock import Timing
 from adversa.storage import files, tables
 from adversa.types import UserError
 
-TIMES = Times(beat=0.1, expiry=1.0, settle=0.3)
+TIMING = Timing(heartbeat=0.1, expiry=1.0, settle=0.3)
 
 
 def never():
@@ -40,7 +41,7 @@ def coordinate(config, run, engine=LocalEngine, end=never, command="loop", **mor
         lambda config, run: engine(),
         lambda root: root / "report.html",
         end,
-        times=TIMES,
+        timing=TIMING,
         **more,
     )
     made.start()
@@ -88,7 +89,7 @@ def test_a_command_that_was_carried_out_says_where_it_ended(run, work):
         "refused": None,
         "note": "",
     }
-    assert not (folder.root / "lease.json").exists() and not file_lock.is_locked(folder)
+    assert not (folder.root / "lock.json").exists() and not file_lock.is_locked(folder)
 
 
 def test_what_the_user_can_mend_and_what_not_are_told_apart(run, work):
@@ -120,7 +121,7 @@ def test_what_the_user_can_mend_and_what_not_are_told_apart(run, work):
 
 def test_a_run_of_somebody_else_is_refused_and_left_alone(run):
     config, folder = run
-    with control.held(folder, "first", never, times=TIMES):
+    with control.held(folder, "first", never, timing=TIMING):
         before = folder.status.read_bytes()
         found = coordinate(*run, Idle)
         ended(found)
@@ -136,11 +137,10 @@ def test_one_that_loses_the_run_writes_nothing_more(run, work, monkeypatch):
     go_on = threading.Event()
 
     def lose(config, run):
-        mine = control.reins().lease
+        mine = control.reins().lock
         with mine.writing:  # or the thread's next heartbeat may come on top
-            mine.place.write(
-                control.run_lock.replace(mine.place.read(), owner="elsewhere", machine="far")
-            )
+            far = {"owner": "elsewhere", "machine": "far"}
+            files.write_json(mine.path, asdict(mine.record) | far)
         go_on.wait(10)
         control.reins().check()
 
@@ -151,7 +151,7 @@ def test_one_that_loses_the_run_writes_nothing_more(run, work, monkeypatch):
     go_on.set()
     assert ended(found)["state"] == "running" and run[1].status.read_bytes() == before
     assert "elsewhere" in found.state()["refused"]
-    assert json.loads((run[1].root / "lease.json").read_text())["owner"] == "elsewhere"
+    assert json.loads((run[1].root / "lock.json").read_text())["owner"] == "elsewhere"
 
 
 def test_work_that_does_not_look_ends_with_its_process_and_is_stopped(run, work, monkeypatch):
@@ -164,7 +164,7 @@ def test_work_that_does_not_look_ends_with_its_process_and_is_stopped(run, work,
     assert told.wait(10)
     assert (
         files.read_json(run[1].status)["state"] == "stopped"
-        and not (run[1].root / "lease.json").exists()
+        and not (run[1].root / "lock.json").exists()
     )
     go_on.set()
 
@@ -222,7 +222,7 @@ def test_pauses_in_the_middle_and_settings_leave_a_run_as_it_would_be(
 def test_following_ends_with_the_run_or_with_our_patience(run):
     folder = run[1]
     status.set_status(folder, "running", "train")
-    with control.held(folder, "far", never, times=TIMES):
+    with control.held(folder, "far", never, timing=TIMING):
         threading.Timer(1.5, status.set_status, (folder, "stopped")).start()
         assert follow(folder, 1.0)["state"] == "stopped"
         status.set_status(folder, "running", "train")
@@ -249,7 +249,7 @@ def test_one_that_comes_back_waits_for_the_end_of_the_one_before(run, work):
     """Its node has lost the head and not the storage. A new one is refused at once."""
     config, folder = run
     work(lambda config, run: None)
-    with control.held(folder, "coordinator", never, times=TIMES):
+    with control.held(folder, "coordinator", never, timing=TIMING):
         found = coordinate(*run, Idle, back=True)
         new = coordinate(*run, Idle)
         assert new.over.wait(5) and "is being worked on by coordinator-" in new.refused

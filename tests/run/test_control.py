@@ -1,4 +1,4 @@
-"""Wishes and settings in the run folder, and what holds a run: the lock, the lease and the thread
+"""Wishes and settings in the run folder, and what holds a run: the locks and the thread
 that keeps it.
 """
 
@@ -15,11 +15,11 @@ import pytest
 from adversa.run import control, run_lock, status
 from adversa.run import create as run_create
 from adversa.run.control import Pause, Stop
-from adversa.run.run_lock import LeaseLost, Times
+from adversa.run.run_lock import RunLockLost, Timing
 from adversa.storage import files
 from adversa.types import UserError
 
-TIMES = Times(beat=0.1, expiry=1.0, settle=0.3)
+TIMING = Timing(heartbeat=0.1, expiry=1.0, settle=0.3)
 OWN = {"mine.budget": 64, "mix.synthetic_ratio": 0.5, "seed": 0}
 
 
@@ -39,7 +39,7 @@ def never():
 
 
 def hold(run, interrupt=never, **more):
-    return control.held(run, "test", interrupt, times=TIMES, **more)
+    return control.held(run, "test", interrupt, timing=TIMING, **more)
 
 
 # ---- wishes --------------------------------------------------------------------------------------
@@ -130,26 +130,24 @@ def test_a_second_holder_is_told_who_has_the_run(run):
 def test_a_run_is_let_go_of_and_the_next_waits_for_nothing(run):
     with hold(run):
         time.sleep(0.3)
-        assert run_lock.place_of(run).read().beat > 1  # the thread
-    assert run_lock.place_of(run).read() is None
+        assert run_lock.holder(run).beat > 1  # the thread
+    assert run_lock.holder(run) is None
     started = time.monotonic()
     with hold(run):
-        assert time.monotonic() - started < TIMES.expiry
+        assert time.monotonic() - started < TIMING.expiry
 
 
 def test_a_holder_that_is_overtaken_is_interrupted_and_may_not_commit(run, quick):
     called = threading.Event()
     with hold(run, called.set) as reins:
-        place = run_lock.place_of(run)
-        with reins.lease.writing:  # or the thread's next heartbeat may come on top
-            place.write(
-                run_lock.replace(place.read(), owner="elsewhere", host="far", machine="far")
-            )
+        far = {"owner": "elsewhere", "host": "far", "machine": "far"}
+        with reins.lock.writing:  # or the thread's next heartbeat may come on top
+            files.write_json(reins.lock.path, asdict(reins.lock.record) | far)
         assert called.wait(10)
         for act in (reins.check, lambda: reins.look(force=True)):
-            with pytest.raises(LeaseLost, match="elsewhere on far"):
+            with pytest.raises(RunLockLost, match="elsewhere on far"):
                 act()
-    assert place.read().owner == "elsewhere"
+    assert run_lock.holder(run).owner == "elsewhere"
 
 
 # ---- restarts ------------------------------------------------------------------------------------
@@ -214,15 +212,13 @@ def test_ids_of_rounds_differ_from_a_changed_round_on(run):
     assert control.run_id("name", run, 2) == control.run_id("name", run, 3) != "name"
 
 
-def test_what_is_wished_while_one_waits_for_the_lease_is_heard(run, quick):
+def test_what_is_wished_while_one_waits_for_the_lock_is_heard(run, quick):
     """Only what was wished before it came is of the past."""
     control.wish(run, control.STOP)
     with hold(run) as reins:
         reins.look(force=True)
-    place = run_lock.place_of(run)
-    files.write_json(
-        place.path, {**asdict(reins.lease.record), "machine": "far"}
-    )  # left by one that died elsewhere
+    # left by one that died elsewhere
+    files.write_json(reins.lock.path, {**asdict(reins.lock.record), "machine": "far"})
     threading.Timer(0.4, control.wish, (run, control.STOP)).start()
     with hold(run) as reins, pytest.raises(Stop):
         reins.look(force=True)

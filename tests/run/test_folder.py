@@ -492,7 +492,7 @@ def test_the_temporary_names_that_are_written_are_those_that_are_swept(run, monk
     def dies(*_):
         raise Killed
 
-    monkeypatch.setattr(tables.os, "replace", dies)
+    monkeypatch.setattr(os, "replace", dies)
     monkeypatch.setattr(Path, "unlink", lambda *a, **k: None)  # nor does a killed process tidy up
     with pytest.raises(Killed):
         tables.write_part(run.data / "part-00000.parquet", pa.table({"a": [1]}))
