@@ -28,7 +28,7 @@ from adversa.engine.local import LocalEngine
 from adversa.evaluate.bootstrap import compare
 from adversa.pipeline import arms, evaluate, prepare
 from adversa.pipeline import train as pipeline_train
-from adversa.pipeline.stages import last_round, models_of
+from adversa.pipeline.folders import last_round, models_of
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files, predictions, tables

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from common import Result, parser, publish
 
-from adversa.engine.tasks import Painted, Part
+from adversa.engine.tasks import Part, TaskStats
 
 NODES = 3
 SMALL = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
@@ -70,17 +70,17 @@ def main() -> None:
     )
 
 
-def make_sleeper(log: Path) -> Callable[[Part, Path], Painted]:
+def make_sleeper(log: Path) -> Callable[[Part, Path], TaskStats]:
     path = log / f"{os.getpid()}.jsonl"
     path.write_text(json.dumps(time.time()) + "\n")
 
-    def work(part: Part, out: Path) -> Painted:
+    def work(part: Part, out: Path) -> TaskStats:
         started = time.time()
         time.sleep(part.payload["seconds"])
         out.touch()
         with open(path, "a") as f:
             f.write(json.dumps([started, time.time()]) + "\n")
-        return Painted(part.rows)
+        return TaskStats(part.rows)
 
     return work
 

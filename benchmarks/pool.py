@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 from common import Result, parser, publish
 
-from adversa.engine.tasks import Painted, Part
+from adversa.engine.tasks import Part, TaskStats
 from adversa.storage.tables import part_name
 
 SLEEP = 0.01  # seconds a part
@@ -98,10 +98,10 @@ def make_sleeper(meeting: Path, actors: int) -> Any:
         time.sleep(0.5)
     time.sleep(max(0.0, begin(meeting) - time.time()))
 
-    def work(part: Part, path: Path) -> Painted:
+    def work(part: Part, path: Path) -> TaskStats:
         time.sleep(SLEEP)
         path.touch()
-        return Painted(part.rows)
+        return TaskStats(part.rows)
 
     return work
 

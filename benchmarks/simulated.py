@@ -12,15 +12,15 @@ import numpy as np
 import pyarrow as pa
 
 from adversa import config as cfg
-from adversa.engine.task_queue import Order
+from adversa.engine.task_queue import Task
 from adversa.engine.tasks import (
     Done,
     Make,
     Name,
-    Painted,
     Part,
     Report,
     Share,
+    TaskStats,
     do_part,
     missing,
     row_name,
@@ -96,7 +96,7 @@ def prepare(run: RunDir, cases: int) -> None:
         finished(folder)
 
 
-def paint(part: Part, path: StoragePath) -> Painted:
+def paint(part: Part, path: StoragePath) -> TaskStats:
     """A sampler's part: its requests read, a row for each committed."""
     requests = generate.read_requests(storage_path(part.payload["path"]))
     rows = [
@@ -113,7 +113,7 @@ def paint(part: Part, path: StoragePath) -> Painted:
         for r in requests
     ]
     tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
-    return Painted(len(rows), len(rows) * GENERATE.steps)
+    return TaskStats(len(rows), len(rows) * GENERATE.steps)
 
 
 def judge(part: Part, path: StoragePath) -> int:
@@ -211,7 +211,7 @@ class Fleet:
     def load(self, worker: Sampler, place: int) -> int:
         return self._call(None, self.clock)
 
-    def do(self, worker: Sampler, orders: Sequence[Order]) -> int:
+    def do(self, worker: Sampler, orders: Sequence[Task]) -> int:
         began, cpu = time.perf_counter(), time.process_time()
         done = worker.do(orders)
         real = time.perf_counter() - began

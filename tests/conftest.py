@@ -195,3 +195,19 @@ def ray_engine(tmp_path_factory):
     )
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def relist():
+    """Lets the manifest of a finished step list its files as they are now: it holds something else,
+    and is not damaged.
+    """
+
+    from adversa.run import step_folder
+    from adversa.storage import files
+
+    def done(folder):
+        found = step_folder.manifest(folder) | {"files": step_folder._listed(folder)}
+        files.write_json(folder / step_folder.MANIFEST, found)
+
+    return done

@@ -76,7 +76,7 @@ def build(
 def _cell(
     settings: Config,
     run: RunDir,
-    cell: grid.Cell,
+    cell: grid.DataRegime,
     classes: list[str],
     mined: list[int],
     have: int | None,

@@ -81,8 +81,13 @@ def made_up(
         save_file(named, root / folder / "model.safetensors", {"made": str(renamed)})
     card = {"arm": "guided", "seed": 0, "round": 1, "role": "test", "n": 2}
     card |= {"metrics": {"accuracy": accuracy}, "intervals": {"accuracy": [0.1, math.nan]}}
-    name = "scorecard.json" if renamed else "scorecard-test.json"
-    (root / "round-001/guided/seed-0" / name).write_text(json.dumps(card))
+    name = (
+        "test/guided/seed-0/scorecard.json"
+        if renamed
+        else "round-001/guided/seed-0/scorecard-test.json"
+    )
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(json.dumps(card))
     summary = {
         "classes": ["mel", "nv"],
         "run_id": "new" if renamed else "old",

@@ -12,7 +12,7 @@ import pytest
 
 from adversa import config as cfg
 from adversa.curate import gate
-from adversa.engine.task_queue import Leases
+from adversa.engine.task_queue import TaskQueue
 from adversa.engine.tasks import Part
 from adversa.pipeline import curate, generate
 from adversa.run import step_folder
@@ -173,7 +173,7 @@ def test_a_row_that_is_given_up_is_named_once(tmp_path):
         return f"{part.index}/{row}"
 
     bad = {(part, row) for part in range(0, 100, 10) for row in (0, 1, 2, 5)}
-    leases = Leases([Part(i, 8) for i in range(100)], 8_000, 2, name)
+    leases = TaskQueue([Part(i, 8) for i in range(100)], 8_000, 2, name)
     while leases.left:
         for order in leases.take(0, 1, True):
             rows = {(order.part.index, r) for r in range(8) if r not in order.part.skip}

@@ -36,6 +36,7 @@ from adversa.diffuse.edm import SHIPPED
 from adversa.engine.tasks import Make, Name, Part, Report, Share, Work
 from adversa.generation import job
 from adversa.pipeline import generate
+from adversa.run.control import NULL_HANDLE
 from adversa.run.step_folder import RECIPE
 from adversa.storage import tables
 
@@ -97,6 +98,7 @@ def plan(args: argparse.Namespace, base: Path) -> None:
     job.plan(
         job.Order(SHIPPED, labels, "sample", args.seed, settings(args), base, "folder"),
         base / "requests",
+        NULL_HANDLE,
     )
 
 

@@ -71,7 +71,8 @@ LAYOUT = (
     ("verdict", rf"{ROUND}/verdicts/{PART}"),
     ("prediction", rf"{ROUND}/(?P<step>scores|evaluate)/{PART}"),
     ("prediction", rf"(?P<role>select|test)/{PART}"),
-    ("scorecard", r"round-\d+/[\w-]+/seed-\d+/scorecard[\w-]*\.json"),
+    ("scorecard", r"round-\d+/[\w-]+/seed-\d+/scorecard-\w+\.json"),
+    ("scorecard", r"(round-\d+/evaluate|test)/[\w-]+/seed-\d+/scorecard\.json"),
     ("summary", r"summary\.json"),
 )
 KINDS = tuple(dict.fromkeys(kind for kind, _ in LAYOUT))  # in the order in which a run makes them

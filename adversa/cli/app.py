@@ -574,7 +574,7 @@ def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
     is of its figures so far.
     """
     from adversa.pipeline import summary
-    from adversa.pipeline.stages import stages
+    from adversa.pipeline.stages import stages, step_folders
     from adversa.report import page
     from adversa.run.create import is_sweep
     from adversa.run.file_lock import lock
@@ -589,7 +589,7 @@ def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
             typer.echo(sweeps.write(config, saved))
         return
     unfinished = next(
-        (s.title for s in stages(config, saved) if not s.is_finished and s.command != "report"),
+        (s.title for s in stages(config, saved) if not s.is_finished and s.name != "report"),
         None,
     )
     if unfinished:
@@ -598,7 +598,7 @@ def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
             f"{saved.root} is not finished ({unfinished} is next); finish it with: {fix}"
         )
     with writing(saved.root), lock(saved):
-        summary.write(config, saved)
+        summary.write(config, saved, step_folders(config, saved))
         typer.echo(page.write(saved.root))
 
 

@@ -1,4 +1,4 @@
-"""`adversa pause | resume | stop`: wishes written into a run's folder, and whether somebody heard
+"""`adversa pause | resume | stop`: requests written into a run's folder, and whether somebody heard
 them. No Ray, no torch.
 """
 
@@ -21,7 +21,7 @@ WAIT_SECONDS = 0.2
 
 def pause(run: RunDir) -> str:
     _working(run, "pause")
-    control.wish(run, control.PAUSE)
+    control.request(run, control.PAUSE)
     return (
         f"{run.root} pauses after the parts in flight (a training goes on to its end); go on "
         f"with: adversa resume {_quoted(run)}"
@@ -41,18 +41,18 @@ def resume(run: RunDir, overrides: list[str]) -> str:
                 f"--set {overrides[0]}: every round of {run.root} has begun; give a new "
                 "run another --run-dir"
             )
-        control.wish(run, None, settings)
+        control.request(run, None, settings)
         said = f"from round {first} on: {', '.join(f'{k} {v}' for k, v in settings.items())}; "
         if view.state_of(run)[0] not in ("running", "paused"):
             return f"{said}nobody works on {run.root} now, go on with: {_again(run)}"
     _working(run, "resume")
-    control.wish(run, control.GO)
+    control.request(run, control.GO)
     return f"{said}{run.root} goes on"
 
 
 def stop(run: RunDir) -> str:
     _working(run, "stop")
-    control.wish(run, control.STOP)
+    control.request(run, control.STOP)
     until = time.monotonic() + HEARD_SECONDS
     while view.state_of(run)[0] in ("running", "paused"):
         if time.monotonic() > until:

@@ -187,12 +187,12 @@ def bench(
 
     from adversa.diffuse import edm
     from adversa.generation import benchmark
-    from adversa.pipeline import generate, stages
+    from adversa.pipeline import folders, generate
 
     saved, folder = source(run, denoiser) if run or denoiser else (None, edm.SHIPPED)
     config = settings(saved, overrides)
     counts = _counts(samplers)
-    attacked = stages.attacked_in(config, saved, 1) if saved is not None else None
+    attacked = folders.attacked_in(config, saved, 1) if saved is not None else None
     torch.set_num_threads(config.cluster.sampler_threads)
     table = Table(box=None, pad_edge=False)
     for column in ("", "value", "unit"):

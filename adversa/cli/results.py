@@ -20,7 +20,7 @@ from rich.text import Text
 from adversa.config import Config, load
 from adversa.engine.interface import Engine
 from adversa.engine.tasks import Done, Make, Part, Report
-from adversa.pipeline import stages
+from adversa.pipeline import folders
 from adversa.run import file_lock, status
 from adversa.run.folder import RunDir, check_links
 from adversa.storage import files
@@ -265,7 +265,7 @@ def _arm(arm: str | None, config: Config, run: RunDir) -> str:
     from adversa.pipeline import results
 
     known = list(config.mix.arms)
-    if stages.home(config, "real", stages.last_round(config)):
+    if folders.home(config, "real", folders.last_round(config)):
         known.append(BEFORE)
     if arm is not None and arm not in known:
         raise UserError(f"--arm {arm}: {run.root.name} has no such arm; give {', '.join(known)}")
@@ -279,7 +279,8 @@ class _Told:
     """An engine that tells a `show` how far its work is."""
 
     def __init__(self, engine: Engine, show: _Show) -> None:
-        self.engine, self.show, self.name = engine, show, engine.name
+        self.engine, self.show = engine, show
+        self.name, self.handle = engine.name, engine.handle
 
     def map_batches(
         self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False

@@ -20,6 +20,7 @@ import typer
 if TYPE_CHECKING:
     from adversa.config import Config
     from adversa.engine.interface import Engine
+    from adversa.run.control import HeldRun
     from adversa.run.folder import RunDir
 
 STARTED = time.monotonic()
@@ -61,7 +62,7 @@ def execute(
     from adversa.config import load
     from adversa.estimate import memory
     from adversa.pipeline import loop
-    from adversa.pipeline.stages import has_codec
+    from adversa.pipeline.folders import has_codec
     from adversa.types import UserError
 
     if engine_name not in ("ray", "local"):
@@ -148,7 +149,7 @@ def _here(
         command,
         run,
         screen,
-        lambda: _cycle(command, config, run, engine_name, verbose, screen, reopen),
+        lambda handle: _loop(command, config, run, engine_name, verbose, screen, reopen, handle),
         lambda: "finished" if run.summary.exists() else "stopped",
     )
     return worked.title if worked is not None else ""
@@ -158,13 +159,13 @@ def hold(
     command: str,
     run: RunDir,
     screen: Any,
-    work: Callable[[], Any],
+    work: Callable[[HeldRun], Any],
     ended: Callable[[], str],
     /,
     **told: Any,
 ) -> Any:
-    """What `work()` returns, done while this process holds the run; status.json says how it ended.
-    typer.Exit where it was stopped.
+    """What `work(handle)` returns, done while this process holds the run; status.json says how it
+    ended. typer.Exit where it was stopped.
 
     ended: the state of a run whose work came to its end; told: what else status.json is to say.
     """
@@ -174,17 +175,17 @@ def hold(
     try:
         with (
             _terminable(),
-            control.held(run, command, _interrupt, lambda text: _say(screen, text)) as reins,
+            control.held(run, command, _interrupt, lambda text: _say(screen, text)) as handle,
         ):
             try:
-                found = work()
+                found = work(handle)
             except KeyboardInterrupt as stop:
-                reins.ending = True
-                if reins.lock.lost is not None:
-                    raise reins.lock.lost from None
+                handle.ending = True
+                if handle.lock.lost is not None:
+                    raise handle.lock.lost from None
                 status.set_status(run, "stopped", **told)
                 raise _stopped(
-                    screen, KeyboardInterrupt() if control.read(run).wish == control.STOP else stop
+                    screen, KeyboardInterrupt() if control.read(run).state == control.STOP else stop
                 ) from None
             except RunLockLost:
                 raise
@@ -213,11 +214,11 @@ def _on_cluster(
     from adversa.config import dump
     from adversa.distributed import coordinator
     from adversa.distributed.start import start, stop
-    from adversa.pipeline.coordinator import Task, follow
+    from adversa.pipeline.coordinator import CoordinatorTask, follow
     from adversa.report import page
     from adversa.run import control
 
-    task = Task(
+    task = CoordinatorTask(
         uuid.uuid4().hex, dump(config), str(run.root), command, str(Path.cwd()), reopen, verbose
     )
     begun, root = False, shlex.quote(str(run.root))
@@ -243,7 +244,7 @@ def _on_cluster(
             if not begun:
                 coordinator.cancel(task)
                 raise _stopped(screen, end) from None
-            control.wish(run, control.STOP)
+            control.request(run, control.STOP)
             _say(screen, "stopping")
             status = follow(run)
             if status["state"] == "stopped":
@@ -303,7 +304,7 @@ def _interrupt() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
-def _cycle(
+def _loop(
     command: str,
     config: Config,
     run: RunDir,
@@ -311,6 +312,7 @@ def _cycle(
     verbose: bool,
     screen: Any,
     reopen: bool,
+    handle: HeldRun,
 ) -> Any:
     from adversa.cli import view
     from adversa.pipeline import loop
@@ -324,7 +326,7 @@ def _cycle(
     with view.Watch(screen, config, run):
         engine = engine_of(engine_name, config, run, verbose)
         try:
-            return loop.run(config, run, engine, page.write, until, since=STARTED, reopen=reopen)
+            return loop.run(config, run, engine, page.write, until, STARTED, reopen, handle)
         finally:
             engine.close()
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from adversa.config import Config
+    from adversa.run.control import RunHandle
     from adversa.run.folder import RunDir
 
 
@@ -97,7 +98,9 @@ def settings(
     return config, run_dir or Path("runs") / path.stem
 
 
-def _work(config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any) -> Path:
+def _work(
+    config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any, handle: RunHandle
+) -> Path:
     from adversa.cli import view as cli_view
     from adversa.run import status
     from adversa.sweep import grid, report
@@ -108,10 +111,10 @@ def _work(config: Config, run: RunDir, engine_name: str, verbose: bool, screen: 
         engine = engine_of(engine_name, config, run, verbose)
         try:
             if config.sweep.search is None:
-                return sweeps.run(config, run, engine, report.write, STARTED)
+                return sweeps.run(config, run, engine, report.write, STARTED, handle)
             from adversa.distributed import explore
 
-            explore.run(config, run, engine, STARTED)
+            explore.run(config, run, engine, STARTED, handle)
             return run.root / grid.SEARCHED
         finally:
             engine.close()

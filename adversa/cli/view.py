@@ -21,7 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from adversa.config import Config
-from adversa.pipeline.stages import Stage, plan, trained
+from adversa.pipeline.folders import last_round, models_of, trained
+from adversa.pipeline.stage import PlannedStage
+from adversa.pipeline.stages import plan
 from adversa.run import control, run_lock, step_folder
 from adversa.run import status as run_status
 from adversa.run.folder import RunDir
@@ -39,7 +41,7 @@ MEASURES = ("precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
-class Task:
+class RunningStep:
     """A step folder that is being worked on. details: what else its progress says, of a pool of
     workers.
     """
@@ -71,13 +73,13 @@ class Task:
         return "; ".join([text, *self.details])
 
 
-def tasks(run: RunDir, stage: Stage) -> list[Task]:
+def tasks(run: RunDir, stage: PlannedStage) -> list[RunningStep]:
     """The steps of a stage that have begun and are not finished."""
     found = []
     for folder in stage.folders if stage.progress is None else (stage.progress,):
         state = (
             files.read_json(folder / step_folder.PROGRESS)
-            if folder.suffix == "" and not step_folder.is_finished(folder)
+            if not step_folder.is_finished(folder)
             else None
         )
         if state is not None and "done" in state:
@@ -86,7 +88,7 @@ def tasks(run: RunDir, stage: Stage) -> list[Task]:
             )  # of the pool: lately, not since its workers began to start
             unit = state.get("unit", "step")
             found.append(
-                Task(
+                RunningStep(
                     run.name_of(folder),
                     state["done"],
                     state["total"],
@@ -179,7 +181,7 @@ def stage_table(config: Config, run: RunDir, state: str) -> Table:
     return table
 
 
-def _plan(config: Config, run: RunDir) -> list[Stage]:
+def _plan(config: Config, run: RunDir) -> list[PlannedStage]:
     """The stages of the command that works on the run."""
     command = (files.read_json(run.status) or {}).get("command")
     if command == "order":
@@ -194,21 +196,31 @@ def score_table(config: Config, run: RunDir) -> Table | None:
     table = Table(title="balanced accuracy so far", title_justify="left", box=None, pad_edge=False)
     for column in ("classifier", "select", "mine (optimistic)", "test"):
         table.add_column(column)
+    scored = {role: _scored(config, run, role) for role in ("mine", "test")}
     for number in range(config.rounds + 1):
         for folder in trained(config, run, number):
             manifest = files.read_json(folder / step_folder.MANIFEST)
             if manifest is None:
                 continue
-            cards = [
-                files.read_json(folder.parent / f"scorecard-{role}.json")
-                for role in ("mine", "test")
-            ]
             select = manifest["metrics"].get("select_balanced_accuracy")
-            values = [select, *(c and c["metrics"]["balanced_accuracy"] for c in cards)]
+            values = [select, *(scored[role].get(folder) for role in scored)]
             table.add_row(
                 run.name_of(folder.parent), *("-" if v is None else f"{v:.3f}" for v in values)
             )
     return table if table.row_count else None
+
+
+def _scored(config: Config, run: RunDir, role: str) -> dict[Path, float]:
+    """Classifier folder -> balanced accuracy on a role, where it was scored."""
+    last, found = last_round(config), {}
+    rounds = {n: run.round(n, "evaluate") for n in range(last + 1)}
+    for number, step in ({last: run.test} if role == "test" else rounds).items():
+        if not step_folder.is_finished(step):
+            continue
+        for arm, seed, _, folder in models_of(config, run, number):
+            if (card := files.read_json(run.scorecard(step, arm, seed))) is not None:
+                found[folder] = card["metrics"]["balanced_accuracy"]
+    return found
 
 
 def view(config: Config, run: RunDir) -> RenderableType:
@@ -526,7 +538,7 @@ def clock(seconds: float | None) -> str:
     )
 
 
-def _seconds(stage: Stage) -> str:
-    found = [files.read_json(f / step_folder.MANIFEST) for f in stage.folders if f.suffix == ""]
+def _seconds(stage: PlannedStage) -> str:
+    found = [files.read_json(f / step_folder.MANIFEST) for f in stage.folders]
     known = [m["seconds"] for m in found if m is not None]
     return clock(sum(known)) if known else ""

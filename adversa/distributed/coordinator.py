@@ -24,7 +24,7 @@ from ray.util.state.exception import RayStateApiException
 from adversa.config import Config
 from adversa.distributed import metrics
 from adversa.engine.interface import Engine
-from adversa.pipeline.coordinator import Coordinator, Task
+from adversa.pipeline.coordinator import Coordinator, CoordinatorTask
 from adversa.run.folder import RunDir
 from adversa.types import UserError, digest
 
@@ -42,7 +42,7 @@ ASK_SECONDS = 5.0
 class CoordinatorActor(Coordinator):
     """Coordinator in a process of its own, on whose cluster it works."""
 
-    def __init__(self, task: Task, page: Callable[[Path], Path]) -> None:
+    def __init__(self, task: CoordinatorTask, page: Callable[[Path], Path]) -> None:
         if Path(task.home).is_dir():
             os.chdir(task.home)  # relative paths in a configuration mean the user's folder
         back = bool(ray.get_runtime_context().was_current_actor_reconstructed)
@@ -64,7 +64,7 @@ class CoordinatorActor(Coordinator):
         _end(self.task.root)
 
 
-def _engine(task: Task) -> Callable[[Config, RunDir], Engine]:
+def _engine(task: CoordinatorTask) -> Callable[[Config, RunDir], Engine]:
     def make(config: Config, run: RunDir) -> Engine:
         from adversa.distributed.engine import RayEngine
 
@@ -89,7 +89,7 @@ def _end(root: str) -> None:
 # ---- the command's side --------------------------------------------------------------------------
 
 
-def begin(task: Task, page: Callable[[Path], Path], say: Callable[[str], None]) -> bool:
+def begin(task: CoordinatorTask, page: Callable[[Path], Path], say: Callable[[str], None]) -> bool:
     """Start a coordinator with this task, or find the one that works on the run: whether it is a
     new one.
 
@@ -177,7 +177,7 @@ def _kill(actor: Any) -> None:
     time.sleep(LOOK_SECONDS)
 
 
-def cancel(task: Task) -> None:
+def cancel(task: CoordinatorTask) -> None:
     """End the coordinator that this task may have started, whatever it is at."""
     if not ray.is_initialized():  # it was not reached; asking for an actor would begin to
         return

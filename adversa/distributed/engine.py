@@ -17,7 +17,7 @@ from adversa.engine.fit import unfinished
 from adversa.engine.interface import FitJob, Trial
 from adversa.engine.tasks import Done, Make, Name, Part, Report, Share, row_name
 from adversa.engine.trials import Board, in_turn
-from adversa.run import control
+from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import is_finished
 from adversa.storage.path import StoragePath, rmtree
 from adversa.types import UserError
@@ -32,6 +32,7 @@ class RayEngine:
     """
 
     name = "ray"
+    handle: RunHandle = NULL_HANDLE
 
     def __init__(
         self,
@@ -122,12 +123,12 @@ class RayEngine:
         lost = ""
         for _ in range(self.cluster.training_attempts):
             if not (
-                todo := unfinished(jobs)
+                todo := unfinished(jobs, self.handle)
             ):  # what died right after its manifest has left its checkpoint
                 return
             try:
                 self.started = training.fit(todo, self.storage, self.image_bytes, self.group())
-                unfinished(todo)
+                unfinished(todo, self.handle)
                 return
             except training.ControllerLost as e:
                 lost = str(e)
@@ -149,11 +150,11 @@ class RayEngine:
         if self.cluster.training_workers > 1:
             board = Board(trials)
             for _ in in_turn(board, self, report):
-                control.reins().look()
+                self.handle.poll()
             board.settle()
             return
         with self.tuning() as (on, storage):
-            search.search(trials, on, storage, report)
+            search.search(trials, on, storage, report, self.handle)
         if self.embedded:
             search.idle()
 
@@ -168,7 +169,7 @@ class RayEngine:
         finally:
             rmtree(storage, missing_ok=True)
 
-    def group(self) -> training.Group:
+    def group(self) -> training.WorkerGroup:
         """The workers of a training. UserError where an embedded Ray, which cannot grow, has no
         room for them.
         """
@@ -177,7 +178,7 @@ class RayEngine:
             raise UserError(fault)
         resources = engine_resources.worker_asks(self.cpus, self.gpus, c.training_workers)
         workers = (c.training_workers_min or c.training_workers, c.training_workers)
-        return training.Group(
+        return training.WorkerGroup(
             workers, resources, c.training_attempts, c.training_threads, self.embedded
         )
 

@@ -35,7 +35,8 @@ from adversa.distributed.training import _stored
 from adversa.engine.local import LocalEngine
 from adversa.engine.trials import fault
 from adversa.pipeline import prepare
-from adversa.run import control, status, step_folder, tracking
+from adversa.run import status, step_folder, tracking
+from adversa.run.control import NULL_HANDLE, Pause, RunHandle, with_pauses
 from adversa.run.folder import RunDir, remove_partial_files
 from adversa.run.status import Clock
 from adversa.run.step_folder import Progress
@@ -43,7 +44,7 @@ from adversa.storage import files
 from adversa.storage.path import StoragePath
 from adversa.sweep import grid, regimes
 from adversa.sweep import run as sweep_run
-from adversa.sweep.grid import Cell, Variant
+from adversa.sweep.grid import DataRegime, Variant
 from adversa.types import PAINTED, STRATEGIES, UserError, digest
 
 if TYPE_CHECKING:
@@ -364,7 +365,7 @@ def explored(
     _check(config, "trial", "ratio", ratio)
     _ready(base, run, cell, d, engine)
     pools = _pools(own, base, run, cell, point, engine) if arm in PAINTED else {}
-    source = sweep_run.Source(d, list(pools), pools)
+    source = sweep_run.TrialImages(d, list(pools), pools)
     told = {
         "cell": cell.name,
         "count": cell.count,
@@ -407,22 +408,27 @@ def settled(config: Config, asks: dict[str, Any], where: str = "the trial") -> C
     return cfg.check(tree, where)
 
 
-def _cell(run: RunDir, real: Any) -> tuple[Cell, RunDir]:
-    cell = Cell(None if real == grid.ALL else int(real))
+def _cell(run: RunDir, real: Any) -> tuple[DataRegime, RunDir]:
+    cell = DataRegime(None if real == grid.ALL else int(real))
     return cell, grid.cell_dir(run, cell)
 
 
-def _ready(config: Config, run: RunDir, cell: Cell, d: RunDir, engine: LocalEngine) -> None:
+def _ready(config: Config, run: RunDir, cell: DataRegime, d: RunDir, engine: LocalEngine) -> None:
     """What every trial of a cell needs, made by the first."""
     with alone(d.root):
-        regimes.subset(run.data, cell, config.sweep.subset_seed, d.data)
-        regimes.first_mix(d)
+        regimes.subset(run.data, cell, config.sweep.subset_seed, d.data, engine.handle)
+        regimes.first_mix(d, engine.handle)
         if not step_folder.is_finished(regimes.attacked(config, d)):
             regimes.attack(config, d, engine.silent())
 
 
 def _pools(
-    own: Config, base: Config, run: RunDir, cell: Cell, point: dict[str, Any], engine: LocalEngine
+    own: Config,
+    base: Config,
+    run: RunDir,
+    cell: DataRegime,
+    point: dict[str, Any],
+    engine: LocalEngine,
 ) -> dict[Path, float]:
     """The pools that a trial takes its images from, and the share of each: those of the grid where
     `generate` is the run's own.
@@ -431,12 +437,12 @@ def _pools(
     mix = point["strategies"] or {own.generate.strategy: 1.0}
     if arm == "guided":
         check_mix(mix)
-    source = Cell(None) if sees == grid.ALL else cell
+    source = DataRegime(None) if sees == grid.ALL else cell
     d, at = grid.cell_dir(run, cell), grid.cell_dir(run, source)
     if source != cell:
         with alone(at.root):
-            regimes.subset(run.data, source, base.sweep.subset_seed, at.data)
-            regimes.first_mix(at)
+            regimes.subset(run.data, source, base.sweep.subset_seed, at.data, engine.handle)
+            regimes.first_mix(at, engine.handle)
     with alone(at.root / "denoiser"):
         if not step_folder.is_finished(at.denoiser):
             regimes.denoise(base, at, engine.silent())
@@ -488,13 +494,13 @@ class _Halt(tune.Stopper):
     """Ends a search where somebody wants a pause: trials go on from their checkpoints."""
 
     def __init__(self) -> None:
-        self.wish: control.Pause | None = None
+        self.pause: Pause | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self.wish is not None
+        return self.pause is not None
 
 
 class _Watch(tune.Callback):
@@ -518,7 +524,7 @@ class _Watch(tune.Callback):
             self.failed += 1
         elif step_folder.is_finished(out / "result"):
             self.done += 1
-        elif not self.halt.wish:
+        elif not self.halt.pause:
             self.stopped += 1
             if SCORE in last and not (out / STOPPED).exists():
                 files.write_json(
@@ -540,34 +546,40 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _once(config: Config, run: RunDir, engine: RayEngine) -> list[dict[str, Any]]:
+    told = {"command": sweep_run.COMMAND}
+    status.set_status(run, "running", "prepare", **told)
+    prepare.prepare(engine, config.data, run.data)
+    split = files.read_json(run.data / "split.json") or {}
+    grid.check_counts(config, split["images"]["train"], exact=True)
+    status.set_status(run, "running", sweep_run.COMMAND, **told)
+    with engine.tuning() as (lanes, storage):
+        progress = Progress(run.root / "trials")
+        found = explore(config, run, lanes, storage, progress, engine.handle)
+    (run.root / "trials" / step_folder.PROGRESS).unlink(missing_ok=True)
+    return found
+
+
 def run(
-    config: Config, run: RunDir, engine: RayEngine, since: float | None = None
+    config: Config,
+    run: RunDir,
+    engine: RayEngine,
+    since: float | None = None,
+    handle: RunHandle = NULL_HANDLE,
 ) -> list[dict[str, Any]]:
     """`sweep.search`: prepares what trials need, searches, and writes search.json: `rows`. Begun
     again it makes no trial twice.
     """
+    engine.handle = handle
     remove_partial_files(run)
     sweep_run.settle(config, run)
     told = {"command": sweep_run.COMMAND}
     with tracking.Follow(config.tracking, run.root), Clock(run, since):
-        while True:
-            try:
-                control.reins().look(force=True)
-                status.set_status(run, "running", "prepare", **told)
-                prepare.prepare(engine, config.data, run.data)
-                grid.check_counts(
-                    config,
-                    (files.read_json(run.data / "split.json") or {})["images"]["train"],
-                    exact=True,
-                )
-                status.set_status(run, "running", sweep_run.COMMAND, **told)
-                with engine.tuning() as (lanes, storage):
-                    found = explore(config, run, lanes, storage, Progress(run.root / "trials"))
-                (run.root / "trials" / step_folder.PROGRESS).unlink(missing_ok=True)
-                break
-            except control.Pause:
-                status.set_status(run, "paused", sweep_run.COMMAND, **told)
-                control.reins().rest()
+        found = with_pauses(
+            handle,
+            partial(_once, config, run, engine),
+            partial(status.set_status, run, "paused", sweep_run.COMMAND, **told),
+        )
         files.write_json(
             run.root / grid.SEARCHED, _asked(config) | {"role": "select", "trials": found}
         )
@@ -595,8 +607,9 @@ def explore(
     lanes: Lanes,
     storage: StoragePath,
     report: Callable[[dict[str, Any]], None],
+    handle: RunHandle,
 ) -> list[dict[str, Any]]:
-    """A row for each trial (`rows`). UserError where trials failed; control's Pause."""
+    """A row for each trial (`rows`). UserError where trials failed; Pause."""
     search, folder = config.sweep.search, folder_of(config, run)
     assert search is not None
     (run.root / "trials").mkdir(parents=True, exist_ok=True)
@@ -621,11 +634,11 @@ def explore(
             **_stored(storage),
         ),
     )
-    results = watched(tuner, lambda: _look(watch, halt, report))
+    results = watched(tuner, lambda: _poll(watch, halt, report, handle))
     for error in results.errors:
         raise user_error(error) or error
-    if halt.wish is not None:
-        raise halt.wish
+    if halt.pause is not None:
+        raise halt.pause
     if bugs := [r.metrics[BUG] for r in results if r.metrics and r.metrics.get(BUG)]:
         raise RuntimeError(f"a trial failed:\n{bugs[0]}")
     faults = [r.metrics[FAULT] for r in results if r.metrics and r.metrics.get(FAULT)]
@@ -637,13 +650,15 @@ def explore(
     return rows(folder, config.sweep.metric)
 
 
-def _look(watch: _Watch, halt: _Halt, report: Callable[[dict[str, Any]], None]) -> None:
+def _poll(
+    watch: _Watch, halt: _Halt, report: Callable[[dict[str, Any]], None], handle: RunHandle
+) -> None:
     report(watch.state())
-    if halt.wish is None:
+    if halt.pause is None:
         try:
-            control.reins().look()
-        except control.Pause as wish:
-            halt.wish = wish
+            handle.poll()
+        except Pause as pause:
+            halt.pause = pause
 
 
 def _mendable(

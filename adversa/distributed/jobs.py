@@ -28,6 +28,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from adversa.pipeline.stages import of_loop
 from adversa.types import UserError, digest
 
 RUN = "adversa_run"  # key of a job's metadata: the run folder, as on the cluster
@@ -45,7 +46,7 @@ STOP_SECONDS = (
 )
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Commands that work on a run.
-WORKING = {"loop", "prepare", "train", "mine", "generate", "curate", "evaluate"}
+WORKING = {"loop", *(s.name for s in of_loop() if s.phase < 2)}
 STOPPED = 143  # exit code of a job that was stopped, as of a command that SIGTERM stops
 
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from adversa.distributed.actor import Actor
 from adversa.distributed.errors import user_error
-from adversa.engine.task_queue import Order
+from adversa.engine.task_queue import Task
 from adversa.engine.tasks import Make, Name, Part, Report, Share, row_name
 from adversa.engine.worker_pool import Lost, work_off
 
@@ -50,8 +50,8 @@ class Actors:
     def load(self, worker: Any, place: int) -> Any:
         return worker.load.remote(self.make, self.out, self.threads, place if self.pinned else None)
 
-    def do(self, worker: Any, orders: Sequence[Order]) -> Any:
-        return worker.do.remote(orders)
+    def do(self, worker: Any, tasks: Sequence[Task]) -> Any:
+        return worker.do.remote(tasks)
 
     def wait(self, calls: Sequence[Any], seconds: float) -> Sequence[Any]:
         if not calls:

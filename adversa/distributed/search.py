@@ -1,7 +1,7 @@
 """Ray Tune around a list of trials: as many at a time as there are lanes, each lane an actor that
 is used again and again.
 
-Tune asks `Source` what to run next, and that looks at the folders: what is finished is never
+Tune asks `TrialSource` what to run next, and that looks at the folders: what is finished is never
 suggested, what waits for another is not suggested yet. So Tune keeps no state that matters, and a
 search that was killed is simply begun anew (docs/decisions/0014).
 """
@@ -29,11 +29,11 @@ from adversa.engine import resources
 from adversa.engine.interface import Tell, Trial
 from adversa.engine.local import LocalEngine
 from adversa.engine.trials import Board, fault
-from adversa.run import control
+from adversa.run.control import Pause, RunHandle
 from adversa.storage.path import StoragePath
 from adversa.types import UserError
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 # Of a trial's result: what the user can mend, the traceback of a fault of ours, and that it came to
 # its end.
 FAULT, BUG, OVER = "fault", "bug", "over"
@@ -59,7 +59,7 @@ def lanes(cluster: Cluster, gpus: float) -> Lanes:
     )
 
 
-class Source(Searcher):
+class TrialSource(Searcher):
     """What Tune runs next: the first trial that is ready. Its configuration is the trial's place in
     the list.
     """
@@ -112,7 +112,7 @@ class Source(Searcher):
 class Begun(tune.Callback):
     """Tune has the next trial ready before there is a lane for it: notes which have begun."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: TrialSource) -> None:
         self.source = source
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -144,7 +144,9 @@ def _tell_nobody(state: dict[str, Any]) -> None:
     """Progress lies in the trial's folders; Tune needs none where no scheduler chooses."""
 
 
-def search(trials: Sequence[Trial], on: Lanes, storage: StoragePath, report: Tell) -> None:
+def search(
+    trials: Sequence[Trial], on: Lanes, storage: StoragePath, report: Tell, handle: RunHandle
+) -> None:
     """Do every trial that is not finished. UserError where some failed; control's Pause once what
     was in flight is finished.
     """
@@ -152,7 +154,7 @@ def search(trials: Sequence[Trial], on: Lanes, storage: StoragePath, report: Tel
     if not board.left():
         report(board.state())
         return
-    source, runner = Source(board, on.most), Runner(trials, on.threads, Path.cwd())
+    source, runner = TrialSource(board, on.most), Runner(trials, on.threads, Path.cwd())
     tuner = tune.Tuner(
         tune.with_resources(_function(runner), on.asks),
         tune_config=tune.TuneConfig(search_alg=source, num_samples=len(trials), reuse_actors=True),
@@ -164,8 +166,8 @@ def search(trials: Sequence[Trial], on: Lanes, storage: StoragePath, report: Tel
             **_stored(storage),
         ),
     )
-    pauses: list[control.Pause] = []
-    results = watched(tuner, lambda: _look(source, report, pauses))
+    pauses: list[Pause] = []
+    results = watched(tuner, lambda: _poll(source, report, handle, pauses))
     if pauses and board.left():
         raise pauses[0]
     if source.bug:
@@ -191,22 +193,22 @@ def _function(runner: Runner) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return trial
 
 
-def _look(source: Source, report: Tell, pauses: list[control.Pause]) -> None:
-    """Tell how far it is, and hear what people wish: for a pause nothing new is begun, and what is
-    in flight ends.
+def _poll(source: TrialSource, report: Tell, handle: RunHandle, pauses: list[Pause]) -> None:
+    """Tell how far it is, and hear what people ask for: at a pause nothing new is begun, and what
+    is in flight ends.
     """
     report(source.board.state())
     if pauses:
         return
     try:
-        control.reins().look()
-    except control.Pause as wish:
-        pauses.append(wish)
+        handle.poll()
+    except Pause as pause:
+        pauses.append(pause)
         source.draining = True
 
 
-def watched(tuner: tune.Tuner, look: Callable[[], None]) -> tune.ResultGrid:
-    """`tuner.fit()` in a thread of its own; this one looks about, twice a second. UserError of a
+def watched(tuner: tune.Tuner, poll: Callable[[], None]) -> tune.ResultGrid:
+    """`tuner.fit()` in a thread of its own; this one polls, twice a second. UserError of a
     trial comes back as itself.
     """
     failure: list[BaseException] = []
@@ -221,8 +223,8 @@ def watched(tuner: tune.Tuner, look: Callable[[], None]) -> tune.ResultGrid:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(LOOK_SECONDS)
-        look()
+        thread.join(POLL_SECONDS)
+        poll()
     if failure:
         raise user_error(failure[0]) or failure[0]
     return result[0]

@@ -30,7 +30,7 @@ from adversa.storage.path import BucketPath, StoragePath, filesystem
 
 
 @dataclass(frozen=True)
-class Group:
+class WorkerGroup:
     """The workers of a launch: how many (least, most), what each asks for, starts before the run
     fails, torch threads of each.
 
@@ -44,7 +44,9 @@ class Group:
     embedded: bool
 
 
-def fit(jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: Group) -> dict[str, float]:
+def fit(
+    jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: WorkerGroup
+) -> dict[str, float]:
     """Train unfinished jobs in order on a group of workers. UserError of a job comes back as
     itself, and is not tried again.
 

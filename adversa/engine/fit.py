@@ -12,7 +12,8 @@ from adversa.engine.interface import FitJob
 from adversa.engine.tasks import (
     Report,
 )
-from adversa.run import control, environment, step_folder
+from adversa.run import environment, step_folder
+from adversa.run.control import RunHandle
 from adversa.run.step_folder import Progress
 from adversa.storage import files
 from adversa.storage.weights import drop_checkpoint, read_model
@@ -112,10 +113,10 @@ class Waited:
             yield batch
 
 
-def unfinished(jobs: Sequence[FitJob]) -> list[FitJob]:
+def unfinished(jobs: Sequence[FitJob], handle: RunHandle) -> list[FitJob]:
     """The jobs to do; each one's recipe is checked and written first."""
     left = []
-    control.reins().look()
+    handle.poll()
     for job in jobs:
         if step_folder.begin(job.out, job.recipe):
             drop_checkpoint(job.out)  # killed between the manifest and this

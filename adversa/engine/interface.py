@@ -19,6 +19,7 @@ from adversa.engine.tasks import (
     Share,
     row_name,
 )
+from adversa.run.control import RunHandle
 from adversa.run.step_folder import Recipe
 
 
@@ -42,9 +43,12 @@ class FitJob:
 class Engine(Protocol):
     """Where work runs. Every method returns when its work is done and raises UserError for what a
     user can mend.
+
+    handle: of the run that is worked on, polled between pieces of work; steps poll it as well.
     """
 
     name: str
+    handle: RunHandle
 
     def map_batches(
         self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False

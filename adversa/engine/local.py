@@ -22,7 +22,7 @@ from adversa.engine.tasks import (
 from adversa.engine.trials import Board, in_turn
 from adversa.engine.worker import Inline
 from adversa.engine.worker_pool import work_off
-from adversa.run import control
+from adversa.run.control import NULL_HANDLE, RunHandle
 
 
 class LocalEngine:
@@ -31,6 +31,7 @@ class LocalEngine:
     """
 
     name = "local"
+    handle: RunHandle = NULL_HANDLE
 
     def __init__(
         self,
@@ -47,7 +48,9 @@ class LocalEngine:
 
     def silent(self) -> LocalEngine:
         """The same, and nobody listens."""
-        return LocalEngine(self.sampler_threads, self.training_threads)
+        found = LocalEngine(self.sampler_threads, self.training_threads)
+        found.handle = self.handle
+        return found
 
     def tasks(self, model: bool = False) -> int:
         return 1
@@ -85,8 +88,8 @@ class LocalEngine:
             torch.set_num_threads(before)
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
-        for job in unfinished(jobs):
-            control.reins().look()
+        for job in unfinished(jobs, self.handle):
+            self.handle.poll()
             batches = job.feed.batches(job.resume(job.out))
             select = job.select.batches if job.select is not None else _no_select
             do_job(job, batches, select, self.training_threads, listen=self.listen)
@@ -94,7 +97,7 @@ class LocalEngine:
     def search(self, trials: Sequence[Trial], report: Report) -> None:
         board = Board(trials)
         for _ in in_turn(board, self, report):
-            control.reins().look()
+            self.handle.poll()
         board.settle()
 
     def close(self) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adversa.engine.tasks import Done
-from adversa.run import control, step_folder
+from adversa.run import step_folder
+from adversa.run.control import RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files
 
@@ -17,7 +18,11 @@ Facts = dict[str, Any]
 
 
 def run_step(
-    folder: Path, recipe: Recipe, body: Callable[[Progress], Facts], option: str = "--run-dir"
+    folder: Path,
+    recipe: Recipe,
+    body: Callable[[Progress], Facts],
+    handle: RunHandle,
+    option: str = "--run-dir",
 ) -> None:
     """Run `body` unless the step is finished; it must write every part and return at least `rows`.
 
@@ -28,10 +33,9 @@ def run_step(
         folder.mkdir(parents=True, exist_ok=True)
         if step_folder.is_finished(folder) and step_folder.begin(folder, recipe, option):
             return
-        reins = control.reins()
-        reins.look()
+        handle.poll()
         step_folder.begin(folder, recipe, option)
-        progress = Watched(folder, reins)
+        progress = Watched(folder, handle)
         facts = body(progress)
         seconds = progress.elapsed
         compute = seconds - facts.pop("waited", 0.0)
@@ -39,7 +43,7 @@ def run_step(
             facts["device_seconds"] += (
                 progress.before * lanes
             )  # of attempts that were cut off nothing finer is known
-        reins.check()
+        handle.check()
         step_folder.finish(
             folder,
             recipe,
@@ -50,13 +54,13 @@ def run_step(
 class Watched(Progress):
     """Progress of a step that may be told to pause or to stop after each part."""
 
-    def __init__(self, folder: Path, reins: control.Free | control.Reins) -> None:
+    def __init__(self, folder: Path, handle: RunHandle) -> None:
         super().__init__(folder)
-        self.reins = reins
+        self.handle = handle
 
     def __call__(self, state: dict[str, Any]) -> None:
         super().__call__(state)
-        self.reins.look()
+        self.handle.poll()
 
 
 def cost(done: Sequence[Done], workers: int, wall: float) -> Facts:

@@ -3,7 +3,7 @@ of `map_parts`. Ray-free.
 
 A part that fails `attempts` times is searched: each half of its rows is tried by itself, what fails
 is halved again, until single rows are left that fail alone. They are given up, and the part is
-written without them. A step where that happens too often is broken, and ends: see `Leases`.
+written without them. A step where that happens too often is broken, and ends: see `TaskQueue`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SEARCHES = 3  # of one part: where every row can be done by itself and all toget
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class Task:
     """What a worker is asked: to commit a part; or, as a trial, only whether the rows that are not
     skipped can be done.
     """
@@ -34,7 +34,7 @@ class Order:
 
 
 @dataclass
-class Case:
+class FailedTask:
     """A part that failed: how often what is asked now has failed and how last, groups of rows to be
     tried, the rows to blame.
     """
@@ -48,11 +48,11 @@ class Case:
     bad: dict[int, str] = field(default_factory=dict)
 
     @property
-    def order(self) -> Order:
+    def task(self) -> Task:
         if not self.groups:
-            return Order(dataclasses.replace(self.part, skip=dict(sorted(self.bad.items()))))
+            return Task(dataclasses.replace(self.part, skip=dict(sorted(self.bad.items()))))
         tried = set(self.groups[-1])
-        return Order(
+        return Task(
             dataclasses.replace(
                 self.part, skip={r: "" for r in range(self.part.rows) if r not in tried}
             ),
@@ -69,7 +69,7 @@ class Case:
         self.groups += [half for half in (rows[middle:], rows[:middle]) if half]
 
 
-class Leases:
+class TaskQueue:
     """Hands out parts, and is told what came of each.
 
     RuntimeError ends a step that is broken: where parts fail and nothing succeeds, where all rows
@@ -85,11 +85,11 @@ class Leases:
         self.left = len(parts)  # not committed
         self.attempts, self.name = attempts, name
         self.allowed, self.rows = max(1, int(SHARE * rows)), rows
-        self.cases: dict[int, Case] = {}
-        self.again: deque[tuple[Case, int | None]] = (
+        self.cases: dict[int, FailedTask] = {}
+        self.again: deque[tuple[FailedTask, int | None]] = (
             deque()
         )  # to be asked again, and the worker that failed
-        self.parked: list[Case] = []  # out of tries, and nothing has succeeded yet
+        self.parked: list[FailedTask] = []  # out of tries, and nothing has succeeded yet
         self.begun = False  # something has succeeded
         self.given_up: list[Failed] = []
 
@@ -97,8 +97,8 @@ class Leases:
     def waiting(self) -> int:
         return len(self.queue)
 
-    def take(self, worker: int, most: int, alone: bool) -> tuple[Order, ...]:
-        """Orders for a worker: one that failed elsewhere, by itself; else up to `most` fresh ones.
+    def take(self, worker: int, most: int, alone: bool) -> tuple[Task, ...]:
+        """Tasks for a worker: one that failed elsewhere, by itself; else up to `most` fresh ones.
 
         alone: there is no other worker, so it gets what failed on itself too.
         """
@@ -107,27 +107,27 @@ class Leases:
         for i, (case, failed_on) in enumerate(self.again):
             if alone or failed_on != worker:
                 del self.again[i]
-                return (case.order,)
+                return (case.task,)
         return self.take_fresh(most)
 
-    def take_fresh(self, most: int) -> tuple[Order, ...]:
-        return tuple(Order(self.queue.popleft()) for _ in range(min(most, len(self.queue))))
+    def take_fresh(self, most: int) -> tuple[Task, ...]:
+        return tuple(Task(self.queue.popleft()) for _ in range(min(most, len(self.queue))))
 
-    def give_back(self, orders: Sequence[Order]) -> None:
-        """Orders that were not begun."""
-        for order in reversed(orders):
-            if (case := self.cases.get(order.part.index)) is not None:
+    def give_back(self, tasks: Sequence[Task]) -> None:
+        """Tasks that were not begun."""
+        for task in reversed(tasks):
+            if (case := self.cases.get(task.part.index)) is not None:
                 self.again.appendleft((case, None))
             else:
-                self.queue.appendleft(order.part)
+                self.queue.appendleft(task.part)
 
-    def succeeded(self, order: Order) -> tuple[Failed, ...]:
+    def succeeded(self, task: Task) -> tuple[Failed, ...]:
         """The rows that the part was committed without."""
         self.begun = True
         self._unpark()
-        case = self.cases.get(order.part.index)
-        if order.trial:
-            assert case is not None, order
+        case = self.cases.get(task.part.index)
+        if task.trial:
+            assert case is not None, task
             case.groups.pop()
             self._ask(case)
             return ()
@@ -141,9 +141,9 @@ class Leases:
         self.given_up += failed
         return failed
 
-    def failed(self, order: Order, worker: int, reason: str, trace: str = "") -> None:
+    def failed(self, task: Task, worker: int, reason: str, trace: str = "") -> None:
         """reason: one line; trace: where on the worker, if known."""
-        case = self.cases.setdefault(order.part.index, Case(order.part))
+        case = self.cases.setdefault(task.part.index, FailedTask(task.part))
         case.tries, case.reason, case.trace = case.tries + 1, reason, trace
         group = len(case.groups[-1]) if case.groups else 0  # 0: the part as a whole
         if case.tries < (self.attempts if group == 0 else ALONE if group == 1 else 1):
@@ -157,11 +157,11 @@ class Leases:
             case.halve(case.groups.pop())
             self._ask(case)
 
-    def _ask(self, case: Case) -> None:
+    def _ask(self, case: FailedTask) -> None:
         case.tries = 0
         self.again.append((case, None))
 
-    def _out_of_tries(self, case: Case) -> None:
+    def _out_of_tries(self, case: FailedTask) -> None:
         if case.searches == SEARCHES or len(case.bad) == case.part.rows:
             how = (
                 f"without {self._names(case)} too"
@@ -185,14 +185,14 @@ class Leases:
         for case in parked:
             self._search(case)
 
-    def _search(self, case: Case) -> None:
+    def _search(self, case: FailedTask) -> None:
         if case.part.rows == 1:  # it has been tried by itself already
             self._blame(case, 0)
         else:
             case.search()
         self._ask(case)
 
-    def _blame(self, case: Case, row: int) -> None:
+    def _blame(self, case: FailedTask, row: int) -> None:
         case.bad[row] = case.reason
         if len(case.bad) == case.part.rows > 1:
             self._stop(case, f"every row of part {case.part.index} fails ({self._names(case)})")
@@ -207,10 +207,10 @@ class Leases:
                 f"{self.allowed} that may",
             )
 
-    def _names(self, case: Case) -> str:
+    def _names(self, case: FailedTask) -> str:
         return _list([self.name(case.part, row) for row in sorted(case.bad)])
 
-    def _stop(self, case: Case, what: str) -> NoReturn:
+    def _stop(self, case: FailedTask, what: str) -> NoReturn:
         error = RuntimeError(f"{what}; the last time: {case.reason}")
         if case.trace:
             error.add_note(f"on the worker:\n{case.trace}")

@@ -35,7 +35,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Painted:
+class TaskStats:
     """What work on a part may return in place of its number of rows: evaluations of the denoiser,
     for progress.
     """
@@ -80,7 +80,7 @@ class Share:
 # Does one part: (part, file to write) -> rows written. Made on the worker by a picklable `make()`,
 # which loads models from folders. It leaves out the rows in `part.skip`, and writes nowhere but to
 # the file: `map_parts` may call it for a file it throws away.
-Work = Callable[[Part, StoragePath], "int | Painted"]
+Work = Callable[[Part, StoragePath], "int | TaskStats"]
 Make = Callable[[], Work]
 # What a row of a part is called in messages.
 Name = Callable[[Part, int], str]
@@ -105,5 +105,5 @@ def do_part(work: Work, part: Part, out: StoragePath) -> Done:
         out, "folder", kept=True
     ):  # a worker is not told by which option it was given
         found = work(part, out / tables.part_name(part.index))
-    painted = found if isinstance(found, Painted) else Painted(found)
+    painted = found if isinstance(found, TaskStats) else TaskStats(found)
     return Done(part.index, painted.rows, time.perf_counter() - started, painted.evaluations)

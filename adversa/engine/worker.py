@@ -1,4 +1,4 @@
-"""What a worker of `map_parts` is: work made once, orders carried out one after the other. The same
+"""What a worker of `map_parts` is: work made once, tasks carried out one after the other. The same
 on every engine; Ray-free.
 """
 
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adversa.engine.task_queue import Order
+from adversa.engine.task_queue import Task
 from adversa.engine.tasks import Make, Work, do_part
 from adversa.types import UserError
 
 
 @dataclass(frozen=True)
 class Failure:
-    """position: in the lease, of an order whose work raised; reason: one line."""
+    """position: in the lease, of a task whose work raised; reason: one line."""
 
     position: int
     reason: str
@@ -63,16 +63,16 @@ class Sampler:
             torch.set_num_threads(threads)
         self.out, self.work = out, make()
 
-    def do(self, orders: Sequence[Order]) -> Returned:
-        """UserError of the work ends the call; other exceptions end their order only, if the device
+    def do(self, tasks: Sequence[Task]) -> Returned:
+        """UserError of the work ends the call; other exceptions end their task only, if the device
         can still be used.
         """
         assert self.work is not None, "load comes first"
         seconds, evaluations, failures = 0.0, 0, []
-        for i, order in enumerate(orders):
+        for i, task in enumerate(tasks):
             started = time.perf_counter()
             try:
-                evaluations += self._do(self.work, order)
+                evaluations += self._do(self.work, task)
             except UserError:
                 raise
             except Exception as e:
@@ -82,11 +82,11 @@ class Sampler:
             seconds += time.perf_counter() - started
         return Returned(seconds, evaluations, tuple(failures))
 
-    def _do(self, work: Work, order: Order) -> int:
-        if not order.trial:
-            return do_part(work, order.part, self.out).evaluations
+    def _do(self, work: Work, task: Task) -> int:
+        if not task.trial:
+            return do_part(work, task.part, self.out).evaluations
         with tempfile.TemporaryDirectory() as folder:
-            return do_part(work, order.part, Path(folder)).evaluations
+            return do_part(work, task.part, Path(folder)).evaluations
 
 
 class Inline:
@@ -113,8 +113,8 @@ class Inline:
     def load(self, worker: Sampler, place: int) -> int:
         return self._now(worker.load(self.make, self.out, self.threads, None))
 
-    def do(self, worker: Sampler, orders: Sequence[Order]) -> int:
-        return self._now(worker.do(orders))
+    def do(self, worker: Sampler, tasks: Sequence[Task]) -> int:
+        return self._now(worker.do(tasks))
 
     def wait(self, calls: Sequence[int], seconds: float) -> Sequence[int]:
         return calls

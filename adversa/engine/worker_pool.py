@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from adversa.engine.task_queue import Leases, Order
+from adversa.engine.task_queue import Task, TaskQueue
 from adversa.engine.tasks import Failed, Name, Part, Report, Share, missing, row_name
 from adversa.engine.worker import Returned
 from adversa.run import control
@@ -51,7 +51,7 @@ class Backend(Protocol):
 
     def load(self, worker: Any, place: int) -> Any: ...
 
-    def do(self, worker: Any, orders: Sequence[Order]) -> Any:
+    def do(self, worker: Any, tasks: Sequence[Task]) -> Any:
         """These three return at once, with what stands for the answer. A worker answers its calls
         in order.
         """
@@ -73,7 +73,7 @@ class Backend(Protocol):
 
 
 @dataclass
-class Member:
+class WorkerHandle:
     """A worker in its slot. machine: once there is room for it, place: its number there; up: takes
     leases; pace: seconds a part.
     """
@@ -84,11 +84,11 @@ class Member:
     place: int = -1
     up: bool = False
     pace: float | None = None
-    leases: deque[tuple[Order, ...]] = field(default_factory=deque)
+    leases: deque[tuple[Task, ...]] = field(default_factory=deque)
 
 
 @dataclass
-class Tally:
+class WorkerStats:
     """What the workers of one slot did. Of a lease that a death cut off: the parts and rows, not
     the seconds and evaluations.
     """
@@ -100,7 +100,7 @@ class Tally:
     failed: tuple[Failed, ...] = ()
 
 
-class Crew:
+class WorkerPool:
     """size: how many workers there should be at this time; committed: whether a part's file is
     there.
     """
@@ -108,23 +108,23 @@ class Crew:
     def __init__(
         self,
         backend: Backend,
-        leases: Leases,
+        queue: TaskQueue,
         size: Callable[[], int],
         committed: Callable[[Part], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.backend, self.leases, self.size, self.committed, self.clock = (
+        self.backend, self.queue, self.size, self.committed, self.clock = (
             backend,
-            leases,
+            queue,
             size,
             committed,
             clock,
         )
-        self.members: dict[int, Member] = {}
+        self.handles: dict[int, WorkerHandle] = {}
         self.calls: dict[
-            Any, tuple[Member, bool]
+            Any, tuple[WorkerHandle, bool]
         ] = {}  # not answered, oldest first; and whether it is a lease
-        self.tallies: dict[int, Tally] = {}
+        self.stats_of: dict[int, WorkerStats] = {}
         self.came_up = False  # any worker, ever
         self.failed_starts: dict[int, int] = {}  # of a slot, since it last had a worker that was up
         self.rest_until: dict[int, float] = {}
@@ -140,7 +140,7 @@ class Crew:
         passed on.
         """
         try:
-            while self.leases.left:
+            while self.queue.left:
                 self._staff()
                 self._hand_out()
                 tell(self.state())
@@ -152,16 +152,16 @@ class Crew:
             self._bring_home()
             raise
         finally:
-            for member in self.members.values():
-                self.backend.stop(member.worker)
+            for handle in self.handles.values():
+                self.backend.stop(handle.worker)
         return [
             Share(t.parts, t.rows, t.seconds, t.evaluations, t.failed)
-            for _, t in sorted(self.tallies.items())
+            for _, t in sorted(self.stats_of.items())
         ]
 
     def _bring_home(self) -> None:
         """Wait for the leases that are out; no more are handed out."""
-        while any(member.leases for member in self.members.values()):
+        while any(handle.leases for handle in self.handles.values()):
             for call in self.backend.wait(list(self.calls), WAIT_SECONDS):
                 if call in self.calls:
                     self._answered(call)
@@ -175,132 +175,132 @@ class Crew:
             self.failed_starts = {
                 slot: n for slot, n in self.failed_starts.items() if slot < self.wanted
             }
-        wanted = min(self.wanted, self.leases.left)
+        wanted = min(self.wanted, self.queue.left)
         resting = {slot for slot, until in self.rest_until.items() if until > now}
-        while len(self.members) + len(resting) < wanted:
-            slot = next(i for i in itertools.count() if i not in self.members and i not in resting)
-            member = self.members[slot] = Member(slot, self.backend.start())
-            self.calls[self.backend.place(member.worker)] = (member, False)
-        waiting = [m for m in self.members.values() if m.machine is None]
-        if len(waiting) < len(self.members):
+        while len(self.handles) + len(resting) < wanted:
+            slot = next(i for i in itertools.count() if i not in self.handles and i not in resting)
+            handle = self.handles[slot] = WorkerHandle(slot, self.backend.start())
+            self.calls[self.backend.place(handle.worker)] = (handle, False)
+        waiting = [m for m in self.handles.values() if m.machine is None]
+        if len(waiting) < len(self.handles):
             self.placed_at = now
-        for member in waiting[
-            : max(0, len(self.members) - wanted)
+        for handle in waiting[
+            : max(0, len(self.handles) - wanted)
         ]:  # fewer are wanted, and these found no room yet
-            self._forget(member)
+            self._forget(handle)
 
-    def _forget(self, member: Member) -> None:
-        del self.members[member.slot]
+    def _forget(self, handle: WorkerHandle) -> None:
+        del self.handles[handle.slot]
         self.calls = {
-            call: (m, lease) for call, (m, lease) in self.calls.items() if m is not member
+            call: (m, lease) for call, (m, lease) in self.calls.items() if m is not handle
         }
-        self.backend.stop(member.worker)
+        self.backend.stop(handle.worker)
 
     # ---- leases ----------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
-        up = [m for m in self.members.values() if m.up]
+        up = [m for m in self.handles.values() if m.up]
         speeds = {m.slot: 1 / pace for m in up if (pace := m.pace or self.pace) is not None}
         speed = sum(speeds.values())
-        for member in up:
-            if not member.leases:
+        for handle in up:
+            if not handle.leases:
                 self._lease(
-                    member,
-                    self.leases.take(
-                        member.slot, self._count(member, speeds, speed), alone=len(up) == 1
+                    handle,
+                    self.queue.take(
+                        handle.slot, self._count(handle, speeds, speed), alone=len(up) == 1
                     ),
                 )
-        for member in up:  # a second lease, while there is plenty for all and the first is short
-            if len(member.leases) == 1 and self.leases.waiting > len(up) and self._is_short(member):
-                self._lease(member, self.leases.take_fresh(self._count(member, speeds, speed)))
+        for handle in up:  # a second lease, while there is plenty for all and the first is short
+            if len(handle.leases) == 1 and self.queue.waiting > len(up) and self._is_short(handle):
+                self._lease(handle, self.queue.take_fresh(self._count(handle, speeds, speed)))
 
-    def _lease(self, member: Member, orders: tuple[Order, ...]) -> None:
-        if orders:
-            member.leases.append(orders)
-            self.calls[self.backend.do(member.worker, orders)] = (member, True)
+    def _lease(self, handle: WorkerHandle, tasks: tuple[Task, ...]) -> None:
+        if tasks:
+            handle.leases.append(tasks)
+            self.calls[self.backend.do(handle.worker, tasks)] = (handle, True)
 
-    def _count(self, member: Member, speeds: dict[int, float], speed: float) -> int:
+    def _count(self, handle: WorkerHandle, speeds: dict[int, float], speed: float) -> int:
         """As many parts as take LEASE_SECONDS, but at most half the worker's share of what is left,
         by its speed.
 
         So leases shrink towards the end and the last are single parts: the workers end at about the
         same time.
         """
-        if member.slot not in speeds:
+        if handle.slot not in speeds:
             return 1
-        mine = speeds[member.slot]
+        mine = speeds[handle.slot]
         return max(
-            1, min(int(LEASE_SECONDS * mine), int(self.leases.waiting * mine / speed / 2), MOST)
+            1, min(int(LEASE_SECONDS * mine), int(self.queue.waiting * mine / speed / 2), MOST)
         )
 
-    def _is_short(self, member: Member) -> bool:
-        pace = member.pace or self.pace
-        return pace is not None and pace * len(member.leases[0]) <= 2 * LEASE_SECONDS
+    def _is_short(self, handle: WorkerHandle) -> bool:
+        pace = handle.pace or self.pace
+        return pace is not None and pace * len(handle.leases[0]) <= 2 * LEASE_SECONDS
 
     # ---- answers ---------------------------------------------------------------------------------
 
     def _answered(self, call: Any) -> None:
-        member, lease = self.calls.pop(call)
+        handle, lease = self.calls.pop(call)
         try:
             found = self.backend.answer(call)
         except Lost as e:
-            self._lost(member, e)
+            self._lost(handle, e)
             return
         if lease:
-            self._returned(member, found)
-        elif member.machine is None:
-            member.machine = found
-            taken = {m.place for m in self.members.values() if m.machine == found}
-            member.place = next(i for i in range(len(self.members) + 1) if i not in taken)
-            self.calls[self.backend.load(member.worker, member.place)] = (member, False)
+            self._returned(handle, found)
+        elif handle.machine is None:
+            handle.machine = found
+            taken = {m.place for m in self.handles.values() if m.machine == found}
+            handle.place = next(i for i in range(len(self.handles) + 1) if i not in taken)
+            self.calls[self.backend.load(handle.worker, handle.place)] = (handle, False)
         else:
-            member.up = self.came_up = True
-            self.failed_starts.pop(member.slot, None)
+            handle.up = self.came_up = True
+            self.failed_starts.pop(handle.slot, None)
 
-    def _returned(self, member: Member, found: Returned) -> None:
-        orders, tally = member.leases.popleft(), self.tallies.setdefault(member.slot, Tally())
-        tally.seconds += found.seconds
-        tally.evaluations += found.evaluations
+    def _returned(self, handle: WorkerHandle, found: Returned) -> None:
+        tasks, stats = handle.leases.popleft(), self.stats_of.setdefault(handle.slot, WorkerStats())
+        stats.seconds += found.seconds
+        stats.evaluations += found.evaluations
         failures = {f.position: f for f in found.failures}
-        for i, order in enumerate(orders):
+        for i, task in enumerate(tasks):
             if (failure := failures.get(i)) is not None:
-                self.leases.failed(order, member.slot, failure.reason, failure.trace)
+                self.queue.failed(task, handle.slot, failure.reason, failure.trace)
             else:
-                self._credit(tally, order)
-        if not failures and not orders[0].trial:
-            pace = max(found.seconds / len(orders), 1e-6)
-            member.pace = pace if member.pace is None else (member.pace + pace) / 2
+                self._credit(stats, task)
+        if not failures and not tasks[0].trial:
+            pace = max(found.seconds / len(tasks), 1e-6)
+            handle.pace = pace if handle.pace is None else (handle.pace + pace) / 2
             self.pace = pace if self.pace is None else (self.pace + pace) / 2
 
-    def _credit(self, tally: Tally, order: Order) -> None:
-        failed = self.leases.succeeded(order)
-        if not order.trial:
-            tally.parts, tally.rows, tally.failed = (
-                tally.parts + 1,
-                tally.rows + order.part.rows,
-                tally.failed + failed,
+    def _credit(self, stats: WorkerStats, task: Task) -> None:
+        failed = self.queue.succeeded(task)
+        if not task.trial:
+            stats.parts, stats.rows, stats.failed = (
+                stats.parts + 1,
+                stats.rows + task.part.rows,
+                stats.failed + failed,
             )
 
-    def _lost(self, member: Member, error: Lost) -> None:
+    def _lost(self, handle: WorkerHandle, error: Lost) -> None:
         """The first part that it has not committed is the one it was at: that part is charged, the
         others were not begun.
         """
-        self._forget(member)
-        if not member.up:
-            self._start_failed(member.slot, error)
+        self._forget(handle)
+        if not handle.up:
+            self._start_failed(handle.slot, error)
             return
-        tally, charged, left = self.tallies.setdefault(member.slot, Tally()), False, []
-        for order in (order for orders in member.leases for order in orders):
-            if not order.trial and self.committed(order.part):
-                self._credit(tally, order)
+        stats, charged, left = self.stats_of.setdefault(handle.slot, WorkerStats()), False, []
+        for task in (task for tasks in handle.leases for task in tasks):
+            if not task.trial and self.committed(task.part):
+                self._credit(stats, task)
             elif charged:
-                left.append(order)
+                left.append(task)
             else:
                 charged = True
-                self.leases.failed(
-                    order, member.slot, str(error), "".join(getattr(error, "__notes__", []))
+                self.queue.failed(
+                    task, handle.slot, str(error), "".join(getattr(error, "__notes__", []))
                 )
-        self.leases.give_back(left)
+        self.queue.give_back(left)
 
     def _start_failed(self, slot: int, error: Lost) -> None:
         """Tried again after a rest. An error where no worker is up, and every one that there was
@@ -310,7 +310,7 @@ class Crew:
         self.rest_until[slot] = self.clock() + min(60.0, 2.0 ** (failed - 2))
         hopeful = any(
             m.up or (m.machine is not None and m.slot not in self.failed_starts)
-            for m in self.members.values()
+            for m in self.handles.values()
         )
         most = STARTS * (4 if self.came_up else 1)
         if not hopeful and min(self.failed_starts.values()) >= most:
@@ -324,24 +324,27 @@ class Crew:
         """Of this call: rows, evaluations, both a second, workers that are up, rows by slot, how
         many rows were given up.
         """
-        now, up, tallies = (
+        now, up, stats_of = (
             self.clock(),
-            sum(m.up for m in self.members.values()),
-            sorted(self.tallies.items()),
+            sum(m.up for m in self.handles.values()),
+            sorted(self.stats_of.items()),
         )
-        rows, evaluations = sum(t.rows for _, t in tallies), sum(t.evaluations for _, t in tallies)
+        rows, evaluations = (
+            sum(t.rows for _, t in stats_of),
+            sum(t.evaluations for _, t in stats_of),
+        )
         found: dict[str, Any] = {
             "rows": rows,
             "evaluations": evaluations,
             "workers": up,
-            "failed": len(self.leases.given_up),
+            "failed": len(self.queue.given_up),
         }
-        found |= {"shares": {slot: t.rows for slot, t in tallies}} | self._rates(
+        found |= {"shares": {slot: t.rows for slot, t in stats_of}} | self._rates(
             now, up, rows, evaluations
         )
-        if self.leases.given_up:
+        if self.queue.given_up:
             found["last_failed"] = (
-                f"{self.leases.given_up[-1].name}: {self.leases.given_up[-1].reason}"
+                f"{self.queue.given_up[-1].name}: {self.queue.given_up[-1].reason}"
             )
         if now - self.placed_at > NO_ROOM_SECONDS:
             found["note"] = f"no room for a worker for {now - self.placed_at:.0f} s"
@@ -372,14 +375,14 @@ def work_off(
 ) -> list[Share]:
     """Do every missing part of a step with the workers of a backend.
 
-    UserError of the work as itself; RuntimeError where the step is broken (Leases) or no worker
+    UserError of the work as itself; RuntimeError where the step is broken (TaskQueue) or no worker
     comes up.
     """
     todo, total = missing(parts, out), sum(p.rows for p in parts)
     before = total - sum(p.rows for p in todo)
-    crew = Crew(
+    crew = WorkerPool(
         backend,
-        Leases(todo, total, attempts, name),
+        TaskQueue(todo, total, attempts, name),
         size,
         lambda part: (out / tables.part_name(part.index)).exists(),
     )

@@ -10,7 +10,9 @@ from adversa.config import Config, judge_of
 from adversa.engine import resources
 from adversa.engine.resources import Node
 from adversa.estimate.measure import Measured, Range
-from adversa.pipeline.stages import Stage, last_round, models_of, stages, swept, trained
+from adversa.pipeline.folders import last_round, models_of, swept, trained
+from adversa.pipeline.stage import PlannedStage
+from adversa.pipeline.stages import stages
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
@@ -132,12 +134,12 @@ def trainings(
     return [Work(kind, count * section.steps, by, bound, shown), Work(scorer, scored, by, bound)]
 
 
-def work_of(stage: Stage, c: Config, run: RunDir, role: Mapping[str, int]) -> list[Work]:
+def work_of(stage: PlannedStage, c: Config, run: RunDir, role: Mapping[str, int]) -> list[Work]:
     """Of one stage. role: images of each."""
     n, everyone, select, found = stage.round, sum(role.values()), role["select"], list[Work]()
     arms = [arm for arm in c.mix.arms if arm in PAINTED]
     images, folds, seeds = generated(c, role["mine"]), c.curate.folds, c.evaluate.seeds
-    match stage.command:
+    match stage.name:
         case "prepare":
             found = [Work("read", everyone, "reading", shown=f"{everyone} images")]
         case "codec":

@@ -14,6 +14,8 @@ on the mean of X + Y", JASA 69: the sum of two such half-widths' squares), and n
 lesions alone give, t_G-1 times the root of common + apart / K. Two sharper ways were tried and call
 no effect an effect too often in studies of three seeds: to add only what `between` has beyond
 `apart` (up to 9%), and that with Satterthwaite's quantile (8 to 12%).
+
+scipy is imported where it is used: it takes longer than the rest of what `status` imports.
 """
 
 from __future__ import annotations
@@ -22,9 +24,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import stdtrit
-from scipy.stats import binomtest
 
 from adversa.types import UserError
 
@@ -78,6 +77,8 @@ class Spread:
         low, high = 1e-15, 1 - 1e-9
         if self.half(low) <= abs(difference):
             return max(least, low)
+        from scipy.optimize import brentq
+
         if self.half(high) >= abs(difference):
             return 1.0
         root = brentq(
@@ -128,6 +129,8 @@ class Spread:
 
 def _t(tail: float, df: int) -> float:
     """The value that Student's t with df degrees of freedom exceeds with probability `tail`."""
+    from scipy.special import stdtrit
+
     return -float(stdtrit(df, tail))
 
 
@@ -171,6 +174,8 @@ def mcnemar(
     McNemar 1947, its exact form at any number of discordant pairs. With several seeds give one
     result each: pooled, a lesion would count K times and p be too small.
     """
+    from scipy.stats import binomtest
+
     labels = np.asarray(labels)
     gain = (np.asarray(logits_a).argmax(1) == labels).astype(int) - (
         np.asarray(logits_b).argmax(1) == labels

@@ -15,7 +15,7 @@ from typing import Any
 from adversa.config import Config
 from adversa.export import images, model_card, run_card
 from adversa.export.formats import hidden, put, settle
-from adversa.pipeline.stages import home, last_round
+from adversa.pipeline.folders import home, last_round
 from adversa.run.folder import RunDir
 from adversa.storage import files
 from adversa.storage.weights import CONFIG, MODEL

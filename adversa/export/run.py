@@ -17,7 +17,8 @@ from adversa.config import Config
 from adversa.export import dataset_card, images, run_card
 from adversa.export import models as export_models
 from adversa.export.formats import FORMATS, SHARD, folder_names, writer
-from adversa.pipeline.stages import last_round, stages
+from adversa.pipeline.folders import last_round
+from adversa.pipeline.stages import stages
 from adversa.run import step_folder
 from adversa.run.folder import RunDir, classes_of
 from adversa.storage import files, tables

@@ -18,7 +18,7 @@ from adversa.external import cohort
 from adversa.external.cohort import External
 from adversa.external.prepare import prepare
 from adversa.pipeline import evaluate
-from adversa.pipeline.stages import last_round, models_of
+from adversa.pipeline.folders import last_round, models_of
 from adversa.run import differences, step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files

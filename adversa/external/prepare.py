@@ -71,7 +71,7 @@ def prepare(asked: External, engine: Engine, say: Callable[[str], None] = lambda
         rmtree(staging)
         return facts | counts
 
-    run_step(asked.pictures, recipe, body)
+    run_step(asked.pictures, recipe, body, engine.handle)
     rmtree(
         asked.pictures / "decoded", missing_ok=True
     )  # a cut-off attempt may have left it after the manifest
@@ -158,7 +158,7 @@ def own_looks(run: RunDir, engine: Engine) -> Path:
             "rows": sum(p.rows for p in parts)
         }
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, engine.handle)
     return out
 
 

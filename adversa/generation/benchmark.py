@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from adversa import config as cfg
-from adversa.engine.tasks import Make, Painted, Part, Work
+from adversa.engine.tasks import Make, Part, TaskStats, Work
 from adversa.storage import tables
 from adversa.types import GenerationRequest, UserError, seed_of
 
@@ -152,14 +152,14 @@ def make_stamped(denoiser: Path, config: cfg.Generate, stamps: Path) -> Work:
     loaded = painter.load(denoiser, "cuda" if torch.cuda.is_available() else "cpu")
     canvas, pictures = loaded.canvas(config), Sources({CASE: case(loaded.side)})
 
-    def work(part: Part, path: Path) -> Painted:
+    def work(part: Part, path: Path) -> TaskStats:
         began = time.time()
         found = list(
             canvas.stream([GenerationRequest(**r) for r in part.payload["requests"]], pictures)
         )
         tables.write_part(path, pa.table({"image": [tables.encode_png(p.image) for p in found]}))
         stamp(stamps, began, len(found))
-        return Painted(len(found), sum(p.evaluations for p in found))
+        return TaskStats(len(found), sum(p.evaluations for p in found))
 
     return work
 

@@ -17,10 +17,11 @@ from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, inputs, run_step
 from adversa.export import images
 from adversa.pipeline import generate as pipeline_generate
-from adversa.pipeline import stages
-from adversa.pipeline.stages import Stage
+from adversa.pipeline.folders import attacked_in
+from adversa.pipeline.stage import Output, PlannedStage
 from adversa.run import differences, step_folder
 from adversa.run import folder as run_folder
+from adversa.run.control import RunHandle
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
@@ -93,7 +94,7 @@ def attacked(order: Order) -> Path | None:
     """The classifier that steers, where one does. UserError where the run has none yet."""
     if order.run is None or not pipeline_generate.steering_needs_classifier(order.config):
         return None
-    found = stages.attacked_in(cfg.load(order.run.config), order.run, 1)
+    found = attacked_in(cfg.load(order.run.config), order.run, 1)
     if not step_folder.is_finished(found):
         raise UserError(
             f"{order.run.root} has no finished classifier to steer by; train it with: "
@@ -142,7 +143,7 @@ def paint(order: Order, engine: Engine) -> images.Exported:
     check(order)
     work, classes = order.work, classes_of(order.denoiser)
     requests, synthetic = work.root / "requests", work.root / "synthetic"
-    plan(order, requests)
+    plan(order, requests, engine.handle)
     data = order.run.data if order.run is not None else None
     pipeline_generate.generate(
         engine, requests, data, order.denoiser, attacked(order), order.config, synthetic, "--out"
@@ -170,12 +171,13 @@ def paint(order: Order, engine: Engine) -> images.Exported:
     return found
 
 
-def stages_of(run: RunDir) -> list[Stage]:
+def stages_of(run: RunDir) -> list[PlannedStage]:
     """The one stage of a job, in the folder that `paint` works in."""
-    return [Stage("order", 0, (run.root / "requests", run.root / "synthetic"))]
+    made = tuple(Output(run.root / name) for name in ("requests", "synthetic"))
+    return [PlannedStage("order", 0, made)]
 
 
-def plan(order: Order, out: Path) -> None:
+def plan(order: Order, out: Path, handle: RunHandle) -> None:
     """Requests, class by class; those that start from a picture take the pictures of their class in
     turn.
     """
@@ -203,7 +205,7 @@ def plan(order: Order, out: Path) -> None:
             index += 1
         return {"rows": sum(order.labels.values())}
 
-    run_step(out, recipe, body, "--out")
+    run_step(out, recipe, body, handle, "--out")
 
 
 # The id is the image's own; the noise is that of the same number in an order with other guidance:

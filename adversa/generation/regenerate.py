@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from adversa import config as cfg
 from adversa.engine.tasks import Part
 from adversa.pipeline import generate as pipeline_generate
-from adversa.pipeline.stages import attacked_in
+from adversa.pipeline.folders import attacked_in
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files, tables

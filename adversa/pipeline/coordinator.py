@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ PREDECESSOR_SECONDS = (
 
 
 @dataclass(frozen=True)
-class Task:
+class CoordinatorTask:
     """All that a coordinator needs. id: of whoever started it; config: YAML; home: the user's
     folder, for relative paths.
     """
@@ -62,7 +63,7 @@ class Coordinator:
 
     def __init__(
         self,
-        task: Task,
+        task: CoordinatorTask,
         engine: Callable[[Config, RunDir], Engine],
         page: Callable[[Path], Path],
         end: Callable[[], None],
@@ -82,7 +83,7 @@ class Coordinator:
         self.note = "starting"
         self.refused: str | None = None
         self.taken, self.over = threading.Event(), threading.Event()
-        self.reins: control.Reins | None = None
+        self.handle: control.HeldRun | None = None
         self.thread = threading.Thread(target=self._work, daemon=True)
 
     def start(self) -> None:
@@ -105,7 +106,7 @@ class Coordinator:
         """As `adversa stop`: a coordinator that dies before it has seen it sees it when it comes
         back.
         """
-        control.wish(self.run, control.STOP)
+        control.request(self.run, control.STOP)
 
     # ---- the thread ------------------------------------------------------------------------------
 
@@ -121,8 +122,8 @@ class Coordinator:
                         self._tell,
                         not self.back,
                         timing=self.timing,
-                    ) as reins:
-                        self.reins, self.note = reins, ""
+                    ) as handle:
+                        self.handle, self.note = handle, ""
                         self.taken.set()
                         self._carry_out()
                 except InUse as e:
@@ -166,11 +167,12 @@ class Coordinator:
 
     def _outcome(self) -> tuple[str, str]:
         """(state, title of the last stage that was worked on)"""
-        try:
-            control.reins().look(force=True)
-        except control.Pause:  # of one that comes back
-            status.set_status(self.run, "paused", command=self._until)
-            control.reins().rest()
+        assert self.handle is not None
+        control.with_pauses(  # one that comes back may be paused
+            self.handle,
+            lambda: None,
+            partial(status.set_status, self.run, "paused", command=self._until),
+        )
         if self._until is None:
             loop.review(
                 self.config, self.run, self.task.reopen
@@ -180,7 +182,13 @@ class Coordinator:
             engine = self.engine(self.config, self.run)
             try:
                 worked = loop.run(
-                    self.config, self.run, engine, self.page, self._until, reopen=self.task.reopen
+                    self.config,
+                    self.run,
+                    engine,
+                    self.page,
+                    self._until,
+                    reopen=self.task.reopen,
+                    handle=self.handle,
                 )
             finally:
                 engine.close()
@@ -190,7 +198,8 @@ class Coordinator:
         )
 
     def _note(self, state: str, worked: str) -> None:
-        control.reins().check()
+        assert self.handle is not None
+        self.handle.check()
         status.set_status(self.run, state, command=self._until, worked=worked)
 
     @property
@@ -201,16 +210,16 @@ class Coordinator:
         self.note = text
 
     def _interrupt(self) -> None:
-        """From the thread that keeps the lock: the work does not look up. What it has on disk is
+        """From the thread that keeps the lock: the work does not poll. What it has on disk is
         what a kill would leave.
         """
-        assert self.reins is not None
+        assert self.handle is not None
         try:
-            if self.reins.lock.lost is None:
+            if self.handle.lock.lost is None:
                 status.set_status(self.run, "stopped", command=self._until)
-                self.reins.lock.release()
+                self.handle.lock.release()
             else:
-                self.refused = str(self.reins.lock.lost)
+                self.refused = str(self.handle.lock.lost)
         finally:
             self.over.set()
             self.end()

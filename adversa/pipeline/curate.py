@@ -27,6 +27,7 @@ from adversa.engine.step import Facts, cost, inputs, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.pipeline.verifier import Judges, folders
 from adversa.run import step_folder
+from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
@@ -89,7 +90,7 @@ def features(
             "rows": sum(p.rows for p in parts)
         }
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, engine.handle)
 
 
 def make_features(classifier: Path, judges: Sequence[Path]) -> Work:
@@ -132,7 +133,13 @@ def make_features(classifier: Path, judges: Sequence[Path]) -> Work:
     return work
 
 
-def limits(data: Path, features: Path, config: cfg.Curate, out: Path) -> None:
+def limits(
+    data: Path,
+    features: Path,
+    config: cfg.Curate,
+    out: Path,
+    handle: RunHandle = NULL_HANDLE,
+) -> None:
     """limits.json and scale.npz: what a painted image must keep to, measured on the roles that may
     choose.
 
@@ -178,7 +185,7 @@ def limits(data: Path, features: Path, config: cfg.Curate, out: Path) -> None:
             k: found[k] for k in ("near_copy", "near_copy_features", "realism", "realism_2")
         }
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, handle)
 
 
 def held_out(data: Path, scale: Any) -> list[float]:
@@ -322,7 +329,7 @@ def inspect(
             "rows": sum(p.rows for p in parts)
         }
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, engine.handle)
 
 
 def make_inspected(
@@ -424,7 +431,7 @@ def twins(engine: Engine, synthetic: Path, inspected: Path, limits: Path, out: P
             "rows": sum(len(ids) for ids in found.values())
         }
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, engine.handle)
 
 
 def waiting(inspected: Path) -> dict[str, list[str]]:
@@ -488,7 +495,14 @@ def pictures_of(synthetic: Path, ids: Sequence[str]) -> tuple[list[str], Iterato
     return [i for names in held for i in names if i in wanted], blocks()
 
 
-def settle(inspected: Path, twins: Path, limits: Path, config: cfg.Curate, out: Path) -> None:
+def settle(
+    inspected: Path,
+    twins: Path,
+    limits: Path,
+    config: cfg.Curate,
+    out: Path,
+    handle: RunHandle = NULL_HANDLE,
+) -> None:
     """The second pass: tables.VERDICTS, in the order of the first, and memorisation.json."""
     from adversa.curate import gate
 
@@ -516,7 +530,7 @@ def settle(inspected: Path, twins: Path, limits: Path, config: cfg.Curate, out: 
         )
         return {"rows": len(settled), "kept": sum(v.keep for v in settled)}
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, handle)
 
 
 def _write_verdicts(inspected: Path, settled: Sequence[Verdict], out: Path) -> None:

@@ -44,7 +44,7 @@ def score(
     def body(progress: Progress) -> Facts:
         return _score(engine, models, examples, embed, out, progress)
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, engine.handle)
 
 
 def _score(
@@ -110,7 +110,8 @@ def evaluate(
     out: Path,
     opening: Callable[[], None] | None = None,
 ) -> None:
-    """Predictions of each model (arm, seed, round, folder) on a role, and its scorecard beside it.
+    """Predictions of each model (arm, seed, round, folder) on a role, and its scorecard, in one
+    folder.
 
     opening: called before a classifier sees the first image (for `test`, which is opened once, and
     that is written down; only the near-copy gate has read it before, and that can but remove a
@@ -129,12 +130,12 @@ def evaluate(
             engine, [(a, s, f) for a, s, _, f in models], run.data / role, False, out, progress
         )
         rows = tables.read(out, schema=tables.PREDICTIONS)
-        for arm, seed, number, folder in models:
+        for arm, seed, number, _ in models:
             card = scorecard(rows, arm, seed, number, role, classes, config)
-            files.write_json(folder.parent / f"scorecard-{role}.json", asdict(card))
+            files.write_json(run.scorecard(out, arm, seed), asdict(card))
         return facts
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, engine.handle)
 
 
 def scorecard(

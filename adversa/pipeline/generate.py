@@ -20,8 +20,9 @@ from adversa import config as cfg
 from adversa.common.statistics import softmax
 from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, cost, inputs, run_step
-from adversa.engine.tasks import Painted, Part, Work
+from adversa.engine.tasks import Part, TaskStats, Work
 from adversa.run import step_folder
+from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
 from adversa.storage.path import storage_path
@@ -51,6 +52,7 @@ def plan(
     out: Path,
     attacked: tuple[Path, int],
     without: Collection[int] = (),
+    handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """Requests for each synthetic arm, part_size a part. The unguided arm asks for as many images
     of each class as the guided.
@@ -108,7 +110,7 @@ def plan(
                 alone += sum(config.strategy == "blend" and r.strategy == "vary" for r in chunk)
         return {"rows": rows, "without_partner": alone}
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, handle)
 
 
 def _cases(hard: Path, without: Collection[int]) -> list[Row]:
@@ -221,7 +223,7 @@ def levels(
         )
         return cost(done, engine.samplers(), time.perf_counter() - started) | {"rows": len(cases)}
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, engine.handle)
 
 
 def make_levels(
@@ -345,7 +347,7 @@ def generate(
             | _totals(out)
         )
 
-    run_step(out, recipe, body, option)
+    run_step(out, recipe, body, engine.handle, option)
 
 
 def _totals(out: Path) -> Facts:
@@ -414,7 +416,7 @@ def make_paint(
     canvas = loaded.canvas(config, steering(loaded, attacked, config))
     pictures = Pictures(examples)
 
-    def work(part: Part, path: Path) -> Painted:
+    def work(part: Part, path: Path) -> TaskStats:
         requests = read_requests(storage_path(part.payload["path"]))
         given = sources([r for i, r in enumerate(requests) if i not in part.skip], pictures, config)
         faults = dict(part.skip)  # a reason may be empty: of rows that a trial leaves out
@@ -437,7 +439,7 @@ def make_paint(
             for i, r in enumerate(requests)
         ]
         tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
-        return Painted(len(rows), sum(p.evaluations for p in painted.values()))
+        return TaskStats(len(rows), sum(p.evaluations for p in painted.values()))
 
     return work
 

@@ -18,6 +18,7 @@ from adversa.engine.interface import Engine, FitJob
 from adversa.engine.step import Facts, cost, inputs, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.run import step_folder
+from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables, weights
 from adversa.storage.path import storage_path
@@ -86,7 +87,9 @@ def codec_job(
     )
 
 
-def fetch(data: Path, config: cfg.Codec, resolution: int, out: Path) -> None:
+def fetch(
+    data: Path, config: cfg.Codec, resolution: int, out: Path, handle: RunHandle = NULL_HANDLE
+) -> None:
     """Copy the autoencoder that config.path names into the run, and measure it on pictures of
     `select`.
     """
@@ -102,7 +105,7 @@ def fetch(data: Path, config: cfg.Codec, resolution: int, out: Path) -> None:
         psnr = codec.psnr(images, loaded.decode(loaded.to_space(images)))
         return {"rows": len(images), "fingerprint": fingerprint, "metrics": {"psnr": psnr}}
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, handle)
 
 
 def _some(examples: Path, number: int) -> np.ndarray:
@@ -150,7 +153,7 @@ def encode(
         files.write_json(out / STATS, stats)
         return spent | {"rows": sum(p.rows for p in parts)} | stats
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, engine.handle)
 
 
 def make_encode(codec_folder: Path, views: int) -> Work:
@@ -238,7 +241,12 @@ def fit_denoiser(
 
 
 def external_denoiser(
-    config: cfg.Config, data: Path, classes: list[str], codec: Path, out: Path
+    config: cfg.Config,
+    data: Path,
+    classes: list[str],
+    codec: Path,
+    out: Path,
+    handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """A folder that stands for config.denoiser.external: nothing is trained, and the recipe holds
     the hash of its weights.
@@ -266,4 +274,4 @@ def external_denoiser(
         )
         return {"rows": 0, "metrics": {}}
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, handle)

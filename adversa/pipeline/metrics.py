@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from adversa.config import Config
-from adversa.pipeline.stages import COMMANDS, last_round, stages
+from adversa.pipeline.folders import last_round
+from adversa.pipeline.stages import of_loop, step_folders
 from adversa.run import control, step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
@@ -18,13 +19,14 @@ NAMES = {
     "adversa_images_per_second": "images that the step at work reads, paints or scores a second; 0 in a training",
     "adversa_accepted_share": "share of the images painted so far that the gate has kept",
     "adversa_queue_depth": "images (of a training: steps) that the step at work has not done yet",
-    "adversa_stage": "number of the command at work: "
-    f"{', '.join(f'{i} {c}' for i, c in enumerate(COMMANDS, 1))}; 0 none",
+    "adversa_stage": "number of the stage at work: "
+    f"{', '.join(f'{i} {s.name}' for i, s in enumerate(of_loop(), 1))}; 0 none",
     "adversa_round": "the round at work; 0 outside of rounds",
     "adversa_paused": "1 while somebody wants the run to rest",
     "adversa_restarts": "deaths after which the work was taken up again",
     "adversa_device_seconds": "seconds of all devices that finished steps have taken",
 }
+NUMBERS = {s.name: i for i, s in enumerate(of_loop(), 1)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Vitals:
         folders = [self.run.root / name for name in status.get("folders", [])] if works else []
         self._learn()
         kept, judged = (sum(v[i] for v in self.known.values()) for i in (1, 2))
-        command = str(status.get("stage", "")).rpartition(": ")[2]
+        stage = str(status.get("stage", "")).rpartition(": ")[2]
         number = str(status.get("stage", "")).removeprefix("round ").partition(":")[0]
         progress = [
             p
@@ -59,9 +61,7 @@ class Vitals:
             "adversa_queue_depth": sum(
                 max(0.0, float(p.get("total", 0)) - float(p.get("done", 0))) for p in progress
             ),
-            "adversa_stage": COMMANDS.index(command) + 1.0
-            if works and command in COMMANDS
-            else 0.0,
+            "adversa_stage": float(NUMBERS.get(stage, 0)) if works else 0.0,
             "adversa_round": float(number) if works and number.isdigit() else 0.0,
             "adversa_paused": float(status.get("state") == "paused"),
             "adversa_restarts": float(control.restarts(self.run)[0]),
@@ -70,9 +70,7 @@ class Vitals:
 
     def _learn(self) -> None:
         verdicts = {self.run.round(n, "verdicts") for n in range(1, last_round(self.config) + 1)}
-        for folder in {
-            f for s in stages(self.config, self.run) for f in s.folders if f.suffix == ""
-        } - self.known.keys():
+        for folder in set(step_folders(self.config, self.run)) - self.known.keys():
             manifest = files.read_json(folder / step_folder.MANIFEST)
             if manifest is not None:
                 counts = (

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from adversa import config as cfg
 from adversa.engine.step import Facts, inputs, run_step
+from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
@@ -27,7 +28,12 @@ MODES = "modes.json"  # beside the hard cases: what they have in common
 
 
 def mine(
-    scores: Path, data: Path, config: cfg.Mine, out: Path, earlier: Sequence[Path] = ()
+    scores: Path,
+    data: Path,
+    config: cfg.Mine,
+    out: Path,
+    earlier: Sequence[Path] = (),
+    handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """The hard cases of the mine role under the classifier that was scored, and the failure modes
     they belong to.
@@ -58,7 +64,7 @@ def mine(
         return {"rows": len(found), "scored": len(rows)}
 
     names = inputs(scores=scores, data=data, **{f"scores-{i}": s for i, s in enumerate(earlier)})
-    run_step(out, Recipe("mine", 3, config.model_dump(mode="json"), names), body)
+    run_step(out, Recipe("mine", 3, config.model_dump(mode="json"), names), body, handle)
 
 
 def under_attack(scores: Path, seed: int = 0) -> pa.Table:

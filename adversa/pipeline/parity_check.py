@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from adversa.config import Config
-from adversa.pipeline.stages import last_round, models_of
+from adversa.pipeline.folders import last_round, models_of
 from adversa.run import differences, step_folder
 from adversa.run.folder import RunDir, classes_of
 from adversa.storage import files, tables

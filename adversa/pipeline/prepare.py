@@ -45,7 +45,8 @@ def prepare(engine: Engine, config: cfg.Data, out: Path) -> None:
     anything wrong with the source.
     """
     recipe = Recipe("prepare", 1, config.model_dump(mode="json"), {})
-    run_step(out, recipe, partial(_prepare, engine, config, out, recipe.fingerprint))
+    body = partial(_prepare, engine, config, out, recipe.fingerprint)
+    run_step(out, recipe, body, engine.handle)
     rmtree(
         out / "decoded", missing_ok=True
     )  # a cut-off attempt may have left it after the manifest

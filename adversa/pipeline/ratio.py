@@ -26,8 +26,9 @@ from adversa.engine.interface import Engine, Tell, Trial
 from adversa.engine.step import Facts, inputs, run_step
 from adversa.evaluate import choosing
 from adversa.pipeline import arms, evaluate, train
-from adversa.pipeline.stages import last_round, ratio_folders
+from adversa.pipeline.folders import last_round, ratio_folders
 from adversa.run import step_folder
+from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, predictions, tables
@@ -107,7 +108,8 @@ def search(engine: Engine, config: Config, run: RunDir, number: int) -> None:
     """
     c, arm, most = config, arm_of(config), caps(run, number)
     for r in c.mix.ratios:
-        train.round_mix(c, run, number, arm, at(c.mix, r), most, folder_of(run, number, r) / "mix")
+        out = folder_of(run, number, r) / "mix"
+        train.round_mix(c, run, number, arm, at(c.mix, r), most, out, engine.handle)
     mixes = {f"mix-{name_of(r)}": folder_of(run, number, r) / "mix" for r in c.mix.ratios}
     section = {"arm": arm, "ratios": c.mix.ratios, "seeds": c.evaluate.seeds, "seed": c.seed}
     section |= {"classifier": c.classifier.model_dump(mode="json", exclude={"checkpoint_steps"})}
@@ -121,7 +123,7 @@ def search(engine: Engine, config: Config, run: RunDir, number: int) -> None:
         ]
         return {"rows": len(tried), "device_seconds": sum(m["device_seconds"] for m in made)}
 
-    run_step(ratio_folders(run, number)[0], recipe, body)
+    run_step(ratio_folders(run, number)[0], recipe, body, engine.handle)
 
 
 def trials(config: Config, run: RunDir, number: int) -> list[Trial]:
@@ -188,7 +190,7 @@ def _added(config: Config, run: RunDir, number: int) -> dict[float, list[int]]:
 # ---- the choice ----------------------------------------------------------------------------------
 
 
-def choose(config: Config, run: RunDir, number: int) -> None:
+def choose(config: Config, run: RunDir, number: int, handle: RunHandle = NULL_HANDLE) -> None:
     """choice.json from what the trials say of select, and from the choice before; nothing else is
     read.
     """
@@ -210,7 +212,7 @@ def choose(config: Config, run: RunDir, number: int) -> None:
         files.write_json(out / CHOICE, found)
         return {"rows": len(tried), "chosen": found["chosen"], "stopped": sorted(found["stopped"])}
 
-    run_step(out, Recipe("ratio choice", 1, section, names), body)
+    run_step(out, Recipe("ratio choice", 1, section, names), body, handle)
 
 
 def decide(config: Config, run: RunDir, number: int) -> dict[str, Any]:

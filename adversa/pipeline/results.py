@@ -20,7 +20,7 @@ from adversa.evaluate.metrics import metrics
 from adversa.evaluate.operating import Measures, members, thresholds
 from adversa.evaluate.subgroups import by_attribute, compare_by_attribute
 from adversa.pipeline import ratio
-from adversa.pipeline.stages import has_codec, home, judges, last_round, ratio_folders, swept
+from adversa.pipeline.folders import has_codec, home, judges, last_round, ratio_folders, swept
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import predictions, tables

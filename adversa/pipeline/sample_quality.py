@@ -18,8 +18,9 @@ from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, cost, inputs, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.pipeline import arms, generate, train
-from adversa.pipeline.stages import QualityFolders, needs_classifier, quality_folders
+from adversa.pipeline.folders import QualityFolders, needs_classifier, quality_folders
 from adversa.run import step_folder, tracking
+from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import RunDir, classes_of, split_hash
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, predictions, tables
@@ -73,12 +74,12 @@ def check(config: cfg.Config) -> None:
 def evaluate(engine: Engine, config: cfg.Config, run: RunDir) -> None:
     """All the steps, after the denoiser and what the feature space needs."""
     at = quality_folders(config, run)
-    plan(run.data, config.quality, config.generate, at.requests)
+    plan(run.data, config.quality, config.generate, at.requests, engine.handle)
     generate.generate(
         engine, at.requests, run.data, run.denoiser, None, config.generate, at.samples
     )
     features(engine, run, config, at)
-    compare(run, config, at)
+    compare(run, config, at, engine.handle)
 
 
 def publish(config: cfg.Config, run: RunDir) -> dict[str, Any]:
@@ -92,7 +93,13 @@ def publish(config: cfg.Config, run: RunDir) -> dict[str, Any]:
     return result
 
 
-def plan(data: Path, config: cfg.Quality, generate: cfg.Generate, out: Path) -> None:
+def plan(
+    data: Path,
+    config: cfg.Quality,
+    generate: cfg.Generate,
+    out: Path,
+    handle: RunHandle = NULL_HANDLE,
+) -> None:
     """Requests for samples, classes in the proportions of the held-out images, part by part.
 
     A sample's noise is that of its class and number: denoisers are compared on the same draws, and
@@ -119,7 +126,7 @@ def plan(data: Path, config: cfg.Quality, generate: cfg.Generate, out: Path) -> 
             tables.write_part(out / tables.part_name(index), table)
         return {"rows": len(asked), "by_class": counts}
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, handle)
 
 
 def held_out(data: Path) -> np.ndarray:
@@ -163,7 +170,7 @@ def features(engine: Engine, run: RunDir, config: cfg.Config, at: QualityFolders
             "rows": sum(p.rows for p in parts)
         }
 
-    run_step(at.features, recipe, body)
+    run_step(at.features, recipe, body, engine.handle)
 
 
 def space(config: cfg.Config, run: RunDir) -> Any:
@@ -252,7 +259,9 @@ def make_features(found: Any, resolution: int) -> Work:
     return work
 
 
-def compare(run: RunDir, config: cfg.Config, at: QualityFolders) -> None:
+def compare(
+    run: RunDir, config: cfg.Config, at: QualityFolders, handle: RunHandle = NULL_HANDLE
+) -> None:
     """quality.json and a grid of samples from the features; the same figures for images of `train`
     are what is within reach.
     """
@@ -290,7 +299,7 @@ def compare(run: RunDir, config: cfg.Config, at: QualityFolders) -> None:
         files.write_json(at.result / RESULT, result)
         return {"rows": len(rows), "kid": figures["samples"]["kid"]}
 
-    run_step(at.result, recipe, body)
+    run_step(at.result, recipe, body, handle)
 
 
 def validation_loss(denoiser: Path) -> float | None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from adversa.config import Config, judge_of
 from adversa.pipeline import parity_check, ratio, results, test_access
-from adversa.pipeline.stages import has_codec, home, last_round, stages
+from adversa.pipeline.folders import has_codec, home, last_round
 from adversa.run import control, environment, status, step_folder
 from adversa.run.folder import RunDir, classes_of, run_id, split_hash
 from adversa.storage import files, tables
 from adversa.types import BEFORE, Verdict
 
 
-def write(config: Config, run: RunDir) -> dict[str, Any]:
-    """Gather the finished run's folders into summary.json.
+def write(config: Config, run: RunDir, folders: Sequence[Path]) -> dict[str, Any]:
+    """Gather the finished run's folders into summary.json. folders: of all its steps.
 
     UserError where test was read with other classifiers, or in another way, than the run has now,
     or the arms are not matched.
@@ -26,8 +27,8 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
     test_access.review(run, test_access.asked(config, run), reopen=False)
     classes = classes_of(run.data)
     painted = range(1, last_round(config) + 1) if config.mix.paints else ()
-    folders = [run.round(n, "verdicts") for n in painted]
-    verdicts = [v for f in folders for v in tables.read(f, schema=tables.VERDICTS).to_pylist()]
+    gated = [run.round(n, "verdicts") for n in painted]
+    verdicts = [v for f in gated for v in tables.read(f, schema=tables.VERDICTS).to_pylist()]
     kept = [v for v in verdicts if v["keep"]]
     spent = results.costs(config, run)
     on = {role: _scored(config, run, role, classes) for role in ("mine", "test")}
@@ -37,12 +38,7 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
     }
     compared = results.comparisons(config, on["test"], spent)
     word, sentence = verdict(compared, config)
-    manifests = {
-        run.name_of(f): step_folder.manifest(f)
-        for s in stages(config, run)
-        for f in s.folders
-        if f.suffix == ""
-    }
+    manifests = {run.name_of(f): step_folder.manifest(f) for f in folders}
     seconds = {name: round(m["seconds"], 2) for name, m in manifests.items()}
     compute = sum(m["compute_seconds"] for m in manifests.values())
     opened = test_access.ledger(run)

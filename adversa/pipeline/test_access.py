@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from adversa.config import Config
-from adversa.pipeline.stages import last_round, models_of
+from adversa.pipeline.folders import last_round, models_of
 from adversa.run import differences, environment
-from adversa.run.create import READING
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import MANIFEST, OPENED, RECIPE
 from adversa.storage import files
 from adversa.storage.path import move
 from adversa.types import UserError
 
+# The keys that only say how `test` is read once it is open: no classifier is made of them.
+READING = tuple(
+    f"evaluate.{field}" for field in ("bootstrap", "groups", "specificities", "floor", "subgroups")
+)
 RESULTS = (
     "summary.json",
     "report.html",
@@ -40,6 +43,10 @@ class Opening:
     split_hash: str | None
     models: dict[str, str]
     evaluate: dict[str, Any]
+
+
+def was_opened(run: RunDir) -> bool:
+    return run.openings.exists() or (run.test / OPENED).exists()
 
 
 def asked(config: Config, run: RunDir) -> Opening:

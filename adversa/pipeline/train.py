@@ -17,6 +17,7 @@ from adversa.engine.interface import FitJob
 from adversa.engine.step import Facts, inputs, run_step
 from adversa.pipeline import arms, latents
 from adversa.run import step_folder
+from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
@@ -35,6 +36,7 @@ def mix(
     per_case: int,
     out: Path,
     most: Mapping[int, int] | None = None,
+    handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """Ids and weights of an arm's training set (arms.mix).
 
@@ -88,7 +90,7 @@ def mix(
             "added_by_class": added,
         }
 
-    run_step(out, recipe, body)
+    run_step(out, recipe, body, handle)
 
 
 def round_mix(
@@ -99,6 +101,7 @@ def round_mix(
     section: cfg.Mix,
     most: Mapping[int, int],
     out: Path,
+    handle: RunHandle,
 ) -> None:
     """`mix` of an arm in a round, of all that was mined and kept so far. section: c.mix with the
     round's ratio, or another.
@@ -114,6 +117,7 @@ def round_mix(
         c.generate.per_case,
         out,
         most,
+        handle,
     )
 
 

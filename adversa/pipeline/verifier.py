@@ -20,6 +20,7 @@ from adversa.engine.interface import FitJob
 from adversa.engine.step import Facts, inputs, run_step
 from adversa.pipeline import train
 from adversa.run import step_folder
+from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import tables
 from adversa.types import digest, seed_of
@@ -46,14 +47,16 @@ def fold_of(data: Path, folds: int) -> dict[str, int]:
     return {r["id"]: dealt[r["group"]] for r in rows}
 
 
-def jobs(data: Path, config: cfg.Config, judge: Path) -> list[FitJob]:
+def jobs(
+    data: Path, config: cfg.Config, judge: Path, handle: RunHandle = NULL_HANDLE
+) -> list[FitJob]:
     """The training of each judge; writes what each is trained on. Judge k is trained on all folds
     but k.
     """
     folds, section = config.curate.folds, cfg.judge_of(config)
     found = []
     for k, out in enumerate(folders(judge, folds)):
-        without(data, k, folds, mix_of(judge, k))
+        without(data, k, folds, mix_of(judge, k), handle)
         seed = seed_of("judge", config.seed, k)
         found.append(
             train.classifier_job(
@@ -63,7 +66,7 @@ def jobs(data: Path, config: cfg.Config, judge: Path) -> list[FitJob]:
     return found
 
 
-def without(data: Path, fold: int, folds: int, out: Path) -> None:
+def without(data: Path, fold: int, folds: int, out: Path, handle: RunHandle) -> None:
     """tables.MIX of `train` less one fold."""
 
     def body(progress: Progress) -> Facts:
@@ -73,7 +76,8 @@ def without(data: Path, fold: int, folds: int, out: Path) -> None:
         tables.write_part(out / tables.part_name(0), pa.Table.from_pylist(rows, schema=tables.MIX))
         return {"rows": len(rows), "classes": sorted({r["label"] for r in rows})}
 
-    run_step(out, Recipe("fold", 1, {"fold": fold, "folds": folds}, inputs(data=data)), body)
+    recipe = Recipe("fold", 1, {"fold": fold, "folds": folds}, inputs(data=data))
+    run_step(out, recipe, body, handle)
 
 
 class Judges:

@@ -140,11 +140,20 @@ def read_facts(run_dir: Path) -> Facts:
         summary=summary,
         classes=classes,
         arms=sorted(summary["arms"], key=lambda a: (known.get(a, len(known)), a)),
-        cards=[json.loads(p.read_text()) for p in sorted(run.root.rglob("scorecard-*.json"))],
+        cards=_cards(run),
         images=images,
         lesions=lesions,
         quality=read_json(run.root / "quality.json"),
     )
+
+
+def _cards(run: RunDir) -> list[dict[str, Any]]:
+    """Every classifier's on a role, as it was scored last: an arm that does not change is scored
+    again in each round.
+    """
+    steps = [*sorted(run.root.glob("round-*/evaluate")), run.test]
+    found = [json.loads(p.read_text()) for s in steps for p in sorted(s.glob("*/*/scorecard.json"))]
+    return list({(c["arm"], c["seed"], c["round"], c["role"]): c for c in found}.values())
 
 
 def columns(folder: Path, names: Sequence[str], schema: pa.Schema) -> pa.Table:

@@ -1,9 +1,9 @@
 """What people want of a run that is going on, and how the run finds out: `control.json` in its
 folder.
 
-The cycle looks at it between steps and, in the long ones, between parts (`look`). The same look
-tells a holder of the run that it has lost its lock. Settings change for rounds that have not
-begun; `settings.json` says which values held for which round.
+The loop polls it between steps and, in the long ones, between parts. The same poll tells a holder
+of the run that it has lost its lock. Settings change for rounds that have not begun;
+`settings.json` says which values held for which round.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from adversa.run import environment, file_lock, run_lock, status
 from adversa.run.folder import RunDir
@@ -24,19 +23,21 @@ from adversa.storage import files
 from adversa.storage.path import modified
 from adversa.types import UserError, digest
 
+T = TypeVar("T")
+
 CONTROL, SETTINGS, RESTARTS = "control.json", "settings.json", "restarts.json"
 GO, PAUSE, STOP = "go", "pause", "stop"
 CHANGEABLE = (
     "mix.synthetic_ratio",
     "mine.budget",
 )  # what a round is made of, and no round before it hangs on
-LOOK_SECONDS = 0.5
-STORE_LOOK_SECONDS = 2.0  # on an object store, where a look is two requests
-GRACE_SECONDS = 3.0  # for the work to look by itself, before it is interrupted
+POLL_SECONDS = 0.5
+STORE_POLL_SECONDS = 2.0  # on an object store, where it is two requests
+GRACE_SECONDS = 3.0  # for the work to poll by itself, before it is interrupted
 
 
 class Pause(Exception):
-    """Somebody wants the run to rest: what is in flight is finished, then the step ends and is
+    """Somebody wants the run to pause: what is in flight is finished, then the step ends and is
     taken up again later.
     """
 
@@ -49,23 +50,23 @@ class Stop(KeyboardInterrupt):
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """wish: go, pause or stop; settings: by dotted name, for rounds that have not begun."""
+class Requested:
+    """state: go, pause or stop; settings: by dotted name, for rounds that have not begun."""
 
-    wish: str = GO
+    state: str = GO
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def read(run: RunDir) -> Wishes:
+def read(run: RunDir) -> Requested:
     found = files.read_json(run.root / CONTROL) or {}
-    return Wishes(found.get("wish", GO), found.get("settings", {}))
+    return Requested(found.get("state", GO), found.get("settings", {}))
 
 
-def wish(run: RunDir, what: str | None = None, settings: dict[str, Any] | None = None) -> None:
-    """Write a wish (None: the one that is there) and add settings to those that are there."""
+def request(run: RunDir, state: str | None = None, settings: dict[str, Any] | None = None) -> None:
+    """Ask for a state (None: the one that is asked for), and for settings beside those that are."""
     old = read(run)
     new = {
-        "wish": what or old.wish,
+        "state": state or old.state,
         "settings": old.settings | (settings or {}),
         "asked": environment.now(),
     }
@@ -80,7 +81,7 @@ def enter_round(run: RunDir, number: int, own: dict[str, Any]) -> None:
     """Settle what holds for a round, before its first folder is made; one that has begun keeps what
     it has.
 
-    own: the run's own settings, by dotted name; what is wished and does not differ is no change.
+    own: the run's own settings, by dotted name; what is asked and does not differ is no change.
     """
     if run.round(number).exists():
         return
@@ -102,16 +103,16 @@ def recorded(run: RunDir) -> dict[int, dict[str, Any]]:
     return {int(n): values for n, values in (files.read_json(run.root / SETTINGS) or {}).items()}
 
 
-def setting(run: RunDir, name: str, own: Any, rounds: int) -> list[Any]:
-    """A setting of CHANGEABLE in the rounds 1 .. `rounds`: as recorded of those that have begun, of
-    others as it is wished now.
+def setting(run: RunDir, name: str, own: Any, rounds: Sequence[int]) -> list[Any]:
+    """A setting of CHANGEABLE in some rounds: as recorded of those that have begun, of others as it
+    is asked for now.
 
     own: the run's own value.
     """
-    every, wished = recorded(run), read(run).settings.get(name, own)
-    values = {n: every.get(n, {}).get(name, own) for n in range(1, rounds + 1)}
+    every, asked = recorded(run), read(run).settings.get(name, own)
+    values = {n: every.get(n, {}).get(name, own) for n in rounds}
     return [
-        value if value == wished or run.round(n).exists() else wished for n, value in values.items()
+        value if value == asked or run.round(n).exists() else asked for n, value in values.items()
     ]
 
 
@@ -156,65 +157,92 @@ def note_start(run: RunDir) -> None:
         files.write_json(run.root / RESTARTS, {"restarts": count + 1, "seconds": round(seconds, 1)})
 
 
-# ---- the look ------------------------------------------------------------------------------------
+# ---- the handle ----------------------------------------------------------------------------------
 
 
-class Free:
-    """Nobody else can want anything of this work: tests, exports, orders."""
+class RunHandle(Protocol):
+    """What holds work on a run back: whether the run is still ours, and what people ask of it."""
 
     def check(self) -> None:
-        """There is no lock to lose."""
+        """RunLockLost where another holds the run. Before every commit."""
+        ...
 
-    def look(self, force: bool = False) -> None:
+    def poll(self, force: bool = False) -> None:
+        """RunLockLost, Stop or Pause. Cheap: the files are read twice a second at most, on an
+        object store every two seconds.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Return when nobody asks for a pause any more."""
+        ...
+
+
+class NullHandle:
+    """Of work that nobody else can ask anything of: tests, exports, images on demand."""
+
+    def check(self) -> None:
+        """There is no run lock to lose."""
+
+    def poll(self, force: bool = False) -> None:
         """There is nobody to listen to."""
 
-    def rest(self) -> None:
-        """Never asked."""
+    def wait(self) -> None:
+        """Never paused."""
 
 
-class Reins:
-    """What holds work on a run back: its lock and people's wishes. A thread keeps the lock alive.
+NULL_HANDLE = NullHandle()
 
-    interrupt: called from that thread where the work must end and has not looked for GRACE_SECONDS
+
+def with_pauses(handle: RunHandle, work: Callable[[], T], paused: Callable[[], None]) -> T:
+    """What `work()` returns, begun again after each pause. paused: told of each."""
+    while True:
+        try:
+            handle.poll(force=True)
+            return work()
+        except Pause:
+            paused()
+            handle.wait()
+
+
+class HeldRun:
+    """The RunHandle of a run that this process holds. A thread keeps its lock alive.
+
+    interrupt: called from that thread where the work must end and has not polled for GRACE_SECONDS
     (in a training).
     """
 
     def __init__(self, run: RunDir, held: RunLock, interrupt: Callable[[], None]) -> None:
         self.run, self.lock, self.interrupt = run, held, interrupt
-        self.looked = float("-inf")
-        self.between = LOOK_SECONDS if isinstance(run.root, Path) else STORE_LOOK_SECONDS
+        self.polled = float("-inf")
+        self.between = POLL_SECONDS if isinstance(run.root, Path) else STORE_POLL_SECONDS
         self.ending = False  # the work knows
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
 
     def check(self) -> None:
-        """RunLockLost where another holds the run. Before every commit."""
         try:
             self.lock.check()
         except RunLockLost:
             self.ending = True
             raise
 
-    def look(self, force: bool = False) -> None:
-        """RunLockLost, Stop or Pause. Cheap: the files are read twice a second at most, on an
-        object store every two seconds.
-        """
-        if not force and time.monotonic() - self.looked < self.between:
+    def poll(self, force: bool = False) -> None:
+        if not force and time.monotonic() - self.polled < self.between:
             return
-        self.looked = time.monotonic()
+        self.polled = time.monotonic()
         self.check()
-        wanted = read(self.run).wish
-        if wanted == STOP:
+        requested = read(self.run).state
+        if requested == STOP:
             self.ending = True
             raise Stop("stop")
-        if wanted == PAUSE:
+        if requested == PAUSE:
             raise Pause
 
-    def rest(self) -> None:
-        """Return when nobody wants a pause any more."""
+    def wait(self) -> None:
         while True:
             try:
-                self.look(force=True)
+                self.poll(force=True)
                 return
             except Pause:
                 time.sleep(self.between)
@@ -225,10 +253,10 @@ class Reins:
             stops = False
             with contextlib.suppress(
                 UserError, OSError
-            ):  # a lost lock is said where the work looks, or by `interrupt`
+            ):  # a lost lock is said where the work polls, or by `interrupt`
                 if run_lock.clock() - self.lock.renewed >= beat:
                     self.lock.renew()
-                stops = read(self.run).wish == STOP
+                stops = read(self.run).state == STOP
             if self.lock.lost is None and not stops:
                 due = float("inf")
             elif due == float("inf"):
@@ -237,22 +265,13 @@ class Reins:
                 self.ending = True
                 self.interrupt()
 
-    def __enter__(self) -> Reins:
+    def __enter__(self) -> HeldRun:
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
         self.thread.join()
-
-
-FREE = Free()
-_reins: ContextVar[Free | Reins] = ContextVar("reins", default=FREE)
-
-
-def reins() -> Free | Reins:
-    """Of the work in this context."""
-    return _reins.get()
 
 
 @contextlib.contextmanager
@@ -263,10 +282,10 @@ def held(
     tell: Callable[[str], None] = lambda text: None,
     afresh: bool = True,
     timing: Timing | None = None,
-) -> Iterator[Reins]:
+) -> Iterator[HeldRun]:
     """Hold a run, by this machine's lock and by the run lock. UserError where somebody else does.
 
-    afresh: whoever starts work wants it to go on, whatever was wished before; not so a coordinator
+    afresh: whoever starts work wants it to go on, whatever was asked before; not so a coordinator
     that comes back.
     """
     before = files.read_json(run.root / CONTROL)
@@ -280,14 +299,11 @@ def held(
         mine.take(alone_here=True, tell=tell)
         stack.callback(_release, mine)
         if (
-            afresh and read(run).wish != GO and files.read_json(run.root / CONTROL) == before
-        ):  # not what was wished while it waited
-            wish(run, GO)
+            afresh and read(run).state != GO and files.read_json(run.root / CONTROL) == before
+        ):  # not what was asked while it waited
+            request(run, GO)
         note_start(run)
-        found_reins = stack.enter_context(Reins(run, mine, interrupt))
-        token = _reins.set(found_reins)
-        stack.callback(_reins.reset, token)
-        yield found_reins
+        yield stack.enter_context(HeldRun(run, mine, interrupt))
 
 
 def _release(mine: RunLock) -> None:

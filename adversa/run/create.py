@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from adversa.run.differences import _versions_apart, differences
 from adversa.run.environment import now
 from adversa.run.file_lock import is_locked
 from adversa.run.folder import RunDir, check_links
-from adversa.run.step_folder import MANIFEST, OPENED, RECIPE, _advice, _begun, is_finished
+from adversa.run.step_folder import MANIFEST, RECIPE, _advice, _begun, is_finished
 from adversa.storage.files import read_json, replace_bytes, write_json, writing
 from adversa.storage.path import StoragePath, StoreError
 from adversa.types import UserError
@@ -22,14 +21,17 @@ def open_run(
     root: StoragePath,
     recipe: dict[str, Any],
     config_yaml: str,
+    reads: Mapping[str, Sequence[str]] = {},
+    busy: Callable[[RunDir], bool] = is_locked,
     reopen: bool = False,
-    busy: Callable[[RunDir], bool] | None = None,
+    rereads: Sequence[str] = (),
 ) -> RunDir:
     """Create the run folder, or check that it was made by the same recipe.
 
-    busy: whether somebody works on the run (default: on this machine): then nothing is changed in
-    it. reopen: `test` may be opened again, so how it is read may differ where it was opened before
-    (READING). UserError with the fields that differ, or why the folder can't be written.
+    reads: the keys of the configuration that each step reads, by its folder's name; a folder that
+    is not named reads all. busy: whether somebody works on the run: then nothing is changed in it.
+    rereads: keys that say how `test`, which was opened, is read; with `reopen` they may differ.
+    UserError with the fields that differ, or why the folder can't be written.
     """
     run = RunDir(root)
     with _opening(root):
@@ -56,8 +58,10 @@ def open_run(
             f"{root} holds {kinds[0]}, this command is for {kinds[1]}; give another --run-dir"
         )
     changed = differences(saved.get("recipe", {}), recipe)
-    idle = bool(changed) and not (busy or is_locked)(run)
-    if changed and _may_change(run, changed) and idle:
+    keys = [c.partition(":")[0] for c in changed]
+    idle = bool(changed) and not busy(run)
+    only_rereads = bool(rereads) and all(_within([key], rereads) for key in keys)
+    if changed and _may_change(run, keys, reads) and idle:
         with _opening(root):
             for stale in root.rglob(RECIPE):
                 if not is_finished(stale.parent) and (
@@ -66,14 +70,14 @@ def open_run(
                     stale.unlink()
             write_json(run.recipe, {"recipe": recipe, "created": now()})
             replace_bytes(run.config, config_yaml.encode())
-    elif changed and reopen and _only_reads(run, changed) and idle:
+    elif changed and reopen and only_rereads and idle:
         with _opening(root):
             write_json(run.recipe, saved | {"recipe": recipe})
             replace_bytes(run.config, config_yaml.encode())
     elif changed:
         again = (
             ", or --reopen-test: test is read a second time, and the report says so"
-            if _only_reads(run, changed)
+            if only_rereads
             else ""
         )
         advice = _advice(_versions_apart(saved.get("recipe", {}), recipe), run.data)
@@ -89,49 +93,22 @@ def open_run(
     return run
 
 
-# What comes before the first classifier, and the sections and fields it is made of beside those of
-# the folders above it. The steps' own recipes do not guard these: a finished stage is not asked
-# again, and latents of eight views would be trained on without a word where `denoiser.flips` is
-# off.
-MADE_OF = {
-    "data": ("data",),
-    "round-000/real/mix": ("mix",),
-    "judge/mix": ("curate.folds",),
-    "codec": ("codec", "denoiser.balance", "seed"),
-    "latents/train": ("denoiser.flips",),
-    "latents/select": (),
-}
+def _may_change(run: RunDir, keys: list[str], reads: Mapping[str, Sequence[str]]) -> bool:
+    """Whether no step that has begun reads a key that differs: then a setting that stopped a step
+    may be mended in place.
 
-
-def _may_change(run: RunDir, changed: list[str]) -> bool:
-    """Whether nothing made so far hangs on the fields that differ: then a setting that stopped a
-    step may be mended in place.
-
-    A training that has a checkpoint counts as made: it would go on from the weights of the old
-    settings. Not so a data folder that is not finished: it looks through its parts itself.
+    A training that has a checkpoint has begun: it would go on from the weights of the old settings.
+    Not so a data folder that is not finished: it looks through its parts itself.
     """
-    made = {p.parent for p in run.root.rglob(MANIFEST)}
-    made |= {p.parent for p in run.root.rglob(RECIPE) if p.parent != run.data and _begun(p.parent)}
-    names = [re.sub(r"^judge/mix-\d+$", "judge/mix", run.name_of(folder)) for folder in made]
-    if any(name not in MADE_OF for name in names):
-        return False
-    fields = [field for name in names for field in MADE_OF[name]]
-    keys = [c.partition(":")[0] for c in changed]
-    return not any(key == field or key.startswith(f"{field}.") for key in keys for field in fields)
+    begun = {p.parent for p in run.root.rglob(MANIFEST)}
+    begun |= {p.parent for p in run.root.rglob(RECIPE) if p.parent != run.data and _begun(p.parent)}
+    return not any(_within(keys, reads.get(run.name_of(folder), ("",))) for folder in begun)
 
 
-# The fields that only say how `test` is read once it is open: no classifier hangs on them.
-READING = tuple(
-    f"evaluate.{field}" for field in ("bootstrap", "groups", "specificities", "floor", "subgroups")
-)
-
-
-def _only_reads(run: RunDir, changed: list[str]) -> bool:
-    """Whether `test` was opened before, and nothing but READING differs."""
-    keys = [c.partition(":")[0] for c in changed]
-    opened = run.openings.exists() or (run.test / OPENED).exists()
-    return opened and all(
-        any(key == field or key.startswith(f"{field}.") for field in READING) for key in keys
+def _within(keys: Sequence[str], fields: Sequence[str]) -> bool:
+    """Whether any key is one of the fields, or below one; "" stands for all."""
+    return any(
+        not field or key == field or key.startswith(f"{field}.") for key in keys for field in fields
     )
 
 

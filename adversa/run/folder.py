@@ -100,8 +100,14 @@ class RunDir:
         folder = self.round(number) / arm
         return folder if seed is None else folder / f"seed-{seed}"
 
+    def scorecard(self, step: StoragePath, arm: str, seed: int) -> StoragePath:
+        """Of an arm's classifier, in the folder of the step that scored it: an evaluation of a
+        round, or `test`.
+        """
+        return step / arm / f"seed-{seed}" / "scorecard.json"
+
     def inside(self, name: str) -> StoragePath:
-        """A path of the run by its relative name, as a file of the run says it. UserError for one
+        """A place of the run by its relative name, as a file of the run says it. UserError for one
         that would lie elsewhere.
         """
         path = PurePosixPath(name)

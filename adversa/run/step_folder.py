@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from adversa.run.differences import _versions_apart, differences, flatten
 from adversa.run.environment import git_commit, machine, now, versions
+from adversa.storage import tables
 from adversa.storage.files import read_json, write_json, writing
-from adversa.storage.path import BucketPath, StoragePath
+from adversa.storage.path import BucketPath, StoragePath, sizes
+from adversa.storage.weights import CHECKPOINT, COMMITTED
 from adversa.types import UserError, digest
 
 RECIPE, MANIFEST, PROGRESS, OPENED = "recipe.json", "manifest.json", "progress.json", "opened.json"
@@ -109,25 +114,88 @@ def is_finished(folder: StoragePath) -> bool:
 
 
 def finish(folder: StoragePath, recipe: Recipe, **facts: Any) -> dict[str, Any]:
-    """Mark a step complete: the manifest is the last thing written.
+    """Mark a step complete: the manifest is the last thing written, and lists every other file.
 
     facts: at least seconds, compute_seconds, device_seconds and rows.
     """
     manifest = {"step": recipe.step, "fingerprint": recipe.fingerprint, "finished": now()}
     manifest |= {"versions": versions(), "git": git_commit(), "machine": machine()} | facts
+    manifest["files"] = _listed(folder)
     (folder / PROGRESS).unlink(missing_ok=True)
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def manifest(folder: StoragePath) -> dict[str, Any]:
+    """Of a finished step. UserError where the file is none that `finish` wrote."""
     found = read_json(folder / MANIFEST)
-    assert found is not None, f"{folder} is not finished"
+    if found is None:
+        assert is_finished(folder), f"{folder} is not finished"
+        raise _damaged(folder, MANIFEST, "is no manifest")
     return found
 
 
 def fingerprint(folder: StoragePath) -> str:
-    return manifest(folder)["fingerprint"]
+    """What a later step knows a finished one by. UserError where a file of it is damaged."""
+    found = checked(folder)
+    _check_contents(folder, found["fingerprint"])
+    return found["fingerprint"]
+
+
+# ---- the files of a finished step ----------------------------------------------------------------
+
+# Beside what the step made: written before or after, and read by those alone who know to doubt it.
+UNLISTED = (RECIPE, MANIFEST, PROGRESS, OPENED, CHECKPOINT, COMMITTED)
+
+
+def _listed(folder: StoragePath) -> dict[str, dict[str, Any]]:
+    """Each file's bytes, digest and, of Parquet, rows."""
+    found = {}
+    for name, size in sorted(sizes(folder).items()):
+        if name not in UNLISTED and not any(part.startswith(".") for part in name.split("/")):
+            path = folder / name
+            found[name] = {"bytes": size, "digest": _digest(path)}
+            if path.suffix == ".parquet":
+                found[name]["rows"] = tables.count(path)
+    return found
+
+
+def _digest(path: StoragePath) -> str:
+    if not isinstance(path, Path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked(folder: StoragePath) -> dict[str, Any]:
+    """The manifest of a finished step whose files are there, each with as many bytes as it says.
+    UserError that names the first which is not.
+    """
+    found, there = manifest(folder), sizes(folder)
+    for name, known in found.get("files", {}).items():
+        if name not in there:
+            raise _damaged(folder, name, "is no file" if (folder / name).exists() else "is gone")
+        if there[name] != known["bytes"]:
+            what = f"has {there[name]} bytes, and {known['bytes']} were written"
+            raise _damaged(folder, name, what)
+    return found
+
+
+@functools.cache
+def _check_contents(folder: StoragePath, fingerprint: str) -> None:
+    """Once a command: it reads every file. An object store keeps digests of its own."""
+    if isinstance(folder, BucketPath):
+        return
+    for name, known in manifest(folder).get("files", {}).items():
+        if _digest(folder / name) != known["digest"]:
+            raise _damaged(folder, name, "holds other bytes than were written")
+
+
+def _damaged(folder: StoragePath, name: str, what: str) -> UserError:
+    return UserError(
+        f"{folder / name} {what}; put the file back as it was, or delete {folder}: the same "
+        "command makes it again"
+    )
 
 
 REMOTE_SECONDS = 2.0  # a put takes tens of milliseconds, and costs

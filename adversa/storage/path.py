@@ -360,6 +360,17 @@ def names(folder: StoragePath) -> set[str]:
         return set()
 
 
+def sizes(folder: StoragePath) -> dict[str, int]:
+    """Bytes of every file below a folder, by its name in it ("train/part-00000.parquet"); one
+    listing of an object store. Empty where there is none.
+    """
+    if isinstance(folder, BucketPath):
+        found = folder.fs.find(folder.path, detail=True)
+        return {name.removeprefix(f"{folder.path}/"): i["size"] for name, i in found.items()}
+    inside = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in inside}
+
+
 def modified(path: StoragePath) -> float | None:
     """When a file was last written, in Unix seconds by its storage's clock; None where it is
     not.

@@ -13,12 +13,12 @@ from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
 from adversa.sweep import grid
-from adversa.sweep.grid import Cell
+from adversa.sweep.grid import DataRegime
 from adversa.types import ROLES
 
 
 @dataclass(frozen=True)
-class Line:
+class Workload:
     """count times something, each of `amount`."""
 
     what: str
@@ -36,7 +36,7 @@ class Amounts:
     trials: int
     cells: int
     images: int
-    lines: list[Line]
+    lines: list[Workload]
     notes: list[str]
 
 
@@ -67,7 +67,7 @@ def amounts(config: Config, run: RunDir) -> Amounts:
     asked = {a: sum(grid.wanted(real[a], max(s.ratios), s.overdraw)) for a in cells}
     drawn = sum(asked[a] for a, _ in pools)
     rows = sum(asked[a] * evaluations(c, v.arm) for a, v in pools)
-    sees = {Cell(None) if v.sees == grid.ALL else a for a, v in arms}
+    sees = {DataRegime(None) if v.sees == grid.ALL else a for a, v in arms}
     fits = [a for a in sees if not step_folder.is_finished(grid.cell_dir(run, a).denoiser)]
     n = 0 if c.denoiser.external else len(fits)
     views = c.codec.views if c.denoiser.flips else 1
@@ -83,13 +83,15 @@ def amounts(config: Config, run: RunDir) -> Amounts:
     compared = [Work("compare", drawn * (1 + c.curate.twins), "tasks")]
     tried = trainings("classifier", trials, c.classifier, selected, "trials")
     lines = [
-        Line("hard cases", len(attacked), f"{c.classifier.steps} steps", hard),
-        Line("verifiers", verifiers, f"{judge_of(c).steps} steps", judges),
-        Line("autoencoders", n if latents else 0, f"{latents} latents", codecs),
-        Line("denoisers", n, f"{c.denoiser.steps} steps", steps),
-        Line("generated images", len(pools), f"{drawn} images", [Work("generate", rows, "one")]),
-        Line("verdicts", len(pools), f"{drawn} images", compared),
-        Line("trials", trials, f"{c.classifier.steps} steps", tried),
+        Workload("hard cases", len(attacked), f"{c.classifier.steps} steps", hard),
+        Workload("verifiers", verifiers, f"{judge_of(c).steps} steps", judges),
+        Workload("autoencoders", n if latents else 0, f"{latents} latents", codecs),
+        Workload("denoisers", n, f"{c.denoiser.steps} steps", steps),
+        Workload(
+            "generated images", len(pools), f"{drawn} images", [Work("generate", rows, "one")]
+        ),
+        Workload("verdicts", len(pools), f"{drawn} images", compared),
+        Workload("trials", trials, f"{c.classifier.steps} steps", tried),
     ]
     return Amounts(trials, len(cells), drawn, [x for x in lines if x.count], notes)
 

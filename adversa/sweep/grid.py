@@ -15,7 +15,7 @@ from pathlib import Path
 
 from adversa.config import Config, Curate, Sweep
 from adversa.config import check as check_config
-from adversa.pipeline.stages import Stage
+from adversa.pipeline.stage import Output, PlannedStage
 from adversa.run.folder import RunDir
 from adversa.types import PAINTED, UserError
 
@@ -28,7 +28,7 @@ RESULTS = ("sweep.parquet", "sweep.json", "sweep.html")
 
 
 @dataclass(frozen=True)
-class Cell:
+class DataRegime:
     """count: real images of `train` a class, None for all there are."""
 
     count: int | None
@@ -63,7 +63,7 @@ class Variant:
 class Point:
     """A trial of the grid."""
 
-    cell: Cell
+    cell: DataRegime
     variant: Variant
     ratio: float
     seed: int
@@ -81,18 +81,23 @@ def name_of(ratio: float) -> str:
 # ---- what is asked -------------------------------------------------------------------------------
 
 
-def cells(sweep: Sweep) -> list[Cell]:
+def cells(sweep: Sweep) -> list[DataRegime]:
     """Those with trials, the largest first: theirs are the longest trainings."""
     counts = sorted((n for n in sweep.real if n != ALL), reverse=True)
-    return [*([Cell(None)] if ALL in sweep.real else []), *(Cell(int(n)) for n in counts)]
+    return [
+        *([DataRegime(None)] if ALL in sweep.real else []),
+        *(DataRegime(int(n)) for n in counts),
+    ]
 
 
-def sources(sweep: Sweep) -> list[Cell]:
+def sources(sweep: Sweep) -> list[DataRegime]:
     """The cells that something is trained in: those of `cells`, and all of train where a denoiser
     is to see that.
     """
     found = cells(sweep)
-    return found if Cell(None) in found or not _wants_all(sweep) else [Cell(None), *found]
+    return (
+        found if DataRegime(None) in found or not _wants_all(sweep) else [DataRegime(None), *found]
+    )
 
 
 def _wants_all(sweep: Sweep) -> bool:
@@ -104,7 +109,7 @@ def paints(sweep: Sweep) -> bool:
     return any(arm in PAINTED for arm in sweep.arms)
 
 
-def variants(config: Config, cell: Cell) -> list[Variant]:
+def variants(config: Config, cell: DataRegime) -> list[Variant]:
     """The arms with something added. A denoiser that sees all of train is the cell's own where the
     cell is all of train.
     """
@@ -205,11 +210,11 @@ def check_counts(config: Config, by_class: Mapping[str, int], exact: bool) -> No
 # ---- where it lies -------------------------------------------------------------------------------
 
 
-def cell_dir(run: RunDir, cell: Cell) -> RunDir:
+def cell_dir(run: RunDir, cell: DataRegime) -> RunDir:
     return RunDir(run.root / "cells" / cell.name)
 
 
-def pool_dir(run: RunDir, cell: Cell, variant: Variant) -> Path:
+def pool_dir(run: RunDir, cell: DataRegime, variant: Variant) -> Path:
     return run.root / "pools" / cell.name / variant.name
 
 
@@ -254,16 +259,18 @@ def gate_of(curate: Curate, lesions: Sequence[int]) -> Curate:
     )
 
 
-def plan(config: Config, run: RunDir) -> list[Stage]:
+def plan(config: Config, run: RunDir) -> list[PlannedStage]:
     """The stages of a sweep, in order: its trials on the grid, or those of a search in its
     place.
     """
-    prepared = Stage("prepare", 0, (run.data,))
+    prepared, trials = PlannedStage("prepare", 0, (Output(run.data),)), run.root / "trials"
     if config.sweep.search is not None:
-        return [prepared, Stage("sweep", 0, (run.root / SEARCHED,), run.root / "trials")]
-    results = tuple(result_dir(run, p) for p in points(config))
+        searched = Output(run.root / SEARCHED, kind="file")
+        return [prepared, PlannedStage("sweep", 0, (searched,), trials)]
+    results = tuple(Output(result_dir(run, p)) for p in points(config))
+    told = tuple(Output(run.root / name, kind="file") for name in RESULTS)
     return [
         prepared,
-        Stage("sweep", 0, results, run.root / "trials"),
-        Stage("report", 0, tuple(run.root / name for name in RESULTS)),
+        PlannedStage("sweep", 0, results, trials),
+        PlannedStage("report", 0, told),
     ]

@@ -24,12 +24,13 @@ from adversa.engine.step import Facts, inputs, run_step
 from adversa.pipeline import curate, evaluate, latents, mine, train, verifier
 from adversa.pipeline import generate as pipeline_generate
 from adversa.run import step_folder
+from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
 from adversa.storage.path import StoragePath
 from adversa.sweep import grid
-from adversa.sweep.grid import Cell, Variant
+from adversa.sweep.grid import DataRegime, Variant
 from adversa.types import ROLES, GenerationRequest, digest, seed_of
 
 ROUND = 1  # of a cell there is one
@@ -39,7 +40,9 @@ PLAIN = cfg.Mix(arms=["real", "unguided", "guided"])  # nothing of it hangs on t
 # ---- its real images -----------------------------------------------------------------------------
 
 
-def subset(data: Path, cell: Cell, seed: int, out: Path) -> None:
+def subset(
+    data: Path, cell: DataRegime, seed: int, out: Path, handle: RunHandle = NULL_HANDLE
+) -> None:
     """A data folder with `cell.count` images a class of train and at most as many of mine (all of
     them where None); select and test are those of `data`, by links where the file system has them.
     A class with fewer gives what it has.
@@ -77,7 +80,8 @@ def subset(data: Path, cell: Cell, seed: int, out: Path) -> None:
             "mine": list(images["mine"].values()),
         }
 
-    run_step(out, Recipe("subset", 1, {"count": cell.count, "seed": seed}, inputs(data=data)), body)
+    recipe = Recipe("subset", 1, {"count": cell.count, "seed": seed}, inputs(data=data))
+    run_step(out, recipe, body, handle)
 
 
 def nested(rows: Sequence[dict[str, Any]], count: int | None, seed: int) -> list[dict[str, Any]]:
@@ -133,11 +137,11 @@ def _same(role: StoragePath, out: StoragePath) -> None:
             files.replace_bytes(out / part.name, part.read_bytes())
 
 
-def first_mix(d: RunDir) -> None:
+def first_mix(d: RunDir, handle: RunHandle = NULL_HANDLE) -> None:
     """What the classifier that finds the hard cases and the denoiser are trained on: the cell's
     images of train.
     """
-    train.mix(d.data, [], [], "real", PLAIN, 1, d.arm(0, "real") / "mix")
+    train.mix(d.data, [], [], "real", PLAIN, 1, d.arm(0, "real") / "mix", handle=handle)
 
 
 # ---- what is trained on them ---------------------------------------------------------------------
@@ -181,17 +185,21 @@ def attack(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> N
         c.data.resolution,
         classifier,
     )
-    engine.fit([job, *(verifier.jobs(d.data, c, d.judge) if grid.paints(c.sweep) else [])])
+    engine.fit(
+        [job, *(verifier.jobs(d.data, c, d.judge, engine.handle) if grid.paints(c.sweep) else [])]
+    )
     evaluate.score(
         engine, [("real", 0, classifier)], d.data / "mine", d.data, True, d.round(ROUND, "scores")
     )
-    mine.mine(d.round(ROUND, "scores"), d.data, c.mine, d.round(ROUND, "hard"))
+    mine.mine(
+        d.round(ROUND, "scores"), d.data, c.mine, d.round(ROUND, "hard"), handle=engine.handle
+    )
     if not grid.paints(c.sweep):
         return
     judges = verifier.folders(d.judge, c.curate.folds)
     for role in ROLES:
         curate.features(engine, d.data, role, classifier, judges, d.features / role)
-    curate.limits(d.data, d.features, c.curate, d.limits)
+    curate.limits(d.data, d.features, c.curate, d.limits, engine.handle)
 
 
 def attacked(config: cfg.Config, d: RunDir) -> Path:
@@ -212,7 +220,7 @@ def denoise(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> 
         _encode(c, d, engine)
         codec = d.codec, d.latents("train").parent
     if c.denoiser.external:
-        latents.external_denoiser(c, d.data, classes_of(d.data), d.codec, d.denoiser)
+        latents.external_denoiser(c, d.data, classes_of(d.data), d.codec, d.denoiser, engine.handle)
         return
     engine.fit(
         [
@@ -234,7 +242,7 @@ def _encode(c: cfg.Config, d: RunDir, engine: Engine) -> None:
             ]
         )
     else:
-        latents.fetch(d.data, c.codec, c.data.resolution, d.codec)
+        latents.fetch(d.data, c.codec, c.data.resolution, d.codec, engine.handle)
     if c.denoiser.external is None:
         views = c.codec.views if c.denoiser.flips else 1
         latents.encode(engine, d.data / "train", d.data, d.codec, views, d.latents("train"))
@@ -268,7 +276,7 @@ def paint(
         out / x for x in ("requests", "synthetic", "inspected", "twins")
     )
     asked = grid.wanted(step_folder.manifest(d.data)["real"], ratio, config.sweep.overdraw)
-    plan(d, variant, run, asked, generate, requests)
+    plan(d, variant, run, asked, generate, requests, engine.handle)
     pipeline_generate.generate(engine, requests, d.data, denoiser, attacker(d), generate, synthetic)
     curate.inspect(
         engine,
@@ -284,7 +292,7 @@ def paint(
     )
     if c.curate.twins:
         curate.twins(engine, synthetic, inspected, d.limits, twins)
-    curate.settle(inspected, twins, d.limits, c.curate, verdicts_of(out))
+    curate.settle(inspected, twins, d.limits, c.curate, verdicts_of(out), engine.handle)
 
 
 def verdicts_of(pool: Path) -> Path:
@@ -292,7 +300,13 @@ def verdicts_of(pool: Path) -> Path:
 
 
 def plan(
-    d: RunDir, variant: Variant, run: str, asked: Sequence[int], config: cfg.Generate, out: Path
+    d: RunDir,
+    variant: Variant,
+    run: str,
+    asked: Sequence[int],
+    config: cfg.Generate,
+    out: Path,
+    handle: RunHandle,
 ) -> None:
     """Requests for so many images of each class, shared evenly among its hard cases; of a class
     without any there are none.
@@ -321,7 +335,8 @@ def plan(
             tables.write_part(out / tables.part_name(0), tables.REQUESTS.empty_table())
         return {"rows": rows}
 
-    run_step(out, Recipe("pool", 1, settings, inputs(hard=hard, classifier=classifier)), body)
+    recipe = Recipe("pool", 1, settings, inputs(hard=hard, classifier=classifier))
+    run_step(out, recipe, body, handle)
 
 
 def replicates(

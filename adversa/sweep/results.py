@@ -29,7 +29,7 @@ from adversa.run.folder import RunDir, classes_of, split_hash
 from adversa.storage import files, tables
 from adversa.sweep import grid, regimes, wording
 from adversa.sweep import run as sweep_run
-from adversa.sweep.grid import Cell, Point, Variant
+from adversa.sweep.grid import DataRegime, Point, Variant
 from adversa.types import UserError, digest, seed_of
 
 ROLE = "select"  # `test` stays closed
@@ -55,7 +55,7 @@ QUESTIONS = {
 class Dose(NamedTuple):
     """Trials that differ by their seed alone."""
 
-    cell: Cell
+    cell: DataRegime
     variant: Variant
     ratio: float
 
@@ -115,7 +115,9 @@ class Trials:
         except UserError:  # no dose has a second seed
             return lesions, False
 
-    def doses(self, cell: Cell, variant: Variant) -> tuple[list[Dose], list[tuple[float, float]]]:
+    def doses(
+        self, cell: DataRegime, variant: Variant
+    ) -> tuple[list[Dose], list[tuple[float, float]]]:
         """(the finished ones, ascending, ratio 0 first, those that reached the same count once;
         (ratio, the smaller one that it is the same as)).
         """
@@ -256,7 +258,7 @@ def what(config: Config, run: RunDir, found: Trials, pools: list[dict[str, Any]]
     }
 
 
-def cell_facts(config: Config, run: RunDir, cell: Cell, classes: int) -> dict[str, Any]:
+def cell_facts(config: Config, run: RunDir, cell: DataRegime, classes: int) -> dict[str, Any]:
     """Counts, by class; None where the cell isn't made yet. judges: whether they had a say in its
     gate (grid.gate_of).
     """
@@ -279,7 +281,7 @@ def cell_facts(config: Config, run: RunDir, cell: Cell, classes: int) -> dict[st
     }
 
 
-def pool(run: RunDir, cell: Cell, variant: Variant) -> dict[str, Any]:
+def pool(run: RunDir, cell: DataRegime, variant: Variant) -> dict[str, Any]:
     """asked, kept and why the rest was turned down; None where it isn't painted and judged yet."""
     d = grid.pool_dir(run, cell, variant)
     facts: dict[str, Any] = {"cell": cell.name, "variant": variant.name, "sees": variant.sees}
@@ -371,12 +373,12 @@ def points(found: Trials) -> list[dict[str, Any]]:
     return rows
 
 
-def _cells(config: Config) -> list[Cell]:
+def _cells(config: Config) -> list[DataRegime]:
     """The smallest first."""
     return grid.cells(config.sweep)[::-1]
 
 
-def _arms(found: Trials) -> list[tuple[Cell, Variant]]:
+def _arms(found: Trials) -> list[tuple[DataRegime, Variant]]:
     return [(c, v) for c in _cells(found.config) for v in grid.variants(found.config, c)]
 
 
@@ -395,7 +397,7 @@ def curves(found: Trials) -> list[dict[str, Any]]:
     return [curve(found, cell, variant) for cell, variant in _arms(found)]
 
 
-def curve(found: Trials, cell: Cell, variant: Variant) -> dict[str, Any]:
+def curve(found: Trials, cell: DataRegime, variant: Variant) -> dict[str, Any]:
     doses, same = found.doses(cell, variant)
     reached = [found.reached(d) for d in doses]
     facts = {k: v for k, v in _told(Dose(cell, variant, 0.0)).items() if k != "ratio"} | {

@@ -24,8 +24,9 @@ from adversa.engine.interface import Engine, Trial
 from adversa.engine.step import Facts, inputs, run_step
 from adversa.pipeline import arms, evaluate, latents, prepare, train
 from adversa.pipeline.train import pairs
-from adversa.run import control, run_lock, status, step_folder, tracking
 from adversa.run import create as run_create
+from adversa.run import run_lock, status, step_folder, tracking
+from adversa.run.control import NULL_HANDLE, RunHandle, with_pauses
 from adversa.run.folder import RunDir, classes_of, remove_partial_files, run_id
 from adversa.run.status import Clock
 from adversa.run.step_folder import Progress, Recipe
@@ -33,12 +34,13 @@ from adversa.storage import files, predictions, tables
 from adversa.storage.path import rmtree
 from adversa.storage.predictions import Predictions
 from adversa.sweep import grid, regimes
-from adversa.sweep.grid import Cell, Point, Variant
+from adversa.sweep.grid import DataRegime, Point, Variant
 from adversa.types import digest, seed_of
 
 # What may change in a sweep's folder. Not the arms: all of a cell take as many images as the
 # poorest of them has.
 FREE = ("real", "seeds", "ratios", "max_trials", "bootstrap", "metric", "keep_models", "search")
+READS = {"data": ("data",)}  # all that comes after reads the whole configuration
 COMMAND = "sweep"
 METRICS = "metrics.jsonl"  # of a training, by classify.fit
 Pairs = list[tuple[str, int]]
@@ -60,7 +62,7 @@ def open_run(config: Config, root: Path) -> RunDir:
     """
     grid.check(config)
     return run_create.open_run(
-        root.absolute(), recipe_of(config), dump(config), busy=run_lock.is_worked_on
+        root.absolute(), recipe_of(config), dump(config), READS, run_lock.is_worked_on
     )
 
 
@@ -74,30 +76,30 @@ def run(
     engine: Engine,
     write: Callable[[Config, RunDir], Path],
     since: float | None = None,
+    handle: RunHandle = NULL_HANDLE,
 ) -> Path:
     """Do what is left of a sweep; returns what `write` does (the report's place). The caller holds
-    the run's lock.
+    the run's lock. handle: of the run, where this process holds it.
     """
+    engine.handle = handle
     remove_partial_files(run)
     settle(config, run)
     with tracking.Follow(config.tracking, run.root), Clock(run, since) as clock:
         told = {"command": COMMAND}
-        while True:
-            try:
-                control.reins().look(force=True)
-                status.set_status(run, "running", "prepare", **told)
-                prepare.prepare(engine, config.data, run.data)
-                found = trials(config, run)
-                status.set_status(run, "running", COMMAND, **told)
-                engine.search(found, Progress(run.root / "trials"))
-                (run.root / "trials" / step_folder.PROGRESS).unlink(missing_ok=True)
-                break
-            except control.Pause:
-                status.set_status(run, "paused", COMMAND, **told)
-                control.reins().rest()
+        paused = partial(status.set_status, run, "paused", COMMAND, **told)
+        with_pauses(handle, partial(_search, config, run, engine), paused)
         status.set_status(run, "running", "report", **told)
         clock.tick()
         return write(config, run)
+
+
+def _search(config: Config, run: RunDir, engine: Engine) -> None:
+    status.set_status(run, "running", "prepare", command=COMMAND)
+    prepare.prepare(engine, config.data, run.data)
+    found = trials(config, run, engine.handle)
+    status.set_status(run, "running", COMMAND, command=COMMAND)
+    engine.search(found, Progress(run.root / "trials"))
+    (run.root / "trials" / step_folder.PROGRESS).unlink(missing_ok=True)
 
 
 def settle(config: Config, run: RunDir) -> None:
@@ -115,7 +117,7 @@ def _has_codec(config: Config) -> bool:
     return grid.paints(config.sweep) and config.codec.kind != "pixels"
 
 
-def trials(config: Config, run: RunDir) -> list[Trial]:
+def trials(config: Config, run: RunDir, handle: RunHandle = NULL_HANDLE) -> list[Trial]:
     """All work after `prepare`, the longest first. Makes each cell's images and first mix.
     UserError where a class has too few.
     """
@@ -126,10 +128,10 @@ def trials(config: Config, run: RunDir) -> list[Trial]:
     paints = grid.paints(s)
     for cell in grid.sources(s):
         d = grid.cell_dir(run, cell)
-        regimes.subset(run.data, cell, s.subset_seed, d.data)
-        regimes.first_mix(d)
+        regimes.subset(run.data, cell, s.subset_seed, d.data, handle)
+        regimes.first_mix(d, handle)
         if _has_codec(config) and not config.codec.is_fitted:
-            latents.fetch(d.data, config.codec, config.data.resolution, d.codec)
+            latents.fetch(d.data, config.codec, config.data.resolution, d.codec, handle)
         if paints and ("subset" in s.denoiser_sees or cell.count is None):
             trained.append(
                 Trial(f"{cell.name}/denoiser", d.denoiser, partial(regimes.denoise, config, d))
@@ -158,14 +160,14 @@ def trials(config: Config, run: RunDir) -> list[Trial]:
     return [*trained, *painted, *points]
 
 
-def pools(config: Config, run: RunDir, cell: Cell) -> list[Path]:
+def pools(config: Config, run: RunDir, cell: DataRegime) -> list[Path]:
     """Of all painting arms of a cell: every trial of the cell takes as many images as the poorest
     of them has.
     """
     return [grid.pool_dir(run, cell, v) for v in grid.variants(config, cell) if v.paints]
 
 
-def whose(config: Config, cell: Cell, variant: Variant) -> str:
+def whose(config: Config, cell: DataRegime, variant: Variant) -> str:
     """What request ids are made of, beside the hard case and a number: the sweep, the cell, the arm
     (one strategy falls back on another).
     """
@@ -173,12 +175,12 @@ def whose(config: Config, cell: Cell, variant: Variant) -> str:
     return digest(run_id(asks), cell.name, variant.sees, variant.strategy, size=8)
 
 
-def _pools(config: Config, run: RunDir, cell: Cell) -> list[Trial]:
+def _pools(config: Config, run: RunDir, cell: DataRegime) -> list[Trial]:
     d, found = grid.cell_dir(run, cell), []
     for v in grid.variants(config, cell):
         if not v.paints:
             continue
-        denoiser = grid.cell_dir(run, Cell(None) if v.sees == grid.ALL else cell).denoiser
+        denoiser = grid.cell_dir(run, DataRegime(None) if v.sees == grid.ALL else cell).denoiser
         out = grid.pool_dir(run, cell, v)
         work = partial(
             regimes.paint,
@@ -210,7 +212,7 @@ def trial(
         if point.variant.paints
         else {}
     )
-    source = Source(
+    source = TrialImages(
         grid.cell_dir(run, point.cell),
         pools(config, run, point.cell),
         {p: 1.0 for p in own.values()},
@@ -240,7 +242,7 @@ def describe(point: Point) -> dict[str, Any]:
     }
 
 
-class Source:
+class TrialImages:
     """Where a trial's images are. cell: of the sweep; pools: of all painting arms of it, the
     counts' limits; taken: the pools that this arm's images come from, and the share of each.
     """
@@ -256,7 +258,7 @@ class Source:
 
 def fit_and_score(
     config: Config,
-    source: Source,
+    source: TrialImages,
     arm: str,
     ratio: float,
     seed: int,
@@ -271,7 +273,7 @@ def fit_and_score(
     if step_folder.is_finished(result):
         return dict(step_folder.manifest(result)["metrics"])
     began = time.monotonic()
-    mix(source, arm, ratio, out / "mix")
+    mix(source, arm, ratio, out / "mix", engine.handle)
     added = [d.data / "mine", *(p / "synthetic" for p in source.taken)]
     job = train.classifier_job(
         d.data,
@@ -313,7 +315,7 @@ def fit_and_score(
             "evaluations": evaluations(out / "classifier"),
         }
 
-    run_step(result, recipe, body)
+    run_step(result, recipe, body, engine.handle)
     if not config.sweep.keep_models:
         rmtree(out / "classifier", missing_ok=True)
     return dict(step_folder.manifest(result)["metrics"])
@@ -325,7 +327,7 @@ def evaluations(classifier: Path) -> list[tuple[int, float]]:
     return [(x["step"], x["select_balanced_accuracy"]) for x in lines]
 
 
-def mix(source: Source, arm: str, ratio: float, out: Path) -> None:
+def mix(source: TrialImages, arm: str, ratio: float, out: Path, handle: RunHandle) -> None:
     """tables.MIX of a trial: the cell's images of train and its hard cases, and of each class ratio
     x the former on top, as many as every painting arm of the cell has.
     """
@@ -372,9 +374,8 @@ def mix(source: Source, arm: str, ratio: float, out: Path) -> None:
             "added_by_class": counts,
         }
 
-    run_step(
-        out, Recipe("trial mix", 1, {"arm": arm, "ratio": ratio, "shares": shares}, names), body
-    )
+    recipe = Recipe("trial mix", 1, {"arm": arm, "ratio": ratio, "shares": shares}, names)
+    run_step(out, recipe, body, handle)
 
 
 def accepted(pool: Path) -> Pairs:

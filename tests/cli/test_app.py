@@ -13,7 +13,7 @@ import time
 import pytest
 import yaml
 
-from adversa.pipeline import loop
+from adversa.pipeline import prepare
 from adversa.run import create as run_create
 from adversa.run import file_lock, step_folder
 from adversa.run.folder import RunDir
@@ -248,7 +248,7 @@ def test_config_show_prints_what_config_reads(adversa, micro, tmp_path):
 
 
 def breaking(monkeypatch, action):
-    monkeypatch.setattr(loop.Cycle, "prepare", lambda *_: action())
+    monkeypatch.setattr(prepare, "prepare", lambda *_: action())
 
 
 def test_a_fault_of_ours_exits_with_1_and_status_tells(adversa, micro, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def test_a_folder_that_is_no_run(adversa, tmp_path):
 def test_pause_and_resume_write_the_wish(adversa, at_work):
     assert (
         adversa("pause", at_work.root).exit_code == 0
-        and control.read(at_work).wish == control.PAUSE
+        and control.read(at_work).state == control.PAUSE
     )
     result = adversa(
         "resume", at_work.root, "--set", "mine.budget=5", "--set", "mix.synthetic_ratio=0.25"
@@ -60,7 +60,7 @@ def test_pause_and_resume_write_the_wish(adversa, at_work):
         result.exit_code == 0
         and "from round 1 on: mine.budget 5, mix.synthetic_ratio 0.25; " in result.output
     )
-    assert control.read(at_work) == control.Wishes(
+    assert control.read(at_work) == control.Requested(
         control.GO, {"mine.budget": 5, "mix.synthetic_ratio": 0.25}
     )
 
@@ -104,7 +104,7 @@ def test_stop_waits_until_it_is_heard(run, monkeypatch):
         with file_lock.lock(run):
             status.set_status(run, "running", "train")
             held.set()
-            while control.read(run).wish != control.STOP:
+            while control.read(run).state != control.STOP:
                 heard.wait(0.05)
             status.set_status(run, "stopped")
 

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from adversa.cli import view
-from adversa.pipeline.stages import stages, trained
+from adversa.pipeline.folders import models_of, trained
+from adversa.pipeline.stages import stages
 from adversa.run import create as run_create
 from adversa.run import file_lock, status, step_folder
 from adversa.storage import files
@@ -31,14 +32,14 @@ def run(tmp_path):
 def finish(config, run, *commands):
     """Mark stages as finished, as cheaply as `status` looks at them."""
     for stage in stages(config, run):
-        if commands and stage.command not in commands:
+        if commands and stage.name not in commands:
             continue
-        for folder in stage.folders:
-            if folder.suffix:
-                folder.write_text("{}")
+        for output in stage.outputs:
+            if output.kind == "file":
+                output.path.write_text("{}")
             else:
                 files.write_json(
-                    folder / step_folder.MANIFEST,
+                    output.path / step_folder.MANIFEST,
                     {"seconds": 61.0, "metrics": {"select_balanced_accuracy": 0.5}},
                 )
 
@@ -206,9 +207,9 @@ def test_finished_shows_every_stage_done_and_every_score(config, run):
             folder / step_folder.MANIFEST,
             {"seconds": 1.0, "metrics": {"select_balanced_accuracy": 0.5}},
         )
-        files.write_json(
-            folder.parent / "scorecard-test.json", {"metrics": {"balanced_accuracy": 0.875}}
-        )
+    for arm, seed, _, _ in models_of(config, run, 1):
+        card = {"metrics": {"balanced_accuracy": 0.875}}
+        files.write_json(run.scorecard(run.test, arm, seed), card)
     shown = lines(config, run)
     assert "finished" in shown[0] and all(
         words[0] == "done" for words in shown[1 : 1 + len(stages(config, run))]

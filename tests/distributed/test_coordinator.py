@@ -20,8 +20,7 @@ import requests
 
 from adversa.cli import view
 from adversa.config import dump
-from adversa.pipeline.metrics import NAMES
-from adversa.pipeline.stages import COMMANDS
+from adversa.pipeline.metrics import NAMES, NUMBERS
 from adversa.run import control, run_lock
 from adversa.run.folder import RunDir
 from adversa.storage import files
@@ -130,7 +129,7 @@ def go(cluster, finished, tmp_path):
         process.kill()
         process.communicate()
     if view.state_of(run)[0] in ("running", "paused"):
-        control.wish(run, control.STOP)
+        control.request(run, control.STOP)
         wait_for(lambda: view.state_of(run)[0] not in ("running", "paused"))
 
 
@@ -166,7 +165,7 @@ def test_the_run_goes_on_without_its_command_and_the_same_command_follows_it(go,
     assert worker_of(run) != first.pid
     wait_for(lambda: all(f"ray_{name}{{" in served(cluster) for name in NAMES))
     stage = re.search(r'ray_adversa_stage\{.*run="run".*\} (\S+)', served(cluster))
-    assert float(stage[1]) == COMMANDS.index("train") + 1
+    assert float(stage[1]) == NUMBERS["train"]
     other = subprocess.run(
         [*first.args, "--engine", "local"],
         capture_output=True,

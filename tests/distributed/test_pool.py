@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from adversa.engine import worker_pool
-from adversa.engine.tasks import Failed, Painted, Part
+from adversa.engine.tasks import Failed, Part, TaskStats
 from adversa.storage import tables
 from adversa.types import UserError
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ray
 PARTS = [Part(i, 2, {}) for i in range(6)]
 
 
-def write(part: Part, path: Path) -> Painted:
+def write(part: Part, path: Path) -> TaskStats:
     faults = pa.array([part.skip.get(r) for r in range(part.rows)], pa.string())
     tables.write_part(
         path,
@@ -34,7 +34,7 @@ def write(part: Part, path: Path) -> Painted:
             {"index": [part.index] * part.rows, "pid": [os.getpid()] * part.rows, "fault": faults}
         ),
     )
-    return Painted(part.rows, 5 * part.rows)
+    return TaskStats(part.rows, 5 * part.rows)
 
 
 def make_plain():
@@ -42,7 +42,7 @@ def make_plain():
 
 
 def make_slow(seconds: float):
-    def work(p: Part, path: Path) -> Painted:
+    def work(p: Part, path: Path) -> TaskStats:
         time.sleep(seconds)
         return write(p, path)
 
@@ -52,7 +52,7 @@ def make_slow(seconds: float):
 def make_dying(marker: Path, times: int, part: int):
     """kill -9 of its own process while it does `part`, the first `times` times."""
 
-    def work(p: Part, path: Path) -> Painted:
+    def work(p: Part, path: Path) -> TaskStats:
         if p.index == part and len(list(marker.glob("died-*"))) < times:
             (marker / f"died-{os.getpid()}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -64,7 +64,7 @@ def make_dying(marker: Path, times: int, part: int):
 def make_poisoned(part: int, row: int):
     """kill -9 of its own process whenever it works on one row."""
 
-    def work(p: Part, path: Path) -> Painted:
+    def work(p: Part, path: Path) -> TaskStats:
         if p.index == part and row not in p.skip:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(p, path)
@@ -73,7 +73,7 @@ def make_poisoned(part: int, row: int):
 
 
 def make_refusing(part: int):
-    def work(p: Part, path: Path) -> Painted:
+    def work(p: Part, path: Path) -> TaskStats:
         if p.index == part:
             raise UserError("sigma is out of range: 3; take less")
         return write(p, path)
@@ -90,11 +90,11 @@ def make_broken():
 
 
 def make_affinity():
-    def work(p: Part, path: Path) -> Painted:
+    def work(p: Part, path: Path) -> TaskStats:
         time.sleep(0.2)
         cores = sorted(os.sched_getaffinity(0))
         tables.write_part(path, pa.table({"cores": [cores], "pid": [os.getpid()]}))
-        return Painted(1)
+        return TaskStats(1)
 
     return work
 
@@ -284,7 +284,7 @@ def come_and_go(out: Path) -> None:
 def make_waiting(enough: Path):
     """Slow until there has been enough of it."""
 
-    def work(p: Part, path: Path) -> Painted:
+    def work(p: Part, path: Path) -> TaskStats:
         if not enough.exists():
             time.sleep(0.5)
         return write(p, path)

@@ -18,6 +18,7 @@ from adversa.engine.local import LocalEngine
 from adversa.engine.step import run_step
 from adversa.pipeline import loop
 from adversa.run import control, step_folder
+from adversa.run.control import NULL_HANDLE
 from adversa.storage import files
 from adversa.sweep import run as sweep_run
 from adversa.types import UserError
@@ -38,7 +39,7 @@ def work(out, seconds, engine, tell):
             "threads": engine.training_threads,
         }
 
-    run_step(out, step_folder.Recipe("test", 1, {}, {}), body)
+    run_step(out, step_folder.Recipe("test", 1, {}, {}), body, NULL_HANDLE)
 
 
 def trials(root, count, seconds, *needs):
@@ -125,21 +126,21 @@ def test_a_lane_whose_process_is_killed_does_its_trial_again(ray_engine, tmp_pat
 
 
 def test_a_pause_lets_what_is_in_flight_end(ray_engine, tmp_path, monkeypatch):
-    wished = []
+    paused = []
 
-    class Reins(control.Free):
-        def look(self, force=False):
+    class Paused(control.NullHandle):
+        def poll(self, force=False):
             if any(step_folder.is_finished(t.out) for t in asked):
-                wished.append(1)
+                paused.append(1)
                 raise control.Pause
 
     asked = trials(tmp_path / "a", 6, 2.0)
-    monkeypatch.setattr(control, "reins", Reins)
+    monkeypatch.setattr(ray_engine, "handle", Paused())
     with pytest.raises(control.Pause):
         ray_engine.search(asked, lambda _: None)
     done = [t for t in asked if step_folder.is_finished(t.out)]
     assert (
-        wished
+        paused
         and 1 <= len(done) < 6
         and all(step_folder.is_finished(t.out) or not t.out.exists() for t in asked)
     )

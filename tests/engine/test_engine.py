@@ -14,6 +14,7 @@ from adversa.engine.fit import Waited, do_job, unfinished
 from adversa.engine.interface import FitJob
 from adversa.engine.local import LocalEngine
 from adversa.run import environment, step_folder
+from adversa.run.control import NULL_HANDLE
 from adversa.storage import files
 from adversa.storage.weights import CHECKPOINT, load_checkpoint, save_checkpoint, save_model
 
@@ -59,14 +60,14 @@ def test_a_training_takes_the_cpus_that_it_may_use(tmp_path, monkeypatch):
     """Two spinning threads on one core are many times slower than one."""
     monkeypatch.setattr(environment, "cpus", lambda: 3)
     job = job_of(tmp_path)
-    unfinished([job])
+    unfinished([job], NULL_HANDLE)
     do_job(job, job.feed.batches(), None, None)
     assert step_folder.manifest(tmp_path)["threads"] == 3
 
 
 def test_a_training_that_saw_all_its_images_is_marked_with_what_it_cost(tmp_path):
     job = job_of(tmp_path)
-    assert unfinished([job]) == [job]
+    assert unfinished([job], NULL_HANDLE) == [job]
     do_job(job, job.feed.batches(), None, 3)
     found = step_folder.manifest(tmp_path)
     assert (found["rows"], found["threads"], found["workers"], found["metrics"]) == (
@@ -88,14 +89,14 @@ def test_how_many_workers_a_training_has_is_seen_while_it_goes_on(tmp_path):
         return plain.fit(batches, report=report, **given)
 
     plain = job_of(tmp_path)
-    unfinished([plain])
+    unfinished([plain], NULL_HANDLE)
     do_job(dataclasses.replace(plain, fit=fit), plain.feed.batches(), None, 1)
     assert step_folder.is_finished(tmp_path)
 
 
 def test_one_that_ends_early_says_so(tmp_path):
     job = job_of(tmp_path, takes=4)
-    unfinished([job])
+    unfinished([job], NULL_HANDLE)
     told = []
     do_job(job, job.feed.batches(), None, 1, told.append)
     assert step_folder.manifest(tmp_path)["rows"] == 16 and told == [3]
@@ -103,7 +104,7 @@ def test_one_that_ends_early_says_so(tmp_path):
 
 def test_one_that_saw_other_images_than_its_steps_hold_is_refused(tmp_path):
     job = job_of(tmp_path)
-    unfinished([job])
+    unfinished([job], NULL_HANDLE)
     with pytest.raises(AssertionError, match="saw 5 images in 5 steps"):
         do_job(job, [{"id": ["a"]}] * 5, None, 1)
     assert not step_folder.is_finished(tmp_path)
@@ -111,14 +112,14 @@ def test_one_that_saw_other_images_than_its_steps_hold_is_refused(tmp_path):
 
 def test_rows_are_those_of_all_workers(tmp_path):
     job = job_of(tmp_path)
-    unfinished([job])
+    unfinished([job], NULL_HANDLE)
     do_job(job, [{"id": ["a", "b"], "size": 4}] * 5, None, 1)
     assert step_folder.manifest(tmp_path)["rows"] == 20
 
 
 def test_images_of_an_attempt_that_was_cut_off_count(tmp_path):
     job = job_of(tmp_path)
-    unfinished([job])
+    unfinished([job], NULL_HANDLE)
     save_checkpoint(tmp_path, {"step": 3})
     do_job(job, job.feed.batches(3), None, 1)
     assert step_folder.manifest(tmp_path)["rows"] == 20
@@ -126,7 +127,7 @@ def test_images_of_an_attempt_that_was_cut_off_count(tmp_path):
 
 def test_the_checkpoint_stays_until_the_manifest_is_there(tmp_path, monkeypatch):
     job = job_of(tmp_path)
-    unfinished([job])
+    unfinished([job], NULL_HANDLE)
     finish, seen = step_folder.finish, []
 
     def cut_after(*a, **k):
@@ -140,14 +141,18 @@ def test_the_checkpoint_stays_until_the_manifest_is_there(tmp_path, monkeypatch)
     monkeypatch.setattr(step_folder, "finish", cut_before)
     with pytest.raises(Cut):
         do_job(job, job.feed.batches(), None, 1)
-    assert seen == [True] and (tmp_path / CHECKPOINT).exists() and unfinished([job]) == [job]
+    assert (
+        seen == [True]
+        and (tmp_path / CHECKPOINT).exists()
+        and unfinished([job], NULL_HANDLE) == [job]
+    )
     assert job.resume(job.out) == 3  # two steps are done again, not five
 
     monkeypatch.setattr(step_folder, "finish", cut_after)
     with pytest.raises(Cut):
         do_job(job, job.feed.batches(3), None, 1)
     assert step_folder.is_finished(tmp_path) and (tmp_path / CHECKPOINT).exists()
-    assert unfinished([job]) == []  # and takes what was left over
+    assert unfinished([job], NULL_HANDLE) == []  # and takes what was left over
     assert not (tmp_path / CHECKPOINT).exists()
 
 

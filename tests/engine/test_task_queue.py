@@ -8,30 +8,30 @@ import dataclasses
 
 import pytest
 
-from adversa.engine.task_queue import Case, Leases, Order
+from adversa.engine.task_queue import FailedTask, Task, TaskQueue
 from adversa.engine.tasks import Failed, Part, row_name
 
 
 def leases_of(rows, attempts=3, total=None):
     parts = [Part(i, n) for i, n in enumerate(rows)]
-    return Leases(parts, total if total is not None else sum(rows), attempts, row_name)
+    return TaskQueue(parts, total if total is not None else sum(rows), attempts, row_name)
 
 
 def work(leases, fails, worker=0, alone=True):
     """Do everything with one worker; fails: (part, rows that are tried) -> reason or None. The
-    orders, in turn.
+    tasks, in turn.
     """
-    orders = []
+    tasks = []
     while leases.left:
-        for order in leases.take(worker, 1, alone):
-            orders.append(order)
-            rows = [r for r in range(order.part.rows) if r not in order.part.skip]
-            reason = fails(order.part.index, rows)
+        for task in leases.take(worker, 1, alone):
+            tasks.append(task)
+            rows = [r for r in range(task.part.rows) if r not in task.part.skip]
+            reason = fails(task.part.index, rows)
             if reason is None:
-                leases.succeeded(order)
+                leases.succeeded(task)
             else:
-                leases.failed(order, worker, reason)
-    return orders
+                leases.failed(task, worker, reason)
+    return tasks
 
 
 def poison(*bad):
@@ -39,8 +39,8 @@ def poison(*bad):
 
 
 def test_parts_that_do_not_fail_are_handed_out_once_in_order():
-    orders = work(leases_of([2, 2, 2]), poison())
-    assert orders == [Order(Part(i, 2)) for i in range(3)]
+    tasks = work(leases_of([2, 2, 2]), poison())
+    assert tasks == [Task(Part(i, 2)) for i in range(3)]
 
 
 def test_several_parts_are_handed_out_together():
@@ -50,9 +50,9 @@ def test_several_parts_are_handed_out_together():
 
 def test_the_row_to_blame_is_found_and_the_part_is_committed_without_it():
     leases = leases_of([16] * 20)
-    orders = work(leases, poison((7, 5)))
+    tasks = work(leases, poison((7, 5)))
     assert leases.given_up == [Failed("row 5 of part 7", "ValueError: 5")]
-    of_part = [o for o in orders if o.part.index == 7]
+    of_part = [o for o in tasks if o.part.index == 7]
     assert [o.trial for o in of_part[:3]] == [False] * 3 and not of_part[-1].trial
     assert of_part[-1].part.skip == {5: "ValueError: 5"} and sum(not o.trial for o in of_part) == 4
     tried = [[r for r in range(16) if r not in o.part.skip] for o in of_part if o.trial]
@@ -67,7 +67,7 @@ def test_the_row_to_blame_is_found_and_the_part_is_committed_without_it():
         [6, 7],
         [*range(8, 16)],
     ]
-    assert sorted(o.part.index for o in orders if not o.trial and o.part.index != 7) == [
+    assert sorted(o.part.index for o in tasks if not o.trial and o.part.index != 7) == [
         i for i in range(20) if i != 7
     ]
 
@@ -85,8 +85,8 @@ def test_several_rows_of_several_parts_are_found():
 
 def test_a_part_of_one_row_is_not_searched():
     leases = leases_of([1] * 10)
-    orders = [o for o in work(leases, poison((4, 0))) if o.part.index == 4]
-    assert [(o.trial, o.part.skip) for o in orders] == [(False, {})] * 3 + [
+    tasks = [o for o in work(leases, poison((4, 0))) if o.part.index == 4]
+    assert [(o.trial, o.part.skip) for o in tasks] == [(False, {})] * 3 + [
         (False, {0: "ValueError: 0"})
     ]
 
@@ -109,17 +109,17 @@ def test_one_coincidence_in_the_search_blames_nobody():
 
 def test_what_fails_with_one_worker_goes_to_another():
     leases = leases_of([4, 4])
-    (order,) = leases.take(0, 1, False)
-    leases.failed(order, 0, "broken GPU")
-    assert leases.take(0, 1, False) == (Order(Part(1, 4)),)
+    (task,) = leases.take(0, 1, False)
+    leases.failed(task, 0, "broken GPU")
+    assert leases.take(0, 1, False) == (Task(Part(1, 4)),)
     assert leases.take(0, 1, False) == ()
-    assert leases.take(1, 1, False) == (Order(Part(0, 4)),)
+    assert leases.take(1, 1, False) == (Task(Part(0, 4)),)
 
 
 def test_and_to_the_same_where_there_is_no_other():
     leases = leases_of([4])
     leases.failed(leases.take(0, 1, True)[0], 0, "x")
-    assert leases.take(0, 1, False) == () and leases.take(0, 1, True) == (Order(Part(0, 4)),)
+    assert leases.take(0, 1, False) == () and leases.take(0, 1, True) == (Task(Part(0, 4)),)
 
 
 def test_orders_given_back_come_first_and_count_no_try():
@@ -127,7 +127,7 @@ def test_orders_given_back_come_first_and_count_no_try():
     taken = leases.take(0, 3, False)
     leases.give_back(taken[1:])
     assert (
-        leases.take(0, 9, False) == tuple(Order(Part(i, 4)) for i in (1, 2, 3)) and not leases.cases
+        leases.take(0, 9, False) == tuple(Task(Part(i, 4)) for i in (1, 2, 3)) and not leases.cases
     )
 
 
@@ -138,8 +138,8 @@ def test_where_nothing_succeeds_the_third_part_out_of_tries_ends_the_step():
         "no CUDA$",
     ):
         leases = leases_of([64] * 1000, attempts=2)
-        orders = work(leases, lambda part, rows: "no CUDA")
-    assert leases.left == 1000 and "orders" not in locals()
+        tasks = work(leases, lambda part, rows: "no CUDA")
+    assert leases.left == 1000 and "tasks" not in locals()
 
 
 def test_a_part_out_of_tries_waits_for_the_first_success():
@@ -148,8 +148,8 @@ def test_a_part_out_of_tries_waits_for_the_first_success():
     (other,) = leases.take(0, 1, True)
     assert other.part.index == 1
     leases.succeeded(other)
-    (order,) = leases.take(0, 1, True)
-    assert order.trial and order.part.index == 0
+    (task,) = leases.take(0, 1, True)
+    assert task.trial and task.part.index == 0
 
 
 def test_the_only_part_left_is_searched_though_nothing_has_succeeded():
@@ -214,6 +214,6 @@ def test_the_trace_of_the_worker_is_a_note_of_the_error():
 
 
 def test_a_trial_names_the_rows_it_leaves_out():
-    case = Case(Part(3, 4, {"path": "x"}))
+    case = FailedTask(Part(3, 4, {"path": "x"}))
     case.search()
-    assert case.order == Order(dataclasses.replace(case.part, skip={2: "", 3: ""}), trial=True)
+    assert case.task == Task(dataclasses.replace(case.part, skip={2: "", 3: ""}), trial=True)

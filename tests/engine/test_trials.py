@@ -11,6 +11,7 @@ from adversa.engine.local import LocalEngine
 from adversa.engine.step import run_step
 from adversa.engine.trials import Board
 from adversa.run import step_folder
+from adversa.run.control import NULL_HANDLE
 from adversa.types import UserError
 
 
@@ -18,7 +19,7 @@ def fill(out, order, fails, engine, tell):
     order.append(out.name)
     if fails:
         raise UserError(f"{out.name} cannot be")
-    run_step(out, step_folder.Recipe("test", 1, {}, {}), lambda progress: {"rows": 1})
+    run_step(out, step_folder.Recipe("test", 1, {}, {}), lambda progress: {"rows": 1}, NULL_HANDLE)
 
 
 def trial(root, order, name, *needs, fails=False):

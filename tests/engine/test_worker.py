@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from adversa.engine.local import LocalEngine
-from adversa.engine.task_queue import Order
-from adversa.engine.tasks import Failed, Painted, Part, Share, do_part, missing
+from adversa.engine.task_queue import Task
+from adversa.engine.tasks import Failed, Part, Share, TaskStats, do_part, missing
 from adversa.engine.worker import Sampler, cores, pin
 from adversa.storage import tables
 from adversa.types import UserError
@@ -31,7 +31,7 @@ def make_work(poison=(), fault=ValueError):
             path,
             pa.table({"part": [part.index] * part.rows, "fault": pa.array(faults, pa.string())}),
         )
-        return Painted(part.rows, 10 * len(rows))
+        return TaskStats(part.rows, 10 * len(rows))
 
     return work
 
@@ -44,13 +44,13 @@ def loaded(out, **kinds):
 
 
 def test_a_lease_comes_back_as_a_sum(tmp_path):
-    found = loaded(tmp_path).do([Order(p) for p in PARTS])
+    found = loaded(tmp_path).do([Task(p) for p in PARTS])
     assert found.evaluations == 200 and found.failures == () and 0 < found.seconds < 10
     assert missing(PARTS, tmp_path) == [] and len(tables.parts(tmp_path)) == 5
 
 
 def test_a_part_that_fails_does_not_keep_the_others_from_being_done(tmp_path):
-    found = loaded(tmp_path, poison=[(1, 2)]).do([Order(p) for p in PARTS])
+    found = loaded(tmp_path, poison=[(1, 2)]).do([Task(p) for p in PARTS])
     (failure,) = found.failures
     assert (failure.position, failure.reason) == (1, "ValueError: cannot paint row 2")
     assert (
@@ -62,13 +62,13 @@ def test_a_part_that_fails_does_not_keep_the_others_from_being_done(tmp_path):
 
 def test_a_trial_leaves_nothing_behind(tmp_path):
     out = tmp_path / "out"
-    found = loaded(out).do([Order(PARTS[0], trial=True)])
+    found = loaded(out).do([Task(PARTS[0], trial=True)])
     assert found.failures == () and found.evaluations == 40 and not out.exists()
 
 
 def test_what_the_user_can_mend_ends_the_lease(tmp_path):
     with pytest.raises(UserError, match="cannot paint row 2"):
-        loaded(tmp_path, poison=[(1, 2)], fault=UserError).do([Order(p) for p in PARTS])
+        loaded(tmp_path, poison=[(1, 2)], fault=UserError).do([Task(p) for p in PARTS])
     assert missing(PARTS, tmp_path) == PARTS[1:]
 
 
@@ -79,9 +79,9 @@ def test_a_worker_whose_device_is_broken_is_of_no_use_any_more(tmp_path, monkeyp
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(ValueError, match="cannot paint row 2"):
-        loaded(tmp_path, poison=[(1, 2)]).do([Order(p) for p in PARTS])
+        loaded(tmp_path, poison=[(1, 2)]).do([Task(p) for p in PARTS])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert len(loaded(tmp_path, poison=[(1, 2)]).do([Order(p) for p in PARTS]).failures) == 1
+    assert len(loaded(tmp_path, poison=[(1, 2)]).do([Task(p) for p in PARTS]).failures) == 1
 
 
 def test_work_may_return_rows_alone(tmp_path):

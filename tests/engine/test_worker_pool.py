@@ -10,10 +10,10 @@ from collections import Counter
 import pytest
 
 from adversa.engine import worker_pool
-from adversa.engine.task_queue import Leases
+from adversa.engine.task_queue import TaskQueue
 from adversa.engine.tasks import Failed, Part, row_name
 from adversa.engine.worker import Failure, Returned
-from adversa.engine.worker_pool import Crew, Lost
+from adversa.engine.worker_pool import Lost, WorkerPool
 from adversa.run import control
 from adversa.types import UserError
 
@@ -74,15 +74,15 @@ class World:
     def load(self, worker, place):
         return self._busy(worker, self.load_seconds, None)
 
-    def do(self, worker, orders):
-        self.leases.append((worker, len(orders)))
+    def do(self, worker, tasks):
+        self.leases.append((worker, len(tasks)))
         begin, spent, failures = max(self.now, self.free[worker]), 0.0, []
-        for i, order in enumerate(orders):
-            spent += self.seconds(worker, order.part)
+        for i, task in enumerate(tasks):
+            spent += self.seconds(worker, task.part)
             try:
                 if begin + spent > self.dies.get(worker, 1e9):
                     raise Lost(f"worker {worker} died")
-                self.work(worker, order.part)
+                self.work(worker, task.part)
             except Lost as e:
                 self.dies[worker] = min(self.dies.get(worker, 1e9), begin + spent)
                 return self._busy(worker, spent, e)
@@ -91,9 +91,9 @@ class World:
             except Exception as e:
                 failures.append(Failure(i, str(e), ""))
                 continue
-            if not order.trial:
-                self.log.append((worker, order.part.index, begin + spent))
-        return self._busy(worker, spent, Returned(spent, 10 * len(orders), tuple(failures)))
+            if not task.trial:
+                self.log.append((worker, task.part.index, begin + spent))
+        return self._busy(worker, spent, Returned(spent, 10 * len(tasks), tuple(failures)))
 
     def _busy(self, worker, seconds, answer):
         call = next(self.calls)
@@ -130,9 +130,9 @@ def parts_of(n, rows=4):
 
 
 def go(world, parts, size=lambda: 4, attempts=3, tell=lambda state: None):
-    c = Crew(
+    c = WorkerPool(
         world,
-        Leases(parts, sum(p.rows for p in parts), attempts, row_name),
+        TaskQueue(parts, sum(p.rows for p in parts), attempts, row_name),
         size,
         world.committed,
         lambda: world.now,
@@ -218,17 +218,17 @@ def test_at_most_two_calls_are_open_with_a_worker():
     world, open_calls = World(seconds=lambda number, part: 0.05), []
     do = world.do
 
-    def counting(worker, orders):
-        call = do(worker, orders)
+    def counting(worker, tasks):
+        call = do(worker, tasks)
         open_calls.append(
             sum(m.worker == worker for m, lease in running.calls.values() if lease) + 1
         )
         return call
 
     world.do = counting
-    running = Crew(
+    running = WorkerPool(
         world,
-        Leases(parts_of(500), 2000, 3, row_name),
+        TaskQueue(parts_of(500), 2000, 3, row_name),
         lambda: 3,
         world.committed,
         lambda: world.now,
@@ -256,17 +256,17 @@ def test_a_dead_worker_is_replaced_and_loses_only_what_it_had_not_committed():
 def test_the_part_a_worker_was_at_is_charged_and_no_other():
     charged = []
 
-    class Noting(Leases):
-        def failed(self, order, worker, reason, trace=""):
-            charged.append(order.part.index)
-            super().failed(order, worker, reason, trace)
+    class Noting(TaskQueue):
+        def failed(self, task, worker, reason, trace=""):
+            charged.append(task.part.index)
+            super().failed(task, worker, reason, trace)
 
     def work(number, part):
         if part.index == 333 and not charged:
             raise Lost("worker died")
 
     world = World(seconds=lambda number, part: 0.01, work=work)
-    Crew(
+    WorkerPool(
         world,
         Noting(parts_of(1000), 4000, 3, row_name),
         lambda: 2,
@@ -470,9 +470,9 @@ def test_a_cut_stops_every_worker():
 
 def test_what_the_driver_keeps_does_not_grow_with_the_parts_done():
     world = World(seconds=lambda number, part: 0.01)
-    c = Crew(
+    c = WorkerPool(
         world,
-        Leases(parts_of(20_000), 80_000, 3, row_name),
+        TaskQueue(parts_of(20_000), 80_000, 3, row_name),
         lambda: 8,
         lambda part: False,
         lambda: world.now,
@@ -483,9 +483,9 @@ def test_what_the_driver_keeps_does_not_grow_with_the_parts_done():
         kept.append(
             (
                 len(c.calls),
-                sum(len(m.leases) for m in c.members.values()),
+                sum(len(m.leases) for m in c.handles.values()),
                 len(c.samples),
-                len(c.leases.cases),
+                len(c.queue.cases),
             )
         )
 

@@ -16,7 +16,8 @@ from adversa.engine import resources
 from adversa.engine.resources import Node
 from adversa.estimate import measure, memory, plan
 from adversa.estimate.measure import STEPS, Measured, Range, Steps
-from adversa.pipeline.stages import judges, stages, trained
+from adversa.pipeline.folders import judges, trained
+from adversa.pipeline.stages import stages
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
@@ -32,7 +33,7 @@ def manifest(folder):
 
 def works(config, run):
     role = plan.roles(config, run)
-    return {(s.command, s.round): plan.work_of(s, config, run, role) for s in stages(config, run)}
+    return {(s.name, s.round): plan.work_of(s, config, run, role) for s in stages(config, run)}
 
 
 def amounts(config, run, command, number=0):

@@ -236,13 +236,14 @@ def test_hostile_names_are_text_in_the_card(finished):
     assert f"CLASSES = {[hostile, 'b', 'c']!r}\n" in body and len(blocks(text)) == 2
 
 
-def test_no_place_of_this_machine_is_handed_on(finished, tmp_path, tiny):
+def test_no_place_of_this_machine_is_handed_on(finished, tmp_path, tiny, relist):
     config, run = finished
     moved = run_folder.RunDir(shutil.copytree(run.root, tmp_path / "my run"))
     for folder in moved.root.glob("round-*/*/seed-*/classifier"):
         meta = files.read_json(folder / "config.json")
         meta["config"]["weights"] = "/secret/place/imagenet.safetensors"
         files.write_json(folder / "config.json", meta)
+        relist(folder)
     elsewhere = tiny(
         data={"source": "folder", "path": "/secret/place/moles"},
         denoiser={"weights": "/secret/place/den"},

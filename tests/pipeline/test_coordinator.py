@@ -1,4 +1,4 @@
-"""The coordinator without Ray: its outcome is in the run folder, and what is wished of it there is
+"""The coordinator without Ray: its outcome is in the run folder, and what is asked of it there is
 heard. One tiny run for all.
 """
 
@@ -14,7 +14,7 @@ import pytest
 from adversa.config import dump
 from adversa.engine.local import LocalEngine
 from adversa.pipeline import generate, loop
-from adversa.pipeline.coordinator import Coordinator, Task, follow
+from adversa.pipeline.coordinator import Coordinator, CoordinatorTask, follow
 from adversa.run import control, file_lock, status, step_folder
 from adversa.run.run_lock import Timing
 from adversa.storage import files, tables
@@ -35,7 +35,7 @@ class Idle:
 
 
 def coordinate(config, run, engine=LocalEngine, end=never, command="loop", **more):
-    task = Task("me", dump(config), str(run.root), command, str(run.root))
+    task = CoordinatorTask("me", dump(config), str(run.root), command, str(run.root))
     made = Coordinator(
         task,
         lambda config, run: engine(),
@@ -62,7 +62,7 @@ def run(tiny, tmp_path):
 
 @pytest.fixture
 def work(monkeypatch):
-    """Puts a function of (config, run) in the place of the whole cycle."""
+    """Puts a function of (config, run) in the place of the whole loop."""
 
     def put(act):
         monkeypatch.setattr(loop, "run", lambda config, run, *args, **more: act(config, run))
@@ -132,19 +132,19 @@ def test_a_run_of_somebody_else_is_refused_and_left_alone(run):
         assert folder.status.read_bytes() == before
 
 
-def test_one_that_loses_the_run_writes_nothing_more(run, work, monkeypatch):
-    monkeypatch.setattr(control, "LOOK_SECONDS", 0.0)
+def test_one_that_loses_the_run_writes_nothing_more(run, monkeypatch):
+    monkeypatch.setattr(control, "POLL_SECONDS", 0.0)
     go_on = threading.Event()
 
-    def lose(config, run):
-        mine = control.reins().lock
+    def lose(*args, handle, **more):
+        mine = handle.lock
         with mine.writing:  # or the thread's next heartbeat may come on top
             far = {"owner": "elsewhere", "machine": "far"}
             files.write_json(mine.path, asdict(mine.record) | far)
         go_on.wait(10)
-        control.reins().check()
+        handle.check()
 
-    work(lose)
+    monkeypatch.setattr(loop, "run", lose)
     found = coordinate(*run, Idle)
     time.sleep(0.5)
     before = run[1].status.read_bytes()
@@ -171,7 +171,7 @@ def test_work_that_does_not_look_ends_with_its_process_and_is_stopped(run, work,
 
 def test_a_stop_outlives_the_coordinator_that_did_not_hear_it(run, work):
     work(lambda config, run: pytest.fail("it was to stop"))
-    control.wish(run[1], control.STOP)
+    control.request(run[1], control.STOP)
     assert ended(coordinate(*run, Idle, back=True))["state"] == "stopped"
 
 
@@ -180,7 +180,7 @@ def test_pauses_in_the_middle_and_settings_leave_a_run_as_it_would_be(
     finished, tiny, tmp_path, monkeypatch
 ):
     """Paused after the first painted part; then a second round with another budget."""
-    monkeypatch.setattr(control, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(control, "POLL_SECONDS", 0.0)
     config = tiny(rounds=2)
     run = loop.open_run(config, tmp_path / "run")
     name = loop.recipe_of(config)
@@ -189,7 +189,7 @@ def test_pauses_in_the_middle_and_settings_leave_a_run_as_it_would_be(
     def pausing(*args):
         if not (run.root / "paused").exists():
             (run.root / "paused").touch()
-            control.wish(run, control.PAUSE, {"mine.budget": 6})
+            control.request(run, control.PAUSE, {"mine.budget": 6})
         return made(*args)
 
     monkeypatch.setattr(generate, "_row", pausing)
@@ -206,7 +206,7 @@ def test_pauses_in_the_middle_and_settings_leave_a_run_as_it_would_be(
         and not step_folder.is_finished(run.round(1, "synthetic"))
     )
     written = {p: p.stat().st_mtime_ns for p in parts}
-    control.wish(run, control.GO)
+    control.request(run, control.GO)
     assert ended(found, 600)["state"] == "finished", files.read_json(run.status)
     assert all(p.stat().st_mtime_ns == t for p, t in written.items())
     assert control.recorded(run) == {2: {"mine.budget": 6}}
@@ -235,13 +235,13 @@ def test_following_ends_with_the_run_or_with_our_patience(run):
 def test_one_that_comes_back_to_a_paused_run_rests_until_it_is_resumed(run, work):
     config, folder = run
     work(lambda config, run: None)
-    control.wish(folder, control.PAUSE)
+    control.request(folder, control.PAUSE)
     found = coordinate(*run, Idle, back=True)
     until = time.monotonic() + 20
     while (files.read_json(folder.status) or {}).get("state") != "paused":
         assert time.monotonic() < until and not found.over.is_set()
         time.sleep(0.05)
-    control.wish(folder, control.GO)
+    control.request(folder, control.GO)
     assert ended(found)["state"] == "stopped"  # no report yet
 
 

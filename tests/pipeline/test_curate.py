@@ -17,7 +17,7 @@ from adversa.storage import files, tables
 from adversa.types import ROLES, UserError
 
 
-def test_limits_are_those_of_the_roles_that_may_choose(finished, tmp_path):
+def test_limits_are_those_of_the_roles_that_may_choose(finished, tmp_path, relist):
     """`test` may be thrown away, or be full of twins: no limit moves."""
     config, run = finished
     data, features = tmp_path / "data", tmp_path / "features"
@@ -25,6 +25,7 @@ def test_limits_are_those_of_the_roles_that_may_choose(finished, tmp_path):
     shutil.copytree(run.features, features)
     shutil.rmtree(data / "test")
     shutil.rmtree(features / "test")
+    relist(data)
     curate.limits(data, features, config.curate, tmp_path / "limits")
     without, as_it_is = (
         files.read_json(d / curate.LIMITS) for d in (tmp_path / "limits", run.limits)
@@ -317,13 +318,14 @@ def test_twins_and_quotas_decide_what_is_kept(finished, paired, changes, reasons
     assert {arm: m["synthetic"] for arm, m in told.items()} == {"guided": 3, "unguided": 1}
 
 
-def test_a_picture_whose_twins_were_not_looked_for_does_not_enter(finished, paired):
+def test_a_picture_whose_twins_were_not_looked_for_does_not_enter(finished, paired, relist):
     run, root = paired
     curate.twins(
         LocalEngine(1, 1), root / "synthetic", root / "inspected", run.limits, root / "twins"
     )
     for part in tables.parts(root / "twins")[1:]:
         part.unlink()
+    relist(root / "twins")
     curate.settle(
         root / "inspected", root / "twins", run.limits, finished[0].curate, root / "verdicts"
     )

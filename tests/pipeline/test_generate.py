@@ -14,8 +14,8 @@ from adversa import config as cfg
 from adversa.engine.local import LocalEngine
 from adversa.engine.tasks import Part
 from adversa.generation import regenerate
+from adversa.pipeline import folders as pipeline_folders
 from adversa.pipeline import generate as pipeline_generate
-from adversa.pipeline import stages
 from adversa.pipeline.verifier import folders
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
@@ -60,8 +60,8 @@ def test_each_request_says_which_classifier_asked_for_it(hard):
         cfg.check({"mix": {"fold_mined": f, "arms": ["real", "unguided"]}}, "")
         for f in ("all", "none")
     )
-    assert [stages.trained_in(folded, n) for n in (1, 2, 3)] == [0, 1, 2]
-    assert [stages.trained_in(kept, n) for n in (1, 2, 3)] == [0, 0, 0]
+    assert [pipeline_folders.trained_in(folded, n) for n in (1, 2, 3)] == [0, 1, 2]
+    assert [pipeline_folders.trained_in(kept, n) for n in (1, 2, 3)] == [0, 0, 0]
 
 
 def test_parts_have_their_size_and_arms_their_matched_labels(hard):
@@ -222,7 +222,9 @@ def test_a_poisonous_request_is_found_and_left_out_by_the_real_work(finished, tm
     ) == 199
 
 
-def test_a_mask_that_cannot_be_used_is_refused_before_anything_is_painted(finished, tmp_path):
+def test_a_mask_that_cannot_be_used_is_refused_before_anything_is_painted(
+    finished, tmp_path, relist
+):
     config, run = finished
     data = shutil.copytree(run.data, tmp_path / "data")
     case = (
@@ -238,6 +240,7 @@ def test_a_mask_that_cannot_be_used_is_refused_before_anything_is_painted(finish
         tables.write_part(
             path, tables.pa.Table.from_pylist(rows, schema=tables.pq.read_schema(path))
         )
+    relist(data)
     generate = config.generate.model_copy(update={"strategy": "inpaint", "part_size": 4})
     pipeline_generate.plan(
         run.round(1, "hard"),
@@ -262,13 +265,14 @@ def test_a_mask_that_cannot_be_used_is_refused_before_anything_is_painted(finish
     assert not tables.parts(tmp_path / "out")
 
 
-def test_a_denoiser_that_is_not_finite_ends_the_step_at_its_first_part(finished, tmp_path):
+def test_a_denoiser_that_is_not_finite_ends_the_step_at_its_first_part(finished, tmp_path, relist):
     from safetensors.torch import load_file, save_file
 
     config, run = finished
     broken = shutil.copytree(run.denoiser, tmp_path / "denoiser")
     state = load_file(broken / "model.safetensors")
     save_file({k: v * float("nan") for k, v in state.items()}, broken / "model.safetensors")
+    relist(broken)
     generate, asked = config.generate.model_copy(update={"part_size": 4}), tmp_path / "requests"
     pipeline_generate.plan(
         run.round(1, "hard"), None, "run", 1, ["real", "unguided"], generate, asked, _by(run)
@@ -356,7 +360,7 @@ def test_each_setting_paints_and_changes_the_picture(finished, tmp_path, changes
         path = tmp_path / f"requests-{len(found)}.parquet"
         tables.write_part(path, tables.to_table(asked, tables.REQUESTS))
         attacked = (
-            stages.attacked_in(config, run, 1)
+            pipeline_folders.attacked_in(config, run, 1)
             if pipeline_generate.steering_needs_classifier(settings)
             else None
         )

@@ -13,7 +13,7 @@ import pytest
 
 from adversa.engine.local import LocalEngine
 from adversa.pipeline import loop, parity_check
-from adversa.pipeline.stages import models_of
+from adversa.pipeline.folders import models_of
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
 from adversa.storage import tables
@@ -163,21 +163,24 @@ def heavier(rows, kind, by):
     return rows.set_column(rows.schema.get_field_index("weight"), "weight", pa.array(weights))
 
 
-def test_what_is_added_is_counted_in_the_training_set_itself(copy):
+def test_what_is_added_is_counted_in_the_training_set_itself(copy, relist):
     part = tables.parts(copy.run.arm(1, "resample") / "mix")[0]
     rows = tables.read(part.parent)
     tables.write_part(part, heavier(rows, "mined", 1.0))
+    relist(part.parent)
     with pytest.raises(UserError, match="added weight of .* replay .*, but resample") as e:
         parity_check.check(copy.config, copy.run, 1)
     assert "not matched" in str(e.value)
     tables.write_part(part, rows.slice(1))
+    relist(part.parent)
     with pytest.raises(UserError, match="real and mined images of"):
         parity_check.check(copy.config, copy.run, 1)
 
 
-def test_an_arm_real_with_more_than_its_images_is_found(copy):
+def test_an_arm_real_with_more_than_its_images_is_found(copy, relist):
     part = tables.parts(copy.run.arm(1, "real") / "mix")[0]
     tables.write_part(part, heavier(tables.read(part.parent), "real", 2.0))
+    relist(part.parent)
     with pytest.raises(UserError, match="says that .* were added, but holds .*2.0"):
         parity_check.check(copy.config, copy.run, 1)
 

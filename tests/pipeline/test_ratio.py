@@ -19,8 +19,9 @@ from adversa.estimate import plan
 from adversa.evaluate import choosing
 from adversa.evaluate.choosing import HELPED, NOT_HELPED, UNKNOWN
 from adversa.pipeline import arms, evaluate, generate, loop, parity_check, ratio, train
-from adversa.pipeline import stages as pipeline_stages
-from adversa.pipeline.stages import ratio_folders, retrained, stages, swept
+from adversa.pipeline import folders as pipeline_folders
+from adversa.pipeline.folders import ratio_folders, retrained, swept
+from adversa.pipeline.stages import stages
 from adversa.run import control, step_folder
 from adversa.run import folder as run_folder
 from adversa.run.folder import RunDir
@@ -155,7 +156,7 @@ def test_what_is_tried_is_sorted_and_yaml_reads_it_back(tmp_path):
 def recipes(monkeypatch, tmp_path, module, call):
     """The recipe of the step that is called; inputs are folders of these names."""
     found = []
-    monkeypatch.setattr(module, "run_step", lambda out, recipe, body: found.append(recipe))
+    monkeypatch.setattr(module, "run_step", lambda out, recipe, body, handle: found.append(recipe))
     for name in ("data", "hard", "verdicts"):
         (tmp_path / name).mkdir(exist_ok=True)
         files.write_json(tmp_path / name / step_folder.MANIFEST, {"fingerprint": name})
@@ -324,7 +325,7 @@ def test_a_choice_that_is_not_finished_is_none(tmp_path):
 # ---- set by hand ---------------------------------------------------------------------------------
 
 
-def test_a_wish_holds_for_rounds_that_have_not_begun(tmp_path):
+def test_a_request_holds_for_rounds_that_have_not_begun(tmp_path):
     run, auto, number = (
         RunDir(tmp_path),
         check({"rounds": 3, "mix": {"synthetic_ratio": "auto"}}, "x"),
@@ -332,13 +333,13 @@ def test_a_wish_holds_for_rounds_that_have_not_begun(tmp_path):
     )
     assert swept(auto, run) == [1, 2, 3] and swept(number, run) == []
     run.round(1).mkdir(parents=True)
-    control.wish(run, None, {"mix.synthetic_ratio": 0.25})
+    control.request(run, None, {"mix.synthetic_ratio": 0.25})
     assert swept(auto, run) == [1]
-    control.wish(run, None, {"mix.synthetic_ratio": "auto"})
+    control.request(run, None, {"mix.synthetic_ratio": "auto"})
     assert swept(auto, run) == [1, 2, 3] and swept(number, run) == [2, 3]
     control.enter_round(run, 2, {"mix.synthetic_ratio": 0.5, "mine.budget": 64})
     run.round(2).mkdir()
-    control.wish(run, None, {"mix.synthetic_ratio": 0.5})
+    control.request(run, None, {"mix.synthetic_ratio": 0.5})
     assert swept(number, run) == [2]
     assert {s.round for s in stages(number, run) if ratio_folders(run, 2)[1] in s.folders} == {2}
 
@@ -357,10 +358,10 @@ def test_zero_by_hand_is_refused_in_the_same_words(tmp_path):
 def test_by_hand_to_a_number_and_back_between_rounds(tiny, tmp_path):
     """Without painting: replay is swept."""
     config = short(tiny, rounds=3, mix={"arms": ["real", "replay"], "ratios": [0, 0.1, 5]})
-    root, wishes = tmp_path / "run", [None, 0.05, "auto"]
-    for value in wishes:
+    root, requests = tmp_path / "run", [None, 0.05, "auto"]
+    for value in requests:
         if value is not None:
-            control.wish(RunDir(root), None, {"mix.synthetic_ratio": value})
+            control.request(RunDir(root), None, {"mix.synthetic_ratio": value})
         go(config, root, until="evaluate")
     run = go(config, root)
     summary = json.loads(run.summary.read_text())
@@ -461,7 +462,7 @@ def test_a_sweep_that_was_cut_off_goes_on_and_chooses_the_same(copy, tmp_path, m
 
 def test_trials_travel_and_are_shown_while_they_run(copy):
     search = ratio_folders(copy.run, 1)[0]
-    stage = next(s for s in stages(copy.config, copy.run) if s.command == "evaluate")
+    stage = next(s for s in stages(copy.config, copy.run) if s.name == "evaluate")
     assert stage.folders[:2] == ratio_folders(copy.run, 1) and not stage.is_finished
     seen = []
 
@@ -489,7 +490,7 @@ def test_trials_travel_and_are_shown_while_they_run(copy):
 
 def test_a_plan_counts_the_trials(copy):
     role = plan.roles(copy.config, copy.run)
-    stage = next(s for s in stages(copy.config, copy.run) if s.command == "evaluate")
+    stage = next(s for s in stages(copy.config, copy.run) if s.name == "evaluate")
     works = [w for w in plan.work_of(stage, copy.config, copy.run, role) if w.by == "trials"]
     steps_, looks = (
         sum(w.amount for w in works if w.kind == kind) for kind in ("classifier", "score")
@@ -601,7 +602,7 @@ def test_a_stopped_class_gets_no_requests_and_no_more_images(whole, tmp_path):
     assert files.read_json(ratio.folder_of(run, 2, 5.0) / "mix" / step_folder.RECIPE)["config"][
         "most"
     ] == {str(whole.no): most}
-    by = pipeline_stages.attacked_in(config, run, 2), pipeline_stages.trained_in(config, 2)
+    by = pipeline_folders.attacked_in(config, run, 2), pipeline_folders.trained_in(config, 2)
     name = run_folder.run_id(loop.recipe_of(config))
     generate.plan(
         run.round(2, "hard"), None, name, 2, config.mix.arms, config.generate, tmp_path / "all", by

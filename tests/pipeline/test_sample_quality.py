@@ -15,7 +15,7 @@ from adversa.config import Config
 from adversa.engine.local import LocalEngine
 from adversa.evaluate.quality import kid, prdc, prdc_by_class
 from adversa.pipeline import loop, sample_quality
-from adversa.pipeline.stages import quality_folders
+from adversa.pipeline.folders import quality_folders
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
 from adversa.storage import predictions, tables
@@ -223,7 +223,7 @@ def test_the_classifiers_pretrained_weights_are_the_default_features(copied, tin
     import timm
     from safetensors.torch import save_file
 
-    from adversa.pipeline.stages import needs_classifier
+    from adversa.pipeline.folders import needs_classifier
 
     config, run = copied
     args = config.classifier.model_args
@@ -251,7 +251,7 @@ def test_the_classifiers_pretrained_weights_are_the_default_features(copied, tin
     )
 
 
-def test_samples_that_are_not_finite_count(copied):
+def test_samples_that_are_not_finite_count(copied, relist):
     config, run = copied
     at = quality_folders(config, run)
     path = tables.parts(at.samples)[0]
@@ -262,6 +262,7 @@ def test_samples_that_are_not_finite_count(copied):
             table.schema.get_field_index("finite"), "finite", [[False] * 3 + [True] * 5]
         ),
     )
+    relist(at.samples)
     shutil.rmtree(at.features)
     shutil.rmtree(at.result)
     judge(config, run.root)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ from adversa.config import dump, load
 from adversa.engine.local import LocalEngine
 from adversa.pipeline import loop, test_access
 from adversa.pipeline import summary as summaries
+from adversa.pipeline.stage import StageContext
+from adversa.pipeline.stages import named
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
 from adversa.storage import files, tables
@@ -153,9 +156,8 @@ def test_without_its_folder_test_is_not_opened_again(again):
         go(again.config, again.root)
     assert "\n" not in str(e.value) and not again.run.test.exists() and len(entries(again.run)) == 1
     with pytest.raises(UserError, match="--reopen-test"):
-        loop.Cycle(again.config, again.run, LocalEngine(1, 1)).test(
-            0
-        )  # not by the stage itself either
+        at = StageContext(again.config, again.run, LocalEngine(1, 1), 0, "", Path)
+        named("test").run(at)  # not by the stage itself either
 
 
 def test_with_leave_it_is_opened_again_and_the_run_says_so(again):
@@ -194,7 +196,7 @@ def test_other_classifiers_do_not_read_it_again(again):
     with pytest.raises(
         UserError, match="--reopen-test"
     ):  # nor is a report written of figures that are another classifier's
-        summaries.write(again.config, again.run)
+        summaries.write(again.config, again.run, [])
     old = tables.read(again.run.test)
     go(again.config, again.root, reopen=True)
     assert len(entries(again.run)) == 2 and "replay-0" in entries(again.run)[1]["reason"]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 from adversa import config
+from adversa.run.folder import RunDir
 from adversa.storage import tables
 from adversa.types import (
     Example,
@@ -44,13 +45,12 @@ def blob(seed: int, side: int = 32) -> np.ndarray:
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def card(
-    folder: Path, arm: str, number: int, role: str, seed: int, values: dict[str, float]
-) -> None:
+def card(step: Path, arm: str, number: int, role: str, seed: int, values: dict[str, float]) -> None:
     spread = {m: (v - 0.04, v + 0.04) for m, v in values.items()}
     scorecard = Scorecard(arm, seed, number, role, 120, values, spread)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"scorecard-{role}.json").write_text(json.dumps(dataclasses.asdict(scorecard)))
+    path = RunDir(step).scorecard(step, arm, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(scorecard)))
 
 
 def metrics_of(arm: str, role: str) -> dict[str, float]:
@@ -131,16 +131,13 @@ def build(
         predictions(images["test"], ("real", "unguided", "guided"), SEEDS),
     )
     for arm in ("real", "unguided", "guided"):
-        for role in ("mine", "test"):
-            for number in [0] if arm == "real" else range(1, rounds + 1):
-                card(
-                    root / f"round-{number:03d}" / arm / "seed-0",
-                    arm,
-                    number,
-                    role,
-                    0,
-                    metrics_of(arm, role),
+        for number in range(1, rounds + 1):
+            trained = 0 if arm == "real" else number
+            for role in ("mine", "test"):
+                step = (
+                    root / f"round-{number:03d}" / "evaluate" if role == "mine" else root / "test"
                 )
+                card(step, arm, trained, role, 0, metrics_of(arm, role))
     summary = {
         "run": "run-5f2c",
         "seed": 0,

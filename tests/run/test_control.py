@@ -1,4 +1,4 @@
-"""Wishes and settings in the run folder, and what holds a run: the locks and the thread
+"""Requests and settings in the run folder, and what holds a run: the locks and the thread
 that keeps it.
 """
 
@@ -31,7 +31,7 @@ def run(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(control, "GRACE_SECONDS", 0.3)
-    monkeypatch.setattr(control, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(control, "POLL_SECONDS", 0.05)
 
 
 def never():
@@ -42,73 +42,90 @@ def hold(run, interrupt=never, **more):
     return control.held(run, "test", interrupt, timing=TIMING, **more)
 
 
-# ---- wishes --------------------------------------------------------------------------------------
+# ---- requests ------------------------------------------------------------------------------------
 
 
-def test_nobody_wants_anything_at_first_and_the_newest_wish_counts(run):
-    assert control.read(run) == control.Wishes(control.GO, {})
-    control.wish(run, control.PAUSE, {"mine.budget": 3})
-    control.wish(run, control.GO, {"mix.synthetic_ratio": 1.0})
-    assert control.read(run) == control.Wishes(
+def test_nobody_wants_anything_at_first_and_the_newest_request_counts(run):
+    assert control.read(run) == control.Requested(control.GO, {})
+    control.request(run, control.PAUSE, {"mine.budget": 3})
+    control.request(run, control.GO, {"mix.synthetic_ratio": 1.0})
+    assert control.read(run) == control.Requested(
         control.GO, {"mine.budget": 3, "mix.synthetic_ratio": 1.0}
     )
 
 
-def test_a_look_raises_what_is_wished_and_rest_ends_with_the_wish(run, quick):
-    with hold(run) as reins:
-        assert control.reins() is reins
-        reins.look(force=True)
-        control.wish(run, control.PAUSE)
+def test_a_poll_raises_what_is_asked_and_a_wait_ends_with_the_pause(run, quick):
+    with hold(run) as handle:
+        handle.poll(force=True)
+        control.request(run, control.PAUSE)
         with pytest.raises(Pause):
-            reins.look(force=True)
-        threading.Timer(0.3, control.wish, (run, control.GO)).start()
+            handle.poll(force=True)
+        threading.Timer(0.3, control.request, (run, control.GO)).start()
         started = time.monotonic()
-        reins.rest()
+        handle.wait()
         assert time.monotonic() - started > 0.2
-        control.wish(run, control.STOP)
+        control.request(run, control.STOP)
         with pytest.raises(Stop):
-            reins.rest()
+            handle.wait()
         time.sleep(0.6)  # the work knows: it is not interrupted as well
-    assert control.reins() is control.FREE
 
 
-def test_looks_read_no_file_more_often_than_said(run, monkeypatch):
-    monkeypatch.setattr(control, "LOOK_SECONDS", 60.0)
+def test_work_is_begun_again_after_each_pause(run, quick):
+    done, told = [], []
+
+    def work():
+        done.append(1)
+        if len(done) == 1:
+            control.request(run, control.PAUSE)
+            handle.poll(force=True)
+        return "made"
+
+    def paused():
+        told.append(1)
+        threading.Timer(0.2, control.request, (run, control.GO)).start()
+
+    with hold(run) as handle:
+        assert control.with_pauses(handle, work, paused) == "made"
+    assert (len(done), len(told)) == (2, 1)
+
+
+def test_polls_read_no_file_more_often_than_said(run, monkeypatch):
+    monkeypatch.setattr(control, "POLL_SECONDS", 60.0)
     readers = []  # the thread that keeps the lease reads, too
-    with hold(run) as reins:
-        reins.look()
+    with hold(run) as handle:
+        handle.poll()
         read = control.read
         monkeypatch.setattr(
             control, "read", lambda run: readers.append(threading.get_ident()) or read(run)
         )
         for _ in range(1000):
-            reins.look()
+            handle.poll()
         assert threading.get_ident() not in readers
-        reins.look(force=True)
+        handle.poll(force=True)
         assert threading.get_ident() in readers
 
 
-def test_work_that_does_not_look_is_interrupted_after_a_grace(run, quick):
+def test_work_that_does_not_poll_is_interrupted_after_a_grace(run, quick):
     called = threading.Event()
     with hold(run, called.set):
-        control.wish(run, control.STOP)
+        control.request(run, control.STOP)
         assert called.wait(10)
 
 
-def test_a_wish_that_is_taken_back_in_time_interrupts_nobody(run, monkeypatch):
+def test_a_request_that_is_taken_back_in_time_interrupts_nobody(run, monkeypatch):
     monkeypatch.setattr(control, "GRACE_SECONDS", 1.0)
     with hold(run):
-        control.wish(run, control.STOP)
+        control.request(run, control.STOP)
         time.sleep(0.3)
-        control.wish(run, control.GO)
+        control.request(run, control.GO)
         time.sleep(1.2)
 
 
 @pytest.mark.parametrize("afresh", [True, False])
-def test_old_wishes_hold_for_one_that_comes_back_and_for_no_new_start(run, afresh):
-    control.wish(run, control.PAUSE, {"mine.budget": 3})
+def test_old_requests_hold_for_one_that_comes_back_and_for_no_new_start(run, afresh):
+    control.request(run, control.PAUSE, {"mine.budget": 3})
     with hold(run, afresh=afresh):
-        assert control.read(run) == control.Wishes(
+        assert control.read(run) == control.Requested(
             control.GO if afresh else control.PAUSE, {"mine.budget": 3}
         )
 
@@ -139,12 +156,12 @@ def test_a_run_is_let_go_of_and_the_next_waits_for_nothing(run):
 
 def test_a_holder_that_is_overtaken_is_interrupted_and_may_not_commit(run, quick):
     called = threading.Event()
-    with hold(run, called.set) as reins:
+    with hold(run, called.set) as handle:
         far = {"owner": "elsewhere", "host": "far", "machine": "far"}
-        with reins.lock.writing:  # or the thread's next heartbeat may come on top
-            files.write_json(reins.lock.path, asdict(reins.lock.record) | far)
+        with handle.lock.writing:  # or the thread's next heartbeat may come on top
+            files.write_json(handle.lock.path, asdict(handle.lock.record) | far)
         assert called.wait(10)
-        for act in (reins.check, lambda: reins.look(force=True)):
+        for act in (handle.check, lambda: handle.poll(force=True)):
             with pytest.raises(RunLockLost, match="elsewhere on far"):
                 act()
     assert run_lock.holder(run).owner == "elsewhere"
@@ -173,12 +190,12 @@ def test_deaths_are_counted_with_the_time_between_and_ends_are_not(run):
 def test_settings_hold_for_rounds_that_have_not_begun(run):
     control.enter_round(run, 1, OWN)
     run.round(1).mkdir()
-    control.wish(run, None, {"mine.budget": 20})
+    control.request(run, None, {"mine.budget": 20})
     control.enter_round(run, 1, OWN)  # again, after a kill
     assert control.recorded(run) == {}
     control.enter_round(run, 2, OWN)
     run.round(2).mkdir()
-    control.wish(run, None, {"mine.budget": 30})
+    control.request(run, None, {"mine.budget": 30})
     control.enter_round(run, 2, OWN)
     control.enter_round(run, 3, OWN)
     assert control.recorded(run) == {2: {"mine.budget": 20}, 3: {"mine.budget": 30}}
@@ -189,9 +206,9 @@ def test_settings_hold_for_rounds_that_have_not_begun(run):
 
 
 def test_a_round_that_was_entered_and_not_begun_may_still_change_its_mind(run):
-    control.wish(run, None, {"mine.budget": 20})
+    control.request(run, None, {"mine.budget": 20})
     control.enter_round(run, 1, OWN)
-    control.wish(run, None, {"mine.budget": 64})
+    control.request(run, None, {"mine.budget": 64})
     control.enter_round(run, 1, OWN)
     assert control.recorded(run) == {}
 
@@ -205,20 +222,20 @@ def test_what_may_not_change_does_not_even_where_the_file_says_so(run):
 
 
 def test_ids_of_rounds_differ_from_a_changed_round_on(run):
-    control.wish(run, None, {"mine.budget": 20})
+    control.request(run, None, {"mine.budget": 20})
     run.round(1).mkdir()
     control.enter_round(run, 2, OWN)
     assert control.run_id("name", run, 1) == "name"
     assert control.run_id("name", run, 2) == control.run_id("name", run, 3) != "name"
 
 
-def test_what_is_wished_while_one_waits_for_the_lock_is_heard(run, quick):
-    """Only what was wished before it came is of the past."""
-    control.wish(run, control.STOP)
-    with hold(run) as reins:
-        reins.look(force=True)
-    # left by one that died elsewhere
-    files.write_json(reins.lock.path, {**asdict(reins.lock.record), "machine": "far"})
-    threading.Timer(0.4, control.wish, (run, control.STOP)).start()
-    with hold(run) as reins, pytest.raises(Stop):
-        reins.look(force=True)
+def test_what_is_asked_while_one_waits_for_the_lock_is_heard(run, quick):
+    """Only what was asked before it came is of the past."""
+    control.request(run, control.STOP)
+    with hold(run) as handle:
+        handle.poll(force=True)
+    # Left by one that died elsewhere.
+    files.write_json(handle.lock.path, {**asdict(handle.lock.record), "machine": "far"})
+    threading.Timer(0.4, control.request, (run, control.STOP)).start()
+    with hold(run) as handle, pytest.raises(Stop):
+        handle.poll(force=True)

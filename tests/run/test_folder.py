@@ -22,6 +22,14 @@ from adversa.storage import files
 from adversa.types import UserError
 
 RECIPE = {"seed": 0, "data": {"resolution": 32, "path": None}, "mix": {"arms": ["real", "guided"]}}
+# What a folder's step reads of it.
+READS = {
+    "data": ("data",),
+    "round-000/real/mix": ("mix",),
+    "codec": ("codec", "denoiser.balance", "seed"),
+    "latents/train": ("denoiser.flips",),
+    "latents/select": (),
+}
 
 
 @pytest.fixture
@@ -74,12 +82,12 @@ def test_while_nothing_is_finished_a_setting_may_be_mended_in_place(run):
 def test_once_the_data_are_prepared_what_they_do_not_hang_on_may_be_mended(run):
     files.write_json(run.data / step_folder.RECIPE, {})
     files.write_json(run.data / step_folder.MANIFEST, {})
-    assert run_create.open_run(run.root, RECIPE | {"seed": 1}, "seed: 1\n") == run
+    assert run_create.open_run(run.root, RECIPE | {"seed": 1}, "seed: 1\n", READS) == run
     assert run.config.read_text() == "seed: 1\n" and (run.data / step_folder.RECIPE).exists()
     other = RECIPE | {"seed": 1, "data": {"resolution": 64, "path": None}}
-    assert "data.resolution: 32 -> 64" in message(run_create.open_run, run.root, other, "")
+    assert "data.resolution: 32 -> 64" in message(run_create.open_run, run.root, other, "", READS)
     files.write_json(run.judge / step_folder.MANIFEST, {})
-    assert "seed: 1 -> 0" in message(run_create.open_run, run.root, RECIPE, "")
+    assert "seed: 1 -> 0" in message(run_create.open_run, run.root, RECIPE, "", READS)
 
 
 # What is finished, and a change that it allows and one that it does not.
@@ -116,10 +124,10 @@ def test_before_the_first_training_what_is_finished_says_what_may_be_mended(
     for name in finished:
         files.write_json(run.root / name / step_folder.MANIFEST, {})
     assert "was made by another recipe" in message(
-        run_create.open_run, run.root, RECIPE | refused, ""
+        run_create.open_run, run.root, RECIPE | refused, "", READS
     )
     assert run.config.read_text() == "seed: 0\n"
-    run_create.open_run(run.root, RECIPE | allowed, "mended\n")
+    run_create.open_run(run.root, RECIPE | allowed, "mended\n", READS)
     assert run.config.read_text() == "mended\n"
 
 
@@ -128,17 +136,19 @@ def test_a_training_with_a_checkpoint_goes_on_with_its_own_settings_alone(run):
     files.write_json(run.data / step_folder.MANIFEST, {})
     files.write_json(run.denoiser / step_folder.RECIPE, {})
     lower = RECIPE | {"denoiser": {"lr": 1}}
-    run_create.open_run(run.root, lower, "")  # it has no step yet
+    run_create.open_run(run.root, lower, "", READS)  # it has no step yet
     assert not (run.denoiser / step_folder.RECIPE).exists()
     files.write_json(run.denoiser / step_folder.RECIPE, {})
     (run.denoiser / "checkpoint.pt").touch()
-    assert "denoiser.lr: 1 -> absent" in message(run_create.open_run, run.root, RECIPE, "")
+    assert "denoiser.lr: 1 -> absent" in message(run_create.open_run, run.root, RECIPE, "", READS)
     assert (run.denoiser / step_folder.RECIPE).exists()
     files.write_json(run.codec / step_folder.RECIPE, {})
     (run.denoiser / "checkpoint.pt").unlink()
     (run.codec / "checkpoint.pt").touch()
-    assert "codec.lr" in message(run_create.open_run, run.root, lower | {"codec": {"lr": 1}}, "")
-    run_create.open_run(run.root, RECIPE, "")
+    assert "codec.lr" in message(
+        run_create.open_run, run.root, lower | {"codec": {"lr": 1}}, "", READS
+    )
+    run_create.open_run(run.root, RECIPE, "", READS)
     assert (run.codec / step_folder.RECIPE).exists() and not (
         run.denoiser / step_folder.RECIPE
     ).exists()

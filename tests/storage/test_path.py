@@ -597,7 +597,7 @@ def test_a_second_command_on_a_run_in_a_store_is_refused_from_wherever_it_comes(
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / folder))
 
-    with hold("first") as reins:
+    with hold("first") as handle:
         assert file_lock.is_locked(run)
         with pytest.raises(UserError, match="is being worked on by first-"), hold("second"):
             pass
@@ -605,14 +605,14 @@ def test_a_second_command_on_a_run_in_a_store_is_refused_from_wherever_it_comes(
         assert not file_lock.is_locked(run)
         with pytest.raises(UserError, match="is being worked on by first-"), hold("third"):
             pass
-        reins.check()
-        reins.over.set()  # it dies: no more heartbeats
-        reins.thread.join()
+        handle.check()
+        handle.over.set()  # it dies: no more heartbeats
+        handle.thread.join()
         said = []
         with control.held(run, "fourth", lambda: None, said.append, timing=quick):
             assert len(said) == 1 and "watching its heartbeat for 3 s" in said[0]
             with pytest.raises(run_lock.RunLockLost, match="fourth-.* has taken it over"):
-                reins.check()
+                handle.check()
     assert run_lock.holder(run) is None
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from adversa.config import Curate, check
 from adversa.sweep import grid
-from adversa.sweep.grid import Cell, Variant
+from adversa.sweep.grid import DataRegime, Variant
 from adversa.types import UserError
 
 
@@ -28,7 +28,7 @@ def test_every_point_once_and_ratio_0_is_the_arm_real():
 
 def test_strategies_and_what_the_denoiser_sees_are_arms_of_their_own():
     both = config(strategies=["vary", "inpaint"], denoiser_sees=["subset", "all"])
-    names = [v.name for v in grid.variants(both, Cell(4))]
+    names = [v.name for v in grid.variants(both, DataRegime(4))]
     assert names == [
         "replay",
         "unguided",
@@ -38,7 +38,7 @@ def test_strategies_and_what_the_denoiser_sees_are_arms_of_their_own():
         "guided-vary-all",
         "guided-inpaint-all",
     ]
-    assert [v.name for v in grid.variants(both, Cell(None))] == [
+    assert [v.name for v in grid.variants(both, DataRegime(None))] == [
         "replay",
         "unguided",
         "guided-vary",
@@ -46,7 +46,7 @@ def test_strategies_and_what_the_denoiser_sees_are_arms_of_their_own():
     ]
     assert config().generate.strategy == "vary" and Variant(
         "guided", "vary", "subset"
-    ) in grid.variants(config(), Cell(4))
+    ) in grid.variants(config(), DataRegime(4))
 
 
 def test_all_of_train_is_a_source_where_a_denoiser_is_to_see_it():
@@ -54,8 +54,10 @@ def test_all_of_train_is_a_source_where_a_denoiser_is_to_see_it():
     assert [c.name for c in grid.sources(alone.sweep)] == ["all", "0004"] and [
         c.name for c in grid.cells(alone.sweep)
     ] == ["0004"]
-    assert grid.sources(config(real=[4]).sweep) == [Cell(4)]
-    assert grid.sources(config(real=[4], denoiser_sees=["all"], arms=["replay"]).sweep) == [Cell(4)]
+    assert grid.sources(config(real=[4]).sweep) == [DataRegime(4)]
+    assert grid.sources(config(real=[4], denoiser_sees=["all"], arms=["replay"]).sweep) == [
+        DataRegime(4)
+    ]
 
 
 def test_counts_are_the_ratio_of_each_class():

@@ -13,7 +13,7 @@ from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files, tables
 from adversa.sweep import regimes
-from adversa.sweep.grid import Cell, Variant
+from adversa.sweep.grid import DataRegime, Variant
 
 
 def rows(lesions=20, images=3, classes=2):
@@ -53,7 +53,7 @@ def test_a_class_with_fewer_gives_what_it_has():
 def test_a_cell_has_its_own_train_and_mine_and_the_runs_select_and_test(finished, tmp_path):
     data = finished[1].data
     d = RunDir(tmp_path / "cell")
-    regimes.subset(data, Cell(3), 0, d.data)
+    regimes.subset(data, DataRegime(3), 0, d.data)
     made = step_folder.manifest(d.data)
     assert made["real"] == [3] * 5 and made["lesions"] == [3] * 5 and max(made["mine"]) <= 3
     for role in ("train", "mine"):
@@ -114,7 +114,7 @@ def test_the_unguided_arm_asks_for_as_many_and_takes_nothing_of_the_cases():
 def test_every_class_is_mined_alike(finished, tmp_path, scorer, used):
     config, run = finished
     d = RunDir(tmp_path / "cell")
-    regimes.subset(run.data, Cell(3), 0, d.data)
+    regimes.subset(run.data, DataRegime(3), 0, d.data)
     config = config.model_copy(update={"mine": config.mine.model_copy(update={"scorer": scorer})})
     own = regimes.config_of(config, d)
     assert (own.mine.near_margin, own.mine.ratio_cap, own.mine.scorer, own.curate.folds) == (

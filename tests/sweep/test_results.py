@@ -16,7 +16,7 @@ from adversa.evaluate.dose import Curve
 from adversa.storage import tables
 from adversa.sweep import grid, results
 from adversa.sweep import run as sweep_run
-from adversa.sweep.grid import Cell, Point, Variant
+from adversa.sweep.grid import DataRegime, Point, Variant
 from adversa.types import UserError, seed_of
 
 spec = importlib.util.spec_from_file_location("sweeps", Path(__file__).parents[1] / "sweeps.py")
@@ -186,7 +186,7 @@ def test_a_contrast_is_what_compare_says(curve_sweep: tuple) -> None:
     arms = Variant("guided", "vary", "subset"), Variant("unguided", "", "subset")
     logits = []
     for v in arms:
-        each = [sweep_run.logits_of(c, run, [Point(Cell(20), v, 2.5, s)]) for s in (0, 1)]
+        each = [sweep_run.logits_of(c, run, [Point(DataRegime(20), v, 2.5, s)]) for s in (0, 1)]
         logits.append(np.concatenate([e.logits for e in each]))
     said = each[0]
     expected = compare(

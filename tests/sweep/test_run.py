@@ -91,7 +91,7 @@ def test_the_denoiser_of_a_cell_is_trained_on_its_images_alone(swept):
         )
         recipe = files.read_json(d.denoiser / step_folder.RECIPE)
         assert recipe["inputs"]["mix"] == step_folder.fingerprint(d.arm(0, "real") / "mix")
-    small, large = (grid.cell_dir(run, c) for c in (grid.Cell(2), grid.Cell(4)))
+    small, large = (grid.cell_dir(run, c) for c in (grid.DataRegime(2), grid.DataRegime(4)))
     ids = [
         set(tables.read(d.data / role, ["id"])["id"].to_pylist())
         for role in ("train", "mine")
@@ -209,28 +209,27 @@ def test_a_count_that_a_class_does_not_have_is_refused_before_anything_is_traine
     assert not (run.root / "cells").exists() and not (run.root / "trials").exists()
 
 
-def test_a_pause_rests_between_trials(tiny_sweep, tmp_path, monkeypatch):
+def test_a_pause_waits_between_trials(tiny_sweep, tmp_path):
     config = tiny_sweep(real=[2], ratios=[0, 1], arms=["replay"])
     run = sweep_run.open_run(config, tmp_path / "run")
-    rested = []
+    waited = []
 
-    class Reins(control.Free):
-        def look(self, force=False):
-            if (run.root / "trials").exists() and not rested and not force:
+    class Paused(control.NullHandle):
+        def poll(self, force=False):
+            if (run.root / "trials").exists() and not waited and not force:
                 raise control.Pause
 
-        def rest(self):
-            rested.append(files.read_json(run.status)["state"])
+        def wait(self):
+            waited.append(files.read_json(run.status)["state"])
 
-    monkeypatch.setattr(control, "reins", Reins)
-    sweep_run.run(config, run, LocalEngine(1, 1), page)
-    assert rested == ["paused"] and sweep_run.is_finished(config, run)
+    sweep_run.run(config, run, LocalEngine(1, 1), page, handle=Paused())
+    assert waited == ["paused"] and sweep_run.is_finished(config, run)
 
 
 def test_classes_without_a_hard_case_get_nothing(swept):
     config, run = swept
     p = next(p for p in grid.points(config) if p.variant.arm == "guided")
-    source = sweep_run.Source(grid.cell_dir(run, p.cell), [], {})
+    source = sweep_run.TrialImages(grid.cell_dir(run, p.cell), [], {})
     hard = tables.read(source.hard)
     assert set(hard["label"].to_pylist()) == set(
         range(5)
