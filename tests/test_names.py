@@ -11,7 +11,7 @@ import pytest
 import adversa
 
 ROOT = Path(adversa.__file__).parent
-OWN = ("pipeline", "engine", "sweep", "distributed", "cli")
+OWN = ("pipeline", "engine", "run", "sweep", "distributed", "cli")
 
 
 @pytest.fixture(scope="module")

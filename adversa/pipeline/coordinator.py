@@ -23,7 +23,7 @@ from adversa.engine.interface import Engine
 from adversa.pipeline import loop
 from adversa.run import control, status
 from adversa.run.folder import RunDir
-from adversa.run.run_lock import InUse, RunLockLost, Timing, Watch
+from adversa.run.run_lock import HeartbeatMonitor, InUse, RunLockLost, Timing
 from adversa.storage import files
 from adversa.storage.path import storage_path
 from adversa.types import UserError
@@ -231,7 +231,7 @@ def follow(run: RunDir, patience: float = LOST_SECONDS) -> dict[str, Any]:
     Reads the folder alone: neither a head that dies nor a machine that sleeps takes the follower
     with it. UserError where there was no sign of life for so many seconds.
     """
-    pulse = Watch(run)
+    pulse = HeartbeatMonitor(run)
     while True:
         with contextlib.suppress(
             OSError

@@ -206,7 +206,7 @@ def with_pauses(handle: RunHandle, work: Callable[[], T], paused: Callable[[], N
 
 
 class HeldRun:
-    """The RunHandle of a run that this process holds. A thread keeps its lock alive.
+    """The RunHandle of a run that this process holds. A thread keeps its run lock alive.
 
     interrupt: called from that thread where the work must end and has not polled for GRACE_SECONDS
     (in a training).

@@ -119,7 +119,7 @@ class InUse(UserError):
         self.by = by
 
 
-class Watch:
+class HeartbeatMonitor:
     """What a reader has seen of a run's lock: for how long its counter has stood still, by the
     reader's own clock.
     """
@@ -146,7 +146,7 @@ def _mark(found: Holder | None) -> tuple[str, int] | None:
     return None if found is None else (found.owner, found.beat)
 
 
-_watched: dict[StoragePath, Watch] = {}
+_watched: dict[StoragePath, HeartbeatMonitor] = {}
 
 
 def is_worked_on(run: RunDir) -> bool:
@@ -162,7 +162,7 @@ def is_worked_on(run: RunDir) -> bool:
         _watched.pop(run.root, None)
         return False
     if (watch := _watched.get(run.root)) is None:
-        watch = _watched[run.root] = Watch(run)
+        watch = _watched[run.root] = HeartbeatMonitor(run)
         until = time.monotonic() + 2 * timing.heartbeat + 1
         while not watch.changes and time.monotonic() < until:
             watch.look()

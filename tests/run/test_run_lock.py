@@ -18,7 +18,7 @@ import pytest
 from adversa.run import create as run_create
 from adversa.run import file_lock, run_lock
 from adversa.run.folder import RunDir
-from adversa.run.run_lock import LOCK, Holder, RunLock, RunLockLost, Timing, Watch
+from adversa.run.run_lock import LOCK, HeartbeatMonitor, Holder, RunLock, RunLockLost, Timing
 from adversa.types import UserError
 
 TIMING = Timing(heartbeat=2.0, expiry=20.0, settle=5.0)
@@ -246,7 +246,7 @@ def test_a_lock_that_somebody_deleted_is_written_again(world, run):
 
 
 def test_a_watch_knows_how_long_a_counter_stands_still(world, run):
-    a, watch = holder(world, run, "a"), Watch(run, world.clock)
+    a, watch = holder(world, run, "a"), HeartbeatMonitor(run, world.clock)
     a.take()
     watch.look()
     world.sleep(7)
