@@ -5,7 +5,6 @@ lies on disk.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, field
 
 ROLES = ("train", "mine", "select", "test")
@@ -131,51 +130,6 @@ class SyntheticImage:
     evaluations: int = 0  # rows of the denoiser it took
     skipped: int = 0  # steering gradients that were not finite
     fault: str | None = None  # why it could not be painted
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a painted image may enter training, and why not, with every number and its limit
-    (curate.gate).
-
-    A number is NaN where it is not known, a limit None where the check is off. contrast: standard
-    deviation of brightness, grey levels; clipped: share of values that are 0 or 255; agreement: the
-    judge's p[label], to lie in [least, most] (least None: there was no judge); realism and
-    realism_2: distance to the manifold of real images in two feature spaces (curate.realism);
-    similarity: to the `nearest` real image in pixels, similarity_2: to nearest_2 in features; twin:
-    the synthetic image of the same arm that it repeats; place: which of its source's images it is,
-    from 1, in the order of ids.
-    """
-
-    request_id: str
-    arm: str
-    label: int
-    strategy: str
-    source: str | None
-    keep: bool
-    reason: str
-    contrast: float = math.nan
-    contrast_limit: float | None = None
-    clipped: float = math.nan
-    clipped_limit: float | None = None
-    agreement: float = math.nan
-    agreement_least: float | None = math.nan
-    agreement_most: float = math.nan
-    realism: float = math.nan
-    realism_limit: float | None = None
-    realism_2: float = math.nan
-    realism_2_limit: float | None = None
-    nearest: str = ""
-    similarity: float = math.nan
-    similarity_limit: float | None = None
-    nearest_2: str = ""
-    similarity_2: float = math.nan
-    similarity_2_limit: float | None = None
-    twin: str = ""
-    twin_similarity: float = math.nan
-    twin_limit: float | None = None
-    place: int = 0
-    quota: int | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from adversa.config import Cluster, Config, check
 from adversa.distributed.engine import RayEngine
 from adversa.engine.local import LocalEngine
-from adversa.pipeline import curate, train, verifier
+from adversa.pipeline import curate, finalize, train, verifier
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
 from adversa.storage import files, tables
@@ -101,7 +101,7 @@ def main() -> None:
         judges = verifier.folders(out / "judge", config.curate.folds)
         for role in ROLES:
             curate.features(engine, data, role, out / "classifier", judges, out / "features" / role)
-        curate.limits(data, out / "features", config.curate, out / "limits")
+        curate.measure_thresholds(data, out / "features", config.curate, out / "limits")
         curate.inspect(
             engine,
             out / "requests",
@@ -114,8 +114,10 @@ def main() -> None:
             config.curate,
             out / "inspected",
         )
-        curate.twins(engine, out / "synthetic", out / "inspected", out / "limits", out / "twins")
-        curate.settle(
+        finalize.near_duplicates(
+            engine, out / "synthetic", out / "inspected", out / "limits", out / "twins"
+        )
+        finalize.finalize(
             out / "inspected", out / "twins", out / "limits", config.curate, out / "verdicts"
         )
         engine.close()

@@ -39,7 +39,7 @@ from common import Result, parser, publish
 from simulated import ARMS, GENERATE, PER_CASE, SIDE, Simulated, judge, pair, prepare
 
 from adversa import config as cfg
-from adversa.pipeline import curate, train
+from adversa.pipeline import curate, finalize, train
 from adversa.pipeline import generate as pipeline_generate
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
@@ -146,21 +146,23 @@ def inspect(run: RunDir, samplers: int) -> Took:
 def twins(run: RunDir, samplers: int) -> Took:
     """Handing out and committing; the search itself is `search`."""
     inspected = run.round(1, "inspected")
-    engine = Simulated(samplers, PACE, {curate.make_twins: pair(inspected)})
-    curate.twins(engine, run.round(1, "synthetic"), inspected, run.limits, run.round(1, "twins"))
+    engine = Simulated(samplers, PACE, {finalize.make_near_duplicates: pair(inspected)})
+    finalize.near_duplicates(
+        engine, run.round(1, "synthetic"), inspected, run.limits, run.round(1, "twins")
+    )
     return {}
 
 
 def gather(run: RunDir, samplers: int) -> Took:
     """What each worker of the twin search reads before it begins: one arm's pictures."""
-    _, blocks = curate.pictures_of(
-        run.round(1, "synthetic"), curate.waiting(run.round(1, "inspected"))["guided"]
+    _, blocks = finalize.pictures_of(
+        run.round(1, "synthetic"), finalize.waiting(run.round(1, "inspected"))["guided"]
     )
     return {"pictures": sum(map(len, blocks))}
 
 
 def settle(run: RunDir, samplers: int) -> Took:
-    curate.settle(
+    finalize.finalize(
         run.round(1, "inspected"),
         run.round(1, "twins"),
         run.limits,

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from adversa import config as cfg
+from adversa.curate.filter import Verdict
 from adversa.engine.task_queue import Task
 from adversa.engine.tasks import (
     Done,
@@ -27,13 +28,13 @@ from adversa.engine.tasks import (
 )
 from adversa.engine.worker import Returned, Sampler
 from adversa.engine.worker_pool import work_off
-from adversa.pipeline import curate, generate
+from adversa.pipeline import curate, finalize, generate
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import Recipe
 from adversa.storage import files, tables
 from adversa.storage.path import StoragePath, storage_path
-from adversa.types import ROLES, HardCase, Verdict, digest
+from adversa.types import ROLES, HardCase, digest
 
 CLASSES, SIDE = 7, 32
 PER_CASE, ARMS = (
@@ -79,7 +80,7 @@ def prepare(run: RunDir, cases: int) -> None:
         "held_out": [0.1] * 1000,
     }
     files.write_json(
-        run.limits / curate.LIMITS,
+        run.limits / curate.THRESHOLDS,
         limits | {"realism": [1.0] * CLASSES, "realism_2": [1.0] * CLASSES},
     )
     judges = curate.folders(run.judge, cfg.Curate().folds)
@@ -156,7 +157,7 @@ def judge(part: Part, path: StoragePath) -> int:
 
 def pair(inspected: StoragePath) -> Callable[[Part, StoragePath], int]:
     """Every tenth image has a twin: the one before it."""
-    waiting = curate.waiting(inspected)
+    waiting = finalize.waiting(inspected)
 
     def work(part: Part, path: StoragePath) -> int:
         ids = waiting[part.payload["arm"]][part.payload["start"] : part.payload["stop"]]

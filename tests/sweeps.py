@@ -12,13 +12,14 @@ import pyarrow as pa
 
 from adversa import config
 from adversa.config import Config
+from adversa.curate.filter import Verdict
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files, tables
 from adversa.sweep import grid, regimes
 from adversa.sweep import run as sweep_run
 from adversa.sweep.grid import Point
-from adversa.types import GenerationRequest, HardCase, Verdict
+from adversa.types import GenerationRequest, HardCase
 
 CLASSES = ["nevus", "melanoma"]
 EACH = 200  # images of select of each class, a lesion each

@@ -11,15 +11,16 @@ import pyarrow as pa
 import pytest
 
 from adversa import config as cfg
-from adversa.curate import gate
+from adversa.curate import filter
+from adversa.curate.filter import Verdict
 from adversa.engine.task_queue import TaskQueue
 from adversa.engine.tasks import Part
-from adversa.pipeline import curate, generate
+from adversa.pipeline import curate, finalize, generate
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files, tables
 from adversa.storage.path import storage_path
-from adversa.types import HardCase, Verdict
+from adversa.types import HardCase
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_the_twin_search_goes_through_its_ids_once_and_holds_one_block(tmp_path,
         )
     decoded = calls(tables, "decode_images")
     wanted = Ids(f"{part:02d}-{i}" for part in range(12) for i in (0, 2) if part != 5)
-    names, blocks = curate.pictures_of(tmp_path, wanted)
+    names, blocks = finalize.pictures_of(tmp_path, wanted)
     assert len(decoded) == 0 and names == list.copy(wanted)
     assert len(next(blocks)) == 2 and len(decoded) == 1
     assert sum(len(block) for block in blocks) == 20 and len(decoded) == 11 and wanted.passes == 1
@@ -224,7 +225,7 @@ def test_verdicts_are_settled_alike_in_parts_of_any_size(tmp_path, monkeypatch, 
     """All that the first pass wrote is still there; a part has at least so many rows, but for the
     last.
     """
-    reasons = [gate.PENDING, gate.FLAT, gate.PENDING]
+    reasons = [filter.PENDING, "flat", filter.PENDING]
     told = [
         Verdict(
             f"{i:02d}",
@@ -248,17 +249,20 @@ def test_verdicts_are_settled_alike_in_parts_of_any_size(tmp_path, monkeypatch, 
     pairs = [{"a": v.request_id} for v in told] + [{"a": "00", "b": "03", "similarity": 0.95}]
     tables.write_part(twins / tables.part_name(0), pa.Table.from_pylist(pairs, schema=tables.TWINS))
     files.write_json(
-        limits / curate.LIMITS,
+        limits / curate.THRESHOLDS,
         {"near_copy": 0.9, "near_copy_features": 0.9, "most_agreement": 1.0, "held_out": [0.1]}
         | dict.fromkeys(("realism", "realism_2"), [1.0] * 3),
     )
     for folder in (inspected, twins, limits):
         finished(folder)
-    monkeypatch.setattr(curate, "VERDICT_ROWS", rows)
+    monkeypatch.setattr(finalize, "VERDICT_ROWS", rows)
     config = cfg.Curate(quota=2)
-    curate.settle(inspected, twins, limits, config, tmp_path / "verdicts")
-    expected = gate.settle(
-        told, [v.request_id for v in told], [("00", "03", 0.95)], curate.limits_of(limits, config)
+    finalize.finalize(inspected, twins, limits, config, tmp_path / "verdicts")
+    expected = filter.finalize(
+        told,
+        [v.request_id for v in told],
+        [("00", "03", 0.95)],
+        curate.thresholds_of(limits, config),
     )
     found = tables.read(tmp_path / "verdicts").to_pylist()
     assert repr(found) == repr(

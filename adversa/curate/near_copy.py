@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -85,37 +88,70 @@ class NearCopy:
         assert at == len(ids) == len(set(ids)) > 0, "one image for each id, each id once"
         order = sorted(range(len(ids)), key=ids.__getitem__)
         self.ids, self.small = [ids[i] for i in order], np.concatenate(small)[order]
-        self._tables = np.stack([win.window(z, m) for z in ZOOMS for m in MOVES])
         if like is None:
-            self.noise = win.smooth(np.maximum(added.max(axis=0) / len(wanted), 1.0))
-            self.signal = self._power() + 1.0
-        else:
-            self.noise, self.signal = like.noise, like.signal
-        self._fill()
+            noise = win.smooth(np.maximum(added.max(axis=0) / len(wanted), 1.0))
+            like = Scale(self._power() + 1.0, noise)
+        self._measure_by(like)
+        self._entries = self._seen_through_views()
 
     @property
     def scale(self) -> Scale:
         return Scale(self.signal, self.noise)
 
+    def save(self, file: BinaryIO) -> None:
+        """Write everything that `load` needs to make the same index, uncompressed."""
+        arrays = {"small": self.small, "entries": self._entries, **vars(self.scale)}
+        np.savez(file, ids=np.array(self.ids), **arrays)
+
+    @classmethod
+    def load(cls, file: BinaryIO | Path) -> NearCopy:
+        """The index that `save` wrote, to the bit."""
+        with np.load(file, allow_pickle=False) as saved:
+            scale = Scale(saved["signal"], saved["noise"])
+            return cls._of(saved["ids"].tolist(), saved["small"], scale, saved["entries"])
+
+    def extended(self, ids: Sequence[str], images: Iterable[np.ndarray]) -> NearCopy:
+        """An index of these images and blocks of more, by the scale of these."""
+        both = [*self.ids, *ids]
+        small = np.concatenate([self.small, *map(win.miniatures, images)])
+        assert len(small) == len(both) == len(set(both)), "one image for each id, each id once"
+        order = sorted(range(len(both)), key=both.__getitem__)
+        return self._of([both[i] for i in order], small[order], self.scale)
+
+    @classmethod
+    def _of(
+        cls, ids: list[str], small: np.ndarray, scale: Scale, entries: np.ndarray | None = None
+    ) -> NearCopy:
+        """An index of sorted ids and their miniatures; entries: made here where not given."""
+        index = cls.__new__(cls)
+        index.ids, index.small = ids, small
+        index._measure_by(scale)
+        index._entries = index._seen_through_views() if entries is None else entries
+        return index
+
+    def _measure_by(self, scale: Scale) -> None:
+        self.signal, self.noise = scale.signal, scale.noise
+        self._weight = (1 / np.sqrt(self.signal + self.noise))[win.COARSE].astype(np.float32)
+
     def _power(self) -> np.ndarray:
-        middle = self._table(1, 0)
+        middle = _window(1, 0)
         power = np.zeros(win.COUNT)
         for start in range(0, len(self.ids), PAIRS):
             seen = win.coefficients(win.planes(self.small[start : start + PAIRS]), middle, middle)
             power += (seen.astype(np.float64) ** 2).sum(axis=0)
         return win.smooth(power / len(self.ids))
 
-    def _fill(self) -> None:
-        self._weight = (1 / np.sqrt(self.signal + self.noise))[win.COARSE].astype(np.float32)
-        self._entries = np.empty((len(VIEWS), len(self.ids), win.COARSE.sum()), np.float32)
-        for view, (zoom, y, x) in zip(self._entries, VIEWS, strict=True):
+    def _seen_through_views(self) -> np.ndarray:
+        """float32 [VIEWS * N, COARSE]: entry = view * N + row."""
+        entries = np.empty((len(VIEWS), len(self.ids), win.COARSE.sum()), np.float32)
+        for view, (zoom, y, x) in zip(entries, VIEWS, strict=True):
             for start in range(0, len(self.ids), PAIRS):
                 here = slice(start, start + PAIRS)
                 seen = win.coefficients(
-                    win.planes(self.small[here]), self._table(zoom, y), self._table(zoom, x)
+                    win.planes(self.small[here]), _window(zoom, y), _window(zoom, x)
                 )
                 view[here] = self._prints(seen)
-        self._entries = self._entries.reshape(-1, self._entries.shape[-1])  # entry = view * N + row
+        return entries.reshape(-1, entries.shape[-1])
 
     def nearest(self, images: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """(similarity float64 [M] in [-1, 1], id of the most similar real image [M]) of uint8
@@ -127,7 +163,7 @@ class NearCopy:
         similarity, row = self._search(win.miniatures(images), None, None)
         return similarity, [self.ids[i] for i in row]
 
-    def strangers(
+    def cross_lesion_neighbours(
         self,
         ids: Sequence[str],
         groups: Sequence[str],
@@ -151,13 +187,10 @@ class NearCopy:
         )[0]
 
     def threshold(self, ids: Sequence[str], groups: Sequence[str], quantile: float) -> float:
-        """The similarity from which on a picture is a near copy: `quantile` of what `strangers`
-        gives.
+        """The similarity from which on a picture is a near copy: `quantile` of
+        `cross_lesion_neighbours`.
         """
-        return threshold(self.strangers(ids, groups)[1], quantile)
-
-    def _table(self, zoom: float, move: float) -> np.ndarray:
-        return self._tables[_slot(np.float64(zoom), np.float64(move))]
+        return threshold(self.cross_lesion_neighbours(ids, groups)[1], quantile)
 
     def _prints(self, c: np.ndarray) -> np.ndarray:
         prints = c[:, win.COARSE] * self._weight
@@ -207,7 +240,7 @@ class NearCopy:
         """(query, row of the real image, similarity), each [P]: the pairs that were aligned. Flat
         queries have none.
         """
-        n, middle = len(small), self._table(1, 0)
+        n, middle = len(small), _window(1, 0)
         turns = win.turned(win.planes(small)).reshape(8 * n, 3, win.SIDE, win.SIDE)
         seen = win.coefficients(turns, middle, middle)  # [8 n, COUNT], turn by turn
         query, real, turn, place = self._candidates(seen, n, query_group, group)
@@ -266,7 +299,7 @@ class NearCopy:
         value, residue = np.empty(len(real)), np.empty(len(real))
         for start in range(0, len(real), PAIRS):
             part = slice(start, start + PAIRS)
-            rows, columns = (self._tables[_slot(place[part, 0], place[part, k])] for k in (1, 2))
+            rows, columns = (_windows()[_slot(place[part, 0], place[part, k])] for k in (1, 2))
             other = win.coefficients(win.planes(self.small[real[part]]), rows, columns)
             value[part], residue[part] = win.evidence(
                 pictures[part], other, self.signal, self.noise
@@ -329,14 +362,14 @@ class NearFeatures:
         return threshold(score.max(axis=1), quantile)
 
 
-def threshold(strangers: np.ndarray, quantile: float) -> float:
+def threshold(similarities: np.ndarray, quantile: float) -> float:
     """Of similarities of real pictures to their most similar one of another lesion [N]: so a
     picture of one more, different lesion is flagged at about the rate 1 - quantile. At most 0.999:
     an exact copy is always flagged.
     """
     return (
-        float(min(np.quantile(strangers, quantile), LARGEST_THRESHOLD))
-        if len(strangers)
+        float(min(np.quantile(similarities, quantile), LARGEST_THRESHOLD))
+        if len(similarities)
         else LARGEST_THRESHOLD
     )
 
@@ -365,6 +398,16 @@ def _added(images: np.ndarray, small: np.ndarray, ids: Sequence[str]) -> np.ndar
         after = win.coefficients(win.planes(win.miniatures(copies)), middle, middle)
         total.append(((after - before) ** 2).sum(axis=0))
     return np.stack(total).astype(np.float64)
+
+
+@cache
+def _windows() -> np.ndarray:
+    """float32 [ZOOMS * MOVES, 14, 32]."""
+    return np.stack([win.window(z, m) for z in ZOOMS for m in MOVES])
+
+
+def _window(zoom: float, move: float) -> np.ndarray:
+    return _windows()[_slot(np.float64(zoom), np.float64(move))]
 
 
 def _slot(zoom: np.ndarray, move: np.ndarray) -> np.ndarray:

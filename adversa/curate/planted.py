@@ -1,5 +1,5 @@
-"""Copies planted on purpose: what a near-copy gate must catch, made from a real image. For tests,
-benchmarks and self-checks.
+"""Copies planted on purpose: what the near-copy check must catch, made from a real image. For
+tests, benchmarks and self-checks.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Manifold:
         return np.where(known, np.round(ratio.astype(np.float64), 5), np.nan)
 
 
-def limits(
+def thresholds(
     ratios: np.ndarray, labels: np.ndarray, classes: int, quantile: float = 0.98
 ) -> np.ndarray:
     """Largest ratio allowed in each class, float64 [classes]: the quantile of held-out real

@@ -1,5 +1,5 @@
 """The numbers by which pictures are compared: DCT coefficients of a window, and how much copies and
-strangers differ in them.
+pictures of other lesions differ in them.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def evidence(
 
     query, real: coefficients [N, COUNT]; signal, noise [COUNT]: power of pictures, and of what
     copying adds. A copy is gain * real + noise times a level, gain and level chosen to fit; a
-    stranger is drawn from signal + noise: the logarithm of the ratio of the two Gaussian densities.
-    Also the residue, RMS in grey levels a pixel, [N].
+    picture of its own is drawn from signal + noise: the logarithm of the ratio of the two Gaussian
+    densities. Also the residue, RMS in grey levels a pixel, [N].
     """
     inverse = 1 / noise
     rr = np.einsum("nf,nf,f->n", real, real, inverse)

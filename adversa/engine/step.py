@@ -4,11 +4,13 @@ again is how it resumes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adversa.engine.tasks import Done
+from adversa.engine.interface import Engine
+from adversa.engine.tasks import Done, Make, Part
 from adversa.run import step_folder
 from adversa.run.control import RunHandle
 from adversa.run.step_folder import Progress, Recipe
@@ -74,6 +76,21 @@ def cost(done: Sequence[Done], workers: int, wall: float) -> Facts:
     total = sum(d.seconds for d in done)
     waited = max(0.0, wall - total / max(1, min(workers, len(done))))
     return {"waited": waited, "device_seconds": total, "lanes": workers}
+
+
+def mapped(
+    engine: Engine,
+    make: Make,
+    parts: Sequence[Part],
+    out: Path,
+    progress: Progress,
+    model: bool = False,
+) -> Facts:
+    """What `engine.map_batches` cost, and its `rows`."""
+    started = time.perf_counter()
+    done = engine.map_batches(make, parts, out, progress, model=model)
+    spent = cost(done, engine.tasks(model=model), time.perf_counter() - started)
+    return spent | {"rows": sum(p.rows for p in parts)}
 
 
 def inputs(**folders: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from adversa.config import Config
+from adversa.curate.filter import NOT_FINITE, NOT_GENERATED
 from adversa.export import dataset_card, images, run_card
 from adversa.export import models as export_models
 from adversa.export.formats import FORMATS, SHARD, folder_names, writer
@@ -28,7 +29,7 @@ IMAGES, MODELS, ALL = WHATS = ("images", "models", "all")
 REASON = ("keep", "reason")
 # A verdict's numbers beside the image; the request has the others.
 NUMBERS = [f for f in tables.VERDICTS if f.name not in (*REASON, *tables.REQUESTS.names, "source")]
-_NO_PICTURE = ("not painted", "not finite")  # black, whatever was asked
+_NO_PICTURE = (NOT_GENERATED, NOT_FINITE)  # black, whatever was asked
 
 Show = Callable[[str, int, int], None]  # what is being written, how much of it is done, of how much
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adversa.config import Config
+from adversa.curate.checks import CHECKS
 from adversa.export.dataset_card import Filtered, Group, Origin, plain, with_commit
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
@@ -19,18 +20,7 @@ from adversa.storage import files
 
 MEMORISATION = "memorisation.json"  # beside the verdicts
 # The limits that a verdict carries, in words.
-LIMITS = {
-    "contrast_limit": "standard deviation of brightness, grey levels, at least",
-    "clipped_limit": "share of values that are 0 or 255, at most",
-    "agreement_least": "verifier's probability of the label, at least",
-    "agreement_most": "verifier's probability of the label, at most",
-    "realism_limit": "distance to real images, first feature space, at most",
-    "realism_2_limit": "distance to real images, second feature space, at most",
-    "similarity_limit": "similarity to the nearest real image in pixels, below",
-    "similarity_2_limit": "similarity to the nearest real image in features, below",
-    "twin_limit": "similarity to another image of the arm, below",
-    "quota": "images of one hard case, an arm and round, at most",
-}
+LIMITS = {c.limit: f"{c.what}, {c.side}" for c in CHECKS}
 
 
 def origin(
@@ -131,9 +121,9 @@ def _groups(verdicts: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[
 
 def _limits(verdicts: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[tuple[str, str]]:
     """(check, its limit), as the verdicts carry them."""
-    known = [key for key in LIMITS if verdicts and key in verdicts[0]]
     return [
-        (LIMITS[key], _limit([(v["label"], v[key]) for v in verdicts], classes)) for key in known
+        (words, _limit([(v["label"], v[key]) for v in verdicts], classes))
+        for key, words in (LIMITS.items() if verdicts else ())
     ]
 
 

@@ -1,29 +1,27 @@
-"""The gate as steps: limits measured on real images, each painted image by itself, twins among
-them, and the verdicts.
+"""The filter as steps: thresholds measured on real images, and each generated image by itself
+(`pipeline.finalize` follows).
 
 The near-copy indices hold every role, `test` too: they can only ever remove an image. Of `test`
-they have the pixels and the classifier's features, no label; no limit is set on it, no judge sees
-it, and which judge speaks does not hang on it.
+they have the pixels and the classifier's features, no label; no threshold is measured on it, no
+verifier sees it, and which verifier judges an image does not depend on it.
 """
 
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from adversa import config as cfg
 from adversa.common.statistics import softmax
+from adversa.curate import checks
 from adversa.engine.interface import Engine
-from adversa.engine.step import Facts, cost, inputs, run_step
+from adversa.engine.step import Facts, inputs, mapped, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.pipeline.verifier import Judges, folders
 from adversa.run import step_folder
@@ -31,101 +29,73 @@ from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage.path import storage_path
+from adversa.storage.path import BucketPath, storage_path
 from adversa.storage.predictions import matrix
-from adversa.types import ROLES, UserError, Verdict
+from adversa.types import ROLES, UserError
+
+if TYPE_CHECKING:
+    from adversa.curate.near_copy import NearCopy, Scale
+    from adversa.curate.realism import Manifold
 
 CHOOSING = tuple(r for r in ROLES if r != "test")
-HELD_OUT = (
-    "mine",
-    "select",
-)  # of the roles that may choose, those that the denoiser and the classifier were not fitted on
-LIMITS, SCALE, MEMORISATION = "limits.json", "scale.npz", "memorisation.json"
+# of the roles that may choose, those that the denoiser and the classifier were not fitted on
+HELD_OUT = ("mine", "select")
+THRESHOLDS, SCALE, INDEX = "thresholds.json", "scale.npz", "near_copy.npz"
 HELD = 1000  # held-out images of the memorisation curve
-QUERIES = 512  # pictures whose twins are looked for, a part
-TOLD = (
-    "request_id",
-    "arm",
-    "label",
-    "strategy",
-    "source",
-    "similarity",
-)  # what the second pass asks of the first
-SETTLED = (
-    "keep",
-    "reason",
-    "twin",
-    "twin_similarity",
-    "place",
-    "twin_limit",
-    "quota",
-)  # what it may write anew
-VERDICT_ROWS = 1 << 16
 
 
 # ---- what is measured on real images, once a run -------------------------------------------------
 
 
 def features(
-    engine: Engine, data: Path, role: str, classifier: Path, judges: Sequence[Path], out: Path
+    engine: Engine, data: Path, role: str, classifier: Path, verifiers: Sequence[Path], out: Path
 ) -> None:
-    """What the classifier and the judges make of a role's images: tables.FEATURES."""
+    """Write tables.FEATURES: embeddings of a role's images, and the verifiers' p[label]."""
     names = inputs(
-        data=data, classifier=classifier, **{f"judge-{k}": f for k, f in enumerate(judges)}
+        data=data, classifier=classifier, **{f"judge-{k}": f for k, f in enumerate(verifiers)}
     )
     recipe = Recipe("features", 2, {"role": role}, names)
 
     def body(progress: Progress) -> Facts:
         paths = tables.parts(data / role)
         parts = [Part(i, tables.count(p), {"path": str(p)}) for i, p in enumerate(paths)]
-        started = time.perf_counter()
-        done = engine.map_batches(
-            partial(make_features, classifier, () if role == "test" else tuple(judges)),
-            parts,
-            out,
-            progress,
-            model=True,
-        )
-        return cost(done, engine.tasks(model=True), time.perf_counter() - started) | {
-            "rows": sum(p.rows for p in parts)
-        }
+        make = partial(make_features, classifier, () if role == "test" else tuple(verifiers))
+        return mapped(engine, make, parts, out, progress, model=True)
 
     run_step(out, recipe, body, engine.handle)
 
 
-def make_features(classifier: Path, judges: Sequence[Path]) -> Work:
-    """judges: none for `test`, whose labels are not read either."""
+def make_features(classifier: Path, verifiers: Sequence[Path]) -> Work:
+    """The work of `features`; without verifiers (for `test`) labels are not read either."""
     from adversa.classify.score import make_scorer
 
-    scorer, panel = (
-        make_scorer(classifier, embed=True),
-        [make_scorer(folder, embed=True) for folder in judges],
-    )
+    scorer = make_scorer(classifier, embed=True)
+    scorers = [make_scorer(folder, embed=True) for folder in verifiers]
 
     def work(part: Part, path: Path) -> int:
         rows = tables.read_part(
             storage_path(part.payload["path"]),
-            ["id", "image", *(("label", "group") if panel else ())],
+            ["id", "image", *(("label", "group") if scorers else ())],
         )
         images = tables.decode_images(rows["image"])
         found = [
             {"id": i, "classifier": x}
             for i, x in zip(rows["id"].to_pylist(), scorer(images)[1].tolist(), strict=True)
         ]
-        if panel:
-            scored = [judge(images) for judge in panel]
+        if scorers:
+            scored = [verify(images) for verify in scorers]
             labels = rows["label"].to_numpy()
             agreement = np.stack(
                 [softmax(logits)[np.arange(len(labels)), labels] for logits, _ in scored], axis=1
             )
-            told = zip(
+            columns = zip(
                 labels.tolist(),
                 rows["group"].to_pylist(),
                 scored[0][1].tolist(),
                 agreement.tolist(),
                 strict=True,
             )
-            for row, (label, group, embedding, agreed) in zip(found, told, strict=True):
+            for row, (label, group, embedding, agreed) in zip(found, columns, strict=True):
                 row |= {"label": label, "group": group, "judge": embedding, "agreement": agreed}
         tables.write_part(path, pa.Table.from_pylist(found, schema=tables.FEATURES))
         return len(rows)
@@ -133,28 +103,28 @@ def make_features(classifier: Path, judges: Sequence[Path]) -> Work:
     return work
 
 
-def limits(
+def measure_thresholds(
     data: Path,
     features: Path,
     config: cfg.Curate,
     out: Path,
     handle: RunHandle = NULL_HANDLE,
 ) -> None:
-    """limits.json and scale.npz: what a painted image must keep to, measured on the roles that may
-    choose.
+    """Write thresholds.json, scale.npz and near_copy.npz: what a generated image must keep to,
+    measured on the roles that may choose, and the index of all real images in pixels.
 
-    near_copy, near_copy_features: quantiles of the similarity of real images of different lesions;
-    most_agreement: quantile of what each judge gives the label of held-out images; realism,
-    realism_2: quantiles of held-out images' distance to the manifold of `train`, a number a class;
-    held_out: similarities of held-out images to their nearest image of another lesion, of any role
-    as those of painted images are, for the memorisation curve alone.
+    thresholds.json holds near_copy, near_copy_features (quantiles of the similarity of real images
+    of different lesions), most_agreement (quantile of each verifier's p[label] of held-out images),
+    realism, realism_2 (quantiles of held-out images' distance to the manifold of `train`, a number
+    a class), and held_out: similarities of held-out images to their nearest image of another
+    lesion, of any role as those of generated images are, for the memorisation curve alone.
     """
     asked = {
         k: getattr(config, k)
         for k in ("near_copy_quantile", "realism_quantile", "trivial_quantile")
     }
     recipe = Recipe(
-        "limits", 2, asked, inputs(data=data, **{f"features-{r}": features / r for r in CHOOSING})
+        "limits", 3, asked, inputs(data=data, **{f"features-{r}": features / r for r in CHOOSING})
     )
 
     def body(progress: Progress) -> Facts:
@@ -164,10 +134,18 @@ def limits(
         ids, groups, images = real_images(data, CHOOSING)
         index = NearCopy(ids, images)
         found: dict[str, Any] = {
-            "near_copy": threshold(index.strangers(ids, groups)[1], config.near_copy_quantile)
+            "near_copy": threshold(
+                index.cross_lesion_neighbours(ids, groups)[1], config.near_copy_quantile
+            )
         }
         progress({"done": 1, "total": 3, "unit": "index"})
-        found["held_out"] = held_out(data, index.scale)
+        test, lesions, images = real_images(data, ["test"])
+        index = index.extended(test, images)
+        among = real_ids(data, HELD_OUT)
+        nearest = index.cross_lesion_neighbours([*ids, *test], [*groups, *lesions], among, HELD)[1]
+        found["held_out"] = nearest.tolist()
+        _write(out / INDEX, index.save)
+        _write(out / SCALE, lambda file: np.savez(file, **vars(index.scale)))
         progress({"done": 2, "total": 3, "unit": "index"})
         rows = read_features(features, CHOOSING)
         lesion = dict(zip(ids, groups, strict=True))
@@ -177,10 +155,7 @@ def limits(
             known, [lesion[i] for i in known], config.near_copy_quantile
         )
         found |= _realism(data, features, config) | {"most_agreement": _trivial(features, config)}
-        buffer = io.BytesIO()
-        np.savez(buffer, signal=index.scale.signal, noise=index.scale.noise)
-        files.replace_bytes(out / SCALE, buffer.getbuffer())
-        files.write_json(out / LIMITS, found)
+        files.write_json(out / THRESHOLDS, found)
         return {"rows": len(ids)} | {
             k: found[k] for k in ("near_copy", "near_copy_features", "realism", "realism_2")
         }
@@ -188,15 +163,10 @@ def limits(
     run_step(out, recipe, body, handle)
 
 
-def held_out(data: Path, scale: Any) -> list[float]:
-    """Similarity of up to HELD images of the held-out roles to their nearest image of another
-    lesion, of any role.
-    """
-    from adversa.curate.near_copy import NearCopy
-
-    ids, groups, images = real_images(data, ROLES)
-    among = real_ids(data, HELD_OUT)
-    return NearCopy(ids, images, like=scale).strangers(ids, groups, among, HELD)[1].tolist()
+def _write(path: Path, save: Callable[[BinaryIO], None]) -> None:
+    buffer = io.BytesIO()
+    save(buffer)
+    files.replace_bytes(path, buffer.getbuffer())
 
 
 def _trivial(features: Path, config: cfg.Curate) -> float:
@@ -215,15 +185,17 @@ def _realism(data: Path, features: Path, config: cfg.Curate) -> dict[str, list[f
     found = {}
     for name, column in (("realism", "classifier"), ("realism_2", "judge")):
         ratios = manifold(features, column).ratio(matrix(held[column]))
-        found[name] = realism.limits(
+        found[name] = realism.thresholds(
             ratios, held["label"].to_numpy(), classes, config.realism_quantile
         ).tolist()
     return found
 
 
-def manifold(features: Path, column: str) -> Any:
-    """curate.realism.Manifold of `train` in one feature space. UserError where there are too few
-    lesions for one.
+def manifold(features: Path, column: str) -> Manifold:
+    """The manifold of `train` in one feature space.
+
+    Raises:
+        UserError: There are too few lesions for one.
     """
     from adversa.curate.realism import NEIGHBOUR, Manifold
 
@@ -255,7 +227,8 @@ def real_images(
     in memory at a time.
     """
     paths = [path for role in roles for path in tables.parts(data / role)]
-    rows = pa.concat_tables(tables.read_part(path, ["id", "group"]) for path in paths)
+    empty = tables.EXAMPLES.empty_table().select(["id", "group"])
+    rows = pa.concat_tables([empty, *(tables.read_part(path, ["id", "group"]) for path in paths)])
     blocks = (
         tables.decode_images(batch.column("image"))
         for path in paths
@@ -264,28 +237,14 @@ def real_images(
     return rows["id"].to_pylist(), rows["group"].to_pylist(), blocks
 
 
-# ---- each painted image by itself ----------------------------------------------------------------
+# ---- each generated image by itself --------------------------------------------------------------
 
 
-def limits_of(folder: Path, config: cfg.Curate) -> Any:
-    """curate.gate.Limits of a run's measurements and settings."""
-    from adversa.curate.gate import Limits
-
-    found = files.read_json(folder / LIMITS)
-    assert found is not None, f"{folder} is not finished"
-    off = config.realism_quantile is None
-    spaces = {k: None if off else tuple(found[k]) for k in ("realism", "realism_2")}
-    return Limits(
-        near_copy=found["near_copy"],
-        near_copy_features=found["near_copy_features"],
-        least_agreement=config.min_agreement if config.folds else None,
-        most_agreement=found["most_agreement"] if config.trivial_quantile is not None else 1.0,
-        contrast=config.min_contrast,
-        clipped=config.max_clipped,
-        twin=found["near_copy"] if config.twins else None,
-        quota=config.quota,
-        **spaces,
-    )
+def thresholds_of(folder: Path, config: cfg.Curate) -> checks.Thresholds:
+    """The limits of the checks, of a run's measurements and settings."""
+    measured = files.read_json(folder / THRESHOLDS)
+    assert measured is not None, f"{folder} is not finished"
+    return checks.thresholds(config, measured)
 
 
 def inspect(
@@ -300,15 +259,15 @@ def inspect(
     config: cfg.Curate,
     out: Path,
 ) -> None:
-    """The first pass of the gate over every painted image: tables.VERDICTS, none kept yet."""
-    judges = {f"judge-{k}": f for k, f in enumerate(folders(judge, config.folds))}
+    """Write tables.VERDICTS: the first pass of the filter over every image, none kept yet."""
+    verifiers = {f"judge-{k}": f for k, f in enumerate(folders(judge, config.folds))}
     names = inputs(
         synthetic=synthetic,
         requests=requests,
         data=data,
         limits=limits,
         classifier=classifier,
-        **judges,
+        **verifiers,
     )
     names |= {f"features-{r}": step_folder.fingerprint(features / r) for r in ROLES}
     recipe = Recipe(
@@ -323,11 +282,7 @@ def inspect(
             for i, (p, n) in enumerate(zip(paths, counts, strict=True))
         ]
         make = partial(make_inspected, data, features, limits, classifier, judge, config)
-        started = time.perf_counter()
-        done = engine.map_batches(make, parts, out, progress, model=True)
-        return cost(done, engine.tasks(model=True), time.perf_counter() - started) | {
-            "rows": sum(p.rows for p in parts)
-        }
+        return mapped(engine, make, parts, out, progress, model=True)
 
     run_step(out, recipe, body, engine.handle)
 
@@ -336,24 +291,22 @@ def make_inspected(
     data: Path, features: Path, limits: Path, classifier: Path, judge: Path, config: cfg.Curate
 ) -> Work:
     from adversa.classify.score import make_scorer
-    from adversa.curate import gate
-    from adversa.curate.near_copy import NearCopy, NearFeatures
+    from adversa.curate import filter
+    from adversa.curate.near_copy import NearFeatures
 
-    allowed = limits_of(limits, config)
-    scorer, judges = (
-        make_scorer(classifier, embed=True),
-        Judges(judge, config.folds, data) if config.folds else None,
-    )
-    ids, _, images = real_images(data, ROLES)
-    copies = NearCopy(ids, images, like=scale_of(limits))
+    thresholds = thresholds_of(limits, config)
+    scorer = make_scorer(classifier, embed=True)
+    verify = Judges(judge, config.folds, data) if config.folds else None
+    copies = near_copies(limits)
     everyone = read_features(features, ROLES)
-    assert sorted(everyone["id"].to_pylist()) == sorted(ids), (
-        f"{features} is not of the images of {data}"
+    assert sorted(everyone["id"].to_pylist()) == copies.ids, (
+        f"{features} is not of the images of {limits}"
     )
     in_features = NearFeatures(everyone["id"].to_pylist(), matrix(everyone["classifier"]))
     known = read_features(features, ["train"])
     in_train = NearFeatures(known["id"].to_pylist(), matrix(known["classifier"]))
-    spaces = [manifold(features, c) for c in ("classifier", "judge")] if allowed.realism else None
+    on = thresholds["realism_limit"] is not None
+    spaces = [manifold(features, c) for c in ("classifier", "judge")] if on else None
 
     def work(part: Part, path: Path) -> int:
         rows = tables.read_part(storage_path(part.payload["path"]))
@@ -366,7 +319,7 @@ def make_inspected(
         similarity, nearest = copies.nearest(pictures)
         first = scorer(pictures)[1]
         probs, second = (
-            judges(pictures, labels, in_train.nearest(first)[1]) if judges else (None, None)
+            verify(pictures, labels, in_train.nearest(first)[1]) if verify else (None, None)
         )
         similarity_2, nearest_2 = in_features.nearest(first)
         ratios = (
@@ -374,7 +327,7 @@ def make_inspected(
             if spaces
             else [None, None]
         )
-        painted = gate.Painted(
+        candidates = checks.Candidates(
             request_ids=names,
             arms=rows["arm"].to_pylist(),
             labels=labels,
@@ -391,177 +344,24 @@ def make_inspected(
             similarity_2=similarity_2,
             nearest_2=nearest_2,
         )
-        tables.write_part(path, tables.to_table(gate.inspect(painted, allowed), tables.VERDICTS))
+        found = filter.inspect(candidates, thresholds)
+        tables.write_part(path, tables.to_table(found, tables.VERDICTS))
         return len(rows)
 
     return work
 
 
-def scale_of(limits: Path) -> Any:
-    """curate.near_copy.Scale that a run's similarities are measured by."""
+def near_copies(limits: Path) -> NearCopy:
+    """The index of the real images of every role, in pixels."""
+    from adversa.curate.near_copy import NearCopy
+
+    file = limits / INDEX
+    return NearCopy.load(io.BytesIO(file.read_bytes()) if isinstance(file, BucketPath) else file)
+
+
+def scale_of(limits: Path) -> Scale:
+    """The scale by which a run's similarities are measured."""
     from adversa.curate.near_copy import Scale
 
     with np.load(io.BytesIO((limits / SCALE).read_bytes()), allow_pickle=False) as saved:
         return Scale(saved["signal"], saved["noise"])
-
-
-# ---- twins, and the verdicts ---------------------------------------------------------------------
-
-
-def twins(engine: Engine, synthetic: Path, inspected: Path, limits: Path, out: Path) -> None:
-    """Pairs of near copies among the images of an arm that passed the first pass: tables.TWINS."""
-    recipe = Recipe("twins", 1, {}, inputs(inspected=inspected, synthetic=synthetic, limits=limits))
-
-    def body(progress: Progress) -> Facts:
-        found = waiting(inspected)
-        chunks = [
-            (arm, i, min(i + QUERIES, len(ids)))
-            for arm, ids in found.items()
-            for i in range(0, len(ids), QUERIES)
-        ]
-        parts = [
-            Part(k, stop - start, {"arm": arm, "start": start, "stop": stop})
-            for k, (arm, start, stop) in enumerate(chunks)
-        ]
-        started = time.perf_counter()
-        done = engine.map_batches(
-            partial(make_twins, synthetic, inspected, limits), parts, out, progress
-        )
-        return cost(done, engine.tasks(), time.perf_counter() - started) | {
-            "rows": sum(len(ids) for ids in found.values())
-        }
-
-    run_step(out, recipe, body, engine.handle)
-
-
-def waiting(inspected: Path) -> dict[str, list[str]]:
-    """arm -> request ids, sorted, of what passed the first pass."""
-    from adversa.curate.gate import PENDING
-
-    rows = tables.read(inspected, ["request_id", "arm", "reason"], tables.VERDICTS)
-    rows = rows.filter(pc.equal(rows["reason"], PENDING))
-    arms = rows["arm"].to_pylist()
-    ids = rows["request_id"].to_pylist()
-    return {
-        arm: sorted(i for i, a in zip(ids, arms, strict=True) if a == arm)
-        for arm in sorted(set(arms))
-    }
-
-
-def make_twins(synthetic: Path, inspected: Path, limits: Path) -> Work:
-    from adversa.curate.near_copy import NearCopy
-
-    measured = files.read_json(limits / LIMITS)
-    assert measured is not None, f"{limits} is not finished"
-    ids, scale = waiting(inspected), scale_of(limits)
-    indices: dict[str, NearCopy] = {}
-
-    def work(part: Part, path: Path) -> int:
-        arm = part.payload["arm"]
-        if arm not in indices:
-            indices[arm] = NearCopy(*pictures_of(synthetic, ids[arm]), like=scale)
-        pairs = indices[arm].pairs(
-            measured["near_copy"], slice(part.payload["start"], part.payload["stop"])
-        )
-        rows = [{"a": i} for i in indices[arm].ids[part.payload["start"] : part.payload["stop"]]]
-        rows += [{"a": a, "b": b, "similarity": s} for a, b, s in pairs]
-        tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.TWINS))
-        return part.rows
-
-    return work
-
-
-def pictures_of(synthetic: Path, ids: Sequence[str]) -> tuple[list[str], Iterator[np.ndarray]]:
-    """(ids, blocks of uint8 images [n, H, W, 3], one read at a time) of some painted images, in the
-    order in which they lie.
-    """
-    wanted, paths = (
-        frozenset(ids),
-        tables.parts(synthetic),
-    )  # pyarrow's is_in would hash all of them anew for each part
-    held = tables.each(
-        lambda p: tables.read_part(p, ["request_id"])["request_id"].to_pylist(), paths
-    )
-
-    def blocks() -> Iterator[np.ndarray]:
-        for path in paths:
-            for batch in tables.batches(path, ["request_id", "image"]):
-                keep = pa.array(
-                    [i in wanted for i in batch.column("request_id").to_pylist()], pa.bool_()
-                )
-                if len(images := batch.column("image").filter(keep)):
-                    yield tables.decode_images(images)
-
-    return [i for names in held for i in names if i in wanted], blocks()
-
-
-def settle(
-    inspected: Path,
-    twins: Path,
-    limits: Path,
-    config: cfg.Curate,
-    out: Path,
-    handle: RunHandle = NULL_HANDLE,
-) -> None:
-    """The second pass: tables.VERDICTS, in the order of the first, and memorisation.json."""
-    from adversa.curate import gate
-
-    names = inputs(inspected=inspected, limits=limits) | (
-        inputs(twins=twins) if config.twins else {}
-    )
-    recipe = Recipe("settle", 1, {"twins": config.twins, "quota": config.quota}, names)
-
-    def body(progress: Progress) -> Facts:
-        found = [
-            Verdict(**row)
-            for p in tables.parts(inspected)
-            for row in tables.read_part(p, [*TOLD, *SETTLED]).to_pylist()
-        ]
-        rows = (
-            tables.read(twins, schema=tables.TWINS) if config.twins else tables.TWINS.empty_table()
-        )
-        alone, paired = rows.filter(pc.field("b").is_null()), rows.filter(pc.field("b").is_valid())
-        pairs = zip(*(paired[name].to_pylist() for name in ("a", "b", "similarity")), strict=True)
-        settled = gate.settle(found, alone["a"].to_pylist(), pairs, limits_of(limits, config))
-        _write_verdicts(inspected, settled, out)
-        files.write_json(
-            out / MEMORISATION,
-            memorised(settled, (files.read_json(limits / LIMITS) or {})["held_out"]),
-        )
-        return {"rows": len(settled), "kept": sum(v.keep for v in settled)}
-
-    run_step(out, recipe, body, handle)
-
-
-def _write_verdicts(inspected: Path, settled: Sequence[Verdict], out: Path) -> None:
-    """The verdicts of the first pass with what was settled put in, VERDICT_ROWS or a few more a
-    part.
-    """
-    read, held, at, index = tables.parts(inspected), [], 0, 0
-    if not read:
-        tables.write_part(out / tables.part_name(0), tables.VERDICTS.empty_table())
-    for path in read:
-        held.append(tables.read_part(path))
-        count = sum(map(len, held))
-        if count < VERDICT_ROWS and path != read[-1]:
-            continue
-        rows = pa.concat_tables(held)
-        new = {name: [getattr(v, name) for v in settled[at : at + count]] for name in SETTLED}
-        columns = [new.get(name, rows[name]) for name in tables.VERDICTS.names]
-        tables.write_part(out / tables.part_name(index), pa.table(columns, schema=tables.VERDICTS))
-        held, at, index = [], at + count, index + 1
-
-
-def memorised(found: Sequence[Verdict], held_out: Sequence[float]) -> dict[str, Any]:
-    """arm -> curate.memorisation.Memorisation as plain values, of all images painted, kept or not;
-    None where there are none.
-    """
-    from adversa.curate.memorisation import memorisation
-
-    told = {}
-    for arm in sorted({v.arm for v in found}):
-        m = memorisation(
-            np.array([v.similarity for v in found if v.arm == arm]), np.array(held_out)
-        )
-        told[arm] = None if m is None else asdict(m)
-    return told

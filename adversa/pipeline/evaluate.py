@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -12,7 +11,7 @@ import pyarrow as pa
 
 from adversa import config as cfg
 from adversa.engine.interface import Engine
-from adversa.engine.step import Facts, cost, inputs, run_step
+from adversa.engine.step import Facts, inputs, mapped, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.run import step_folder
 from adversa.run.folder import RunDir, classes_of
@@ -58,11 +57,8 @@ def _score(
     paths = tables.parts(examples)
     rows = [tables.count(p) * len(models) for p in paths]
     parts = [Part(i, n, {"path": str(p)}) for i, (p, n) in enumerate(zip(paths, rows, strict=True))]
-    started = time.perf_counter()
-    done = engine.map_batches(
-        partial(make_score, tuple(models), embed), parts, out, progress, model=True
-    )
-    return cost(done, engine.tasks(model=True), time.perf_counter() - started) | {"rows": sum(rows)}
+    make = partial(make_score, tuple(models), embed)
+    return mapped(engine, make, parts, out, progress, model=True)
 
 
 def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:

@@ -4,7 +4,6 @@ that came from elsewhere.
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from adversa import config as cfg
 from adversa.common.symmetry import symmetry
 from adversa.engine.batches import STATS, Feed
 from adversa.engine.interface import Engine, FitJob
-from adversa.engine.step import Facts, cost, inputs, run_step
+from adversa.engine.step import Facts, inputs, mapped, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE, RunHandle
@@ -144,14 +143,11 @@ def encode(
     def body(progress: Progress) -> Facts:
         paths = tables.parts(examples)
         parts = [Part(i, tables.count(p), {"path": str(p)}) for i, p in enumerate(paths)]
-        started = time.perf_counter()
-        done = engine.map_batches(
-            partial(make_encode, codec, views), parts, out, progress, model=True
-        )
-        spent = cost(done, engine.tasks(model=True), time.perf_counter() - started)
+        make = partial(make_encode, codec, views)
+        spent = mapped(engine, make, parts, out, progress, model=True)
         stats = measure(out) if measured is None else files.read_json(measured / STATS) or {}
         files.write_json(out / STATS, stats)
-        return spent | {"rows": sum(p.rows for p in parts)} | stats
+        return spent | stats
 
     run_step(out, recipe, body, engine.handle)
 

@@ -4,7 +4,6 @@ compare the two sets.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import pyarrow as pa
 
 from adversa import config as cfg
 from adversa.engine.interface import Engine
-from adversa.engine.step import Facts, cost, inputs, run_step
+from adversa.engine.step import Facts, inputs, mapped, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.pipeline import arms, generate, train
 from adversa.pipeline.folders import QualityFolders, needs_classifier, quality_folders
@@ -163,12 +162,8 @@ def features(engine: Engine, run: RunDir, config: cfg.Config, at: QualityFolders
             ids = sorted(taken.get(path.name, [])) if kind == "train" else None
             rows = tables.count(path) if ids is None else len(ids)
             parts.append(Part(i, rows, {"path": str(path), "kind": kind, "ids": ids}))
-        started = time.perf_counter()
         make = partial(make_features, found, config.data.resolution)
-        done = engine.map_batches(make, parts, at.features, progress, model=True)
-        return cost(done, engine.tasks(model=True), time.perf_counter() - started) | {
-            "rows": sum(p.rows for p in parts)
-        }
+        return mapped(engine, make, parts, at.features, progress, model=True)
 
     run_step(at.features, recipe, body, engine.handle)
 

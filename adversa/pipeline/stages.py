@@ -14,6 +14,7 @@ from adversa.engine.interface import FitJob
 from adversa.pipeline import (
     curate,
     evaluate,
+    finalize,
     generate,
     latents,
     mine,
@@ -227,16 +228,16 @@ def _curate(at: StageContext) -> None:
     judges = verifier.folders(d.judge, c.curate.folds)
     for role in ROLES:
         curate.features(at.engine, d.data, role, classifier, judges, d.features / role)
-    curate.limits(d.data, d.features, c.curate, d.limits, at.engine.handle)
+    curate.measure_thresholds(d.data, d.features, c.curate, d.limits, at.engine.handle)
     requests, synthetic, inspected, twins = (
         d.round(n, x) for x in ("requests", "synthetic", "inspected", "twins")
     )
     measured = d.features, d.limits, classifier, d.judge
     curate.inspect(at.engine, requests, synthetic, d.data, *measured, c.curate, inspected)
     if c.curate.twins:
-        curate.twins(at.engine, synthetic, inspected, d.limits, twins)
+        finalize.near_duplicates(at.engine, synthetic, inspected, d.limits, twins)
     verdicts = d.round(n, "verdicts")
-    curate.settle(inspected, twins, d.limits, c.curate, verdicts, at.engine.handle)
+    finalize.finalize(inspected, twins, d.limits, c.curate, verdicts, at.engine.handle)
 
 
 def _curated(config: Config, run: RunDir, number: int) -> tuple[Output, ...]:

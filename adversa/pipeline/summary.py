@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from adversa.config import Config, judge_of
+from adversa.curate.filter import Verdict, acceptance
 from adversa.pipeline import parity_check, ratio, results, test_access
 from adversa.pipeline.folders import has_codec, home, last_round
 from adversa.run import control, environment, status, step_folder
 from adversa.run.folder import RunDir, classes_of, run_id, split_hash
 from adversa.storage import files, tables
-from adversa.types import BEFORE, Verdict
+from adversa.types import BEFORE
 
 
 def write(config: Config, run: RunDir, folders: Sequence[Path]) -> dict[str, Any]:
@@ -22,7 +23,6 @@ def write(config: Config, run: RunDir, folders: Sequence[Path]) -> dict[str, Any
     UserError where test was read with other classifiers, or in another way, than the run has now,
     or the arms are not matched.
     """
-    from adversa.curate.gate import acceptance
 
     test_access.review(run, test_access.asked(config, run), reopen=False)
     classes = classes_of(run.data)

@@ -1,4 +1,4 @@
-"""What was painted and what was kept of it, how the hard cases were shared out, and whether the
+"""What was generated and what was kept of it, how the hard cases were shared out, and whether the
 denoiser repeats its training.
 """
 
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adversa.curate.gate import EVERY_REASON, acceptance, acceptance_by_strategy
+from adversa.curate.filter import EVERY_REASON, acceptance, acceptance_by_strategy
 from adversa.report.gather import Facts, columns, number
 from adversa.storage import tables
 from adversa.storage.files import read_json
 
 
-class Judged(NamedTuple):
+class Decision(NamedTuple):
     """What acceptance counts of a verdict: reading 20,000 whole ones takes seconds, these five
     columns do not.
     """
@@ -36,7 +36,7 @@ class Line:
 
     name: str
     strategy: str
-    painted: int
+    generated: int
     kept: int
     rejected: dict[str, int]
 
@@ -64,7 +64,7 @@ class Budget:
     errors: float | None
     misclassified: int
     near: int
-    painted: int
+    generated: int
     kept: int
 
     @property
@@ -83,38 +83,20 @@ class Memory:
     beyond: float
 
 
-def judged(facts: Facts, number: int | None = None) -> list[Judged]:
-    """Of every round, or of one. The strategy is the request's where the verdict, of an older
-    version, has none.
-    """
-    folders = sorted(
-        facts.run.root.glob(
-            "round-*/verdicts" if number is None else f"round-{number:03d}/verdicts"
-        )
-    )
+def decisions(facts: Facts, number: int | None = None) -> list[Decision]:
+    """The decisions of every round, or of one."""
+    name = "round-*" if number is None else f"round-{number:03d}"
     found = []
-    for folder in folders:
-        rows = columns(folder, ["request_id", *Judged._fields], tables.VERDICTS)
-        strategies = rows["strategy"].to_pylist()
-        if None in strategies:
-            asked = columns(
-                folder.parent / "requests", ["request_id", "strategy"], tables.REQUESTS
-            ).to_pydict()
-            known = dict(zip(asked["request_id"], asked["strategy"], strict=True))
-            strategies = [
-                s or known.get(i, "")
-                for s, i in zip(strategies, rows["request_id"].to_pylist(), strict=True)
-            ]
-        lists = [
-            strategies if name == "strategy" else rows[name].to_pylist() for name in Judged._fields
-        ]
-        found += [Judged(*row) for row in zip(*lists, strict=True)]
+    for folder in sorted(facts.run.root.glob(f"{name}/verdicts")):
+        rows = columns(folder, list(Decision._fields), tables.VERDICTS)
+        lists = (rows[name].to_pylist() for name in Decision._fields)
+        found += [Decision(*row) for row in zip(*lists, strict=True)]
     return found
 
 
 def accepted(facts: Facts) -> dict[str, Accepted]:
-    """arm -> what was painted and kept, by class, and by strategy where an arm has several."""
-    found = judged(facts)
+    """arm -> what was generated and kept, by class, and by strategy where an arm has several."""
+    found = decisions(facts)
     by_class: dict[str, Any] = acceptance(found, facts.classes)  # type: ignore[arg-type]
     by_strategy: dict[str, Any] = acceptance_by_strategy(found, facts.classes)  # type: ignore[arg-type]
     shown = {}
@@ -143,7 +125,7 @@ def budget(facts: Facts, number: int) -> list[Budget]:
         facts.run.round(number, "hard"), ["label", "reason"], tables.HARD_CASES
     ).to_pylist()
     taken = Counter((h["label"], h["reason"]) for h in hard)
-    painted = Counter((j.label, j.keep) for j in judged(facts, number) if j.arm == facts.after)
+    generated = Counter((d.label, d.keep) for d in decisions(facts, number) if d.arm == facts.after)
     errors = _errors(facts, number)
     return [
         Budget(
@@ -156,8 +138,8 @@ def budget(facts: Facts, number: int) -> list[Budget]:
                 for (label, reason), n in taken.items()
                 if label == c and reason != "misclassified"
             ),
-            painted=painted[c, True] + painted[c, False],
-            kept=painted[c, True],
+            generated=generated[c, True] + generated[c, False],
+            kept=generated[c, True],
         )
         for c, name in enumerate(facts.classes)
     ]

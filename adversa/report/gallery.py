@@ -1,4 +1,4 @@
-"""The pictures of the page, as data URIs: hard cases, what was painted from them, and the real
+"""The pictures of the page, as data URIs: hard cases, what was generated from them, and the real
 image nearest to each of those.
 """
 
@@ -9,6 +9,7 @@ import io
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,20 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from adversa.curate import gate
+from adversa.curate.checks import CHECKS, FIRST, Check
+from adversa.curate.filter import KEPT, NOT_FINITE, NOT_GENERATED
 from adversa.report.gather import Facts, columns, number
 from adversa.report.words import fixed
 from adversa.storage import tables
 from adversa.types import ROLES
 
 CASES, OFFSPRING, SAMPLES = 24, 6, 6
-LARGEST, LARGEST_NEAREST, LARGEST_SHEET = (
-    96,
-    64,
-    512,
-)  # pixels: a larger picture is made smaller, for a page of a few megabytes
+# pixels: a larger picture is made smaller, for a page of a few megabytes
+LARGEST, LARGEST_NEAREST, LARGEST_SHEET = 96, 64, 512
 # bytes: up to here a picture is shown as it is; above, JPEG says the same in a fraction of it
 LARGEST_PNG = 4096
-MARKS = {
-    gate.KEPT: "kept",
-    gate.NOT_PAINTED: "broken",
-    gate.NOT_FINITE: "broken",
-    gate.FLAT: "broken",
-    gate.CLIPPED: "broken",
-} | {
-    gate.DISAGREES: "disagrees",
-    gate.TRIVIAL: "disagrees",
-    gate.NEAR_COPY: "copy",
-    gate.NEAR_COPY_2: "copy",
-    gate.TWIN: "copy",
-}
+MARKS = {c.reason: c.mark for c in CHECKS} | {KEPT: "kept"}
+MARKS |= dict.fromkeys((NOT_GENERATED, NOT_FINITE), "broken")
 
 
 @dataclass(frozen=True)
@@ -72,17 +60,17 @@ class Number:
 
 @dataclass(frozen=True)
 class Nearest:
-    """The real image that a painted one is most like. picture is None for an image of test: those
+    """The real image that a generated one is most like. picture is None for an image of test: those
     are not shown to anyone.
     """
 
     role: str
     picture: Picture | None
-    itself: bool  # it is the hard case that was painted from
+    itself: bool  # it is the hard case that was generated from
 
 
 @dataclass(frozen=True)
-class Painted:
+class Generated:
     picture: Picture
     reason: str
     keep: bool
@@ -102,25 +90,25 @@ class Case:
     reason: str
     loss: float
     picture: Picture
-    offspring: list[Painted]
-    painted: int  # all there are
+    offspring: list[Generated]
+    generated: int  # all there are
     kept: int
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """total: hard cases there are, shown or not. samples: label -> images of another arm, painted
-    without a hard case.
+    """total: hard cases there are, shown or not. samples: label -> images of another arm,
+    generated without a hard case.
     """
 
     round: int
     cases: list[Case]
     total: int
-    samples: dict[int, list[Painted]]
+    samples: dict[int, list[Generated]]
 
     @property
     def labels(self) -> dict[int, int]:
-        """label -> painted images shown."""
+        """label -> generated images shown."""
         found = Counter({c.label: 0 for c in self.cases})
         for label, images in self._shown():
             found[label] += len(images)
@@ -128,13 +116,13 @@ class Gallery:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """reason -> painted images shown, kept first."""
+        """reason -> generated images shown, kept first."""
         found = Counter(p.reason for _, images in self._shown() for p in images)
-        return dict(sorted(found.items(), key=lambda r: (r[0] != gate.KEPT, r[0])))
+        return dict(sorted(found.items(), key=lambda r: (r[0] != KEPT, r[0])))
 
     @property
     def refused(self) -> int:
-        """Painted images shown that were not kept, whatever the reason."""
+        """Generated images shown that were not kept, whatever the reason."""
         return sum(not p.keep for _, images in self._shown() for p in images)
 
     @property
@@ -142,7 +130,7 @@ class Gallery:
         """id of a filter -> the class name, in the page, of the images it leaves."""
         return {str(i): f"r{i}" for i in range(len(self.reasons))} | {"refused": "refused"}
 
-    def _shown(self) -> list[tuple[int, list[Painted]]]:
+    def _shown(self) -> list[tuple[int, list[Generated]]]:
         return [(c.label, c.offspring) for c in self.cases] + list(self.samples.items())
 
 
@@ -171,10 +159,10 @@ def gallery(facts: Facts, round_number: int) -> Gallery:
     real = _real(run.data, {h["example"] for h in shown}, neighbours)
     pictures = _pictures(run.round(round_number, "synthetic"), "request_id", set(wanted))
 
-    def painted(request: str, example: str | None) -> Painted:
+    def generated(request: str, example: str | None) -> Generated:
         v = verdicts.get(request) or {}
         reason, nearest = v.get("reason") or "no verdict", _nearest(_neighbour(v), real, example)
-        return Painted(
+        return Generated(
             pictures.get(request, NONE), reason, bool(v.get("keep")), numbers(v), nearest
         )
 
@@ -189,8 +177,8 @@ def gallery(facts: Facts, round_number: int) -> Gallery:
                 reason=h["reason"],
                 loss=h["loss"],
                 picture=real.get(h["example"], ("mine", NONE))[1] or NONE,
-                offspring=[painted(r, h["example"]) for r in ids[:OFFSPRING]],
-                painted=len(ids),
+                offspring=[generated(r, h["example"]) for r in ids[:OFFSPRING]],
+                generated=len(ids),
                 kept=sum(bool((verdicts.get(r) or {}).get("keep")) for r in ids),
             )
         )
@@ -198,7 +186,7 @@ def gallery(facts: Facts, round_number: int) -> Gallery:
         round_number,
         found,
         len(hard),
-        {c: [painted(r, None) for r in ids] for c, ids in samples.items()},
+        {c: [generated(r, None) for r in ids] for c, ids in samples.items()},
     )
 
 
@@ -232,61 +220,27 @@ def _verdicts(folder: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
 
 
 def numbers(v: dict[str, Any]) -> list[Number]:
-    """The numbers of a verdict that are known, with their limits; those that have a limit and are
-    not known are said to be.
+    """The numbers of a verdict that are known, with their limits, in the order of the checks; a
+    number that failed is there though it is not known.
     """
-    least, most = number(v.get("agreement_least")), number(v.get("agreement_most"))
-    judge = (
-        f"\u2265 {fixed(least, 2)}"
-        if most in (None, 1.0)
-        else f"{fixed(least, 2)} to {fixed(most, 2)}"
-    )
-    rows = [
-        (
-            "verifier",
-            v.get("agreement"),
-            "" if least is None else judge,
-            (gate.DISAGREES, gate.TRIVIAL),
-            2,
-        )
-    ]
-    for name, value, limit, sign, reason, digits in (
-        ("pixels", "similarity", "similarity_limit", "<", gate.NEAR_COPY, 3),
-        ("features", "similarity_2", "similarity_2_limit", "<", gate.NEAR_COPY_2, 3),
-        ("realism", "realism", "realism_limit", "\u2264", gate.UNREAL, 2),
-        ("realism, second", "realism_2", "realism_2_limit", "\u2264", gate.UNREAL_2, 2),
-        ("contrast", "contrast", "contrast_limit", "\u2265", gate.FLAT, 1),
-        ("clipped", "clipped", "clipped_limit", "\u2264", gate.CLIPPED, 2),
-        ("twin", "twin_similarity", "twin_limit", "<", gate.TWIN, 3),
-        ("of its source", "place", "quota", "\u2264", gate.QUOTA, 0),
-    ):
-        bound = number(v.get(limit))
-        rows.append(
-            (
-                name,
-                _known(v, value),
-                "" if bound is None else f"{sign} {fixed(bound, digits)}",
-                (reason,),
-                digits,
-            )
-        )
-    return [
-        Number(name, fixed(number(value), digits), limit, v.get("reason") in reasons)
-        for name, value, limit, reasons, digits in rows
-        if number(value) is not None or v.get("reason") in reasons
-    ]
+    found = []
+    for column, group in groupby(CHECKS, key=lambda c: c.number):
+        checks = list(group)
+        value, digits = number(v.get(column)), checks[0].digits
+        value = None if value == checks[0].nothing else value
+        failed = v.get("reason") in {c.reason for c in checks}
+        if value is not None or failed:
+            limit = _limit(v, checks)
+            found.append(Number(checks[0].title, fixed(value, digits), limit, failed))
+    return found
 
 
-def _known(v: dict[str, Any], name: str) -> Any:
-    """What is not there: a place of 0 (not counted yet), a twin's similarity of -1 (it has
-    none).
-    """
-    value = number(v.get(name))
-    return (
-        None
-        if (name == "place" and value == 0) or (name == "twin_similarity" and value == -1)
-        else value
-    )
+def _limit(v: dict[str, Any], checks: list[Check]) -> str:
+    """What the checks of one number hold it to: "≥ 0.20", "0.20 to 0.99", "" where all are off."""
+    bounds = [(c, x) for c in checks if (x := number(c.bound(v))) not in (None, c.vacuous)]
+    if len(bounds) == 1:
+        return f"{bounds[0][0].sign} {fixed(bounds[0][1], bounds[0][0].digits)}"
+    return " to ".join(fixed(x, c.digits) for c, x in bounds)
 
 
 def _neighbour(v: dict[str, Any] | None) -> str:
@@ -295,7 +249,8 @@ def _neighbour(v: dict[str, Any] | None) -> str:
     """
     if not v:
         return ""
-    return (v.get("nearest_2") if v.get("reason") == gate.NEAR_COPY_2 else v.get("nearest")) or ""
+    failed = [c.neighbour for c in FIRST if c.neighbour and c.reason == v.get("reason")]
+    return v.get(failed[0] if failed else "nearest") or ""
 
 
 def _nearest(

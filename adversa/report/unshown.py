@@ -7,8 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
-
+from adversa.curate.checks import CHECKS
 from adversa.report.evidence import Comparison
 from adversa.report.gather import Facts, columns
 from adversa.report.words import count, counted, fixed, listed, signed
@@ -21,17 +20,6 @@ WHY = {  # arm -> what it would tell
     "unguided": "whether synthetic images that know no hard case would do as much",
     "guided": "whether images generated from hard cases help",
 }
-OFF = {  # column of a limit -> the check that is off where no verdict has one
-    "contrast_limit": "flat images",
-    "clipped_limit": "images out of range",
-    "realism_limit": "distance to the real images, first feature space",
-    "realism_2_limit": "distance to the real images, second feature space",
-    "similarity_limit": "near copies in pixels",
-    "similarity_2_limit": "near copies in features",
-    "twin_limit": "near-duplicates among the synthetic images",
-    "quota": "quota of a source image",
-}
-ALWAYS = {"similarity_limit"}  # checked by every version; an older one wrote no limit
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,7 @@ class Unshown:
 def unshown(facts: Facts, compared: list[Comparison], rounds: list[int]) -> Unshown:
     groups: dict[str, Any] = facts.summary["subgroups"]
     asked = facts.section("evaluate").get("subgroups") or []
-    painted = [n for n in rounds if tables.parts(facts.run.round(n, "verdicts"))]
+    generated = [n for n in rounds if tables.parts(facts.run.round(n, "verdicts"))]
     return Unshown(
         comparisons=[sentence(c) for c in compared if c.word == "not shown"],
         arms=[f"{arm}: {WHY[arm]}" for arm in ARMS if arm in WHY and arm not in facts.arms],
@@ -58,7 +46,7 @@ def unshown(facts: Facts, compared: list[Comparison], rounds: list[int]) -> Unsh
         },
         unknown=[str(a) for a in asked if a not in groups] if groups or asked else [],
         empty=[name for name, n in zip(facts.classes, facts.images["test"], strict=True) if not n],
-        checks=checks_off(facts, painted[-1]) if painted else [],
+        checks=checks_off(facts, generated[-1]) if generated else [],
     )
 
 
@@ -90,18 +78,8 @@ def _small(rows: list[dict[str, Any]]) -> str:
 
 
 def checks_off(facts: Facts, round_number: int) -> list[str]:
-    """The checks that no verdict of the round has a limit for. The judge's is never off."""
-    folder = facts.run.round(round_number, "verdicts")
-    rows = columns(folder, [*OFF, "agreement_most"], tables.VERDICTS)
-    old = all(rows[name].null_count == len(rows) for name in rows.column_names)
-    found = [
-        name
-        for column, name in OFF.items()
-        if rows[column].null_count == len(rows) and not (old and column in ALWAYS)
-    ]
-    most = pc.min(rows["agreement_most"]).as_py()
-    return (
-        found
-        if most is not None and most < 1
-        else [*found, "images that are trivial to the verifier"]
-    )
+    """The checks that no verdict of the round has a limit for. The verifier's is never off."""
+    folder, checks = facts.run.round(round_number, "verdicts"), [c for c in CHECKS if c.off]
+    rows = columns(folder, [c.limit for c in checks], tables.VERDICTS)
+    limits = {c: set(rows[c.limit].unique().to_pylist()) for c in checks}
+    return [c.off for c in checks if limits[c] <= {None, c.vacuous}]

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from adversa.curate.filter import Verdict
 from adversa.storage.files import replace_bytes
 from adversa.storage.path import StoragePath, asking, source
-from adversa.types import UserError
+from adversa.types import Example, GenerationRequest, HardCase, SyntheticImage, UserError
 
 MOST_PIXELS = (
     1 << 26
@@ -31,101 +32,32 @@ ROW_GROUP = 256
 AT_ONCE = 16
 T = TypeVar("T")
 
-_text, _int, _real, _flag, _bytes = pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.binary()
+_text, _int, _real = pa.string(), pa.int64(), pa.float64()
+_ARROW = {  # annotation of a dataclass -> type of its column
+    "str": _text,
+    "int": _int,
+    "float": _real,
+    "bool": pa.bool_(),
+    "bytes": pa.binary(),
+    "dict[str, str]": pa.map_(_text, _text),
+}
 
-EXAMPLES = pa.schema(
-    {
-        "id": _text,
-        "source": _text,
-        "label": _int,
-        "group": _text,
-        "patient": _text,
-        "attributes": pa.map_(_text, _text),
-        "image": _bytes,
-        "mask": _bytes,
-    }
-)
-HARD_CASES = pa.schema(
-    {
-        "example": _text,
-        "label": _int,
-        "predicted": _int,
-        "loss": _real,
-        "margin": _real,
-        "reason": _text,
-        "rank": _int,
-    }
-)
-REQUESTS = pa.schema(
-    {
-        "request_id": _text,
-        "round": _int,
-        "arm": _text,
-        "strategy": _text,
-        "label": _int,
-        "example": _text,
-        "sigma_start": _real,
-        "guidance": _real,
-        "seed": _int,
-        "partner": _text,
-        "hardness": _real,
-        "likeness": _real,
-        "classifier": _text,
-        "classifier_round": _int,
-    }
-)
+
+def _schema(noun: type) -> pa.Schema:
+    """A column for each field of a dataclass."""
+    fields = dataclasses.fields(noun)
+    return pa.schema({f.name: _ARROW[str(f.type).removesuffix(" | None")] for f in fields})
+
+
+EXAMPLES = _schema(Example)
+HARD_CASES = _schema(HardCase)
+REQUESTS = _schema(GenerationRequest)
+SYNTHETIC = _schema(SyntheticImage)
+VERDICTS = _schema(Verdict)
 LEVELS = pa.schema({"example": _text, "sigma_start": _real, "agreement": _real})
-# evaluations: rows of the denoiser it took; skipped: steering gradients that were not finite;
-# fault: why it was not painted.
-SYNTHETIC = pa.schema(
-    {
-        "request_id": _text,
-        "arm": _text,
-        "label": _int,
-        "image": _bytes,
-        "finite": _flag,
-        "denoiser": _text,
-        "evaluations": _int,
-        "skipped": _int,
-        "fault": _text,
-    }
-)
-_numbers = [
-    "contrast",
-    "clipped",
-    "agreement",
-    "realism",
-    "realism_2",
-    "similarity",
-    "similarity_2",
-    "twin_similarity",
-]
-_limits = [
-    "contrast_limit",
-    "clipped_limit",
-    "agreement_least",
-    "agreement_most",
-    "realism_limit",
-    "realism_2_limit",
-]
-_limits += ["similarity_limit", "similarity_2_limit", "twin_limit"]
-VERDICTS = pa.schema(
-    {
-        "request_id": _text,
-        "arm": _text,
-        "label": _int,
-        "strategy": _text,
-        "source": _text,
-        "keep": _flag,
-        "reason": _text,
-    }
-    | dict.fromkeys(["nearest", "nearest_2", "twin"], _text)
-    | dict.fromkeys([*_numbers, *_limits], _real)
-    | {"place": _int, "quota": _int}
-)
-# Of real images, once a run: what two classifiers of other architectures make of them, and each
-# judge's p[label]. Of `test`, which is not opened yet, the first of them alone, for the near-copy
-# gate: no label, no judge.
+# Of real images, once a run: embeddings of two classifiers of different architecture, and each
+# verifier's p[label]. Of `test`, which is not opened yet, the classifier's alone, for the near-copy
+# check: no label, no verifier.
 FEATURES = pa.schema(
     {
         "id": _text,

@@ -21,7 +21,7 @@ import pyarrow as pa
 from adversa import config as cfg
 from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, inputs, run_step
-from adversa.pipeline import curate, evaluate, latents, mine, train, verifier
+from adversa.pipeline import curate, evaluate, finalize, latents, mine, train, verifier
 from adversa.pipeline import generate as pipeline_generate
 from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE, RunHandle
@@ -199,7 +199,7 @@ def attack(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> N
     judges = verifier.folders(d.judge, c.curate.folds)
     for role in ROLES:
         curate.features(engine, d.data, role, classifier, judges, d.features / role)
-    curate.limits(d.data, d.features, c.curate, d.limits, engine.handle)
+    curate.measure_thresholds(d.data, d.features, c.curate, d.limits, engine.handle)
 
 
 def attacked(config: cfg.Config, d: RunDir) -> Path:
@@ -291,8 +291,8 @@ def paint(
         inspected,
     )
     if c.curate.twins:
-        curate.twins(engine, synthetic, inspected, d.limits, twins)
-    curate.settle(inspected, twins, d.limits, c.curate, verdicts_of(out), engine.handle)
+        finalize.near_duplicates(engine, synthetic, inspected, d.limits, twins)
+    finalize.finalize(inspected, twins, d.limits, c.curate, verdicts_of(out), engine.handle)
 
 
 def verdicts_of(pool: Path) -> Path:

@@ -308,3 +308,19 @@ def test_real_lesions_are_flagged_at_the_stated_rate_and_copies_caught(ham_zip: 
         assert np.mean(similarity >= threshold) >= 0.985, (
             kind
         )  # 99% and a standard deviation of 300
+
+
+def test_an_index_that_grew_and_was_saved_is_the_index_of_all_to_the_bit(tmp_path: Path) -> None:
+    ids, images = [digest(i) for i in range(60)], pictures(60)
+    first = NearCopy(ids[:41], images[:41])
+    whole = NearCopy(ids, images, like=first.scale)
+    grown = first.extended(ids[41:], [images[41:50], images[50:]])
+    with open(tmp_path / "index", "wb") as file:
+        grown.save(file)
+    for index in (grown, NearCopy.load(tmp_path / "index")):
+        assert index.ids == whole.ids
+        for name in ("small", "signal", "noise", "_weight", "_entries"):
+            assert np.array_equal(getattr(index, name), getattr(whole, name)), name
+    assert first.extended([], []).ids == first.ids
+    with pytest.raises(AssertionError):
+        first.extended(ids[:1], [images[:1]])

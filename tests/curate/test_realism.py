@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adversa.curate.realism import Manifold, limits
+from adversa.curate.realism import Manifold, thresholds
 
 
 def cloud(n: int, seed: int, width: float = 1.0) -> np.ndarray:
@@ -29,21 +29,21 @@ def test_a_lesion_s_own_pictures_do_not_make_its_ball_small() -> None:
 def test_held_out_pictures_pass_at_the_stated_rate_and_strangers_do_not() -> None:
     found = Manifold(cloud(1000, 0), [str(i) for i in range(1000)])
     held, labels = found.ratio(cloud(1000, 1)), np.arange(1000) % 2
-    cut = limits(held, labels, 2, 0.98)
+    cut = thresholds(held, labels, 2, 0.98)
     fresh = found.ratio(cloud(2000, 2))
     assert np.mean(fresh > cut[0]) == pytest.approx(0.02, abs=0.012)
     assert np.mean(found.ratio(cloud(200, 3) + 4) > cut.max()) > 0.99
     assert np.isnan(found.ratio(np.full((1, 8), np.nan, np.float32)))[0]
 
 
-def test_limits_are_each_class_s_own_where_it_is_large_enough() -> None:
+def test_thresholds_are_each_class_s_own_where_it_is_large_enough() -> None:
     ratios = np.concatenate([np.linspace(0, 1, 200), np.linspace(2, 3, 200), np.full(5, 9.0)])
     labels = np.repeat([0, 1, 2], [200, 200, 5])
-    cut = limits(ratios, labels, 4, 0.9)
+    cut = thresholds(ratios, labels, 4, 0.9)
     np.testing.assert_allclose(cut[:2], [0.9, 2.9], atol=1e-6)
     assert cut[2] == cut[3] == np.quantile(ratios, 0.9)
     with pytest.raises(AssertionError):
-        limits(np.array([np.nan]), np.array([0]), 1)
+        thresholds(np.array([np.nan]), np.array([0]), 1)
 
 
 def test_order_makes_no_difference() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from adversa.curate.filter import Verdict
 from adversa.export import dataset_card
 from adversa.export import run as export_run
 from adversa.export.formats import FORMATS, SHARD
@@ -23,7 +24,7 @@ from adversa.run import folder as run_folder
 from adversa.run import step_folder
 from adversa.storage import files as storage_files
 from adversa.storage import tables
-from adversa.types import GenerationRequest, SyntheticImage, UserError, Verdict, digest, seed_of
+from adversa.types import GenerationRequest, SyntheticImage, UserError, digest, seed_of
 
 CLASSES = ["nevus", "melanoma", "test"]
 REASONS = ["kept", "kept", "near copy", "judge disagrees", "not finite", "not painted", "kept"]

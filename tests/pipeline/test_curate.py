@@ -1,4 +1,4 @@
-"""The gate as steps: what is measured on which images, and what a verdict then says."""
+"""The filter as steps: what is measured on which images, and what a verdict then says."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from adversa.curate import gate, planted
+from adversa.curate import filter, planted
 from adversa.engine.local import LocalEngine
 from adversa.engine.tasks import Part
-from adversa.pipeline import curate
+from adversa.pipeline import curate, finalize
 from adversa.run import step_folder
 from adversa.storage import files, tables
 from adversa.types import ROLES, UserError
@@ -26,15 +26,15 @@ def test_limits_are_those_of_the_roles_that_may_choose(finished, tmp_path, relis
     shutil.rmtree(data / "test")
     shutil.rmtree(features / "test")
     relist(data)
-    curate.limits(data, features, config.curate, tmp_path / "limits")
+    curate.measure_thresholds(data, features, config.curate, tmp_path / "limits")
     without, as_it_is = (
-        files.read_json(d / curate.LIMITS) for d in (tmp_path / "limits", run.limits)
+        files.read_json(d / curate.THRESHOLDS) for d in (tmp_path / "limits", run.limits)
     )
     assert without.pop("held_out") != as_it_is.pop("held_out")  # of the memorisation curve alone
     assert without == as_it_is
     looser = config.curate.model_copy(update={"near_copy_quantile": 0.8, "realism_quantile": 0.6})
-    curate.limits(data, features, looser, tmp_path / "looser")
-    one, other = (files.read_json(d / curate.LIMITS) for d in (tmp_path / "looser", run.limits))
+    curate.measure_thresholds(data, features, looser, tmp_path / "looser")
+    one, other = (files.read_json(d / curate.THRESHOLDS) for d in (tmp_path / "looser", run.limits))
     assert (
         one["near_copy"] < other["near_copy"]
         and one["near_copy_features"] < other["near_copy_features"]
@@ -53,7 +53,7 @@ def test_the_curve_s_held_out_images_are_searched_as_painted_ones_are(finished):
     _, run = finished
     rows = {r: tables.read(run.data / r, ["id", "group", "image"]).to_pylist() for r in ROLES}
     everyone = [row for r in ROLES for row in rows[r]]
-    given = files.read_json(run.limits / curate.LIMITS)["held_out"]
+    given = files.read_json(run.limits / curate.THRESHOLDS)["held_out"]
     assert len(given) == len(rows["mine"]) + len(rows["select"])
     one = rows["mine"][0]
     others = [row for row in everyone if row["group"] != one["group"]]
@@ -66,7 +66,7 @@ def test_the_curve_s_held_out_images_are_searched_as_painted_ones_are(finished):
     assert np.abs(np.array(given) - similarity[0]).min() < 2e-5
 
 
-def test_of_test_the_gate_has_the_classifier_s_features_alone(finished):
+def test_of_test_the_filter_has_the_classifier_s_features_alone(finished):
     _, run = finished
     for role in ROLES:
         rows = tables.read(run.features / role).to_pylist()
@@ -83,13 +83,31 @@ def test_what_is_trivial_is_measured_on_held_out_images(finished):
         for row in tables.read(run.features / r).to_pylist()
         for a in row["agreement"]
     ]
-    limits = files.read_json(run.limits / curate.LIMITS)
+    limits = files.read_json(run.limits / curate.THRESHOLDS)
     assert limits["most_agreement"] == pytest.approx(
         np.quantile(given, config.curate.trivial_quantile)
     )
-    assert curate.limits_of(run.limits, config.curate).most_agreement == limits["most_agreement"]
+    assert (
+        curate.thresholds_of(run.limits, config.curate)["agreement_most"]
+        == limits["most_agreement"]
+    )
     off = config.curate.model_copy(update={"trivial_quantile": None})
-    assert curate.limits_of(run.limits, off).most_agreement == 1.0
+    assert curate.thresholds_of(run.limits, off)["agreement_most"] == 1.0
+
+
+def test_the_index_of_real_images_is_read_not_built_anew(finished, tmp_path, monkeypatch):
+    from adversa.curate.near_copy import NearCopy
+
+    config, run = finished
+    ids, _, images = curate.real_images(run.data, ROLES)
+    built = NearCopy(ids, images, like=curate.scale_of(run.limits))
+    read = curate.near_copies(run.limits)
+    assert read.ids == built.ids
+    assert all(np.array_equal(vars(read)[k], x) for k, x in vars(built).items() if k != "ids")
+    monkeypatch.setattr(NearCopy, "__init__", None)
+    row = tables.read(run.data / "test", ["image", "label"]).to_pylist()[0]
+    found = inspected(run, config, [synthetic("a", row["image"], row["label"])], tmp_path)
+    assert found[0]["reason"] == "near copy" or found[0]["similarity"] >= 0.99
 
 
 def test_which_judge_speaks_does_not_hang_on_test(finished, tmp_path):
@@ -181,13 +199,13 @@ def test_a_copy_of_an_image_of_any_role_is_caught_test_too(finished, tmp_path, r
         assert (
             verdict["similarity"]
             >= verdict["similarity_limit"]
-            == files.read_json(run.limits / curate.LIMITS)["near_copy"]
+            == files.read_json(run.limits / curate.THRESHOLDS)["near_copy"]
         )
 
 
 def test_every_number_and_limit_is_written(finished):
     config, run = finished
-    limits = files.read_json(run.limits / curate.LIMITS)
+    limits = files.read_json(run.limits / curate.THRESHOLDS)
     rows = tables.read(run.round(1, "verdicts"), schema=tables.VERDICTS).to_pylist()
     requests = {r["request_id"]: r for r in tables.read(run.round(1, "requests")).to_pylist()}
     ids = set(curate.real_ids(run.data, ROLES))
@@ -219,8 +237,8 @@ def test_every_number_and_limit_is_written(finished):
         )
         assert {v["nearest"], v["nearest_2"]} <= ids
         assert (
-            v["reason"] in gate.EVERY_REASON
-            and v["reason"] != gate.PENDING
+            v["reason"] in filter.EVERY_REASON
+            and v["reason"] != filter.PENDING
             and v["keep"] == (v["reason"] == "kept")
         )
 
@@ -274,7 +292,9 @@ def paired(finished, tmp_path):
     )
     files.write_json(tmp_path / "synthetic" / step_folder.MANIFEST, {"fingerprint": "x"})
     blank = [
-        gate.Verdict(r["request_id"], r["arm"], 0, "vary", "e", False, gate.PENDING, similarity=0.1)
+        filter.Verdict(
+            r["request_id"], r["arm"], 0, "vary", "e", False, filter.PENDING, similarity=0.1
+        )
         for r in rows
     ]
     tables.write_part(
@@ -287,8 +307,8 @@ def paired(finished, tmp_path):
 @pytest.mark.parametrize("queries", [1, 2, 512])
 def test_twins_are_found_within_an_arm_in_parts_of_any_size(paired, monkeypatch, queries):
     run, root = paired
-    monkeypatch.setattr(curate, "QUERIES", queries)
-    curate.twins(
+    monkeypatch.setattr(finalize, "QUERIES", queries)
+    finalize.near_duplicates(
         LocalEngine(1, 1), root / "synthetic", root / "inspected", run.limits, root / "twins"
     )
     pairs = tables.read(root / "twins").to_pylist()
@@ -307,26 +327,26 @@ def test_twins_are_found_within_an_arm_in_parts_of_any_size(paired, monkeypatch,
 def test_twins_and_quotas_decide_what_is_kept(finished, paired, changes, reasons):
     run, root = paired
     config = finished[0].curate.model_copy(update=changes)
-    curate.twins(
+    finalize.near_duplicates(
         LocalEngine(1, 1), root / "synthetic", root / "inspected", run.limits, root / "twins"
     )
-    curate.settle(root / "inspected", root / "twins", run.limits, config, root / "verdicts")
+    finalize.finalize(root / "inspected", root / "twins", run.limits, config, root / "verdicts")
     rows = tables.read(root / "verdicts", schema=tables.VERDICTS).to_pylist()
     assert [r["reason"] for r in rows] == reasons
     assert step_folder.manifest(root / "verdicts")["kept"] == reasons.count("kept")
-    told = files.read_json(root / "verdicts" / curate.MEMORISATION)
+    told = files.read_json(root / "verdicts" / finalize.MEMORISATION)
     assert {arm: m["synthetic"] for arm, m in told.items()} == {"guided": 3, "unguided": 1}
 
 
 def test_a_picture_whose_twins_were_not_looked_for_does_not_enter(finished, paired, relist):
     run, root = paired
-    curate.twins(
+    finalize.near_duplicates(
         LocalEngine(1, 1), root / "synthetic", root / "inspected", run.limits, root / "twins"
     )
     for part in tables.parts(root / "twins")[1:]:
         part.unlink()
     relist(root / "twins")
-    curate.settle(
+    finalize.finalize(
         root / "inspected", root / "twins", run.limits, finished[0].curate, root / "verdicts"
     )
     rows = {r["request_id"]: r["reason"] for r in tables.read(root / "verdicts").to_pylist()}

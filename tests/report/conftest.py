@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 from adversa import config
+from adversa.curate.filter import Verdict
 from adversa.run.folder import RunDir
 from adversa.storage import tables
 from adversa.types import (
@@ -24,7 +25,6 @@ from adversa.types import (
     HardCase,
     Scorecard,
     SyntheticImage,
-    Verdict,
     digest,
 )
 
@@ -286,7 +286,7 @@ def verdict(
     reason: str,
     nearest: str,
 ) -> Verdict:
-    """Every number and limit that the gate writes, in agreement with the reason."""
+    """Every number and limit that the filter writes, in agreement with the reason."""
     return Verdict(
         request,
         arm,

@@ -211,8 +211,8 @@ def test_the_counts_are_those_of_the_verdicts(finished: Path, parsed: Page) -> N
     found = curation.accepted(facts)
     for arm in ("guided", "unguided"):
         rows = [line for line in found[arm].lines if not line.strategy]
-        assert [r.painted for r in rows] == [100, 100, 100]
-        assert all(r.kept + sum(r.rejected.values()) == r.painted for r in rows)
+        assert [r.generated for r in rows] == [100, 100, 100]
+        assert all(r.kept + sum(r.rejected.values()) == r.generated for r in rows)
     met = [
         "not finite",
         "judge disagrees",
@@ -225,7 +225,7 @@ def test_the_counts_are_those_of_the_verdicts(finished: Path, parsed: Page) -> N
     )
     lines = [line for line in found["guided"].lines if line.name == "melanoma"]
     assert [line.strategy for line in lines] == ["", "inpaint", "vary"] and [
-        line.painted for line in lines
+        line.generated for line in lines
     ] == [100, 50, 50]
     assert lines[0].kept == lines[1].kept + lines[2].kept
     rejected = " ".join(str(lines[0].rejected.get(r, 0)) for r in met)
@@ -246,7 +246,7 @@ def test_offspring_are_the_first_by_id_whatever_their_verdict(finished: Path) ->
     assert [p.reason for p in cases[2].offspring] == [
         verdicts[r] for r in mine[: gallery.OFFSPRING]
     ]
-    assert (cases[2].painted, cases[2].kept) == (10, sum(verdicts[r] == "kept" for r in mine))
+    assert (cases[2].generated, cases[2].kept) == (10, sum(verdicts[r] == "kept" for r in mine))
 
 
 def test_what_was_not_measured_is_a_dash(

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from adversa.curate.filter import Verdict
 from adversa.storage import files as storage_files
 from adversa.storage import tables
-from adversa.types import HardCase, UserError, Verdict
+from adversa.types import HardCase, UserError
 
 ROWS = pa.table(
     {"id": ["a", "b"], "kind": ["real", "real"], "label": [0, 1], "weight": [1.0, 0.5]},

@@ -5,36 +5,37 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from adversa.curate.gate import (
+from adversa.curate.checks import Candidates, Thresholds
+from adversa.curate.filter import (
     EVERY_REASON,
-    Limits,
-    Painted,
+    Verdict,
     acceptance,
     acceptance_by_strategy,
+    finalize,
     inspect,
-    settle,
 )
-from adversa.types import Verdict
 
 GOOD = [0.2, 0.7, 0.1]
 
 
 K = 3
-LIMITS = Limits(
-    near_copy=0.4,
-    least_agreement=0.2,
-    most_agreement=0.9,
-    realism=(1.5, 2.0, 1.0),
-    realism_2=(3.0, 3.0, 3.0),
-    near_copy_features=0.95,
-    twin=0.5,
-    quota=2,
-)
+THRESHOLDS = {
+    "contrast_limit": 2.0,
+    "clipped_limit": 0.5,
+    "agreement_least": 0.2,
+    "agreement_most": 0.9,
+    "realism_limit": (1.5, 2.0, 1.0),
+    "realism_2_limit": (3.0, 3.0, 3.0),
+    "similarity_limit": 0.4,
+    "similarity_2_limit": 0.95,
+    "twin_limit": 0.5,
+    "quota": 2,
+}
 
 
-def painted(n: int = 1, **changes: object) -> Painted:
+def candidates(n: int = 1, **changes: object) -> Candidates:
     images = np.random.default_rng(0).integers(60, 200, (n, 8, 8, 3), dtype=np.uint8)
-    good = Painted(
+    good = Candidates(
         [f"q{i:02d}" for i in range(n)],
         ["guided"] * n,
         [1] * n,
@@ -54,12 +55,12 @@ def painted(n: int = 1, **changes: object) -> Painted:
     return replace(good, **changes)
 
 
-def entered(p: Painted, limits: Limits = LIMITS) -> list[Verdict]:
-    return settle(inspect(p, limits), p.request_ids, (), limits)
+def entered(p: Candidates, thresholds: Thresholds = THRESHOLDS) -> list[Verdict]:
+    return finalize(inspect(p, thresholds), p.request_ids, (), thresholds)
 
 
 def test_a_finding_has_every_number_and_limit() -> None:
-    (f,) = entered(painted())
+    (f,) = entered(candidates())
     assert f.keep and f.reason == "kept"
     got = (
         f.agreement,
@@ -81,7 +82,7 @@ def test_a_finding_has_every_number_and_limit() -> None:
         1,
         2,
     )
-    assert f.contrast == pytest.approx(painted().images[0].mean(axis=2).std())
+    assert f.contrast == pytest.approx(candidates().images[0].mean(axis=2).std())
 
 
 NAN = float("nan")
@@ -116,7 +117,7 @@ FAILING = [
 
 @pytest.mark.parametrize(("changes", "reason"), FAILING)
 def test_each_check_rejects_and_what_is_unknown_does_not_pass(changes: dict, reason: str) -> None:
-    (f,) = entered(painted(**changes))
+    (f,) = entered(candidates(**changes))
     assert (f.keep, f.reason) == (False, reason) and reason in EVERY_REASON
 
 
@@ -127,11 +128,11 @@ def test_the_first_check_that_fails_is_the_reason() -> None:
         for c, reason in reversed(FAILING):  # of those that change the same, the earliest stays
             if reason in order[i:]:
                 changes |= c
-        assert entered(painted(**changes))[0].reason == first
+        assert entered(candidates(**changes))[0].reason == first
 
 
 def test_limits_of_realism_are_the_class_s() -> None:
-    p = painted(
+    p = candidates(
         3,
         labels=[0, 1, 2],
         probs=np.full((3, K), 1 / 3),
@@ -142,45 +143,45 @@ def test_limits_of_realism_are_the_class_s() -> None:
 
 
 def test_a_check_that_is_off_rejects_nothing_but_a_limit_that_is_no_number_stops() -> None:
-    bare = Limits(near_copy=None, contrast=None, clipped=None)
-    nothing = painted(
+    off = dict.fromkeys(THRESHOLDS) | {"agreement_most": 1.0}
+    nothing = candidates(
         ratio=None, ratio_2=None, similarity=None, nearest=None, similarity_2=None, nearest_2=None
     )
-    assert entered(nothing, bare)[0].keep
-    for name in ("near_copy", "least_agreement", "twin", "contrast"):
+    assert entered(nothing, off)[0].keep
+    for name in ("similarity_limit", "agreement_least", "twin_limit", "contrast_limit"):
         with pytest.raises(AssertionError):
-            replace(LIMITS, **{name: NAN})
+            inspect(nothing, THRESHOLDS | {name: NAN})
     with pytest.raises(AssertionError):
-        replace(LIMITS, realism=(1.0, NAN, 1.0))
+        finalize([], [], [], THRESHOLDS | {"realism_limit": (1.0, NAN, 1.0)})
 
 
-def test_nothing_is_kept_before_it_is_settled() -> None:
-    found = inspect(painted(4), LIMITS)
+def test_nothing_is_kept_before_it_is_final() -> None:
+    found = inspect(candidates(4), THRESHOLDS)
     assert {(f.keep, f.reason) for f in found} == {(False, "not settled")}
-    unsearched = settle(found, ["q00"], (), LIMITS)
+    unsearched = finalize(found, ["q00"], (), THRESHOLDS)
     assert [f.reason for f in unsearched] == ["kept", "near twin", "near twin", "near twin"]
     assert np.isnan(unsearched[1].twin_similarity)
 
 
-def test_of_twins_the_first_by_request_id_is_kept() -> None:
-    p = painted(6, arms=["guided"] * 5 + ["unguided"])
-    twins = [("q01", "q03", 0.8), ("q03", "q04", 0.6), ("q00", "q02", 0.49), ("q00", "q05", 1.0)]
-    found = settle(inspect(p, LIMITS), p.request_ids, twins, LIMITS)
+def test_of_near_duplicates_the_first_by_request_id_is_kept() -> None:
+    p = candidates(6, arms=["guided"] * 5 + ["unguided"])
+    pairs = [("q01", "q03", 0.8), ("q03", "q04", 0.6), ("q00", "q02", 0.49), ("q00", "q05", 1.0)]
+    found = finalize(inspect(p, THRESHOLDS), p.request_ids, pairs, THRESHOLDS)
     assert [f.reason for f in found] == ["kept", "kept", "kept", "near twin", "near twin", "kept"]
     assert [f.twin for f in found] == ["", "", "", "q01", "q01", ""]
     assert [f.twin_similarity for f in found] == [-1, 0.8, -1, 0.8, 0.6, -1]
 
 
-def test_a_rejected_picture_is_nobody_s_twin_and_takes_no_place() -> None:
-    p = painted(3, finite=[False, True, True], sources=["e"] * 3)
-    limits = replace(LIMITS, quota=1)
-    found = settle(inspect(p, limits), p.request_ids, [("q00", "q01", 1.0)], limits)
+def test_a_rejected_picture_is_nobody_s_near_duplicate_and_takes_no_place() -> None:
+    p = candidates(3, finite=[False, True, True], sources=["e"] * 3)
+    limits = THRESHOLDS | {"quota": 1}
+    found = finalize(inspect(p, limits), p.request_ids, [("q00", "q01", 1.0)], limits)
     assert [f.reason for f in found] == ["not finite", "kept", "over quota"]
     assert [f.place for f in found] == [0, 1, 2]
 
 
 def test_quota_is_of_a_source_in_an_arm() -> None:
-    p = painted(
+    p = candidates(
         8,
         sources=["e"] * 4 + ["f", None, None, None],
         arms=["guided", "guided", "guided", "replay"] + ["guided"] * 4,
@@ -201,15 +202,15 @@ def test_order_and_parts_make_no_difference() -> None:
     rng = np.random.default_rng(3)
     n = 60
     probs = rng.dirichlet(np.ones(K), n)
-    p = painted(
+    p = candidates(
         n,
         probs=probs,
         similarity=rng.uniform(0, 0.5, n),
         ratio=rng.uniform(0, 2.4, n),
         sources=[f"e{i % 7}" for i in range(n)],
     )
-    twins = [(f"q{a:02d}", f"q{b:02d}", 0.7) for a, b in rng.choice(n, (30, 2)) if a != b]
-    whole = settle(inspect(p, LIMITS), p.request_ids, twins, LIMITS)
+    pairs = [(f"q{a:02d}", f"q{b:02d}", 0.7) for a, b in rng.choice(n, (30, 2)) if a != b]
+    whole = finalize(inspect(p, THRESHOLDS), p.request_ids, pairs, THRESHOLDS)
     assert len({f.reason for f in whole}) >= 5
     order = rng.permutation(n)
 
@@ -217,23 +218,23 @@ def test_order_and_parts_make_no_difference() -> None:
         return x[take] if isinstance(x, np.ndarray) else [x[i] for i in take]
 
     parts = [
-        Painted(*(rows(x, take) for x in vars(p).values())) for take in np.array_split(order, 4)
+        Candidates(*(rows(x, take) for x in vars(p).values())) for take in np.array_split(order, 4)
     ]
-    again = settle(
-        [f for part in parts for f in inspect(part, LIMITS)],
+    again = finalize(
+        [f for part in parts for f in inspect(part, THRESHOLDS)],
         order_ids(p, order),
-        twins[::-1],
-        LIMITS,
+        pairs[::-1],
+        THRESHOLDS,
     )
     assert sorted(map(repr, again)) == sorted(map(repr, whole))
 
 
-def order_ids(p: Painted, order: np.ndarray) -> list[str]:
+def order_ids(p: Candidates, order: np.ndarray) -> list[str]:
     return [p.request_ids[i] for i in order]
 
 
 def test_acceptance_counts_every_image_once() -> None:
-    p = painted(
+    p = candidates(
         4,
         similarity=np.array([0.1, 0.1, 0.9, 0.1]),
         finite=[True, True, True, False],
@@ -250,11 +251,11 @@ def test_acceptance_counts_every_image_once() -> None:
 
 def test_rows_must_match() -> None:
     with pytest.raises(AssertionError):
-        inspect(painted(2, labels=[1]), LIMITS)
+        inspect(candidates(2, labels=[1]), THRESHOLDS)
 
 
 def test_acceptance_by_arm_class_strategy_and_reason() -> None:
-    p = painted(
+    p = candidates(
         4,
         strategies=["vary", "sample", "vary", "vary"],
         similarity=np.array([0.1, 0.1, 0.9, 0.1]),
