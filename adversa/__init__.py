@@ -1,5 +1,5 @@
-"""adversa: find a classifier's hard cases, paint more of them, retrain, and say honestly whether it
-helped.
+"""adversa: find a classifier's hard cases, generate more of them, retrain, and say honestly whether
+it helped.
 """
 
 __version__ = "0.1.0"

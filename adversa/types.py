@@ -11,18 +11,18 @@ ROLES = ("train", "mine", "select", "test")
 ARMS = ("real", "resample", "replay", "unguided", "guided")
 # the classifiers of arm `real` before the first round, where folded images change that arm
 BEFORE = "before"
-PAINTED = ("unguided", "guided")  # the arms that have synthetic images
+GENERATED = ("unguided", "guided")  # the arms that have synthetic images
 FILLING = (
     "inpaint",
     "outpaint",
     "inout",
-)  # the strategies that paint one part of a picture and keep the other
-STRATEGIES = ("sample", "vary", "inpaint", "outpaint", "inout", "blend")
+)  # the strategies that generate one part of a picture and keep the other
+STRATEGIES = ("sample", "img2img", "inpaint", "outpaint", "inout", "interpolate")
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line: what, the value, the fix. The command
-    exits with 2.
+    """A fault that is fixable by the user. The message is one line: what, the value, the fix. The
+    command exits with 2.
     """
 
 
@@ -91,16 +91,16 @@ class HardCase:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One image to paint. `example` is the hard case it starts from or stands for; None for
+    """One image to generate. `example` is the hard case it starts from or stands for; None for
     unguided requests.
 
     sigma_start is the EDM noise level (in units of data scaled to [-1, 1]) at which sampling
     starts; guidance is the classifier-free scale w in  x_uncond + w (x_cond - x_uncond): 1 means no
-    guidance. partner: the second hard case of `blend`. hardness, likeness: how strongly it is
-    steered towards what the classifier under attack finds hard, and towards its hard case; 0 means
-    not at all. classifier: fingerprint of the one that found the hard case and steers, trained in
-    the round classifier_round: the guidance is as many rounds stale as lie between. "" and 0 where
-    no classifier had a say.
+    guidance. partner: the second hard case of `interpolate`. classifier_guidance,
+    reference_guidance: how strongly it is steered towards what the target classifier finds
+    hard, and towards its hard case; 0 means not at all. classifier: fingerprint of the one that
+    found the hard case and steers, trained in the round classifier_round: the guidance is as many
+    rounds stale as lie between. "" and 0 where no classifier had a say.
     """
 
     request_id: str
@@ -113,8 +113,8 @@ class GenerationRequest:
     guidance: float
     seed: int
     partner: str | None = None
-    hardness: float = 0.0
-    likeness: float = 0.0
+    classifier_guidance: float = 0.0
+    reference_guidance: float = 0.0
     classifier: str = ""
     classifier_round: int = 0
 
@@ -126,10 +126,10 @@ class SyntheticImage:
     label: int
     image: bytes
     finite: bool
-    denoiser: str  # fingerprint of the denoiser that painted it
+    denoiser: str  # fingerprint of the denoiser that generated it
     evaluations: int = 0  # rows of the denoiser it took
     skipped: int = 0  # steering gradients that were not finite
-    fault: str | None = None  # why it could not be painted
+    fault: str | None = None  # why it could not be generated
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Which part of the loop makes or loses the effect? `python benchmarks/ablation.py RUN`, of a
-finished phantom run that painted.
+finished phantom run that generated.
 
 Each variation changes one thing of what the arm `guided` is trained on, and trains the run's
 classifier with the run's seeds for the run's steps. All are scored on fresh phantoms of another
 seed, which no role of the run holds: `test` is not opened again. Run it again to resume. `oracle`
-has real pictures of yet another seed in place of painted ones: what a perfect denoiser could give.
+has real pictures of yet another seed in place of generated ones: what a perfect denoiser could
+give.
 """
 
 from __future__ import annotations

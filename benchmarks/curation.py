@@ -1,8 +1,8 @@
 """How long the gate takes on a prepared run's real images: `python benchmarks/curation.py RUN
 --images 20000`.
 
-Stand-ins for painted images: the mean of two real ones chosen at random, which is a copy of
-neither. The classifier and the judges are trained for two steps: what they say is of no account
+Stand-ins for generated images: the mean of two real ones chosen at random, which is a copy of
+neither. The classifier and the verifiers are trained for two steps: what they say is of no account
 here, and takes as long. Every step runs on Ray, as in a loop.
 """
 
@@ -40,10 +40,10 @@ def stand_ins(data: Path, images: int, part: int, out: Path) -> None:
         labels = rng.integers(0, classes, n).tolist()
         source = [ids[int(k)] for k in rng.integers(0, len(ids), n)]
         requests = [
-            GenerationRequest(k, 1, m, "vary", c, s, 1.0, 1.0, 0)
+            GenerationRequest(k, 1, m, "img2img", c, s, 1.0, 1.0, 0)
             for k, m, c, s in zip(names, arms, labels, source, strict=True)
         ]
-        painted = [
+        generated = [
             SyntheticImage(k, m, c, tables.encode_png(x), True, "")
             for k, m, c, x in zip(names, arms, labels, mixed, strict=True)
         ]
@@ -51,7 +51,8 @@ def stand_ins(data: Path, images: int, part: int, out: Path) -> None:
             out / "requests" / tables.part_name(index), tables.to_table(requests, tables.REQUESTS)
         )
         tables.write_part(
-            out / "synthetic" / tables.part_name(index), tables.to_table(painted, tables.SYNTHETIC)
+            out / "synthetic" / tables.part_name(index),
+            tables.to_table(generated, tables.SYNTHETIC),
         )
     for name in ("requests", "synthetic"):
         files.write_json(out / name / step_folder.MANIFEST, {"fingerprint": name})
@@ -98,9 +99,11 @@ def main() -> None:
         LocalEngine().fit([*jobs, *verifier.jobs(data, config, out / "judge")])
         stand_ins(data, args.images, args.part, out)
         engine = RayEngine(Cluster(cpus=args.cpus), out / "ray", first.nbytes)
-        judges = verifier.folders(out / "judge", config.curate.folds)
+        verifiers = verifier.folders(out / "judge", config.curate.folds)
         for role in ROLES:
-            curate.features(engine, data, role, out / "classifier", judges, out / "features" / role)
+            curate.features(
+                engine, data, role, out / "classifier", verifiers, out / "features" / role
+            )
         curate.measure_thresholds(data, out / "features", config.curate, out / "limits")
         curate.inspect(
             engine,

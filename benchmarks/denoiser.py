@@ -31,10 +31,9 @@ import yaml
 from common import Result, parser, publish
 
 from adversa import config as cfg
-from adversa.classify.features import Space, make_features, pretrained
-from adversa.diffuse import edm, fit
+from adversa.classify.features import FeatureSpace, make_features, pretrained
+from adversa.diffuse import edm, fit, pipeline
 from adversa.diffuse.objective import validation_losses
-from adversa.diffuse.paint import paint
 from adversa.diffuse.strategy import Sources
 from adversa.engine.batches import Feed
 from adversa.engine.local import LocalEngine
@@ -139,21 +138,21 @@ def main() -> None:
         args.set += ["batch_size=8"]
         data = cfg.Data(phantom=cfg.Phantom(images=160), part_rows=64)
         prepare.prepare(LocalEngine(), data, Path(temporary) / "data")
-        untrained = Space(
+        untrained = FeatureSpace(
             "an untrained test_resnet", config=cfg.Classifier(model="test_resnet", model_args={})
         )
         compare(args, Path(temporary) / "data", untrained)
 
 
-def space_of(features: str, weights: str | None) -> Space:
+def space_of(features: str, weights: str | None) -> FeatureSpace:
     if Path(features).is_dir():
-        return Space(features, folder=Path(features))
+        return FeatureSpace(features, folder=Path(features))
     if weights is None:
         sys.exit(f"--features {features}: no such folder, and a timm model needs --weights")
     return pretrained(features, weights)
 
 
-def compare(args: argparse.Namespace, data: Path, space: Space) -> None:
+def compare(args: argparse.Namespace, data: Path, space: FeatureSpace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     ledger = args.out / "rows.jsonl"
     real = Real(args, data, space)
@@ -200,7 +199,7 @@ def section(args: argparse.Namespace, preset: str, **more: Any) -> cfg.Denoiser:
 class Real:
     """The held-out real images, their features, and how far a set of images is from them."""
 
-    def __init__(self, args: argparse.Namespace, data: Path, space: Space) -> None:
+    def __init__(self, args: argparse.Namespace, data: Path, space: FeatureSpace) -> None:
         self.classes, self.data, self.images = run_folder.classes_of(data), data, args.images
         pictures = [self.read(role) for role in HELD_OUT]
         self.held, self.labels = (np.concatenate(parts) for parts in zip(*pictures, strict=True))
@@ -214,7 +213,7 @@ class Real:
         table = tables.read(self.data / role, ["image", "label"], tables.EXAMPLES)
         return tables.decode_images(table["image"]), table["label"].to_numpy().astype(np.int64)
 
-    def cached(self, out: Path, space: Space) -> Callable[[np.ndarray], np.ndarray]:
+    def cached(self, out: Path, space: FeatureSpace) -> Callable[[np.ndarray], np.ndarray]:
         compute = make_features(space, self.resolution)
         found = out / f"real-{digest(space, run_folder.split_hash(self.data), size=6)}.npy"
         if not found.exists():
@@ -325,7 +324,7 @@ def train(
     return trained | {"clock": clock}
 
 
-def sample(denoiser: edm.Denoiser, meta: dict[str, Any], real: Real) -> tuple[np.ndarray, float]:
+def sample(denoiser: edm.EDMDenoiser, meta: dict[str, Any], real: Real) -> tuple[np.ndarray, float]:
     """(uint8 [N, R, R, 3], CPU milliseconds of an image and evaluation of the network over the
     threads). The noise of a sample is that of its class and number, so that all denoisers are
     compared on the same draws.
@@ -337,10 +336,12 @@ def sample(denoiser: edm.Denoiser, meta: dict[str, Any], real: Real) -> tuple[np
         for i in range(n)
     ]
     started = time.process_time()
-    painted = paint(denoiser, asked, Sources(), generate, meta)
+    generated = pipeline.generate(denoiser, asked, Sources(), generate, meta)
     spent = (time.process_time() - started) / torch.get_num_threads()
-    assert all(p.finite for p in painted), "a sample is not finite"
-    return np.stack([p.image for p in painted]), 1e3 * spent / sum(p.evaluations for p in painted)
+    assert all(p.finite for p in generated), "a sample is not finite"
+    return np.stack([p.image for p in generated]), 1e3 * spent / sum(
+        p.evaluations for p in generated
+    )
 
 
 def print_progress(name: str) -> Callable[[dict[str, Any]], None]:

@@ -1,4 +1,4 @@
-"""How fast images are painted, beside what a user would write with diffusers and Ray: ratios of
+"""How fast images are generated, beside what a user would write with diffusers and Ray: ratios of
 images a second.
 
     python benchmarks/generation.py                                            the shipped denoiser: no KID
@@ -11,7 +11,7 @@ CPUs of the machine; on the pool and on Ray Data one actor a CPU.
 
     ddim      a diffusers pipeline as it comes: DDIM, 50 steps, classifier-free guidance at every step, float32
     dpm       the best single-process diffusers loop: DPMSolverMultistep with Karras' levels, as many steps as ours, bf16 autocast
-    ray data  map_batches over an actor pool that runs the dpm loop: half of the requests sample, half vary at four noise levels, so
+    ray data  map_batches over an actor pool that runs the dpm loop: half of the requests sample, half img2img at four noise levels, so
               a batch is cut into groups of one level each
     ours      adversa's defaults, at the same steps and guidance scale; `everywhere` is without the interval of guidance; `compiled`
               with generate.compile=true, which the batch's static shape is for (compilation is start-up: not in the rate)
@@ -38,7 +38,7 @@ import torch
 from common import Result, parser, publish
 
 from adversa import config as cfg
-from adversa.diffuse import edm, painter
+from adversa.diffuse import edm, generator
 from adversa.diffuse.strategy import Sources
 from adversa.generation import benchmark
 from adversa.pipeline import generate
@@ -53,7 +53,13 @@ BATCH = 64
 
 
 def rival(
-    denoiser: edm.Denoiser, side: int, kind: str, steps: int, guidance: float, amp: bool, count: int
+    denoiser: edm.EDMDenoiser,
+    side: int,
+    kind: str,
+    steps: int,
+    guidance: float,
+    amp: bool,
+    count: int,
 ) -> float:
     """Images a second of a diffusers loop, batches of BATCH."""
     from rivals import Epsilon, loop
@@ -132,14 +138,14 @@ def ray_data(
         for r in asked
     ]
     data = ray.data.from_items(rows, override_num_blocks=actors * 4)
-    painted = data.map_batches(
+    generated = data.map_batches(
         Diffusers,
         fn_constructor_args=(denoiser, config.steps, 1, stamps),
         batch_size=BATCH,
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
-    painted.write_parquet(tempfile.mkdtemp(dir=base))
+    generated.write_parquet(tempfile.mkdtemp(dir=base))
     return benchmark.stamped(stamps)
 
 
@@ -154,7 +160,7 @@ def arguments() -> argparse.Namespace:
     found.add_argument(
         "--classifier",
         type=Path,
-        help="a trained classifier's folder: the cost of hardness guidance",
+        help="a trained classifier's folder: the cost of classifier guidance",
     )
     found.add_argument("--data", type=Path, help="a prepared run: KID against its held-out images")
     found.add_argument(
@@ -184,7 +190,7 @@ def measure(args: argparse.Namespace, base: Path) -> list[Result]:
     everywhere = config.model_copy(update={"guidance_low": 0.0, "guidance_high": config.sigma_max})
     fast = config.model_copy(update={"compile": True})
     denoiser, meta, _ = edm.load(args.denoiser)
-    loaded, side, classes = painter.load(args.denoiser), meta["resolution"], len(meta["classes"])
+    loaded, side, classes = generator.load(args.denoiser), meta["resolution"], len(meta["classes"])
     plain, mixed = (benchmark.requests(args.images, classes, config, m) for m in (False, True))
     ddim = (
         50 if not args.quick else 4,
@@ -206,10 +212,10 @@ def measure(args: argparse.Namespace, base: Path) -> list[Result]:
         "ours, mixed": lambda: benchmark.rate(loaded, config, mixed)[0],
     }
     if args.classifier is not None:
-        pushed = config.model_copy(update={"hardness": 0.5})
+        pushed = config.model_copy(update={"classifier_guidance": 0.5})
         steering = generate.steering(loaded, args.classifier, pushed)
         alone["ours, hardness"] = lambda: benchmark.rate(
-            loaded, pushed, [replace(r, hardness=0.5) for r in plain], steering
+            loaded, pushed, [replace(r, classifier_guidance=0.5) for r in plain], steering
         )[0]
     rates: dict[str, list[float]] = {}
     for _ in range(args.rounds):
@@ -319,12 +325,15 @@ def table(args: argparse.Namespace, rates: dict[str, list[float]]) -> list[Resul
 
 
 def quality(
-    args: argparse.Namespace, denoiser: edm.Denoiser, loaded: painter.Painter, config: cfg.Generate
+    args: argparse.Namespace,
+    denoiser: edm.EDMDenoiser,
+    loaded: generator.ImageGenerator,
+    config: cfg.Generate,
 ) -> list[Result]:
     """KID of ddim's samples and of ours, of the same classes."""
     from rivals import Epsilon, loop
 
-    from adversa.classify.features import Space, make_features, pretrained
+    from adversa.classify.features import FeatureSpace, make_features, pretrained
     from adversa.evaluate.quality import kid
     from adversa.pipeline import arms
     from adversa.pipeline.sample_quality import HELD_OUT, held_out
@@ -334,7 +343,7 @@ def quality(
     space = (
         pretrained(args.features, args.weights)
         if args.weights
-        else Space(args.features, folder=Path(args.features))
+        else FeatureSpace(args.features, folder=Path(args.features))
     )
     compute = make_features(space, loaded.side)
     real = [
@@ -354,7 +363,7 @@ def quality(
             benchmark.requests(len(labels), len(counts), config, False), labels, strict=True
         )
     ]
-    mine = np.stack([p.image for p in loaded.paint(asked, Sources(), config)])
+    mine = np.stack([p.image for p in loaded.generate(asked, Sources(), config)])
     model, theirs = Epsilon(denoiser, loaded.side), []
     for first in range(0, len(labels), BATCH):
         part = labels[first : first + BATCH]

@@ -1,7 +1,7 @@
-"""Does guidance reach a rare mode? On phantoms: melanomas painted from hard cases of the planted
+"""Does guidance reach a rare mode? On phantoms: melanomas generated from hard cases of the planted
 amelanotic mode, beside melanomas that are sampled from noise.
 
-    python benchmarks/rare_mode.py                       trains a denoiser (some minutes), then paints at several noise levels
+    python benchmarks/rare_mode.py                       trains a denoiser (some minutes), then generates at several noise levels
     python benchmarks/rare_mode.py --denoiser FOLDER     one that was trained on phantoms
     python benchmarks/rare_mode.py --quick
 
@@ -31,8 +31,8 @@ from sklearn.preprocessing import StandardScaler
 from adversa import config as cfg
 from adversa.classify.score import make_scorer
 from adversa.data import phantom
-from adversa.diffuse import edm, fit, painter
-from adversa.diffuse.painter import Painter
+from adversa.diffuse import edm, fit, generator
+from adversa.diffuse.generator import ImageGenerator
 from adversa.diffuse.strategy import Sources
 from adversa.engine.batches import Feed
 from adversa.engine.local import LocalEngine
@@ -165,7 +165,7 @@ def train(folder: Path, count: int, epochs: int) -> Path:
 
 
 def asked(
-    loaded: Painter, cases: np.ndarray, level: float | None, config: cfg.Generate, count: int
+    loaded: ImageGenerator, cases: np.ndarray, level: float | None, config: cfg.Generate, count: int
 ) -> np.ndarray:
     """uint8 [count, R, R, 3]: melanomas varied from cases at a noise level, or sampled (None)."""
     label = list(loaded.meta["classes"]).index(phantom.RARE_CLASS)
@@ -175,7 +175,7 @@ def asked(
             f"{i}",
             1,
             "guided" if level else "unguided",
-            "vary" if level else "sample",
+            "img2img" if level else "sample",
             label,
             name,
             level or config.sigma_max,
@@ -185,11 +185,11 @@ def asked(
         for i, name in enumerate(names)
     ]
     sources = Sources({str(i): case for i, case in enumerate(cases)} if level else {})
-    return np.stack([p.image for p in loaded.paint(found, sources, config)])
+    return np.stack([p.image for p in loaded.generate(found, sources, config)])
 
 
 def measure(
-    loaded: Painter, outsiders: Outsiders, config: cfg.Generate, count: int
+    loaded: ImageGenerator, outsiders: Outsiders, config: cfg.Generate, count: int
 ) -> dict[float | None, tuple[float, float]]:
     """Noise level (None: sampled, 0: the hard cases themselves) to (share of the mode, share of
     melanomas).
@@ -245,7 +245,7 @@ def results(
 def arguments() -> argparse.Namespace:
     found = parser(__doc__)
     found.add_argument("--denoiser", type=Path)
-    found.add_argument("--images", type=int, default=384, help="painted at each noise level")
+    found.add_argument("--images", type=int, default=384, help="generated at each noise level")
     found.add_argument("--steps", type=int, default=1500, help="of training")
     found.add_argument(
         "--keep", type=Path, help="the folder of what is trained; none: it is deleted at the end"
@@ -266,7 +266,7 @@ def main() -> None:
         )
         folder = args.denoiser or train(base / "phantoms", 6000, args.steps)
         found = results(
-            measure(painter.load(folder), outsiders, config, args.images),
+            measure(generator.load(folder), outsiders, config, args.images),
             outsiders,
             config.sigma_start,
             args.images,

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adversa.diffuse.edm import Denoiser, to_images, to_tensor
+from adversa.diffuse.edm import EDMDenoiser, to_images, to_tensor
 
 
 class Epsilon(nn.Module):
     """epsilon(x_vp [B, 3, side, side], sigma: a number, label int64 [B])."""
 
-    def __init__(self, denoiser: Denoiser, side: int) -> None:
+    def __init__(self, denoiser: EDMDenoiser, side: int) -> None:
         super().__init__()
         self.denoiser, self.side = denoiser, side
 

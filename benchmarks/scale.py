@@ -4,12 +4,12 @@
     python benchmarks/scale.py            28,680 to 458,920 images, about ten minutes on a core
     python benchmarks/scale.py --quick    1,800 to 7,200
 
-The run is real but for two things: nobody paints and nobody looks (simulated.py). The hard cases,
-the plan, the leases, the crew, the parts, the manifests, the verdicts and the mix are made by
-adversa's own code; a sampler reads its part's requests, commits a real part at once, with one small
-picture in all rows, and says that it took 20 ms an image. Its clock is simulated: a call ends when
-it would, and the seconds that the coordinator itself takes pass on that clock too. Every phase is a
-process of its own, as if the coordinator had just been started anew: its memory is the largest
+The run is real but for two things: nobody generates and nobody looks (simulated.py). The hard
+cases, the plan, the leases, the crew, the parts, the manifests, the verdicts and the mix are made
+by adversa's own code; a sampler reads its part's requests, commits a real part at once, with one
+small picture in all rows, and says that it took 20 ms an image. Its clock is simulated: a call ends
+when it would, and the seconds that the coordinator itself takes pass on that clock too. Every phase
+is a process of its own, as if the coordinator had just been started anew: its memory is the largest
 resident set less what it began with (below 8 MiB: 8), its seconds are of CPU.
 
 Exponents: the slope of log(quantity) over log(images), over sizes 16 times apart (on S3 4 times, to
@@ -91,7 +91,7 @@ def generate(run: RunDir, samplers: int) -> Took:
         run.round(1, "synthetic"),
     )
     fleet = engine.fleet
-    assert fleet is not None, "there was nothing to paint"
+    assert fleet is not None, "there was nothing to generate"
     return {
         "commit": fleet.working_cpu,
         "coordinating": time.process_time() - began - fleet.working_cpu,
@@ -276,8 +276,8 @@ def samplers(cases: int, counts: list[int], base: Path) -> list[Result]:
 
 
 def on_s3(sizes: list[int]) -> dict[str, list[float]]:
-    """Requests to the store of the plan, of painting with 64 samplers, and of a resume with nothing
-    left to do.
+    """Requests to the store of the plan, of generation with 64 samplers, and of a resume with
+    nothing left to do.
     """
     found: dict[str, list[float]] = {}
     with store() as (proxy, address):

@@ -83,7 +83,7 @@ def prepare(run: RunDir, cases: int) -> None:
         run.limits / curate.THRESHOLDS,
         limits | {"realism": [1.0] * CLASSES, "realism_2": [1.0] * CLASSES},
     )
-    judges = curate.folders(run.judge, cfg.Curate().folds)
+    verifiers = curate.folders(run.judge, cfg.Curate().folds)
     features = [run.features / role for role in ROLES]
     for folder in (
         run.round(1, "hard"),
@@ -93,7 +93,7 @@ def prepare(run: RunDir, cases: int) -> None:
         run.arm(0, "real", 0) / "classifier",
     ):
         finished(folder)
-    for folder in (*judges, *features):
+    for folder in (*verifiers, *features):
         finished(folder)
 
 

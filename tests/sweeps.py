@@ -51,7 +51,7 @@ def build(
     have: of a cell, images of each class that its poorest pool kept (default: enough). skip: trials
     that are missing.
     """
-    tree = {"data": {"source": "phantom", "resolution": 32}, "generate": {"strategy": "vary"}}
+    tree = {"data": {"source": "phantom", "resolution": 32}, "generate": {"strategy": "img2img"}}
     settings = config.check(tree | {"sweep": {"bootstrap": 200, "seeds": 2} | asked}, "test")
     root.mkdir(parents=True)
     run = RunDir(root)
@@ -95,7 +95,7 @@ def _cell(
     tables.write_part(hard / tables.part_name(0), tables.to_table(cases, tables.HARD_CASES))
     manifest(hard)
     for v in grid.variants(settings, cell):
-        if v.paints:
+        if v.generates:
             _pool(grid.pool_dir(run, cell, v), v, n, have if have is not None else 100 * n)
 
 
@@ -108,9 +108,9 @@ def _pool(out: Path, variant: grid.Variant, asked: int, kept: int) -> None:
         for i in range(min(kept, 20) + 1):
             reason = "kept" if i else "near copy"
             rows.append(
-                Verdict(f"{variant.name}{c}{i}", variant.arm, c, "vary", None, i > 0, reason)
+                Verdict(f"{variant.name}{c}{i}", variant.arm, c, "img2img", None, i > 0, reason)
             )
-    request = GenerationRequest("r", 1, variant.arm, "vary", 0, None, 2.0, 2.0, 0)
+    request = GenerationRequest("r", 1, variant.arm, "img2img", 0, None, 2.0, 2.0, 0)
     tables.write_part(
         out / "requests" / tables.part_name(0), tables.to_table([request], tables.REQUESTS)
     )
@@ -165,7 +165,7 @@ def _trial(
         real=sum(own),
         mined=sum(mined),
         added=sum(added),
-        synthetic=sum(added) if p.variant.paints else 0,
+        synthetic=sum(added) if p.variant.generates else 0,
         added_by_class=added,
         steps=10,
         images=320,

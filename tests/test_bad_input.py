@@ -256,7 +256,7 @@ def test_a_bad_picture_or_row(source, tmp_path, spoil, kind, parts, left):
     refused(
         s.prepare(tmp_path / "fail"),
         *parts,
-        "mend it, or leave such pictures out with --set data.on_error=skip",
+        "fix it, or leave such pictures out with --set data.on_error=skip",
     )
     assert not (tmp_path / "fail/data/manifest.json").exists()
     status = files.read_json(tmp_path / "fail/status.json")
@@ -422,10 +422,10 @@ def test_unusual_pictures_are_converted(source, tmp_path, save):
     assert leaks(tmp_path / "run")["problems"] == []
 
 
-# ---- a mended source, a full disk, a folder that cannot be written -------------------------------
+# ---- a fixed source, a full disk, a folder that cannot be written -------------------------------
 
 
-def test_the_same_command_goes_on_once_the_picture_is_mended(source, tmp_path):
+def test_the_same_command_goes_on_once_the_picture_is_fixed(source, tmp_path):
     s = source("folder")
     assert s.prepare(tmp_path / "undisturbed").exit_code == 0
     good = (s.root / "b/9.jpg").read_bytes()
@@ -436,7 +436,7 @@ def test_the_same_command_goes_on_once_the_picture_is_mended(source, tmp_path):
     assert prepared(tmp_path / "run") == prepared(tmp_path / "undisturbed")
 
 
-def test_nothing_old_survives_when_the_table_is_mended(source, tmp_path):
+def test_nothing_old_survives_when_the_table_is_fixed(source, tmp_path):
     """The first rows were decoded and committed before the bad picture stopped the run; their
     labels are then corrected.
     """

@@ -141,16 +141,18 @@ def test_names_are_text_wherever_they_are_shown(adversa, run, home, mark, unharm
     )  # the denoiser's config.json has another fingerprint now
     tame(
         adversa(
-            "generate", run.root, "--labels", f"{hostile}=1", "--out", home / "painted", *LOCAL
+            "generate", run.root, "--labels", f"{hostile}=1", "--out", home / "generated", *LOCAL
         ),
         0,
     )
     tame(adversa("export", run.root, "--out", home / "out"), 0)
-    folders = {p.name for out in ("out", "painted") for p in (home / out).rglob("*") if p.is_dir()}
+    folders = {
+        p.name for out in ("out", "generated") for p in (home / out).rglob("*") if p.is_dir()
+    }
     assert not any(set(name) & set("<>$`|&;\x1b\x07/") for name in folders)
     html = (run.root / "report.html").read_text()
     assert "&lt;script&gt;" in html and not re.search("<script|<img src=x|\x1b", html)
-    unharmed("picture.png", "set", "p.csv", "out", "painted")
+    unharmed("picture.png", "set", "p.csv", "out", "generated")
 
 
 def test_escapes_in_what_a_live_view_shows(run):
@@ -193,7 +195,7 @@ def commands(run, home):
             "--labels",
             "nevus=1",
             "--out",
-            home / "painted",
+            home / "generated",
             *LOCAL,
         ],
         "explain": ["mine", "--explain", "--run-dir", run.root, *LOCAL],
@@ -214,7 +216,7 @@ def commands(run, home):
     }
 
 
-MADE = ("picture.png", "set", "p.csv", "out", "painted")
+MADE = ("picture.png", "set", "p.csv", "out", "generated")
 
 
 def pickled_model(run, mark):

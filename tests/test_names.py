@@ -11,7 +11,25 @@ import pytest
 import adversa
 
 ROOT = Path(adversa.__file__).parent
-OWN = ("pipeline", "engine", "run", "sweep", "distributed", "cli")
+OWN = (
+    "pipeline",
+    "engine",
+    "sweep",
+    "distributed",
+    "cli",
+    "classify",
+    "config",
+    "data",
+    "diffuse",
+    "estimate",
+    "evaluate",
+    "export",
+    "external",
+    "generation",
+    "run",
+    "storage",
+    "training",
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
-"""Draw what the strategies paint from hard cases, and how fast `vary` leaves its hard case behind.
+"""Draw what the strategies generate from hard cases, and how fast `img2img` leaves its hard case
+behind.
 
     python tools/draw_strategies.py --run RUN --denoiser FOLDER --classifier FOLDER --out docs/
 
 RUN is a prepared run of HAM10000; the classifier was trained on its role `train`. Hard cases are
 what mining takes from the role `mine` by this classifier. Writes ham10000-strategies.png and
-vary-similarity.png, and prints the similarities.
+img2img-similarity.png, and prints the similarities.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from adversa import config as cfg
-from adversa.classify.features import Space, make_features
+from adversa.classify.features import FeatureSpace, make_features
 from adversa.classify.score import make_scorer
-from adversa.diffuse import painter
+from adversa.diffuse import generator
 from adversa.mine.hard import hard_cases
 from adversa.pipeline import generate
 from adversa.run import folder as run_folder
@@ -34,14 +35,14 @@ COLUMNS = [
     ("inpaint", 2, None),
     ("outpaint", 2, None),
     ("inout", 1, None),
-    *(("vary", 1, s) for s in SHOWN),
+    *(("img2img", 1, s) for s in SHOWN),
 ]
 ROWS = 8
 MASKED = (
     0.05,
     0.6,
-    # share of the picture: a smaller or larger lesion shows little of what is painted in or around
-    # it
+    # share of the picture: a smaller or larger lesion shows little of what is generated in or
+    # around it
 )
 ENLARGED, GAP, SIDE_TEXT, TOP_TEXT = 3, 4, 64, 46
 INK, PAPER, GRID, LINES = (
@@ -54,11 +55,11 @@ INK, PAPER, GRID, LINES = (
 
 @dataclass(frozen=True)
 class Scene:
-    loaded: painter.Painter
+    loaded: generator.ImageGenerator
     pictures: generate.Pictures
     config: cfg.Generate
 
-    def paint(
+    def generate(
         self, cases: Sequence[HardCase], strategy: str, sigma: float | None, repeat: int = 0
     ) -> np.ndarray:
         """uint8 [N, R, R, 3]: one image for each case. sigma: the noise it starts from; None: the
@@ -79,17 +80,17 @@ class Scene:
             )
             for c in cases
         ]
-        painted = self.loaded.paint(
+        generated = self.loaded.generate(
             asked, generate.sources(asked, self.pictures, self.config), self.config
         )
-        return np.stack([p.image for p in painted])
+        return np.stack([p.image for p in generated])
 
     def originals(self, cases: Sequence[HardCase]) -> np.ndarray:
         found = self.pictures.images([c.example for c in cases])
         return np.stack([found[c.example] for c in cases])
 
     def masks(self, cases: Sequence[HardCase]) -> np.ndarray:
-        """float32 [N, R, R]: what inpainting paints."""
+        """float32 [N, R, R]: what inpainting generates."""
         inside, _ = self.pictures.masks(
             [c.example for c in cases], self.config.margin, self.config.feather
         )
@@ -127,7 +128,9 @@ def grid(cases: Sequence[HardCase], scene: Scene, classes: Sequence[str]) -> Ima
     ]
     for strategy, count, sigma in COLUMNS:
         under = f"noise {sigma or scene.config.fill_sigma:g}"
-        columns += [(strategy, under, scene.paint(cases, strategy, sigma, i)) for i in range(count)]
+        columns += [
+            (strategy, under, scene.generate(cases, strategy, sigma, i)) for i in range(count)
+        ]
     side = ENLARGED * originals.shape[1]
     sheet = Image.new(
         "RGB",
@@ -175,8 +178,8 @@ class Curve:
 
 def curves(cases: Sequence[HardCase], scene: Scene, classifier: Path) -> list[Curve]:
     originals = scene.originals(cases)
-    painted = [scene.paint(cases, "vary", sigma) for sigma in MEASURED]
-    features = make_features(Space("classifier", folder=classifier), originals.shape[1])
+    generated = [scene.generate(cases, "img2img", sigma) for sigma in MEASURED]
+    features = make_features(FeatureSpace("classifier", folder=classifier), originals.shape[1])
     middle = features(originals).mean(
         0
     )  # features are positive: without it any two pictures are alike
@@ -196,7 +199,7 @@ def curves(cases: Sequence[HardCase], scene: Scene, classifier: Path) -> list[Cu
         found.append(
             Curve(
                 name,
-                np.stack([(ours * measure(p)).sum(1) for p in painted]),
+                np.stack([(ours * measure(p)).sum(1) for p in generated]),
                 float((ours @ ours.T)[others].mean()),
             )
         )
@@ -232,7 +235,7 @@ def chart(found: Sequence[Curve], size: tuple[int, int] = (1200, 720)) -> Image.
         )
     for sigma in MEASURED:
         draw.text((at(sigma, 0)[0], bottom + 45), f"{sigma:g}", INK, font, anchor="mm")
-    draw.text(((left + right) / 2, bottom + 125), "sigma_start of vary", INK, font, anchor="mm")
+    draw.text(((left + right) / 2, bottom + 125), "sigma_start of img2img", INK, font, anchor="mm")
     for i, (curve, colour) in enumerate(zip(found, LINES, strict=True)):
         mean, deviation, shift = (
             curve.values.mean(1),
@@ -273,14 +276,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     data = args.run / "data"
     pictures, classes = generate.Pictures(data / "mine"), run_folder.classes_of(data)
-    scene = Scene(painter.load(args.denoiser, generate.device_name()), pictures, cfg.Generate())
+    scene = Scene(generator.load(args.denoiser, generate.device_name()), pictures, cfg.Generate())
     cases = mined(data, args.classifier, pictures, args.cases)
     args.out.mkdir(parents=True, exist_ok=True)
     grid(chosen(cases, scene), scene, classes).save(
         args.out / "ham10000-strategies.png", optimize=True
     )
     found = curves(cases, scene, args.classifier)
-    chart(found).save(args.out / "vary-similarity.png", optimize=True)
+    chart(found).save(args.out / "img2img-similarity.png", optimize=True)
     counts = {name: sum(c.label == k for c in cases) for k, name in enumerate(classes)}
     print(f"{len(cases)} hard cases: {', '.join(f'{n} {name}' for name, n in counts.items())}")
     for curve in found:

@@ -29,7 +29,7 @@ POINTS = {
         "round-000/real/seed-0/classifier/model.safetensors",
     ),
     "train: denoiser at a checkpoint": ("denoiser/checkpoint.pt", "denoiser/model.safetensors"),
-    "generate: some images painted": (
+    "generate: some images generated": (
         "round-001/synthetic/part-*.parquet",
         "round-001/synthetic/manifest.json",
     ),

@@ -1,13 +1,14 @@
-"""Kill samplers with -9 while they paint, or the driver; all images must arrive, once each, the
+"""Kill samplers with -9 while they generate, or the driver; all images must arrive, once each, the
 same as undisturbed.
 
     python tools/kill_sampler.py                        every 5 seconds a random sampler actor dies
     python tools/kill_sampler.py --driver --runs 3      the driver dies at a random moment, and the same is started again
 
-Paints with the shipped phantom denoiser, from noise, on an embedded Ray. With --driver the second
-start must leave the parts alone that were complete when the first was killed: it starts at once,
-while actors of the dead driver may still be about. Exit code 1 where an image is missing, there
-twice, or differs; where a complete part was painted again; or a process outlives its driver.
+Generates with the shipped phantom denoiser, from noise, on an embedded Ray. With --driver the
+second start must leave the parts alone that were complete when the first was killed: it starts at
+once, while actors of the dead driver may still be about. Exit code 1 where an image is missing,
+there twice, or differs; where a complete part was generated again; or a process outlives its
+driver.
 """
 
 from __future__ import annotations
@@ -96,13 +97,13 @@ def plan(args: argparse.Namespace, base: Path) -> None:
     classes = len(job.classes_of(SHIPPED))
     labels = {k: len(range(k, args.images, classes)) for k in range(classes)}
     job.plan(
-        job.Order(SHIPPED, labels, "sample", args.seed, settings(args), base, "folder"),
+        job.GenerationJob(SHIPPED, labels, "sample", args.seed, settings(args), base, "folder"),
         base / "requests",
         NULL_HANDLE,
     )
 
 
-def paint(args: argparse.Namespace, engine: Any, base: Path, out: str) -> float:
+def generate_all(args: argparse.Namespace, engine: Any, base: Path, out: str) -> float:
     """Into base/out; seconds it took."""
     started = time.monotonic()
     generate.generate(engine, base / "requests", None, SHIPPED, None, settings(args), base / out)
@@ -182,7 +183,7 @@ def kill_often(
                     victim = draw.choice(sorted(actors, key=lambda p: p.pid))
                     victim.send_signal(signal.SIGKILL)
                     killed.append(
-                        "painting"
+                        "generation"
                         if actors[victim].startswith(f"{ACTOR}.do")
                         else "starting or waiting"
                     )
@@ -202,11 +203,11 @@ def actors_die(args: argparse.Namespace, base: Path) -> list[str]:
         )
         killer.start()
         try:
-            seconds = paint(args, noted, base, "killed")
+            seconds = generate_all(args, noted, base, "killed")
         finally:
             stop.set()
             killer.join()
-        undisturbed = paint(args, engine, base, "undisturbed")
+        undisturbed = generate_all(args, engine, base, "undisturbed")
     said, wrong = compared(base, "killed")
     begun = noted.begun()
     parts, again = (
@@ -222,7 +223,7 @@ def actors_die(args: argparse.Namespace, base: Path) -> list[str]:
         f"{seconds:.1f} s with kills, {undisturbed:.1f} s without; {parts} parts, {again} "
         f"begun again, {trials} trials of rows"
     )
-    wrong += [f"{late} complete parts were painted again"] if late else []
+    wrong += [f"{late} complete parts were generated again"] if late else []
     return wrong + (
         [] if killed else ["nothing was killed: ask for more images, or kill more often"]
     )
@@ -232,7 +233,7 @@ def actors_die(args: argparse.Namespace, base: Path) -> list[str]:
 
 
 def start(args: argparse.Namespace, base: Path, out: str, log: str) -> subprocess.Popen[bytes]:
-    """A driver of its own process, which paints the planned requests."""
+    """A driver of its own process, which generates the planned requests."""
     same = [
         f"--{key}={getattr(args, key.replace('-', '_'))}"
         for key in ("images", "steps", "part-size", "actors", "seed")
@@ -300,9 +301,11 @@ def again(
         p.name for p, was in complete.items() if (p.stat().st_ino, p.stat().st_mtime_ns) != was
     ]
     begun = {tables.part_name(index) for index, _ in log.begun()}
-    repainted = sorted(begun & {p.name for p in complete})
+    regenerated = sorted(begun & {p.name for p in complete})
     wrong += [f"complete parts were touched: {', '.join(touched)}"] if touched else []
-    wrong += [f"complete parts were painted again: {', '.join(repainted)}"] if repainted else []
+    wrong += (
+        [f"complete parts were generated again: {', '.join(regenerated)}"] if regenerated else []
+    )
     _, alive = psutil.wait_procs(below, timeout=max(0.0, OUTLIVE - seconds))
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
@@ -340,7 +343,7 @@ def main() -> None:
     if args.child:
         base, out, log = args.child
         with ray_engine(args, Path(base)) as engine:
-            paint(args, Noting(engine, Path(base) / log), Path(base), out)
+            generate_all(args, Noting(engine, Path(base) / log), Path(base), out)
         return
     with tempfile.TemporaryDirectory() as temporary:
         wrong = (drivers_die if args.driver else actors_die)(args, Path(temporary))

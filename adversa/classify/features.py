@@ -21,7 +21,7 @@ from adversa.types import UserError
 
 
 @dataclass(frozen=True)
-class Space:
+class FeatureSpace:
     """Whose embedding. folder: of a trained classifier; else config: a timm model with its weights,
     nothing of it trained here.
     """
@@ -31,7 +31,7 @@ class Space:
     config: Classifier | None = None
 
 
-def pretrained(name: str, weights: str) -> Space:
+def pretrained(name: str, weights: str) -> FeatureSpace:
     """A timm model with given weights, which sees images at its own size. UserError for an unknown
     tag; see `network`.
     """
@@ -42,12 +42,12 @@ def pretrained(name: str, weights: str) -> Space:
         tags = ", ".join(timm.list_pretrained(name.split(".")[0])) or "none: leave the tag out"
         raise UserError(f"quality.features {name}: {e} Known: {tags}") from None
     size = settings.input_size[-1] if settings is not None else None
-    return Space(
+    return FeatureSpace(
         name, config=Classifier(model=name, model_args={}, weights=weights, input_size=size)
     )
 
 
-def network(space: Space, resolution: int) -> model.Network:
+def network(space: FeatureSpace, resolution: int) -> model.Network:
     """The network of a space, on the CPU. UserError: the folder holds no classifier, or the model
     or its weights cannot be had.
     """
@@ -71,7 +71,7 @@ def network(space: Space, resolution: int) -> model.Network:
         raise UserError(f"the feature space of quality.features cannot be had: {e}") from None
 
 
-def make_features(space: Space, resolution: int) -> Callable[[np.ndarray], np.ndarray]:
+def make_features(space: FeatureSpace, resolution: int) -> Callable[[np.ndarray], np.ndarray]:
     """Load the network once; the callable maps uint8 [N, R, R, 3] to float32 [N, D], image by image
     whatever the neighbours.
     """

@@ -35,7 +35,7 @@ from adversa.types import digest, seed_of
 
 
 @dataclass
-class State:
+class ClassifierFit:
     """All that a step reads and changes.
 
     Attributes:
@@ -143,16 +143,16 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 
 def _start(
     config: Classifier, num_classes: int, resolution: int, seed: int, device: torch.device
-) -> State:
+) -> ClassifierFit:
     torch.manual_seed(seed_of("classifier", seed))
     model = build(config, num_classes, resolution).to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     trained = [p for p in model.trunk.parameters() if p.requires_grad]
-    return State(config, model, average, trained, model, device, seed)
+    return ClassifierFit(config, model, average, trained, model, device, seed)
 
 
 def _describe(
-    state: State,
+    state: ClassifierFit,
     best: Best,
     criterion: Loss,
     recipe: str,
@@ -182,7 +182,7 @@ def _describe(
     )
 
 
-def _set_phase(state: State, step: int) -> None:
+def _set_phase(state: ClassifierFit, step: int) -> None:
     """Freeze the trunk for the first head_steps, let it go after them.
 
     Frozen: no gradient, so AdamW neither moves nor decays it; eval mode, so BatchNorm's statistics
@@ -201,7 +201,9 @@ def _set_phase(state: State, step: int) -> None:
     state.parallel = process_group.data_parallel(state.model, state.device)
 
 
-def _forward(state: State, criterion: Loss, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+def _forward(
+    state: ClassifierFit, criterion: Loss, batch: Batch, step: int
+) -> tuple[Tensor, Tensor]:
     """Losses [B] of a batch; they are what is reported too."""
     config, seed, device = state.config, state.seed, state.device
     _seed(seed_of("dropout", seed, step, process_group.rank()), device)
@@ -221,7 +223,7 @@ def _forward(state: State, criterion: Loss, batch: Batch, step: int) -> tuple[Te
     return losses, losses
 
 
-def _update(state: State, step: int) -> None:
+def _update(state: ClassifierFit, step: int) -> None:
     update_average(state.average, state.model, state.config.ema, step)
     if step == state.config.head_steps:
         _set_phase(state, step)
@@ -237,7 +239,9 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _evaluate(state: State, best: Best, batches: Iterable[Batch], step: int) -> dict[str, float]:
+def _evaluate(
+    state: ClassifierFit, best: Best, batches: Iterable[Batch], step: int
+) -> dict[str, float]:
     """Score `select` with the averaged weights; keep them where they are the best so far."""
     logits, labels = score_batches(state.average, batches, state.config.amp, state.config.views)
     assert len(labels), "the select role is empty"

@@ -31,7 +31,7 @@ from adversa.cli.options import (
 from adversa.cli.run import engines, error, execute, root_of, stoppable
 
 HELP = (
-    "Find a classifier's hard cases, paint more of them, retrain, and say honestly whether it "
+    "Find a classifier's hard cases, generate more of them, retrain, and say honestly whether it "
     "helped."
 )
 app = typer.Typer(
@@ -97,7 +97,7 @@ def _stage_command(name: str, text: str) -> None:
 
 for _name, _text in {
     "prepare": "Read the images, split them by lesion into roles, write Parquet.",
-    "curate": "Give every painted image a verdict (and what comes before).",
+    "curate": "Give every generated image a verdict (and what comes before).",
 }.items():
     _stage_command(_name, _text)
 
@@ -201,8 +201,8 @@ def sweep(
     from adversa.run.folder import RunDir
 
     with stoppable("nothing was begun. Again"):
-        asked, root = cli_sweep.settings(config, run_dir, set_ or [], seed)
-        cli_sweep.dry_run(asked, RunDir(root), Console(), SECONDS)
+        requested, root = cli_sweep.settings(config, run_dir, set_ or [], seed)
+        cli_sweep.dry_run(requested, RunDir(root), Console(), SECONDS)
 
 
 @app.command()
@@ -289,7 +289,7 @@ def train(
     engine: EngineName = "ray",
     verbose: Verbose = False,
 ) -> None:
-    """Train the denoiser, the judges and the first classifiers (and what comes before), or the
+    """Train the denoiser, the verifiers and the first classifiers (and what comes before), or the
     codec alone.
     """
     what, config = _what("train", words, ("codec",))
@@ -307,7 +307,7 @@ def generate(
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option("--labels", metavar="CLASS=N,...", help="Paint so many of each, no loop."),
+        typer.Option("--labels", metavar="CLASS=N,...", help="Generate so many of each, no loop."),
     ] = None,
     denoiser: Annotated[
         Path | None,
@@ -315,7 +315,7 @@ def generate(
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option("--strategy", help="sample, vary, inpaint, outpaint, inout, blend."),
+        typer.Option("--strategy", help="sample, img2img, inpaint, outpaint, inout, interpolate."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="--labels: where the images go.")
@@ -331,8 +331,8 @@ def generate(
     engine: EngineName = "ray",
     verbose: Verbose = False,
 ) -> None:
-    """Paint images for the hard cases (and what comes before); or, with --labels, so many images of
-    each class.
+    """Generate images for the hard cases (and what comes before); or, with --labels, so many images
+    of each class.
     """
     from adversa.cli import images
     from adversa.cli.console import Screen
@@ -341,14 +341,14 @@ def generate(
     if labels is None and config is not None and (config / "config.yaml").is_file():
         raise UserError(
             f"{config} is a run: go on with it by --run-dir {config}, or say with --labels "
-            "CLASS=N,... what to paint"
+            "CLASS=N,... what to generate"
         )
     if labels is not None and config is not None and run_dir is not None:
         raise UserError(f"--run-dir {run_dir} beside {config}: give one run")
     if labels is None:
         alone = {"--denoiser": denoiser, "--strategy": strategy, "--out": out}
         if given := [name for name, value in alone.items() if value is not None]:
-            raise UserError(f"{given[0]} goes with --labels CLASS=N,...: what to paint")
+            raise UserError(f"{given[0]} goes with --labels CLASS=N,...: what to generate")
         execute("generate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
         return
     with stoppable():
@@ -378,7 +378,7 @@ def regenerate(
         Path | None, typer.Option("--out", metavar="FILE", help="Keep the new image: a PNG.")
     ] = None,
 ) -> None:
-    """Paint one image of a run again, and say whether it is identical."""
+    """Generate one image of a run again, and say whether it is identical."""
     from adversa.cli import images
     from adversa.cli.console import Screen
 
@@ -411,8 +411,8 @@ def export(
         float, typer.Option("--shard-mb", help="webdataset: size of a tar file, at most.")
     ] = 256,
 ) -> None:
-    """Hand on what a run made: the images that passed the gate, each arm's classifiers, with cards
-    for the Hugging Face hub.
+    """Hand on what a run made: the images that passed the filter, each arm's classifiers, with
+    cards for the Hugging Face hub.
     """
     from adversa.cli import export as cli_export
     from adversa.cli.console import Screen
@@ -452,7 +452,7 @@ def bench_generate(
     engine: EngineName = "ray",
     verbose: Verbose = False,
 ) -> None:
-    """How fast images are painted here: rates, costs of guidance, share of the device's peak,
+    """How fast images are generated here: rates, costs of guidance, share of the device's peak,
     scaling, memory.
     """
     from adversa.cli import images as cli_images
@@ -478,7 +478,7 @@ def evaluate(
     words: EvaluateWords = None,
     on: Annotated[
         Path | None,
-        typer.Option("--on", metavar="CSV_OR_FOLDER", help="Score RUN on a set from elsewhere."),
+        typer.Option("--on", metavar="CSV_OR_FOLDER", help="Score RUN on an external cohort."),
     ] = None,
     labels_map: Annotated[
         Path | None,
@@ -504,7 +504,7 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Retrain every arm and score it on the mine role (and what comes before); or judge the
-    denoiser's samples; or, with --on, score a finished run on a set from elsewhere.
+    denoiser's samples; or, with --on, score a finished run on an external cohort.
     """
     from adversa.cli import results
     from adversa.cli.console import Screen

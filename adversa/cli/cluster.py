@@ -46,7 +46,7 @@ def place(path: Path | None, run_dir: Path | None, asks: Asks) -> str:
     return f"{asks.run_storage.rstrip('/')}/{named}"
 
 
-class Asked(NamedTuple):
+class ClusterRequest(NamedTuple):
     """A run on a cluster, checked here: where it lies there, what goes along."""
 
     cluster: ClusterFile
@@ -61,8 +61,12 @@ def ready(
     run_dir: Path | None,
     settings: list[str],
     options: dict[str, Any],
-) -> Asked:
-    """UserError for every fault that can be seen from here."""
+) -> ClusterRequest:
+    """What the command line requests of a cluster, checked.
+
+    Raises:
+        UserError: Any fault that can be seen from here.
+    """
     from adversa.config import load, packaged
 
     cluster = cluster_file.read(file)
@@ -76,7 +80,7 @@ def ready(
             f"data.path {config.data.path}: a job on a cluster starts in a folder of its "
             "own; give a path that every node sees"
         )
-    return Asked(cluster, run, made, (path or packaged("demo.yaml")).read_text())
+    return ClusterRequest(cluster, run, made, (path or packaged("demo.yaml")).read_text())
 
 
 def loop(
@@ -139,7 +143,7 @@ def watch(run_dir: Path | None, file: Path, screen: Console) -> None:
     with _on(file, run_dir) as (client, found):
         latest = found[-1]
         if latest.is_over and latest.detached:
-            raise typer.Exit(_asked(client, latest.run, "watch", [], screen))
+            raise typer.Exit(_run_beside(client, latest.run, "watch", [], screen))
         ended = _follow(client, latest, file, screen)
     raise typer.Exit(ended.code)
 
@@ -162,7 +166,7 @@ def status(run_dir: Path | None, file: Path, screen: Console) -> None:
         if latest.is_over and (
             latest.status != "SUCCEEDED" or latest.detached
         ):  # its coordinator may work on
-            _asked(client, latest.run, "status", [], screen)
+            _run_beside(client, latest.run, "status", [], screen)
 
 
 def stop(run_dir: Path | None, file: Path, screen: Console) -> None:
@@ -172,7 +176,7 @@ def stop(run_dir: Path | None, file: Path, screen: Console) -> None:
     with _on(file, run_dir) as (client, found):
         latest = found[-1]
         if latest.is_over:  # its coordinator may work on
-            raise typer.Exit(_asked(client, latest.run, "stop", [], screen))
+            raise typer.Exit(_run_beside(client, latest.run, "stop", [], screen))
         ended = jobs.stop(client, latest)
         if not ended.is_over:
             raise UserError(
@@ -193,10 +197,12 @@ def there(
     code.
     """
     with _on(file, run_dir) as (client, found):
-        raise typer.Exit(_asked(client, found[-1].run, command, settings, screen))
+        raise typer.Exit(_run_beside(client, found[-1].run, command, settings, screen))
 
 
-def _asked(client: Client, run: str, command: str, settings: list[str], screen: Console) -> int:
+def _run_beside(
+    client: Client, run: str, command: str, settings: list[str], screen: Console
+) -> int:
     """The exit code of a command that runs on the cluster beside the run's own job, its lines shown
     here.
     """
@@ -288,7 +294,7 @@ class _View:
         run = RunDir(storage_path(self.run))
         with contextlib.suppress(UserError):  # not to be read from here, or not yet
             if isinstance(run.root, BucketPath) and run.config.is_file():
-                self.watch = view.Watch(self.screen, load(run.config), run)
+                self.watch = view.LiveView(self.screen, load(run.config), run)
                 self.watch.__enter__()
 
     def __exit__(self, *_: object) -> None:
@@ -340,7 +346,7 @@ def watch_here(config: Any, run: RunDir, screen: Console) -> None:
 
     state = view.state_of(run)[0]
     if state == "running":
-        with view.Watch(screen, config, run):
+        with view.LiveView(screen, config, run):
             while (state := view.state_of(run)[0]) == "running":
                 time.sleep(0.5)
     else:

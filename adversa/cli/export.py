@@ -13,7 +13,7 @@ from adversa.run.folder import RunDir
 from adversa.types import UserError
 
 if TYPE_CHECKING:
-    from adversa.export.run import Plan, Published
+    from adversa.export.run import ExportPlan, Published
 
 
 def export(
@@ -57,17 +57,17 @@ def export(
             bars.update(tasks[name], completed=done, total=total)
 
         found = export_run.publish(chosen, out, show)
-    for line in _told(found, chosen, out):
+    for line in _reported(found, chosen, out):
         screen.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _told(found: Published, chosen: Plan, out: Path) -> list[str]:
+def _reported(found: Published, chosen: ExportPlan, out: Path) -> list[str]:
     lines = []
     if found.images is not None:
         counts = ", ".join(f"{n} {name}" for name, n in found.by_class.items())
         lines.append(f"{found.images} images in {out}" + (f": {counts}" if counts else ""))
     elif chosen.selection.what == "all":
-        lines.append(f"no images: {chosen.selection.arm or 'the run'} paints none")
+        lines.append(f"no images: {chosen.selection.arm or 'the run'} generates none")
     if found.models:
         lines.append(f"{len(found.models)} models in {out}: {', '.join(found.models)}")
     return [

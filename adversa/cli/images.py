@@ -78,7 +78,7 @@ def order(
         )
     if out is None:
         raise UserError("--labels needs --out FOLDER: where the images go")
-    wanted = job.Order(
+    wanted = job.GenerationJob(
         folder,
         images.parse_labels(labels, classes),
         strategy,
@@ -102,7 +102,7 @@ def order(
     with file_lock.lock(wanted.work, "--out"):
         status.set_status(wanted.work, "running", "order", command="order")
         try:
-            found = _painted(wanted, config, make_engine, screen)
+            found = _generated(wanted, config, make_engine, screen)
         except KeyboardInterrupt:
             status.set_status(wanted.work, "stopped")
             raise
@@ -110,7 +110,7 @@ def order(
     counts = ", ".join(f"{n} {name}" for name, n in found.by_class.items())
     left = [
         f"{n} {what}"
-        for n, what in ((found.not_finite, "not finite"), (found.unpainted, "not painted"))
+        for n, what in ((found.not_finite, "not finite"), (found.not_generated, "not generated"))
         if n
     ]
     text = f"{found.images} images in {out}: {counts}" + (
@@ -119,13 +119,13 @@ def order(
     screen.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _painted(wanted: Any, config: Config, make_engine: MakeEngine, screen: Console) -> Any:
+def _generated(wanted: Any, config: Config, make_engine: MakeEngine, screen: Console) -> Any:
     from adversa.generation import job
 
-    with view.Watch(screen, config, wanted.work):
+    with view.LiveView(screen, config, wanted.work):
         engine = make_engine(config, wanted.work)
         try:
-            return job.paint(wanted, engine)
+            return job.generate(wanted, engine)
         finally:
             engine.close()
 
@@ -157,7 +157,7 @@ def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) ->
     screen.print(
         f"request {request_id}: round {r.round}, arm {r.arm}, strategy {r.strategy}, class "
         f"{r.label}, "
-        f"sigma_start {r.sigma_start:g}, guidance {r.guidance:g}, seed {r.seed}\npainted "
+        f"sigma_start {r.sigma_start:g}, guidance {r.guidance:g}, seed {r.seed}\ngenerated "
         f"again on {where}: {verdict}",
         highlight=False,
         markup=False,
@@ -192,7 +192,7 @@ def bench(
     saved, folder = source(run, denoiser) if run or denoiser else (None, edm.SHIPPED)
     config = settings(saved, overrides)
     counts = _counts(samplers)
-    attacked = folders.attacked_in(config, saved, 1) if saved is not None else None
+    target = folders.attacked_in(config, saved, 1) if saved is not None else None
     torch.set_num_threads(config.cluster.sampler_threads)
     table = Table(box=None, pad_edge=False)
     for column in ("", "value", "unit"):
@@ -216,7 +216,7 @@ def bench(
 
         engines = {n: (lambda n=n: engine(n)) for n in counts}
         for row in benchmark.generate(
-            folder, attacked, config.generate, engines, images, rounds, Path(temporary)
+            folder, target, config.generate, engines, images, rounds, Path(temporary)
         ):
             rows.append(row)
             status.update(f"measured: {row.name}")
@@ -225,13 +225,13 @@ def bench(
             )
     screen.print(table)
     if record is not None:
-        told = {
+        reported = {
             "denoiser": generate.fingerprint(folder),
             "machine": environment.machine(),
             "generate": config.generate.model_dump(mode="json"),
         }
         with files.writing(record.parent, "--json"):
-            files.write_json(record, told | {"results": [asdict(r) for r in rows]})
+            files.write_json(record, reported | {"results": [asdict(r) for r in rows]})
 
 
 def _counts(samplers: str | None) -> list[int | None]:

@@ -77,7 +77,7 @@ ClusterPath = Annotated[
 
 
 def exits(command: Callable[..., None]) -> Callable[..., None]:
-    """Exit codes: 2 and one line for what the user can mend; anything else that escapes is our
+    """Exit codes: 2 and one line for what is fixable by the user; anything else that escapes is our
     fault: a traceback and 1.
     """
 

@@ -97,7 +97,7 @@ def how_long(costs: list[Cost], wall: Range, device: Range) -> Table:
 
 
 def nodes(config: Config) -> list[Node]:
-    """Of the cluster, else this machine."""
+    """The nodes of the cluster, else this machine."""
     from adversa import distributed
     from adversa.distributed import nodes, start
 
@@ -183,9 +183,9 @@ def there(
     from adversa.distributed import jobs, launcher
     from adversa.storage import files
 
-    asked = cluster.ready(file, path, run_dir, settings, options)
+    requested = cluster.ready(file, path, run_dir, settings, options)
     words = cluster.words(options) + (["--json", "-"] if record is not None else [])
-    entrypoint = jobs.command("plan", asked.run, asked.settings, words)
+    entrypoint = jobs.command("plan", requested.run, requested.settings, words)
     figures: list[str] = []
 
     def show(line: str) -> None:
@@ -194,8 +194,8 @@ def there(
         else:
             screen.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-    with launcher.session(asked.cluster) as client, tempfile.TemporaryDirectory() as folder:
-        job = jobs.aside(client, asked.run, "plan", entrypoint, asked.text, Path(folder))
+    with launcher.session(requested.cluster) as client, tempfile.TemporaryDirectory() as folder:
+        job = jobs.aside(client, requested.run, "plan", entrypoint, requested.text, Path(folder))
         ended = jobs.follow(client, job, show)
     if record is not None and figures:
         with files.writing(record.parent, "--json"):

@@ -28,7 +28,7 @@ from adversa.storage.path import storage_path
 from adversa.types import ARMS, BEFORE, UserError
 
 if TYPE_CHECKING:
-    from adversa.external.cohort import External
+    from adversa.external.cohort import ExternalCohort
 
 MakeEngine = Callable[[Config, RunDir], Any]
 CROPS = ("center", "pad", "squash")
@@ -76,7 +76,11 @@ def run_of(
 
 
 def _opened(root: Path, overrides: Sequence[str] = ()) -> tuple[RunDir, Config]:
-    """UserError where the folder is no run."""
+    """The run of a folder.
+
+    Raises:
+        UserError: The folder is no run.
+    """
     run = RunDir(root.absolute())
     if not run.config.is_file():
         raise UserError(f"{root} is not a run (it has no config.yaml); give a run's folder")
@@ -100,7 +104,7 @@ def evaluate_on(
     make_engine: MakeEngine,
     screen: Console,
 ) -> None:
-    """`adversa evaluate RUN --on SET`: every arm's classifiers on a set from elsewhere."""
+    """`adversa evaluate RUN --on SET`: every arm's classifiers on an external cohort."""
     from adversa.external import cohort, evaluate, labels, report
     from adversa.report import page
     from adversa.run.folder import classes_of
@@ -112,37 +116,37 @@ def evaluate_on(
     translation = labels.read(labels_map, classes_of(run.data))
     data = cohort.section(config, on, overrides, crop)
     outside = cohort.listing(data, translation)
-    asked = evaluate.External(run, config, data, translation, _named(name, on), outside)
+    external = evaluate.ExternalCohort(run, config, data, translation, _named(name, on), outside)
     check_links(run.root, "external")
-    with files.writing(asked.folder, "RUN"):
-        asked.folder.mkdir(parents=True, exist_ok=True)
-    work = RunDir(asked.folder)
-    with file_lock.lock(work), files.writing(asked.folder, "RUN"):
+    with files.writing(external.folder, "RUN"):
+        external.folder.mkdir(parents=True, exist_ok=True)
+    work = RunDir(external.folder)
+    with file_lock.lock(work), files.writing(external.folder, "RUN"):
         status.set_status(work, "running", "external")  # who holds the lock
         try:
-            _score(asked, make_engine, screen)
+            _score(external, make_engine, screen)
         except BaseException:
-            evaluate.forget(asked)
+            evaluate.forget(external)
             raise
-        found = report.told(asked)
+        found = report.reported(external)
         if found is None:
             screen.print("computing figures and intervals", highlight=False)
-            found = report.write(asked)
+            found = report.write(external)
             if run.summary.exists() and not file_lock.is_locked(run):
                 page.write(run.root)  # the run's own report names the set
         status.set_status(work, "finished", "external")
     show_external(screen, found)
     screen.print(
-        f"report: {asked.folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True
+        f"report: {external.folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True
     )
 
 
-def _score(asked: External, make_engine: MakeEngine, screen: Console) -> None:
+def _score(external: ExternalCohort, make_engine: MakeEngine, screen: Console) -> None:
     from adversa.external import evaluate
 
-    if not evaluate.is_scored(asked):
-        with _shown(screen) as show, _engine(make_engine, asked.config, asked.run) as engine:
-            evaluate.score(asked, _Told(engine, show), show.say)
+    if not evaluate.is_scored(external):
+        with _shown(screen) as show, _engine(make_engine, external.config, external.run) as engine:
+            evaluate.score(external, _Reporting(engine, show), show.say)
 
 
 def _named(name: str | None, on: Path) -> str:
@@ -228,7 +232,7 @@ def predict(
         ):
             parts = Path(temporary) / "predicted"
             found = predict.predict(
-                _Told(engine, show), models, data, paths, parts, on_error, lambda _: None
+                _Reporting(engine, show), models, data, paths, parts, on_error, lambda _: None
             )
         files.replace_bytes(out, predict.table(found, classes).encode())
     seeds = f"{len(models)} classifier{'s' if len(models) > 1 else ''}"
@@ -250,8 +254,10 @@ def predict(
 
 
 def _may_overwrite(out: Path, paths: Sequence[Any], run: RunDir) -> None:
-    """UserError where --force would destroy one of the images, a file of the run, or what is no
-    file at all.
+    """Check that --force destroys nothing but an earlier answer.
+
+    Raises:
+        UserError: It would destroy one of the images, a file of the run, or what is no file at all.
     """
     if out.exists() and not out.is_file():
         raise UserError(f"--out {out} is no file; give the name of a CSV file")
@@ -275,7 +281,7 @@ def _arm(arm: str | None, config: Config, run: RunDir) -> str:
 # ---- progress ------------------------------------------------------------------------------------
 
 
-class _Told:
+class _Reporting:
     """An engine that tells a `show` how far its work is."""
 
     def __init__(self, engine: Engine, show: _Show) -> None:

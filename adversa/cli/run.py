@@ -88,9 +88,9 @@ def execute(
             f"codec.kind {config.codec.kind}, mix.arms {config.mix.arms}: no codec to "
             "train; set codec.kind=tiny"
         )
-    if command == "quality" and not config.mix.paints:
+    if command == "quality" and not config.mix.generates:
         raise UserError(
-            f"mix.arms {config.mix.arms}: this run paints nothing and has no denoiser; add "
+            f"mix.arms {config.mix.arms}: this run generates nothing and has no denoiser; add "
             "unguided or guided"
         )
     root = root_of(path, run_dir)
@@ -162,7 +162,7 @@ def hold(
     work: Callable[[HeldRun], Any],
     ended: Callable[[], str],
     /,
-    **told: Any,
+    **reported: Any,
 ) -> Any:
     """What `work(handle)` returns, done while this process holds the run; status.json says how it
     ended. typer.Exit where it was stopped.
@@ -183,16 +183,16 @@ def hold(
                 handle.ending = True
                 if handle.lock.lost is not None:
                     raise handle.lock.lost from None
-                status.set_status(run, "stopped", **told)
+                status.set_status(run, "stopped", **reported)
                 raise _stopped(
                     screen, KeyboardInterrupt() if control.read(run).state == control.STOP else stop
                 ) from None
             except RunLockLost:
                 raise
             except Exception as e:
-                _note_failure(run, e, **told)
+                _note_failure(run, e, **reported)
                 raise
-            status.set_status(run, ended(), **told)
+            status.set_status(run, ended(), **reported)
     except KeyboardInterrupt as stop:  # before it was ours
         raise _stopped(screen, stop) from None
     return found
@@ -238,7 +238,7 @@ def _on_cluster(
                 return ""
             if not new:
                 _say(screen, f"{run.root} is worked on already; following it")
-            with view.Watch(screen, config, run):
+            with view.LiveView(screen, config, run):
                 status = follow(run)
         except KeyboardInterrupt as end:
             if not begun:
@@ -323,7 +323,7 @@ def _loop(
         loop.review(config, run, reopen)  # what it sets aside is to be done again
     if not loop.todo(config, run, until):
         return None
-    with view.Watch(screen, config, run):
+    with view.LiveView(screen, config, run):
         engine = engine_of(engine_name, config, run, verbose)
         try:
             return loop.run(config, run, engine, page.write, until, STARTED, reopen, handle)
@@ -362,7 +362,7 @@ def engine_of(name: str, config: Config, run: RunDir, verbose: bool) -> Engine:
     return RayEngine(config.cluster, run.root, config.data.resolution**2 * 3, verbose)
 
 
-def _note_failure(run: RunDir, error: Exception, **told: Any) -> None:
+def _note_failure(run: RunDir, error: Exception, **reported: Any) -> None:
     """Leave the reason where `status` finds it; a full disk must not hide the first error behind a
     second.
     """
@@ -370,7 +370,7 @@ def _note_failure(run: RunDir, error: Exception, **told: Any) -> None:
     from adversa.types import UserError
 
     try:
-        status.set_status(run, "failed", error=" ".join(str(error).split())[:2000], **told)
+        status.set_status(run, "failed", error=" ".join(str(error).split())[:2000], **reported)
     except (UserError, OSError) as e:
         error.add_note(f"status.json could not be written either ({e})")
 

@@ -107,7 +107,7 @@ def _work(
     from adversa.sweep import run as sweeps
 
     status.set_status(run, "running", "starting", command=sweeps.COMMAND)
-    with cli_view.Watch(screen, config, run):
+    with cli_view.LiveView(screen, config, run):
         engine = engine_of(engine_name, config, run, verbose)
         try:
             if config.sweep.search is None:

@@ -265,7 +265,7 @@ def _reachable() -> contextlib.AbstractContextManager[None]:
     return contextlib.suppress(StoreError)
 
 
-class Watch:
+class LiveView:
     """Shows a run while it goes on, from a thread that only reads the folder."""
 
     def __init__(self, console: Console, config: Config, run: RunDir) -> None:
@@ -275,7 +275,7 @@ class Watch:
             target=self._live if console.is_terminal else self._log, daemon=True
         )
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> LiveView:
         self.thread.start()
         return self
 

@@ -18,7 +18,7 @@ from adversa.config.mine import Mine
 from adversa.config.mix import Mix, Ratios
 from adversa.config.quality import Quality
 from adversa.config.reading import check, dump, load, packaged, read
-from adversa.config.root import Config, judge_of
+from adversa.config.root import Config, verifier_of
 from adversa.config.sweep import Count, Ratio, Search, Sweep
 from adversa.config.tracking import Tracker, Trackers
 
@@ -53,7 +53,7 @@ __all__ = [
     "commented",
     "dump",
     "explain",
-    "judge_of",
+    "verifier_of",
     "keys",
     "load",
     "packaged",

@@ -14,13 +14,16 @@ class Curate(Section):
     """Which generated images are kept."""
 
     min_agreement: float = Field(
-        0.2, ge=0, le=1, description="least probability an independent judge gives the asked label"
+        0.2,
+        ge=0,
+        le=1,
+        description="least probability an independent verifier gives the asked label",
     )
     trivial_quantile: float | None = Field(
         0.99,
         gt=0.5,
         le=1,
-        description="trivial: the judge is surer of the asked label than it is of this share of "
+        description="trivial: the verifier is surer of the asked label than it is of this share of "
         "held-out real images; null: off",
     )
     near_copy_quantile: float = Field(
@@ -51,10 +54,13 @@ class Curate(Section):
         None, ge=1, description="images kept of one hard case, an arm and round; null: all"
     )
     folds: int = Field(
-        2, ge=2, le=10, description="judges, each trained without one fold of the lesions of train"
+        2,
+        ge=2,
+        le=10,
+        description="verifiers, each trained without one fold of the lesions of train",
     )
     judge: Classifier | None = Field(
         None,
-        description="the judges' own classifier section; null: as the classifier, from scratch, of "
+        description="the verifiers' own classifier section; null: as the classifier, from scratch, of "
         "another architecture",
     )

@@ -15,23 +15,26 @@ from adversa.config.base import Section, WeightPath
 class Generate(Section):
     """What is generated from each hard case, and how it is sampled."""
 
-    strategy: Literal["sample", "vary", "inpaint", "outpaint", "inout", "blend"] = Field(
-        "vary", description="of the guided arm; the unguided one always samples"
+    strategy: Literal["sample", "img2img", "inpaint", "outpaint", "inout", "interpolate"] = Field(
+        "img2img", description="of the guided arm; the unguided one always samples"
     )
     per_case: int = Field(6, ge=1, le=1000, description="images for each hard case")
     sigma_start: float = Field(
-        2.0, gt=0, description="vary, blend: noise put on the hard case, images scaled to [-1, 1]"
+        2.0,
+        gt=0,
+        description="img2img, interpolate: noise put on the hard case, images scaled to [-1, 1]",
     )
     adaptive: bool = Field(
         False,
-        description="vary: for each hard case the largest of `levels` at which the judge still sees "
+        description="img2img: for each hard case the largest of `levels` at which the verifier still "
+        "sees "
         "the label, else the least",
     )
     levels: list[float] = Field(
         [0.5, 1.0, 2.0, 4.0, 8.0], min_length=1, description="adaptive: noise levels that are tried"
     )
     adaptive_agreement: float = Field(
-        0.5, gt=0, lt=1, description="adaptive: probability the judge must give the label"
+        0.5, gt=0, lt=1, description="adaptive: probability the verifier must give the label"
     )
     fill_sigma: float = Field(
         4.0,
@@ -63,29 +66,31 @@ class Generate(Section):
         description="folder of an under-trained denoiser that guidance steers away from, not the null "
         "class (Karras et al. 2024)",
     )
-    hardness: float = Field(
+    classifier_guidance: float = Field(
         0.0,
         ge=0,
-        description="guided arm: push towards what the classifier under attack finds hard, in "
+        description="guided arm: push towards what the target classifier finds hard, in "
         "classifier-free corrections",
     )
-    hardness_kind: Literal["loss", "entropy", "margin"] = Field(
+    classifier_guidance_objective: Literal["loss", "entropy", "margin"] = Field(
         "margin", description="what is pushed up"
     )
-    hardness_every: int = Field(4, ge=1, description="a push every so many evaluations")
-    hardness_low: float = Field(
-        0.2, ge=0, description="hardness and likeness act at noise levels above this only"
+    classifier_guidance_every: int = Field(4, ge=1, description="a push every so many evaluations")
+    classifier_guidance_low: float = Field(
+        0.2,
+        ge=0,
+        description="classifier and reference guidance act at noise levels above this only",
     )
-    hardness_high: float = Field(5.0, gt=0, description="and up to this")
-    likeness: float = Field(
+    classifier_guidance_high: float = Field(5.0, gt=0, description="and up to this")
+    reference_guidance: float = Field(
         0.0,
         ge=0,
         description="guided arm: pull towards the hard case; pixels: 1 takes its low frequencies",
     )
-    likeness_kind: Literal["pixels", "features"] = Field(
-        "pixels", description="features: of the classifier under attack"
+    reference_guidance_space: Literal["pixels", "features"] = Field(
+        "pixels", description="features: of the target classifier"
     )
-    likeness_pull: int = Field(
+    reference_guidance_factor: int = Field(
         4,
         ge=2,
         description="pixels: low frequencies are means over so many pixels of the diffused side",
@@ -137,9 +142,9 @@ class Generate(Section):
                     f"{name} {start:g} must lie in (sigma_min, sigma_max] = "
                     f"({self.sigma_min:g}, {self.sigma_max:g}]"
                 )
-        if self.adaptive and self.strategy != "vary":
+        if self.adaptive and self.strategy != "img2img":
             raise ValueError(
-                f"adaptive is for strategy vary, not {self.strategy}; set adaptive to false"
+                f"adaptive is for strategy img2img, not {self.strategy}; set adaptive to false"
             )
         if self.batch_size % 2:
             raise ValueError(

@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from adversa.config.base import AUTO, Section
-from adversa.types import PAINTED
+from adversa.types import GENERATED
 
 
 def _ratio(value: Any) -> float | str:
@@ -71,9 +71,9 @@ class Mix(Section):
     )
 
     @property
-    def paints(self) -> bool:
+    def generates(self) -> bool:
         """Whether any arm has synthetic images."""
-        return any(arm in PAINTED for arm in self.arms)
+        return any(arm in GENERATED for arm in self.arms)
 
     @property
     def mines(self) -> bool:

@@ -191,7 +191,7 @@ class Config(Section):
             self.denoiser.null_probability
             or self.denoiser.external
             or self.denoiser.weights
-            or not self.mix.paints
+            or not self.mix.generates
         ):
             return
         for key, guidance in (
@@ -207,12 +207,12 @@ class Config(Section):
 
     def _check_shares(self) -> None:
         """Every worker of a training needs a row of each batch."""
-        workers, paints = self.cluster.training_workers, self.mix.paints
+        workers, generates = self.cluster.training_workers, self.mix.generates
         trained = {
             "classifier": self.classifier,
-            "curate.judge": judge_of(self) if paints else None,
-            "denoiser": self.denoiser if paints and not self.denoiser.external else None,
-            "codec": self.codec if paints and self.codec.is_fitted else None,
+            "curate.judge": verifier_of(self) if generates else None,
+            "denoiser": self.denoiser if generates and not self.denoiser.external else None,
+            "codec": self.codec if generates and self.codec.is_fitted else None,
         }
         for name, section in trained.items():
             if section is not None and section.batch_size < workers:
@@ -248,9 +248,9 @@ class Config(Section):
             )
 
 
-def judge_of(config: Config) -> Classifier:
-    """The judges' section: as given, or the classifier's with another architecture that suits a
-    judge from scratch.
+def verifier_of(config: Config) -> Classifier:
+    """The verifiers' section: as given, or the classifier's with another architecture that suits a
+    verifier from scratch.
 
     A ConvNeXt of four narrow stages (depth-wise convolutions, layer normalisation) beside a
     residual network; beside a ConvNeXt the classifier's own default.

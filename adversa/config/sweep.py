@@ -72,7 +72,7 @@ class Sweep(Section):
         ["replay", "unguided", "guided"], description="arms that are compared with real alone"
     )
     strategies: Annotated[
-        list[Literal["sample", "vary", "inpaint", "outpaint", "inout", "blend"]] | None,
+        list[Literal["sample", "img2img", "inpaint", "outpaint", "inout", "interpolate"]] | None,
         BeforeValidator(_one_or_many),
     ] = Field(
         None, description="of the guided arm, each an arm of its own; null: generate.strategy"
@@ -92,7 +92,7 @@ class Sweep(Section):
         1.5,
         ge=1,
         le=100,
-        description="images painted for each one wanted: the gate turns some down",
+        description="images generated for each one wanted: the filter turns some down",
     )
     metric: Literal["balanced_accuracy", "accuracy", "auroc_macro", "worst_class"] = Field(
         "balanced_accuracy", description="what the dose-response curves show"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from adversa.data import files
-from adversa.data.records import Problems, Record, read_csv
+from adversa.data.records import ImageRecord, Problems, read_csv
 from adversa.types import UserError
 
 HAM_FOLDERS = ("", "images", "ham10000_images_part_1", "ham10000_images_part_2")
@@ -20,7 +20,7 @@ HAM_ATTRIBUTES = ("age", "sex", "localization", "dx_type")
 
 def list_ham10000(
     path: Path, problems: Problems, option: str = "data.path"
-) -> tuple[list[Record], list[tuple[str, str, str]]]:
+) -> tuple[list[ImageRecord], list[tuple[str, str, str]]]:
     """(records, groups known to be one lesion). option: what the user gave the path by, for
     messages.
     """
@@ -56,7 +56,7 @@ def list_ham10000(
             name = images[image]
             mask = uri(masks[image]) if image in masks else None
             records.append(
-                Record(
+                ImageRecord(
                     image,
                     name.rpartition("/")[2],
                     uri(name),

@@ -22,7 +22,7 @@ from adversa.config import Data
 from adversa.data import phantom
 from adversa.data.files import Reader, printable
 from adversa.data.near import THUMB, perceptual_hash
-from adversa.data.records import MEND, Record
+from adversa.data.records import FIX, ImageRecord
 from adversa.types import UserError, digest
 
 FORMATS = (
@@ -57,7 +57,7 @@ class Decoded:
     perceptual hash, 64 bits; thumb uint8 [32, 32], grey, of the whole picture.
     """
 
-    record: Record
+    record: ImageRecord
     image: np.ndarray | None = None
     mask: np.ndarray | None = None
     id: str = ""
@@ -68,7 +68,7 @@ class Decoded:
 
 def make_decoder(
     config: Data, classes: Sequence[str]
-) -> Callable[[Sequence[Record]], list[Decoded]]:
+) -> Callable[[Sequence[ImageRecord]], list[Decoded]]:
     """A function from records to as many `Decoded`, in order.
 
     With on_error=fail a damaged picture is a UserError instead.
@@ -76,7 +76,7 @@ def make_decoder(
     known = frozenset(classes)
     reader = Reader(most_bytes=8 * config.max_pixels + (1 << 20))  # 16-bit RGBA, uncompressed
 
-    def decode(records: Sequence[Record]) -> list[Decoded]:
+    def decode(records: Sequence[ImageRecord]) -> list[Decoded]:
         out = []
         with _own_limit():
             for record in records:
@@ -86,14 +86,14 @@ def make_decoder(
                 except DAMAGE as e:
                     problem = _explain(e)
                     if config.on_error == "fail":
-                        raise UserError(f"{printable(record.source)}: {problem}; {MEND}") from None
+                        raise UserError(f"{printable(record.source)}: {problem}; {FIX}") from None
                     out.append(Decoded(record, problem=problem))
         return out
 
     return decode
 
 
-def _decode(record: Record, config: Data, reader: Reader) -> Decoded:
+def _decode(record: ImageRecord, config: Data, reader: Reader) -> Decoded:
     mask = None
     if record.uri.startswith("phantom:"):
         size = min(

@@ -134,7 +134,7 @@ def of_rows(
 
 
 def _given(data: bytes, size: tuple[int, ...], name: str) -> Mask:
-    fix = "mend it, or leave it out and one is made from the picture"
+    fix = "fix it, or leave it out and one is made from the picture"
     try:
         mask = tables.decode_png(data)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:

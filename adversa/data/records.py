@@ -14,7 +14,7 @@ from adversa.data import files
 from adversa.types import UserError
 
 SKIP = "--set data.on_error=skip"
-MEND = f"mend it, or leave such pictures out with {SKIP}"
+FIX = f"fix it, or leave such pictures out with {SKIP}"
 SEPARATORS = {
     ";": "semicolons",
     "\t": "tabs",
@@ -23,7 +23,7 @@ SEPARATORS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ImageRecord:
     """A picture that has not been read. uri: "file:PATH", "zip:ZIP!MEMBER" or "phantom:INDEX"."""
 
     id: str  # the user's own, or ''
@@ -42,7 +42,7 @@ class Listing:
     everything left out.
     """
 
-    records: list[Record]
+    records: list[ImageRecord]
     classes: list[str]
     merged: list[tuple[str, str, str]]
     problems: list[dict[str, str]]
@@ -57,7 +57,7 @@ class Problems(list[dict[str, str]]):
 
     def add(self, source: str, problem: str) -> None:
         if self.fail:
-            raise UserError(f"{files.printable(source)}: {problem}; {MEND}")
+            raise UserError(f"{files.printable(source)}: {problem}; {FIX}")
         self.append({"source": source, "problem": problem})
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from adversa.config import Data
 from adversa.data import files, phantom
 from adversa.data.ham10000 import list_ham10000
-from adversa.data.records import Listing, Problems, Record, read_csv
+from adversa.data.records import ImageRecord, Listing, Problems, read_csv
 from adversa.types import UserError
 
-__all__ = ["Listing", "Record", "list_records"]
+__all__ = ["Listing", "ImageRecord", "list_records"]
 
 
 def list_records(config: Data, option: str = "data.path", least: int = 2) -> Listing:
@@ -65,8 +65,8 @@ def list_records(config: Data, option: str = "data.path", least: int = 2) -> Lis
 
 
 def _classes(
-    records: list[Record], config: Data, empty: list[str], problems: Problems
-) -> tuple[list[Record], list[str]]:
+    records: list[ImageRecord], config: Data, empty: list[str], problems: Problems
+) -> tuple[list[ImageRecord], list[str]]:
     """Records of known classes, and the classes: config.labels in its order, or those found,
     sorted.
     """
@@ -90,7 +90,7 @@ def _classes(
     return records, classes
 
 
-def _unique(records: list[Record], problems: Problems) -> list[Record]:
+def _unique(records: list[ImageRecord], problems: Problems) -> list[ImageRecord]:
     """The first record of each id (or of each file, where there are no ids)."""
     seen: dict[str, str] = {}
     kept = []
@@ -109,7 +109,7 @@ def _unique(records: list[Record], problems: Problems) -> list[Record]:
     return kept
 
 
-def _phantom(config: Data) -> list[Record]:
+def _phantom(config: Data) -> list[ImageRecord]:
     attributes = {
         mode: {"mode": mode} for _, mode in phantom.KINDS
     }  # shared by the records: there may be many
@@ -117,7 +117,7 @@ def _phantom(config: Data) -> list[Record]:
     for i, s in enumerate(phantom.slots(config.phantom)):
         group = f"lesion-{s.lesion:05d}"
         records.append(
-            Record(
+            ImageRecord(
                 "",
                 f"phantom-{i:05d}.png",
                 f"phantom:{i}",
@@ -130,7 +130,7 @@ def _phantom(config: Data) -> list[Record]:
     return records
 
 
-def _csv(path: Path, config: Data, problems: Problems, option: str) -> list[Record]:
+def _csv(path: Path, config: Data, problems: Problems, option: str) -> list[ImageRecord]:
     if not path.is_file():
         raise UserError(
             f"{option} {path} is not a file; data.source csv needs the path of the CSV itself"
@@ -160,7 +160,7 @@ def _csv(path: Path, config: Data, problems: Problems, option: str) -> list[Reco
         attributes = {k: v for k, v in row.items() if k not in used and v}
         own = row[names.id] if names.id else ""
         records.append(
-            Record(
+            ImageRecord(
                 own,
                 source,
                 f"file:{image}",
@@ -190,7 +190,7 @@ def _inside(root: Path, name: str) -> tuple[Path | None, str]:
 
 def _folder(
     path: Path, config: Data, problems: Problems, option: str
-) -> tuple[list[Record], list[str]]:
+) -> tuple[list[ImageRecord], list[str]]:
     """Records, and the classes that have none. A class is a sub-folder of `path`; pictures may lie
     deeper in it.
     """
@@ -216,7 +216,7 @@ def _folder(
             f"{option} {path} has no sub-folder; put each class's pictures in a folder "
             "named after it"
         )
-    records: list[Record] = []
+    records: list[ImageRecord] = []
     for name in sorted(files.walk(path)):
         label, slash, rest = name.partition("/")
         suffix = Path(name).suffix.lower()
@@ -236,5 +236,5 @@ def _folder(
                     name, f"data.group_regex {config.group_regex!r} finds no group in this path"
                 )
             else:
-                records.append(Record("", name, f"file:{path / name}", label, group))
+                records.append(ImageRecord("", name, f"file:{path / name}", label, group))
     return records, sorted(set(labels) - {r.label for r in records})

@@ -1,9 +1,9 @@
 """Continuous batching: a batch of fixed size that is kept full.
 
-Every row walks its own course: noise levels, solver, guidance. A tick picks, oldest first, as many
-rows as fill the batch's evaluations, those with a second pass (guidance) taking two, and moves each
-a step on; a finished row leaves and the next request takes its place. Nothing waits for the
-slowest, and the network sees one shape only.
+Each row follows its own schedule of noise levels, solver and guidance. A step takes the oldest rows
+whose evaluations fit the batch (a row with a second pass, for guidance, takes two) and moves each
+on by one; a finished row leaves and the next request takes its place. No row waits for the slowest
+one, and the network sees a single shape.
 """
 
 from __future__ import annotations
@@ -21,68 +21,87 @@ from adversa.diffuse.guidance import (
     GradientFn,
     GuidedFn,
     classifier_free,
-    kept,
+    gradient_guided,
+    masked,
     padded,
-    pulled,
-    resemblance,
-    steered,
+    reference_gradient,
+    reference_guided,
 )
-from adversa.diffuse.solver import Plan, advance
+from adversa.diffuse.solver import SolverTable, advance
 
 
 @dataclass(frozen=True)
-class Course:
-    """What a row does at each of its E evaluations. All float64 [E]; second bool [E]: it gets a
-    second pass.
+class Schedule:
+    """What happens at each of a row's E evaluations.
 
-    scale: of classifier-free guidance, 1 none; hardness, likeness: strengths, 0 none.
+    Attributes:
+        table: The solver's noise levels and coefficients.
+        scale: Of classifier-free guidance, float64 [E]; 1: none.
+        second: Which evaluations have a second pass, bool [E].
+        classifier_guidance: Its strength, float64 [E]; 0: none.
+        reference_guidance: Its strength, float64 [E]; 0: none.
     """
 
-    plan: Plan
+    table: SolverTable
     scale: np.ndarray
     second: np.ndarray
-    hardness: np.ndarray
-    likeness: np.ndarray
+    classifier_guidance: np.ndarray
+    reference_guidance: np.ndarray
 
     def __post_init__(self) -> None:
         shapes = {
-            len(self.plan),
+            len(self.table),
             len(self.scale),
             len(self.second),
-            len(self.hardness),
-            len(self.likeness),
+            len(self.classifier_guidance),
+            len(self.reference_guidance),
         }
         assert len(shapes) == 1, shapes
 
     @property
     def evaluations(self) -> int:
-        return len(self.plan) + int(self.second.sum())
+        """The evaluations of the denoiser that a row takes, second passes included."""
+        return len(self.table) + int(self.second.sum())
 
 
 @dataclass
-class Row:
-    """start [C, h, w]: where the ODE starts. known [C, h, w] and soft [1, h, w]: of inpainting, see
-    guidance.kept. goal: what likeness pulls towards, [C, h, w] of the diffused space, or features
-    [D]. then: the row that follows it, made of its end, and which it is not finished without.
+class BatchRow:
+    """One image on its way through the batch.
+
+    Attributes:
+        key: What the caller knows the image by.
+        start: Where the ODE starts, [C, h, w].
+        schedule: What happens at each evaluation.
+        label: The class it is generated as.
+        source: The image that is kept where `mask` is 0, [C, h, w]; None: nothing is kept.
+        mask: Which part is generated, [1, h, w] in [0, 1] (guidance.masked).
+        reference: What reference guidance pulls towards: [C, h, w] of the diffused space, or
+            features [D].
+        then: Makes the row that follows from this one's end; the image is finished with that one.
+        at: Evaluations done.
+        evaluations: Rows of the denoiser so far, second passes included.
+        skipped: Guidance gradients of the rows before it that were not finite.
     """
 
     key: int
     start: Tensor
-    course: Course
+    schedule: Schedule
     label: int
-    known: Tensor | None = None
-    soft: Tensor | None = None
-    goal: Tensor | None = None
-    then: Callable[[Tensor], Row] | None = None
+    source: Tensor | None = None
+    mask: Tensor | None = None
+    reference: Tensor | None = None
+    then: Callable[[Tensor], BatchRow] | None = None
     at: int = 0
     evaluations: int = 0
-    skipped: int = 0  # of the rows before it
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
 class Finished:
-    """x0 [C, h, w] on the device. evaluations: rows of the denoiser it took; skipped: gradients
-    that were not finite.
+    """A finished image: x0 [C, h, w] on the device.
+
+    evaluations: rows of the denoiser that it took; skipped: guidance gradients that were not
+    finite.
     """
 
     key: int
@@ -93,9 +112,22 @@ class Finished:
 
 @dataclass
 class Batch:
-    """size: rows of an evaluation, even. gradient: of hardness. pull: size of the pixels that
-    likeness pulls at, in the diffused space; features and pixels: likeness in features instead
-    (guidance.resemblance).
+    """The rows that are sampled together.
+
+    Attributes:
+        denoiser: What is evaluated.
+        shape: (C, h, w) of the diffused space.
+        size: Rows of an evaluation, even.
+        null_label: The label of no class.
+        device: Where it runs.
+        amp: Whether evaluations are autocast to bfloat16.
+        weak: The denoiser of autoguidance.
+        gradient: Of classifier guidance.
+        factor: Pixels of the diffused space that reference guidance takes means over, a side.
+        features: With `pixels`: reference guidance in features instead (reference_gradient).
+        pixels: The diffused space to pixels in [0, 1].
+        steps: Steps done.
+        slots: Evaluations that were of use, of steps * size.
     """
 
     denoiser: DenoiserFn
@@ -106,12 +138,12 @@ class Batch:
     amp: bool = False
     weak: DenoiserFn | None = None
     gradient: GradientFn | None = None
-    pull: int = 4
+    factor: int = 4
     features: Callable[[Tensor], Tensor] | None = None
     pixels: Callable[[Tensor], Tensor] | None = None
-    ticks: int = 0
-    slots: int = 0  # evaluations that were of use, of ticks * size
-    _rows: list[Row | None] = field(init=False, repr=False)
+    steps: int = 0
+    slots: int = 0
+    _rows: list[BatchRow | None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.size >= 2, self.size
@@ -122,14 +154,14 @@ class Batch:
             torch.zeros(self.size, dtype=torch.int64, device=self.device),
         )
         self.skipped = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-        self.known: Tensor | None = None
-        self.soft: Tensor | None = None
-        self.goal: Tensor | None = None
+        self.source: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.reference: Tensor | None = None
 
     @torch.no_grad()
-    def run(self, source: Iterable[Row]) -> Iterator[Finished]:
-        """Every row of `source`, in the order in which they finish. Rows are asked for when there
-        is room for them.
+    def run(self, source: Iterable[BatchRow]) -> Iterator[Finished]:
+        """Yield every row of `source` in the order in which they finish; the next is taken when
+        there is room for it.
         """
         rows = iter(source)
         more = True
@@ -141,66 +173,75 @@ class Batch:
                     self._enter(row, self._rows.index(None))
             if not self._order:
                 return
-            yield from self._tick()
+            yield from self._step()
 
-    def _enter(self, row: Row, slot: int) -> None:
+    def _enter(self, row: BatchRow, slot: int) -> None:
         self._rows[slot] = row
         self._order.append(slot)
         self.point[slot] = row.start.to(self.device)
         self.memory[slot], self.label[slot], self.skipped[slot] = 0, row.label, 0
-        if row.known is not None and self.known is None:
-            self.known, self.soft = torch.zeros_like(self.point), torch.ones_like(self.point[:, :1])
-        if self.known is not None and self.soft is not None:
-            assert (row.known is None) == (row.soft is None)
+        if row.source is not None and self.source is None:
+            self.source, self.mask = (
+                torch.zeros_like(self.point),
+                torch.ones_like(self.point[:, :1]),
+            )
+        if self.source is not None and self.mask is not None:
+            assert (row.source is None) == (row.mask is None)
             # Zeros where nothing is kept, not the row's before: NaN there would come through a
             # weight of 0.
-            self.known[slot] = 0 if row.known is None else row.known.to(self.device)
-            self.soft[slot] = 1 if row.soft is None else row.soft.to(self.device)
-        if row.goal is not None:
-            if self.goal is None:
-                self.goal = torch.zeros(self.size, *row.goal.shape, device=self.device)
-            self.goal[slot] = row.goal.to(self.device)
+            self.source[slot] = 0 if row.source is None else row.source.to(self.device)
+            self.mask[slot] = 1 if row.mask is None else row.mask.to(self.device)
+        if row.reference is not None:
+            if self.reference is None:
+                self.reference = torch.zeros(self.size, *row.reference.shape, device=self.device)
+            self.reference[slot] = row.reference.to(self.device)
 
     def _choose(self) -> list[int]:
-        """Slots of the rows to move: oldest first, as long as their evaluations fit."""
+        """The slots of the rows to move: the oldest first, as long as their evaluations fit."""
         chosen, left = [], self.size
         for slot in self._order:
             row = self._rows[slot]
             assert row is not None
-            cost = 1 + int(row.course.second[row.at] and self.weak is None)
+            cost = 1 + int(row.schedule.second[row.at] and self.weak is None)
             if cost <= left:
                 chosen.append(slot)
                 left -= cost
             if not left:
                 break
-        self.ticks, self.slots = self.ticks + 1, self.slots + self.size - left
+        self.steps, self.slots = self.steps + 1, self.slots + self.size - left
         return chosen
 
-    def _tick(self) -> Iterator[Finished]:
+    def _step(self) -> Iterator[Finished]:
         chosen = self._choose()
         rows = [row for slot in chosen if (row := self._rows[slot]) is not None]
         slots = torch.tensor(chosen, device=self.device)
-        now = [(r.course, r.at) for r in rows]
-        sigma = torch.tensor([c.plan.sigma[i] for c, i in now], dtype=torch.float32).to(self.device)
+        now = [(r.schedule, r.at) for r in rows]
+        sigma = torch.tensor([c.table.sigma[i] for c, i in now], dtype=torch.float32).to(
+            self.device
+        )
         combine = torch.tensor(
-            np.stack([c.plan.combine[i] for c, i in now]), dtype=torch.float32
+            np.stack([c.table.combine[i] for c, i in now]), dtype=torch.float32
         ).to(self.device)
         point, memory, label = self.point[slots], self.memory[slots], self.label[slots]
         answer = self._guided(slots, now)(point, sigma, label)
         self.point[slots], self.memory[slots] = advance(point, memory, answer.x0, combine)
         for slot, row in zip(chosen, rows, strict=True):
-            row.evaluations += 1 + int(row.course.second[row.at])
+            row.evaluations += 1 + int(row.schedule.second[row.at])
             row.at += 1
-            if row.at == len(row.course.plan):
+            if row.at == len(row.schedule.table):
                 yield from self._leave(slot, row)
 
-    def _guided(self, slots: Tensor, now: list[tuple[Course, int]]) -> GuidedFn:
-        """The denoiser under all that these rows ask for."""
+    def _guided(self, slots: Tensor, now: list[tuple[Schedule, int]]) -> GuidedFn:
+        """The denoiser under the guidance that these rows request."""
 
         def column(name: str) -> Tensor:
             return torch.tensor([float(getattr(c, name)[i]) for c, i in now])
 
-        second, hard, like = column("second").bool(), column("hardness"), column("likeness")
+        second, hard, like = (
+            column("second").bool(),
+            column("classifier_guidance"),
+            column("reference_guidance"),
+        )
         weak = None if self.weak is None else padded(self._autocast(self.weak), self.size)
         guided = classifier_free(
             padded(self._autocast(self.denoiser), self.size),
@@ -211,18 +252,21 @@ class Batch:
         )
         skipped = torch.zeros(len(now), dtype=torch.int64, device=self.device)
         if hard.any():
-            assert self.gradient is not None, "hardness without a classifier"
-            guided = steered(guided, self.gradient, hard, skipped)
+            assert self.gradient is not None, "classifier guidance without a classifier"
+            guided = gradient_guided(guided, self.gradient, hard, skipped)
         if like.any():
-            assert self.goal is not None, "likeness without a goal"
+            assert self.reference is not None, "reference guidance without a reference"
             if self.features is not None and self.pixels is not None:
-                guided = steered(
-                    guided, resemblance(self.features, self.pixels, self.goal[slots]), like, skipped
+                guided = gradient_guided(
+                    guided,
+                    reference_gradient(self.features, self.pixels, self.reference[slots]),
+                    like,
+                    skipped,
                 )
             else:
-                guided = pulled(guided, self.goal[slots], like, self.pull)
-        if self.known is not None and self.soft is not None:
-            guided = kept(guided, self.known[slots], self.soft[slots])
+                guided = reference_guided(guided, self.reference[slots], like, self.factor)
+        if self.source is not None and self.mask is not None:
+            guided = masked(guided, self.source[slots], self.mask[slots])
         if not (hard.any() or like.any()):
             return guided
 
@@ -240,11 +284,13 @@ class Batch:
 
         return run
 
-    def _leave(self, slot: int, row: Row) -> Iterator[Finished]:
+    def _leave(self, slot: int, row: BatchRow) -> Iterator[Finished]:
         x0 = self.point[slot].clone()
         # Only rows that were steered are asked for: on a GPU it waits for all that is on its way.
         skipped = row.skipped + (
-            int(self.skipped[slot]) if row.course.hardness.any() or row.course.likeness.any() else 0
+            int(self.skipped[slot])
+            if row.schedule.classifier_guidance.any() or row.schedule.reference_guidance.any()
+            else 0
         )
         self._rows[slot] = None
         self._order.remove(slot)

@@ -38,7 +38,7 @@ PROBE = 64  # side of the black picture that tells an autoencoder's channels and
 
 
 @dataclass(frozen=True)
-class Codec:
+class ImageCodec:
     """Images to latents and back, in float32 whatever the ambient autocast. meta: the config.json;
     shift, scale [C].
     """
@@ -54,8 +54,8 @@ class Codec:
         """uint8 [B, R, R, 3] to raw latents, float32 [B, C, R / factor, R / factor], on the CPU.
 
         Of an AutoencoderKL the posterior's mean: its spread is far below any noise level that is
-        painted with, and a mean needs no random draw, so that the same picture always has the same
-        latent.
+        generated with, and a mean needs no random draw, so that the same picture always has the
+        same latent.
         """
         name = self.meta["class"]
 
@@ -164,7 +164,7 @@ def measured(
 
 def load(
     folder: Path, device: torch.device | str = "cpu", space: dict[str, Any] | None = None
-) -> Codec:
+) -> ImageCodec:
     """The codec of a folder, in eval mode. space: the key `codec` of a denoiser's config.json;
     None: the autoencoder's own scaling.
 
@@ -193,12 +193,12 @@ def load(
         ) from None
     device, scaling = torch.device(device), space or meta["native"]
     shift, scale = (torch.tensor(scaling[k], dtype=torch.float32) for k in ("shift", "scale"))
-    return Codec(
+    return ImageCodec(
         model.to(device).eval().requires_grad_(False), meta, fingerprint, shift, scale, device
     )
 
 
-def scaled(codec: Codec, space: dict[str, Any]) -> Codec:
+def scaled(codec: ImageCodec, space: dict[str, Any]) -> ImageCodec:
     """The same codec with another shift and scale."""
     return replace(
         codec, **{k: torch.tensor(space[k], dtype=torch.float32) for k in ("shift", "scale")}

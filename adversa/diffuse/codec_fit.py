@@ -156,7 +156,7 @@ def _forward(
     return each, each
 
 
-def _reconstruct(loaded: codec.Codec, batches: Iterable[Batch], out: Path) -> float | None:
+def _reconstruct(loaded: codec.ImageCodec, batches: Iterable[Batch], out: Path) -> float | None:
     """Mean PSNR in dB; some pictures are shown: originals above, reconstructions below."""
     found: list[float] = []
     shown: list[np.ndarray] = []

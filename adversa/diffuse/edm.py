@@ -69,7 +69,7 @@ def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-class Denoiser(nn.Module):
+class EDMDenoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)  (equation 7). float32 in and out; F runs
     in the ambient autocast dtype.
     """
@@ -102,12 +102,14 @@ def _rows(v: Tensor) -> Tensor:
     return v.view(-1, 1, 1, 1)
 
 
-def build(config: cfg.Denoiser, num_classes: int, resolution: int, channels: int = 3) -> Denoiser:
+def build(
+    config: cfg.Denoiser, num_classes: int, resolution: int, channels: int = 3
+) -> EDMDenoiser:
     """A denoiser with fresh weights (the global torch generator's) of a space of `channels` x
     `resolution` x `resolution`.
     """
     network = build_network(config, channels, resolution, num_classes)
-    return Denoiser(network, config.sigma_data, num_classes, config.patch)
+    return EDMDenoiser(network, config.sigma_data, num_classes, config.patch)
 
 
 def describe(
@@ -129,7 +131,9 @@ def describe(
     }
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Denoiser, dict[str, Any], str]:
+def load(
+    folder: Path, device: torch.device | str = "cpu"
+) -> tuple[EDMDenoiser, dict[str, Any], str]:
     """(denoiser in eval mode, without gradients; its config.json; fingerprint). UserError where the
     folder holds none.
     """
@@ -150,7 +154,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Denoiser, di
 
 
 def start_from(
-    denoiser: Denoiser,
+    denoiser: EDMDenoiser,
     config: cfg.Denoiser,
     classes: list[str],
     resolution: int,
@@ -184,9 +188,9 @@ def start_from(
     pairs += [(f"denoiser.{k}", theirs[k], ours[k]) for k in ARCHITECTURE[config.architecture]]
     for name, have, want in pairs:
         if have != want:
-            mend = "set denoiser.weights to null (from scratch) or to a folder that fits"
+            fix = "set denoiser.weights to null (from scratch) or to a folder that fits"
             raise UserError(
-                f"denoiser.weights {config.weights} has {name} {have}, this run {want}; {mend}"
+                f"denoiser.weights {config.weights} has {name} {have}, this run {want}; {fix}"
             )
     _load_state(denoiser, state, folder)
     return config.weights
@@ -208,7 +212,7 @@ def _codec(described: dict[str, Any] | None) -> str:
     return "pixels" if described is None else described["fingerprint"]
 
 
-def _load_state(denoiser: Denoiser, state: dict[str, Tensor], folder: Path) -> None:
+def _load_state(denoiser: EDMDenoiser, state: dict[str, Tensor], folder: Path) -> None:
     """Into the network; weights of before there was more than one architecture, the shipped ones
     among them, call it `unet`.
     """

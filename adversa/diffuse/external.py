@@ -56,7 +56,7 @@ CONDITIONS = (
 )
 
 
-class External(nn.Module):
+class ExternalDenoiser(nn.Module):
     """x [B, C, h, w] float32 = x0 + sigma n, sigma [B] > 0, label int64 [B] to x0_hat [B, C, h, w]
     float32.
 
@@ -138,8 +138,8 @@ def _rows(v: Tensor) -> Tensor:
     return v.float().view(-1, 1, 1, 1)
 
 
-def read(path: str, num_classes: int) -> External:
-    """The model of a folder. UserError where it is none that can paint `num_classes` classes.
+def read(path: str, num_classes: int) -> ExternalDenoiser:
+    """The model of a folder. UserError where it is none that can generate `num_classes` classes.
 
     The folder is a pipeline's (unet/, scheduler/scheduler_config.json) or flat (the UNet's files
     beside scheduler_config.json). A UNet2DModel must have class labels: num_classes of them, or one
@@ -178,15 +178,15 @@ def read(path: str, num_classes: int) -> External:
         )
     embeddings, have = None, c.num_class_embeds
     if type(unet).__name__ == "UNet2DConditionModel":
-        if asked := [k for k in CONDITIONS if c.get(k) is not None]:
-            _refuse(path, f"asks for {', '.join(asked)}", "one that reads its embeddings alone")
+        if requested := [k for k in CONDITIONS if c.get(k) is not None]:
+            _refuse(path, f"asks for {', '.join(requested)}", "one that reads its embeddings alone")
         embeddings = _embeddings(Path(path) / EMBEDDINGS, c.cross_attention_dim)
         have = len(embeddings)
     if have not in (num_classes, num_classes + 1) or c.class_embed_type is not None:
         wanted = f"{num_classes} classes, or {num_classes + 1} with the null class"
         _refuse(path, f"has {have or 'no'} class labels", f"one with the run's {wanted}")
     clip = float(settings.get("clip_sample_range", 1.0)) if settings.get("clip_sample") else None
-    return External(
+    return ExternalDenoiser(
         unet, sigmas, prediction, num_classes, embeddings, have == num_classes + 1, clip
     )
 
@@ -285,7 +285,7 @@ def _embeddings(path: Path, width: int) -> Tensor:
     return tensors[0].float()
 
 
-def check(denoiser: External, path: str, channels: int, side: int, guidance: float) -> None:
+def check(denoiser: ExternalDenoiser, path: str, channels: int, side: int, guidance: float) -> None:
     """UserError where the model does not fit the space [channels, side, side] it is to diffuse, or
     cannot be guided.
     """
@@ -310,7 +310,12 @@ def check(denoiser: External, path: str, channels: int, side: int, guidance: flo
 
 
 def describe(
-    denoiser: External, path: str, classes: list[str], resolution: int, channels: int, **extra: Any
+    denoiser: ExternalDenoiser,
+    path: str,
+    classes: list[str],
+    resolution: int,
+    channels: int,
+    **extra: Any,
 ) -> dict[str, Any]:
     """The config.json that stands for the model: nothing is copied, its folder must stay where it
     is, as it is.
@@ -328,7 +333,9 @@ def describe(
     }
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> tuple[External, dict[str, Any], str]:
+def load(
+    folder: Path, device: torch.device | str = "cpu"
+) -> tuple[ExternalDenoiser, dict[str, Any], str]:
     """(denoiser in eval mode, config.json, fingerprint) of a folder that `describe` was written to.
 
     UserError where the weights it stands for have changed.
@@ -381,5 +388,5 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _refuse(path: str, why: str, mend: str) -> Any:
-    raise UserError(f"denoiser.external {path} {why}; give {mend}")
+def _refuse(path: str, why: str, fix: str) -> Any:
+    raise UserError(f"denoiser.external {path} {why}; give {fix}")

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from adversa import config as cfg
 from adversa.common.symmetry import turn
-from adversa.diffuse import average, edm
+from adversa.diffuse import average, edm, pipeline
 from adversa.diffuse.objective import Objective, draw, validation_loss
-from adversa.diffuse.paint import paint
 from adversa.diffuse.strategy import Sources
 from adversa.storage import files, tables, weights
 from adversa.training import loop, process_group
@@ -36,7 +35,7 @@ Decode = Callable[[Tensor], np.ndarray]  # the diffused space [B, C, h, w] to ui
 
 
 @dataclass(frozen=True)
-class State:
+class DenoiserFit:
     """What a step reads and changes.
 
     Attributes:
@@ -50,7 +49,7 @@ class State:
     config: cfg.Denoiser
     objective: Objective
     parallel: nn.Module
-    averaged: edm.Denoiser
+    averaged: edm.EDMDenoiser
     meta: dict[str, Any]
     init: str
     seed: int
@@ -125,7 +124,7 @@ def _start(
     seed: int,
     device: torch.device,
     decode: Decode,
-) -> State:
+) -> DenoiserFit:
     classes, space, codec = (
         meta["classes"],
         (meta["resolution"], meta["channels"]),
@@ -141,10 +140,12 @@ def _start(
     if config.compile:  # in place: the weights keep their names, and the average is asked eagerly
         denoiser.network.compile(dynamic=False)
     parallel = process_group.data_parallel(objective, device)
-    return State(config, objective, parallel, averaged, meta, init, seed, device, out, decode)
+    return DenoiserFit(config, objective, parallel, averaged, meta, init, seed, device, out, decode)
 
 
-def _describe(state: State, recipe: str, held_out: tuple[Tensor, Tensor] | None) -> loop.Training:
+def _describe(
+    state: DenoiserFit, recipe: str, held_out: tuple[Tensor, Tensor] | None
+) -> loop.Training:
     config = state.config
     trained: list[Tensor] = [*state.objective.denoiser.parameters()]
     means: list[Tensor] = [*state.averaged.parameters()]
@@ -169,7 +170,7 @@ def _describe(state: State, recipe: str, held_out: tuple[Tensor, Tensor] | None)
     )
 
 
-def _forward(state: State, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+def _forward(state: DenoiserFit, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
     """(what config.loss minimises, EDM's weighted error), each [B]."""
     config, device = state.config, state.device
     size = int(batch.get("size", len(batch["id"])))
@@ -186,7 +187,7 @@ def _forward(state: State, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
     return losses, errors + 0 * losses.detach()  # 0 times what is not finite is not finite
 
 
-def _update(state: State, trained: list[Tensor], means: list[Tensor], step: int) -> None:
+def _update(state: DenoiserFit, trained: list[Tensor], means: list[Tensor], step: int) -> None:
     config = state.config
     average.update(means, trained, average.decay(config, step, state.init == "scratch"))
     if config.sample_steps and step % config.sample_steps == 0 and step < config.steps:
@@ -227,7 +228,7 @@ def _held_out(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     )
 
 
-def _validate(state: State, held_out: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+def _validate(state: DenoiserFit, held_out: tuple[Tensor, Tensor] | None) -> dict[str, float]:
     """In the main process alone: the others wait for it in the next step."""
     if held_out is None or not process_group.is_main_process():
         return {}
@@ -235,7 +236,7 @@ def _validate(state: State, held_out: tuple[Tensor, Tensor] | None) -> dict[str,
     return {"validation_loss": loss}
 
 
-def _write_samples(state: State, name: str) -> None:
+def _write_samples(state: DenoiserFit, name: str) -> None:
     if process_group.is_main_process():
         state.out.mkdir(parents=True, exist_ok=True)
         given = state.averaged, state.meta, state.seed, state.device
@@ -243,7 +244,7 @@ def _write_samples(state: State, name: str) -> None:
         files.replace_bytes(state.out / name, tables.encode_png(grid))
 
 
-def _finish(state: State, record: loop.Record) -> dict[str, Any]:
+def _finish(state: DenoiserFit, record: loop.TrainingRecord) -> dict[str, Any]:
     """Write the model and a grid of samples."""
     if process_group.is_main_process():
         made = state.meta | {"steps": record.step, "init": state.init}
@@ -293,7 +294,9 @@ def sample_grid(
     pictures = np.stack(
         [
             p.image
-            for p in paint(denoiser, requests, Sources(), generate, meta, device, decode=decode)
+            for p in pipeline.generate(
+                denoiser, requests, Sources(), generate, meta, device, decode=decode
+            )
         ]
     )
     side = pictures.shape[1]

@@ -1,8 +1,8 @@
-"""Guidance wraps a denoiser and returns a denoiser, with an answer that also says how far the
-classes lie apart.
+"""Guidance wraps a denoiser and returns a denoiser, whose answer also says how far the classes lie
+apart.
 
-Rows of a batch ask for different things, so every strength is [B] on the CPU: which rows a pass is
-for is known without asking the device. A row at strength 0 comes back bit for bit as it was.
+Rows of a batch request different guidance, so every strength is [B] and on the CPU: which rows a
+pass is for is known without waiting for the device. A row at strength 0 is unchanged bit for bit.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def classifier_free(
     return guided
 
 
-def steered(
+def gradient_guided(
     guided: GuidedFn,
     gradient: GradientFn,
     strength: Tensor,
@@ -119,12 +119,14 @@ def _chunk(gradient: GradientFn, x0: Tensor, label: Tensor, rows: Tensor) -> Ten
         return gradient(x0[filled].float(), label[filled], filled)[: len(rows)]
 
 
-def pulled(guided: GuidedFn, goal: Tensor, strength: Tensor, factor: int) -> GuidedFn:
-    """x0 + strength (low(goal) - low(x0)): towards the goal's low frequencies (Choi et al. 2021,
-    "ILVR", equation 7; as its filter there, `low` is no projection: at 1 some of the difference is
-    left).
+def reference_guided(
+    guided: GuidedFn, reference: Tensor, strength: Tensor, factor: int
+) -> GuidedFn:
+    """x0 + strength (low(reference) - low(x0)): towards the low frequencies of the reference (Choi
+    et al. 2021, "ILVR", equation 7; as its filter there, `low` is no projection: at 1 some of the
+    difference is left).
 
-    goal [B, C, h, w]; strength [B] on the CPU; low: as in `low_frequencies`, of `factor` pixels.
+    reference [B, C, h, w]; strength [B] on the CPU; low: `low_frequencies` over `factor` pixels.
     """
 
     def run(x: Tensor, sigma: Tensor, label: Tensor) -> Answer:
@@ -132,8 +134,8 @@ def pulled(guided: GuidedFn, goal: Tensor, strength: Tensor, factor: int) -> Gui
         rows = strength.nonzero().squeeze(1).to(x.device)
         if not len(rows):
             return answer
-        pull = low_frequencies(goal[rows] - answer.x0[rows], factor)
-        moved = answer.x0[rows] + strength.to(x.device)[rows].view(-1, 1, 1, 1) * pull
+        apart = low_frequencies(reference[rows] - answer.x0[rows], factor)
+        moved = answer.x0[rows] + strength.to(x.device)[rows].view(-1, 1, 1, 1) * apart
         return Answer(answer.x0.index_copy(0, rows, moved), answer.unit)
 
     return run
@@ -149,17 +151,17 @@ def low_frequencies(x: Tensor, factor: int) -> Tensor:
     )
 
 
-def kept(guided: GuidedFn, known: Tensor, soft: Tensor) -> GuidedFn:
-    """known where soft is 0, x0 where it is 1, linear between: what is known is never painted
-    (Lugmayr et al. 2022, "RePaint").
+def masked(guided: GuidedFn, source: Tensor, mask: Tensor) -> GuidedFn:
+    """source where the mask is 0, x0 where it is 1, linear between (Lugmayr et al. 2022,
+    "RePaint").
 
-    known [B, C, h, w], soft [B, 1, h, w] in [0, 1]. The ODE then carries a known pixel along  known
-    + sigma n,  to `known` itself.
+    source [B, C, h, w], mask [B, 1, h, w] in [0, 1]. The ODE then carries a kept pixel along
+    source + sigma n, to `source` itself.
     """
 
     def run(x: Tensor, sigma: Tensor, label: Tensor) -> Answer:
         answer = guided(x, sigma, label)
-        return Answer(torch.lerp(known, answer.x0, soft.expand_as(known)), answer.unit)
+        return Answer(torch.lerp(source, answer.x0, mask.expand_as(source)), answer.unit)
 
     return run
 
@@ -190,10 +192,10 @@ def objective(logits: Tensor, label: Tensor, kind: str) -> Tensor:
     return others - logits.gather(1, label[:, None])[:, 0]
 
 
-def hardness(
+def classifier_gradient(
     classifier: Callable[[Tensor], Tensor], pixels: Callable[[Tensor], Tensor], kind: str
 ) -> GradientFn:
-    """Towards what a classifier finds hard: the gradient of `objective`.
+    """The gradient towards what a classifier finds hard, by `objective`.
 
     classifier: pixels [B, 3, R, R] in [0, 1] to logits [B, K]; pixels: the diffused space [B, C, h,
     w] to such pixels. Gradients go through both.
@@ -205,15 +207,16 @@ def hardness(
     return gradient
 
 
-def resemblance(
-    features: Callable[[Tensor], Tensor], pixels: Callable[[Tensor], Tensor], goals: Tensor
+def reference_gradient(
+    features: Callable[[Tensor], Tensor], pixels: Callable[[Tensor], Tensor], references: Tensor
 ) -> GradientFn:
-    """Towards the features of each row's goal: the gradient of minus the squared distance. goals
-    [B, D] of the whole batch.
+    """The gradient towards the features of each row's reference: of minus the squared distance.
+
+    references [B, D] of the whole batch.
     """
 
     def gradient(x0: Tensor, label: Tensor, rows: Tensor) -> Tensor:
-        return _gradient(lambda z: -(features(pixels(z)) - goals[rows]).square().sum(1), x0)
+        return _gradient(lambda z: -(features(pixels(z)) - references[rows]).square().sum(1), x0)
 
     return gradient
 
@@ -226,8 +229,8 @@ def _gradient(of: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
 
 
 def padded(denoiser: DenoiserFn, rows: int) -> DenoiserFn:
-    """Asks `denoiser` for `rows` rows always, the first repeated: a static shape, and answers that
-    do not hang on how many ask.
+    """The denoiser, always called with `rows` rows, the first repeated: a static shape, and answers
+    that do not depend on how many rows there are.
     """
 
     def run(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:

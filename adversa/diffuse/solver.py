@@ -23,9 +23,9 @@ from adversa.diffuse.edm import DenoiserFn
 
 
 @dataclass(frozen=True)
-class Plan:
-    """sigma float64 [E]: the noise level of each evaluation; combine float64 [E, 5]: a, b, c, d, e
-    of the header.
+class SolverTable:
+    """A solver's noise level at each evaluation, sigma float64 [E], and its coefficients a, b, c,
+    d, e, combine float64 [E, 5] (see the module).
     """
 
     sigma: np.ndarray
@@ -61,7 +61,7 @@ def share_of_steps(start: float, top: float, sigma_min: float, rho: float, steps
     return max(2, min(steps, int(np.ceil(steps * share - 1e-9))))
 
 
-def dpmpp_2m(sigmas: np.ndarray) -> Plan:
+def dpmpp_2m(sigmas: np.ndarray) -> SolverTable:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), one evaluation a step, second order; sigmas
     [steps + 1] falling.
 
@@ -75,10 +75,10 @@ def dpmpp_2m(sigmas: np.ndarray) -> Plan:
         k = np.log(now / after) / (2 * np.log(sigmas[i - 1] / now)) if i and after else 0.0
         ratio = after / now
         rows.append([ratio, (1 - ratio) * (1 + k), -(1 - ratio) * k, 0.0, 1.0])
-    return Plan(np.asarray(sigmas[:-1], np.float64), np.asarray(rows))
+    return SolverTable(np.asarray(sigmas[:-1], np.float64), np.asarray(rows))
 
 
-def heun(sigmas: np.ndarray) -> Plan:
+def heun(sigmas: np.ndarray) -> SolverTable:
     """Heun's method (Karras et al. 2022, algorithm 1, no churn), two evaluations a step, second
     order; a step to 0 is Euler's.
 
@@ -96,7 +96,7 @@ def heun(sigmas: np.ndarray) -> Plan:
             half = (after - now) / (2 * after)
             levels.append(after)
             rows.append([half, -half, 1.0, 0.0, 1.0])
-    return Plan(np.asarray(levels, np.float64), np.asarray(rows))
+    return SolverTable(np.asarray(levels, np.float64), np.asarray(rows))
 
 
 def _check(sigmas: np.ndarray) -> None:
@@ -109,17 +109,19 @@ def advance(point: Tensor, memory: Tensor, x0: Tensor, combine: Tensor) -> tuple
     return torch.addcmul(a * point, b, x0).addcmul_(c, memory), torch.addcmul(d * point, e, x0)
 
 
-def solve(denoiser: DenoiserFn, x: Tensor, plans: list[Plan], label: Tensor) -> Tensor:
-    """Rows x [B, C, h, w], each by its own plan, all of one length, in step. In the dtype of x."""
-    assert len({len(p) for p in plans}) == 1 and len(plans) == len(x), [len(p) for p in plans]
+def solve(denoiser: DenoiserFn, x: Tensor, tables: list[SolverTable], label: Tensor) -> Tensor:
+    """Rows x [B, C, h, w] after all evaluations, each by its own table, all of one length, in the
+    dtype of x.
+    """
+    assert len({len(p) for p in tables}) == 1 and len(tables) == len(x), [len(p) for p in tables]
     memory = torch.zeros_like(x)
-    for i in range(len(plans[0])):
-        sigma = torch.tensor([p.sigma[i] for p in plans], dtype=x.dtype, device=x.device)
+    for i in range(len(tables[0])):
+        sigma = torch.tensor([p.sigma[i] for p in tables], dtype=x.dtype, device=x.device)
         combine = torch.tensor(
-            np.stack([p.combine[i] for p in plans]), dtype=x.dtype, device=x.device
+            np.stack([p.combine[i] for p in tables]), dtype=x.dtype, device=x.device
         )
         x, memory = advance(x, memory, denoiser(x, sigma, label), combine)
     return x
 
 
-SOLVERS: dict[str, Callable[[np.ndarray], Plan]] = {"dpmpp_2m": dpmpp_2m, "heun": heun}
+SOLVERS: dict[str, Callable[[np.ndarray], SolverTable]] = {"dpmpp_2m": dpmpp_2m, "heun": heun}

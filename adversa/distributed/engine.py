@@ -16,7 +16,7 @@ from adversa.engine import resources as engine_resources
 from adversa.engine.fit import unfinished
 from adversa.engine.interface import FitJob, Trial
 from adversa.engine.tasks import Done, Make, Name, Part, Report, Share, row_name
-from adversa.engine.trials import Board, in_turn
+from adversa.engine.trials import TrialQueue, in_turn
 from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import is_finished
 from adversa.storage.path import StoragePath, rmtree
@@ -148,10 +148,10 @@ class RayEngine:
         if not any(not is_finished(t.out) for t in trials):
             return
         if self.cluster.training_workers > 1:
-            board = Board(trials)
-            for _ in in_turn(board, self, report):
+            queue = TrialQueue(trials)
+            for _ in in_turn(queue, self, report):
                 self.handle.poll()
-            board.settle()
+            queue.settle()
             return
         with self.tuning() as (on, storage):
             search.search(trials, on, storage, report, self.handle)
@@ -159,13 +159,13 @@ class RayEngine:
             search.idle()
 
     @contextlib.contextmanager
-    def tuning(self) -> Iterator[tuple[search.Lanes, StoragePath]]:
-        """The lanes of a search by Ray Tune, and a place for what Tune keeps, which goes with
+    def tuning(self) -> Iterator[tuple[search.Concurrency, StoragePath]]:
+        """The concurrency of a search by Ray Tune, and a place for what Tune keeps, which goes with
         it.
         """
         storage = self.storage.with_name(".ray-tune")
         try:
-            yield search.lanes(self.cluster, self.gpus), storage
+            yield search.concurrency(self.cluster, self.gpus), storage
         finally:
             rmtree(storage, missing_ok=True)
 

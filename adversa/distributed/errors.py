@@ -32,7 +32,7 @@ def user_error(error: BaseException) -> UserError | None:
 
 class NoRetry(UserCallback):
     """Ends a training at once where another attempt would end the same way: in what the user must
-    mend, or in a broken invariant.
+    fix, or in a broken invariant.
 
     Ray Train starts a worker group again whatever stopped it; an exception in its controller ends
     the run.

@@ -3,8 +3,8 @@ scheduler by name.
 
     tuner = tune.Tuner(trainable(config, run), param_space=space(config) | {"classifier.lr": tune.loguniform(1e-4, 1e-2)})
 
-No arms are compared here, so a scheduler may stop a trial early. What a trial paints by settings of
-its own has a pool of its own.
+No arms are compared here, so a scheduler may stop a trial early. What a trial generates by settings
+of its own has a pool of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from adversa import config as cfg
 from adversa.config import Config
 from adversa.distributed.errors import user_error
-from adversa.distributed.search import BUG, FAULT, Lanes, watched
+from adversa.distributed.search import BUG, FAULT, Concurrency, watched
 from adversa.distributed.training import _stored
 from adversa.engine.local import LocalEngine
 from adversa.engine.trials import fault
@@ -45,7 +45,7 @@ from adversa.storage.path import StoragePath
 from adversa.sweep import grid, regimes
 from adversa.sweep import run as sweep_run
 from adversa.sweep.grid import DataRegime, Variant
-from adversa.types import PAINTED, STRATEGIES, UserError, digest
+from adversa.types import GENERATED, STRATEGIES, UserError, digest
 
 if TYPE_CHECKING:
     from adversa.distributed.engine import RayEngine
@@ -56,7 +56,7 @@ SECTIONS = ("classifier", "generate")
 SEARCHABLE = ("ratio", "strategies", "seed")  # of POINT, what a search may vary
 # Settings a trial does not follow, and what to give in their place.
 FIXED = {
-    "generate.strategy": "strategies, say {choice: [{vary: 1}, {inpaint: 1}]}",
+    "generate.strategy": "strategies, say {choice: [{img2img: 1}, {inpaint: 1}]}",
     "generate.per_case": "ratio",
     "generate.adaptive": "generate.sigma_start",
     "classifier.patience": "a scheduler such as asha",
@@ -82,7 +82,7 @@ def space(config: Config) -> dict[str, Any]:
     """What `sweep` names, for Tune: real, ratio, seed and strategies by grid search, for one arm
     (guided, where it is in `sweep.arms`) and one denoiser. Add or replace what you like: dotted
     settings of `classifier` and `generate`, and `strategies`, a mix of the guided arm's such as
-    {"vary": 0.7, "inpaint": 0.3}.
+    {"img2img": 0.7, "inpaint": 0.3}.
 
     No comparison of arms: each trial takes as many images as its own pools have, where the grid
     matches the arms of a cell.
@@ -169,7 +169,7 @@ def _check(config: Config, where: str, key: str, value: Any) -> None:
     if key == "ratio" and not (is_number and 0 <= value <= most):
         raise UserError(
             f"{where}: {value} does not lie in 0 ... {most:g}, the largest of "
-            "sweep.ratios, which images are painted for"
+            "sweep.ratios, which images are generated for"
         )
     if key == "seed" and not (isinstance(value, int) and value >= 0):
         raise UserError(
@@ -199,7 +199,7 @@ def check_mix(mix: Any, where: str = "strategies") -> None:
             else "that is no mix of shares above 0"
         )
         raise UserError(
-            f"{where} {mix}: {what}; give, say, {{vary: 0.7, inpaint: 0.3}}; strategies "
+            f"{where} {mix}: {what}; give, say, {{img2img: 0.7, inpaint: 0.3}}; strategies "
             f"are {', '.join(STRATEGIES)}"
         )
 
@@ -364,7 +364,7 @@ def explored(
     ratio, arm = float(point["ratio"]), str(point["arm"]) if float(point["ratio"]) else "real"
     _check(config, "trial", "ratio", ratio)
     _ready(base, run, cell, d, engine)
-    pools = _pools(own, base, run, cell, point, engine) if arm in PAINTED else {}
+    pools = _pools(own, base, run, cell, point, engine) if arm in GENERATED else {}
     source = sweep_run.TrialImages(d, list(pools), pools)
     told = {
         "cell": cell.name,
@@ -418,8 +418,8 @@ def _ready(config: Config, run: RunDir, cell: DataRegime, d: RunDir, engine: Loc
     with alone(d.root):
         regimes.subset(run.data, cell, config.sweep.subset_seed, d.data, engine.handle)
         regimes.first_mix(d, engine.handle)
-        if not step_folder.is_finished(regimes.attacked(config, d)):
-            regimes.attack(config, d, engine.silent())
+        if not step_folder.is_finished(regimes.hard_cases_of(config, d)):
+            regimes.find_hard_cases(config, d, engine.silent())
 
 
 def _pools(
@@ -460,7 +460,7 @@ def _pools(
         whose = sweep_run.whose(own, cell, variant)
         with alone(out):
             if not step_folder.is_finished(regimes.verdicts_of(out)):
-                regimes.paint(
+                regimes.generate_pool(
                     own,
                     d,
                     at.denoiser,
@@ -553,9 +553,9 @@ def _once(config: Config, run: RunDir, engine: RayEngine) -> list[dict[str, Any]
     split = files.read_json(run.data / "split.json") or {}
     grid.check_counts(config, split["images"]["train"], exact=True)
     status.set_status(run, "running", sweep_run.COMMAND, **told)
-    with engine.tuning() as (lanes, storage):
+    with engine.tuning() as (concurrency, storage):
         progress = Progress(run.root / "trials")
-        found = explore(config, run, lanes, storage, progress, engine.handle)
+        found = explore(config, run, concurrency, storage, progress, engine.handle)
     (run.root / "trials" / step_folder.PROGRESS).unlink(missing_ok=True)
     return found
 
@@ -604,7 +604,7 @@ def _asked(config: Config) -> dict[str, Any]:
 def explore(
     config: Config,
     run: RunDir,
-    lanes: Lanes,
+    concurrency: Concurrency,
     storage: StoragePath,
     report: Callable[[dict[str, Any]], None],
     handle: RunHandle,
@@ -616,13 +616,15 @@ def explore(
     halt = _Halt()
     watch = _Watch(folder, search.samples, halt)
     tuner = tune.Tuner(
-        tune.with_resources(_mendable(trainable(config, run, lanes.threads)), lanes.asks),
+        tune.with_resources(
+            _fixable(trainable(config, run, concurrency.threads)), concurrency.asks
+        ),
         param_space=asked(config),
         tune_config=tune.TuneConfig(
             search_alg=searcher(config),
             scheduler=scheduler(config),
             num_samples=search.samples,
-            max_concurrent_trials=lanes.most,
+            max_concurrent_trials=concurrency.most,
             reuse_actors=not _stops_early(search),
         ),
         run_config=tune.RunConfig(
@@ -630,7 +632,7 @@ def explore(
             verbose=0,
             callbacks=[watch],
             stop=halt,
-            failure_config=tune.FailureConfig(max_failures=lanes.attempts - 1),
+            failure_config=tune.FailureConfig(max_failures=concurrency.attempts - 1),
             **_stored(storage),
         ),
     )
@@ -661,7 +663,7 @@ def _poll(
             halt.pause = pause
 
 
-def _mendable(
+def _fixable(
     trial: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """An exception comes home as a result, and is not tried again: only dead processes are."""

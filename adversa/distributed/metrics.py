@@ -11,7 +11,7 @@ import time
 from ray.util.metrics import Gauge
 
 from adversa.config import Config
-from adversa.pipeline.metrics import NAMES, vitals
+from adversa.pipeline.metrics import NAMES, run_metrics
 from adversa.run.folder import RunDir
 
 log = logging.getLogger("adversa.metrics")
@@ -27,7 +27,7 @@ def follow(config: Config, run: RunDir) -> threading.Thread:
 
 def _export(config: Config, run: RunDir) -> None:
     gauges = {name: Gauge(name, text, tag_keys=("run",)) for name, text in NAMES.items()}
-    read, failing = vitals(config, run), False
+    read, failing = run_metrics(config, run), False
     while True:
         try:
             for name, value in read().items():

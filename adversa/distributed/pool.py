@@ -1,6 +1,6 @@
 """The pool of sampler actors: Ray under the scheduling of engine/worker_pool.py.
 
-No image passes through the driver: an actor reads its parts' requests, paints, and commits the
+No image passes through the driver: an actor reads its parts' requests, generates, and commits the
 files.
 """
 

@@ -1,4 +1,4 @@
-"""Ray Tune around a list of trials: as many at a time as there are lanes, each lane an actor that
+"""Ray Tune around a list of trials: as many at a time as there is room for, each on an actor that
 is used again and again.
 
 Tune asks `TrialSource` what to run next, and that looks at the folders: what is finished is never
@@ -28,19 +28,19 @@ from adversa.distributed.training import _stored
 from adversa.engine import resources
 from adversa.engine.interface import Tell, Trial
 from adversa.engine.local import LocalEngine
-from adversa.engine.trials import Board, fault
+from adversa.engine.trials import TrialQueue, fault
 from adversa.run.control import Pause, RunHandle
 from adversa.storage.path import StoragePath
 from adversa.types import UserError
 
 POLL_SECONDS = 0.5
-# Of a trial's result: what the user can mend, the traceback of a fault of ours, and that it came to
-# its end.
+# Of a trial's result: what is fixable by the user, the traceback of a fault of ours, and that it
+# came to its end.
 FAULT, BUG, OVER = "fault", "bug", "over"
 
 
 @dataclass(frozen=True)
-class Lanes:
+class Concurrency:
     """What a trial asks for, how many run at most (None: as there is room), starts of one that
     dies, its torch threads.
     """
@@ -51,10 +51,10 @@ class Lanes:
     threads: int
 
 
-def lanes(cluster: Cluster, gpus: float) -> Lanes:
-    """A lane is a CPU with one torch thread, or a GPU (or its share) and a CPU."""
+def concurrency(cluster: Cluster, gpus: float) -> Concurrency:
+    """A trial takes a CPU with one torch thread, or a GPU (or its share) and a CPU."""
     threads = cluster.training_threads or 1
-    return Lanes(
+    return Concurrency(
         resources.trial_asks(cluster, gpus), cluster.trials, cluster.training_attempts, threads
     )
 
@@ -64,9 +64,9 @@ class TrialSource(Searcher):
     the list.
     """
 
-    def __init__(self, board: Board, most: int | None) -> None:
+    def __init__(self, queue: TrialQueue, most: int | None) -> None:
         super().__init__(metric=OVER, mode="max")
-        self.board, self.most = board, most
+        self.queue, self.most = queue, most
         self.given: dict[str, int] = {}  # Tune's id of a trial -> its place
         self.bug = ""
         self.draining = (
@@ -74,13 +74,13 @@ class TrialSource(Searcher):
         )
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.draining or self.board.stuck():
+        if self.draining or self.queue.stuck():
             return Searcher.FINISHED
-        if self.most is not None and len(self.board.running) >= self.most:
+        if self.most is not None and len(self.queue.running) >= self.most:
             return None
-        if (i := self.board.next()) is None:
+        if (i := self.queue.next()) is None:
             return None
-        self.board.running.add(i)
+        self.queue.running.add(i)
         self.given[trial_id] = i
         return {"trial": i}
 
@@ -88,17 +88,17 @@ class TrialSource(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         i = self.given.pop(trial_id)
-        self.board.running.discard(i)
+        self.queue.running.discard(i)
         if error:
-            self.board.failed[i] = (
+            self.queue.failed[i] = (
                 "its worker died every time it was begun; the machine may lack memory (see "
                 "--verbose)"
             )
         elif result and result.get(FAULT):
-            self.board.failed[i] = str(result[FAULT])
+            self.queue.failed[i] = str(result[FAULT])
         elif result and result.get(BUG):
             self.bug, self.draining = (
-                self.bug or f"{self.board.trials[i].name}:\n{result[BUG]}",
+                self.bug or f"{self.queue.trials[i].name}:\n{result[BUG]}",
                 True,
             )
 
@@ -110,14 +110,14 @@ class TrialSource(Searcher):
 
 
 class Begun(tune.Callback):
-    """Tune has the next trial ready before there is a lane for it: notes which have begun."""
+    """Tune has the next trial ready before there is room for it: notes which have begun."""
 
     def __init__(self, source: TrialSource) -> None:
         self.source = source
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if (i := self.source.given.get(trial.trial_id)) is not None:
-            self.source.board.begun.add(i)
+            self.source.queue.begun.add(i)
 
 
 class Runner:
@@ -145,16 +145,16 @@ def _tell_nobody(state: dict[str, Any]) -> None:
 
 
 def search(
-    trials: Sequence[Trial], on: Lanes, storage: StoragePath, report: Tell, handle: RunHandle
+    trials: Sequence[Trial], on: Concurrency, storage: StoragePath, report: Tell, handle: RunHandle
 ) -> None:
     """Do every trial that is not finished. UserError where some failed; control's Pause once what
     was in flight is finished.
     """
-    board = Board(trials)
-    if not board.left():
-        report(board.state())
+    queue = TrialQueue(trials)
+    if not queue.left():
+        report(queue.state())
         return
-    source, runner = TrialSource(board, on.most), Runner(trials, on.threads, Path.cwd())
+    source, runner = TrialSource(queue, on.most), Runner(trials, on.threads, Path.cwd())
     tuner = tune.Tuner(
         tune.with_resources(_function(runner), on.asks),
         tune_config=tune.TuneConfig(search_alg=source, num_samples=len(trials), reuse_actors=True),
@@ -168,13 +168,13 @@ def search(
     )
     pauses: list[Pause] = []
     results = watched(tuner, lambda: _poll(source, report, handle, pauses))
-    if pauses and board.left():
+    if pauses and queue.left():
         raise pauses[0]
     if source.bug:
         raise RuntimeError(f"a trial failed, {source.bug}")
-    board.running.clear()
-    board.settle()
-    if left := board.left():  # Tune ended early
+    queue.running.clear()
+    queue.settle()
+    if left := queue.left():  # Tune ended early
         raise _lost(results, len(left))
 
 
@@ -197,7 +197,7 @@ def _poll(source: TrialSource, report: Tell, handle: RunHandle, pauses: list[Pau
     """Tell how far it is, and hear what people ask for: at a pause nothing new is begun, and what
     is in flight ends.
     """
-    report(source.board.state())
+    report(source.queue.state())
     if pauses:
         return
     try:

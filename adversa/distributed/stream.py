@@ -67,8 +67,8 @@ def map_batches(
 class _PartTask:
     """Runs on the worker: a batch of parts to a batch of counts.
 
-    What the user can mend comes home as a value: Ray Data would wrap the exception and lose which
-    one it was.
+    What is fixable by the user comes home as a value: Ray Data would wrap the exception and lose
+    which one it was.
     """
 
     def __init__(self, make: Make, out: Path) -> None:

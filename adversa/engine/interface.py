@@ -42,7 +42,7 @@ class FitJob:
 
 class Engine(Protocol):
     """Where work runs. Every method returns when its work is done and raises UserError for what a
-    user can mend.
+    user can fix.
 
     handle: of the run that is worked on, polled between pieces of work; steps poll it as well.
     """
@@ -74,7 +74,7 @@ class Engine(Protocol):
         ...
 
     def search(self, trials: Sequence[Trial], report: Report) -> None:
-        """Do every trial that is not finished, as many at a time as there are lanes (Ray Tune).
+        """Do every trial that is not finished, as many at a time as there is room for (Ray Tune).
         UserError where some failed.
         """
         ...
@@ -95,7 +95,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Trial:
-    """`work(engine, tell)` fills `out`, with the engine of the lane it runs on (one torch thread,
+    """`work(engine, tell)` fills `out`, with the engine of the actor it runs on (one torch thread,
     or one GPU).
 
     needs: step folders that must be finished first. tell takes a training's progress while it goes

@@ -19,7 +19,7 @@ from adversa.engine.tasks import (
     missing,
     row_name,
 )
-from adversa.engine.trials import Board, in_turn
+from adversa.engine.trials import TrialQueue, in_turn
 from adversa.engine.worker import Inline
 from adversa.engine.worker_pool import work_off
 from adversa.run.control import NULL_HANDLE, RunHandle
@@ -95,10 +95,10 @@ class LocalEngine:
             do_job(job, batches, select, self.training_threads, listen=self.listen)
 
     def search(self, trials: Sequence[Trial], report: Report) -> None:
-        board = Board(trials)
-        for _ in in_turn(board, self, report):
+        queue = TrialQueue(trials)
+        for _ in in_turn(queue, self, report):
             self.handle.poll()
-        board.settle()
+        queue.settle()
 
     def close(self) -> None:
         """Nothing is held between calls."""

@@ -105,5 +105,5 @@ def do_part(work: Work, part: Part, out: StoragePath) -> Done:
         out, "folder", kept=True
     ):  # a worker is not told by which option it was given
         found = work(part, out / tables.part_name(part.index))
-    painted = found if isinstance(found, TaskStats) else TaskStats(found)
-    return Done(part.index, painted.rows, time.perf_counter() - started, painted.evaluations)
+    stats = found if isinstance(found, TaskStats) else TaskStats(found)
+    return Done(part.index, stats.rows, time.perf_counter() - started, stats.evaluations)

@@ -16,7 +16,7 @@ from adversa.engine.interface import Tell, Trial
 
 
 @dataclass
-class Board:
+class TrialQueue:
     """Which trials of a list are finished, running, given up, or ready: all there is to know of a
     search, from the folders.
 
@@ -92,18 +92,18 @@ def fault(error: UserError) -> str:
     return " ".join("; ".join([str(error), *getattr(error, "__notes__", [])]).split())
 
 
-def in_turn(board: Board, engine: Engine, report: Tell) -> Iterator[None]:
+def in_turn(queue: TrialQueue, engine: Engine, report: Tell) -> Iterator[None]:
     """Work on the trials one after the other in this process; yields before each and at the end."""
-    while (i := board.next()) is not None:
-        board.running.add(i)
-        board.begun.add(i)
-        report(board.state())
+    while (i := queue.next()) is not None:
+        queue.running.add(i)
+        queue.begun.add(i)
+        report(queue.state())
         yield
         try:
-            board.trials[i].work(engine, lambda _: None)
+            queue.trials[i].work(engine, lambda _: None)
         except UserError as e:
-            board.failed[i] = fault(e)
+            queue.failed[i] = fault(e)
         finally:
-            board.running.discard(i)
-    report(board.state())
+            queue.running.discard(i)
+    report(queue.state())
     yield

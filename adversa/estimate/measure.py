@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adversa.config import Config, judge_of
+from adversa.config import Config, verifier_of
 from adversa.types import UserError
 
 SECONDS = 20.0  # of all kinds together; longer where their smallest steps take longer
@@ -101,7 +101,9 @@ class Steps:
 
     @property
     def seconds(self) -> Range:
-        """Of a step on a machine without other work; at most, as long as it took beside that."""
+        """Seconds of a step on a machine without other work; at most as many as it took beside
+        some.
+        """
         middle = statistics.median(self.own)
         return Range(min(self.own), middle, max(*self.own, statistics.median(self.wall)))
 
@@ -194,9 +196,9 @@ def trained(c: Config, folder: Path, threads: int) -> Iterator[Kind]:
     network = {"num_classes": len(CLASSES), "resolution": c.data.resolution}
     scored = network | {"counts": [1, 1], "priors": [0.5, 0.5], "select": lambda: [batch(2)]}
     yield training("classifier", fit_classifier, c.classifier, **scored)
-    if not c.mix.paints:
+    if not c.mix.generates:
         return
-    yield training("verifier", fit_classifier, judge_of(c), **scored)
+    yield training("verifier", fit_classifier, verifier_of(c), **scored)
     if c.codec.is_fitted:
         yield training("codec", fit_codec, c.codec, resolution=c.data.resolution)
     elif c.codec.kind != "pixels":
@@ -269,7 +271,7 @@ def applied(c: Config, folder: Path) -> Iterator[Kind]:
 
     yield kind("read", reader, 16)
     yield kind("score", partial(scorer, "classifier"), CHUNK)
-    if c.mix.paints:
+    if c.mix.generates:
         yield kind("verify", partial(scorer, "verifier"), CHUNK)
         if c.codec.kind != "pixels":
             yield kind("encode", encoder, 16)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adversa.config import Config, judge_of
+from adversa.config import Config, verifier_of
 from adversa.engine import resources
 from adversa.engine.resources import Node
 from adversa.estimate.measure import Measured
@@ -40,7 +40,7 @@ def needs(measured: Mapping[Any, Measured], nodes: Sequence[Node]) -> dict[str, 
 
 def disk_bytes(config: Config, role: Mapping[str, int]) -> int:
     """What a run's images take, about: real ones twice while they are prepared."""
-    drawn = generated(config, role["mine"]) * config.rounds if config.mix.paints else 0
+    drawn = generated(config, role["mine"]) * config.rounds if config.mix.generates else 0
     return int((2 * sum(role.values()) + drawn) * config.data.resolution**2 * PNG_BYTES)
 
 
@@ -89,12 +89,12 @@ def least(config: Config, classes: int = 7) -> dict[str, int]:
     c, found = config.codec, {}
     with torch.device("meta"):
         sections = {"classifier": config.classifier}
-        sections |= {"verifier": judge_of(config)} if config.mix.paints else {}
+        sections |= {"verifier": verifier_of(config)} if config.mix.generates else {}
         for name, section in sections.items():
             fresh = section.model_copy(update={"weights": None})
             found[name] = COPIES * weights(model.build(fresh, classes, config.data.resolution))
         pixels = c.kind == "pixels"
-        if config.mix.paints and not config.denoiser.external and (pixels or c.is_fitted):
+        if config.mix.generates and not config.denoiser.external and (pixels or c.is_fitted):
             space = (config.data.resolution, 3)
             if not pixels:
                 space = (config.data.resolution >> c.halvings, c.latent_channels)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adversa.config import Config, judge_of
+from adversa.config import Config, verifier_of
 from adversa.engine import resources
 from adversa.engine.resources import Node
 from adversa.estimate.measure import Measured, Range
@@ -16,7 +16,7 @@ from adversa.pipeline.stages import stages
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
-from adversa.types import PAINTED, ROLES
+from adversa.types import GENERATED, ROLES
 
 # Of the slowest steps, for the upper end: a run's share the machine with decoding, scoring and
 # Ray, which those that are timed do not. The demo's stages took 1.3 to 2.2 times their median
@@ -60,16 +60,18 @@ class Cost:
 
 
 def placement(nodes: Sequence[Node], config: Config) -> Placement:
-    """As the engine asks and Ray places; fewer samplers than have room lie on the first nodes."""
+    """Where the processes run, as the engine requests and Ray places them; fewer samplers than
+    there is room for lie on the first nodes.
+    """
     c, on_gpus = config.cluster, resources.on_gpus(nodes)
     cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
     workers = resources.workers_on(
         nodes, resources.worker_asks(cpus, gpus, c.training_workers), c.training_workers
     )
     room, samplers = [resources.samplers_on(n.cpus, n.gpus, c, on_gpus) for n in nodes], list[int]()
-    asked = c.samplers or sum(room)
+    requested = c.samplers or sum(room)
     for n in room:
-        samplers.append(min(n, asked - sum(samplers)))
+        samplers.append(min(n, requested - sum(samplers)))
     # Trials on one GPU, or that each fill all cores, take as long as one after the other.
     alone = not gpus and (c.training_workers > 1 or c.training_threads is None)
     trials = 1 if alone else max(1, min(resources.trials_at_once(c, nodes), int(gpus or cpus)))
@@ -81,7 +83,7 @@ def placement(nodes: Sequence[Node], config: Config) -> Placement:
         "reading": [int(n.cpus) for n in nodes],
         "one": [1] + [0] * (len(nodes) - 1),
     }
-    waiting = c.training_workers - sum(workers), asked - sum(samplers)
+    waiting = c.training_workers - sum(workers), requested - sum(samplers)
     return Placement(tuple(nodes), shares, waiting)
 
 
@@ -108,7 +110,7 @@ def roles(config: Config, run: RunDir, look: bool = True) -> dict[str, int]:
 
 def generated(config: Config, mined: int) -> int:
     """Images that a round generates at most. mined: images among which hard cases are found."""
-    arms = sum(arm in PAINTED for arm in config.mix.arms)
+    arms = sum(arm in GENERATED for arm in config.mix.arms)
     return arms * min(config.mine.budget, mined) * config.generate.per_case
 
 
@@ -118,16 +120,18 @@ def evaluations(config: Config, arm: str) -> float:
     from adversa.pipeline.generate import request
 
     g, case = config.generate, {"example": "case", "label": 0}
-    asked = request("plan", 1, arm, case, 0, g, partner="case")
-    course = strategy.course(asked, strategy.start_of(asked, g), g)
-    halves = 2 if asked.strategy == "inout" else 1
-    return course.evaluations * halves + g.batch_size * len(course.plan) / 2 / g.part_size
+    requested = request("plan", 1, arm, case, 0, g, partner="case")
+    schedule = strategy.schedule(requested, strategy.start_of(requested, g), g)
+    halves = 2 if requested.strategy == "inout" else 1
+    return schedule.evaluations * halves + g.batch_size * len(schedule.table) / 2 / g.part_size
 
 
 def trainings(
     kind: str, count: int, section: Any, looks: int, by: str = "workers", bound: bool = False
 ) -> list[Work]:
-    """count trainings, which score so many images at each evaluation, and of trials once more."""
+    """The work of `count` trainings, which score so many images at each evaluation, and of trials
+    once more.
+    """
     shown = "" if bound or not count else f"{count} x {kind}, {section.steps} steps"
     scored = count * looks * (section.evaluations + (by == "trials"))
     scorer = "verify" if kind == "verifier" else "score"
@@ -137,7 +141,7 @@ def trainings(
 def work_of(stage: PlannedStage, c: Config, run: RunDir, role: Mapping[str, int]) -> list[Work]:
     """Of one stage. role: images of each."""
     n, everyone, select, found = stage.round, sum(role.values()), role["select"], list[Work]()
-    arms = [arm for arm in c.mix.arms if arm in PAINTED]
+    arms = [arm for arm in c.mix.arms if arm in GENERATED]
     images, folds, seeds = generated(c, role["mine"]), c.curate.folds, c.evaluate.seeds
     match stage.name:
         case "prepare":
@@ -150,9 +154,9 @@ def work_of(stage: PlannedStage, c: Config, run: RunDir, role: Mapping[str, int]
                 found.append(Work("encode", latents, "tasks", shown=f"{latents} latents"))
         case "train":
             found = trainings("classifier", len(trained(c, run, 0)), c.classifier, select)
-            if c.mix.paints:
-                found += trainings("verifier", folds, judge_of(c), select)
-            if c.mix.paints and not c.denoiser.external:
+            if c.mix.generates:
+                found += trainings("verifier", folds, verifier_of(c), select)
+            if c.mix.generates and not c.denoiser.external:
                 shown = f"denoiser, {c.denoiser.steps} steps"
                 found.append(Work("denoiser", c.denoiser.steps, "workers", shown=shown))
         case "mine":
@@ -196,8 +200,11 @@ def work_of(stage: PlannedStage, c: Config, run: RunDir, role: Mapping[str, int]
 def costs(
     c: Config, run: RunDir, role: Mapping[str, int], at: Placement, measured: Mapping[Any, Measured]
 ) -> list[Cost]:
-    """Of every stage. measured: by kind of node. Pools go at the mean pace of their nodes, the
-    workers of a training at that of the slowest; processes import before they work."""
+    """The cost of every stage.
+
+    measured: by kind of node. Pools go at the mean pace of their nodes, the workers of a training
+    at that of the slowest; processes import before they work.
+    """
     found, every = list[Cost](), list(measured.values())
     known, start = [measured.get(n.kind) for n in at.nodes], max(m.start for m in every)
     for stage in stages(c, run):

@@ -102,10 +102,10 @@ class Tally:
         default_factory=dict
     )  # of the requests' fields that hold for many images
     not_finite: int = 0
-    unpainted: int = 0
+    not_generated: int = 0
 
     def add(self, rows: pa.Table) -> None:
-        """rows: of the images written, with every request field, `class` and `denoiser`."""
+        """Count rows of the images written, with every request field, `class` and `denoiser`."""
         self.classes.update(rows["class"].to_pylist())
         self.denoisers.update(rows["denoiser"].to_pylist())
         for name in (n for n in tables.REQUESTS.names if n not in HIDDEN):
@@ -208,7 +208,7 @@ def _features(form: str, classes: Sequence[str], schema: pa.Schema) -> list[dict
 
 
 def dtype(kind: pa.DataType) -> str:
-    """Its name in `datasets`."""
+    """The type's name in `datasets`."""
     return {"double": "float64"}.get(str(kind), str(kind))
 
 

@@ -1,5 +1,6 @@
-"""Painted images as a user asked for them: an image folder or Parquet, with a dataset card. Running
-it again is how it resumes.
+"""Generated images as a user requested them: an image folder or Parquet, with a dataset card.
+
+Running the export again resumes it.
 """
 
 from __future__ import annotations
@@ -38,14 +39,20 @@ ROWS = pa.schema(
 
 @dataclass(frozen=True)
 class Exported:
-    """images: in the export; written: files put there by this call; not_finite, unpainted: requests
-    that have no image in it.
+    """What an export holds.
+
+    Attributes:
+        images: Images in it.
+        by_class: How many of each class.
+        not_finite: Requests without an image because it was not finite.
+        not_generated: Requests without an image because none was generated.
+        written: Files put there by this call.
     """
 
     images: int
     by_class: dict[str, int]
     not_finite: int
-    unpainted: int
+    not_generated: int
     written: int
 
 
@@ -70,9 +77,9 @@ def export(
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: there is no such format; give {' or '.join(FORMATS)}")
-    paths, asked = _asked(synthetic, requests, classes, form)
+    paths, requested = _requested(synthetic, requests, classes, form)
     tally = Tally()
-    with held(out, asked) as written:
+    with held(out, requested) as written:
         with writer(out, form, classes, ROWS) as write:
             for i, path in enumerate(paths):
                 found = rows(path, requests / path.name, classes, tally)
@@ -80,9 +87,9 @@ def export(
                 write(path.name, found)
                 if progress is not None:
                     progress({"done": i + 1, "total": len(paths)})
-        painted = {p.name for p in paths}
-        tally.unpainted += sum(
-            tables.count(p) for p in tables.parts(requests) if p.name not in painted
+        generated = {p.name for p in paths}
+        tally.not_generated += sum(
+            tables.count(p) for p in tables.parts(requests) if p.name not in generated
         )
         date = (files.read_json(synthetic / step_folder.MANIFEST) or {}).get(
             "finished"
@@ -93,7 +100,9 @@ def export(
                 origin, tally, classes, folder_names(classes), date, form, ROWS
             ),
         )
-    return Exported(tally.images, dict(tally.classes), tally.not_finite, tally.unpainted, written)
+    return Exported(
+        tally.images, dict(tally.classes), tally.not_finite, tally.not_generated, written
+    )
 
 
 def put_card(out: Path, text: Callable[[], str]) -> int:
@@ -114,7 +123,7 @@ def images_in(out: Path) -> int:
     )
 
 
-def _asked(
+def _requested(
     synthetic: Path, requests: Path, classes: Sequence[str], form: str
 ) -> tuple[list[Path], dict[str, Any]]:
     """(parts of images, what the export is of). UserError where there is nothing to export, or not
@@ -122,36 +131,41 @@ def _asked(
     """
     if (synthetic / step_folder.RECIPE).exists() and not step_folder.is_finished(synthetic):
         raise UserError(
-            f"{synthetic} is not finished: not all of its images are painted; run what "
-            "paints it again, then export"
+            f"{synthetic} is not finished: not all of its images are generated; run what "
+            "generates it again, then export"
         )
     paths = tables.parts(synthetic)
     if not paths:
         raise UserError(
-            f"{synthetic} holds no painted images (part-*.parquet); give the folder that "
+            f"{synthetic} holds no generated images (part-*.parquet); give the folder that "
             "`generate` filled"
         )
     ids = [digest(*tables.read_part(p, ["request_id"])["request_id"].to_pylist()) for p in paths]
-    painters = {d for p in paths for d in tables.read_part(p, ["denoiser"])["denoiser"].to_pylist()}
+    denoisers = {
+        d for p in paths for d in tables.read_part(p, ["denoiser"])["denoiser"].to_pylist()
+    }
     absent = [p.name for p in paths if not (requests / p.name).exists()]
     if absent:
         raise UserError(
             f"{requests} has no {absent[0]}, the requests of {synthetic / absent[0]}; give "
             "the requests of these images"
         )
-    asked = {
+    requested = {
         "export": 1,
         "format": form,
         "classes": list(classes),
         "images": digest(*ids),
-        "denoisers": sorted(painters),
+        "denoisers": sorted(denoisers),
     }
-    return paths, asked
+    return paths, requested
 
 
-def check_out(out: Path, asked: dict[str, Any] | None = None) -> None:
-    """UserError where `out` is anything but new, empty, or an export (where `asked` is given: of
-    the same).
+def check_out(out: Path, requested: dict[str, Any] | None = None) -> None:
+    """Check that `out` is new, empty, or an export; where `requested` is given, of the same
+    selection.
+
+    Raises:
+        UserError: It is not.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
@@ -160,25 +174,28 @@ def check_out(out: Path, asked: dict[str, Any] | None = None) -> None:
     saved = files.read_json(out / MARK)
     if saved is None:
         raise UserError(f"--out {out} is not empty and not an export; give an empty or new folder")
-    if asked is not None and saved != asked:
-        changed = "; ".join(differences.differences(saved, asked))
+    if requested is not None and saved != requested:
+        changed = "; ".join(differences.differences(saved, requested))
         raise UserError(
             f"--out {out} holds another export ({changed}); give an empty or new folder"
         )
 
 
 @contextlib.contextmanager
-def held(out: Path, asked: dict[str, Any]) -> Iterator[int]:
+def held(out: Path, requested: dict[str, Any]) -> Iterator[int]:
     """Hold `out`, rid of what a killed process left half-written and marked with what is asked;
     gives how many files that wrote.
     """
     with files.writing(out, "--out"):
-        check_out(out, asked)
+        check_out(out, requested)
         out.mkdir(parents=True, exist_ok=True)
         with file_lock.lock(RunDir(out), "--out"):
             remove_partial_files(RunDir(out))
             yield int(
-                put(out / MARK, (json.dumps(asked, indent=2, ensure_ascii=False) + "\n").encode())
+                put(
+                    out / MARK,
+                    (json.dumps(requested, indent=2, ensure_ascii=False) + "\n").encode(),
+                )
             )
 
 
@@ -186,27 +203,29 @@ def rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> pa
     """The finite images of a part with their requests, as ROWS, in the part's order; the others are
     counted.
     """
-    painted, asked = tables.read_part(path), tables.read_part(requests)
-    place = {r: i for i, r in enumerate(asked["request_id"].to_pylist())}
-    ids = painted["request_id"].to_pylist()
-    strangers = [i for i in ids if i not in place]
-    if strangers:
+    generated, requested = tables.read_part(path), tables.read_part(requests)
+    place = {r: i for i, r in enumerate(requested["request_id"].to_pylist())}
+    ids = generated["request_id"].to_pylist()
+    unknown = [i for i in ids if i not in place]
+    if unknown:
         raise UserError(
-            f"{requests} has no request {strangers[0]}, which {path} painted; give the "
+            f"{requests} has no request {unknown[0]}, which {path} generated; give the "
             "requests of these images"
         )
-    finite = painted["finite"].to_pylist()
+    finite = generated["finite"].to_pylist()
     faults = (
-        len(painted) - painted["fault"].null_count if "fault" in painted.schema.names else 0
+        len(generated) - generated["fault"].null_count if "fault" in generated.schema.names else 0
     )  # such rows are not finite either
-    tally.unpainted += len(place) - len(ids) + faults
+    tally.not_generated += len(place) - len(ids) + faults
     tally.not_finite += finite.count(False) - faults
     keep = [i for i, ok in enumerate(finite) if ok]
-    table = asked.take(pa.array([place[ids[i]] for i in keep], pa.int64()))
-    painted = painted.take(pa.array(keep, pa.int64()))
+    table = requested.take(pa.array([place[ids[i]] for i in keep], pa.int64()))
+    generated = generated.take(pa.array(keep, pa.int64()))
     names = [f"{i}.png" for i in table["request_id"].to_pylist()]
     assert all(re.fullmatch(r"[\w-]+\.png", n) for n in names), "a request id that is no file name"
-    assert table["label"].equals(painted["label"]), f"labels of {path} are not those of {requests}"
+    assert table["label"].equals(generated["label"]), (
+        f"labels of {path} are not those of {requests}"
+    )
     assert all(0 <= k < len(classes) for k in table["label"].to_pylist()), (
         f"{path} has labels that have no class"
     )
@@ -215,9 +234,9 @@ def rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> pa
         f.name: table[f.name] if f.name in known else pa.nulls(len(table), f.type)
         for f in tables.REQUESTS
     }
-    columns |= {f.name: painted[f.name] for f in _OWN}
+    columns |= {f.name: generated[f.name] for f in _OWN}
     columns["image"] = pa.StructArray.from_arrays(
-        [painted["image"].combine_chunks(), pa.array(names, pa.string())],
+        [generated["image"].combine_chunks(), pa.array(names, pa.string())],
         fields=list(ROWS.field("image").type),
     )
     columns["class"] = pa.array([classes[k] for k in table["label"].to_pylist()], pa.string())

@@ -17,7 +17,7 @@ from adversa.export import dataset_card, run_card
 from adversa.pipeline import generate
 from adversa.run.folder import RunDir
 from adversa.storage import files
-from adversa.types import BEFORE, PAINTED, ROLES
+from adversa.types import BEFORE, GENERATED, ROLES
 
 ARM_WORDS = {
     "real": "real images alone",
@@ -73,7 +73,7 @@ def text(
         added=_added(arm, summary),
         settings=dataset_card.settings_rows(metas[0]["config"]),
         class_names=repr(list(summary["classes"])),
-        denoiser=generate.fingerprint(run.denoiser) if arm in PAINTED else None,
+        denoiser=generate.fingerprint(run.denoiser) if arm in GENERATED else None,
         versions=dataset_card.with_commit(summary["versions"], summary.get("git")).items(),
     )
 
@@ -164,7 +164,7 @@ def _roles(run: RunDir) -> list[tuple[str, ...]]:
 
 def _added(arm: str, summary: dict[str, Any]) -> str:
     """What the arm was trained on beside the real images."""
-    if arm in PAINTED:
+    if arm in GENERATED:
         return f"{summary['used'].get(arm, 0)} synthetic images"
     repeats = summary["added"].get(arm, 0)
     return f"{repeats} repeats of real images" if repeats else "nothing"

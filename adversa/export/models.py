@@ -38,7 +38,7 @@ def folders(config: Config, run: RunDir, arm: str | None) -> list[tuple[str, lis
 
 
 def model_name(run: RunDir, arm: str) -> str:
-    """adversa-RUN-ARM, of letters that the Hub takes in a name."""
+    """adversa-RUN-ARM, in letters that the Hub takes in a name."""
     return f"adversa-{re.sub(r'[^A-Za-z0-9_]+', '-', run_card.name(run)).strip('-')[:64] or 'run'}-{arm}"
 
 

@@ -1,4 +1,4 @@
-"""What a run made, for others: the images that passed the gate as a data set, each arm's
+"""What a run made, for others: the images that passed the filter as a data set, each arm's
 classifiers as models, with cards.
 """
 
@@ -23,7 +23,7 @@ from adversa.pipeline.stages import stages
 from adversa.run import step_folder
 from adversa.run.folder import RunDir, classes_of
 from adversa.storage import files, tables
-from adversa.types import PAINTED, UserError
+from adversa.types import GENERATED, UserError
 
 IMAGES, MODELS, ALL = WHATS = ("images", "models", "all")
 REASON = ("keep", "reason")
@@ -36,8 +36,13 @@ Show = Callable[[str, int, int], None]  # what is being written, how much of it 
 
 @dataclass(frozen=True)
 class Selection:
-    """arm, round: None for all; rejected: the images that the gate refused, too; shard: bytes of a
-    tar shard, at most.
+    """What is exported.
+
+    Attributes:
+        arm: None: all.
+        round: None: all.
+        rejected: The images that the filter refused, too.
+        shard: Bytes of a tar shard, at most.
     """
 
     what: str = ALL
@@ -49,7 +54,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """A selection of a run, checked. arms: of the images; models: (arm, classifier folders) of
     each; empty where not wanted.
     """
@@ -63,7 +68,7 @@ class Plan:
     models: list[tuple[str, list[Path]]]
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def requested(self) -> dict[str, Any]:
         """What makes two exports the same."""
         s = self.selection
         found: dict[str, Any] = {"export": 1, "run": run_card.run_id(self.run), "what": s.what}
@@ -91,8 +96,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Published:
-    """images: in the export, None where none were wanted; models: their names; written: files put
-    there by this call.
+    """What an export holds.
+
+    Attributes:
+        images: Images in it; None where none were wanted.
+        models: Their names.
+        written: Files put there by this call.
     """
 
     images: int | None
@@ -101,7 +110,7 @@ class Published:
     written: int
 
 
-def plan(config: Config, run: RunDir, selection: Selection) -> Plan:
+def plan(config: Config, run: RunDir, selection: Selection) -> ExportPlan:
     """What a selection is of. UserError for what cannot be exported, or not yet; nothing is
     written.
     """
@@ -116,7 +125,7 @@ def plan(config: Config, run: RunDir, selection: Selection) -> Plan:
                 f"{option} {value}: there is no such {option[2:]}; give one of {', '.join(known)}"
             )
     arms = (
-        [a for a in config.mix.arms if a in PAINTED and s.arm in (None, a)]
+        [a for a in config.mix.arms if a in GENERATED and s.arm in (None, a)]
         if s.what != MODELS
         else []
     )
@@ -128,8 +137,8 @@ def plan(config: Config, run: RunDir, selection: Selection) -> Plan:
             )
     if s.what == IMAGES and not arms:
         raise UserError(
-            f"--what images: the arm {s.arm or ', '.join(config.mix.arms)} paints none; "
-            f"give {' or '.join(PAINTED)}"
+            f"--what images: the arm {s.arm or ', '.join(config.mix.arms)} generates none; "
+            f"give {' or '.join(GENERATED)}"
         )
     models = [] if s.what == IMAGES else export_models.folders(config, run, s.arm)
     if models and not run.summary.exists():
@@ -141,7 +150,7 @@ def plan(config: Config, run: RunDir, selection: Selection) -> Plan:
             f"{run.root} has no classifier in {run.name_of(untrained[0])} ({_next(config, run)})"
         )
     rounds = _rounds(config, run, s.round) if arms else []
-    return Plan(run, config, s, classes_of(run.data), rounds, arms, models)
+    return ExportPlan(run, config, s, classes_of(run.data), rounds, arms, models)
 
 
 def _rounds(config: Config, run: RunDir, number: int | None) -> list[int]:
@@ -167,7 +176,9 @@ def _next(config: Config, run: RunDir) -> str:
     )
 
 
-def publish(chosen: Plan, out: Path, show: Show = lambda what, done, total: None) -> Published:
+def publish(
+    chosen: ExportPlan, out: Path, show: Show = lambda what, done, total: None
+) -> Published:
     """Write the plan into `out`: images in it, or in out/images beside models; models in out/NAME,
     or in out/models/NAME.
 
@@ -176,7 +187,7 @@ def publish(chosen: Plan, out: Path, show: Show = lambda what, done, total: None
     """
     both = bool(chosen.arms and chosen.models)
     names, tally, written = [], None, 0
-    with images.held(out, chosen.asked) as marked:
+    with images.held(out, chosen.requested) as marked:
         if chosen.arms:
             tally, n = _images(chosen, out / IMAGES if both else out, show)
             written += n
@@ -188,7 +199,7 @@ def publish(chosen: Plan, out: Path, show: Show = lambda what, done, total: None
     return Published(*found, names, marked + written)
 
 
-def _images(chosen: Plan, out: Path, show: Show) -> tuple[dataset_card.Tally, int]:
+def _images(chosen: ExportPlan, out: Path, show: Show) -> tuple[dataset_card.Tally, int]:
     out.mkdir(exist_ok=True)
     s, run = chosen.selection, chosen.run
     schema, tally, verdicts = row_schema(s.rejected), dataset_card.Tally(), []
@@ -220,7 +231,7 @@ def _images(chosen: Plan, out: Path, show: Show) -> tuple[dataset_card.Tally, in
 
 
 def _verdicts(folder: Path) -> Iterator[dict[str, Any]]:
-    """As they are on disk, what is not a number as None."""
+    """The verdicts as they are on disk, what is not a number as None."""
     for row in tables.read(folder, schema=tables.VERDICTS).to_pylist():
         yield {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
@@ -237,7 +248,11 @@ def row_schema(rejected: bool) -> pa.Schema:
 
 
 def rows(
-    path: Path, requests: Path, given: dict[str, dict[str, Any]], chosen: Plan, schema: pa.Schema
+    path: Path,
+    requests: Path,
+    given: dict[str, dict[str, Any]],
+    chosen: ExportPlan,
+    schema: pa.Schema,
 ) -> pa.Table:
     """The images of a part that the plan wants, in the order of their ids. UserError where one of
     its arms has no verdict.

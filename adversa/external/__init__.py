@@ -1,1 +1,1 @@
-"""Image sets from elsewhere: read, map labels, score, report; predictions."""
+"""External cohorts: read, map labels, score, report; predictions."""

@@ -1,4 +1,4 @@
-"""How many clusters (patients, lesions, images) of a set from elsewhere hold what a metric is made
+"""How many clusters (patients, lesions, images) of an external cohort hold what a metric is made
 of: what can be told of it.
 
 A resample of one cluster is that cluster, so its interval says nothing of others; and a class that
@@ -17,8 +17,12 @@ OVER_ALL = ("accuracy", "brier", "ece")  # of all images alike, whatever their c
 
 @dataclass(frozen=True)
 class Clusters:
-    """total: clusters there are. classes, groups: name -> clusters with images of it, and with
-    images of others.
+    """How many clusters there are.
+
+    Attributes:
+        total: All.
+        classes: Name of a class to the clusters with images of it, and with images of others.
+        groups: The same for named groups of classes.
     """
 
     total: int
@@ -52,8 +56,9 @@ def clusters(
     classes: Sequence[str],
     groups: Mapping[str, Sequence[str]],
 ) -> Clusters:
-    """whose [N]: each image's cluster; labels int [N]: of classes; groups: named groups of
-    classes.
+    """The clusters of a cohort.
+
+    whose [N]: each image's cluster; labels int [N]: its class; groups: named groups of classes.
     """
     of, names = np.asarray(whose), np.asarray(classes)[labels]
 

@@ -1,4 +1,4 @@
-"""A set from elsewhere as records that have not been read: where it lies, whose columns it has,
+"""An external cohort as records that have not been read: where it lies, whose columns it has,
 what its content is.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from adversa import config as cfg
 from adversa.data import files, sources
 from adversa.data.ham10000 import HAM_METADATA
-from adversa.data.records import Record
+from adversa.data.records import ImageRecord
 from adversa.external.labels import Translation
 from adversa.run.folder import RunDir
 from adversa.types import UserError, digest
@@ -44,7 +44,7 @@ class Outside:
     files that were skipped; pairs: clusters known to be one.
     """
 
-    records: list[Record]
+    records: list[ImageRecord]
     listed: int
     omitted: dict[str, int]
     unused: list[str]
@@ -54,7 +54,7 @@ class Outside:
 
 
 @dataclass(frozen=True)
-class External:
+class ExternalCohort:
     """What is asked: a run, its configuration, the section that reads the set, the meaning of its
     labels, a name.
     """
@@ -104,7 +104,11 @@ def _said(entries: Mapping[str, str | None]) -> str:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """UserError for a --set that would make it another run's evaluation, or do nothing."""
+    """Check what --set may change.
+
+    Raises:
+        UserError: It would make it another run's evaluation, or do nothing.
+    """
     for text in overrides:
         key = text.partition("=")[0]
         if not any(key == f or key.startswith(f"{f}.") for f in FREE):
@@ -218,7 +222,7 @@ def _too_few(
     )
 
 
-def _clustered(records: list[Record], data: cfg.Data) -> tuple[list[Record], str]:
+def _clustered(records: list[ImageRecord], data: cfg.Data) -> tuple[list[ImageRecord], str]:
     """Groups renamed so that each is one lesion of the set (numbers of lesions may start anew with
     each patient), and the unit.
     """
@@ -240,7 +244,7 @@ def cluster(record_patient: str, group: str, unit: str) -> str:
     )
 
 
-def described(records: Iterable[Record]) -> Iterator[str]:
+def described(records: Iterable[ImageRecord]) -> Iterator[str]:
     """What a picture's entry says, without where it lies: a set that was moved is the same set."""
     for r in records:
         yield digest(
@@ -253,14 +257,14 @@ def described(records: Iterable[Record]) -> Iterator[str]:
         )
 
 
-def looks_unchanged(records: Sequence[Record]) -> str:
+def looks_unchanged(records: Sequence[ImageRecord]) -> str:
     """A digest of entries, sizes and times: equal, the set is taken to be the same without reading
     a picture.
     """
     return digest(*described(records), *(_stat(p) for p in _paths(records)))
 
 
-def content(records: Sequence[Record]) -> str:
+def content(records: Sequence[ImageRecord]) -> str:
     """A digest of entries and of every byte of the files."""
     found: dict[str, str] = {}
     for path in _paths(records):
@@ -276,12 +280,12 @@ def content(records: Sequence[Record]) -> str:
     return digest(*described(records), *(found[_path(r)] for r in records))
 
 
-def _path(record: Record) -> str:
+def _path(record: ImageRecord) -> str:
     kind, _, rest = record.uri.partition(":")
     return rest if kind == "file" else rest.partition(".zip!")[0] + ".zip"
 
 
-def _paths(records: Sequence[Record]) -> list[str]:
+def _paths(records: Sequence[ImageRecord]) -> list[str]:
     return list(dict.fromkeys(_path(r) for r in records))
 
 

@@ -1,4 +1,4 @@
-"""A finished run's classifiers on a set from elsewhere (another camera, another clinic), with the
+"""A finished run's classifiers on an external cohort (another camera, another clinic), with the
 figures and words of `test`.
 
 RUN/external/NAME holds set.json (what the set was), the steps pictures/ (decoded, without those the
@@ -15,7 +15,7 @@ from pathlib import Path
 from adversa import config as cfg
 from adversa.engine.interface import Engine
 from adversa.external import cohort
-from adversa.external.cohort import External
+from adversa.external.cohort import ExternalCohort
 from adversa.external.prepare import prepare
 from adversa.pipeline import evaluate
 from adversa.pipeline.folders import last_round, models_of
@@ -43,20 +43,21 @@ def models(config: cfg.Config, run: RunDir) -> list[tuple[str, int, Path]]:
     return found
 
 
-def check(asked: External) -> bool:
+def check(external: ExternalCohort) -> bool:
     """Whether this very set is prepared. UserError where the folder holds another one, or the same
     set asked otherwise.
 
-    What a cut-off or refused attempt left of another set is taken away: nothing was scored on it.
+    What a cut-off or refused attempt left of another cohort is taken away: nothing was scored on
+    it.
     """
-    folder, records = asked.folder, asked.outside.records
+    folder, records = external.folder, external.outside.records
     looks = cohort.looks_unchanged(records)
     saved = files.read_json(folder / "set.json")
-    settings = asked.settings()
+    settings = external.settings()
     if saved is not None and saved["settings"] == settings and saved["looks"] == looks:
-        return step_folder.is_finished(asked.pictures)
+        return step_folder.is_finished(external.pictures)
     content = cohort.content(records)
-    if saved is not None and step_folder.is_finished(asked.pictures):
+    if saved is not None and step_folder.is_finished(external.pictures):
         changed = differences.differences(saved["settings"], settings)
         if not changed and content != saved["content"]:
             changed = [
@@ -69,41 +70,43 @@ def check(asked: External) -> bool:
                 "its own --name, or delete that folder"
             )
     if saved is not None and saved["content"] != content:
-        rmtree(asked.pictures, missing_ok=True)
+        rmtree(external.pictures, missing_ok=True)
     files.write_json(
         folder / "set.json",
         {
-            "path": asked.data.path,
+            "path": external.data.path,
             "settings": settings,
             "looks": looks,
             "content": content,
             "images": len(records),
         },
     )
-    return step_folder.is_finished(asked.pictures)
+    return step_folder.is_finished(external.pictures)
 
 
-def score(asked: External, engine: Engine, say: Callable[[str], None] = lambda _: None) -> None:
+def score(
+    external: ExternalCohort, engine: Engine, say: Callable[[str], None] = lambda _: None
+) -> None:
     """Fill pictures/ and scores/. Called again after a cut it goes on where it was."""
-    chosen = models(asked.config, asked.run)
-    check(asked)
-    prepare(asked, engine, say)
-    evaluate.score(engine, chosen, asked.pictures, asked.pictures, False, asked.scores)
+    chosen = models(external.config, external.run)
+    check(external)
+    prepare(external, engine, say)
+    evaluate.score(engine, chosen, external.pictures, external.pictures, False, external.scores)
 
 
-def forget(asked: External) -> None:
+def forget(external: ExternalCohort) -> None:
     """Take away the set's folder where nothing was made in it: recipes and progress alone. The
     caller holds its lock.
     """
     kept = {"set.json", "status.json", ".lock", step_folder.RECIPE, step_folder.PROGRESS}
-    if any(p.is_file() and p.name not in kept for p in asked.folder.rglob("*")):
+    if any(p.is_file() and p.name not in kept for p in external.folder.rglob("*")):
         return
-    rmtree(asked.folder, missing_ok=True)
+    rmtree(external.folder, missing_ok=True)
     with contextlib.suppress(
         OSError
-    ):  # another set lies beside it; and what failed before is what the user must hear of
-        asked.folder.parent.rmdir()
+    ):  # another cohort lies beside it; and what failed before is what the user must hear of
+        external.folder.parent.rmdir()
 
 
-def is_scored(asked: External) -> bool:
-    return check(asked) and step_folder.is_finished(asked.scores)
+def is_scored(external: ExternalCohort) -> bool:
+    return check(external) and step_folder.is_finished(external.scores)

@@ -1,4 +1,4 @@
-"""What the labels of a set from elsewhere mean to a run: renamed, merged, left out; and the run's
+"""What the labels of an external cohort mean to a run: renamed, merged, left out; and the run's
 classes made coarser.
 
 A labels map is YAML with two sections, both optional:
@@ -58,7 +58,7 @@ class Translation:
         return self.names != list(self.given)
 
     def columns(self) -> np.ndarray:
-        """int [K]: the scored class of each class of the run."""
+        """The scored class of each class of the run, int [K]."""
         names = self.names
         return np.array([names.index(self.merged(c)) for c in self.given])
 
@@ -101,7 +101,11 @@ class Translation:
         return found, lost
 
     def check(self, labels: Iterable[str]) -> None:
-        """UserError naming every label of the set that means nothing to the run."""
+        """Check that every label of the cohort means something to the run.
+
+        Raises:
+            UserError: Some do not; all are named.
+        """
         count = Counter(labels)
         unknown = [label for label in count if not self._knows(label)]
         if unknown:

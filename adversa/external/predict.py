@@ -18,7 +18,7 @@ import pyarrow as pa
 from adversa import config as cfg
 from adversa.common.statistics import softmax
 from adversa.data import files, images
-from adversa.data.records import Record
+from adversa.data.records import ImageRecord
 from adversa.engine.interface import Engine
 from adversa.engine.tasks import Part, Report, Work
 from adversa.storage import tables
@@ -143,7 +143,9 @@ def make_answers(models: Sequence[Path], data: cfg.Data, on_error: str) -> Work:
         named = [n for n in names if _is_text(n)]
         found = {
             d.record.source: d
-            for d in decode([Record("", n, f"file:{Path(n).absolute()}", CLASS, n) for n in named])
+            for d in decode(
+                [ImageRecord("", n, f"file:{Path(n).absolute()}", CLASS, n) for n in named]
+            )
         }
         problems = {
             n: found[n].problem if n in found else "its name is not valid UTF-8; rename it"

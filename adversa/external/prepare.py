@@ -1,4 +1,4 @@
-"""The pictures of a set from elsewhere: decoded, without those that the run has seen, each with the
+"""The pictures of an external cohort: decoded, without those that the run has seen, each with the
 cluster it belongs to.
 """
 
@@ -18,12 +18,12 @@ from PIL import Image
 from adversa import config as cfg
 from adversa.data import images, near, split
 from adversa.data.files import printable
-from adversa.data.records import SKIP, Record
+from adversa.data.records import SKIP, ImageRecord
 from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, cost, inputs, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.external import cohort
-from adversa.external.cohort import FOLDER, External
+from adversa.external.cohort import FOLDER, ExternalCohort
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import Progress, Recipe
@@ -47,46 +47,48 @@ PICTURES = pa.schema(
 )
 
 
-def prepare(asked: External, engine: Engine, say: Callable[[str], None] = lambda _: None) -> None:
+def prepare(
+    external: ExternalCohort, engine: Engine, say: Callable[[str], None] = lambda _: None
+) -> None:
     """Decode the set, leave out what the run has seen, name the clusters; labels are scored
     classes.
     """
-    saved = files.read_json(asked.folder / "set.json")
+    saved = files.read_json(external.folder / "set.json")
     assert saved is not None, "check() writes it"
-    config = asked.settings() | {"set": saved["content"]}
-    recipe = Recipe("external", 1, config, inputs(data=asked.run.data))
+    config = external.settings() | {"set": saved["content"]}
+    recipe = Recipe("external", 1, config, inputs(data=external.run.data))
     if (
-        not step_folder.is_finished(asked.pictures)
-        and (files.read_json(asked.pictures / step_folder.RECIPE) or recipe.to_json())
+        not step_folder.is_finished(external.pictures)
+        and (files.read_json(external.pictures / step_folder.RECIPE) or recipe.to_json())
         != recipe.to_json()
     ):
-        rmtree(asked.pictures)
+        rmtree(external.pictures)
 
     def body(progress: Progress) -> Facts:
-        staging = asked.pictures / "decoded"
-        facts = _decode(asked, engine, staging, progress)
+        staging = external.pictures / "decoded"
+        facts = _decode(external, engine, staging, progress)
         say("comparing the pictures with those the run has seen")
-        looks = own_looks(asked.run, engine)
-        counts = _write(asked, staging, looks)
+        looks = own_looks(external.run, engine)
+        counts = _write(external, staging, looks)
         rmtree(staging)
         return facts | counts
 
-    run_step(asked.pictures, recipe, body, engine.handle)
+    run_step(external.pictures, recipe, body, engine.handle)
     rmtree(
-        asked.pictures / "decoded", missing_ok=True
+        external.pictures / "decoded", missing_ok=True
     )  # a cut-off attempt may have left it after the manifest
 
 
-def _decode(asked: External, engine: Engine, staging: Path, progress: Progress) -> Facts:
-    rows, size = asked.outside.records, asked.data.part_rows
+def _decode(external: ExternalCohort, engine: Engine, staging: Path, progress: Progress) -> Facts:
+    rows, size = external.outside.records, external.data.part_rows
     chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
     parts = [Part(i, len(c), {"records": c}) for i, c in enumerate(chunks)]
     make = partial(
         make_pictures,
-        asked.data,
-        asked.translation.names,
-        asked.outside.unit,
-        asked.config.data.crop,
+        external.data,
+        external.translation.names,
+        external.outside.unit,
+        external.config.data.crop,
     )
     started = time.perf_counter()
     done = engine.map_batches(make, parts, staging, progress)
@@ -105,7 +107,7 @@ def make_pictures(data: cfg.Data, classes: list[str], unit: str, crop: str) -> W
     )
 
     def work(part: Part, path: Path) -> int:
-        records: list[Record] = part.payload["records"]
+        records: list[ImageRecord] = part.payload["records"]
         found = decode(records)
         compared = other(records) if other is not None else found
         rows = []
@@ -177,45 +179,47 @@ def make_looks() -> Work:
 # ---- what is left out ----------------------------------------------------------------------------
 
 
-def _write(asked: External, staging: Path, looks: Path) -> Facts:
+def _write(external: ExternalCohort, staging: Path, looks: Path) -> Facts:
     """Write the pictures that count, and left-out.json: each of the others by name, with why."""
     columns = ["id", "source", "class", "lesion", "group", "thumb", "problem"]
     rows = pa.concat_tables(tables.read_part(p, columns) for p in tables.parts(staging)).to_pylist()
-    problems = list(asked.outside.problems) + [
+    problems = list(external.outside.problems) + [
         {k: r[k] for k in ("source", "problem")} for r in rows if r["problem"]
     ]
     kept, copies, copied = _first_of_each(
-        [r for r in rows if not r["problem"]], asked.data.on_error, problems
+        [r for r in rows if not r["problem"]], external.data.on_error, problems
     )
     known, pairs = _known(
-        kept, looks, staging, asked.config.data.near_duplicate_bits, asked.outside.unit
+        kept, looks, staging, external.config.data.near_duplicate_bits, external.outside.unit
     )
     scored = [r for r in kept if r["id"] not in known]
     present = {r["class"] for r in scored}
     if len(present) < 2:
         what = f"only pictures of {next(iter(present))} are" if present else "no picture is"
         raise UserError(
-            f"--on {asked.data.path}: {what} left to score of {len(rows)} ({len(problems)} "
+            f"--on {external.data.path}: {what} left to score of {len(rows)} ({len(problems)} "
             f"unreadable or at odds, {len(known)} "
             f"known to the run, {len(copies)} copies); give a set the run has not seen"
         )
-    merged = split.merge_groups((r["group"] for r in scored), pairs + copied + asked.outside.pairs)
+    merged = split.merge_groups(
+        (r["group"] for r in scored), pairs + copied + external.outside.pairs
+    )
     final = {r["id"]: merged[r["group"]] for r in scored}
     why = [known[r["id"]] | {"source": r["source"]} for r in kept if r["id"] in known]
     files.write_json(
-        asked.pictures / LEFT_OUT,
-        {"labels": asked.outside.omitted, "problems": problems, "copies": copies, "known": why},
+        external.pictures / LEFT_OUT,
+        {"labels": external.outside.omitted, "problems": problems, "copies": copies, "known": why},
     )
-    _stream(asked, staging, final)
+    _stream(external, staging, final)
     return {
         "rows": len(scored),
-        "listed": asked.outside.listed,
-        "omitted": sum(asked.outside.omitted.values()),
+        "listed": external.outside.listed,
+        "omitted": sum(external.outside.omitted.values()),
         "problems": len(problems),
         "copies": len(copies),
         "known": _reasons(why),
         "clusters": len(set(final.values())),
-        "by_class": {c: sum(r["class"] == c for r in scored) for c in asked.translation.names},
+        "by_class": {c: sum(r["class"] == c for r in scored) for c in external.translation.names},
         "without_patient": sum(r["group"].startswith(cohort.LESION) for r in scored),
     }
 
@@ -310,9 +314,9 @@ def _alike(
     return [(a, b) for a, b, _, _ in found]
 
 
-def _stream(asked: External, staging: Path, clusters: dict[str, str]) -> None:
+def _stream(external: ExternalCohort, staging: Path, clusters: dict[str, str]) -> None:
     """The rows that count, part by part, their group the cluster they are resampled with."""
-    for part in tables.parts(asked.pictures):
+    for part in tables.parts(external.pictures):
         part.unlink()  # of a cut-off attempt
     written: set[str] = set()
     for index, path in enumerate(tables.parts(staging)):
@@ -324,6 +328,6 @@ def _stream(asked: External, staging: Path, clusters: dict[str, str]) -> None:
                 chosen.append(r | {"group": clusters[r["id"]], "mask": None})
         if chosen:
             tables.write_part(
-                asked.pictures / tables.part_name(index),
+                external.pictures / tables.part_name(index),
                 pa.Table.from_pylist(chosen, schema=tables.EXAMPLES),
             )

@@ -1,4 +1,4 @@
-"""What a set from elsewhere says of a run: summary.json with the keys of the run's own, and
+"""What an external cohort says of a run: summary.json with the keys of the run's own, and
 report.md.
 """
 
@@ -16,7 +16,7 @@ from adversa.evaluate.metrics import absent
 from adversa.evaluate.operating import thresholds
 from adversa.external import cohort
 from adversa.external.clusters import Clusters, clusters, counted
-from adversa.external.cohort import External
+from adversa.external.cohort import ExternalCohort
 from adversa.external.prepare import LEFT_OUT, WHY
 from adversa.pipeline import results, summary
 from adversa.pipeline.results import Scored
@@ -54,44 +54,44 @@ UNTOLD = (
 PER_CLASS = ("sensitivity/", "specificity/")  # and not of a group at a threshold
 
 
-def told(asked: External) -> dict[str, Any] | None:
-    """summary.json where it says what would be said now."""
-    found = files.read_json(asked.folder / "summary.json")
+def reported(external: ExternalCohort) -> dict[str, Any] | None:
+    """The cohort's summary.json; None where it does not say what would be said now."""
+    found = files.read_json(external.folder / "summary.json")
     there = (
         found is not None
-        and (asked.folder / "report.md").exists()
-        and found["asked"] == _asked(asked)
+        and (external.folder / "report.md").exists()
+        and found["asked"] == _requested(external)
     )
     return found if there else None
 
 
-def write(asked: External) -> dict[str, Any]:
+def write(external: ExternalCohort) -> dict[str, Any]:
     """Figures, comparisons and words from scores/; written as summary.json and report.md."""
-    found = told(asked)
+    found = reported(external)
     if found is None:
-        found = _summary(asked)
-        replace_bytes(asked.folder / "report.md", markdown_of(found).encode())
-        files.write_json(asked.folder / "summary.json", found)
+        found = _summary(external)
+        replace_bytes(external.folder / "report.md", markdown_of(found).encode())
+        files.write_json(external.folder / "summary.json", found)
     return found
 
 
-def _asked(asked: External) -> str:
-    e = asked.config.evaluate.model_dump(mode="json")
+def _requested(external: ExternalCohort) -> str:
+    e = external.config.evaluate.model_dump(mode="json")
     return digest(
         VERSION,
-        step_folder.fingerprint(asked.scores),
+        step_folder.fingerprint(external.scores),
         sorted(e.items()),
-        asked.config.seed,
-        asked.config.mix.arms,
+        external.config.seed,
+        external.config.mix.arms,
     )
 
 
-def scored(asked: External, config: cfg.Config) -> dict[str, Scored]:
+def scored(external: ExternalCohort, config: cfg.Config) -> dict[str, Scored]:
     """Each arm, and `before`, in scored classes; thresholds from the run's `select`. config: its
     groups are of scored classes.
     """
-    t, run = asked.translation, asked.run
-    rows = tables.read(asked.scores, schema=tables.PREDICTIONS)
+    t, run = external.translation, external.run
+    rows = tables.read(external.scores, schema=tables.PREDICTIONS)
     select = results.read(run.select)
     known = set(rows["arm"].unique().to_pylist())
     names = {BEFORE: BEFORE if BEFORE in known else "real"} | {arm: arm for arm in config.mix.arms}
@@ -109,13 +109,13 @@ def scored(asked: External, config: cfg.Config) -> dict[str, Scored]:
     return found
 
 
-def _summary(asked: External) -> dict[str, Any]:
-    run, t, facts = asked.run, asked.translation, step_folder.manifest(asked.pictures)
-    groups, lost = t.groups(asked.config.evaluate.groups)
-    config = asked.config.model_copy(
-        update={"evaluate": asked.config.evaluate.model_copy(update={"groups": groups})}
+def _summary(external: ExternalCohort) -> dict[str, Any]:
+    run, t, facts = external.run, external.translation, step_folder.manifest(external.pictures)
+    groups, lost = t.groups(external.config.evaluate.groups)
+    config = external.config.model_copy(
+        update={"evaluate": external.config.evaluate.model_copy(update={"groups": groups})}
     )
-    arms = scored(asked, config)
+    arms = scored(external, config)
     figures = {
         name: results.figures(of, t.names, config.evaluate, "external") for name, of in arms.items()
     }
@@ -126,19 +126,19 @@ def _summary(asked: External) -> dict[str, Any]:
     }
     own = files.read_json(run.summary) or {}
     spent = own.get("cost") or results.costs(config, run)
-    unit = asked.outside.unit
+    unit = external.outside.unit
     compared = results.comparisons(config, arms, spent, "external", unit)
     for row in compared:
         if not spread.tell(results.HEADLINE):
             row |= dict.fromkeys(UNTOLD) | {"word": "not shown", "note": ""}
-    word, sentence = summary.verdict(compared, config, f"external ({asked.name})")
+    word, sentence = summary.verdict(compared, config, f"external ({external.name})")
     missing = absent(arms["real"].labels, t.names)
-    left = files.read_json(asked.pictures / LEFT_OUT) or {}
+    left = files.read_json(external.pictures / LEFT_OUT) or {}
     return {
-        "asked": _asked(asked),
-        "set": asked.name,
-        "path": asked.data.path,
-        "content": (files.read_json(asked.folder / "set.json") or {})["content"],
+        "asked": _requested(external),
+        "set": external.name,
+        "path": external.data.path,
+        "content": (files.read_json(external.folder / "set.json") or {})["content"],
         "run": run.root.resolve().name,
         "run_id": run_id((files.read_json(run.recipe) or {})["recipe"]),
         "split_hash": split_hash(run.data),
@@ -160,8 +160,8 @@ def _summary(asked: External) -> dict[str, Any]:
             "copies": facts["copies"],
             "known": facts["known"],
         },
-        "resolution": asked.data.resolution,
-        "crop": asked.data.crop,
+        "resolution": external.data.resolution,
+        "crop": external.data.crop,
         "arms": {arm: figures[arm][0] for arm in config.mix.arms},
         "intervals": {arm: figures[arm][1] for arm in config.mix.arms},
         "before": figures[BEFORE][0],
@@ -170,8 +170,8 @@ def _summary(asked: External) -> dict[str, Any]:
         "comparisons": compared,
         "verdict": word,
         "verdict_sentence": sentence,
-        "subgroups": results.subgroups(config, asked.pictures, arms, t.names),
-        "notes": notes(asked, config, facts, left, missing, lost, spread),
+        "subgroups": results.subgroups(config, external.pictures, arms, t.names),
+        "notes": notes(external, config, facts, left, missing, lost, spread),
         "versions": environment.versions(),
         "git": environment.git_commit(),
         "machine": environment.machine(),
@@ -196,7 +196,7 @@ def _own(own: dict[str, Any], config: cfg.Config, other: bool) -> dict[str, Any]
 
 
 def notes(
-    asked: External,
+    external: ExternalCohort,
     config: cfg.Config,
     facts: dict[str, Any],
     left: dict[str, Any],
@@ -205,7 +205,7 @@ def notes(
     spread: Clusters,
 ) -> list[str]:
     """What a reader must know before believing the figures."""
-    unit, t, n = asked.outside.unit, asked.translation, facts["clusters"]
+    unit, t, n = external.outside.unit, external.translation, facts["clusters"]
     found = [
         f"clustered by {unit}: intervals and comparisons resample {counted(n, unit)}, of "
         f"{counted(facts['rows'], 'image')}"
@@ -251,8 +251,10 @@ def notes(
     if config.evaluate.groups:
         found.append("thresholds of groups were set on the run's select, not on this set")
     if left["labels"]:
-        told = ", ".join(f"{count} {printable(label)}" for label, count in left["labels"].items())
-        found.append(f"left out by the labels map: {told}")
+        reported = ", ".join(
+            f"{count} {printable(label)}" for label, count in left["labels"].items()
+        )
+        found.append(f"left out by the labels map: {reported}")
     if known := sum(facts["known"].values()):
         why = ", ".join(
             f"{facts['known'][reason]} {reason}" for reason in WHY if facts["known"][reason]
@@ -267,14 +269,14 @@ def notes(
         found.append(
             f"left out, unreadable or at odds: {facts['problems']}; pictures/{LEFT_OUT} names each"
         )
-    if asked.outside.unused:
+    if external.outside.unused:
         found.append(
-            f"the labels map names {', '.join(map(printable, asked.outside.unused))}, "
+            f"the labels map names {', '.join(map(printable, external.outside.unused))}, "
             "which the set does not have"
         )
-    if asked.data.crop != config.data.crop:
+    if external.data.crop != config.data.crop:
         found.append(
-            f"made square by {asked.data.crop}, the run's own pictures by {config.data.crop}"
+            f"made square by {external.data.crop}, the run's own pictures by {config.data.crop}"
         )
     if config.evaluate.seeds == 1:
         found.append(

@@ -1,4 +1,4 @@
-"""How fast a denoiser paints on this machine or cluster: what `adversa bench generate` measures.
+"""How fast a denoiser generates on this machine or cluster: what `adversa bench generate` measures.
 
 Rates are of the work alone: processes, imports and loading are not in them.
 """
@@ -28,7 +28,7 @@ CASE = "case"
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """A measured figure."""
 
     name: str
@@ -48,7 +48,7 @@ def requests(
                 f"{i:06d}",
                 1,
                 "guided",
-                "vary" if varies else "sample",
+                "img2img" if varies else "sample",
                 i % classes,
                 CASE if varies else None,
                 LEVELS[i // 2 % len(LEVELS)] if varies else config.sigma_max,
@@ -60,7 +60,7 @@ def requests(
 
 
 def case(side: int) -> np.ndarray:
-    """A picture to vary, uint8 [side, side, 3]."""
+    """A picture to start from, uint8 [side, side, 3]."""
     y, x = np.mgrid[:side, :side]
     return np.stack(
         [120 + y * 80 // side, 90 + x * 60 // side, np.full((side, side), 110)], 2
@@ -68,16 +68,18 @@ def case(side: int) -> np.ndarray:
 
 
 def rate(
-    loaded: Any, config: cfg.Generate, asked: Sequence[GenerationRequest], steering: Any = None
+    loaded: Any, config: cfg.Generate, requested: Sequence[GenerationRequest], steering: Any = None
 ) -> tuple[float, float]:
-    """(images, evaluations) a second in this process. loaded: a painter.Painter."""
+    """(images, evaluations) a second in this process. loaded: a generator.ImageGenerator."""
     from adversa.diffuse.strategy import Sources
 
-    canvas, started = loaded.canvas(config, steering), time.perf_counter()
-    evaluations = [p.evaluations for p in canvas.stream(asked, Sources({CASE: case(loaded.side)}))]
+    pipeline, started = loaded.pipeline(config, steering), time.perf_counter()
+    evaluations = [
+        p.evaluations for p in pipeline.stream(requested, Sources({CASE: case(loaded.side)}))
+    ]
     seconds = time.perf_counter() - started
-    assert len(evaluations) == len(asked), (len(evaluations), len(asked))
-    return len(asked) / seconds, sum(evaluations) / seconds
+    assert len(evaluations) == len(requested), (len(evaluations), len(requested))
+    return len(requested) / seconds, sum(evaluations) / seconds
 
 
 # ---- the device ----------------------------------------------------------------------------------
@@ -143,19 +145,19 @@ def stamped(folder: Path) -> float:
 
 
 def make_stamped(denoiser: Path, config: cfg.Generate, stamps: Path) -> Work:
-    """Paints a part's requests and commits them as a run does, and notes when."""
+    """Generates a part's requests and commits them as a run does, and notes when."""
     import torch
 
-    from adversa.diffuse import painter
+    from adversa.diffuse import generator
     from adversa.diffuse.strategy import Sources
 
-    loaded = painter.load(denoiser, "cuda" if torch.cuda.is_available() else "cpu")
-    canvas, pictures = loaded.canvas(config), Sources({CASE: case(loaded.side)})
+    loaded = generator.load(denoiser, "cuda" if torch.cuda.is_available() else "cpu")
+    pipeline, pictures = loaded.pipeline(config), Sources({CASE: case(loaded.side)})
 
     def work(part: Part, path: Path) -> TaskStats:
         began = time.time()
         found = list(
-            canvas.stream([GenerationRequest(**r) for r in part.payload["requests"]], pictures)
+            pipeline.stream([GenerationRequest(**r) for r in part.payload["requests"]], pictures)
         )
         tables.write_part(path, pa.table({"image": [tables.encode_png(p.image) for p in found]}))
         stamp(stamps, began, len(found))
@@ -168,12 +170,14 @@ def pool_rate(
     engine: Any,
     denoiser: Path,
     config: cfg.Generate,
-    asked: Sequence[GenerationRequest],
+    requested: Sequence[GenerationRequest],
     base: Path,
 ) -> float:
     """Images a second of an engine's samplers. base: a folder that all of them see."""
     stamps, out = (Path(tempfile.mkdtemp(dir=base)) for _ in range(2))
-    chunks = [asked[i : i + config.part_size] for i in range(0, len(asked), config.part_size)]
+    chunks = [
+        requested[i : i + config.part_size] for i in range(0, len(requested), config.part_size)
+    ]
     parts = [
         Part(i, len(chunk), {"requests": [asdict(r) for r in chunk]})
         for i, chunk in enumerate(chunks)
@@ -194,10 +198,10 @@ def variants(config: cfg.Generate, classifier: bool) -> dict[str, cfg.Generate]:
         "classifier-free, everywhere": config.model_copy(
             update={"guidance_low": 0.0, "guidance_high": config.sigma_max}
         ),
-        "likeness in pixels": config.model_copy(update={"likeness": 0.5}),
+        "reference guidance in pixels": config.model_copy(update={"reference_guidance": 0.5}),
     }
     if classifier:
-        found["hardness"] = config.model_copy(update={"hardness": 0.5})
+        found["classifier guidance"] = config.model_copy(update={"classifier_guidance": 0.5})
     return found
 
 
@@ -209,7 +213,7 @@ def generate(
     images: int,
     rounds: int,
     base: Path,
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     """Rates, costs of guidance, share of the peak, and memory of this process; then of engines:
     {samplers: makes an engine}.
 
@@ -218,46 +222,51 @@ def generate(
     """
     import statistics
 
-    from adversa.diffuse import painter
+    from adversa.diffuse import generator
     from adversa.pipeline import generate as pipeline_generate
 
-    loaded = painter.load(denoiser, pipeline_generate.device_name())
+    loaded = generator.load(denoiser, pipeline_generate.device_name())
     plain = requests(images, len(loaded.meta["classes"]), config)
     found: dict[str, list[tuple[float, float]]] = {}
     settings = variants(config, classifier is not None)
     rate(loaded, config, plain[: config.batch_size])  # kernels and compilation
     for _ in range(rounds):
         for name, section in settings.items():
-            asked = [
+            requested = [
                 replace(
                     r,
                     guidance=section.guidance,
-                    hardness=section.hardness,
-                    likeness=section.likeness,
+                    classifier_guidance=section.classifier_guidance,
+                    reference_guidance=section.reference_guidance,
                     example=CASE,
                 )
                 for r in plain
             ]
             found.setdefault(name, []).append(
                 rate(
-                    loaded, section, asked, pipeline_generate.steering(loaded, classifier, section)
+                    loaded,
+                    section,
+                    requested,
+                    pipeline_generate.steering(loaded, classifier, section),
                 )
             )
     for name, rates in found.items():
-        yield Row(f"one sampler, {name}", statistics.median(r[0] for r in rates), "images/s")
+        yield Measurement(
+            f"one sampler, {name}", statistics.median(r[0] for r in rates), "images/s"
+        )
     first = next(iter(found))
     for name in list(found)[1:]:
         cost = statistics.median(
             a[0] / b[0] for a, b in zip(found[first], found[name], strict=True)
         )
-        yield Row(f"cost of {name}", cost, f"x {first}")
+        yield Measurement(f"cost of {name}", cost, f"x {first}")
     evaluations = statistics.median(r[1] for r in found[first])
-    yield Row("evaluations", evaluations, "1/s")
-    yield Row("an evaluation", flops(loaded) / 1e9, "GFLOP")
+    yield Measurement("evaluations", evaluations, "1/s")
+    yield Measurement("an evaluation", flops(loaded) / 1e9, "GFLOP")
     most = peak()
-    yield Row("bf16 matrix peak, measured", most / 1e12, "TFLOP/s")
-    yield Row("share of that peak", evaluations * flops(loaded) / most, "")
-    yield Row("memory", memory(), "GiB")
+    yield Measurement("bf16 matrix peak, measured", most / 1e12, "TFLOP/s")
+    yield Measurement("share of that peak", evaluations * flops(loaded) / most, "")
+    yield Measurement("memory", memory(), "GiB")
     yield from _scaling(denoiser, config, engines, plain, rounds, base)
 
 
@@ -265,10 +274,10 @@ def _scaling(
     denoiser: Path,
     config: cfg.Generate,
     engines: dict[int | None, Callable[[], Any]],
-    asked: Sequence[GenerationRequest],
+    requested: Sequence[GenerationRequest],
     rounds: int,
     base: Path,
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     import statistics
 
     medians: dict[int, float] = {}
@@ -284,17 +293,19 @@ def _scaling(
             if samplers in medians:
                 continue
             many = [
-                replace(r, request_id=f"{r.request_id}-{k}") for k in range(samplers) for r in asked
+                replace(r, request_id=f"{r.request_id}-{k}")
+                for k in range(samplers)
+                for r in requested
             ]  # as much for each
             medians[samplers] = statistics.median(
                 pool_rate(engine, denoiser, config, many, base) for _ in range(rounds)
             )
         finally:
             engine.close()
-        yield Row(f"pool of {samplers}", medians[samplers], "images/s")
+        yield Measurement(f"pool of {samplers}", medians[samplers], "images/s")
         least = min(medians)
         if samplers != least:
-            yield Row(
+            yield Measurement(
                 f"pool of {samplers}, scaling",
                 medians[samplers] / medians[least] * least / samplers,
                 f"of {least}'s, each",

@@ -1,5 +1,5 @@
-"""Images to order: so many of each class, painted without a loop, exported as a folder of pictures
-or as Parquet.
+"""Generation jobs: so many of each class, generated without a loop, exported as a folder of
+pictures or as Parquet.
 """
 
 from __future__ import annotations
@@ -33,9 +33,19 @@ WORK = ".work"  # in the folder asked for: the steps, without their images once 
 
 
 @dataclass(frozen=True)
-class Order:
-    """labels: images wanted by class number. run: whose pictures the strategies start from, and
-    whose classifier steers; None: the denoiser alone, which samples.
+class GenerationJob:
+    """How many images of each class are to be generated, and how.
+
+    Attributes:
+        denoiser: The denoiser's folder.
+        labels: Images wanted, by class number.
+        strategy: One of types.STRATEGIES.
+        seed: Of the images' seeds.
+        config: The settings of generation.
+        out: The folder that the images are exported to.
+        form: The format of the export.
+        run: Whose pictures the strategies start from, and whose classifier guides; None: the
+            denoiser alone, which samples.
     """
 
     denoiser: Path
@@ -53,7 +63,11 @@ class Order:
 
 
 def classes_of(denoiser: Path) -> list[str]:
-    """UserError where the folder holds no denoiser."""
+    """The names of a denoiser's classes.
+
+    Raises:
+        UserError: The folder holds no denoiser.
+    """
     meta = files.read_json(denoiser / CONFIG)
     if meta is None or "classes" not in meta:
         raise UserError(
@@ -63,165 +77,181 @@ def classes_of(denoiser: Path) -> list[str]:
     return [str(c) for c in meta["classes"]]
 
 
-def check(order: Order) -> None:
-    """UserError for what cannot be ordered; nothing is written."""
-    if order.run is None and order.strategy != "sample":
+def check(job: GenerationJob) -> None:
+    """Check that the job can be done; nothing is written.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if job.run is None and job.strategy != "sample":
         raise UserError(
-            f"--strategy {order.strategy} starts from real pictures, a denoiser alone has "
+            f"--strategy {job.strategy} starts from real pictures, a denoiser alone has "
             "none; give a run, or --strategy sample"
         )
-    steered = [k for k in ("hardness", "likeness") if getattr(order.config, k)]
-    if order.run is None and steered:
+    steered = [k for k in ("classifier_guidance", "reference_guidance") if getattr(job.config, k)]
+    if job.run is None and steered:
         key = steered[0]
         raise UserError(
-            f"generate.{key} {getattr(order.config, key):g} needs a run's classifier and "
+            f"generate.{key} {getattr(job.config, key):g} needs a run's classifier and "
             "pictures; give a run, or set 0"
         )
-    if order.form not in images.FORMATS:
+    if job.form not in images.FORMATS:
         raise UserError(
-            f"--format {order.form}: there is no such format; give {' or '.join(images.FORMATS)}"
+            f"--format {job.form}: there is no such format; give {' or '.join(images.FORMATS)}"
         )
-    with files.writing(order.out, "--out"):
-        images.check_out(order.out)
-    if order.run is not None:
-        pipeline_generate.check_denoiser(order.denoiser, order.run.data)
-    attacked(order)
-    if order.config.weak:
-        pipeline_generate.fingerprint(storage_path(order.config.weak))
+    with files.writing(job.out, "--out"):
+        images.check_out(job.out)
+    if job.run is not None:
+        pipeline_generate.check_denoiser(job.denoiser, job.run.data)
+    target_of(job)
+    if job.config.weak:
+        pipeline_generate.fingerprint(storage_path(job.config.weak))
 
 
-def attacked(order: Order) -> Path | None:
-    """The classifier that steers, where one does. UserError where the run has none yet."""
-    if order.run is None or not pipeline_generate.steering_needs_classifier(order.config):
+def target_of(job: GenerationJob) -> Path | None:
+    """The classifier that guides; None where none does.
+
+    Raises:
+        UserError: The run has none yet.
+    """
+    if job.run is None or not pipeline_generate.steering_needs_classifier(job.config):
         return None
-    found = attacked_in(cfg.load(order.run.config), order.run, 1)
+    found = attacked_in(cfg.load(job.run.config), job.run, 1)
     if not step_folder.is_finished(found):
         raise UserError(
-            f"{order.run.root} has no finished classifier to steer by; train it with: "
-            f"adversa train --run-dir {order.run.root}"
+            f"{job.run.root} has no finished classifier to steer by; train it with: "
+            f"adversa train --run-dir {job.run.root}"
         )
     return found
 
 
-def finished(order: Order) -> bool:
-    """Whether this very order is exported. UserError where the folder holds another one."""
-    done = files.read_json(order.work.root / "done.json")
+def finished(job: GenerationJob) -> bool:
+    """Whether this job is exported.
+
+    Raises:
+        UserError: The folder holds another job, or images are gone from it.
+    """
+    done = files.read_json(job.work.root / "done.json")
     if done is None:
         return False
-    if (asked := {k: v for k, v in done.items() if k != "images"}) != _identity(order):
-        changed = "; ".join(differences.differences(asked, _identity(order)))
+    if (requested := {k: v for k, v in done.items() if k != "images"}) != _identity(job):
+        changed = "; ".join(differences.differences(requested, _identity(job)))
         raise UserError(
-            f"--out {order.out} holds another order ({changed}); give an empty or new folder"
+            f"--out {job.out} holds another generation job ({changed}); give an empty or new folder"
         )
-    if images.images_in(order.out) < done["images"]:
+    if images.images_in(job.out) < done["images"]:
         raise UserError(
-            f"--out {order.out} held this order, but images are gone from it; give an "
+            f"--out {job.out} held this generation job, but images are gone from it; give an "
             "empty or new folder"
         )
     return True
 
 
-def _identity(order: Order) -> dict[str, object]:
-    generate = order.config.model_dump(mode="json")
-    asked = {
-        "labels": {str(k): n for k, n in order.labels.items()},
-        "strategy": order.strategy,
-        "seed": order.seed,
+def _identity(job: GenerationJob) -> dict[str, object]:
+    generate = job.config.model_dump(mode="json")
+    requested = {
+        "labels": {str(k): n for k, n in job.labels.items()},
+        "strategy": job.strategy,
+        "seed": job.seed,
     }
-    models: dict[str, object] = {"denoiser": pipeline_generate.fingerprint(order.denoiser)}
-    if (steers := attacked(order)) is not None:
-        models["attacked"] = step_folder.fingerprint(steers)
-    if order.config.weak:
-        models["weak"] = pipeline_generate.fingerprint(storage_path(order.config.weak))
-    if order.run is not None:
-        models["data"] = step_folder.fingerprint(order.run.data)
-    return {**asked, "format": order.form, "generate": generate, **models}
+    models: dict[str, object] = {"denoiser": pipeline_generate.fingerprint(job.denoiser)}
+    if (steers := target_of(job)) is not None:
+        models["target"] = step_folder.fingerprint(steers)
+    if job.config.weak:
+        models["weak"] = pipeline_generate.fingerprint(storage_path(job.config.weak))
+    if job.run is not None:
+        models["data"] = step_folder.fingerprint(job.run.data)
+    return {**requested, "format": job.form, "generate": generate, **models}
 
 
-def paint(order: Order, engine: Engine) -> images.Exported:
-    """Paint the order and export it. Called again after a cut it goes on where it was."""
-    check(order)
-    work, classes = order.work, classes_of(order.denoiser)
+def generate(job: GenerationJob, engine: Engine) -> images.Exported:
+    """What was exported, after the images of a job are generated. A job that was cut off goes on
+    where it was.
+    """
+    check(job)
+    work, classes = job.work, classes_of(job.denoiser)
     requests, synthetic = work.root / "requests", work.root / "synthetic"
-    plan(order, requests, engine.handle)
-    data = order.run.data if order.run is not None else None
+    plan(job, requests, engine.handle)
+    data = job.run.data if job.run is not None else None
     pipeline_generate.generate(
-        engine, requests, data, order.denoiser, attacked(order), order.config, synthetic, "--out"
+        engine, requests, data, job.denoiser, target_of(job), job.config, synthetic, "--out"
     )
-    own = order.run is not None and "external" not in (
-        files.read_json(order.denoiser / CONFIG) or {}
-    )
+    own = job.run is not None and "external" not in (files.read_json(job.denoiser / CONFIG) or {})
     trained_on = (
-        f"the role `train` of the run {order.run.root.name}"
-        if own and order.run is not None
+        f"the role `train` of the run {job.run.root.name}"
+        if own and job.run is not None
         else "not recorded"
     )
     origin = images.Origin(
-        str(order.denoiser), order.config.model_dump(mode="json"), order.seed, trained_on
+        str(job.denoiser), job.config.model_dump(mode="json"), job.seed, trained_on
     )
-    found = images.export(synthetic, requests, classes, order.out, order.form, origin)
+    found = images.export(synthetic, requests, classes, job.out, job.form, origin)
     if not found.images:
         raise UserError(
-            f"none of the {sum(order.labels.values())} images could be painted; "
+            f"none of the {sum(job.labels.values())} images could be generated; "
             f"{synthetic} says why (column fault)"
         )
-    files.write_json(work.root / "done.json", _identity(order) | {"images": found.images})
+    files.write_json(work.root / "done.json", _identity(job) | {"images": found.images})
     for part in tables.parts(synthetic):
         part.unlink()
     return found
 
 
 def stages_of(run: RunDir) -> list[PlannedStage]:
-    """The one stage of a job, in the folder that `paint` works in."""
+    """The one stage of a job, in the folder that `generate` works in."""
     made = tuple(Output(run.root / name) for name in ("requests", "synthetic"))
     return [PlannedStage("order", 0, made)]
 
 
-def plan(order: Order, out: Path, handle: RunHandle) -> None:
-    """Requests, class by class; those that start from a picture take the pictures of their class in
-    turn.
+def plan(job: GenerationJob, out: Path, handle: RunHandle) -> None:
+    """Write the requests, class by class; those that start from a picture take the pictures of
+    their class in turn.
     """
-    config = order.config
-    names = inputs(data=order.run.data) if order.run is not None else {}
-    recipe = Recipe("order", 1, _identity(order), names)
+    config = job.config
+    names = inputs(data=job.run.data) if job.run is not None else {}
+    recipe = Recipe("order", 1, _identity(job), names)
 
     def body(progress: Progress) -> Facts:
-        examples = _examples(order) if order.strategy != "sample" or config.likeness else {}
+        examples = _examples(job) if job.strategy != "sample" or config.reference_guidance else {}
         whose = digest(
-            _identity(order) | {"labels": None, "format": None}, size=10
+            _identity(job) | {"labels": None, "format": None}, size=10
         )  # more images of a class: the same, and more
-        asked = (
-            _request(order, whose, label, i, examples.get(label, []))
-            for label, n in order.labels.items()
+        requested = (
+            _request(job, whose, label, i, examples.get(label, []))
+            for label, n in job.labels.items()
             for i in range(n)
         )
         index = 0
         while chunk := list(
-            itertools.islice(asked, config.part_size)
+            itertools.islice(requested, config.part_size)
         ):  # one part is in memory at a time
             tables.write_part(
                 out / tables.part_name(index), tables.to_table(chunk, tables.REQUESTS)
             )
             index += 1
-        return {"rows": sum(order.labels.values())}
+        return {"rows": sum(job.labels.values())}
 
     run_step(out, recipe, body, handle, "--out")
 
 
-# The id is the image's own; the noise is that of the same number in an order with other guidance:
+# The id is the image's own; the noise is that of the same number in a job with other guidance:
 # they can be compared.
 def _request(
-    order: Order, whose: str, label: int, number: int, examples: Sequence[str]
+    job: GenerationJob, whose: str, label: int, number: int, examples: Sequence[str]
 ) -> GenerationRequest:
-    config, strategy = order.config, order.strategy
+    config, strategy = job.config, job.strategy
     key, seed = (
         digest("order", whose, label, number, size=10),
-        seed_of("order", order.seed, label, strategy, number),
+        seed_of("order", job.seed, label, strategy, number),
     )
-    start = {"sample": config.sigma_max, "vary": config.sigma_start, "blend": config.sigma_start}
+    start = {
+        "sample": config.sigma_max,
+        "img2img": config.sigma_start,
+        "interpolate": config.sigma_start,
+    }
     example = examples[number % len(examples)] if examples else None
     partner = None
-    if strategy == "blend":  # each pair of two comes up before any does again
+    if strategy == "interpolate":  # each pair of two comes up before any does again
         n = len(examples)
         partner = examples[(number + 1 + number // n % (n - 1)) % n]
     return GenerationRequest(
@@ -235,31 +265,31 @@ def _request(
         guidance=config.guidance,
         seed=seed,
         partner=partner,
-        hardness=config.hardness,
-        likeness=config.likeness,
+        classifier_guidance=config.classifier_guidance,
+        reference_guidance=config.reference_guidance,
     )
 
 
-def _examples(order: Order) -> dict[int, list[str]]:
-    """For each class asked for: the run's hard cases of the last round that has some, else all its
-    pictures of the role mine.
+def _examples(job: GenerationJob) -> dict[int, list[str]]:
+    """The pictures that each class's images start from: the run's hard cases of the last round that
+    has some, else all its pictures of the role mine.
     """
-    assert order.run is not None
-    rounds = (order.run.round(n, "hard") for n in itertools.count(1))
+    assert job.run is not None
+    rounds = (job.run.round(n, "hard") for n in itertools.count(1))
     hard = [folder for folder in itertools.takewhile(step_folder.is_finished, rounds)]
     cases = (
         tables.read(hard[-1], ["example", "label"], tables.HARD_CASES)
         if hard
         else tables.HARD_CASES.empty_table()
     )
-    mine = tables.read(order.run.data / "mine", ["id", "label"], tables.EXAMPLES)
-    classes, found = run_folder.classes_of(order.run.data), {}
-    for label in order.labels:
+    mine = tables.read(job.run.data / "mine", ["id", "label"], tables.EXAMPLES)
+    classes, found = run_folder.classes_of(job.run.data), {}
+    for label in job.labels:
         names = _of(cases, "example", label) or _of(mine, "id", label)
-        least = 2 if order.strategy == "blend" else 1
+        least = 2 if job.strategy == "interpolate" else 1
         if len(names) < least:
             raise UserError(
-                f"--strategy {order.strategy}: {order.run.root} has {len(names)} pictures "
+                f"--strategy {job.strategy}: {job.run.root} has {len(names)} pictures "
                 f"of {classes[label]} to start from, "
                 f"{least} are needed; take --strategy sample"
             )

@@ -1,4 +1,4 @@
-"""Which images of the mine role are worth painting more of.
+"""Which images of the mine role are worth generating more of.
 
 Taken are the misclassified and the nearly misclassified, with a budget for each class by its error,
 and farthest-first among the hardest of a class, so that one failure mode does not fill the list.
@@ -77,7 +77,7 @@ def hard_cases(
 ) -> list[HardCase]:
     """The hard cases of N images, best first; the same whatever the order of the rows.
 
-    ids are unique; labels int [N]; logits [N, K] of the classifier under attack, which says what is
+    ids are unique; labels int [N]; logits [N, K] of the target classifier, which says what is
     wrong or nearly wrong; embeddings [N, D] (D may be 0: then the hardest are taken), compared by
     cosine. The list goes round the classes (everyone's first pick, then everyone's second ...), so
     that any beginning of it is diverse too.

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from adversa.common.rounding import largest_remainder
 from adversa.storage import tables
-from adversa.types import PAINTED
+from adversa.types import GENERATED
 
 Pairs = Sequence[tuple[str, int]]
 
@@ -75,7 +75,7 @@ def repeats(
     ratio: float,
     most: Mapping[int, int] | None = None,
 ) -> list[int]:
-    """What the controls repeat where no arm paints: per_case of each mined image, within ratio x
+    """What the controls repeat where no arm generates: per_case of each mined image, within ratio x
     real in all. mined: labels.
     """
     wanted = _at_most(
@@ -113,7 +113,7 @@ def mix(arm: str, real: Pairs, mined: Pairs, synthetic: Pairs, counts: Sequence[
                 f"{arm} has no image of class {c} to repeat {count} times"
             )
             weights[rows] += count / max(rows.sum(), 1)
-    taken = _first(synthetic, counts) if arm in PAINTED else []
+    taken = _first(synthetic, counts) if arm in GENERATED else []
     rows = [*base, *taken]
     kinds = ["real"] * len(real) + ["mined"] * len(mined) + ["synthetic"] * len(taken)
     columns = {"id": [i for i, _ in rows], "kind": kinds, "label": [label for _, label in rows]}

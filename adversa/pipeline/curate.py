@@ -23,7 +23,7 @@ from adversa.curate import checks
 from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, inputs, mapped, run_step
 from adversa.engine.tasks import Part, Work
-from adversa.pipeline.verifier import Judges, folders
+from adversa.pipeline.verifier import Verifiers, folders
 from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import classes_of
@@ -296,7 +296,7 @@ def make_inspected(
 
     thresholds = thresholds_of(limits, config)
     scorer = make_scorer(classifier, embed=True)
-    verify = Judges(judge, config.folds, data) if config.folds else None
+    verify = Verifiers(judge, config.folds, data) if config.folds else None
     copies = near_copies(limits)
     everyone = read_features(features, ROLES)
     assert sorted(everyone["id"].to_pylist()) == copies.ids, (

@@ -110,7 +110,7 @@ def evaluate(
     folder.
 
     opening: called before a classifier sees the first image (for `test`, which is opened once, and
-    that is written down; only the near-copy gate has read it before, and that can but remove a
+    that is written down; only the near-copy filter has read it before, and that can but remove a
     synthetic image).
     """
     names = inputs(data=run.data) | {

@@ -26,7 +26,7 @@ def home(config: Config, arm: str, number: int) -> int:
 
 def has_codec(config: Config) -> bool:
     """Whether the run diffuses latents."""
-    return config.mix.paints and config.codec.kind != "pixels"
+    return config.mix.generates and config.codec.kind != "pixels"
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def trained(config: Config, run: RunDir, number: int) -> list[Path]:
     ]
 
 
-def judges(config: Config, run: RunDir) -> list[Path]:
-    """What each judge is trained on, and the judges."""
+def verifiers(config: Config, run: RunDir) -> list[Path]:
+    """What each verifier is trained on, and the verifiers."""
     folds = range(config.curate.folds)
     return [*(run.judge / f"mix-{k}" for k in folds), *(run.judge / f"fold-{k}" for k in folds)]
 

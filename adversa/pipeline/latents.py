@@ -201,13 +201,13 @@ def measure(folder: Path) -> dict[str, Any]:
     mean = total / count
     std = np.sqrt(np.maximum(square / count - mean**2, 0))
     if dead := np.flatnonzero(std < 1e-4).tolist():
-        mend = (
+        fix = (
             "fit it for more codec.steps or with fewer codec.latent_channels, or take another "
             "codec.path"
         )
         raise UserError(
             f"channels {dead} of the codec's latents are constant: nothing can be diffused "
-            f"in them; {mend}"
+            f"in them; {fix}"
         )
     return {"mean": mean.tolist(), "std": std.tolist()}
 

@@ -16,8 +16,8 @@ from adversa.storage import files
 
 # Name to what it says. Ray puts `ray_` before each; `run` is a label of all.
 NAMES = {
-    "adversa_images_per_second": "images that the step at work reads, paints or scores a second; 0 in a training",
-    "adversa_accepted_share": "share of the images painted so far that the gate has kept",
+    "adversa_images_per_second": "images that the step at work reads, generates or scores a second; 0 in a training",
+    "adversa_accepted_share": "share of the images generated so far that the filter has kept",
     "adversa_queue_depth": "images (of a training: steps) that the step at work has not done yet",
     "adversa_stage": "number of the stage at work: "
     f"{', '.join(f'{i} {s.name}' for i, s in enumerate(of_loop(), 1))}; 0 none",
@@ -81,6 +81,6 @@ class Vitals:
                 self.known[folder] = (float(manifest.get("device_seconds", 0.0)), *counts)
 
 
-def vitals(config: Config, run: RunDir) -> Callable[[], dict[str, Any]]:
+def run_metrics(config: Config, run: RunDir) -> Callable[[], dict[str, Any]]:
     """Reads the run's numbers, of NAMES."""
     return Vitals(config, run, {}).read

@@ -38,7 +38,7 @@ def mine(
     """The hard cases of the mine role under the classifier that was scored, and the failure modes
     they belong to.
 
-    Scored by several seeds, the first is under attack and all are the ensemble of scorer `bald`.
+    Scored by several seeds, the first is the target and all are the ensemble of scorer `bald`.
     earlier: the scores of the rounds before, in their order; scorer `forgetting` counts what was
     right in one round and wrong in the next.
     """
@@ -46,7 +46,7 @@ def mine(
     from adversa.mine.hard import hard_cases
 
     def body(progress: Progress) -> Facts:
-        rows = under_attack(scores)
+        rows = target_scores(scores)
         found = hard_cases(
             rows["id"].to_pylist(),
             rows["label"].to_numpy(),
@@ -67,7 +67,7 @@ def mine(
     run_step(out, Recipe("mine", 3, config.model_dump(mode="json"), names), body, handle)
 
 
-def under_attack(scores: Path, seed: int = 0) -> pa.Table:
+def target_scores(scores: Path, seed: int = 0) -> pa.Table:
     """What the classifier of one seed says: rows of tables.PREDICTIONS, in the order of the
     role.
     """
@@ -78,12 +78,12 @@ def under_attack(scores: Path, seed: int = 0) -> pa.Table:
 def ensemble(scores: Path) -> np.ndarray:
     """Logits [M, N, K] of every seed that was scored."""
     seeds = sorted(tables.read(scores, ["seed"], tables.PREDICTIONS)["seed"].unique().to_pylist())
-    return np.stack([matrix(under_attack(scores, s)["logits"]) for s in seeds or [0]])
+    return np.stack([matrix(target_scores(scores, s)["logits"]) for s in seeds or [0]])
 
 
 def right(scores: Path, ids: Sequence[str]) -> np.ndarray:
-    """bool [N]: which of the images the classifier under attack got right."""
-    rows = under_attack(scores)
+    """bool [N]: which of the images the target classifier got right."""
+    rows = target_scores(scores)
     known = dict(
         zip(
             rows["id"].to_pylist(),
@@ -98,7 +98,7 @@ def modes(scores: Path, data: Path, config: cfg.Mine) -> Any:
     """mine.modes.FailureModes of what was scored."""
     from adversa.mine.modes import ModeSettings, failure_modes
 
-    rows = under_attack(scores)
+    rows = target_scores(scores)
     examples = tables.read(
         data / "mine", ["id", "group", "attributes"], tables.EXAMPLES
     ).to_pylist()

@@ -100,7 +100,7 @@ def _decode(
 
 def _begin(staging: Path, listing: str) -> None:
     """Keep a cut-off attempt's decoded parts only where the same was asked of the same records:
-    either may have been mended.
+    either may have been fixed.
     """
     if storage_files.read_json(staging / "listing.json") != {"listing": listing}:
         for folder in (staging, *(staging.parent / role for role in ROLES)):
@@ -158,7 +158,7 @@ def _roles(
     if not len(kept):
         raise UserError(
             f"data.path {config.path}: none of the {len(look)} pictures can be used "
-            f"({_first(problems)}); mend them"
+            f"({_first(problems)}); fix them"
         )
     rows = look.take(kept)
     ids, groups, labels = rows["id"].to_pylist(), rows["group"].to_pylist(), _names(rows["class"])

@@ -32,7 +32,7 @@ from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, predictions, tables
-from adversa.types import PAINTED, seed_of
+from adversa.types import GENERATED, seed_of
 
 CHOICE = "choice.json"
 RULE = "the smallest ratio whose mean lies within one standard error of the best mean"
@@ -372,7 +372,7 @@ def notes(config: Config, run: RunDir) -> list[str]:
 
 
 def _thing(arm: str) -> str:
-    return "synthetic image" if arm in PAINTED else "repeated image"
+    return "synthetic image" if arm in GENERATED else "repeated image"
 
 
 def _why(choice: Mapping[str, Any]) -> str:

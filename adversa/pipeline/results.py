@@ -20,11 +20,11 @@ from adversa.evaluate.metrics import metrics
 from adversa.evaluate.operating import Measures, members, thresholds
 from adversa.evaluate.subgroups import by_attribute, compare_by_attribute
 from adversa.pipeline import ratio
-from adversa.pipeline.folders import has_codec, home, judges, last_round, ratio_folders, swept
+from adversa.pipeline.folders import has_codec, home, last_round, ratio_folders, swept, verifiers
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import predictions, tables
-from adversa.types import ARMS, BEFORE, PAINTED, ROLES, seed_of
+from adversa.types import ARMS, BEFORE, GENERATED, ROLES, seed_of
 
 HEADLINE = "balanced_accuracy"
 AGAINST = ("replay", "unguided", "resample", "real")  # in the order of how much they would explain
@@ -324,9 +324,9 @@ def _banded(name: str, value: str) -> str:
 
 def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
     """Seconds and device-seconds of what an arm needs beside the data: its classifiers of all
-    rounds, the classifier that mines, and where it paints its share of the images and verdicts, the
-    denoiser, the judges and what the gate measures on real images; where it is the one whose ratio
-    was swept, the sweeps.
+    rounds, the classifier that mines, and where it generates its share of the images and verdicts,
+    the denoiser, the verifiers and what the filter measures on real images; where it is the one
+    whose ratio was swept, the sweeps.
     """
     last = last_round(config)
     found = {}
@@ -344,7 +344,7 @@ def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
             }
         if swept(config, run) and arm == ratio.arm_of(config):
             folders |= {ratio_folders(run, n)[0]: 1.0 for n in swept(config, run)}
-        if arm in PAINTED:
+        if arm in GENERATED:
             if has_codec(config):
                 latents = (
                     []
@@ -355,7 +355,7 @@ def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
             folders |= dict.fromkeys(
                 [
                     run.denoiser,
-                    *judges(config, run),
+                    *verifiers(config, run),
                     *(run.features / r for r in ROLES),
                     run.limits,
                 ],

@@ -169,29 +169,29 @@ def features(engine: Engine, run: RunDir, config: cfg.Config, at: QualityFolders
 
 
 def space(config: cfg.Config, run: RunDir) -> Any:
-    """The classify.features.Space that config.quality names.
+    """The classify.features.FeatureSpace that config.quality names.
 
     By default the pretrained weights the classifier starts from, as they are: features that were
     never fitted on the images they judge. A classifier from scratch has none, so there it is the
     run's own, which has seen `train`: the floor, the distance of `train` from the held-out images,
     holds what that does.
     """
-    from adversa.classify.features import Space
+    from adversa.classify.features import FeatureSpace
 
     q, c = config.quality, config.classifier
     if needs_classifier(config):
-        return Space("the run's own classifier", folder=run.arm(0, "real", 0) / "classifier")
+        return FeatureSpace("the run's own classifier", folder=run.arm(0, "real", 0) / "classifier")
     if q.features is None:
-        return Space(f"{c.model}, pretrained", config=c)
+        return FeatureSpace(f"{c.model}, pretrained", config=c)
     return _named(q)
 
 
 def _named(q: cfg.Quality) -> Any:
-    from adversa.classify.features import Space, pretrained
+    from adversa.classify.features import FeatureSpace, pretrained
 
     assert q.features is not None
     if Path(q.features).is_dir():
-        return Space(q.features, folder=Path(q.features).absolute())
+        return FeatureSpace(q.features, folder=Path(q.features).absolute())
     assert q.weights is not None, "`check` comes first"
     return pretrained(q.features, q.weights)
 

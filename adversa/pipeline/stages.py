@@ -64,7 +64,7 @@ def _codec(at: StageContext) -> None:
     """Where latents are diffused: the autoencoder, fitted on the arm `real` or given; the latents
     of `train` and `select`.
 
-    What may refuse a setting comes first: it can be mended in place as long as no step that reads
+    What may refuse a setting comes first: it can be fixed in place as long as no step that reads
     it has begun.
     """
     c, d = at.config, at.dir
@@ -94,26 +94,26 @@ def _coded(config: Config, run: RunDir, number: int) -> tuple[Output, ...]:
 
 
 def _train(at: StageContext) -> None:
-    """The classifiers of the arm `real`, the judges, then the denoiser, in one launch."""
+    """The classifiers of the arm `real`, the verifiers, then the denoiser, in one launch."""
     c, d = at.config, at.dir
     results.check_groups(c.evaluate, classes_of(d.data))
-    train.check_models(c, classes_of(d.data), c.mix.paints, d.codec)
+    train.check_models(c, classes_of(d.data), c.mix.generates, d.codec)
     _first_mix(at)
     jobs = [_classifier(at, "real", seed) for seed in range(c.evaluate.seeds)]
-    if c.mix.paints:
+    if c.mix.generates:
         jobs += [*verifier.jobs(d.data, c, d.judge, at.engine.handle), *_denoiser_jobs(at)]
     at.engine.fit(jobs)
 
 
 def _first_trained(config: Config, run: RunDir, number: int) -> tuple[Output, ...]:
     found = (_mixed(run), *(Output(f, CLASSIFIER) for f in trained(config, run, 0)))
-    if not config.mix.paints:
+    if not config.mix.generates:
         return found
     folds = range(config.curate.folds)
     mixes = (Output(verifier.mix_of(run.judge, k), ("curate.folds",)) for k in folds)
     own = ("curate.folds", "curate.judge", *CLASSIFIER)
-    judges = (Output(f, own) for f in verifier.folders(run.judge, config.curate.folds))
-    return (*found, *mixes, *judges, _denoiser(config, run))
+    verifiers = (Output(f, own) for f in verifier.folders(run.judge, config.curate.folds))
+    return (*found, *mixes, *verifiers, _denoiser(config, run))
 
 
 def _train_denoiser(at: StageContext) -> None:
@@ -179,11 +179,9 @@ def _classifier(at: StageContext, arm: str, seed: int) -> FitJob:
 
 def _mine(at: StageContext) -> None:
     d, n, scorer = at.dir, at.round, at.config.mine.scorer
-    attacked = attacked_in(at.config, d, n)
+    target = attacked_in(at.config, d, n)
     seeds = range(at.config.evaluate.seeds if scorer == "bald" else 1)
-    models = [
-        (attacked.parts[-3], s, attacked.parents[1] / f"seed-{s}" / "classifier") for s in seeds
-    ]
+    models = [(target.parts[-3], s, target.parents[1] / f"seed-{s}" / "classifier") for s in seeds]
     evaluate.score(at.engine, models, d.data / "mine", d.data, True, d.round(n, "scores"))
     earlier = [d.round(k, "scores") for k in range(1, n)] if scorer == "forgetting" else []
     scores, hard = d.round(n, "scores"), d.round(n, "hard")
@@ -198,18 +196,18 @@ def _mined(config: Config, run: RunDir, number: int) -> tuple[Output, ...]:
 def _generate(at: StageContext) -> None:
     c, d, n = at.config, at.dir, at.round
     hard, requests, levels = d.round(n, "hard"), d.round(n, "requests"), None
-    without, attacked = ratio.capped(c, d, n), attacked_in(c, d, n)
+    without, target = ratio.capped(c, d, n), attacked_in(c, d, n)
     if c.generate.adaptive:
         levels = d.round(n, "levels")
-        judges = verifier.folders(d.judge, c.curate.folds)
+        verifiers = verifier.folders(d.judge, c.curate.folds)
         generate.levels(
-            at.engine, hard, d.data, d.denoiser, judges, c.generate, at.run_id, levels, without
+            at.engine, hard, d.data, d.denoiser, verifiers, c.generate, at.run_id, levels, without
         )
-    by = attacked, trained_in(c, n)
+    by = target, trained_in(c, n)
     asked = at.run_id, n, c.mix.arms, c.generate
     generate.plan(hard, levels, *asked, requests, by, without, at.engine.handle)
     generate.generate(
-        at.engine, requests, d.data, d.denoiser, attacked, c.generate, d.round(n, "synthetic")
+        at.engine, requests, d.data, d.denoiser, target, c.generate, d.round(n, "synthetic")
     )
 
 
@@ -225,9 +223,9 @@ def _curate(at: StageContext) -> None:
     """
     c, d, n = at.config, at.dir, at.round
     classifier = d.arm(0, "real", 0) / "classifier"
-    judges = verifier.folders(d.judge, c.curate.folds)
+    verifiers = verifier.folders(d.judge, c.curate.folds)
     for role in ROLES:
-        curate.features(at.engine, d.data, role, classifier, judges, d.features / role)
+        curate.features(at.engine, d.data, role, classifier, verifiers, d.features / role)
     curate.measure_thresholds(d.data, d.features, c.curate, d.limits, at.engine.handle)
     requests, synthetic, inspected, twins = (
         d.round(n, x) for x in ("requests", "synthetic", "inspected", "twins")
@@ -325,7 +323,7 @@ def _rounds(config: Config) -> range:
 
 
 def _generating(config: Config) -> range:
-    return _rounds(config) if config.mix.paints else range(0)
+    return _rounds(config) if config.mix.generates else range(0)
 
 
 def _evaluating(config: Config) -> range:

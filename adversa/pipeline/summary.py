@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adversa.config import Config, judge_of
+from adversa.config import Config, verifier_of
 from adversa.curate.filter import Verdict, acceptance
 from adversa.pipeline import parity_check, ratio, results, test_access
 from adversa.pipeline.folders import has_codec, home, last_round
@@ -26,8 +26,8 @@ def write(config: Config, run: RunDir, folders: Sequence[Path]) -> dict[str, Any
 
     test_access.review(run, test_access.asked(config, run), reopen=False)
     classes = classes_of(run.data)
-    painted = range(1, last_round(config) + 1) if config.mix.paints else ()
-    gated = [run.round(n, "verdicts") for n in painted]
+    generated = range(1, last_round(config) + 1) if config.mix.generates else ()
+    gated = [run.round(n, "verdicts") for n in generated]
     verdicts = [v for f in gated for v in tables.read(f, schema=tables.VERDICTS).to_pylist()]
     kept = [v for v in verdicts if v["keep"]]
     spent = results.costs(config, run)
@@ -121,14 +121,14 @@ def notes(config: Config, run: RunDir) -> list[str]:
             "the images are procedural phantoms, not photographs: the figures say nothing "
             "about skin"
         )
-    if config.mix.paints and judge_of(config).model == config.classifier.model:
+    if config.mix.generates and verifier_of(config).model == config.classifier.model:
         found.append(
-            f"the judges are {config.classifier.model}, as the classifier is: they may "
+            f"the verifiers are {config.classifier.model}, as the classifier is: they may "
             "share its mistakes"
         )
     if (reopened := test_access.note(run)) is not None:
         found.append(reopened)
-    if config.mix.paints and config.denoiser.weights == "phantom":
+    if config.mix.generates and config.denoiser.weights == "phantom":
         found.append(
             "the denoiser started from weights shipped with adversa, trained on phantoms "
             "of another seed"
@@ -136,8 +136,8 @@ def notes(config: Config, run: RunDir) -> list[str]:
     if has_codec(config):
         psnr = step_folder.manifest(run.codec)["metrics"]["psnr"]
         found.append(
-            f"painted in the latents of an autoencoder: {psnr:.1f} dB on pictures of "
-            "select, no painted one is sharper"
+            f"generated in the latents of an autoencoder: {psnr:.1f} dB on pictures of "
+            "select, no generated one is sharper"
         )
     if config.evaluate.seeds == 1:
         found.append(

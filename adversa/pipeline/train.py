@@ -22,7 +22,7 @@ from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
 from adversa.storage.weights import MODEL
-from adversa.types import PAINTED, UserError, seed_of
+from adversa.types import GENERATED, UserError, seed_of
 
 # ---- training ------------------------------------------------------------------------------------
 
@@ -41,8 +41,8 @@ def mix(
     """Ids and weights of an arm's training set (arms.mix).
 
     hard, verdicts: of every round so far; none before the first. per_case: what the controls repeat
-    where no arm paints. config: with a number for the ratio (ratio.settled); auto only before the
-    first round, where there is nothing to add. most: of some classes, no more than so many are
+    where no arm generates. config: with a number for the ratio (ratio.settled); auto only before
+    the first round, where there is nothing to add. most: of some classes, no more than so many are
     added.
     """
     names = inputs(data=data) | {
@@ -62,7 +62,7 @@ def mix(
         cases = sorted(
             {p for h in hard for p in pairs(tables.read(h, schema=tables.HARD_CASES), "example")}
         )
-        kept: dict[str, list[tuple[str, int]]] = {a: [] for a in config.arms if a in PAINTED}
+        kept: dict[str, list[tuple[str, int]]] = {a: [] for a in config.arms if a in GENERATED}
         for folder in verdicts:
             rows = tables.read(folder, ["request_id", "arm", "label", "keep"], tables.VERDICTS)
             for a, these in kept.items():
@@ -107,7 +107,7 @@ def round_mix(
     round's ratio, or another.
     """
     rounds = range(1, number + 1)
-    verdicts = [run.round(n, "verdicts") for n in rounds] if section.paints else []
+    verdicts = [run.round(n, "verdicts") for n in rounds] if section.generates else []
     mix(
         run.data,
         [run.round(n, "hard") for n in rounds],
@@ -179,7 +179,7 @@ def round_classifier(
     """A training of an arm in a round, from one of the run's seeds, on the arm's mix or another of
     that round.
     """
-    rounds = range(1, number + 1) if arm in PAINTED else ()
+    rounds = range(1, number + 1) if arm in GENERATED else ()
     mined = [run.data / "mine"] if number and c.mix.fold_mined == "all" else []
     return classifier_job(
         run.data,
@@ -281,14 +281,14 @@ def check_weights(config: cfg.Config) -> None:
     """Before anything runs: the weight files are there, and the shipped denoiser has not seen this
     run's pictures.
     """
-    from adversa.diffuse import edm, external, painter
+    from adversa.diffuse import edm, external, generator
 
     if config.denoiser.external:
         external.places(config.denoiser.external)
-    judge = cfg.judge_of(config).weights
+    verifier = cfg.verifier_of(config).weights
     if config.generate.weak and config.mix.arms != ["real"]:
-        painter.fingerprint(Path(config.generate.weak))
-    for name in (config.classifier.weights, judge, config.denoiser.weights):
+        generator.fingerprint(Path(config.generate.weak))
+    for name in (config.classifier.weights, verifier, config.denoiser.weights):
         if name not in (None, "imagenet", "phantom"):
             weight_file(name)
     seen = files.read_json(edm.SHIPPED / "config.json") or {}
@@ -307,8 +307,8 @@ def check_models(config: cfg.Config, classes: list[str], synthetic: bool, codec:
     """Before the first training: every model the run needs can be built. UserError now, and not
     after an hour of training.
 
-    synthetic: whether the run paints, and so needs a judge and a denoiser. codec: the run's folder
-    of the codec, there if it is a given one.
+    synthetic: whether the run generates, and so needs a verifier and a denoiser. codec: the run's
+    folder of the codec, there if it is a given one.
     """
     from adversa.classify import model
     from adversa.diffuse import edm, external
@@ -316,7 +316,7 @@ def check_models(config: cfg.Config, classes: list[str], synthetic: bool, codec:
     model.build(config.classifier, len(classes), config.data.resolution)
     if not synthetic:
         return
-    model.build(cfg.judge_of(config), len(classes), config.data.resolution)
+    model.build(cfg.verifier_of(config), len(classes), config.data.resolution)
     channels, side = latents.space(config, codec)
     if (path := config.denoiser.external) is not None:
         external.check(

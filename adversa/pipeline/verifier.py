@@ -1,9 +1,9 @@
-"""The judge of the gate: classifiers of another architecture, each trained without one fold of
-`train`'s lesions.
+"""The verifiers of the filter: classifiers of another architecture, each trained without one fold
+of `train`'s lesions.
 
-A judge that had learnt a real image by heart would also vouch for a copy of it that was painted as
-another class. So an image is judged by those that have not seen the image of `train` it is nearest
-to (cross-fitting: Chernozhukov et al. 2018, section 1).
+A verifier that had learnt a real image by heart would also vouch for a copy of it that was
+generated as another class. So an image is judged by those that have not seen the image of `train`
+it is nearest to (cross-fitting: Chernozhukov et al. 2018, section 1).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from adversa.storage import tables
 from adversa.types import digest, seed_of
 
 
-def mix_of(judge: Path, fold: int) -> Path:
-    return judge / f"mix-{fold}"
+def mix_of(root: Path, fold: int) -> Path:
+    return root / f"mix-{fold}"
 
 
-def folders(judge: Path, folds: int) -> list[Path]:
-    return [judge / f"fold-{k}" for k in range(folds)]
+def folders(root: Path, folds: int) -> list[Path]:
+    return [root / f"fold-{k}" for k in range(folds)]
 
 
 def fold_of(data: Path, folds: int) -> dict[str, int]:
@@ -48,19 +48,19 @@ def fold_of(data: Path, folds: int) -> dict[str, int]:
 
 
 def jobs(
-    data: Path, config: cfg.Config, judge: Path, handle: RunHandle = NULL_HANDLE
+    data: Path, config: cfg.Config, root: Path, handle: RunHandle = NULL_HANDLE
 ) -> list[FitJob]:
-    """The training of each judge; writes what each is trained on. Judge k is trained on all folds
-    but k.
+    """The training of each verifier; writes what each is trained on. Verifier k is trained on all
+    folds but k.
     """
-    folds, section = config.curate.folds, cfg.judge_of(config)
+    folds, section = config.curate.folds, cfg.verifier_of(config)
     found = []
-    for k, out in enumerate(folders(judge, folds)):
-        without(data, k, folds, mix_of(judge, k), handle)
+    for k, out in enumerate(folders(root, folds)):
+        without(data, k, folds, mix_of(root, k), handle)
         seed = seed_of("judge", config.seed, k)
         found.append(
             train.classifier_job(
-                data, mix_of(judge, k), [], section, seed, config.data.resolution, out
+                data, mix_of(root, k), [], section, seed, config.data.resolution, out
             )
         )
     return found
@@ -80,24 +80,24 @@ def without(data: Path, fold: int, folds: int, out: Path, handle: RunHandle) -> 
     run_step(out, recipe, body, handle)
 
 
-class Judges:
-    """Loaded once; judges images by those that have not seen the image of `train` that they are
+class Verifiers:
+    """Loaded once; verifies images by those that have not seen the image of `train` that they are
     nearest to.
     """
 
-    def __init__(self, judge: Path, folds: int, data: Path) -> None:
+    def __init__(self, root: Path, folds: int, data: Path) -> None:
         from adversa.classify.score import make_scorer
 
         self.place = fold_of(data, folds)
-        self.scorers = [make_scorer(f, embed=k == 0) for k, f in enumerate(folders(judge, folds))]
-        self.known = [set(step_folder.manifest(mix_of(judge, k))["classes"]) for k in range(folds)]
+        self.scorers = [make_scorer(f, embed=k == 0) for k, f in enumerate(folders(root, folds))]
+        self.known = [set(step_folder.manifest(mix_of(root, k))["classes"]) for k in range(folds)]
 
     def __call__(
         self, images: np.ndarray, labels: Sequence[int], nearest: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [N, H, W, 3] -> (probabilities [N, K], embedding of the first judge [N, D]).
+        """uint8 [N, H, W, 3] -> (probabilities [N, K], embedding of the first verifier [N, D]).
 
-        nearest: ids of the images of `train` they are nearest to; the judge trained without it
+        nearest: ids of the images of `train` they are nearest to; the verifier trained without it
         speaks. Where that one has seen no image of the class, the mean of those that have counts;
         where none has, the row is NaN.
         """

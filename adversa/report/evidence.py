@@ -25,7 +25,7 @@ SHORT = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreRow:
     """A line of a before/after table."""
 
     name: str
@@ -54,7 +54,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonRow:
     """Arm a minus arm b. Numbers are None where the run did not record them. mcnemar: of each seed,
     as summary.json has it.
     """
@@ -100,7 +100,7 @@ class Comparison:
         )
 
 
-def overall(facts: Facts, role: str) -> list[Row]:
+def overall(facts: Facts, role: str) -> list[ScoreRow]:
     """Accuracy, mean sensitivity and specificity, balanced accuracy, AUROC."""
     specificity = [
         mean_specificity(facts, arm, role) if arm else None for arm in (BEFORE, facts.after)
@@ -108,19 +108,19 @@ def overall(facts: Facts, role: str) -> list[Row]:
     return [
         compared(facts, role, "accuracy", "accuracy"),
         compared(facts, role, "sensitivity, mean of classes", "balanced_accuracy"),
-        Row("specificity, mean of classes", specificity[0] or Score(None), specificity[1]),
+        ScoreRow("specificity, mean of classes", specificity[0] or Score(None), specificity[1]),
         compared(facts, role, "balanced accuracy", "balanced_accuracy"),
         compared(facts, role, METRICS["auroc_macro"], "auroc_macro"),
     ]
 
 
-def compared(facts: Facts, role: str, name: str, metric: str) -> Row:
+def compared(facts: Facts, role: str, name: str, metric: str) -> ScoreRow:
     after = score(facts, facts.after, role, metric) if facts.after else None
-    return Row(name, score(facts, BEFORE, role, metric), after)
+    return ScoreRow(name, score(facts, BEFORE, role, metric), after)
 
 
-def per_class(facts: Facts) -> dict[str, list[tuple[int, Row]]]:
-    """sensitivity, specificity -> (images of test, row) of each class."""
+def per_class(facts: Facts) -> dict[str, list[tuple[int, ScoreRow]]]:
+    """Sensitivity and specificity to (images of test, row) of each class."""
     return {
         kind: [
             (images, compared(facts, "test", name, f"{kind}/{name}"))
@@ -145,7 +145,7 @@ def arms(facts: Facts, role: str) -> tuple[list[str], dict[str, list[Score]]]:
 
 
 def groups(facts: Facts) -> dict[str, list[tuple[str, dict[str, Score]]]]:
-    """group of classes -> (name of a metric, arm -> score on test), in the order of the summary."""
+    """Group of classes to (name of a metric, arm to score on test), in the order of the summary."""
     found: dict[str, list[tuple[str, dict[str, Score]]]] = {}
     for group in facts.section("evaluate").get("groups") or {}:
         known = dict.fromkeys(m for arm in facts.arms for m in figures(facts, arm, "test"))
@@ -193,7 +193,7 @@ def _rest(level: str) -> str:
 
 
 def subgroups(found: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
-    """attribute -> a row a value, with each arm's score."""
+    """Attribute to a row for each value, with each arm's score."""
     shown: dict[str, list[dict[str, Any]]] = {}
     for attribute, of_arms in found.items():
         first = next(iter(of_arms.values()), [])
@@ -226,7 +226,7 @@ class Within:
 
 
 def within(found: dict[str, Any]) -> dict[str, list[Within]]:
-    """attribute -> a row a value; empty where the run did not compare them."""
+    """Attribute to a row for each value; empty where the run did not compare them."""
     return {
         attribute: [
             Within(
@@ -243,9 +243,9 @@ def within(found: dict[str, Any]) -> dict[str, list[Within]]:
     }
 
 
-def comparisons(found: list[dict[str, Any]]) -> list[Comparison]:
+def comparisons(found: list[dict[str, Any]]) -> list[ComparisonRow]:
     return [
-        Comparison(
+        ComparisonRow(
             a=str(c["a"]),
             b=str(c["b"]),
             metric=c["metric"],
@@ -268,13 +268,13 @@ def comparisons(found: list[dict[str, Any]]) -> list[Comparison]:
     ]
 
 
-def reach(rows: list[Comparison]) -> float:
+def reach(rows: list[ComparisonRow]) -> float:
     """The value at the end of the axis that comparisons share."""
     ends = [abs(v) for c in rows for v in (c.low, c.high, c.difference) if v is not None]
     return max(ends, default=0) * 1.08 or 1.0
 
 
-def bar(row: Comparison, end: float) -> Bar | None:
+def bar(row: ComparisonRow, end: float) -> Bar | None:
     found = [row.low, row.difference, row.high]
     return (
         None
@@ -296,7 +296,7 @@ def costs(facts: Facts) -> list[tuple[str, float | None, float | None]]:
 
 
 def elsewhere(facts: Facts) -> list[tuple[str, str]]:
-    """(name, verdict in one sentence) of each set from elsewhere that the run's classifiers were
+    """(name, verdict in one sentence) of each external cohort that the run's classifiers were
     scored on.
     """
     found = [
@@ -304,5 +304,6 @@ def elsewhere(facts: Facts) -> list[tuple[str, str]]:
         for p in sorted(facts.run.root.glob("external/*/summary.json"))
     ]
     return [
-        (name, str(told.get("verdict_sentence") or told.get("verdict", ""))) for name, told in found
+        (name, str(reported.get("verdict_sentence") or reported.get("verdict", "")))
+        for name, reported in found
     ]

@@ -108,7 +108,11 @@ class Score:
 
 
 def read_facts(run_dir: Path) -> Facts:
-    """UserError where there is no run, or it is not finished: with the command that finishes it."""
+    """The facts of a finished run.
+
+    Raises:
+        UserError: There is no run, or it is not finished; the command that finishes it is named.
+    """
     run = RunDir(run_dir)
     if not run.config.is_file():
         raise UserError(
@@ -203,7 +207,7 @@ def mean_specificity(facts: Facts, arm: str, role: str) -> Score:
 
 
 def by_round(facts: Facts, role: str, metric: str) -> dict[int, dict[str, float | None]]:
-    """round -> arm -> mean over seeds."""
+    """Round to arm to the mean over seeds."""
     numbers = sorted({c["round"] for c in facts.cards if c["role"] == role})
     return {
         n: {

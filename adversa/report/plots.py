@@ -69,7 +69,7 @@ def png(figure: Figure) -> bytes:
 
 
 def uri(figure: Figure) -> str:
-    """As a picture: the page's policy lets it run and fetch nothing."""
+    """The figure as a data URI of an image, which the page's policy lets run and fetch nothing."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode()
 
 

@@ -129,7 +129,7 @@ def _counts(said: Said, classes: int) -> np.ndarray:
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
-    """Of each row; NaN in a row without an image."""
+    """Each row's shares; NaN in a row without an image."""
     with np.errstate(invalid="ignore"):
         return counts / counts.sum(1, keepdims=True)
 
@@ -174,9 +174,9 @@ def calibrations(facts: Facts, said: dict[str, Said]) -> dict[str, Calibration]:
     return found
 
 
-def _or_own(told: Score, own: float) -> Score:
+def _or_own(reported: Score, own: float) -> Score:
     """The run's own figure, which has an interval; a run of an older version has none."""
-    return told if told.value is not None else Score(own)
+    return reported if reported.value is not None else Score(own)
 
 
 def titles(facts: Facts) -> dict[str, str]:
@@ -186,16 +186,16 @@ def titles(facts: Facts) -> dict[str, str]:
 
 def calibration_sentences(found: dict[str, Calibration], names: dict[str, str]) -> list[str]:
     """What the curves say, in words. names: of `titles`."""
-    told = []
+    reported = []
     for arm, c in found.items():
         sure = (
             f"on average {100 * abs(c.surplus):.1f} points too "
             f"{'sure' if c.surplus > 0 else 'unsure'} of its answers"
         )
-        told.append(
+        reported.append(
             f"{names[arm].capitalize()}: ECE {_words(c.ece)}, Brier {_words(c.brier)}; {sure}."
         )
-    return told
+    return reported
 
 
 def _words(s: Score) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adversa.curate.checks import CHECKS
-from adversa.report.evidence import Comparison
+from adversa.report.evidence import ComparisonRow
 from adversa.report.gather import Facts, columns
 from adversa.report.words import count, counted, fixed, listed, signed
 from adversa.storage import tables
@@ -34,9 +34,9 @@ class Unshown:
     checks: list[str]
 
 
-def unshown(facts: Facts, compared: list[Comparison], rounds: list[int]) -> Unshown:
+def unshown(facts: Facts, compared: list[ComparisonRow], rounds: list[int]) -> Unshown:
     groups: dict[str, Any] = facts.summary["subgroups"]
-    asked = facts.section("evaluate").get("subgroups") or []
+    requested = facts.section("evaluate").get("subgroups") or []
     generated = [n for n in rounds if tables.parts(facts.run.round(n, "verdicts"))]
     return Unshown(
         comparisons=[sentence(c) for c in compared if c.word == "not shown"],
@@ -44,13 +44,13 @@ def unshown(facts: Facts, compared: list[Comparison], rounds: list[int]) -> Unsh
         small={
             a: text for a, arms in groups.items() if (text := _small(next(iter(arms.values()), [])))
         },
-        unknown=[str(a) for a in asked if a not in groups] if groups or asked else [],
+        unknown=[str(a) for a in requested if a not in groups] if groups or requested else [],
         empty=[name for name, n in zip(facts.classes, facts.images["test"], strict=True) if not n],
         checks=checks_off(facts, generated[-1]) if generated else [],
     )
 
 
-def sentence(c: Comparison) -> str:
+def sentence(c: ComparisonRow) -> str:
     """The interval, what would have been found, and what it would take to find more."""
     parts = [f"{c.name}: {signed(c.difference)} ({signed(c.low)} to {signed(c.high)}), {c.on}."]
     if c.detectable is not None:

@@ -62,7 +62,7 @@ def share(part: float, whole: float) -> float:
 
 
 def listed(names: Sequence[str]) -> str:
-    """a, b and c."""
+    """The items as a list in a sentence: a, b and c."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 

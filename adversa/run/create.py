@@ -95,7 +95,7 @@ def open_run(
 
 def _may_change(run: RunDir, keys: list[str], reads: Mapping[str, Sequence[str]]) -> bool:
     """Whether no step that has begun reads a key that differs: then a setting that stopped a step
-    may be mended in place.
+    may be fixed in place.
 
     A training that has a checkpoint has begun: it would go on from the weights of the old settings.
     Not so a data folder that is not finished: it looks through its parts itself.
@@ -114,7 +114,7 @@ def _within(keys: Sequence[str], fields: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _opening(root: StoragePath) -> Iterator[None]:
-    """Whatever a file system says against a new run folder is for the user to mend: here it can't
+    """Whatever a file system says against a new run folder is for the user to fix: here it can't
     be a fault of ours.
     """
     try:

@@ -61,14 +61,14 @@ class RunDir:
 
     @property
     def features(self) -> StoragePath:
-        """What two classifiers make of the real images, a folder for each role: the gate measures
+        """What two classifiers make of the real images, a folder for each role: the filter measures
         distances in them.
         """
         return self.root / "features"
 
     @property
     def limits(self) -> StoragePath:
-        """What a painted image must keep to, as measured on real images."""
+        """What a generated image must keep to, as measured on real images."""
         return self.root / "limits"
 
     @property

@@ -100,7 +100,7 @@ FIXES = {
 def writing(
     folder: StoragePath, option: str = "--run-dir", kept: bool | None = None
 ) -> Iterator[None]:
-    """Turn the faults of a file system that a user can mend into a UserError.
+    """Turn the faults of a file system that are fixable by the user into a UserError.
 
     option: what the user gave the folder by. kept: whether the same command goes on where it was
     (default: with --run-dir).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from adversa.config import Config, Mix, judge_of
+from adversa.config import Config, Mix, verifier_of
 from adversa.data import sources
 from adversa.estimate.measure import Measured, Range
 from adversa.estimate.plan import NOTHING, Work, evaluations, seconds_of, trainings
@@ -42,7 +42,7 @@ class Amounts:
 
 def amounts(config: Config, run: RunDir) -> Amounts:
     """By the sweep's own rules, less what the folder has finished."""
-    c, s, paints = config, config.sweep, grid.paints(config.sweep)
+    c, s, generates = config, config.sweep, grid.generates(config.sweep)
     images, notes = _images(config, run)
     cells, points = grid.cells(s), grid.points(config)
     real = {a: [min(n, a.count or n) for n in images["train"]] for a in grid.sources(s)}
@@ -55,18 +55,18 @@ def amounts(config: Config, run: RunDir) -> Amounts:
             notes.append("A search that varies generate.* generates anew for each setting.")
     if done:
         notes.append(f"{done} trials are finished already, and not counted.")
-    attacked = [
+    targets = [
         a for a in cells if not step_folder.is_finished(grid.cell_dir(run, a).round(1, "hard"))
     ]
-    mined = {a: sum(min(n, a.count or n) for n in images["mine"]) for a in attacked}
-    seen = sum(sum(real[a]) + mined[a] + held_out for a in attacked) if paints else 0
-    judged = [a for a in attacked if min(filter(None, real[a]), default=0) >= grid.JUDGED]
-    verifiers = c.curate.folds * len(judged) if paints else 0
-    arms = [(a, v) for a in cells for v in grid.variants(c, a) if v.paints]
+    mined = {a: sum(min(n, a.count or n) for n in images["mine"]) for a in targets}
+    seen = sum(sum(real[a]) + mined[a] + held_out for a in targets) if generates else 0
+    judged = [a for a in targets if min(filter(None, real[a]), default=0) >= grid.VERIFIABLE]
+    verifiers = c.curate.folds * len(judged) if generates else 0
+    arms = [(a, v) for a in cells for v in grid.variants(c, a) if v.generates]
     pools = [p for p in arms if not step_folder.is_finished(grid.pool_dir(run, *p) / "verdicts")]
-    asked = {a: sum(grid.wanted(real[a], max(s.ratios), s.overdraw)) for a in cells}
-    drawn = sum(asked[a] for a, _ in pools)
-    rows = sum(asked[a] * evaluations(c, v.arm) for a, v in pools)
+    requested = {a: sum(grid.wanted(real[a], max(s.ratios), s.overdraw)) for a in cells}
+    drawn = sum(requested[a] for a, _ in pools)
+    rows = sum(requested[a] * evaluations(c, v.arm) for a, v in pools)
     sees = {DataRegime(None) if v.sees == grid.ALL else a for a, v in arms}
     fits = [a for a in sees if not step_folder.is_finished(grid.cell_dir(run, a).denoiser)]
     n = 0 if c.denoiser.external else len(fits)
@@ -75,16 +75,16 @@ def amounts(config: Config, run: RunDir) -> Amounts:
     codecs = [Work("encode", latents, "tasks")]
     if c.codec.is_fitted:
         codecs.append(Work("codec", n * c.codec.steps, "workers"))
-    hard = trainings("classifier", len(attacked), c.classifier, selected)
-    hard += [Work("score", seen + len(attacked) * selected, "tasks")]
-    hard += [Work("compare", 2 * seen, "one")] if paints else []
-    judges = trainings("verifier", verifiers, judge_of(c), 0)
+    hard = trainings("classifier", len(targets), c.classifier, selected)
+    hard += [Work("score", seen + len(targets) * selected, "tasks")]
+    hard += [Work("compare", 2 * seen, "one")] if generates else []
+    verifying = trainings("verifier", verifiers, verifier_of(c), 0)
     steps = [Work("denoiser", n * c.denoiser.steps, "workers")]
     compared = [Work("compare", drawn * (1 + c.curate.twins), "tasks")]
     tried = trainings("classifier", trials, c.classifier, selected, "trials")
     lines = [
-        Workload("hard cases", len(attacked), f"{c.classifier.steps} steps", hard),
-        Workload("verifiers", verifiers, f"{judge_of(c).steps} steps", judges),
+        Workload("hard cases", len(targets), f"{c.classifier.steps} steps", hard),
+        Workload("verifiers", verifiers, f"{verifier_of(c).steps} steps", verifying),
         Workload("autoencoders", n if latents else 0, f"{latents} latents", codecs),
         Workload("denoisers", n, f"{c.denoiser.steps} steps", steps),
         Workload(
@@ -110,5 +110,5 @@ def _images(config: Config, run: RunDir) -> tuple[dict[str, list[int]], list[str
 
 def measurable(config: Config) -> Config:
     """A configuration whose kinds of work are those of the sweep."""
-    arms = ["real", "unguided", "guided"] if grid.paints(config.sweep) else ["real"]
+    arms = ["real", "unguided", "guided"] if grid.generates(config.sweep) else ["real"]
     return config.model_copy(update={"mix": Mix(arms=arms)})

@@ -2,7 +2,7 @@
 each lies. No torch, no ray.
 
 A cell is a small run of its own below `cells/`: its images, the classifier that finds its hard
-cases, its denoiser. Images are painted once for a cell and an arm, below `pools/`, as many as the
+cases, its denoiser. Images are generated once for a cell and an arm, below `pools/`, as many as the
 largest ratio wants; every ratio and seed takes its share of them by id.
 """
 
@@ -17,11 +17,11 @@ from adversa.config import Config, Curate, Sweep
 from adversa.config import check as check_config
 from adversa.pipeline.stage import Output, PlannedStage
 from adversa.run.folder import RunDir
-from adversa.types import PAINTED, UserError
+from adversa.types import GENERATED, UserError
 
-# Lesions that the rarest class of a cell must have for judges, trained on half of them, and
-# manifolds to have a say in the gate.
-JUDGED = 10
+# Lesions that the rarest class of a cell must have for verifiers, trained on half of them, and
+# manifolds to have a say in the filter.
+VERIFIABLE = 10
 ALL = "all"
 SEARCHED = "search.json"  # of a search in place of the grid
 RESULTS = ("sweep.parquet", "sweep.json", "sweep.html")
@@ -41,7 +41,7 @@ class DataRegime:
 @dataclass(frozen=True)
 class Variant:
     """An arm of the sweep. strategy: of the guided arm; sees: what the denoiser was trained on; ""
-    where nothing is painted.
+    where nothing is generated.
     """
 
     arm: str
@@ -49,8 +49,8 @@ class Variant:
     sees: str = ""
 
     @property
-    def paints(self) -> bool:
-        return self.arm in PAINTED
+    def generates(self) -> bool:
+        return self.arm in GENERATED
 
     @property
     def name(self) -> str:
@@ -101,12 +101,12 @@ def sources(sweep: Sweep) -> list[DataRegime]:
 
 
 def _wants_all(sweep: Sweep) -> bool:
-    return ALL in sweep.denoiser_sees and paints(sweep)
+    return ALL in sweep.denoiser_sees and generates(sweep)
 
 
-def paints(sweep: Sweep) -> bool:
-    """Whether any arm has painted images."""
-    return any(arm in PAINTED for arm in sweep.arms)
+def generates(sweep: Sweep) -> bool:
+    """Whether any arm has generated images."""
+    return any(arm in GENERATED for arm in sweep.arms)
 
 
 def variants(config: Config, cell: DataRegime) -> list[Variant]:
@@ -116,7 +116,7 @@ def variants(config: Config, cell: DataRegime) -> list[Variant]:
     s, found = config.sweep, []
     sees = ["subset"] if cell.count is None else list(s.denoiser_sees)
     for arm in s.arms:
-        if arm not in PAINTED:
+        if arm not in GENERATED:
             found.append(Variant(arm))
             continue
         strategies = (s.strategies or [config.generate.strategy]) if arm == "guided" else [""]
@@ -137,9 +137,13 @@ def points(config: Config) -> list[Point]:
 
 
 def check(config: Config) -> None:
-    """UserError for a grid that makes no sense, before anything runs."""
+    """Check the grid before anything runs.
+
+    Raises:
+        UserError: It makes no sense.
+    """
     s = config.sweep
-    if max(s.ratios) == 0:  # also of a search: images are painted for the largest
+    if max(s.ratios) == 0:  # also of a search: images are generated for the largest
         raise UserError(
             f"sweep.ratios {s.ratios} leaves the arms {', '.join(s.arms)} without images; "
             "add a ratio above 0"
@@ -155,9 +159,9 @@ def check(config: Config) -> None:
             f"counts of real images, {len(s.ratios)} "
             f"ratios, {len(s.arms)} arms, {s.seeds} seeds); leave some out, or allow more"
         )
-    if paints(s) and config.generate.adaptive:
+    if generates(s) and config.generate.adaptive:
         raise UserError(
-            "generate.adaptive true: a sweep's small cells have no judges to choose noise "
+            "generate.adaptive true: a sweep's small cells have no verifiers to choose noise "
             "levels; set it to false"
         )
     if config.classifier.patience is not None:
@@ -165,12 +169,12 @@ def check(config: Config) -> None:
             f"classifier.patience {config.classifier.patience} would stop trials, which "
             "are compared, at different steps; take null"
         )
-    if paints(s) and config.denoiser.external and len(s.denoiser_sees) > 1:
+    if generates(s) and config.denoiser.external and len(s.denoiser_sees) > 1:
         raise UserError(
             f"sweep.denoiser_sees {s.denoiser_sees}: denoiser.external is one and the same "
             "for every cell; take one of the two"
         )
-    if paints(s):  # what a run that paints must keep to
+    if generates(s):  # what a run that generates must keep to
         check_config(
             config.model_dump(mode="json") | {"mix": {"arms": ["real", "unguided", "guided"]}},
             "the sweep",
@@ -199,9 +203,9 @@ def check_counts(config: Config, by_class: Mapping[str, int], exact: bool) -> No
             if n * share < count * (1 if exact else 0.8)
         }
         if short:
-            told = ", ".join(f"{c} {'' if exact else 'about '}{n}" for c, n in short.items())
+            reported = ", ".join(f"{c} {'' if exact else 'about '}{n}" for c, n in short.items())
             raise UserError(
-                f"sweep.real {count}: train has fewer images of some classes ({told}); "
+                f"sweep.real {count}: train has fewer images of some classes ({reported}); "
                 f"leave {count} out, or set sweep.scarce=all "
                 "to take all that these classes have"
             )
@@ -239,7 +243,7 @@ def result_dir(run: RunDir, point: Point) -> Path:
 
 def wanted(real: Sequence[int], ratio: float, overdraw: float = 1.0) -> list[int]:
     """Images of each class to add to so many real ones, half away from zero; with overdraw, to
-    paint: rounded up.
+    generate: rounded up.
     """
     assert ratio >= 0, ratio
     if overdraw == 1:
@@ -247,12 +251,12 @@ def wanted(real: Sequence[int], ratio: float, overdraw: float = 1.0) -> list[int
     return [math.ceil(ratio * n * overdraw - 1e-9) for n in real]
 
 
-def gate_of(curate: Curate, lesions: Sequence[int]) -> Curate:
-    """The gate of a cell. lesions: of each class in its train. Below JUDGED of them in a class
-    there are no judges and no manifold: a picture is still refused where it is flat, clipped, not
-    finite, a near copy or a twin.
+def filter_of(curate: Curate, lesions: Sequence[int]) -> Curate:
+    """The filter of a cell. lesions: of each class in its train. Below VERIFIABLE of them in a
+    class there are no verifiers and no manifold: a picture is still refused where it is flat,
+    clipped, not finite, a near copy or a twin.
     """
-    if min((n for n in lesions if n), default=0) >= JUDGED:
+    if min((n for n in lesions if n), default=0) >= VERIFIABLE:
         return curate
     return curate.model_copy(
         update={"folds": 0, "trivial_quantile": None, "realism_quantile": None}
@@ -268,9 +272,9 @@ def plan(config: Config, run: RunDir) -> list[PlannedStage]:
         searched = Output(run.root / SEARCHED, kind="file")
         return [prepared, PlannedStage("sweep", 0, (searched,), trials)]
     results = tuple(Output(result_dir(run, p)) for p in points(config))
-    told = tuple(Output(run.root / name, kind="file") for name in RESULTS)
+    reported = tuple(Output(run.root / name, kind="file") for name in RESULTS)
     return [
         prepared,
         PlannedStage("sweep", 0, results, trials),
-        PlannedStage("report", 0, told),
+        PlannedStage("report", 0, reported),
     ]

@@ -1,4 +1,4 @@
-"""The figures of a sweep, drawn by matplotlib: score against dose, a panel a cell, and against the
+"""The figures of a sweep, drawn by matplotlib: score against ratio, a panel a cell, and against the
 number of real images.
 
 Nothing of a user's files is in them but numbers and the names of arms; their bytes are the same for
@@ -24,16 +24,23 @@ if TYPE_CHECKING:
 # Okabe and Ito 2008, "Color universal design": told apart by all; markers differ too.
 STRATEGIES = {
     "sample": "#009E73",
-    "vary": "#D55E00",
+    "img2img": "#D55E00",
     "inpaint": "#CC79A7",
     "outpaint": "#E69F00",
     "inout": "#56B4E9",
-    "blend": "#7A6000",
+    "interpolate": "#7A6000",
 }
-MARKERS = {"sample": "D", "vary": "^", "inpaint": "v", "outpaint": "P", "inout": "X", "blend": "p"}
+MARKERS = {
+    "sample": "D",
+    "img2img": "^",
+    "inpaint": "v",
+    "outpaint": "P",
+    "inout": "X",
+    "interpolate": "p",
+}
 PLAIN = {"replay": ("#5A5A5A", "s"), "unguided": ("#0072B2", "o"), "real": ("#000000", "o")}
 PANEL = (4.6, 3.5)  # inches
-KNEE = 0.045  # of a panel's height, for each knee's line
+SATURATION = 0.045  # of a panel's height, for each saturation point's line
 STEP = 5.0  # points between arms at one place of an axis
 
 
@@ -45,7 +52,7 @@ class Look:
 
 
 def look(variant: dict[str, Any]) -> Look:
-    """variant: with arm, strategy, sees. Dashed and hollow where the denoiser saw all of train."""
+    """The colour, marker and line of an arm; dashed and hollow where its denoiser saw all."""
     color, marker = PLAIN.get(variant["arm"]) or (
         STRATEGIES[variant["strategy"]],
         MARKERS[variant["strategy"]],
@@ -53,13 +60,17 @@ def look(variant: dict[str, Any]) -> Look:
     return Look(color, marker, "--" if variant["sees"] == ALL else "-")
 
 
-# ---- score against dose --------------------------------------------------------------------------
+# ---- score against ratio -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Panel:
-    """curves: of sweep.json, of one cell; points: theirs and the arm real's, with finished trials;
-    ends: of the score, alike in all panels of a cell.
+    """One panel: a regime's curves and points.
+
+    Attributes:
+        curves: Of sweep.json, of one regime.
+        points: Theirs and those of the arm real, with finished trials.
+        ends: Of the score's axis, alike in all panels of a regime.
     """
 
     title: str
@@ -77,7 +88,7 @@ def panels(known: dict[str, Any]) -> list[Panel]:
         curves = [c for c in known["curves"] if c["cell"] == cell]
         every = [p for p in known["points"] if p["cell"] == cell]
         ends = limits(
-            every, curves, max((sum(map(has_knee, of)) for of in _split(curves)), default=0)
+            every, curves, max((sum(map(saturates, of)) for of in _split(curves)), default=0)
         )
         parts = _split(curves)
         for of in parts:
@@ -94,17 +105,18 @@ def _split(curves: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _is_dose(point: dict[str, Any], curves: Sequence[dict[str, Any]]) -> bool:
-    """Of one of the arms, and not a ratio that reached no more than a smaller one."""
+    """Whether the point is of an arm, at a ratio that reached more than every smaller one."""
     if point["arm"] == "real":
         return True
     return any(c["variant"] == point["variant"] and point["ratio"] in c["ratios"] for c in curves)
 
 
 def limits(
-    points: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]], knees: int = 0
+    points: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]], lines: int = 0
 ) -> tuple[float, float]:
-    """Of the score: all means, and of bands what is not far beyond; the rest leaves the picture.
-    knees: lines to leave room for.
+    """The ends of the score's axis: all means, and of the bands what is not far beyond them.
+
+    lines: how many saturation points there must be room for.
     """
     means = [p["mean"] for p in points if p["mean"] is not None]
     bands = [v for c in curves if c["response"] for k in ("low", "high") for v in c["response"][k]]
@@ -115,15 +127,15 @@ def limits(
     low, high = max(low - reach, min([low, *bands])), min(high + reach, max([high, *bands]))
     gap = 0.06 * (high - low)
     low, high = max(0.0, low - gap), min(1.0, high + gap)
-    share = KNEE * (knees + 1) if knees else 0.0
+    share = SATURATION * (lines + 1) if lines else 0.0
     return low - share / (1 - share) * (high - low), high
 
 
-def has_knee(curve: dict[str, Any]) -> bool:
-    return curve["response"] is not None and curve["response"]["knee"] is not None
+def saturates(curve: dict[str, Any]) -> bool:
+    return curve["response"] is not None and curve["response"]["saturation_point"] is not None
 
 
-def dose_figure(chosen: Sequence[Panel], metric: str) -> Figure:
+def ratio_figure(chosen: Sequence[Panel], metric: str) -> Figure:
     """All panels, two in a row; one panel fills the figure."""
     from matplotlib.figure import Figure
 
@@ -152,11 +164,11 @@ def dose_figure(chosen: Sequence[Panel], metric: str) -> Figure:
 
 def draw_panel(ax: Axes, panel: Panel, metric: str) -> None:
     """Means with intervals, curves with bands, and below, on a line of its own for each arm, the
-    knee with its interval.
+    saturation point with its interval.
     """
-    doses = sorted({p["reached"] for p in panel.points})
+    ratios = sorted({p["reached"] for p in panel.points})
     _score_axis(ax, panel.ends)
-    _dose_axis(ax, doses)
+    _ratio_axis(ax, ratios)
     ax.set(title=panel.title, xlabel="images added for each real one", ylabel=NAMES[metric])
     ax.grid(axis="y")
     _whiskers(ax, [p for p in panel.points if p["arm"] == "real"], PLAIN["real"][0], "o", 0.0, True)
@@ -166,13 +178,13 @@ def draw_panel(ax: Axes, panel: Panel, metric: str) -> None:
         mine = [p for p in panel.points if p["variant"] == curve["variant"]]
         _line(ax, curve, [p for p in panel.points if p["arm"] == "real"] + mine, of)
         _whiskers(ax, mine, of.color, of.marker, at, of.line == "-")
-        if has_knee(curve):
+        if saturates(curve):
             lines += 1
-            _knee(ax, curve["response"], of.color, KNEE * (lines - 0.25))
+            _saturation_point(ax, curve["response"], of.color, SATURATION * (lines - 0.25))
 
 
 def _score_axis(ax: Axes, ends: tuple[float, float]) -> None:
-    """No tick below 0, where there may be room for knees."""
+    """No tick below 0, where there may be room for saturation points."""
     if ends[0] == ends[1]:  # every score the same
         ends = ends[0] - 0.01, ends[1] + 0.01
     ax.set_ylim(*ends)
@@ -180,18 +192,18 @@ def _score_axis(ax: Axes, ends: tuple[float, float]) -> None:
     ax.set_ylim(*ends)
 
 
-def _dose_axis(ax: Axes, doses: Sequence[float]) -> None:
-    """Logarithmic above the least dose, straight below it, so that 0 has a place; a tick at every
-    dose that has room.
+def _ratio_axis(ax: Axes, ratios: Sequence[float]) -> None:
+    """Logarithmic above the least ratio, straight below it, so that 0 has a place; a tick at every
+    ratio that has room.
     """
-    least = min((d for d in doses if d > 0), default=1.0)
-    most = max([*doses, least])
+    least = min((d for d in ratios if d > 0), default=1.0)
+    most = max([*ratios, least])
     ax.set_xscale("symlog", linthresh=least, linscale=0.5, base=10)
     ax.set_xlim(-0.28 * least, most * (1.5 if most > 3 * least else 1.15))
     place = ax.transData.transform
     room = place([(most, 0)])[0][0] - place([(0, 0)])[0][0]
     shown: list[float] = []
-    for d in doses:
+    for d in ratios:
         if not shown or place([(d, 0)])[0][0] - place([(shown[-1], 0)])[0][0] > 0.1 * room:
             shown.append(d)
     ax.set_xticks(shown, [f"{d:.3g}" for d in shown])
@@ -227,7 +239,7 @@ def _line(ax: Axes, curve: dict[str, Any], points: Sequence[dict[str, Any]], of:
 def _whiskers(
     ax: Axes, points: Sequence[dict[str, Any]], color: str, marker: str, shift: float, full: bool
 ) -> None:
-    """Means and intervals, `shift` points to the right of their dose."""
+    """Means and intervals, `shift` points to the right of their ratio."""
     from matplotlib.transforms import ScaledTranslation
 
     where = ax.transData + ScaledTranslation(shift / 72, 0, ax.figure.dpi_scale_trans)
@@ -254,10 +266,15 @@ def _whiskers(
         )
 
 
-def _knee(ax: Axes, response: dict[str, Any], color: str, height: float) -> None:
-    """height: share of the panel's, where the knee's line lies; a mark on the curve too."""
+def _saturation_point(ax: Axes, response: dict[str, Any], color: str, height: float) -> None:
+    """Draw a saturation point with its interval, and a mark on the curve.
+
+    height: where its line lies, as a share of the panel's height.
+    """
     where = ax.get_xaxis_transform()
-    low, knee, high = (response[k] for k in ("knee_low", "knee", "knee_high"))
+    low, saturation, high = (
+        response[k] for k in ("saturation_low", "saturation_point", "saturation_high")
+    )
     ax.plot(
         [low, high],
         [height] * 2,
@@ -267,7 +284,7 @@ def _knee(ax: Axes, response: dict[str, Any], color: str, height: float) -> None
         solid_capstyle="butt",
     )
     ax.plot(
-        [knee],
+        [saturation],
         [height],
         marker="d",
         color=color,
@@ -276,9 +293,9 @@ def _knee(ax: Axes, response: dict[str, Any], color: str, height: float) -> None
         transform=where,
         zorder=4,
     )
-    at = float(np.interp(knee, response["grid"], response["middle"]))
+    at = float(np.interp(saturation, response["grid"], response["middle"]))
     ax.plot(
-        [knee],
+        [saturation],
         [at],
         marker="d",
         color="white",

@@ -1,9 +1,9 @@
 """What a cell of a sweep is made of, as steps: its real images, its hard cases, its denoiser, its
-pools of painted images.
+pools of generated images.
 
 A cell is a run in small: the same steps on fewer images, so nothing it makes has seen a real image
 outside of it (but for `sees` all, which says so in its name). Each function is one trial's work,
-with the engine of its lane.
+with the engine of its actor.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def first_mix(d: RunDir, handle: RunHandle = NULL_HANDLE) -> None:
 
 def config_of(config: cfg.Config, d: RunDir) -> cfg.Config:
     """The settings of a cell: the run's, with every class mined alike, the hardest first, and the
-    gate its lesions allow.
+    filter its lesions allow.
     """
     lesions = step_folder.manifest(d.data)["lesions"]
     mine = config.mine.model_copy(
@@ -158,7 +158,7 @@ def config_of(config: cfg.Config, d: RunDir) -> cfg.Config:
     return config.model_copy(
         update={
             "mine": mine,
-            "curate": grid.gate_of(config.curate, lesions),
+            "curate": grid.filter_of(config.curate, lesions),
             "mix": PLAIN,
             "rounds": 1,
         }
@@ -170,12 +170,12 @@ def _scorer(name: str) -> str:
     return "loss" if name in ("bald", "forgetting") else name
 
 
-def attack(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> None:
-    """The classifier that finds the hard cases and those; where anything is painted the judges,
-    too, and what the gate measures.
+def find_hard_cases(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> None:
+    """The classifier that finds the hard cases and those; where anything is generated the
+    verifiers, too, and what the filter measures.
     """
     c = config_of(config, d)
-    classifier = attacker(d)
+    classifier = target_classifier(d)
     job = train.classifier_job(
         d.data,
         d.arm(0, "real") / "mix",
@@ -186,7 +186,10 @@ def attack(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> N
         classifier,
     )
     engine.fit(
-        [job, *(verifier.jobs(d.data, c, d.judge, engine.handle) if grid.paints(c.sweep) else [])]
+        [
+            job,
+            *(verifier.jobs(d.data, c, d.judge, engine.handle) if grid.generates(c.sweep) else []),
+        ]
     )
     evaluate.score(
         engine, [("real", 0, classifier)], d.data / "mine", d.data, True, d.round(ROUND, "scores")
@@ -194,20 +197,20 @@ def attack(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> N
     mine.mine(
         d.round(ROUND, "scores"), d.data, c.mine, d.round(ROUND, "hard"), handle=engine.handle
     )
-    if not grid.paints(c.sweep):
+    if not grid.generates(c.sweep):
         return
-    judges = verifier.folders(d.judge, c.curate.folds)
+    verifiers = verifier.folders(d.judge, c.curate.folds)
     for role in ROLES:
-        curate.features(engine, d.data, role, classifier, judges, d.features / role)
+        curate.features(engine, d.data, role, classifier, verifiers, d.features / role)
     curate.measure_thresholds(d.data, d.features, c.curate, d.limits, engine.handle)
 
 
-def attacked(config: cfg.Config, d: RunDir) -> Path:
-    """The step folder that `attack` finishes last."""
-    return d.limits if grid.paints(config.sweep) else d.round(ROUND, "hard")
+def hard_cases_of(config: cfg.Config, d: RunDir) -> Path:
+    """The step folder that `find_hard_cases` finishes last."""
+    return d.limits if grid.generates(config.sweep) else d.round(ROUND, "hard")
 
 
-def attacker(d: RunDir) -> Path:
+def target_classifier(d: RunDir) -> Path:
     return d.arm(0, "real", 0) / "classifier"
 
 
@@ -254,7 +257,7 @@ def _encode(c: cfg.Config, d: RunDir, engine: Engine) -> None:
 # ---- its pools -----------------------------------------------------------------------------------
 
 
-def paint(
+def generate_pool(
     config: cfg.Config,
     d: RunDir,
     denoiser: Path,
@@ -265,7 +268,7 @@ def paint(
     engine: Engine,
     tell: Any = None,
 ) -> None:
-    """All painted images of a cell and an arm, enough for `ratio`, with their verdicts. run: what
+    """All generated images of a cell and an arm, enough for `ratio`, with their verdicts. run: what
     request ids are made of.
     """
     c = config_of(config, d)
@@ -275,9 +278,11 @@ def paint(
     requests, synthetic, inspected, twins = (
         out / x for x in ("requests", "synthetic", "inspected", "twins")
     )
-    asked = grid.wanted(step_folder.manifest(d.data)["real"], ratio, config.sweep.overdraw)
-    plan(d, variant, run, asked, generate, requests, engine.handle)
-    pipeline_generate.generate(engine, requests, d.data, denoiser, attacker(d), generate, synthetic)
+    requested = grid.wanted(step_folder.manifest(d.data)["real"], ratio, config.sweep.overdraw)
+    plan(d, variant, run, requested, generate, requests, engine.handle)
+    pipeline_generate.generate(
+        engine, requests, d.data, denoiser, target_classifier(d), generate, synthetic
+    )
     curate.inspect(
         engine,
         requests,
@@ -285,7 +290,7 @@ def paint(
         d.data,
         d.features,
         d.limits,
-        attacker(d),
+        target_classifier(d),
         d.judge,
         c.curate,
         inspected,
@@ -303,7 +308,7 @@ def plan(
     d: RunDir,
     variant: Variant,
     run: str,
-    asked: Sequence[int],
+    requested: Sequence[int],
     config: cfg.Generate,
     out: Path,
     handle: RunHandle,
@@ -313,17 +318,17 @@ def plan(
 
     The unguided arm asks for as many of a class, and takes nothing of the cases but their label.
     """
-    hard, classifier = d.round(ROUND, "hard"), attacker(d)
+    hard, classifier = d.round(ROUND, "hard"), target_classifier(d)
     settings = config.model_dump(mode="json", exclude={"per_case"}) | {
         "run": run,
         "arm": variant.arm,
-        "asked": list(asked),
+        "asked": list(requested),
     }
 
     def body(progress: Progress) -> Facts:
         cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
         found, rows = (
-            replicates(cases, asked, variant, run, config, step_folder.fingerprint(classifier)),
+            replicates(cases, requested, variant, run, config, step_folder.fingerprint(classifier)),
             0,
         )
         for i in itertools.count():  # one part is in memory at a time
@@ -341,20 +346,22 @@ def plan(
 
 def replicates(
     cases: Sequence[dict[str, Any]],
-    asked: Sequence[int],
+    requested: Sequence[int],
     variant: Variant,
     run: str,
     config: cfg.Generate,
     classifier: str,
 ) -> Iterator[GenerationRequest]:
-    """asked[c] requests of class c: every case's first, then every case's second, and so on."""
+    """requested[c] requests for class c: the first of every hard case, then the second of every
+    one, and so on.
+    """
     found = (
         pipeline_generate.partners(cases)
-        if variant.arm == "guided" and config.strategy == "blend"
+        if variant.arm == "guided" and config.strategy == "interpolate"
         else {}
     )
     left = {
-        c: n for c, n in enumerate(asked) if n > 0 and any(case["label"] == c for case in cases)
+        c: n for c, n in enumerate(requested) if n > 0 and any(case["label"] == c for case in cases)
     }
     turn = 0
     while left:

@@ -30,7 +30,7 @@ def write(config: Config, run: RunDir) -> Path:
     known = results.write(config, run)
     chosen, metric = sweep_plots.panels(known), known["what"]["metric"]
     whole = {
-        "dose": sweep_plots.dose_figure(chosen, metric),
+        "dose": sweep_plots.ratio_figure(chosen, metric),
         "learning": sweep_plots.learning_figure(known),
     }
     html = (
@@ -40,7 +40,8 @@ def write(config: Config, run: RunDir) -> Path:
             view(known)
             | {
                 "panels": [
-                    (p, plots.uri(sweep_plots.dose_figure([p], metric)), caption(p)) for p in chosen
+                    (p, plots.uri(sweep_plots.ratio_figure([p], metric)), caption(p))
+                    for p in chosen
                 ],
                 "learning": plots.uri(whole["learning"]),
                 "trials": results.table(config, run)
@@ -81,14 +82,14 @@ def view(known: dict[str, Any]) -> dict[str, Any]:
         "tones": page.TONES | {"mixed": "unclear"},
         "notes": [words.sentence(note) for note in known["notes"]],
         "questions": [
-            (asked, text, of, evidence.reach([c for _, c in of]), tally([c for c, _ in of]))
-            for asked, text in known["questions"].items()
-            if (of := [(c, row) for c, row in rows if c["question"] == asked])
+            (requested, text, of, evidence.reach([c for _, c in of]), tally([c for c, _ in of]))
+            for requested, text in known["questions"].items()
+            if (of := [(c, row) for c, row in rows if c["question"] == requested])
         ],
-        "worths": {
+        "equivalents": {
             name: of
             for name in what["variants"]
-            if (of := [w for w in known["worth"] if w["variant"] == name])
+            if (of := [w for w in known["equivalent_images"] if w["variant"] == name])
         },
         "cost": known["what"]["cost"],
     }

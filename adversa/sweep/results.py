@@ -2,8 +2,8 @@
 unfinished one: what is there.
 
 All trials answer for the same images of `select`, and all see the same resamples of its lesions,
-drawn once: curves, contrasts and worths are paired over arms, ratios and cells by their seeds and
-lesions.
+drawn once: curves, contrasts and equivalent real images are paired over arms, ratios and cells by
+their seeds and lesions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from adversa.common.statistics import holm
 from adversa.config import Config
-from adversa.evaluate import dose
+from adversa.evaluate import dose_response
 from adversa.evaluate.bootstrap import difference, draws, interval, word
 from adversa.evaluate.inference import ALPHA
 from adversa.pipeline import train
@@ -40,19 +40,19 @@ METRICS = (
     "worst_class",
 )  # with a column of their own
 REAL = Variant("real")
-POINTS = 80  # of a curve, as many again at the doses
-FEWEST = 3  # doses of a curve
+POINTS = 80  # of a curve, as many again at the ratios
+FEWEST = 3  # ratios of a curve
 AT_ONCE = 64  # trials whose logits are in memory
 # What is asked of two arms; the p values of each are one family, over all cells and ratios.
 QUESTIONS = {
-    "replay": "painted images against as many repeats of the hard cases",
+    "replay": "generated images against as many repeats of the hard cases",
     "unguided": "guided against unguided",
     "sees": "the denoiser saw the cell's images alone, against all of train",
     "real": "something added against nothing added",
 }
 
 
-class Dose(NamedTuple):
+class Condition(NamedTuple):
     """Trials that differ by their seed alone."""
 
     cell: DataRegime
@@ -74,55 +74,59 @@ class Trials:
     images: int
 
     @cached_property
-    def asked(self) -> list[Point]:
+    def requested(self) -> list[Point]:
         return grid.points(self.config)
 
-    def of(self, d: Dose) -> dict[int, Point]:
+    def of(self, d: Condition) -> dict[int, Point]:
         """Finished trials by seed."""
         every = (Point(d.cell, d.variant, d.ratio, seed) for seed in range(self.config.sweep.seeds))
         return {p.seed: p for p in every if p in self.drawn}
 
-    def row(self, d: Dose) -> dict[str, Any]:
+    def row(self, d: Condition) -> dict[str, Any]:
         """What all seeds share: counts."""
         return self.rows[next(iter(self.of(d).values()))]
 
-    def reached(self, d: Dose) -> float:
+    def reached(self, d: Condition) -> float:
         """Images added for each real one of train."""
         row = self.row(d)
         return row["added"] / row["real"]
 
-    def matrix(self, d: Dose, seeds: Iterable[int] | None = None) -> np.ndarray:
+    def matrix(self, d: Condition, seeds: Iterable[int] | None = None) -> np.ndarray:
         """[S, 1 + R] of the seeds asked for, or of all finished ones."""
         found = self.of(d)
         return np.stack([self.drawn[found[s]] for s in (found if seeds is None else seeds)])
 
-    def scores(self, doses: Sequence[Dose]) -> np.ndarray:
+    def scores(self, conditions: Sequence[Condition]) -> np.ndarray:
         """[D, S], NaN where a trial is missing."""
-        found = np.full((len(doses), self.config.sweep.seeds), np.nan)
-        for i, d in enumerate(doses):
+        found = np.full((len(conditions), self.config.sweep.seeds), np.nan)
+        for i, d in enumerate(conditions):
             for seed, p in self.of(d).items():
                 found[i, seed] = self.drawn[p][0]
         return found
 
-    def replicates(self, doses: Sequence[Dose], name: str) -> tuple[np.ndarray, bool]:
+    def replicates(self, conditions: Sequence[Condition], name: str) -> tuple[np.ndarray, bool]:
         """([B, D] of the mean over seeds, whether the luck of seeds is in them); of lesions it
         always is, those shared by all.
         """
-        lesions = np.stack([self.matrix(d)[:, 1:].mean(0) for d in doses], 1)
+        lesions = np.stack([self.matrix(d)[:, 1:].mean(0) for d in conditions], 1)
         rng = np.random.default_rng(seed_of("sweep", self.config.seed, name))
         try:
-            return dose.seed_draws(self.scores(doses), len(lesions), rng, lesions), True
-        except UserError:  # no dose has a second seed
+            return dose_response.seed_draws(
+                self.scores(conditions), len(lesions), rng, lesions
+            ), True
+        except UserError:  # no condition has a second seed
             return lesions, False
 
-    def doses(
+    def conditions(
         self, cell: DataRegime, variant: Variant
-    ) -> tuple[list[Dose], list[tuple[float, float]]]:
+    ) -> tuple[list[Condition], list[tuple[float, float]]]:
         """(the finished ones, ascending, ratio 0 first, those that reached the same count once;
         (ratio, the smaller one that it is the same as)).
         """
-        every = [Dose(cell, variant if r else REAL, r) for r in sorted(self.config.sweep.ratios)]
-        found: dict[int, Dose] = {}
+        every = [
+            Condition(cell, variant if r else REAL, r) for r in sorted(self.config.sweep.ratios)
+        ]
+        found: dict[int, Condition] = {}
         same = []
         for d in (d for d in every if self.of(d)):
             if (first := found.setdefault(self.row(d)["added"], d)) is not d:
@@ -140,8 +144,8 @@ def write(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def table(config: Config, run: RunDir) -> pa.Table:
-    """sweep.table, with reached = added / real and a column for each of METRICS (null where a trial
-    has no value).
+    """The sweep's table, with reached = added / real and a column for each of METRICS, null where a
+    trial has no value.
     """
     rows = sweep_run.table(config, run)
     reached = pc.divide(rows["added"].cast(pa.float64()), rows["real"].cast(pa.float64()))
@@ -159,7 +163,7 @@ def results(config: Config, run: RunDir) -> dict[str, Any]:
         pool(run, cell, v)
         for cell in _cells(config)
         for v in grid.variants(config, cell)
-        if v.paints
+        if v.generates
     ]
     known = {
         "run": run.root.name,
@@ -169,7 +173,7 @@ def results(config: Config, run: RunDir) -> dict[str, Any]:
         "curves": curves(found),
         "contrasts": contrasts(found),
         "real": real(found),
-        "worth": worths(found),
+        "equivalent_images": equivalents(found),
     }
     verdicts = wording.verdicts(known)
     return known | {
@@ -219,16 +223,16 @@ def read(config: Config, run: RunDir) -> Trials:
     return Trials(config, rows, drawn, lesions, len(ids))
 
 
-def _key(told: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(told[k] for k in ("cell", "arm", "strategy", "sees", "ratio", "seed"))
+def _key(reported: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(reported[k] for k in ("cell", "arm", "strategy", "sees", "ratio", "seed"))
 
 
 # ---- what was swept ------------------------------------------------------------------------------
 
 
 def what(config: Config, run: RunDir, found: Trials, pools: list[dict[str, Any]]) -> dict[str, Any]:
-    classes, asked = classes_of(run.data), found.asked
-    missing = [p.name for p in asked if p not in found.drawn]
+    classes, requested = classes_of(run.data), found.requested
+    missing = [p.name for p in requested if p not in found.drawn]
     split = files.read_json(run.data / "split.json") or {}
     return {
         "classes": classes,
@@ -249,7 +253,7 @@ def what(config: Config, run: RunDir, found: Trials, pools: list[dict[str, Any]]
         "cells": [cell_facts(config, run, c, len(classes)) for c in _cells(config)],
         "pools": pools,
         "trials": {
-            "asked": len(asked),
+            "asked": len(requested),
             "done": len(found.drawn),
             "missing": len(missing),
             "names": missing,
@@ -259,8 +263,8 @@ def what(config: Config, run: RunDir, found: Trials, pools: list[dict[str, Any]]
 
 
 def cell_facts(config: Config, run: RunDir, cell: DataRegime, classes: int) -> dict[str, Any]:
-    """Counts, by class; None where the cell isn't made yet. judges: whether they had a say in its
-    gate (grid.gate_of).
+    """Counts, by class; None where the cell isn't made yet. verifiers: whether they had a say in
+    its filter (grid.filter_of).
     """
     d = grid.cell_dir(run, cell)
     made, hard = files.read_json(d.data / step_folder.MANIFEST), d.round(regimes.ROUND, "hard")
@@ -277,21 +281,25 @@ def cell_facts(config: Config, run: RunDir, cell: DataRegime, classes: int) -> d
         "title": wording.title(cell.name),
         **counts,
         "mined": mined,
-        "judges": grid.gate_of(config.curate, made["lesions"]) == config.curate if made else None,
+        "verifiers": grid.filter_of(config.curate, made["lesions"]) == config.curate
+        if made
+        else None,
     }
 
 
 def pool(run: RunDir, cell: DataRegime, variant: Variant) -> dict[str, Any]:
-    """asked, kept and why the rest was turned down; None where it isn't painted and judged yet."""
+    """asked, kept and why the rest was turned down; None until it is generated and judged."""
     d = grid.pool_dir(run, cell, variant)
     facts: dict[str, Any] = {"cell": cell.name, "variant": variant.name, "sees": variant.sees}
     if not step_folder.is_finished(regimes.verdicts_of(d)):
         return facts | dict.fromkeys(("asked", "kept", "share", "reasons"))
     rows = tables.read(regimes.verdicts_of(d), ["keep", "reason"], tables.VERDICTS)
     reasons = Counter(rows.filter(pc.invert(rows["keep"]))["reason"].to_pylist())
-    asked, kept = step_folder.manifest(d / "requests")["rows"], len(rows) - reasons.total()
-    told = {"asked": asked, "kept": kept, "share": kept / asked if asked else None}
-    return facts | told | {"reasons": dict(sorted(reasons.items(), key=lambda r: (-r[1], r[0])))}
+    requested, kept = step_folder.manifest(d / "requests")["rows"], len(rows) - reasons.total()
+    reported = {"asked": requested, "kept": kept, "share": kept / requested if requested else None}
+    return (
+        facts | reported | {"reasons": dict(sorted(reasons.items(), key=lambda r: (-r[1], r[0])))}
+    )
 
 
 def cost(run: RunDir) -> dict[str, Any]:
@@ -318,8 +326,8 @@ def cost(run: RunDir) -> dict[str, Any]:
 # ---- points and curves ---------------------------------------------------------------------------
 
 
-def _told(d: Dose) -> dict[str, Any]:
-    """cell, variant and ratio in plain words."""
+def _reported(d: Condition) -> dict[str, Any]:
+    """The regime, variant and ratio in plain values."""
     v = d.variant
     return {
         "cell": d.cell.name,
@@ -331,9 +339,9 @@ def _told(d: Dose) -> dict[str, Any]:
     }
 
 
-def _every(found: Trials) -> list[Dose]:
+def _every(found: Trials) -> list[Condition]:
     order = _cells(found.config)
-    every = dict.fromkeys(Dose(p.cell, p.variant, p.ratio) for p in found.asked)
+    every = dict.fromkeys(Condition(p.cell, p.variant, p.ratio) for p in found.requested)
     return sorted(every, key=lambda d: order.index(d.cell))
 
 
@@ -368,7 +376,9 @@ def points(found: Trials) -> list[dict[str, Any]]:
                 "high": ends[1],
             }
         rows.append(
-            _told(d) | facts | {"seeds": len(done), "missing": found.config.sweep.seeds - len(done)}
+            _reported(d)
+            | facts
+            | {"seeds": len(done), "missing": found.config.sweep.seeds - len(done)}
         )
     return rows
 
@@ -382,50 +392,52 @@ def _arms(found: Trials) -> list[tuple[DataRegime, Variant]]:
     return [(c, v) for c in _cells(found.config) for v in grid.variants(found.config, c)]
 
 
-def _added(found: Trials) -> list[Dose]:
+def _added(found: Trials) -> list[Condition]:
     """Doses above 0, each once, with finished trials."""
     return [
         d
         for c, v in _arms(found)
-        for d in found.doses(c, v)[0]
+        for d in found.conditions(c, v)[0]
         if d.ratio and found.row(d)["added"]
     ]
 
 
 def curves(found: Trials) -> list[dict[str, Any]]:
-    """Of each cell and arm: dose.Response over what was reached, or None and why."""
+    """The dose response of each regime and arm over the ratios reached, or None and why."""
     return [curve(found, cell, variant) for cell, variant in _arms(found)]
 
 
 def curve(found: Trials, cell: DataRegime, variant: Variant) -> dict[str, Any]:
-    doses, same = found.doses(cell, variant)
-    reached = [found.reached(d) for d in doses]
-    facts = {k: v for k, v in _told(Dose(cell, variant, 0.0)).items() if k != "ratio"} | {
-        "ratios": [d.ratio for d in doses],
+    conditions, same = found.conditions(cell, variant)
+    reached = [found.reached(d) for d in conditions]
+    facts = {k: v for k, v in _reported(Condition(cell, variant, 0.0)).items() if k != "ratio"} | {
+        "ratios": [d.ratio for d in conditions],
         "reached": reached,
         "same": same,
         "response": None,
         "seeds_vary": False,
         "why": "",
     }
-    if len(doses) < FEWEST:
-        return facts | {"why": f"{len(doses)} of the {FEWEST} doses that a curve needs"}
-    replicates, vary = found.replicates(doses, f"{cell.name}/{variant.name}")
+    if len(conditions) < FEWEST:
+        return facts | {"why": f"{len(conditions)} of the {FEWEST} ratios that a curve needs"}
+    replicates, vary = found.replicates(conditions, f"{cell.name}/{variant.name}")
     try:
-        response = dose.response(
-            reached, found.scores(doses), replicates, grid=_grid(reached).tolist()
+        response = dose_response.response(
+            reached, found.scores(conditions), replicates, grid=_grid(reached).tolist()
         )
     except UserError as e:  # too few resamples have a value
         return facts | {"why": str(e)}
-    words = response.words.replace(f"dose {response.doses[-1]:g}", f"dose {response.doses[-1]:.3g}")
+    words = response.words.replace(
+        f"ratio {response.ratios[-1]:g}", f"ratio {response.ratios[-1]:.3g}"
+    )
     return facts | {"response": asdict(response) | {"words": words}, "seeds_vary": vary}
 
 
-def _grid(doses: Sequence[float]) -> np.ndarray:
-    """Doses at which a curve is told: close where the doses are."""
-    low, high = doses[0], doses[-1]
-    inner = low + np.geomspace((doses[1] - low) / 10, high - low, POINTS)
-    return np.unique(np.clip(np.concatenate([doses, inner]), low, high))
+def _grid(ratios: Sequence[float]) -> np.ndarray:
+    """Ratios at which a curve is given: close where the measured ratios are."""
+    low, high = ratios[0], ratios[-1]
+    inner = low + np.geomspace((ratios[1] - low) / 10, high - low, POINTS)
+    return np.unique(np.clip(np.concatenate([ratios, inner]), low, high))
 
 
 # ---- one arm against another ---------------------------------------------------------------------
@@ -440,11 +452,11 @@ def contrasts(found: Trials) -> list[dict[str, Any]]:
     for d in _added(found):
         rows += [
             row
-            for asked, b in _against(found, d)
-            if (row := contrast(found, asked, d, b)) is not None
+            for requested, b in _against(found, d)
+            if (row := contrast(found, requested, d, b)) is not None
         ]
-    for asked in QUESTIONS:
-        family = [r for r in rows if r["question"] == asked]
+    for requested in QUESTIONS:
+        family = [r for r in rows if r["question"] == requested]
         for row, p in zip(family, holm([r["p"] for r in family]).tolist(), strict=True):
             row |= {
                 "p_holm": p,
@@ -454,25 +466,25 @@ def contrasts(found: Trials) -> list[dict[str, Any]]:
     return rows
 
 
-def _against(found: Trials, a: Dose) -> list[tuple[str, Dose]]:
+def _against(found: Trials, a: Condition) -> list[tuple[str, Condition]]:
     """What a point is held against, where the grid has it."""
     known, v = grid.variants(found.config, a.cell), a.variant
-    asked = [("replay", Variant("replay"))] if v.paints else []
-    asked += [("unguided", Variant("unguided", "", v.sees))] if v.arm == "guided" else []
-    asked += [("sees", replace(v, sees=grid.ALL))] if v.paints and v.sees != grid.ALL else []
-    return [(name, a._replace(variant=b)) for name, b in asked if b in known] + [
-        ("real", Dose(a.cell, REAL, 0.0))
+    requested = [("replay", Variant("replay"))] if v.generates else []
+    requested += [("unguided", Variant("unguided", "", v.sees))] if v.arm == "guided" else []
+    requested += [("sees", replace(v, sees=grid.ALL))] if v.generates and v.sees != grid.ALL else []
+    return [(name, a._replace(variant=b)) for name, b in requested if b in known] + [
+        ("real", Condition(a.cell, REAL, 0.0))
     ]
 
 
-def contrast(found: Trials, asked: str, a: Dose, b: Dose) -> dict[str, Any] | None:
+def contrast(found: Trials, requested: str, a: Condition, b: Condition) -> dict[str, Any] | None:
     """None where no seed of both is finished."""
     seeds = sorted(found.of(a).keys() & found.of(b).keys())
     c = difference(found.matrix(a, seeds), found.matrix(b, seeds), found.lesions) if seeds else None
     if c is None:
         return None
     return {
-        "question": asked,
+        "question": requested,
         "cell": a.cell.name,
         "ratio": a.ratio,
         "reached": found.reached(a),
@@ -496,12 +508,12 @@ def contrast(found: Trials, asked: str, a: Dose, b: Dose) -> dict[str, Any] | No
 # ---- in real images ------------------------------------------------------------------------------
 
 
-def real_doses(found: Trials) -> tuple[list[Dose], list[str]]:
+def real_conditions(found: Trials) -> tuple[list[Condition], list[str]]:
     """(ratio 0 of each cell by its number of real images in training, hard cases too; cells with as
     many as one before).
     """
-    every = [d for c in _cells(found.config) if found.of(d := Dose(c, REAL, 0.0))]
-    first: dict[int, Dose] = {}
+    every = [d for c in _cells(found.config) if found.of(d := Condition(c, REAL, 0.0))]
+    first: dict[int, Condition] = {}
     for d in every:
         first.setdefault(_count(found, d), d)
     return [first[n] for n in sorted(first)], [
@@ -509,25 +521,25 @@ def real_doses(found: Trials) -> tuple[list[Dose], list[str]]:
     ]
 
 
-def _count(found: Trials, d: Dose) -> int:
+def _count(found: Trials, d: Condition) -> int:
     row = found.row(d)
     return row["real"] + row["mined"]
 
 
 def real(found: Trials) -> dict[str, Any]:
-    """The score of real images alone by their number, with a 95% band; isotonic: what `worth` reads
-    (dose.real_curve).
+    """The score of real images alone by their number, with a 95% band; isotonic: what
+    `equivalent_images` reads (dose_response.real_curve).
     """
-    doses, same = real_doses(found)
+    conditions, same = real_conditions(found)
     facts: dict[str, Any] = {
-        "cells": [d.cell.name for d in doses],
-        "counts": [_count(found, d) for d in doses],
+        "cells": [d.cell.name for d in conditions],
+        "counts": [_count(found, d) for d in conditions],
         "same": same,
     }
-    if not doses:
+    if not conditions:
         return facts | {"mean": [], "low": [], "high": [], "isotonic": [], "seeds_vary": False}
-    replicates, vary = found.replicates(doses, "real")
-    mean = np.nanmean(found.scores(doses), axis=1)
+    replicates, vary = found.replicates(conditions, "real")
+    mean = np.nanmean(found.scores(conditions), axis=1)
     low, high = mean + np.percentile(
         replicates - replicates.mean(0), [100 * ALPHA / 2, 100 * (1 - ALPHA / 2)], axis=0
     )
@@ -535,36 +547,39 @@ def real(found: Trials) -> dict[str, Any]:
         "mean": mean.tolist(),
         "low": np.clip(low, 0, mean).tolist(),
         "high": np.clip(high, mean, 1).tolist(),
-        "isotonic": dose.real_curve(mean[None])[0].tolist(),
+        "isotonic": dose_response.real_curve(mean[None])[0].tolist(),
         "seeds_vary": vary,
     }
 
 
-def worths(found: Trials) -> list[dict[str, Any]]:
-    """dose.Worth of each cell, arm and dose above 0; none where fewer than two counts of real
-    images were scored.
+def equivalents(found: Trials) -> list[dict[str, Any]]:
+    """The equivalent real images of each regime, arm and ratio above 0; none where fewer than two
+    counts of real images were scored.
     """
-    doses, _ = real_doses(found)
-    if len(doses) < 2:
+    conditions, _ = real_conditions(found)
+    if len(conditions) < 2:
         return []
     return [
-        _told(d) | {"reached": found.reached(d)} | worth(found, doses, d) for d in _added(found)
+        _reported(d) | {"reached": found.reached(d)} | equivalent_images(found, conditions, d)
+        for d in _added(found)
     ]
 
 
-def worth(found: Trials, doses: Sequence[Dose], d: Dose) -> dict[str, Any]:
-    """As dose.Worth, with words for what was added."""
+def equivalent_images(
+    found: Trials, conditions: Sequence[Condition], d: Condition
+) -> dict[str, Any]:
+    """The equivalent real images of one condition, with words for what was added."""
     name = digest("worth", d.cell.name, d.variant.name, d.ratio, size=8)
-    replicates, vary = found.replicates([*doses, d], name)
-    counts = [_count(found, x) for x in doses]
-    w = dose.worth(
+    replicates, vary = found.replicates([*conditions, d], name)
+    counts = [_count(found, x) for x in conditions]
+    w = dose_response.equivalent_images(
         counts,
-        found.scores(doses),
+        found.scores(conditions),
         _count(found, d),
         found.row(d)["added"],
         found.scores([d])[0],
         replicates[:, :-1],
         replicates[:, -1],
     )
-    added = "one synthetic image" if d.variant.paints else "one repeat"
+    added = "one synthetic image" if d.variant.generates else "one repeat"
     return asdict(w) | {"words": w.words.replace("one synthetic image", added), "seeds_vary": vary}

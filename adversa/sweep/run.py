@@ -2,8 +2,8 @@
 same folder is how it resumes.
 
 Every trial trains the same classifier for the same number of steps and is scored on `select`;
-`test` is never opened (but by the near-copy gate). Within a cell, arms are matched class by class,
-in every ratio; trials share painted images by request id.
+`test` is never opened (but by the near-copy filter). Within a cell, arms are matched class by
+class, in every ratio; trials share generated images by request id.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Pairs = list[tuple[str, int]]
 
 def recipe_of(config: Config) -> dict[str, object]:
     """What makes a sweep this sweep. A grid may grow in the same folder (FREE), up to the largest
-    ratio, for which images were painted.
+    ratio, for which images were generated.
     """
     outside = {"cluster", "tracking", "quality", "mix", "evaluate", "rounds"}
     tree = config.model_dump(mode="json", exclude=outside)
@@ -85,10 +85,10 @@ def run(
     remove_partial_files(run)
     settle(config, run)
     with tracking.Follow(config.tracking, run.root), Clock(run, since) as clock:
-        told = {"command": COMMAND}
-        paused = partial(status.set_status, run, "paused", COMMAND, **told)
+        reported = {"command": COMMAND}
+        paused = partial(status.set_status, run, "paused", COMMAND, **reported)
         with_pauses(handle, partial(_search, config, run, engine), paused)
-        status.set_status(run, "running", "report", **told)
+        status.set_status(run, "running", "report", **reported)
         clock.tick()
         return write(config, run)
 
@@ -114,7 +114,7 @@ def settle(config: Config, run: RunDir) -> None:
 
 
 def _has_codec(config: Config) -> bool:
-    return grid.paints(config.sweep) and config.codec.kind != "pixels"
+    return grid.generates(config.sweep) and config.codec.kind != "pixels"
 
 
 def trials(config: Config, run: RunDir, handle: RunHandle = NULL_HANDLE) -> list[Trial]:
@@ -124,15 +124,15 @@ def trials(config: Config, run: RunDir, handle: RunHandle = NULL_HANDLE) -> list
     s = config.sweep
     split = files.read_json(run.data / "split.json") or {}
     grid.check_counts(config, split["images"]["train"], exact=True)
-    trained, painted, points = [], [], []
-    paints = grid.paints(s)
+    trained, generated, points = [], [], []
+    generates = grid.generates(s)
     for cell in grid.sources(s):
         d = grid.cell_dir(run, cell)
         regimes.subset(run.data, cell, s.subset_seed, d.data, handle)
         regimes.first_mix(d, handle)
         if _has_codec(config) and not config.codec.is_fitted:
             latents.fetch(d.data, config.codec, config.data.resolution, d.codec, handle)
-        if paints and ("subset" in s.denoiser_sees or cell.count is None):
+        if generates and ("subset" in s.denoiser_sees or cell.count is None):
             trained.append(
                 Trial(f"{cell.name}/denoiser", d.denoiser, partial(regimes.denoise, config, d))
             )
@@ -140,31 +140,31 @@ def trials(config: Config, run: RunDir, handle: RunHandle = NULL_HANDLE) -> list
             trained.append(
                 Trial(
                     f"{cell.name}/hard cases",
-                    regimes.attacked(config, d),
-                    partial(regimes.attack, config, d),
+                    regimes.hard_cases_of(config, d),
+                    partial(regimes.find_hard_cases, config, d),
                 )
             )
     for cell in grid.cells(s):
-        painted += _pools(config, run, cell)
+        generated += _pools(config, run, cell)
     for p in grid.points(config):
         needs = [
-            regimes.attacked(config, grid.cell_dir(run, p.cell)),
+            regimes.hard_cases_of(config, grid.cell_dir(run, p.cell)),
             *(regimes.verdicts_of(x) for x in pools(config, run, p.cell)),
         ]
         points.append(
             Trial(p.name, grid.result_dir(run, p), partial(trial, config, run, p), tuple(needs))
         )
     train.check_models(
-        config, classes_of(run.data), paints, grid.cell_dir(run, grid.sources(s)[0]).codec
+        config, classes_of(run.data), generates, grid.cell_dir(run, grid.sources(s)[0]).codec
     )
-    return [*trained, *painted, *points]
+    return [*trained, *generated, *points]
 
 
 def pools(config: Config, run: RunDir, cell: DataRegime) -> list[Path]:
-    """Of all painting arms of a cell: every trial of the cell takes as many images as the poorest
-    of them has.
+    """The folders of all generating arms of a regime: each of its trials takes as many images as
+    the poorest of them has.
     """
-    return [grid.pool_dir(run, cell, v) for v in grid.variants(config, cell) if v.paints]
+    return [grid.pool_dir(run, cell, v) for v in grid.variants(config, cell) if v.generates]
 
 
 def whose(config: Config, cell: DataRegime, variant: Variant) -> str:
@@ -178,12 +178,12 @@ def whose(config: Config, cell: DataRegime, variant: Variant) -> str:
 def _pools(config: Config, run: RunDir, cell: DataRegime) -> list[Trial]:
     d, found = grid.cell_dir(run, cell), []
     for v in grid.variants(config, cell):
-        if not v.paints:
+        if not v.generates:
             continue
         denoiser = grid.cell_dir(run, DataRegime(None) if v.sees == grid.ALL else cell).denoiser
         out = grid.pool_dir(run, cell, v)
         work = partial(
-            regimes.paint,
+            regimes.generate_pool,
             config,
             d,
             denoiser,
@@ -209,7 +209,7 @@ def trial(
     """Train and score one point of the grid; returns its metrics on `select`."""
     own = (
         {point.variant.name: grid.pool_dir(run, point.cell, point.variant)}
-        if point.variant.paints
+        if point.variant.generates
         else {}
     )
     source = TrialImages(
@@ -243,7 +243,7 @@ def describe(point: Point) -> dict[str, Any]:
 
 
 class TrialImages:
-    """Where a trial's images are. cell: of the sweep; pools: of all painting arms of it, the
+    """Where a trial's images are. cell: of the sweep; pools: of all generating arms of it, the
     counts' limits; taken: the pools that this arm's images come from, and the share of each.
     """
 
@@ -264,7 +264,7 @@ def fit_and_score(
     seed: int,
     out: Path,
     engine: Engine,
-    told: dict[str, Any],
+    reported: dict[str, Any],
 ) -> dict[str, float]:
     """The step folders mix, classifier, select and, last, result below `out`. told: of the trial,
     for its manifest.
@@ -292,7 +292,7 @@ def fit_and_score(
     recipe = Recipe(
         "trial",
         1,
-        told,
+        reported,
         inputs(select=out / "select", mix=out / "mix", classifier=out / "classifier"),
     )
 
@@ -306,7 +306,7 @@ def fit_and_score(
         return {
             "rows": len(p.labels),
             "metrics": metrics(p.logits, p.labels, classes_of(d.data)),
-            "trial": told,
+            "trial": reported,
             **facts,
             "steps": made["metrics"]["steps"],
             "images": made["rows"],
@@ -328,8 +328,8 @@ def evaluations(classifier: Path) -> list[tuple[int, float]]:
 
 
 def mix(source: TrialImages, arm: str, ratio: float, out: Path, handle: RunHandle) -> None:
-    """tables.MIX of a trial: the cell's images of train and its hard cases, and of each class ratio
-    x the former on top, as many as every painting arm of the cell has.
+    """The rows of tables.MIX of a trial: its regime's images of train and hard cases, and ratio
+    times as many on top in each class, but no more than every generating arm of the regime has.
     """
     d = source.cell
     shares = {f"{p.parent.name}/{p.name}": w for p, w in source.taken.items()}
@@ -352,7 +352,7 @@ def mix(source: TrialImages, arm: str, ratio: float, out: Path, handle: RunHandl
         )
         most = np.where(
             _count(mined, classes) > 0, most, 0
-        )  # a class without a hard case has nothing to repeat or to paint from
+        )  # a class without a hard case has nothing to repeat or to generate from
         counts = (
             np.minimum(grid.wanted(own, ratio), most).tolist() if arm != "real" else [0] * classes
         )
@@ -379,7 +379,7 @@ def mix(source: TrialImages, arm: str, ratio: float, out: Path, handle: RunHandl
 
 
 def accepted(pool: Path) -> Pairs:
-    """(request id, label) of what the gate kept."""
+    """(request id, label) of what the filter kept."""
     rows = tables.read(regimes.verdicts_of(pool), ["request_id", "label", "keep"], tables.VERDICTS)
     return pairs(rows.filter(pc.field("keep")), "request_id")
 
@@ -447,7 +447,7 @@ def table(config: Config, run: RunDir) -> pa.Table:
 
 
 def logits_of(config: Config, run: RunDir, points: Sequence[Point]) -> Predictions:
-    """Of trials, on `select`: logits [S, N, K] with rows in order of ids."""
+    """The logits of trials on `select`, [S, N, K], with rows in order of ids."""
     found = [
         predictions.predictions(
             tables.read(grid.trial_dir(run, p) / "select", schema=tables.PREDICTIONS),

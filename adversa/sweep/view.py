@@ -107,13 +107,13 @@ def searched(config: Config, run: RunDir, most: int = 10) -> Table:
     found = (files.read_json(run.root / grid.SEARCHED) or {}).get("trials") or _so_far(run, metric)
     asks = config.sweep.search.space if config.sweep.search is not None else {}
     for row in found[:most]:
-        told = ", ".join(
+        reported = ", ".join(
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
             for k, v in row["asks"].items()
             if k in asks
         )
         score = row["metrics"][metric] if row["state"] == "finished" else row["score"]
-        shown.add_row(Text(told), row["state"], f"{score:.3f}")
+        shown.add_row(Text(reported), row["state"], f"{score:.3f}")
     return shown
 
 

@@ -1,5 +1,5 @@
-"""What a sweep says in sentences: a verdict for each arm that paints, and what a reader must know
-before believing the figures.
+"""What a sweep says in sentences: a verdict for each arm that generates, and what a reader must
+know before believing the figures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMES = {
     "auroc_macro": "AUROC, mean of classes",
     "worst_class": "sensitivity of the worst class",
 }
-KINDS = {  # of dose.Response, in the words of a list
+KINDS = {  # of dose_response.Response, in the words of a list
     "no gain": "no gain shown",
     "falls": "the score falls",
     "misfit": "no saturating curve",
@@ -39,7 +39,7 @@ def _difference(row: dict[str, Any]) -> str:
 
 
 def listed(found: Sequence[str], most: int = 4) -> str:
-    """a; b; c; and 3 more."""
+    """The items with semicolons between them, the last ones as a count: a; b; c; and 3 more."""
     more = [f"and {len(found) - most} more"] if len(found) > most else []
     return "; ".join([*found[:most], *more])
 
@@ -48,11 +48,11 @@ def listed(found: Sequence[str], most: int = 4) -> str:
 
 
 def verdicts(known: dict[str, Any]) -> list[dict[str, Any]]:
-    """variant, word, sentence of each arm that paints. word: better or worse than replay (or,
+    """variant, word, sentence of each arm that generates. word: better or worse than replay (or,
     without replay, than nothing added) somewhere and the contrary nowhere; mixed; not shown.
     """
-    painted = list(dict.fromkeys(c["variant"] for c in known["curves"] if c["arm"] != "replay"))
-    return [verdict(known, name) for name in painted]
+    generated = list(dict.fromkeys(c["variant"] for c in known["curves"] if c["arm"] != "replay"))
+    return [verdict(known, name) for name in generated]
 
 
 def verdict(known: dict[str, Any], name: str) -> dict[str, Any]:
@@ -69,9 +69,11 @@ def verdict(known: dict[str, Any], name: str) -> dict[str, Any]:
     )
     parts = [
         _compared(rows, better, worse, rival, not known["what"]["trials"]["missing"]),
-        _knees([c for c in known["curves"] if c["variant"] == name]),
+        _saturation_points([c for c in known["curves"] if c["variant"] == name]),
     ]
-    parts.append(_worth([w for w in known["worth"] if w["variant"] == name]))
+    parts.append(
+        _equivalent_images([w for w in known["equivalent_images"] if w["variant"] == name])
+    )
     return {
         "variant": name,
         "against": rival,
@@ -112,27 +114,28 @@ def _compared(
     )
 
 
-def _knees(curves: list[dict[str, Any]]) -> str:
-    told = [(c, c["response"]) for c in curves if c["response"] is not None]
-    if not told:
-        return "too few doses for a knee"
-    knees = [
-        f"{r['knee']:.3g} (95% {r['knee_low']:.3g} to {r['knee_high']:.3g}) at {title(c['cell'])}"
-        for c, r in told
-        if r["knee"] is not None
+def _saturation_points(curves: list[dict[str, Any]]) -> str:
+    reported = [(c, c["response"]) for c in curves if c["response"] is not None]
+    if not reported:
+        return "too few ratios for a saturation point"
+    points = [
+        f"{r['saturation_point']:.3g} (95% {r['saturation_low']:.3g} to "
+        f"{r['saturation_high']:.3g}) at {title(c['cell'])}"
+        for c, r in reported
+        if r["saturation_point"] is not None
     ]
-    others = Counter(KINDS[r["kind"]] for _, r in told if r["knee"] is None)
+    others = Counter(KINDS[r["kind"]] for _, r in reported if r["saturation_point"] is None)
     why = ", ".join(f"{name} in {n} cell{'s' if n > 1 else ''}" for name, n in others.items())
     return (
-        f"knee at ratio {listed(knees)}" + (f" (elsewhere {why})" if why else "")
-        if knees
-        else f"no knee told ({why})"
+        f"saturation point at ratio {listed(points)}" + (f" (elsewhere {why})" if why else "")
+        if points
+        else f"no saturation point told ({why})"
     )
 
 
-def _worth(rows: list[dict[str, Any]]) -> str:
+def _equivalent_images(rows: list[dict[str, Any]]) -> str:
     if not rows:
-        return "its worth in real images needs two counts of real images"
+        return "its equivalent real images need two counts of real images"
     sure = [w for w in rows if w["low"] is not None and w["low"] > 0]
     if sure:
         best = max(sure, key=lambda w: w["low"])
@@ -175,12 +178,12 @@ def notes(config: Config, known: dict[str, Any]) -> list[str]:
         "optimistic, differences between arms "
         "favour none of them; test was not scored",
         "Holm's correction of p values is within a question, over all cells and ratios; "
-        "intervals (of differences, knees, worths) "
+        "intervals (of differences, saturation points, equivalent real images) "
         "are not corrected, and the largest of many is optimistic",
     ]
     if not config.data.grouped:
         found.append("data.grouped is off: lesions leak between roles and every figure is too good")
-    found += _of_models(config) if grid.paints(s) else []
+    found += _of_models(config) if grid.generates(s) else []
     return (
         found
         + _of_cells(what)
@@ -205,9 +208,9 @@ def _of_models(config: Config) -> list[str]:
             f"{', '.join(named)}: what these were trained on, every cell profits from, "
             "beside its own images"
         )
-    if any(n == grid.ALL or n >= grid.JUDGED for n in config.sweep.real):
+    if any(n == grid.ALL or n >= grid.VERIFIABLE for n in config.sweep.real):
         found.append(
-            "where judges have a say, the limits of the gate (what is trivial, unlike real "
+            "where verifiers have a say, the limits of the filter (what is trivial, unlike real "
             "images, a near copy) are measured on "
             "held-out real images, those of select among them"
         )
@@ -216,11 +219,11 @@ def _of_models(config: Config) -> list[str]:
 
 def _of_cells(what: dict[str, Any]) -> list[str]:
     found = []
-    bare = [c["title"] for c in what["cells"] if c["judges"] is False]
+    bare = [c["title"] for c in what["cells"] if c["verifiers"] is False]
     if bare:
         found.append(
-            f"no judges and no manifold in the gate of the cells {', '.join(bare)}: a "
-            f"class there has fewer than {grid.JUDGED} "
+            f"no verifiers and no manifold in the filter of the cells {', '.join(bare)}: a "
+            f"class there has fewer than {grid.VERIFIABLE} "
             "lesions, so a label was never checked"
         )
     for c in what["cells"]:
@@ -248,13 +251,13 @@ def _of_pools(what: dict[str, Any]) -> list[str]:
         found.append(
             "in the arms that end in -all the denoiser saw all of train (the protocol of "
             "Sagers et al. 2023): their pictures may "
-            "hold copies of real images outside the cell, which the cell's near-copy gate "
+            "hold copies of real images outside the cell, which the cell's near-copy filter "
             "does not know, so a gain there is no "
             "gain from the cell's images alone"
         )
     waiting = sum(p["asked"] is None for p in what["pools"])
     return found + (
-        [f"{waiting} of {len(what['pools'])} pools of images are not painted yet"]
+        [f"{waiting} of {len(what['pools'])} pools of images are not generated yet"]
         if waiting
         else []
     )
@@ -279,10 +282,12 @@ def _unreached(known: dict[str, Any]) -> list[str]:
                 f"picture of {_them(none)}"
             )
         if short:
-            told = ", ".join(
+            reported = ", ".join(
                 f"{ratio:g} (reached {reached:.3g})" for ratio, reached in sorted(short.items())
             )
-            found.append(f"{title(cell)}: too few images for ratio {told}{_poorest(known, cell)}")
+            found.append(
+                f"{title(cell)}: too few images for ratio {reported}{_poorest(known, cell)}"
+            )
     return found
 
 
@@ -321,7 +326,7 @@ def _of_curves(known: dict[str, Any]) -> list[str]:
     for cell, (ratio, first) in sorted(same):
         found.append(
             f"{title(cell)}: ratio {ratio:g} reached no more than ratio {first:g}, so they "
-            "are one dose"
+            "are one point"
         )
     for why in sorted({c["why"] for c in known["curves"] if c["why"]}):
         where = sorted({title(c["cell"]) for c in known["curves"] if c["why"] == why})
@@ -331,9 +336,9 @@ def _of_curves(known: dict[str, Any]) -> list[str]:
         found.append(
             f"as many real images as a smaller cell: {cells}, left out of the curve of real images"
         )
-    if not known["worth"]:
+    if not known["equivalent_images"]:
         found.append(
-            "no worth in real images: fewer than two counts of real images were scored, or "
+            "no equivalent real images: fewer than two counts of real images were scored, or "
             "nothing was added"
         )
     return found

@@ -75,7 +75,7 @@ class Training:
 
 
 @dataclass
-class Record:
+class TrainingRecord:
     """How far a training is.
 
     Attributes:
@@ -134,7 +134,7 @@ def run(
     out: Path,
     report: Callable[[dict[str, Any]], None],
     committed: Callable[[int], None],
-) -> Record:
+) -> TrainingRecord:
     """Train until config.steps, or until `stop`; returns how that ended.
 
     Args:
@@ -190,16 +190,16 @@ def clip_gradients(parameters: Iterable[Tensor], most: float) -> Tensor:
     return norm
 
 
-def _resume(training: Training, saved: dict[str, Any] | None) -> Record:
+def _resume(training: Training, saved: dict[str, Any] | None) -> TrainingRecord:
     if saved is None:
-        return Record()
+        return TrainingRecord()
     for name, module in training.modules.items():
         module.load_state_dict(saved[name])
     training.optimizer.load_state_dict(saved["optimizer"])
-    return Record(saved["step"], losses=saved["losses"], mean_loss=saved["mean_loss"])
+    return TrainingRecord(saved["step"], losses=saved["losses"], mean_loss=saved["mean_loss"])
 
 
-def _commit(training: Training, record: Record, out: Path) -> None:
+def _commit(training: Training, record: TrainingRecord, out: Path) -> None:
     """Everything to go on from, on disk, when any process returns."""
     if process_group.is_main_process():
         state = {
@@ -215,7 +215,7 @@ def _commit(training: Training, record: Record, out: Path) -> None:
     process_group.barrier()
 
 
-def _step(training: Training, record: Record, batch: Batch) -> None:
+def _step(training: Training, record: TrainingRecord, batch: Batch) -> None:
     """One step, not looked at until the next one is on its way: a GPU need not wait for the CPU."""
     step, size = record.step + 1, int(batch.get("size", len(batch["id"])))
     losses, reported = training.forward(batch, step)
@@ -230,7 +230,7 @@ def _step(training: Training, record: Record, batch: Batch) -> None:
     record.step, record.pending = step, (step, batch["id"], loss, norm, losses.detach())
 
 
-def _look(training: Training, record: Record) -> None:
+def _look(training: Training, record: TrainingRecord) -> None:
     """Note the loss of the pending step; UserError where it or its gradient is not finite."""
     if record.pending is None:
         return
@@ -243,7 +243,7 @@ def _look(training: Training, record: Record) -> None:
     record.losses.append(record.loss)
 
 
-def _mean(record: Record) -> dict[str, float]:
+def _mean(record: TrainingRecord) -> dict[str, float]:
     record.mean_loss, record.losses = float(np.mean(record.losses)), []
     return {"loss": record.mean_loss, "lr": record.lr}
 

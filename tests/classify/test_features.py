@@ -25,7 +25,7 @@ def images():
 
 def test_pretrained_features_are_the_trunks_own_embedding_in_float32(weights, images):
     config = Classifier(model="resnet10t", model_args=SMALL, weights=str(weights))
-    found = features.make_features(features.Space("x", config=config), 32)(images)
+    found = features.make_features(features.FeatureSpace("x", config=config), 32)(images)
     network = model.build(config.model_copy(update={"amp": False}), 2, 32).eval()
     with torch.no_grad():
         expected = network(model.to_pixels(images))[1].numpy()
@@ -34,7 +34,7 @@ def test_pretrained_features_are_the_trunks_own_embedding_in_float32(weights, im
 
 
 def test_features_do_not_hang_on_chance_or_on_neighbours(weights, images):
-    space = features.Space(
+    space = features.FeatureSpace(
         "x", config=Classifier(model="resnet10t", model_args=SMALL, weights=str(weights))
     )
     before = torch.random.get_rng_state()

@@ -1,5 +1,5 @@
-"""The commands: exit codes, one line for what the user can mend, stages on one run folder, and how
-little `--help` loads.
+"""The commands: exit codes, one line for what is fixable by the user, stages on one run folder, and
+how little `--help` loads.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def test_a_run_in_use_is_refused(adversa, micro, tmp_path):
         )
 
 
-# ---- what a user can mend ------------------------------------------------------------------------
+# ---- what is fixable by the user -----------------------------------------------------------------
 
 
 def test_an_unknown_key_is_named_with_the_nearest(adversa, micro):

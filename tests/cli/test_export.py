@@ -54,7 +54,7 @@ def test_a_run_is_exported_and_exported_again(adversa, finished, tmp_path):
         ),
         (("--what", "weights"), "--what weights: there is no such what"),
         (("--arm", "gided"), "--arm gided: there is no such arm"),
-        (("--what", "images", "--arm", "real"), "the arm real paints none"),
+        (("--what", "images", "--arm", "real"), "the arm real generates none"),
         (("--round", "7"), "--round 7: the run has the rounds 1 to 1"),
         (("--what", "models", "--rejected"), "--rejected is of images"),
         (("--shard-mb", "0"), "--shard-mb 0: give a number of megabytes above 0"),

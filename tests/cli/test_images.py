@@ -20,7 +20,7 @@ def refused(result, text):
     )
 
 
-def test_an_order_is_painted_once(adversa, finished, tmp_path):
+def test_a_job_is_generated_once(adversa, finished, tmp_path):
     _, run = finished
     args = (
         "generate",
@@ -47,7 +47,7 @@ def test_an_order_is_painted_once(adversa, finished, tmp_path):
         "is a run: go on with it by --run-dir",
     )
     refused(adversa(*args, "--run-dir", run.root), "give one run")
-    refused(adversa(*args, "--seed", 1), "holds another order (seed: 0 -> 1")
+    refused(adversa(*args, "--seed", 1), "holds another generation job (seed: 0 -> 1")
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,11 @@ def test_an_order_is_painted_once(adversa, finished, tmp_path):
         (("--labels", "nevus=1", "--denoiser", SHIPPED), "--labels needs --out FOLDER"),
         (("--labels", "nevos=1", "--denoiser", SHIPPED, "--out", "x"), "did you mean nevus?"),
         (
-            ("--labels", "nevus=1", "--denoiser", SHIPPED, "--out", "x", "--strategy", "paint"),
+            ("--labels", "nevus=1", "--denoiser", SHIPPED, "--out", "x", "--strategy", "generate"),
             "there is no such strategy",
         ),
         (
-            ("--labels", "nevus=1", "--denoiser", SHIPPED, "--out", "x", "--strategy", "vary"),
+            ("--labels", "nevus=1", "--denoiser", SHIPPED, "--out", "x", "--strategy", "img2img"),
             "starts from real pictures",
         ),
         (
@@ -144,9 +144,13 @@ def test_the_bench_measures_and_records(adversa, finished, tmp_path):
     rows = {
         r["name"]: r["value"] for r in json.loads((tmp_path / "record.json").read_text())["results"]
     }
-    assert {"evaluations", "cost of hardness", "share of that peak", "memory", "pool of 1"} <= set(
-        rows
-    )
+    assert {
+        "evaluations",
+        "cost of classifier guidance",
+        "share of that peak",
+        "memory",
+        "pool of 1",
+    } <= set(rows)
     assert all(v > 0 for v in rows.values()) and rows["share of that peak"] < 1
     few = (
         "bench",

@@ -165,7 +165,7 @@ def test_killed_with_9_in_the_middle_it_ends_as_undisturbed_with_no_trial_twice(
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(8)  # lanes of a dead driver end by themselves
+    time.sleep(8)  # actors of a dead driver end by themselves
     written = {p: p.stat().st_mtime_ns for p in results.rglob("result/manifest.json")}
     assert 4 <= len(written) < 14
     process = begun()

@@ -185,11 +185,11 @@ def test_stopped_between_stages_and_within_one(config, run):
 
 
 def test_failed_says_why_word_for_word(config, run):
-    status.set_status(run, "failed", error="[red]x.jpg[/]: truncated :bug:; mend it")
+    status.set_status(run, "failed", error="[red]x.jpg[/]: truncated :bug:; fix it")
     shown = text(view.view(config, run))
     assert (
         lines(config, run)[1][:2] == ["failed", "prepare"]
-        and "[red]x.jpg[/]: truncated :bug:; mend it" in shown
+        and "[red]x.jpg[/]: truncated :bug:; fix it" in shown
     )
 
 
@@ -243,7 +243,7 @@ def test_a_view_writes_nothing(config, run):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_watch_follows_a_run_on_a_terminal_and_in_a_log(config, run, terminal):
     out = io.StringIO()
-    with view.Watch(Console(file=out, width=120, force_terminal=terminal), config, run):
+    with view.LiveView(Console(file=out, width=120, force_terminal=terminal), config, run):
         status.set_status(run, "running", "prepare")
         files.write_json(
             run.data / step_folder.PROGRESS,

@@ -39,7 +39,7 @@ def candidates(n: int = 1, **changes: object) -> Candidates:
         [f"q{i:02d}" for i in range(n)],
         ["guided"] * n,
         [1] * n,
-        ["vary"] * n,
+        ["img2img"] * n,
         [f"e{i}" for i in range(n)],
         [True] * n,
         [None] * n,
@@ -137,7 +137,7 @@ def test_limits_of_realism_are_the_class_s() -> None:
         labels=[0, 1, 2],
         probs=np.full((3, K), 1 / 3),
         ratio=np.full(3, 1.2),
-        strategies=["vary"] * 3,
+        strategies=["img2img"] * 3,
     )
     assert [f.reason for f in entered(p)] == ["kept", "kept", "unlike real images"]
 
@@ -257,16 +257,16 @@ def test_rows_must_match() -> None:
 def test_acceptance_by_arm_class_strategy_and_reason() -> None:
     p = candidates(
         4,
-        strategies=["vary", "sample", "vary", "vary"],
+        strategies=["img2img", "sample", "img2img", "img2img"],
         similarity=np.array([0.1, 0.1, 0.9, 0.1]),
         labels=[1, 1, 1, 0],
     )
     assert acceptance_by_strategy(entered(p), ["a", "b", "c"]) == {
         "guided": {
-            "a": {"vary": {"generated": 1, "accepted": 1, "rejected": {}}},
+            "a": {"img2img": {"generated": 1, "accepted": 1, "rejected": {}}},
             "b": {
                 "sample": {"generated": 1, "accepted": 1, "rejected": {}},
-                "vary": {"generated": 2, "accepted": 1, "rejected": {"near copy": 1}},
+                "img2img": {"generated": 2, "accepted": 1, "rejected": {"near copy": 1}},
             },
         }
     }

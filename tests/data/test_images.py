@@ -9,7 +9,7 @@ from PIL import Image
 
 from adversa.config import Data
 from adversa.data import images, sources
-from adversa.data.sources import Record
+from adversa.data.sources import ImageRecord
 from adversa.types import UserError
 
 
@@ -18,7 +18,7 @@ def decode(data, mask=None, tmp=None, **config):
     path.write_bytes(data)
     if mask is not None:
         (tmp / "m").write_bytes(mask)
-    record = Record(
+    record = ImageRecord(
         "",
         "x",
         f"file:{path}",
@@ -84,8 +84,8 @@ def test_damaged_mask_and_missing_file(tmp_path):
     decoder = images.make_decoder(Data(source="csv", path="x", on_error="skip"), ["a"])
     good = tmp_path / "good.png"
     good.write_bytes(encoded(PHOTO))
-    gone = Record("", "gone", f"file:{tmp_path / 'gone.png'}", "a", "g")
-    first, second = decoder([gone, Record("", "good", f"file:{good}", "a", "g")])
+    gone = ImageRecord("", "gone", f"file:{tmp_path / 'gone.png'}", "a", "g")
+    first, second = decoder([gone, ImageRecord("", "good", f"file:{good}", "a", "g")])
     assert "No such file" in first.problem and second.problem is None and second.image is not None
 
 
@@ -197,7 +197,7 @@ def test_zip_members_and_damage(tmp_path):
     path.write_bytes(bytes(data))
     decoder = images.make_decoder(Data(source="ham10000", path=str(path), on_error="skip"), ["a"])
     names = ("images/a!b.zip!c.png", "images/ok.png", "images/none.png")
-    first, second, third = decoder([Record("", n, f"zip:{path}!{n}", "a", "g") for n in names])
+    first, second, third = decoder([ImageRecord("", n, f"zip:{path}!{n}", "a", "g") for n in names])
     assert "damaged" in first.problem and second.problem is None and "is not in" in third.problem
 
 

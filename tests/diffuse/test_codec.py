@@ -16,7 +16,7 @@ from adversa import config as cfg
 from adversa.common.symmetry import symmetry
 from adversa.diffuse import codec, codec_fit, edm, pretrained
 from adversa.diffuse.codec_fit import fit_codec, losses, turned
-from adversa.diffuse.paint import paint
+from adversa.diffuse.pipeline import generate
 from adversa.diffuse.strategy import Sources
 from adversa.storage import weights
 from adversa.training.loop import resume_step
@@ -296,7 +296,7 @@ def test_a_folder_that_holds_another_model_is_no_codec(tmp_path: Path) -> None:
         codec.load(tmp_path)
 
 
-def test_painting_in_latents_starts_from_the_encoded_case_and_is_decoded(tmp_path: Path) -> None:
+def test_generation_in_latents_starts_from_the_encoded_case_and_is_decoded(tmp_path: Path) -> None:
     run(tmp_path / "codec", batches())
     loaded, case = codec.load(tmp_path / "codec"), pictures(1)
     meta = {"resolution": 4, "channels": 4, "classes": ["a"]}
@@ -307,9 +307,9 @@ def test_painting_in_latents_starts_from_the_encoded_case_and_is_decoded(tmp_pat
         x0[label == 1] = float("nan")
         return x0
 
-    asked = [GenerationRequest("r", 0, "guided", "vary", 0, "case", 0.5, 1.0, 1)]
+    asked = [GenerationRequest("r", 0, "guided", "img2img", 0, "case", 0.5, 1.0, 1)]
     config = cfg.Generate(batch_size=4, steps=3)
-    found = paint(
+    found = generate(
         perfect,
         asked,
         Sources({"case": case[0]}),
@@ -323,7 +323,7 @@ def test_painting_in_latents_starts_from_the_encoded_case_and_is_decoded(tmp_pat
         and found[0].finite
         and len(found) == 1
     )
-    nan = paint(
+    nan = generate(
         lambda x, s, y: x * float("nan"),
         asked,
         Sources({"case": case[0]}),

@@ -86,7 +86,7 @@ def test_patch_is_undone_exactly() -> None:
     c = edm.coefficients(sigma, 0.5)
     expected = (c.skip + c.out * c.inp).view(-1, 1, 1, 1) * x
     torch.testing.assert_close(
-        edm.Denoiser(Echo(), 0.5, 3, 2)(x, sigma, torch.tensor([0, 3])), expected
+        edm.EDMDenoiser(Echo(), 0.5, 3, 2)(x, sigma, torch.tensor([0, 3])), expected
     )
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adversa import config as cfg
-from adversa.diffuse import external, painter
+from adversa.diffuse import external, generator
 from adversa.diffuse.strategy import Sources
 from adversa.types import GenerationRequest, UserError
 
@@ -254,8 +254,8 @@ def test_a_timestep_between_two_is_linear_in_log_sigma_and_beyond_the_table_is_i
 
 
 def test_a_denoiser_for_known_data_is_the_closed_form(tmp_path: Path) -> None:
-    """For data N(0, s^2) the best epsilon is known at every t; through External it must be the best
-    denoiser at any sigma.
+    """For data N(0, s^2) the best epsilon is known at every t; through ExternalDenoiser it must be
+    the best denoiser at any sigma.
     """
     denoiser = external.read(saved(tmp_path, unet(), DDPMScheduler(clip_sample=False)), 3)
     s, seen = 0.5, []
@@ -300,18 +300,19 @@ def reference(tmp_path: Path, path: str) -> Path:
     return out
 
 
-def test_painted_through_a_folder_that_stands_for_it(tmp_path: Path) -> None:
+def test_generated_through_a_folder_that_stands_for_it(tmp_path: Path) -> None:
     path = saved(tmp_path / "theirs", unet(), DDPMScheduler(clip_sample=False))
-    loaded = painter.load(reference(tmp_path, path))
+    loaded = generator.load(reference(tmp_path, path))
     config = cfg.Generate(batch_size=2, steps=3)
     asked = [
         GenerationRequest(f"r{i}", 0, "guided", "sample", i, None, 40.0, g, i)
         for i, g in enumerate((2.0, 1.0))
     ]
-    found = loaded.paint(asked, Sources(), config)
+    found = loaded.generate(asked, Sources(), config)
     assert all(p.finite and p.image.shape == (16, 16, 3) for p in found) and loaded.codec is None
     assert not np.array_equal(
-        found[0].image, loaded.paint([replace(asked[0], guidance=1.0)], Sources(), config)[0].image
+        found[0].image,
+        loaded.generate([replace(asked[0], guidance=1.0)], Sources(), config)[0].image,
     )
 
 
@@ -321,7 +322,7 @@ def test_weights_that_changed_are_refused_and_change_the_fingerprint(tmp_path: P
     change(tmp_path / "theirs/scheduler/scheduler_config.json", prediction_type="v_prediction")
     assert external.fingerprint(path) != before
     with pytest.raises(UserError, match="has changed since"):
-        painter.load(out)
+        generator.load(out)
 
 
 def test_no_null_class_no_guidance(tmp_path: Path) -> None:
@@ -330,13 +331,13 @@ def test_no_null_class_no_guidance(tmp_path: Path) -> None:
     external.check(denoiser, path, 3, 16, 1.0)
     with pytest.raises(UserError, match="no null class.*generate.guidance=1"):
         external.check(denoiser, path, 3, 16, 2.0)
-    loaded = painter.load(reference(tmp_path, path))
+    loaded = generator.load(reference(tmp_path, path))
     request = GenerationRequest("r", 0, "guided", "sample", 0, None, 40.0, 2.0, 1)
     with pytest.raises(UserError, match="no null class"):
-        loaded.paint([request], Sources(), cfg.Generate(batch_size=2, steps=2))
+        loaded.generate([request], Sources(), cfg.Generate(batch_size=2, steps=2))
     with pytest.raises(UserError, match="no null class"):  # its length is measured in guidance
-        loaded.paint(
-            [replace(request, guidance=1.0, hardness=0.5)],
+        loaded.generate(
+            [replace(request, guidance=1.0, classifier_guidance=0.5)],
             Sources(),
             cfg.Generate(batch_size=2, steps=2),
         )

@@ -8,15 +8,15 @@ from adversa.diffuse.guidance import (
     Answer,
     GuidedFn,
     classifier_free,
-    hardness,
-    kept,
+    classifier_gradient,
+    gradient_guided,
     low_frequencies,
+    masked,
     objective,
     padded,
-    pulled,
-    resemblance,
+    reference_gradient,
+    reference_guided,
     rms,
-    steered,
 )
 from adversa.diffuse.solver import advance, heun, karras_sigmas
 
@@ -102,9 +102,9 @@ def test_steering_towards_a_log_linear_classifier_is_the_closed_form() -> None:
         return pixels.flatten(1) @ weights.T
 
     strength, skipped = torch.tensor([0.5, 0.0, 2.0, 0.0, 1.0]), torch.zeros(5, dtype=torch.int64)
-    answer = steered(plain(X, 0.7), hardness(classifier, lambda z: z, "margin"), strength, skipped)(
-        X, SIGMA, LABEL
-    )
+    answer = gradient_guided(
+        plain(X, 0.7), classifier_gradient(classifier, lambda z: z, "margin"), strength, skipped
+    )(X, SIGMA, LABEL)
     a = torch.stack([weights[1 - y] - weights[y] for y in LABEL]).view_as(X)
     expected = X + (0.7 * strength / rms(a)).view(-1, 1, 1, 1) * a
     torch.testing.assert_close(answer.x0, expected)
@@ -127,7 +127,7 @@ def test_with_the_posterior_variance_as_its_length_the_ode_ends_at_the_tilted_ga
     def length(answer: Answer, sigma: Tensor) -> Tensor:
         return a * spread**2 * sigma**2 / (spread**2 + sigma**2)
 
-    guided = steered(
+    guided = gradient_guided(
         ideal,
         lambda x0, y, rows: torch.full_like(x0, a),
         torch.ones(2),
@@ -156,7 +156,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad: float) -> Non
         return g
 
     skipped = torch.zeros(5, dtype=torch.int64)
-    answer = steered(plain(X), gradient, torch.ones(5), skipped)(X, SIGMA, LABEL)
+    answer = gradient_guided(plain(X), gradient, torch.ones(5), skipped)(X, SIGMA, LABEL)
     assert (
         skipped.tolist() == [0, 0, 1, 0, 0]
         and torch.equal(answer.x0[2], X[2])
@@ -167,7 +167,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad: float) -> Non
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_the_length_of_a_push_does_not_hang_on_the_gradients_own(size: float) -> None:
     g = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(3))
-    answer = steered(
+    answer = gradient_guided(
         plain(X, 0.5),
         lambda x0, y, r: size * g.expand_as(x0),
         torch.ones(5),
@@ -178,9 +178,9 @@ def test_the_length_of_a_push_does_not_hang_on_the_gradients_own(size: float) ->
 
 def test_a_gradient_of_zero_changes_nothing_and_is_no_fault() -> None:
     skipped = torch.zeros(5, dtype=torch.int64)
-    answer = steered(plain(X), lambda x0, y, r: torch.zeros_like(x0), torch.ones(5), skipped)(
-        X, SIGMA, LABEL
-    )
+    answer = gradient_guided(
+        plain(X), lambda x0, y, r: torch.zeros_like(x0), torch.ones(5), skipped
+    )(X, SIGMA, LABEL)
     assert torch.equal(answer.x0, X) and skipped.sum() == 0
 
 
@@ -192,7 +192,9 @@ def test_steering_passes_have_one_shape() -> None:
         return torch.ones_like(x0)
 
     for strength in (torch.ones(5), torch.tensor([0.0, 1, 0, 0, 0])):
-        steered(plain(X), gradient, strength, torch.zeros(5, dtype=torch.int64))(X, SIGMA, LABEL)
+        gradient_guided(plain(X), gradient, strength, torch.zeros(5, dtype=torch.int64))(
+            X, SIGMA, LABEL
+        )
     assert set(seen) == {8}
 
 
@@ -210,29 +212,29 @@ def test_objectives_by_hand(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["loss", "entropy", "margin"])
-def test_hardness_raises_its_objective(kind: str) -> None:
+def test_classifier_guidance_raises_its_objective(kind: str) -> None:
     torch.manual_seed(0)
     net = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(48, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)
     )
-    gradient = hardness(net, lambda z: (z + 1) / 2, kind)
+    gradient = classifier_gradient(net, lambda z: (z + 1) / 2, kind)
     before = objective(net((X + 1) / 2), LABEL, kind)
-    answer = steered(plain(X, 0.05), gradient, torch.ones(5), torch.zeros(5, dtype=torch.int64))(
-        X, SIGMA, LABEL
-    )
+    answer = gradient_guided(
+        plain(X, 0.05), gradient, torch.ones(5), torch.zeros(5, dtype=torch.int64)
+    )(X, SIGMA, LABEL)
     assert (objective(net((answer.x0 + 1) / 2), LABEL, kind) > before).all()
     assert all(p.grad is None for p in net.parameters())
 
 
 def test_resemblance_moves_towards_the_features_of_the_rows_own_goal() -> None:
-    goals = torch.randn(5, 48, generator=torch.Generator().manual_seed(4))
-    answer = steered(
+    references = torch.randn(5, 48, generator=torch.Generator().manual_seed(4))
+    answer = gradient_guided(
         plain(X, 0.1),
-        resemblance(lambda p: p.flatten(1), lambda z: z, goals),
+        reference_gradient(lambda p: p.flatten(1), lambda z: z, references),
         flags(1, 4).float(),
         torch.zeros(5).long(),
     )(X, SIGMA, LABEL)
-    moved, way = answer.x0 - X, goals.view_as(X) - X
+    moved, way = answer.x0 - X, references.view_as(X) - X
     for row in (1, 4):
         torch.testing.assert_close(
             moved[row] / rms(moved)[row], way[row] / rms(way)[row], atol=1e-5, rtol=0
@@ -240,22 +242,24 @@ def test_resemblance_moves_towards_the_features_of_the_rows_own_goal() -> None:
     assert torch.equal(answer.x0[0], X[0])
 
 
-def test_pulled_at_one_has_the_goals_low_frequencies() -> None:
-    goal = torch.randn(5, 3, 4, 4)
-    answer = pulled(plain(X), goal, torch.tensor([1.0, 0.0, 0.0, 0.0, 0.5]), 4)(X, SIGMA, LABEL)
-    torch.testing.assert_close(answer.x0[0].mean((1, 2)), goal[0].mean((1, 2)))
-    torch.testing.assert_close(answer.x0[4].mean((1, 2)), (goal[4] + X[4]).mean((1, 2)) / 2)
+def test_reference_guidance_at_one_has_the_references_low_frequencies() -> None:
+    reference = torch.randn(5, 3, 4, 4)
+    answer = reference_guided(plain(X), reference, torch.tensor([1.0, 0.0, 0.0, 0.0, 0.5]), 4)(
+        X, SIGMA, LABEL
+    )
+    torch.testing.assert_close(answer.x0[0].mean((1, 2)), reference[0].mean((1, 2)))
+    torch.testing.assert_close(answer.x0[4].mean((1, 2)), (reference[4] + X[4]).mean((1, 2)) / 2)
     assert torch.equal(answer.x0[1], X[1])
     flat = torch.full((1, 3, 6, 6), 0.25)
     torch.testing.assert_close(low_frequencies(flat, 4), flat)
 
 
-def test_kept_is_exact_where_known_and_where_painted() -> None:
-    known, soft = torch.randn(5, 3, 4, 4), torch.rand(5, 1, 4, 4)
-    soft[:, :, 0], soft[:, :, 3] = 0, 1
-    x0 = kept(plain(X), known, soft)(X, SIGMA, LABEL).x0
-    assert torch.equal(x0[:, :, 0], known[:, :, 0]) and torch.equal(x0[:, :, 3], X[:, :, 3])
-    torch.testing.assert_close(x0, known + soft * (X - known))
+def test_kept_is_exact_where_known_and_where_generated() -> None:
+    source, mask = torch.randn(5, 3, 4, 4), torch.rand(5, 1, 4, 4)
+    mask[:, :, 0], mask[:, :, 3] = 0, 1
+    x0 = masked(plain(X), source, mask)(X, SIGMA, LABEL).x0
+    assert torch.equal(x0[:, :, 0], source[:, :, 0]) and torch.equal(x0[:, :, 3], X[:, :, 3])
+    torch.testing.assert_close(x0, source + mask * (X - source))
 
 
 def test_padded_asks_for_one_shape() -> None:

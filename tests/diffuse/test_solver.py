@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adversa.diffuse.solver import (
-    Plan,
+    SolverTable,
     advance,
     dpmpp_2m,
     heun,
@@ -58,7 +58,7 @@ def test_a_start_further_down_takes_its_share_of_the_steps(rho: float) -> None:
 
 
 @pytest.mark.parametrize("solver", [dpmpp_2m, heun])
-def test_second_order_towards_the_closed_form(solver: Callable[[np.ndarray], Plan]) -> None:
+def test_second_order_towards_the_closed_form(solver: Callable[[np.ndarray], SolverTable]) -> None:
     x = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     start, end = (
         torch.tensor([10.0, 3.0], dtype=torch.float64),
@@ -67,13 +67,13 @@ def test_second_order_towards_the_closed_form(solver: Callable[[np.ndarray], Pla
     x = x * start.view(-1, 1, 1, 1)
     errors = []
     for steps in (40, 80, 160):
-        plans = [
+        tables = [
             solver(karras_sigmas(float(a), float(b), 7.0, steps + 1)[:-1])
             for a, b in zip(start, end, strict=True)
         ]
         errors.append(
             float(
-                (solve(ideal, x, plans, torch.zeros(2, dtype=torch.long)) - exact(x, start, end))
+                (solve(ideal, x, tables, torch.zeros(2, dtype=torch.long)) - exact(x, start, end))
                 .abs()
                 .max()
             )
@@ -83,20 +83,20 @@ def test_second_order_towards_the_closed_form(solver: Callable[[np.ndarray], Pla
 
 
 @pytest.mark.parametrize("solver", [dpmpp_2m, heun])
-def test_ends_at_the_data_from_any_start(solver: Callable[[np.ndarray], Plan]) -> None:
+def test_ends_at_the_data_from_any_start(solver: Callable[[np.ndarray], SolverTable]) -> None:
     start = torch.tensor([40.0, 2.0, 0.5])
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * start.view(
         -1, 1, 1, 1
     )
-    plans = [solver(karras_sigmas(float(s), 0.01, 7.0, 60)) for s in start]
-    out = solve(ideal, x, plans, torch.zeros(3, dtype=torch.long))
+    tables = [solver(karras_sigmas(float(s), 0.01, 7.0, 60)) for s in start]
+    out = solve(ideal, x, tables, torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(out, exact(x, start, torch.zeros(3)), atol=5e-3, rtol=0)
 
 
 def test_the_last_step_returns_the_denoised() -> None:
-    plan = dpmpp_2m(np.array([1.0, 0.5, 0.0]))
+    table = dpmpp_2m(np.array([1.0, 0.5, 0.0]))
     point, memory, x0 = (torch.randn(2, 1, 4, 4) for _ in range(3))
-    combine = torch.tensor(plan.combine[-1:], dtype=torch.float32).repeat(2, 1)
+    combine = torch.tensor(table.combine[-1:], dtype=torch.float32).repeat(2, 1)
     assert torch.equal(advance(point, memory, x0, combine)[0], x0)
 
 

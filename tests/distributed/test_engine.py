@@ -38,7 +38,7 @@ def same(a, b, folder, columns):
 
 
 @pytest.mark.slow
-def test_ray_and_local_ask_for_the_same_and_paint_the_same(finished, by_ray):
+def test_ray_and_local_ask_for_the_same_and_generate_the_same(finished, by_ray):
     config, local = finished
     assert step_folder.fingerprint(local.data) == step_folder.fingerprint(by_ray.data)
     assert files.read_json(local.data / "split.json") == files.read_json(by_ray.data / "split.json")

@@ -34,7 +34,7 @@ def test_the_trainable_is_one_for_any_tuner(prepared, tmp_path):
         "ratio": 1.0,
         "classifier.lr": tune.grid_search([1e-3, 4e-3]),
         "generate.guidance": 1.5,
-        "strategies": {"vary": 0.5, "sample": 0.5},
+        "strategies": {"img2img": 0.5, "sample": 0.5},
     }
     tuner = tune.Tuner(
         tune.with_resources(explore.trainable(config, run), {"cpu": 1}),
@@ -56,7 +56,7 @@ def test_the_trainable_is_one_for_any_tuner(prepared, tmp_path):
     assert (
         len(pools) == 2
         and pools[0].startswith("guided-sample-")
-        and pools[1].startswith("guided-vary-")
+        and pools[1].startswith("guided-img2img-")
     )
     mixes = [p for p in (run.root / "search").rglob("mix") if p.is_dir()]
     from adversa.storage import tables
@@ -192,7 +192,7 @@ def test_what_tune_does_not_know_is_one_line(tiny_sweep):
             "smudge is no strategy",
         ),
         (
-            {"space": {"generate.strategy": {"choice": ["vary"]}}},
+            {"space": {"generate.strategy": {"choice": ["img2img"]}}},
             "a trial does not follow it; give strategies",
         ),
         (

@@ -113,7 +113,7 @@ def clean(monkeypatch, tmp_path):
 
 def refusal(address) -> str:
     with pytest.raises(UserError) as told:
-        jobs.connect(address, "MEND IT")
+        jobs.connect(address, "FIX IT")
     assert "\n" not in str(told.value) and address in str(told.value)
     return str(told.value)
 
@@ -140,7 +140,7 @@ def test_a_head_that_is_down():
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     said = refusal(f"http://127.0.0.1:{port}")
-    assert said == f"no Ray head answers at http://127.0.0.1:{port}; MEND IT"
+    assert said == f"no Ray head answers at http://127.0.0.1:{port}; FIX IT"
 
 
 def test_a_head_that_accepts_and_says_nothing(monkeypatch):

@@ -1,4 +1,4 @@
-"""Trials on Ray Tune: lanes, order, faults, workers that die; the same table as the local
+"""Trials on Ray Tune: concurrency, order, faults, workers that die; the same table as the local
 engine's.
 """
 
@@ -64,7 +64,7 @@ def meet(out, other, engine, tell):
     work(out, 0.1, engine, tell)
 
 
-def test_two_lanes_are_used_again_and_again_and_what_waits_comes_later(ray_engine, tmp_path):
+def test_two_actors_are_used_again_and_again_and_what_waits_comes_later(ray_engine, tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     first = [Trial("a", a, partial(meet, a, b)), Trial("b", b, partial(meet, b, a))]
     rest = trials(tmp_path / "c", 5, 1.0, a, b)
@@ -72,8 +72,8 @@ def test_two_lanes_are_used_again_and_again_and_what_waits_comes_later(ray_engin
     ray_engine.search([*rest, *first], told.append)
     ended = max(made(t)["ended"] for t in first)
     assert all(made(t)["began"] >= ended and made(t)["threads"] == 1 for t in rest)
-    lanes = {made(t)["pid"] for t in first}
-    assert len(lanes) == 2 and {made(t)["pid"] for t in rest} <= lanes
+    actors = {made(t)["pid"] for t in first}
+    assert len(actors) == 2 and {made(t)["pid"] for t in rest} <= actors
     assert told[-1]["done"] == 7 and max(len(t["running"]) for t in told) == 2
     before = [t.out.stat().st_mtime_ns for t in rest]
     ray_engine.search([*rest, *first], told.append)
@@ -149,7 +149,7 @@ def test_a_pause_lets_what_is_in_flight_end(ray_engine, tmp_path, monkeypatch):
     assert all(step_folder.is_finished(t.out) for t in asked)
 
 
-def test_lanes_of_cpus_and_of_gpus():
+def test_concurrency_on_cpus_and_on_gpus():
     eight, four = (
         [resources.Node("a", 8)],
         [resources.Node("head", 64), *(resources.Node(f"w{i}", 4, 1) for i in range(4))],

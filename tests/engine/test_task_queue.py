@@ -208,9 +208,9 @@ def test_work_that_does_not_heed_skip_is_found_out():
 def test_the_trace_of_the_worker_is_a_note_of_the_error():
     leases = leases_of([1], attempts=1)
     with pytest.raises(RuntimeError) as e:
-        leases.failed(leases.take(0, 1, True)[0], 0, "ValueError: x", "Traceback ... paint.py")
+        leases.failed(leases.take(0, 1, True)[0], 0, "ValueError: x", "Traceback ... generate.py")
         leases.take(0, 1, True)
-    assert e.value.__notes__ == ["on the worker:\nTraceback ... paint.py"]
+    assert e.value.__notes__ == ["on the worker:\nTraceback ... generate.py"]
 
 
 def test_a_trial_names_the_rows_it_leaves_out():

@@ -9,7 +9,7 @@ import pytest
 from adversa.engine.interface import Trial
 from adversa.engine.local import LocalEngine
 from adversa.engine.step import run_step
-from adversa.engine.trials import Board
+from adversa.engine.trials import TrialQueue
 from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE
 from adversa.types import UserError
@@ -55,8 +55,8 @@ def test_one_that_fails_stops_only_what_waits_for_it_and_is_told_at_the_end(tmp_
         "cannot be; what the others made is kept, "
         "and the same command tries again"
     )
-    mended = [trial(tmp_path, order, n, *needs) for n, needs, _ in names]
-    LocalEngine().search(mended, lambda _: None)
+    fixed = [trial(tmp_path, order, n, *needs) for n, needs, _ in names]
+    LocalEngine().search(fixed, lambda _: None)
     assert order == ["a", "c", "a", "b"]
 
 
@@ -70,22 +70,22 @@ def test_a_fault_of_ours_is_not_hidden(tmp_path):
 
 def test_what_nobody_makes_and_two_of_a_name_are_faults_of_ours(tmp_path):
     with pytest.raises(AssertionError, match="which no trial makes"):
-        Board([trial(tmp_path, [], "a", "elsewhere")])
+        TrialQueue([trial(tmp_path, [], "a", "elsewhere")])
     with pytest.raises(AssertionError, match="two trials of one name"):
-        Board([trial(tmp_path, [], "a"), trial(tmp_path, [], "a")])
+        TrialQueue([trial(tmp_path, [], "a"), trial(tmp_path, [], "a")])
 
 
 def test_a_board_gives_each_trial_away_once(tmp_path):
-    board = Board(
+    queue = TrialQueue(
         [trial(tmp_path, [], "a"), trial(tmp_path, [], "b", "a"), trial(tmp_path, [], "c")]
     )
-    assert board.next() == 0
-    board.running.add(0)
-    assert board.next() == 2 and board.left() == [1, 2] and not board.stuck()
-    board.running.add(2)
-    assert board.next() is None and not board.stuck()
-    board.running.discard(0)
-    board.failed[0] = "no"
-    board.running.discard(2)
+    assert queue.next() == 0
+    queue.running.add(0)
+    assert queue.next() == 2 and queue.left() == [1, 2] and not queue.stuck()
+    queue.running.add(2)
+    assert queue.next() is None and not queue.stuck()
+    queue.running.discard(0)
+    queue.failed[0] = "no"
+    queue.running.discard(2)
     fill(tmp_path / "c", [], False, None, None)
-    assert board.stuck() and board.finished() == 1
+    assert queue.stuck() and queue.finished() == 1

@@ -25,7 +25,7 @@ def make_work(poison=(), fault=ValueError):
         rows = [r for r in range(part.rows) if r not in part.skip]
         for row in rows:
             if (part.index, row) in poison:
-                raise fault(f"cannot paint row {row}")
+                raise fault(f"cannot generate row {row}")
         faults = [part.skip.get(r) for r in range(part.rows)]
         tables.write_part(
             path,
@@ -52,7 +52,7 @@ def test_a_lease_comes_back_as_a_sum(tmp_path):
 def test_a_part_that_fails_does_not_keep_the_others_from_being_done(tmp_path):
     found = loaded(tmp_path, poison=[(1, 2)]).do([Task(p) for p in PARTS])
     (failure,) = found.failures
-    assert (failure.position, failure.reason) == (1, "ValueError: cannot paint row 2")
+    assert (failure.position, failure.reason) == (1, "ValueError: cannot generate row 2")
     assert (
         "in work" in failure.trace
         and missing(PARTS, tmp_path) == [PARTS[1]]
@@ -67,7 +67,7 @@ def test_a_trial_leaves_nothing_behind(tmp_path):
 
 
 def test_what_the_user_can_mend_ends_the_lease(tmp_path):
-    with pytest.raises(UserError, match="cannot paint row 2"):
+    with pytest.raises(UserError, match="cannot generate row 2"):
         loaded(tmp_path, poison=[(1, 2)], fault=UserError).do([Task(p) for p in PARTS])
     assert missing(PARTS, tmp_path) == PARTS[1:]
 
@@ -78,7 +78,7 @@ def test_a_worker_whose_device_is_broken_is_of_no_use_any_more(tmp_path, monkeyp
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(ValueError, match="cannot paint row 2"):
+    with pytest.raises(ValueError, match="cannot generate row 2"):
         loaded(tmp_path, poison=[(1, 2)]).do([Task(p) for p in PARTS])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert len(loaded(tmp_path, poison=[(1, 2)]).do([Task(p) for p in PARTS]).failures) == 1
@@ -157,18 +157,18 @@ def test_it_finds_the_poisonous_row_too(tmp_path):
         lambda s: None,
         name=lambda part, row: part.payload["ids"][row],
     )
-    assert shares[0].failed == (Failed("id-3-1", "ValueError: cannot paint row 1"),)
+    assert shares[0].failed == (Failed("id-3-1", "ValueError: cannot generate row 1"),)
     faults = tables.read(tmp_path)["fault"].to_pylist()
     assert [i for i, fault in enumerate(faults) if fault] == [13] and faults[
         13
-    ] == "ValueError: cannot paint row 1"
+    ] == "ValueError: cannot generate row 1"
 
 
-def test_a_model_that_cannot_paint_at_all_says_so_with_the_trace(tmp_path):
+def test_a_model_that_cannot_generate_at_all_says_so_with_the_trace(tmp_path):
     every = [(i, r) for i in range(5) for r in range(4)]
     with pytest.raises(
         RuntimeError,
-        match="^parts 0, 1, 2 failed, nothing else succeeded .*ValueError: cannot paint row 0",
+        match="^parts 0, 1, 2 failed, nothing else succeeded .*ValueError: cannot generate row 0",
     ) as e:
         LocalEngine().map_parts(lambda: make_work(poison=every), PARTS, tmp_path, lambda s: None)
     assert "in work" in e.value.__notes__[0] and missing(PARTS, tmp_path) == PARTS

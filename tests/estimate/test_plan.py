@@ -16,7 +16,7 @@ from adversa.engine import resources
 from adversa.engine.resources import Node
 from adversa.estimate import measure, memory, plan
 from adversa.estimate.measure import STEPS, Measured, Range, Steps
-from adversa.pipeline.folders import judges, trained
+from adversa.pipeline.folders import trained, verifiers
 from adversa.pipeline.stages import stages
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
@@ -85,7 +85,7 @@ def test_the_amounts_of_a_stage_are_those_of_a_run_that_was_done(finished):
         n: sum(manifest(f)["metrics"]["steps"] for f in trained(config, run, n)) for n in (0, 1)
     }
     assert (first["classifier", "workers"], later["classifier", "workers"]) == (steps[0], steps[1])
-    folds = [f for f in judges(config, run) if "fold" in f.name]
+    folds = [f for f in verifiers(config, run) if "fold" in f.name]
     assert first["verifier", "workers"] == sum(manifest(f)["metrics"]["steps"] for f in folds)
     assert first["denoiser", "workers"] == manifest(run.denoiser)["metrics"]["steps"]
 

@@ -33,9 +33,9 @@ def picture(number):
 
 
 @pytest.fixture
-def painted(tmp_path):
-    """(synthetic, requests) of 3 parts of 6 rows: the first not finite, the last not painted; parts
-    in another order of rows.
+def generated(tmp_path):
+    """(synthetic, requests) of 3 parts of 6 rows: the first not finite, the last not generated;
+    parts in another order of rows.
     """
     for k in range(3):
         asked, made = [], []
@@ -46,7 +46,7 @@ def painted(tmp_path):
                     key,
                     1,
                     "guided",
-                    "vary" if k else "sample",
+                    "img2img" if k else "sample",
                     n % 5,
                     digest("e", i) if k else None,
                     0.1 * n,
@@ -65,8 +65,8 @@ def painted(tmp_path):
     return tmp_path / "synthetic", tmp_path / "requests"
 
 
-def run(painted, out, form, **changes):
-    return images.export(*painted, changes.pop("classes", CLASSES), out, form, ORIGIN, **changes)
+def run(generated, out, form, **changes):
+    return images.export(*generated, changes.pop("classes", CLASSES), out, form, ORIGIN, **changes)
 
 
 def front(out):
@@ -82,17 +82,17 @@ def files(folder):
     }
 
 
-def requests_of(painted):
-    return {r["request_id"]: r for r in tables.read(painted[1]).to_pylist()}
+def requests_of(generated):
+    return {r["request_id"]: r for r in tables.read(generated[1]).to_pylist()}
 
 
 # ---- what is written -----------------------------------------------------------------------------
 
 
-def test_folder_has_each_finite_image_and_its_whole_request(painted, tmp_path):
-    out, asked, seen = tmp_path / "out", requests_of(painted), []
-    result = run(painted, out, "folder", progress=seen.append)
-    assert (result.images, result.not_finite, result.unpainted) == (16, 1, 1) and seen[-1] == {
+def test_folder_has_each_finite_image_and_its_whole_request(generated, tmp_path):
+    out, asked, seen = tmp_path / "out", requests_of(generated), []
+    result = run(generated, out, "folder", progress=seen.append)
+    assert (result.images, result.not_finite, result.not_generated) == (16, 1, 1) and seen[-1] == {
         "done": 3,
         "total": 3,
     }
@@ -118,9 +118,9 @@ def test_folder_has_each_finite_image_and_its_whole_request(painted, tmp_path):
     assert result.by_class == {c: sum(r["class"] == c for r in rows) for c in CLASSES[:5]}
 
 
-def test_parquet_has_image_and_request_in_one_table(painted, tmp_path):
-    out, asked = tmp_path / "out", requests_of(painted)
-    result = run(painted, out, "parquet")
+def test_parquet_has_image_and_request_in_one_table(generated, tmp_path):
+    out, asked = tmp_path / "out", requests_of(generated)
+    result = run(generated, out, "parquet")
     table = tables.read(out / "data")
     assert result.images == len(table) == 16 and table.schema.names == images.ROWS.names
     for row in table.to_pylist():
@@ -140,11 +140,11 @@ def test_parquet_has_image_and_request_in_one_table(painted, tmp_path):
 
 
 @pytest.mark.parametrize("form", images.FORMATS)
-def test_card_says_what_a_person_must_know(painted, tmp_path, form):
+def test_card_says_what_a_person_must_know(generated, tmp_path, form):
     out = tmp_path / "out"
-    (painted[0] / "recipe.json").write_text("{}")
-    (painted[0] / "manifest.json").write_text('{"finished": "2031-01-02T03:04:05+00:00"}')
-    run(painted, out, form)
+    (generated[0] / "recipe.json").write_text("{}")
+    (generated[0] / "manifest.json").write_text('{"finished": "2031-01-02T03:04:05+00:00"}')
+    run(generated, out, form)
     text, head = (out / "README.md").read_text(), front(out)
     for word in (
         "16 images in 5 classes",
@@ -158,7 +158,7 @@ def test_card_says_what_a_person_must_know(painted, tmp_path, form):
         "2031-01-02T03:04:05",
         "adversa | 0.",
         "| seed | 7 |",
-        "vary (11), sample (5)",
+        "img2img (11), sample (5)",
         "| guidance | 2 |",
         "0.1 to 1.6 (16 values)",
         "1 more came out not finite",
@@ -201,12 +201,12 @@ def test_card_reports_a_near_copy_check():
 
 
 @pytest.mark.parametrize("form", images.FORMATS)
-def test_datasets_reads_it(painted, tmp_path, form, monkeypatch):
+def test_datasets_reads_it(generated, tmp_path, form, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip(
         "datasets", reason="Hugging Face's datasets is no dependency of the project"
     )
-    run(painted, tmp_path / "out", form)
+    run(generated, tmp_path / "out", form)
     explicit = (
         {"data_dir": str(tmp_path / "out")}
         if form == "folder"
@@ -218,7 +218,7 @@ def test_datasets_reads_it(painted, tmp_path, form, monkeypatch):
         row = loaded["train"][0]
         assert (
             row["image"].size == (8, 8)
-            and row["request_id"] in requests_of(painted)
+            and row["request_id"] in requests_of(generated)
             and row["class"] in CLASSES
         )
 
@@ -227,18 +227,18 @@ def test_datasets_reads_it(painted, tmp_path, form, monkeypatch):
 
 
 @pytest.mark.parametrize("form", images.FORMATS)
-def test_a_second_run_writes_nothing(painted, tmp_path, form):
-    first = run(painted, tmp_path / "out", form)
+def test_a_second_run_writes_nothing(generated, tmp_path, form):
+    first = run(generated, tmp_path / "out", form)
     before = files(tmp_path / "out")
-    again = run(painted, tmp_path / "out", form)
+    again = run(generated, tmp_path / "out", form)
     assert files(tmp_path / "out") == before and again.written == 0 < first.written
     assert again.by_class == first.by_class and again.images == first.images
 
 
 @pytest.mark.parametrize("form", images.FORMATS)
-def test_what_is_lost_or_torn_is_written_again_and_nothing_else(painted, tmp_path, form):
+def test_what_is_lost_or_torn_is_written_again_and_nothing_else(generated, tmp_path, form):
     out = tmp_path / "out"
-    run(painted, out, form)
+    run(generated, out, form)
     before = files(out)
     images = sorted(n for n in before if n.endswith((".png", ".parquet")))
     (out / images[0]).unlink()
@@ -246,7 +246,7 @@ def test_what_is_lost_or_torn_is_written_again_and_nothing_else(painted, tmp_pat
     (out / "README.md").write_text("the licence is mine")
     left = out / Path(images[2]).parent / ".half.png.12345"  # of a killed process
     left.write_bytes(b"x")
-    again = run(painted, out, form)
+    again = run(generated, out, form)
     after = files(out)
     assert (
         again.written == 2 and after["README.md"][0] == b"the licence is mine" and not left.exists()
@@ -258,22 +258,22 @@ def test_what_is_lost_or_torn_is_written_again_and_nothing_else(painted, tmp_pat
 
 
 @pytest.mark.parametrize("form", images.FORMATS)
-def test_a_cut_off_export_goes_on(painted, tmp_path, form):
-    whole = run(painted, tmp_path / "whole", form)
+def test_a_cut_off_export_goes_on(generated, tmp_path, form):
+    whole = run(generated, tmp_path / "whole", form)
 
     def stop(state):
         if state["done"] == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(painted, tmp_path / "out", form, progress=stop)
+        run(generated, tmp_path / "out", form, progress=stop)
     begun = files(tmp_path / "out")
     assert (
         "README.md" not in begun
         and "metadata.csv" not in begun
         and not [n for n in begun if Path(n).name.startswith(".")]
     )
-    rest = run(painted, tmp_path / "out", form)
+    rest = run(generated, tmp_path / "out", form)
     assert 0 < rest.written < whole.written
     after = files(tmp_path / "out")
     assert all(after[n] == before for n, before in begun.items())
@@ -282,7 +282,7 @@ def test_a_cut_off_export_goes_on(painted, tmp_path, form):
     }
 
 
-def test_one_part_at_a_time(painted, tmp_path, monkeypatch):
+def test_one_part_at_a_time(generated, tmp_path, monkeypatch):
     """No part is read before the one before it is on disk."""
     out, seen = tmp_path / "out", []
     rows = images.rows
@@ -292,7 +292,7 @@ def test_one_part_at_a_time(painted, tmp_path, monkeypatch):
         return rows(path, *rest)
 
     monkeypatch.setattr(images, "rows", spy)
-    run(painted, out, "folder")
+    run(generated, out, "folder")
     assert seen == [
         ("part-00000.parquet", 0),
         ("part-00001.parquet", 5),
@@ -303,79 +303,81 @@ def test_one_part_at_a_time(painted, tmp_path, monkeypatch):
 # ---- refusals ------------------------------------------------------------------------------------
 
 
-def refused(painted, out, form="folder", **changes):
+def refused(generated, out, form="folder", **changes):
     with pytest.raises(UserError) as e:
-        run(painted, out, form, **changes)
+        run(generated, out, form, **changes)
     assert "\n" not in str(e.value)
     return str(e.value)
 
 
-def test_out_that_holds_something_else_is_refused_untouched(painted, tmp_path):
+def test_out_that_holds_something_else_is_refused_untouched(generated, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.doc").write_text("mine")
-    assert "not empty and not an export" in refused(painted, out)
+    assert "not empty and not an export" in refused(generated, out)
     assert [p.name for p in out.iterdir()] == ["thesis.doc"]
-    assert "is a file" in refused(painted, out / "thesis.doc")
+    assert "is a file" in refused(generated, out / "thesis.doc")
     (out / "thesis.doc").rename(out / ".DS_Store")
-    assert run(painted, out, "folder").images == 16  # a hidden file is no content
+    assert run(generated, out, "folder").images == 16  # a hidden file is no content
     before = files(out)
-    assert "format: folder -> parquet" in refused(painted, out, "parquet")
-    assert "classes" in refused(painted, out, classes=["other", *CLASSES[1:]])
-    part = tables.read(painted[0]).slice(0, 3)
-    shutil.rmtree(painted[0])
-    tables.write_part(painted[0] / tables.part_name(0), part)
-    assert "images: " in refused(painted, out) and files(out) == before
+    assert "format: folder -> parquet" in refused(generated, out, "parquet")
+    assert "classes" in refused(generated, out, classes=["other", *CLASSES[1:]])
+    part = tables.read(generated[0]).slice(0, 3)
+    shutil.rmtree(generated[0])
+    tables.write_part(generated[0] / tables.part_name(0), part)
+    assert "images: " in refused(generated, out) and files(out) == before
 
 
-def test_bad_questions_are_refused_before_anything_is_written(painted, tmp_path):
+def test_bad_questions_are_refused_before_anything_is_written(generated, tmp_path):
     out = tmp_path / "out"
-    assert "--format tar" in refused(painted, out, "tar")
-    assert "no painted images" in refused((tmp_path / "nothing", painted[1]), out)
-    assert "part-00000.parquet" in refused((painted[0], tmp_path / "nothing"), out)
-    (painted[0] / "recipe.json").write_text("{}")
-    assert "not finished" in refused(painted, out)
+    assert "--format tar" in refused(generated, out, "tar")
+    assert "no generated images" in refused((tmp_path / "nothing", generated[1]), out)
+    assert "part-00000.parquet" in refused((generated[0], tmp_path / "nothing"), out)
+    (generated[0] / "recipe.json").write_text("{}")
+    assert "not finished" in refused(generated, out)
     assert not out.exists()
 
 
-def test_requests_of_other_images_are_refused(painted, tmp_path):
-    (painted[1] / tables.part_name(0)).write_bytes((painted[1] / tables.part_name(1)).read_bytes())
-    assert "has no request" in refused(painted, tmp_path / "out")
+def test_requests_of_other_images_are_refused(generated, tmp_path):
+    (generated[1] / tables.part_name(0)).write_bytes(
+        (generated[1] / tables.part_name(1)).read_bytes()
+    )
+    assert "has no request" in refused(generated, tmp_path / "out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_out_that_cannot_be_written(painted, tmp_path):
+def test_out_that_cannot_be_written(generated, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
-    message = refused(painted, tmp_path / "closed" / "out")
+    message = refused(generated, tmp_path / "closed" / "out")
     assert "--out" in message and "permission" in message
 
 
-def test_out_below_a_file_names_the_option(painted, tmp_path):
+def test_out_below_a_file_names_the_option(generated, tmp_path):
     (tmp_path / "file").write_text("")
-    message = refused(painted, tmp_path / "file" / "out")
+    message = refused(generated, tmp_path / "file" / "out")
     assert "--out" in message and "--run-dir" not in message
 
 
-def test_out_in_use_is_refused(painted, tmp_path):
+def test_out_in_use_is_refused(generated, tmp_path):
     (tmp_path / "out").mkdir()
     with file_lock.lock(run_folder.RunDir(tmp_path / "out")):
-        message = refused(painted, tmp_path / "out")
+        message = refused(generated, tmp_path / "out")
     assert "in use" in message and message.endswith("use another --out")
 
 
-def test_a_part_that_was_never_painted_is_counted(painted, tmp_path):
-    (painted[0] / tables.part_name(2)).unlink()
-    result = run(painted, tmp_path / "out", "folder")
-    assert (result.images, result.unpainted) == (11, 6)
+def test_a_part_that_was_never_generated_is_counted(generated, tmp_path):
+    (generated[0] / tables.part_name(2)).unlink()
+    result = run(generated, tmp_path / "out", "folder")
+    assert (result.images, result.not_generated) == (11, 6)
 
 
-def test_a_row_with_a_fault_was_not_painted(painted, tmp_path):
-    path = painted[0] / tables.part_name(1)
+def test_a_row_with_a_fault_was_not_generated(generated, tmp_path):
+    path = generated[0] / tables.part_name(1)
     rows = pq.read_table(path).to_pylist()
     rows[0] |= {"finite": False, "fault": "its sampler died 3 times"}
     tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
-    result = run(painted, tmp_path / "out", "folder")
-    assert (result.images, result.not_finite, result.unpainted) == (15, 1, 2)
+    result = run(generated, tmp_path / "out", "folder")
+    assert (result.images, result.not_finite, result.not_generated) == (15, 1, 2)
 
 
 def test_nothing_finite_is_an_empty_export(tmp_path):

@@ -19,7 +19,7 @@ from adversa.export import run as export_run
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
 from adversa.storage import files, tables
-from adversa.types import PAINTED, UserError
+from adversa.types import GENERATED, UserError
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +178,8 @@ def test_the_card_says_what_a_person_must_know(exported, finished):
             )
         split = files.read_json(run.data / "split.json")
         assert f"| {sum(split['images']['test'].values())} | {split['groups']['test']} |" in text
-        assert (f"{summary['used'][arm]} synthetic images" in text) == (arm in PAINTED)
-        assert (step_folder.fingerprint(run.denoiser) in text) == (arm in PAINTED)
+        assert (f"{summary['used'][arm]} synthetic images" in text) == (arm in GENERATED)
+        assert (step_folder.fingerprint(run.denoiser) in text) == (arm in GENERATED)
         assert str(run.root) not in text and str(Path.home()) not in text
 
 
@@ -274,7 +274,7 @@ def test_no_place_of_this_machine_is_handed_on(finished, tmp_path, tiny, relist)
     ]
 
 
-def test_again_writes_nothing_and_a_torn_model_is_mended(finished, tmp_path):
+def test_again_writes_nothing_and_a_torn_model_is_fixed(finished, tmp_path):
     config, run = finished
     chosen, out = (
         export_run.plan(config, run, export_run.Selection("models", arm="guided")),

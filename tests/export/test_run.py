@@ -43,12 +43,14 @@ def picture(number, side=16):
 
 @functools.cache
 def made(number):
-    """(request, image, verdict) of one painted image; its arm, class and fate hang on its
+    """(request, image, verdict) of one generated image; its arm, class and fate hang on its
     number.
     """
     arm, label = ("guided", "unguided")[number % 2], number % 3
     reason, key = REASONS[number % len(REASONS)], digest("r", number, size=10)
-    example, strategy = (digest("e", number // 4), "vary") if arm == "guided" else (None, "sample")
+    example, strategy = (
+        (digest("e", number // 4), "img2img") if arm == "guided" else (None, "sample")
+    )
     request = GenerationRequest(
         key, 1 + number // 60, arm, strategy, label, example, 2.0, 1.5, seed_of(key)
     )
@@ -81,14 +83,14 @@ def made(number):
 
 
 @pytest.fixture(scope="module")
-def painted(tiny, tmp_path_factory):
+def generated(tiny, tmp_path_factory):
     """(config, run) of a made-up run: two rounds of 60 images in 3 parts each, every reason among
     them. Read only.
     """
     config = tiny(
         rounds=2, generate={"weak": "/secret/place/weak"}, data={"path": "/secret/place/set.zip"}
     )
-    run = loop.open_run(config, tmp_path_factory.mktemp("painted") / "demo")
+    run = loop.open_run(config, tmp_path_factory.mktemp("generated") / "demo")
     storage_files.write_json(run.data / "classes.json", {"classes": CLASSES})
     storage_files.write_json(run.data / "split.json", {"split_hash": "5b1174a5"})
     for n in (1, 2):
@@ -126,8 +128,8 @@ def painted(tiny, tmp_path_factory):
     return config, run
 
 
-def export(painted, out, form="folder", **asked):
-    config, run = painted
+def export(generated, out, form="folder", **asked):
+    config, run = generated
     return export_run.publish(
         export_run.plan(config, run, export_run.Selection("images", form, **asked)), out
     )
@@ -178,8 +180,8 @@ def front(out):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_form_gives_back_ids_labels_bytes_and_numbers(painted, tmp_path, form):
-    result, expected = export(painted, tmp_path / "out", form, shard=40_000), wanted()
+def test_every_form_gives_back_ids_labels_bytes_and_numbers(generated, tmp_path, form):
+    result, expected = export(generated, tmp_path / "out", form, shard=40_000), wanted()
     found = read(tmp_path / "out", form)
     assert found.keys() == expected.keys() and result.images == len(expected) > 40
     for key, (request, image, verdict) in expected.items():
@@ -205,20 +207,20 @@ def test_every_form_gives_back_ids_labels_bytes_and_numbers(painted, tmp_path, f
     }
 
 
-def test_all_forms_hold_the_same(painted, tmp_path):
+def test_all_forms_hold_the_same(generated, tmp_path):
     found = []
     for form in FORMATS:
-        export(painted, tmp_path / form, form)
+        export(generated, tmp_path / form, form)
         found.append(read(tmp_path / form, form))
     assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_refused_images_come_on_demand_and_say_why(painted, tmp_path, form):
+def test_refused_images_come_on_demand_and_say_why(generated, tmp_path, form):
     expected = wanted(
         lambda v: v.reason not in ("not finite", "not painted")
     )  # those have no picture
-    export(painted, tmp_path / "out", form, rejected=True)
+    export(generated, tmp_path / "out", form, rejected=True)
     found = read(tmp_path / "out", form)
     assert found.keys() == expected.keys()
     for key, (_, _, row) in found.items():
@@ -231,13 +233,13 @@ def test_refused_images_come_on_demand_and_say_why(painted, tmp_path, form):
     }
 
 
-def test_one_arm_and_one_round(painted, tmp_path):
-    export(painted, tmp_path / "arm", arm="guided")
+def test_one_arm_and_one_round(generated, tmp_path):
+    export(generated, tmp_path / "arm", arm="guided")
     assert (
         read(tmp_path / "arm", "folder").keys()
         == wanted(lambda v: v.keep and v.arm == "guided").keys()
     )
-    export(painted, tmp_path / "round", round=2)
+    export(generated, tmp_path / "round", round=2)
     late = {k for k, (r, _, _) in wanted().items() if r.round == 2}
     assert read(tmp_path / "round", "folder").keys() == late and 0 < len(late) < len(wanted())
 
@@ -245,11 +247,11 @@ def test_one_arm_and_one_round(painted, tmp_path):
 # ---- tar shards ----------------------------------------------------------------------------------
 
 
-def test_shards_are_small_sorted_and_the_same_bytes_by_anyone(painted, tmp_path, monkeypatch):
-    export(painted, tmp_path / "a", "webdataset", shard=40_000)
+def test_shards_are_small_sorted_and_the_same_bytes_by_anyone(generated, tmp_path, monkeypatch):
+    export(generated, tmp_path / "a", "webdataset", shard=40_000)
     monkeypatch.setattr("time.time", lambda: 5e9)
     monkeypatch.setattr("os.getuid", lambda: 1234)
-    export(painted, tmp_path / "b", "webdataset", shard=40_000)
+    export(generated, tmp_path / "b", "webdataset", shard=40_000)
     shards = sorted((tmp_path / "a").glob("*.tar"))
     assert len(shards) > 2 and [s.name for s in shards] == [
         f"images-{i:05d}.tar" for i in range(len(shards))
@@ -270,15 +272,15 @@ def test_shards_are_small_sorted_and_the_same_bytes_by_anyone(painted, tmp_path,
     assert all(s.stat().st_size > 25_000 for s in shards[:-1])  # full, but the last
 
 
-def test_an_image_larger_than_a_shard_has_its_own(painted, tmp_path):
-    export(painted, tmp_path / "out", "webdataset", shard=1)
+def test_an_image_larger_than_a_shard_has_its_own(generated, tmp_path):
+    export(generated, tmp_path / "out", "webdataset", shard=1)
     assert len(list((tmp_path / "out").glob("*.tar"))) == len(wanted())
 
 
-def test_webdataset_reads_it(painted, tmp_path):
+def test_webdataset_reads_it(generated, tmp_path):
     import webdataset as wds
 
-    export(painted, tmp_path / "out", "webdataset", shard=40_000)
+    export(generated, tmp_path / "out", "webdataset", shard=40_000)
     urls = [str(p) for p in sorted((tmp_path / "out").glob("*.tar"))]
     rows = list(wds.WebDataset(urls, shardshuffle=False).decode("rgb8"))
     expected = wanted()
@@ -290,12 +292,12 @@ def test_webdataset_reads_it(painted, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_datasets_reads_it(painted, tmp_path, form, monkeypatch):
+def test_datasets_reads_it(generated, tmp_path, form, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip(
         "datasets", reason="Hugging Face's datasets is no dependency of the project"
     )
-    export(painted, tmp_path / "out", form, rejected=True, shard=40_000)
+    export(generated, tmp_path / "out", form, rejected=True, shard=40_000)
     expected = wanted(lambda v: v.reason not in ("not finite", "not painted"))
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     assert list(loaded) == ["train"] and len(loaded["train"]) == len(expected)
@@ -317,11 +319,11 @@ def test_datasets_reads_it(painted, tmp_path, form, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_card_says_what_a_person_must_know(painted, tmp_path, form):
+def test_the_card_says_what_a_person_must_know(generated, tmp_path, form):
     from huggingface_hub import DatasetCard
 
-    config, run = painted
-    export(painted, tmp_path / "out", form)
+    config, run = generated
+    export(generated, tmp_path / "out", form)
     text, head = (tmp_path / "out/README.md").read_text(), front(tmp_path / "out")
     kept = len(wanted())
     for word in (
@@ -350,7 +352,7 @@ def test_the_card_says_what_a_person_must_know(painted, tmp_path, form):
     rows = [
         line.split(" | ")
         for line in text.splitlines()
-        if line.startswith(("| guided | vary |", "| unguided | sample |"))
+        if line.startswith(("| guided | img2img |", "| unguided | sample |"))
     ]
     assert sum(int(r[3]) for r in rows) == 120 and sum(int(r[4]) for r in rows) == kept
     assert "/secret" not in text and "| weak | weak |" in text and str(run.root.parent) not in text
@@ -362,8 +364,8 @@ def test_the_card_says_what_a_person_must_know(painted, tmp_path, form):
     ]
 
 
-def test_the_card_of_refused_images_says_so(painted, tmp_path):
-    export(painted, tmp_path / "out", rejected=True)
+def test_the_card_of_refused_images_says_so(generated, tmp_path):
+    export(generated, tmp_path / "out", rejected=True)
     text = (tmp_path / "out/README.md").read_text()
     assert "`reason` says why" in text and "All images passed" not in text
     assert f"The {120 - len(wanted())} images that the filter rejected" in text
@@ -373,11 +375,11 @@ def test_the_card_of_refused_images_says_so(painted, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_again_writes_nothing_and_what_is_lost_comes_back(painted, tmp_path, form):
+def test_again_writes_nothing_and_what_is_lost_comes_back(generated, tmp_path, form):
     out = tmp_path / "out"
-    first = export(painted, out, form, shard=40_000)
+    first = export(generated, out, form, shard=40_000)
     before = files(out)
-    again = export(painted, out, form, shard=40_000)
+    again = export(generated, out, form, shard=40_000)
     assert (
         files(out) == before
         and again.written == 0 < first.written
@@ -387,7 +389,7 @@ def test_again_writes_nothing_and_what_is_lost_comes_back(painted, tmp_path, for
     (out / images[0]).unlink()
     (out / images[1]).write_bytes(before[images[1]][0][:40])
     (out / "README.md").write_text("the licence is mine")
-    assert export(painted, out, form, shard=40_000).written == 2
+    assert export(generated, out, form, shard=40_000).written == 2
     after = files(out)
     assert after["README.md"][0] == b"the licence is mine"
     assert {n: b for n, (b, _) in after.items() if n != "README.md"} == {
@@ -396,8 +398,8 @@ def test_again_writes_nothing_and_what_is_lost_comes_back(painted, tmp_path, for
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_cut_off_export_goes_on(painted, tmp_path, form):
-    config, run = painted
+def test_a_cut_off_export_goes_on(generated, tmp_path, form):
+    config, run = generated
     chosen = export_run.plan(config, run, export_run.Selection("images", form, shard=40_000))
 
     def stop(what, done, total):
@@ -424,36 +426,36 @@ def test_a_cut_off_export_goes_on(painted, tmp_path, form):
     }
 
 
-def refused(painted, out, form="folder", **asked):
+def refused(generated, out, form="folder", **asked):
     with pytest.raises(UserError) as e:
-        export(painted, out, form, **asked)
+        export(generated, out, form, **asked)
     assert "\n" not in str(e.value)
     return str(e.value)
 
 
-def test_another_selection_into_the_same_folder_is_refused(painted, tmp_path):
+def test_another_selection_into_the_same_folder_is_refused(generated, tmp_path):
     out = tmp_path / "out"
-    export(painted, out, "webdataset")
+    export(generated, out, "webdataset")
     before = files(out)
-    assert "format: webdataset -> folder" in refused(painted, out)
-    assert "rejected: False -> True" in refused(painted, out, "webdataset", rejected=True)
-    assert "rounds: [1, 2] -> [1]" in refused(painted, out, "webdataset", round=1)
-    assert "arms: " in refused(painted, out, "webdataset", arm="guided")
-    assert f"shard: {SHARD} -> 5" in refused(painted, out, "webdataset", shard=5)
+    assert "format: webdataset -> folder" in refused(generated, out)
+    assert "rejected: False -> True" in refused(generated, out, "webdataset", rejected=True)
+    assert "rounds: [1, 2] -> [1]" in refused(generated, out, "webdataset", round=1)
+    assert "arms: " in refused(generated, out, "webdataset", arm="guided")
+    assert f"shard: {SHARD} -> 5" in refused(generated, out, "webdataset", shard=5)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.doc").write_text("mine")
-    assert "not empty and not an export" in refused(painted, tmp_path / "mine")
+    assert "not empty and not an export" in refused(generated, tmp_path / "mine")
     assert files(out) == before and len(files(tmp_path / "mine")) == 1
 
 
-def test_what_cannot_be_exported_is_refused_before_anything_is_written(painted, tmp_path, tiny):
-    config, run = painted
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(generated, tmp_path, tiny):
+    config, run = generated
     out = tmp_path / "out"
-    assert "--format zip" in refused(painted, out, "zip")
-    assert "--arm gided" in refused(painted, out, arm="gided")
-    assert "--what images: the arm real paints none" in refused(painted, out, arm="real")
-    assert "--round 3: the run has the rounds 1 to 2" in refused(painted, out, round=3)
-    assert "--round 0" in refused(painted, out, round=0)
+    assert "--format zip" in refused(generated, out, "zip")
+    assert "--arm gided" in refused(generated, out, arm="gided")
+    assert "--what images: the arm real generates none" in refused(generated, out, arm="real")
+    assert "--round 3: the run has the rounds 1 to 2" in refused(generated, out, round=3)
+    assert "--round 0" in refused(generated, out, round=0)
     for what, asked, text in (
         ("nothing", {}, "--what nothing"),
         ("models", {}, "is not finished, so its models have no figures yet"),
@@ -466,8 +468,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(painted, 
     assert not out.exists()
 
 
-def test_finished_rounds_of_an_unfinished_run_can_be_exported(painted, tmp_path):
-    config, run = painted
+def test_finished_rounds_of_an_unfinished_run_can_be_exported(generated, tmp_path):
+    config, run = generated
     moved = run_folder.RunDir(shutil.copytree(run.root, tmp_path / "demo"))
     (moved.round(2, "verdicts") / step_folder.MANIFEST).unlink()
     export((config, moved), tmp_path / "out")
@@ -481,8 +483,8 @@ def test_finished_rounds_of_an_unfinished_run_can_be_exported(painted, tmp_path)
     )
 
 
-def test_an_image_without_a_verdict_is_not_let_through(painted, tmp_path):
-    config, run = painted
+def test_an_image_without_a_verdict_is_not_let_through(generated, tmp_path):
+    config, run = generated
     moved = run_folder.RunDir(shutil.copytree(run.root, tmp_path / "demo"))
     path = moved.round(1, "verdicts") / tables.part_name(0)
     rows = tables.read(path.parent)

@@ -1,4 +1,4 @@
-"""Of which figures on a set from elsewhere an interval can be had: those made of two clusters or
+"""Of which figures on an external cohort an interval can be had: those made of two clusters or
 more.
 """
 

@@ -1,4 +1,4 @@
-"""A finished run on a set from elsewhere: the figures by hand, labels in other words, what is left
+"""A finished run on an external cohort: the figures by hand, labels in other words, what is left
 out, what is refused.
 """
 
@@ -24,7 +24,7 @@ from adversa.evaluate.bootstrap import intervals
 from adversa.external import cohort, predict, prepare, report
 from adversa.external import evaluate as external_evaluate
 from adversa.external import labels as external_labels
-from adversa.external.cohort import External
+from adversa.external.cohort import ExternalCohort
 from adversa.pipeline import evaluate
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
@@ -114,7 +114,9 @@ def ask(two_seeds, tmp_path):
         asked = cfg.load(here.config, list(overrides))
         translation = external_labels.read(path, run_folder.classes_of(here.data))
         data = cohort.section(asked, on, overrides, crop)
-        return External(here, asked, data, translation, name, cohort.listing(data, translation))
+        return ExternalCohort(
+            here, asked, data, translation, name, cohort.listing(data, translation)
+        )
 
     return build
 

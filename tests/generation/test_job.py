@@ -15,7 +15,7 @@ from PIL import Image
 from adversa.diffuse import edm
 from adversa.engine.local import LocalEngine
 from adversa.generation import job
-from adversa.generation.job import Order
+from adversa.generation.job import GenerationJob
 from adversa.pipeline import generate
 from adversa.run.folder import RunDir
 from adversa.storage import tables
@@ -30,14 +30,18 @@ def alone(finished, tmp_path):
     folder.mkdir()
     for name in ("model.safetensors", "config.json"):
         shutil.copy(run.denoiser / name, folder / name)
-    return Order(folder, {0: 5, 2: 4}, "sample", 3, config.generate, tmp_path / "out", "folder")
+    return GenerationJob(
+        folder, {0: 5, 2: 4}, "sample", 3, config.generate, tmp_path / "out", "folder"
+    )
 
 
 def of_run(finished, tmp_path, **changes):
     config, run = finished
     generate = config.generate.model_copy(update=changes.pop("generate", {}))
     return replace(
-        Order(run.denoiser, {0: 3, 1: 3}, "vary", 0, generate, tmp_path / "out", "folder", run),
+        GenerationJob(
+            run.denoiser, {0: 3, 1: 3}, "img2img", 0, generate, tmp_path / "out", "folder", run
+        ),
         **changes,
     )
 
@@ -47,8 +51,8 @@ def listed(out):
         return list(csv.DictReader(f))
 
 
-def test_a_denoiser_alone_paints_what_was_ordered(alone):
-    found = job.paint(alone, LocalEngine(1, 1))
+def test_a_denoiser_alone_generates_what_its_job_names(alone):
+    found = job.generate(alone, LocalEngine(1, 1))
     classes = job.classes_of(alone.denoiser)
     assert found.images == 9 and found.by_class == {classes[0]: 5, classes[2]: 4}
     rows = listed(alone.out)
@@ -64,13 +68,13 @@ def test_a_denoiser_alone_paints_what_was_ordered(alone):
 
 
 def test_the_same_order_has_the_same_images_and_another_seed_others(alone, tmp_path):
-    job.paint(alone, LocalEngine(1, 1))
+    job.generate(alone, LocalEngine(1, 1))
     again, other = (
         replace(alone, out=tmp_path / "again"),
         replace(alone, out=tmp_path / "other", seed=4),
     )
     for o in (again, other):
-        job.paint(o, LocalEngine(1, 1))
+        job.generate(o, LocalEngine(1, 1))
     files = [
         {r["file_name"]: (o.out / r["file_name"]).read_bytes() for r in listed(o.out)}
         for o in (alone, again, other)
@@ -80,7 +84,7 @@ def test_the_same_order_has_the_same_images_and_another_seed_others(alone, tmp_p
 
 def test_a_cut_order_goes_on_where_it_was(alone):
     whole = replace(alone, out=alone.out.parent / "whole")
-    job.paint(whole, LocalEngine(1, 1))
+    job.generate(whole, LocalEngine(1, 1))
 
     class Cut(LocalEngine):
         def map_parts(self, make, parts, out, report, name):
@@ -88,7 +92,7 @@ def test_a_cut_order_goes_on_where_it_was(alone):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        job.paint(alone, Cut(1, 1))
+        job.generate(alone, Cut(1, 1))
     part = tables.parts(alone.work.root / "synthetic")[0]
     before = part.stat().st_mtime_ns
     assert not job.finished(alone)
@@ -99,7 +103,7 @@ def test_a_cut_order_goes_on_where_it_was(alone):
             touched.append((part.stat().st_mtime_ns, len(tables.parts(out))))
             return super().map_parts(make, parts, out, report, name)
 
-    job.paint(alone, Noting(1, 1))
+    job.generate(alone, Noting(1, 1))
     assert touched == [(before, 1)]
     assert {r["file_name"] for r in listed(alone.out)} == {
         r["file_name"] for r in listed(whole.out)
@@ -107,17 +111,17 @@ def test_a_cut_order_goes_on_where_it_was(alone):
 
 
 def test_another_order_does_not_go_into_the_same_folder(alone):
-    job.paint(alone, LocalEngine(1, 1))
-    with pytest.raises(UserError, match="holds another order.*labels.0: 5 -> 6"):
+    job.generate(alone, LocalEngine(1, 1))
+    with pytest.raises(UserError, match="holds another generation job.*labels.0: 5 -> 6"):
         job.finished(replace(alone, labels={0: 6, 2: 4}))
 
 
-@pytest.mark.parametrize("strategy", ["vary", "inpaint", "outpaint", "inout", "blend"])
+@pytest.mark.parametrize("strategy", ["img2img", "inpaint", "outpaint", "inout", "interpolate"])
 def test_a_run_lends_its_pictures(finished, tmp_path, strategy):
     asked = of_run(finished, tmp_path, strategy=strategy)
-    found = job.paint(asked, LocalEngine(1, 1))
+    found = job.generate(asked, LocalEngine(1, 1))
     rows = listed(asked.out)
-    assert found.images + found.unpainted == 6 and len(rows) == found.images >= 4
+    assert found.images + found.not_generated == 6 and len(rows) == found.images >= 4
     labels = dict(
         zip(
             *tables.read(asked.run.data / "mine", ["id", "label"]).to_pydict().values(), strict=True
@@ -125,15 +129,18 @@ def test_a_run_lends_its_pictures(finished, tmp_path, strategy):
     )
     for r in rows:
         assert labels[r["example"]] == int(r["label"]) and r["strategy"] == strategy
-        assert (r["partner"] != "-") == (strategy == "blend") and r["partner"] != r["example"]
+        assert (r["partner"] != "-") == (strategy == "interpolate") and r["partner"] != r["example"]
 
 
-def test_hardness_takes_the_runs_classifier(finished, tmp_path):
-    job.paint(of_run(finished, tmp_path, out=tmp_path / "plain"), LocalEngine(1, 1))
+def test_classifier_guidance_takes_the_runs_classifier(finished, tmp_path):
+    job.generate(of_run(finished, tmp_path, out=tmp_path / "plain"), LocalEngine(1, 1))
     pushed = of_run(
-        finished, tmp_path, out=tmp_path / "pushed", generate={"hardness": 1.0, "hardness_every": 1}
+        finished,
+        tmp_path,
+        out=tmp_path / "pushed",
+        generate={"classifier_guidance": 1.0, "classifier_guidance_every": 1},
     )
-    job.paint(pushed, LocalEngine(1, 1))
+    job.generate(pushed, LocalEngine(1, 1))
     one, other = (
         {r["seed"]: (o / r["file_name"]).read_bytes() for r in listed(o)}
         for o in (tmp_path / "plain", pushed.out)
@@ -145,14 +152,14 @@ def test_no_classifier_to_steer_by_is_refused(finished, tmp_path):
     _, run = finished
     moved = RunDir(shutil.copytree(run.root, tmp_path / "run"))
     shutil.rmtree(moved.root / "round-000")
-    steered = of_run((finished[0], moved), tmp_path, generate={"hardness": 1.0})
+    steered = of_run((finished[0], moved), tmp_path, generate={"classifier_guidance": 1.0})
     with pytest.raises(
         UserError, match="has no finished classifier to steer by; train it with: adversa train"
     ):
         job.check(steered)
 
 
-def test_a_folder_with_other_things_is_refused_before_anything_is_painted(alone):
+def test_a_folder_with_other_things_is_refused_before_anything_is_generated(alone):
     alone.out.mkdir()
     (alone.out / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and not an export"):
@@ -161,7 +168,7 @@ def test_a_folder_with_other_things_is_refused_before_anything_is_painted(alone)
 
 
 def test_images_that_are_gone_are_not_called_done(alone):
-    job.paint(alone, LocalEngine(1, 1))
+    job.generate(alone, LocalEngine(1, 1))
     assert job.finished(alone)
     next(alone.out.glob("*/*.png")).unlink()
     with pytest.raises(UserError, match="images are gone from it"):
@@ -180,7 +187,7 @@ def test_a_denoiser_of_other_pictures_is_refused(finished, tmp_path, key):
         UserError,
         match="has the classes"
         if key == "classes"
-        else "paints 48 x 48 pixels, the run's .* 32 x 32",
+        else "generates 48 x 48 pixels, the run's .* 32 x 32",
     ):
         job.check(wanted)
     with pytest.raises(UserError):
@@ -197,10 +204,10 @@ def test_a_denoiser_of_other_pictures_is_refused(finished, tmp_path, key):
 
 def test_what_a_denoiser_alone_cannot_do_is_refused(alone):
     for changed, text in (
-        (replace(alone, strategy="vary"), "--strategy vary starts from real pictures"),
+        (replace(alone, strategy="img2img"), "--strategy img2img starts from real pictures"),
         (
-            replace(alone, config=alone.config.model_copy(update={"hardness": 0.5})),
-            "generate.hardness 0.5 needs a run",
+            replace(alone, config=alone.config.model_copy(update={"classifier_guidance": 0.5})),
+            "generate.classifier_guidance 0.5 needs a run",
         ),
         (replace(alone, form="zip"), "--format zip: there is no such format"),
     ):
@@ -210,10 +217,10 @@ def test_what_a_denoiser_alone_cannot_do_is_refused(alone):
         job.classes_of(alone.out)
 
 
-def test_the_shipped_denoiser_paints_too(tmp_path):
-    config = Order(edm.SHIPPED, {0: 2}, "sample", 0, _quick(), tmp_path / "out", "parquet")
+def test_the_shipped_denoiser_generates_too(tmp_path):
+    config = GenerationJob(edm.SHIPPED, {0: 2}, "sample", 0, _quick(), tmp_path / "out", "parquet")
     assert (
-        job.paint(config, LocalEngine(1, 1)).images == 2
+        job.generate(config, LocalEngine(1, 1)).images == 2
         and len(tables.parts(tmp_path / "out/data")) == 1
     )
 

@@ -43,7 +43,7 @@ def test_the_mix_does_not_depend_on_the_order_of_the_verdicts():
     assert set(one["weight"].to_pylist()) == {1.0}
 
 
-def test_controls_repeat_what_the_others_paint():
+def test_controls_repeat_what_the_others_generate():
     counts = [4, 1]
     weights = {
         a: dict(
@@ -68,7 +68,7 @@ def test_controls_repeat_what_the_others_paint():
             )
 
 
-def test_where_nothing_is_painted_the_controls_repeat_as_much_as_would_be():
+def test_where_nothing_is_generated_the_controls_repeat_as_much_as_would_be():
     assert arms.repeats([0, 0, 2], 3, 4, 100, 1.0) == [8, 0, 4]
     assert arms.repeats([0, 0, 2], 3, 4, 6, 1.0) == [4, 0, 2]
 

@@ -2,10 +2,10 @@
 there is none?
 
 Real pictures of another draw of the same world, which no role of the run holds, go through the
-loop's folders as if they had been painted for the requests of the arm `guided`. Training images are
-scarce, so that more real ones must help. With right labels the run must say `better`, through the
-gate (all of it but the least agreement); with labels shuffled across classes it must not, though a
-gate lets all through.
+loop's folders as if they had been generated for the requests of the arm `guided`. Training images
+are scarce, so that more real ones must help. With right labels the run must say `better`, through
+the gate (all of it but the least agreement); with labels shuffled across classes it must not,
+though a gate lets all through.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from adversa.storage import tables
 from adversa.types import ROLES
 
 WORLD, ELSEWHERE = 0, 1  # seeds of the run's pictures, and of those that are held back
-# Nothing is painted, so the denoiser is as it starts. No augmentation, as many steps as the larger
-# set needs, one look at `select` at the end: the effect is several times the luck of training. A
-# judge of some twenty images knows no labels, so agreement is not asked for; all other checks are.
+# Nothing is generated, so the denoiser is as it starts. No augmentation, as many steps as the
+# larger set needs, one look at `select` at the end: the effect is several times the luck of
+# training. A verifier of some twenty images knows no labels, so agreement is not asked for; all
+# other checks are.
 CONTROL = {
     "data": {
         "source": "phantom",
@@ -100,8 +101,8 @@ def held_back(config, labels):
 
 
 def feed(config, run, shuffled=False):
-    """What `generate` leaves, with held-back pictures in the place of painted ones: (class of each
-    picture, label it is given).
+    """What `generate` leaves, with held-back pictures in the place of generated ones: (class of
+    each picture, label it is given).
 
     shuffled: each request gets the picture of another.
     """
@@ -120,7 +121,7 @@ def feed(config, run, shuffled=False):
     requests = tables.read(run.round(1, "requests")).to_pylist()
     labels = np.array([r["label"] for r in requests])
     truth = np.random.default_rng(0).permutation(labels) if shuffled else labels
-    painted = [
+    generated = [
         {
             "request_id": r["request_id"],
             "arm": r["arm"],
@@ -135,10 +136,10 @@ def feed(config, run, shuffled=False):
     recipe = step_folder.Recipe("control", 1, {"shuffled": shuffled}, {})
     step_folder.begin(out, recipe)
     for i, part in enumerate(tables.parts(run.round(1, "requests"))):
-        rows = painted[i * config.generate.part_size :][: config.generate.part_size]
+        rows = generated[i * config.generate.part_size :][: config.generate.part_size]
         tables.write_part(out / part.name, pa.Table.from_pylist(rows, schema=tables.SYNTHETIC))
     step_folder.finish(
-        out, recipe, rows=len(painted), seconds=0.0, compute_seconds=0.0, device_seconds=0.0
+        out, recipe, rows=len(generated), seconds=0.0, compute_seconds=0.0, device_seconds=0.0
     )
     return truth, labels
 

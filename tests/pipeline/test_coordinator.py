@@ -179,7 +179,7 @@ def test_a_stop_outlives_the_coordinator_that_did_not_hear_it(run, work):
 def test_pauses_in_the_middle_and_settings_leave_a_run_as_it_would_be(
     finished, tiny, tmp_path, monkeypatch
 ):
-    """Paused after the first painted part; then a second round with another budget."""
+    """Paused after the first generated part; then a second round with another budget."""
     monkeypatch.setattr(control, "POLL_SECONDS", 0.0)
     config = tiny(rounds=2)
     run = loop.open_run(config, tmp_path / "run")

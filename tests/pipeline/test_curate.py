@@ -138,7 +138,7 @@ def inspected(run, config, rows, tmp_path, requests=None):
     table = pa.Table.from_pylist(rows, schema=tables.SYNTHETIC)
     tables.write_part(folder / "synthetic" / "part-00000.parquet", table)
     asked = requests or [
-        {"request_id": r["request_id"], "strategy": "vary", "example": "e"} for r in rows
+        {"request_id": r["request_id"], "strategy": "img2img", "example": "e"} for r in rows
     ]
     tables.write_part(
         folder / "requests" / "part-00000.parquet",
@@ -293,7 +293,7 @@ def paired(finished, tmp_path):
     files.write_json(tmp_path / "synthetic" / step_folder.MANIFEST, {"fingerprint": "x"})
     blank = [
         filter.Verdict(
-            r["request_id"], r["arm"], 0, "vary", "e", False, filter.PENDING, similarity=0.1
+            r["request_id"], r["arm"], 0, "img2img", "e", False, filter.PENDING, similarity=0.1
         )
         for r in rows
     ]

@@ -1,4 +1,4 @@
-"""Planning and painting: what is asked for each hard case, and what lies on disk afterwards."""
+"""Planning and generation: what is asked for each hard case, and what lies on disk afterwards."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ def test_parts_have_their_size_and_arms_their_matched_labels(hard):
 
 
 def test_only_the_guided_arm_is_steered(hard):
-    rows, _ = planned(hard, cfg.Generate(hardness=0.5, likeness=0.25))
-    assert {(r["arm"], r["hardness"], r["likeness"]) for r in rows} == {
+    rows, _ = planned(hard, cfg.Generate(classifier_guidance=0.5, reference_guidance=0.25))
+    assert {(r["arm"], r["classifier_guidance"], r["reference_guidance"]) for r in rows} == {
         ("unguided", 0.0, 0.0),
         ("guided", 0.5, 0.25),
     }
 
 
 @pytest.mark.parametrize(
-    ("strategy", "start"), [("vary", 2.0), ("inpaint", 4.0), ("outpaint", 4.0), ("inout", 4.0)]
+    ("strategy", "start"), [("img2img", 2.0), ("inpaint", 4.0), ("outpaint", 4.0), ("inout", 4.0)]
 )
 def test_strategies_start_where_they_should(hard, strategy, start):
     rows, _ = planned(hard, cfg.Generate(strategy=strategy))
@@ -106,20 +106,20 @@ def test_strategies_start_where_they_should(hard, strategy, start):
         (hard, 0),
     )
     assert {r["sigma_start"] for r in tables.read(other).to_pylist()} == {
-        2.0 if strategy == "vary" else 9.0
+        2.0 if strategy == "img2img" else 9.0
     }
 
 
 def test_blending_takes_two_hard_cases_of_one_class_and_varies_where_there_is_one(hard):
-    rows, facts = planned(hard, cfg.Generate(strategy="blend", per_case=2))
+    rows, facts = planned(hard, cfg.Generate(strategy="interpolate", per_case=2))
     asked = {(r["example"], r["partner"], r["strategy"]) for r in rows if r["arm"] == "guided"}
     assert asked == {
-        ("e0", "e2", "blend"),
-        ("e2", "e3", "blend"),
-        ("e3", "e0", "blend"),
-        ("e1", "e4", "blend"),
-        ("e4", "e1", "blend"),
-        ("e5", None, "vary"),
+        ("e0", "e2", "interpolate"),
+        ("e2", "e3", "interpolate"),
+        ("e3", "e0", "interpolate"),
+        ("e1", "e4", "interpolate"),
+        ("e4", "e1", "interpolate"),
+        ("e5", None, "img2img"),
     }
     assert facts["without_partner"] == 2
 
@@ -151,16 +151,16 @@ def test_the_largest_level_at_which_the_label_is_still_seen():
 # ---- on a finished run ---------------------------------------------------------------------------
 
 
-def paint_part(config, run, skip=None, steering=None):
+def generate_part(config, run, skip=None, steering=None):
     part = tables.parts(run.round(1, "requests"))[0]
     rows = tables.pq.read_metadata(part).num_rows
-    work = pipeline_generate.make_paint(run.denoiser, run.data / "mine", steering, config)
+    work = pipeline_generate.make_work(run.denoiser, run.data / "mine", steering, config)
     return part, Part(0, rows, {"path": str(part)}, skip or {}), work
 
 
-def test_rows_that_are_given_up_are_marked_and_the_others_painted_as_ever(finished, tmp_path):
+def test_rows_that_are_given_up_are_marked_and_the_others_generated_as_ever(finished, tmp_path):
     config, run = finished
-    part, order, work = paint_part(config.generate, run, {1: "it died"})
+    part, order, work = generate_part(config.generate, run, {1: "it died"})
     done = work(order, tmp_path / "out.parquet")
     rows = tables.pq.read_table(tmp_path / "out.parquet").to_pylist()
     before = tables.pq.read_table(run.round(1, "synthetic") / part.name).to_pylist()
@@ -181,7 +181,7 @@ def test_rows_that_are_given_up_are_marked_and_the_others_painted_as_ever(finish
 
 
 def test_a_poisonous_request_is_found_and_left_out_by_the_real_work(finished, tmp_path):
-    """The pool tries rows alone to find the one that fails: what painting leaves out then must be
+    """The pool tries rows alone to find the one that fails: what generation leaves out then must be
     what it was told to.
     """
     config, run = finished
@@ -195,8 +195,8 @@ def test_a_poisonous_request_is_found_and_left_out_by_the_real_work(finished, tm
             strategy="sample",
             example=None,
             sigma_start=40.0,
-            likeness=0.0,
-            hardness=0.0,
+            reference_guidance=0.0,
+            classifier_guidance=0.0,
         )
         for i in range(200)
     ]
@@ -210,7 +210,7 @@ def test_a_poisonous_request_is_found_and_left_out_by_the_real_work(finished, tm
     parts = [
         Part(i, 50, {"path": str(p)}) for i, p in enumerate(tables.parts(tmp_path / "requests"))
     ]
-    make = partial(pipeline_generate.make_paint, run.denoiser, None, None, generate)
+    make = partial(pipeline_generate.make_work, run.denoiser, None, None, generate)
     shares = LocalEngine(1, 1).map_parts(
         make, parts, tmp_path / "out", lambda _: None, pipeline_generate.request_name
     )
@@ -222,7 +222,7 @@ def test_a_poisonous_request_is_found_and_left_out_by_the_real_work(finished, tm
     ) == 199
 
 
-def test_a_mask_that_cannot_be_used_is_refused_before_anything_is_painted(
+def test_a_mask_that_cannot_be_used_is_refused_before_anything_is_generated(
     finished, tmp_path, relist
 ):
     config, run = finished
@@ -288,7 +288,7 @@ def test_a_denoiser_that_is_not_finite_ends_the_step_at_its_first_part(finished,
     assert "\n" not in str(told.value) and not tables.parts(tmp_path / "out")
 
 
-def test_the_manifest_counts_what_the_painting_took(finished):
+def test_the_manifest_counts_what_the_generation_took(finished):
     config, run = finished
     facts = step_folder.manifest(run.round(1, "synthetic"))
     rows = tables.read(run.round(1, "synthetic")).to_pylist()
@@ -300,7 +300,7 @@ def test_the_manifest_counts_what_the_painting_took(finished):
     assert (facts["gradients_skipped"], facts["not_finite"], facts["faults"]) == (0, 0, 0)
 
 
-def test_an_image_is_painted_again_to_the_bit(finished, tmp_path):
+def test_an_image_is_generated_again_to_the_bit(finished, tmp_path):
     config, run = finished
     rows = tables.read(run.round(1, "synthetic"), ["request_id", "arm"]).to_pylist()
     for arm in ("unguided", "guided"):
@@ -319,7 +319,7 @@ def test_an_image_is_painted_again_to_the_bit(finished, tmp_path):
         )
 
 
-def test_what_cannot_be_painted_again_is_refused(finished, tmp_path):
+def test_what_cannot_be_generated_again_is_refused(finished, tmp_path):
     config, run = finished
     with pytest.raises(UserError, match="has no request 0123; the ids are in"):
         regenerate.regenerate(config, run, "0123", tmp_path)
@@ -331,15 +331,15 @@ def test_what_cannot_be_painted_again_is_refused(finished, tmp_path):
         {"strategy": "inpaint"},
         {"strategy": "outpaint"},
         {"strategy": "inout"},
-        {"strategy": "blend"},
-        {"hardness": 0.5, "hardness_every": 1},
-        {"likeness": 0.5},
-        {"likeness": 0.5, "likeness_kind": "features"},
+        {"strategy": "interpolate"},
+        {"classifier_guidance": 0.5, "classifier_guidance_every": 1},
+        {"reference_guidance": 0.5},
+        {"reference_guidance": 0.5, "reference_guidance_space": "features"},
         {"solver": "heun"},
         {"weak": "denoiser"},
     ],
 )
-def test_each_setting_paints_and_changes_the_picture(finished, tmp_path, changes):
+def test_each_setting_generates_and_changes_the_picture(finished, tmp_path, changes):
     config, run = finished
     if "weak" in changes:
         changes = {"weak": str(run.denoiser), "guidance": 1.5}
@@ -359,13 +359,13 @@ def test_each_setting_paints_and_changes_the_picture(finished, tmp_path, changes
         asked = [replace(r, seed=7, request_id=str(i)) for i, r in enumerate(asked)]
         path = tmp_path / f"requests-{len(found)}.parquet"
         tables.write_part(path, tables.to_table(asked, tables.REQUESTS))
-        attacked = (
+        target = (
             pipeline_folders.attacked_in(config, run, 1)
             if pipeline_generate.steering_needs_classifier(settings)
             else None
         )
         out = tmp_path / f"out-{len(found)}.parquet"
-        pipeline_generate.make_paint(run.denoiser, run.data / "mine", attacked, settings)(
+        pipeline_generate.make_work(run.denoiser, run.data / "mine", target, settings)(
             Part(0, len(asked), {"path": str(path)}), out
         )
         found.append(tables.pq.read_table(out).to_pylist())
@@ -419,17 +419,17 @@ def test_levels_leave_out_what_they_are_told_to_and_heed_the_weak_denoiser(finis
     assert work(everyone, tmp_path / "none.parquet") == 0
 
 
-def test_an_image_steered_by_a_model_that_changed_since_is_not_painted_again(finished, tmp_path):
+def test_an_image_steered_by_a_model_that_changed_since_is_not_generated_again(finished, tmp_path):
     config, run = finished
     moved = run_folder.RunDir(shutil.copytree(run.root, tmp_path / "run"))
     steered = config.model_copy(
-        update={"generate": config.generate.model_copy(update={"hardness": 0.5})}
+        update={"generate": config.generate.model_copy(update={"classifier_guidance": 0.5})}
     )
     recipe = moved.round(1, "synthetic") / step_folder.RECIPE
     saved = files.read_json(recipe)
-    files.write_json(recipe, saved | {"inputs": saved["inputs"] | {"attacked": "another"}})
+    files.write_json(recipe, saved | {"inputs": saved["inputs"] | {"target": "another"}})
     asked = tables.read(moved.round(1, "requests"))["request_id"][0].as_py()
-    with pytest.raises(UserError, match="was painted by another `attacked` model"):
+    with pytest.raises(UserError, match="was generated by another `target` model"):
         regenerate.regenerate(steered, moved, asked, tmp_path)
 
 
@@ -437,10 +437,10 @@ def test_a_weak_denoiser_that_does_not_fit_is_refused(finished, tmp_path):
     config, run = finished
     generate = config.generate.model_copy(update={"weak": str(tmp_path)})
     with pytest.raises(UserError):
-        pipeline_generate.make_paint(run.denoiser, run.data / "mine", None, generate)
+        pipeline_generate.make_work(run.denoiser, run.data / "mine", None, generate)
 
 
-def test_a_lesion_that_fills_the_picture_leaves_no_skin_to_paint():
+def test_a_lesion_that_fills_the_picture_leaves_no_skin_to_generate():
     from adversa.diffuse.strategy import Sources
     from adversa.types import GenerationRequest
 
@@ -449,17 +449,17 @@ def test_a_lesion_that_fills_the_picture_leaves_no_skin_to_paint():
     )
 
     def asked(strategy, example):
-        return pipeline_generate.unpaintable(
+        return pipeline_generate.cannot_generate(
             GenerationRequest("r", 1, "guided", strategy, 0, example, 4.0, 1.0, 0), given
         )
 
-    assert "no skin to paint" in asked("outpaint", "full") and "no skin to paint" in asked(
+    assert "no skin to generate" in asked("outpaint", "full") and "no skin to generate" in asked(
         "inout", "full"
     )
     assert asked("outpaint", "small") is None and asked("inpaint", "full") is None
 
 
-def test_masks_are_grown_and_feathered_inside_what_is_painted(finished):
+def test_masks_are_grown_and_feathered_inside_what_is_generated(finished):
     _, run = finished
     pictures = pipeline_generate.Pictures(run.data / "mine")
     ids = tables.read(run.data / "mine", ["id"])["id"].to_pylist()[:6]
@@ -476,7 +476,7 @@ def test_masks_are_grown_and_feathered_inside_what_is_painted(finished):
         ).sum()
         assert not (
             (inside[i] > 0) & (outside[i] > 0)
-        ).any()  # a pixel is painted by one of the two
+        ).any()  # a pixel is generated by one of the two
         assert ((inside[i] > 0) & (inside[i] < 1)).any() and set(np.unique(tight_in[i])) <= {
             0.0,
             1.0,

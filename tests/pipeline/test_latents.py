@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(short, tmp_path):
     assert not (tmp_path / "run/latents").exists()
     run = go(
         short(codec={"kind": "kl", "path": path}), tmp_path / "run", until="codec"
-    )  # mended in place
+    )  # fixed in place
     assert step_folder.is_finished(run.latents("train"))
     with pytest.raises(UserError, match=r"another recipe.*denoiser.flips: True -> False"):
         go(
@@ -348,7 +348,7 @@ def test_the_factor_that_is_told_is_the_factor_that_is_measured(short, tmp_path)
         codec.check(fetched.model_copy(update={"kind": "tiny"}), 32)
 
 
-def test_a_mistake_in_an_external_denoiser_is_mended_in_the_same_folder(short, tmp_path):
+def test_a_mistake_in_an_external_denoiser_is_fixed_in_the_same_folder(short, tmp_path):
     """Of a latent one: the data and the codec are made by then, and stay."""
     path = kl_folder(tmp_path / "vae")
     theirs = short(
@@ -404,8 +404,8 @@ def test_a_whole_run_with_an_external_denoiser(short, tmp_path):
     config = short(codec=PIXELS, denoiser={"external": unet_folder(tmp_path / "theirs")})
     run = go(config, tmp_path / "run")
     assert (run.root / "report.html").exists() and not (run.denoiser / "model.safetensors").exists()
-    painted = tables.read(run.round(1, "synthetic"))
-    assert all(painted["finite"].to_pylist()) and len(set(painted["denoiser"].to_pylist())) == 1
+    generated = tables.read(run.round(1, "synthetic"))
+    assert all(generated["finite"].to_pylist()) and len(set(generated["denoiser"].to_pylist())) == 1
     assert step_folder.manifest(run.denoiser)["rows"] == 0
 
 
@@ -449,7 +449,7 @@ def test_a_missing_external_folder_is_said_before_the_data_is_read(short, tmp_pa
     assert not (tmp_path / "run/data").exists()
 
 
-def test_an_external_latent_model_paints_in_its_autoencoders_own_scaling(short, tmp_path):
+def test_an_external_latent_model_generates_in_its_autoencoders_own_scaling(short, tmp_path):
     """As Stable Diffusion is: a UNet2DConditionModel with embeddings, an AutoencoderKL with its
     scaling factor.
     """
@@ -484,8 +484,8 @@ def test_an_external_latent_model_paints_in_its_autoencoders_own_scaling(short, 
         4,
         16,
     )
-    painted = tables.read(run.round(1, "synthetic"))
-    assert all(painted["finite"].to_pylist()) and tables.decode_images(painted["image"]).shape[
+    generated = tables.read(run.round(1, "synthetic"))
+    assert all(generated["finite"].to_pylist()) and tables.decode_images(generated["image"]).shape[
         1:
     ] == (32, 32, 3)
 

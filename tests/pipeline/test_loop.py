@@ -137,7 +137,7 @@ def test_training_sees_no_image_of_another_role(finished):
     assert {(r["id"], r["kind"]) for r in before} == {(i, "real") for i in train}
 
 
-def test_controls_draw_every_class_as_often_as_the_arms_that_paint(finished):
+def test_controls_draw_every_class_as_often_as_the_arms_that_generate(finished):
     config, run = finished
     totals = {}
     for arm in config.mix.arms:
@@ -165,7 +165,7 @@ def test_hard_cases_come_from_mine_and_their_offspring_keep_their_label(finished
     assert hard and all(mine[e] == h["label"] for e, h in hard.items())
     for r in tables.read(run.round(1, "requests")).to_pylist():
         if r["arm"] == "guided":
-            assert r["label"] == mine[r["example"]] and r["strategy"] == "vary"
+            assert r["label"] == mine[r["example"]] and r["strategy"] == "img2img"
         else:
             assert r["example"] is None and r["strategy"] == "sample"
 
@@ -282,8 +282,8 @@ def test_every_classifier_of_every_arm_takes_as_many_batches_and_images(
     assert len(seeds["round-001/guided"]) == 2
     assert all(seeds[f"round-001/{arm}"] == seeds["round-001/guided"] for arm in config.mix.arms)
     assert seeds["round-001/guided"] == seeds["round-000/real"]
-    judges = {f.seed for f in taken if f.mix.parent == run.judge}
-    assert len(judges) == 2 and not judges & seeds["round-000/real"]
+    verifiers = {f.seed for f in taken if f.mix.parent == run.judge}
+    assert len(verifiers) == 2 and not verifiers & seeds["round-000/real"]
     # A synthetic arm reads its own images beside the real ones, and the real arm reads none.
     synthetic = run.round(1, "synthetic")
     assert all(
@@ -302,7 +302,7 @@ def test_every_classifier_of_every_arm_takes_as_many_batches_and_images(
         {"denoiser": {"weights": "W"}},
     ],
 )
-def test_missing_weights_stop_before_anything_is_read_and_may_be_mended(tiny, tmp_path, where):
+def test_missing_weights_stop_before_anything_is_read_and_may_be_fixed(tiny, tmp_path, where):
     gone = str(tmp_path / "gone.safetensors")
     changes = json.loads(json.dumps(where).replace('"W"', json.dumps(gone)))
     config = short(tiny, **changes)
@@ -324,7 +324,7 @@ def test_missing_weights_stop_before_anything_is_read_and_may_be_mended(tiny, tm
         ({"classifier": {"model_args": {"no_such": 1}}}, "no_such"),
     ],
 )
-def test_a_model_that_cannot_be_built_stops_before_the_first_training_and_may_be_mended(
+def test_a_model_that_cannot_be_built_stops_before_the_first_training_and_may_be_fixed(
     tiny, tmp_path, changes, text
 ):
     config = short(tiny, **changes)
@@ -461,19 +461,21 @@ def test_nothing_finished_is_done_again(tiny, tmp_path):
     (run.round(1, "synthetic") / "manifest.json").unlink()
     tables.parts(run.round(1, "synthetic"))[1].unlink()
     before = part.stat().st_mtime_ns
-    painted = []
+    generated = []
 
     class Counting(LocalEngine):
         def map_parts(self, make, parts, out, report, name):
-            painted.extend(p.index for p in parts if not (out / tables.part_name(p.index)).exists())
+            generated.extend(
+                p.index for p in parts if not (out / tables.part_name(p.index)).exists()
+            )
             return super().map_parts(make, parts, out, report, name)
 
     go(config, tmp_path / "run", Counting(1, 1), until="generate")
-    assert painted == [1] and part.stat().st_mtime_ns == before
+    assert generated == [1] and part.stat().st_mtime_ns == before
 
 
 def test_no_hard_case_is_a_result_too(tiny, tmp_path, monkeypatch):
-    """A classifier without faults: nothing is painted, and the run says so instead of failing."""
+    """A classifier without faults: nothing is generated, and the run says so instead of failing."""
     from adversa.mine import hard
 
     monkeypatch.setattr(hard, "hard_cases", lambda *a, **k: [])
@@ -535,7 +537,7 @@ def test_a_weak_denoiser_that_is_none_is_refused_before_the_first_training(tiny,
 
 
 @pytest.mark.parametrize("arms", [["real", "resample"], ["real", "resample", "replay"]])
-def test_arms_that_paint_nothing_have_a_report_too(tiny, tmp_path, arms):
+def test_arms_that_generate_nothing_have_a_report_too(tiny, tmp_path, arms):
     run = go(short(tiny, mix={"arms": arms}), tmp_path / "run")
     assert (
         (run.root / "report.html").is_file() and not run.judge.exists() and not run.limits.exists()
@@ -550,7 +552,7 @@ def test_a_group_of_no_class_is_told_before_anything_is_trained(tiny, tmp_path):
     go(short(tiny, evaluate={"groups": {"bad": ["melanoma"]}}), tmp_path / "run", until="train")
 
 
-def test_a_batch_may_be_mended_after_the_judges_mixes_are_written(tiny, tmp_path):
+def test_a_batch_may_be_fixed_after_the_verifiers_mixes_are_written(tiny, tmp_path):
     class Full(LocalEngine):
         def fit(self, jobs):
             raise UserError("out of memory")
@@ -576,7 +578,7 @@ def test_bald_asks_every_seed_and_forgetting_every_round(tiny, tmp_path):
         until="mine",
     )
     members = mine.ensemble(run.round(1, "scores"))
-    rows = mine.under_attack(run.round(1, "scores"))
+    rows = mine.target_scores(run.round(1, "scores"))
     assert len(members) == 2 and not np.array_equal(*members) and len(rows) == members.shape[1]
     hard = tables.read(run.round(1, "hard")).to_pylist()
     score = dict(

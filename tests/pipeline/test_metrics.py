@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adversa.pipeline.metrics import NAMES, vitals
+from adversa.pipeline.metrics import NAMES, run_metrics
 from adversa.run import control, status, step_folder
 from adversa.run import create as run_create
 from adversa.storage import files
@@ -43,7 +43,7 @@ def test_the_dashboard_lists_runs_by_a_metric_that_is_there():
     )
 
 
-def test_a_run_that_paints(tiny, run):
+def test_a_run_that_generates(tiny, run):
     finish(run.data, device_seconds=10.0)
     files.write_json(
         run.round(1, "synthetic") / step_folder.PROGRESS,
@@ -59,7 +59,7 @@ def test_a_run_that_paints(tiny, run):
     status.set_status(
         run, "running", "round 1: generate", folders=["round-001/requests", "round-001/synthetic"]
     )
-    found = vitals(tiny(), run)()
+    found = run_metrics(tiny(), run)()
     assert set(found) == set(NAMES) and all(isinstance(v, float) for v in found.values())
     assert found["adversa_images_per_second"] == 4 and found["adversa_queue_depth"] == 576
     assert (found["adversa_stage"], found["adversa_round"]) == (5, 1)
@@ -71,7 +71,7 @@ def test_a_training_has_steps_to_do_and_no_images(tiny, run):
         run.denoiser / step_folder.PROGRESS, {"done": 5, "total": 20, "rate": 2.0, "elapsed": 1.0}
     )
     status.set_status(run, "running", "train", folders=["denoiser"])
-    found = vitals(tiny(), run)()
+    found = run_metrics(tiny(), run)()
     assert (
         found["adversa_queue_depth"],
         found["adversa_images_per_second"],
@@ -80,7 +80,7 @@ def test_a_training_has_steps_to_do_and_no_images(tiny, run):
 
 
 def test_what_is_finished_is_learned_as_it_comes(tiny, run):
-    read = vitals(tiny(rounds=2), run)
+    read = run_metrics(tiny(rounds=2), run)
     assert read()["adversa_accepted_share"] == 0
     finish(run.round(1, "verdicts"), rows=40, kept=10, device_seconds=1.0)
     assert read()["adversa_accepted_share"] == 0.25
@@ -90,7 +90,7 @@ def test_what_is_finished_is_learned_as_it_comes(tiny, run):
 
 
 def test_a_pause_a_restart_and_an_end(tiny, run):
-    read = vitals(tiny(), run)
+    read = run_metrics(tiny(), run)
     status.set_status(run, "paused", "round 1: curate", folders=[])
     files.write_json(run.root / control.RESTARTS, {"restarts": 2, "seconds": 30.0})
     found = read()

@@ -356,7 +356,7 @@ def test_zero_by_hand_is_refused_in_the_same_words(tmp_path):
 
 
 def test_by_hand_to_a_number_and_back_between_rounds(tiny, tmp_path):
-    """Without painting: replay is swept."""
+    """Without generation: replay is swept."""
     config = short(tiny, rounds=3, mix={"arms": ["real", "replay"], "ratios": [0, 0.1, 5]})
     root, requests = tmp_path / "run", [None, 0.05, "auto"]
     for value in requests:

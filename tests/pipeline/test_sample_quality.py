@@ -340,7 +340,7 @@ def test_the_command_prints_the_table_and_again_without_work(copied):
     refused = CliRunner().invoke(
         app, [*words[:2], "--run-dir", str(run.root / "new"), "--set", "mix.arms=[real]"]
     )
-    assert refused.exit_code == 2 and "paints nothing" in refused.output
+    assert refused.exit_code == 2 and "generates nothing" in refused.output
     assert CliRunner().invoke(app, ["evaluate", "denoiser", "a.yaml", "b.yaml"]).exit_code == 2
 
 

@@ -1,4 +1,4 @@
-"""The table of stages: what a new row takes, and which settings may be mended once a step has
+"""The table of stages: what a new row takes, and which settings may be fixed once a step has
 begun.
 """
 
@@ -144,7 +144,7 @@ MENDED = [
 
 
 @pytest.mark.parametrize(("begun", "allowed", "refused"), MENDED)
-def test_a_setting_may_be_mended_as_long_as_no_step_that_reads_it_has_begun(
+def test_a_setting_may_be_fixed_as_long_as_no_step_that_reads_it_has_begun(
     tiny, tmp_path, begun, allowed, refused
 ):
     run = loop.open_run(tiny(), tmp_path / "run")

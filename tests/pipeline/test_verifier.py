@@ -1,4 +1,4 @@
-"""Judges trained without a fold, and who is asked."""
+"""Verifiers trained without a fold, and who is asked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_lesion_is_in_one_fold_and_classes_are_shared_out(finished):
     assert all(abs(a - b) <= 1 for a, b in lesions.values())
 
 
-def test_each_judge_is_trained_without_its_fold_and_they_differ(finished):
+def test_each_verifier_is_trained_without_its_fold_and_they_differ(finished):
     config, run = finished
     place = verifier.fold_of(run.data, 2)
     for k in range(2):
@@ -49,38 +49,40 @@ def pictures(finished):
     return rows["id"].to_pylist(), tables.decode_images(rows["image"]), rows["label"].to_pylist()
 
 
-def test_an_image_near_one_of_train_is_judged_by_the_judge_that_has_not_seen_it(finished, pictures):
+def test_an_image_near_one_of_train_is_judged_by_the_verifier_that_has_not_seen_it(
+    finished, pictures
+):
     _, run = finished
     ids, images, labels = pictures
     each = [softmax(make_scorer(f)(images)[0]) for f in verifier.folders(run.judge, 2)]
     place = verifier.fold_of(run.data, 2)
-    judges = verifier.Judges(run.judge, 2, run.data)
-    judges.known = [set(labels)] * 2
-    probs, embedding = judges(images, labels, ids)
+    verifiers = verifier.Verifiers(run.judge, 2, run.data)
+    verifiers.known = [set(labels)] * 2
+    probs, embedding = verifiers(images, labels, ids)
     assert {place[i] for i in ids} == {0, 1}
     for row, i in enumerate(ids):
         np.testing.assert_allclose(probs[row], each[place[i]][row], rtol=1e-6)
     assert embedding.shape[0] == len(ids) and embedding.shape[1] > 0
-    empty = judges(images[:0], [], [])
+    empty = verifiers(images[:0], [], [])
     assert empty[0].shape == (0, each[0].shape[1]) and len(empty[1]) == 0
 
 
-def test_a_judge_that_knows_no_image_of_the_class_is_not_asked(finished, pictures):
+def test_a_verifier_that_knows_no_image_of_the_class_is_not_asked(finished, pictures):
     _, run = finished
     ids, images, labels = pictures
     each = [softmax(make_scorer(f)(images)[0]) for f in verifier.folders(run.judge, 2)]
-    judges = verifier.Judges(run.judge, 2, run.data)
-    judges.known = [set(), set(labels)]
-    np.testing.assert_allclose(judges(images, labels, ids)[0], each[1], rtol=1e-6)
-    judges.known = [set(), set()]
-    assert np.isnan(judges(images, labels, ids)[0]).all()
+    verifiers = verifier.Verifiers(run.judge, 2, run.data)
+    verifiers.known = [set(), set(labels)]
+    np.testing.assert_allclose(verifiers(images, labels, ids)[0], each[1], rtol=1e-6)
+    verifiers.known = [set(), set()]
+    assert np.isnan(verifiers(images, labels, ids)[0]).all()
 
 
 @pytest.mark.parametrize(
     ("model", "other"), [("resnet10t", "convnext_atto"), ("convnext_atto", "resnet10t")]
 )
 @pytest.mark.parametrize("side", [32, 64])
-def test_the_judge_is_of_another_architecture_from_scratch_and_can_be_built(model, other, side):
+def test_the_verifier_is_of_another_architecture_from_scratch_and_can_be_built(model, other, side):
     from adversa.classify import model as models
 
     config = cfg.check(
@@ -97,15 +99,21 @@ def test_the_judge_is_of_another_architecture_from_scratch_and_can_be_built(mode
         },
         "x",
     )
-    judge = cfg.judge_of(config)
-    assert (judge.model, judge.weights, judge.layer_decay, judge.freeze_norm, judge.lr) == (
+    verifier = cfg.verifier_of(config)
+    assert (
+        verifier.model,
+        verifier.weights,
+        verifier.layer_decay,
+        verifier.freeze_norm,
+        verifier.lr,
+    ) == (
         other,
         None,
         1.0,
         False,
         2e-3,
     )
-    assert judge.steps == 77
-    models.build(judge, 5, side)
+    assert verifier.steps == 77
+    models.build(verifier, 5, side)
     given = cfg.check({"curate": {"judge": {"model": model, "steps": 9}}}, "x")
-    assert cfg.judge_of(given).steps == 9 and cfg.judge_of(given).model == model
+    assert cfg.verifier_of(given).steps == 9 and cfg.verifier_of(given).model == model

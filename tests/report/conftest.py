@@ -333,7 +333,7 @@ def _round(folder: Path, number: int, cases: int, per_case: int, side: int) -> N
             for k in range(per_case):
                 rid = digest("run", number, arm, h.example, k, size=10)
                 example = h.example if arm == "guided" else None
-                strategy = ("vary", "inpaint")[k % 2] if arm == "guided" else "sample"
+                strategy = ("img2img", "inpaint")[k % 2] if arm == "guided" else "sample"
                 requests.append(
                     GenerationRequest(rid, number, arm, strategy, h.label, example, 2.0, 2.0, k)
                 )

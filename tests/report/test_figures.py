@@ -168,7 +168,7 @@ def test_memorisation_in_words(facts: Facts) -> None:
         "unguided", near, ["sample"]
     )
     assert "generated from a real one must" in curation.memory_sentence(
-        "guided", near, ["sample", "vary"]
+        "guided", near, ["sample", "img2img"]
     )
     assert "lie farther from real images" in curation.memory_sentence("unguided", far, ["sample"])
 
@@ -363,7 +363,7 @@ def test_the_samples_of_the_denoiser_where_they_were_judged(make_run: Callable[.
 
 def test_a_set_from_elsewhere_is_named(make_run: Callable[..., Path]) -> None:
     run = make_run(cases=1, per_case=1)
-    assert "no set from elsewhere was scored" in page.write(run).read_text()
+    assert "no external cohort was scored" in page.write(run).read_text()
     (run / "external/clinic").mkdir(parents=True)
     (run / "external/clinic/summary.json").write_text(
         json.dumps({"verdict": "worse", "verdict_sentence": "Worse: by <b>much</b>."})
@@ -371,7 +371,7 @@ def test_a_set_from_elsewhere_is_named(make_run: Callable[..., Path]) -> None:
     html = page.write(run).read_text()
     assert (
         "<bdi>clinic</bdi>: Worse: by &lt;b&gt;much&lt;/b&gt;." in html
-        and "no set from elsewhere" not in html
+        and "no external cohort" not in html
     )
     assert "- clinic: Worse: by \\<b\\>much\\</b\\>." in (run / "report.md").read_text()
 

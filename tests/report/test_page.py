@@ -224,12 +224,12 @@ def test_the_counts_are_those_of_the_verdicts(finished: Path, parsed: Page) -> N
         and "unlike real images" not in parsed.text.partition("What was kept")[2]
     )
     lines = [line for line in found["guided"].lines if line.name == "melanoma"]
-    assert [line.strategy for line in lines] == ["", "inpaint", "vary"] and [
+    assert [line.strategy for line in lines] == ["", "img2img", "inpaint"] and [
         line.generated for line in lines
     ] == [100, 50, 50]
     assert lines[0].kept == lines[1].kept + lines[2].kept
     rejected = " ".join(str(lines[0].rejected.get(r, 0)) for r in met)
-    assert f"melanoma 100 {lines[0].kept} {lines[0].kept:.1f}% {rejected} inpaint 50" in parsed.text
+    assert f"melanoma 100 {lines[0].kept} {lines[0].kept:.1f}% {rejected} img2img 50" in parsed.text
     assert facts.images["train"] == [20, 20, 20] and facts.lesions["train"] == 30
 
 

@@ -72,14 +72,14 @@ def test_another_recipe_is_refused_with_each_field_that_differs(run):
     assert run.config.read_text() == "seed: 0\n"
 
 
-def test_while_nothing_is_finished_a_setting_may_be_mended_in_place(run):
+def test_while_nothing_is_finished_a_setting_may_be_fixed_in_place(run):
     other = RECIPE | {"seed": 1}
     files.write_json(run.data / step_folder.RECIPE, {"of": "the old one"})
     assert run_create.open_run(run.root, other, "seed: 1\n") == run
     assert run.config.read_text() == "seed: 1\n" and not (run.data / step_folder.RECIPE).exists()
 
 
-def test_once_the_data_are_prepared_what_they_do_not_hang_on_may_be_mended(run):
+def test_once_the_data_are_prepared_what_they_do_not_hang_on_may_be_fixed(run):
     files.write_json(run.data / step_folder.RECIPE, {})
     files.write_json(run.data / step_folder.MANIFEST, {})
     assert run_create.open_run(run.root, RECIPE | {"seed": 1}, "seed: 1\n", READS) == run
@@ -118,7 +118,7 @@ EARLY = [
 
 
 @pytest.mark.parametrize(("finished", "allowed", "refused"), EARLY)
-def test_before_the_first_training_what_is_finished_says_what_may_be_mended(
+def test_before_the_first_training_what_is_finished_says_what_may_be_fixed(
     run, finished, allowed, refused
 ):
     for name in finished:
@@ -127,8 +127,8 @@ def test_before_the_first_training_what_is_finished_says_what_may_be_mended(
         run_create.open_run, run.root, RECIPE | refused, "", READS
     )
     assert run.config.read_text() == "seed: 0\n"
-    run_create.open_run(run.root, RECIPE | allowed, "mended\n", READS)
-    assert run.config.read_text() == "mended\n"
+    run_create.open_run(run.root, RECIPE | allowed, "fixed\n", READS)
+    assert run.config.read_text() == "fixed\n"
 
 
 def test_a_training_with_a_checkpoint_goes_on_with_its_own_settings_alone(run):
@@ -234,7 +234,7 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_kill_between_the_two_files_of_a_new_run_is_mended(run):
+def test_a_kill_between_the_two_files_of_a_new_run_is_fixed(run):
     run.config.unlink()
     run_create.open_run(run.root, RECIPE, "seed: 0\n")
     assert run.config.read_text() == "seed: 0\n"

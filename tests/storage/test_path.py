@@ -443,7 +443,7 @@ class Killed(BaseException):
 
 
 def same(run, undisturbed):
-    """That two runs painted the same, kept the same, trained the same and say the same."""
+    """That two runs generated the same, kept the same, trained the same and say the same."""
     for name in ("requests", "synthetic", "verdicts"):
         ours, theirs = (tables.read(r.round(1, name)).to_pylist() for r in (run, undisturbed))
         assert repr(ours) == repr(theirs), name  # repr: what was not measured is not a number
@@ -509,8 +509,8 @@ def test_a_run_on_s3_that_is_cut_off_again_and_again_ends_as_one_in_a_folder(
     for at in ("classifier/checkpoint.json", "synthetic/part-00001.parquet"):
         with pytest.raises(Killed, match=at):
             work()
-    painted = names(store / "round-001" / "synthetic")
-    assert "part-00000.parquet" in painted and "part-00001.parquet" not in painted
+    generated = names(store / "round-001" / "synthetic")
+    assert "part-00000.parquet" in generated and "part-00001.parquet" not in generated
     proxy.fault = lambda method, path, before: (
         503 if method == "PUT" and "verdicts/part" in path else None
     )
@@ -523,7 +523,7 @@ def test_a_run_on_s3_that_is_cut_off_again_and_again_ends_as_one_in_a_folder(
     before = proxy.count("PUT", "synthetic/part-00000")
     run = work()
     assert proxy.count("PUT", "synthetic/part-00000") == before, (
-        "what was painted is not painted again"
+        "what was generated is not generated again"
     )
     same(run, undisturbed)
     no_secret_in(store)

@@ -41,7 +41,7 @@ def verdict():
         "r1",
         "guided",
         1,
-        "vary",
+        "img2img",
         None,
         False,
         "near copy",

@@ -27,25 +27,25 @@ def test_every_point_once_and_ratio_0_is_the_arm_real():
 
 
 def test_strategies_and_what_the_denoiser_sees_are_arms_of_their_own():
-    both = config(strategies=["vary", "inpaint"], denoiser_sees=["subset", "all"])
+    both = config(strategies=["img2img", "inpaint"], denoiser_sees=["subset", "all"])
     names = [v.name for v in grid.variants(both, DataRegime(4))]
     assert names == [
         "replay",
         "unguided",
         "unguided-all",
-        "guided-vary",
+        "guided-img2img",
         "guided-inpaint",
-        "guided-vary-all",
+        "guided-img2img-all",
         "guided-inpaint-all",
     ]
     assert [v.name for v in grid.variants(both, DataRegime(None))] == [
         "replay",
         "unguided",
-        "guided-vary",
+        "guided-img2img",
         "guided-inpaint",
     ]
-    assert config().generate.strategy == "vary" and Variant(
-        "guided", "vary", "subset"
+    assert config().generate.strategy == "img2img" and Variant(
+        "guided", "img2img", "subset"
     ) in grid.variants(config(), DataRegime(4))
 
 
@@ -65,10 +65,10 @@ def test_counts_are_the_ratio_of_each_class():
     assert grid.wanted([10, 3, 0], 2.5, 1.5) == [38, 12, 0]
 
 
-def test_few_lesions_have_no_judges():
+def test_few_lesions_have_no_verifiers():
     gate = Curate()
-    assert grid.gate_of(gate, [grid.JUDGED, 50, 0]) is gate
-    small = grid.gate_of(gate, [grid.JUDGED - 1, 50])
+    assert grid.filter_of(gate, [grid.VERIFIABLE, 50, 0]) is gate
+    small = grid.filter_of(gate, [grid.VERIFIABLE - 1, 50])
     assert (small.folds, small.trivial_quantile, small.realism_quantile) == (0, None, None)
     assert small.near_copy_quantile == gate.near_copy_quantile and small.twins
 
@@ -92,7 +92,7 @@ def test_a_grid_that_makes_no_sense_is_refused(sweep, said):
 def test_what_no_trial_of_a_sweep_can_be():
     grid.check(config())
     with pytest.raises(
-        UserError, match="generate.adaptive true: a sweep's small cells have no judges"
+        UserError, match="generate.adaptive true: a sweep's small cells have no verifiers"
     ):
         grid.check(check({"generate": {"adaptive": True}}, "test"))
     with pytest.raises(
@@ -115,8 +115,8 @@ def test_what_no_trial_of_a_sweep_can_be():
         ({"real": ["some"]}, r"sweep.real"),
         ({"arms": ["real"]}, r"sweep.arms.0 = 'real'"),
         (
-            {"arms": ["replay"], "strategies": ["vary"]},
-            r"strategies \['vary'\] are of the arm guided, which is not in arms",
+            {"arms": ["replay"], "strategies": ["img2img"]},
+            r"strategies \['img2img'\] are of the arm guided, which is not in arms",
         ),
         ({"ratioes": [1]}, r"unknown key sweep.ratioes; did you mean sweep.ratios\?"),
     ],

@@ -77,7 +77,7 @@ CASES = [{"example": f"e{i}", "label": label, "rank": i} for i, label in enumera
 def test_images_of_a_class_are_shared_among_its_hard_cases():
     found = list(
         regimes.replicates(
-            CASES, [5, 2, 0, 4], Variant("guided", "vary", "subset"), "run", Generate(), "clf"
+            CASES, [5, 2, 0, 4], Variant("guided", "img2img", "subset"), "run", Generate(), "clf"
         )
     )
     labels = [r.label for r in found]
@@ -89,10 +89,10 @@ def test_images_of_a_class_are_shared_among_its_hard_cases():
     ]  # of class 2 none is wanted, of class 3 there is no hard case
     assert [r.example for r in found if r.label == 0] == ["e0", "e2", "e0", "e2", "e0"]
     assert len({r.request_id for r in found}) == len(found) == len({r.seed for r in found})
-    assert {r.classifier for r in found} == {"clf"} and {r.strategy for r in found} == {"vary"}
+    assert {r.classifier for r in found} == {"clf"} and {r.strategy for r in found} == {"img2img"}
     more = list(
         regimes.replicates(
-            CASES, [9, 9, 9, 9], Variant("guided", "vary", "subset"), "run", Generate(), "clf"
+            CASES, [9, 9, 9, 9], Variant("guided", "img2img", "subset"), "run", Generate(), "clf"
         )
     )
     assert {r.request_id for r in found} < {r.request_id for r in more}  # the same, and more

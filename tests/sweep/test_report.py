@@ -90,21 +90,21 @@ def test_it_says_what_was_found(written: tuple, parsed: Any) -> None:
     for v in known["verdicts"]:
         assert f"{v['variant']}: {v['word']}" in parsed.text
         assert v["sentence"].removeprefix(v["variant"] + ": ")[1:] in parsed.text
-    assert {v["variant"]: v["word"] for v in known["verdicts"]}["guided-vary"] == "better"
-    curve = next(c for c in known["curves"] if c["variant"] == "guided-vary")
-    assert curve["response"]["kind"] == "knee" and curve["response"]["words"] in parsed.text
+    assert {v["variant"]: v["word"] for v in known["verdicts"]}["guided-img2img"] == "better"
+    curve = next(c for c in known["curves"] if c["variant"] == "guided-img2img")
+    assert curve["response"]["kind"] == "saturates" and curve["response"]["words"] in parsed.text
     for note in known["notes"]:
         assert " ".join(note.split())[1:40] in parsed.text
     assert "6 of 64 trials are missing" in parsed.text and "0005/unguided/r1/s1" in parsed.text
     words = next(
         w["words"]
-        for w in known["worth"]
-        if w["cell"] == "0005" and w["variant"] == "guided-vary" and w["ratio"] == 1
+        for w in known["equivalent_images"]
+        if w["cell"] == "0005" and w["variant"] == "guided-img2img" and w["ratio"] == 1
     )
     assert words in parsed.text
 
 
-def test_every_trial_contrast_and_worth_has_its_row(written: tuple, html: str) -> None:
+def test_every_trial_contrast_and_equivalent_has_its_row(written: tuple, html: str) -> None:
     known = results.results(*written[:2])
     tables = {
         m[1]: m[2].count("<tr") - 1
@@ -117,9 +117,9 @@ def test_every_trial_contrast_and_worth_has_its_row(written: tuple, html: str) -
             == sum(c["question"] == asked for c in known["contrasts"])
             > 0
         )
-    assert sum(n for name, n in tables.items() if name.startswith("Worth of")) == len(
-        known["worth"]
-    )
+    assert sum(
+        n for name, n in tables.items() if name.startswith("Equivalent real images of")
+    ) == len(known["equivalent_images"])
     assert tables["Pools"] == len(known["what"]["pools"]) == 8
 
 
@@ -157,7 +157,7 @@ def test_figures_are_valid_and_the_same_for_the_same_numbers(written: tuple, par
         )  # text is drawn as paths
     assert len(parsed.of("img")) == 4 + 1  # two cells, seen two ways, and the real images
     known = results.results(*written[:2])
-    again = sweep_plots.dose_figure(sweep_plots.panels(known), "balanced_accuracy")
+    again = sweep_plots.ratio_figure(sweep_plots.panels(known), "balanced_accuracy")
     assert plots.svg(again) == (run.root / "figures/dose.svg").read_bytes()
     assert plots.png(again) == (run.root / "figures/dose.png").read_bytes()
 
@@ -185,16 +185,16 @@ def test_panels_hold_what_was_reached(written: tuple) -> None:
         "20 a class, denoiser saw all of train",
     ]
     names = [{c["variant"] for c in p.curves} for p in chosen]
-    assert names[0] == {"replay", "unguided", "guided-vary"} and names[1] == {
+    assert names[0] == {"replay", "unguided", "guided-img2img"} and names[1] == {
         "replay",
         "unguided-all",
-        "guided-vary-all",
+        "guided-img2img-all",
     }
     for p in chosen:
         assert (
             all(p.ends[0] < x["mean"] < p.ends[1] for x in p.points) and len(p.points) == 1 + 3 * 3
         )
-    figure = sweep_plots.dose_figure(chosen[:1], "balanced_accuracy")
+    figure = sweep_plots.ratio_figure(chosen[:1], "balanced_accuracy")
     ax = figure.axes[0]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1", "2.6", "5"] and min(
         ax.get_yticks()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from adversa.evaluate.bootstrap import compare
-from adversa.evaluate.dose import Curve
+from adversa.evaluate.dose_response import Curve
 from adversa.storage import tables
 from adversa.sweep import grid, results
 from adversa.sweep import run as sweep_run
@@ -43,7 +43,7 @@ def three_cells(cell: str, p: Point, x: float) -> float:
     """Of 5 a class, ratio 1 scores half way to 20 a class, and ratio 3 more than all of train."""
     return (
         REAL[cell]
-        + (0.0 if not x else {1.0: 0.05, 3.0: 0.3}[p.ratio] if p.variant.paints else -0.1)
+        + (0.0 if not x else {1.0: 0.05, 3.0: 0.3}[p.ratio] if p.variant.generates else -0.1)
         + luck(p)
     )
 
@@ -109,10 +109,10 @@ def test_what_was_swept_is_counted(cells_sweep: tuple) -> None:
         "real": [5, 5],
         "mined": [2, 2],
         "lesions": [5, 5],
-        "judges": False,
+        "verifiers": False,
     }
-    assert [c["judges"] for c in what["cells"]] == [False, True, True]
-    p = pick(what["pools"], cell="0005", variant="guided-vary-all")
+    assert [c["verifiers"] for c in what["cells"]] == [False, True, True]
+    p = pick(what["pools"], cell="0005", variant="guided-img2img-all")
     assert (p["asked"], p["kept"], p["share"], p["reasons"]) == (44, 40, 40 / 44, {"near copy": 2})
     assert what["images"] == what["lesions"] == 400 and what["split_hash"] == "9c1d55ab20"
     spent = what["cost"]["device_seconds"]
@@ -144,21 +144,30 @@ def test_points_are_means_over_seeds_within_their_intervals(curve_sweep: tuple) 
     )
 
 
-def test_a_known_knee_is_found_where_it_is(curve_sweep: tuple) -> None:
+def test_a_known_saturation_point_is_found_where_it_is(curve_sweep: tuple) -> None:
     _, _, found = curve_sweep
-    c = pick(found["curves"], variant="guided-vary")
+    c = pick(found["curves"], variant="guided-img2img")
     r = c["response"]
     assert c["reached"] == DOSES and c["why"] == "" and c["seeds_vary"]
-    assert r["kind"] == "knee" and r["knee"] == pytest.approx(TRUE.knee(), rel=0.05)
-    assert r["knee_low"] < TRUE.knee() < r["knee_high"] < 10 and "90% of it by dose" in r["words"]
+    assert r["kind"] == "saturates" and r["saturation_point"] == pytest.approx(
+        TRUE.saturation_point(), rel=0.05
+    )
+    assert (
+        r["saturation_low"] < TRUE.saturation_point() < r["saturation_high"] < 10
+        and "90% of it by ratio" in r["words"]
+    )
     assert r["gain"] == pytest.approx(TRUE.rise, abs=0.01) and r["gain_low"] > 0.2
     assert r["grid"][0] == 0 and r["grid"][-1] == 10 and set(DOSES) <= set(r["grid"])
 
 
-def test_flat_scores_have_no_knee_and_0_is_the_best(curve_sweep: tuple) -> None:
+def test_flat_scores_have_no_saturation_point_and_0_is_the_best(curve_sweep: tuple) -> None:
     _, _, found = curve_sweep
     r = pick(found["curves"], variant="replay")["response"]
-    assert r["kind"] == "no gain" and r["knee"] is None and "no knee: no gain shown" in r["words"]
+    assert (
+        r["kind"] == "no gain"
+        and r["saturation_point"] is None
+        and "no saturation point: no gain shown" in r["words"]
+    )
     assert "0 is the best, no ratio scores above it: replay (20 a class)" in found["notes"]
     assert not any("shown to beat 0" in n for n in found["notes"])  # guided and unguided are
 
@@ -168,7 +177,7 @@ def test_contrasts_have_the_sign_they_were_made_with(curve_sweep: tuple) -> None
     rows = found["contrasts"]
     asked = {q: sum(r["question"] == q for r in rows) for q in found["questions"]}
     assert asked == {"replay": 8, "unguided": 4, "sees": 0, "real": 12}
-    row = pick(rows, question="replay", a="guided-vary", ratio=5)
+    row = pick(rows, question="replay", a="guided-img2img", ratio=5)
     expected = round(TRUE.at(5) * 200) / 200 - 0.5
     assert (
         row["difference"] == pytest.approx(expected, abs=0.006)
@@ -183,7 +192,7 @@ def test_contrasts_have_the_sign_they_were_made_with(curve_sweep: tuple) -> None
 def test_a_contrast_is_what_compare_says(curve_sweep: tuple) -> None:
     """Drawn once for all trials, or anew for a pair: the same resamples."""
     c, run, found = curve_sweep
-    arms = Variant("guided", "vary", "subset"), Variant("unguided", "", "subset")
+    arms = Variant("guided", "img2img", "subset"), Variant("unguided", "", "subset")
     logits = []
     for v in arms:
         each = [sweep_run.logits_of(c, run, [Point(DataRegime(20), v, 2.5, s)]) for s in (0, 1)]
@@ -199,20 +208,20 @@ def test_a_contrast_is_what_compare_says(curve_sweep: tuple) -> None:
 
 
 def test_verdicts_say_it_in_a_sentence_each(curve_sweep: tuple, cells_sweep: tuple) -> None:
-    guided = pick(curve_sweep[2]["verdicts"], variant="guided-vary")
+    guided = pick(curve_sweep[2]["verdicts"], variant="guided-img2img")
     assert guided["word"] == "better"
     assert (
         "better than replay at 4 of 4 points (most at 20 a class, ratio 10: +0.3"
         in guided["sentence"]
     )
     assert (
-        "; knee at ratio 2." in guided["sentence"]
-        and "needs two counts of real images" in guided["sentence"]
+        "; saturation point at ratio 2." in guided["sentence"]
+        and "need two counts of real images" in guided["sentence"]
     )
     assert curve_sweep[2]["sentences"] == [v["sentence"] for v in curve_sweep[2]["verdicts"]]
     names = [v["variant"] for v in cells_sweep[2]["verdicts"]]
     assert (
-        names == ["guided-vary", "guided-vary-all"]
+        names == ["guided-img2img", "guided-img2img-all"]
         and "worth more than nothing at" in cells_sweep[2]["sentences"][0]
     )
 
@@ -229,25 +238,25 @@ def test_worth_is_exact(cells_sweep: tuple) -> None:
         [0.505, 0.605, 0.705]
     )
     assert found["real"]["isotonic"] == pytest.approx(found["real"]["mean"])
-    w = pick(found["worth"], cell="0005", variant="guided-vary", ratio=1)
-    assert w["worth"] == pytest.approx((math.sqrt(14 * 44) - 14) / 10) and w[
+    w = pick(found["equivalent_images"], cell="0005", variant="guided-img2img", ratio=1)
+    assert w["per_image"] == pytest.approx((math.sqrt(14 * 44) - 14) / 10) and w[
         "equivalent"
     ] == pytest.approx(math.sqrt(14 * 44))
-    assert 0 < w["low"] < w["worth"] < w["high"] and w["words"].startswith(
+    assert 0 < w["low"] < w["per_image"] < w["high"] and w["words"].startswith(
         "one synthetic image is worth 1.08 real"
     )
 
 
 def test_worth_beyond_the_data_is_a_bound_only(cells_sweep: tuple) -> None:
     _, _, found = cells_sweep
-    w = pick(found["worth"], cell="0005", variant="guided-vary", ratio=3)
-    assert w["worth"] is None and (w["side"], w["bound"]) == (
+    w = pick(found["equivalent_images"], cell="0005", variant="guided-img2img", ratio=3)
+    assert w["per_image"] is None and (w["side"], w["bound"]) == (
         "at least",
         pytest.approx((164 - 14) / 30),
     )
-    w = pick(found["worth"], cell="0005", variant="replay", ratio=1)
+    w = pick(found["equivalent_images"], cell="0005", variant="replay", ratio=1)
     assert (
-        w["worth"] is None
+        w["per_image"] is None
         and w["side"] == "at most"
         and "below the data: one repeat is worth at most" in w["words"]
     )
@@ -257,12 +266,12 @@ def test_denoisers_are_compared_by_what_they_saw(cells_sweep: tuple) -> None:
     _, _, found = cells_sweep
     rows = [r for r in found["contrasts"] if r["question"] == "sees"]
     assert {(r["cell"], r["a"], r["b"]) for r in rows} == {
-        (c, "guided-vary", "guided-vary-all") for c in ("0005", "0020")
+        (c, "guided-img2img", "guided-img2img-all") for c in ("0005", "0020")
     }
     assert {r["difference"] for r in rows} == {0.0} and {r["word"] for r in rows} == {"not shown"}
     assert any("Sagers et al. 2023" in n for n in found["notes"])
     assert any(
-        "no judges and no manifold in the gate of the cells 5 a class: " in n
+        "no verifiers and no manifold in the gate of the cells 5 a class: " in n
         for n in found["notes"]
     )
 
@@ -284,27 +293,30 @@ def test_an_unfinished_sweep_shows_what_is_there(tmp_path: Path) -> None:
     found = results.write(c, run)
     assert (
         found["what"]["trials"]["missing"] == 8 + 3
-        and "0020/guided-vary/r2.5/s1" in found["what"]["trials"]["names"]
+        and "0020/guided-img2img/r2.5/s1" in found["what"]["trials"]["names"]
     )
     assert (
         "11 of 26 trials are missing: run the same command again to do the rest" in found["notes"]
     )
     gone = pick(found["points"], variant="unguided", ratio=1)
     assert gone["mean"] is None and (gone["seeds"], gone["missing"]) == (0, 2)
-    c_un, c_g = (pick(found["curves"], variant=v) for v in ("unguided", "guided-vary"))
-    assert c_un["response"] is None and c_un["why"] == "1 of the 3 doses that a curve needs"
+    c_un, c_g = (pick(found["curves"], variant=v) for v in ("unguided", "guided-img2img"))
+    assert c_un["response"] is None and c_un["why"] == "1 of the 3 ratios that a curve needs"
     assert (
-        c_g["response"]["kind"] == "knee"
-    )  # the seed that is missing is lucky; its absence costs no dose
+        c_g["response"]["kind"] == "saturates"
+    )  # the seed that is missing is lucky; its absence costs no ratio
     assert c_g["response"]["scores"][2] == pytest.approx(TRUE.at(2.5) + 0.005, abs=0.004)
-    assert pick(found["contrasts"], question="replay", a="guided-vary", ratio=5)["seeds"] == 1
+    assert pick(found["contrasts"], question="replay", a="guided-img2img", ratio=5)["seeds"] == 1
     assert not any("unguided" in (r["a"], r["b"]) for r in found["contrasts"])
 
 
 def test_nothing_finished_is_no_fault(tmp_path: Path) -> None:
     c, run = sweeps.build(tmp_path / "run", one_cell, real=[20], ratios=DOSES, skip=lambda p: True)
     found = results.write(c, run)
-    assert found["what"]["trials"]["done"] == 0 and found["contrasts"] == found["worth"] == []
+    assert (
+        found["what"]["trials"]["done"] == 0
+        and found["contrasts"] == found["equivalent_images"] == []
+    )
     assert all("not compared with replay yet" in s for s in found["sentences"])
     assert tables.read_part(run.root / "sweep.parquet").num_rows == 0
 
@@ -312,13 +324,13 @@ def test_nothing_finished_is_no_fault(tmp_path: Path) -> None:
 def test_one_seed_holds_lesions_only_and_says_so(tmp_path: Path) -> None:
     c, run = sweeps.build(tmp_path / "run", one_cell, real=[20], ratios=DOSES, seeds=1)
     found = results.results(c, run)
-    curve = pick(found["curves"], variant="guided-vary")
-    assert not curve["seeds_vary"] and curve["response"]["kind"] == "knee"
+    curve = pick(found["curves"], variant="guided-img2img")
+    assert not curve["seeds_vary"] and curve["response"]["kind"] == "saturates"
     assert any(
         n.startswith("one seed a point: intervals and bands hold the choice of select's lesions")
         for n in found["notes"]
     )
-    row = pick(found["contrasts"], question="replay", a="guided-vary", ratio=10)
+    row = pick(found["contrasts"], question="replay", a="guided-img2img", ratio=10)
     assert row["word"] == "better" and row["note"].startswith("one seed")
 
 
@@ -326,13 +338,15 @@ def test_ratios_that_reach_the_same_are_one_dose(tmp_path: Path) -> None:
     """Of 20 a class some pool kept 40: ratios above 2 reach 2."""
     c, run = sweeps.build(tmp_path / "run", one_cell, have={"0020": 40}, real=[20], ratios=DOSES)
     found = results.results(c, run)
-    curve = pick(found["curves"], variant="guided-vary")
+    curve = pick(found["curves"], variant="guided-img2img")
     assert (
         curve["reached"] == [0, 1, 2]
         and curve["ratios"] == [0, 1, 2.5]
         and curve["same"] == [(5, 2.5), (10, 2.5)]
     )
-    assert curve["response"]["doses"] == (0, 1, 2) and {r["ratio"] for r in found["contrasts"]} == {
+    assert curve["response"]["ratios"] == (0, 1, 2) and {
+        r["ratio"] for r in found["contrasts"]
+    } == {
         1,
         2.5,
     }
@@ -341,7 +355,7 @@ def test_ratios_that_reach_the_same_are_one_dose(tmp_path: Path) -> None:
         "20 a class: too few images for ratio 2.5 (reached 2), 5 (reached 2), 10 (reached "
         "2); all arms take as many" in notes
     )
-    assert "20 a class: ratio 5 reached no more than ratio 2.5, so they are one dose" in notes
+    assert "20 a class: ratio 5 reached no more than ratio 2.5, so they are one point" in notes
 
 
 def test_two_doses_are_no_curve(tmp_path: Path) -> None:
@@ -349,9 +363,9 @@ def test_two_doses_are_no_curve(tmp_path: Path) -> None:
         tmp_path / "run", one_cell, have={"0020": 20}, real=[20], ratios=[0, 1, 2]
     )
     found = results.results(c, run)
-    assert {c["why"] for c in found["curves"]} == {"2 of the 3 doses that a curve needs"}
-    assert "no curve at 20 a class: 2 of the 3 doses that a curve needs" in found["notes"]
-    assert "too few doses for a knee" in found["sentences"][0]
+    assert {c["why"] for c in found["curves"]} == {"2 of the 3 ratios that a curve needs"}
+    assert "no curve at 20 a class: 2 of the 3 ratios that a curve needs" in found["notes"]
+    assert "too few ratios for a saturation point" in found["sentences"][0]
 
 
 def test_a_class_without_hard_cases_got_nothing_and_is_named(tmp_path: Path) -> None:
@@ -380,7 +394,7 @@ def test_worse_and_mixed_are_said(tmp_path: Path) -> None:
     """Helps 5 a class, harms 20 a class."""
 
     def side(cell: str, p: Point, x: float) -> float:
-        return 0.6 + (0.0 if not p.variant.paints else 0.2 if cell == "0005" else -0.2)
+        return 0.6 + (0.0 if not p.variant.generates else 0.2 if cell == "0005" else -0.2)
 
     c, run = sweeps.build(
         tmp_path / "run", side, real=[5, 20], ratios=[0, 1], arms=["replay", "unguided"]

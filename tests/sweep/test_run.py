@@ -71,7 +71,7 @@ def test_a_smaller_ratio_has_images_of_the_larger_one_and_the_cells_own_real_ima
         d = grid.cell_dir(run, p.cell)
         assert kinds["real"] == set(tables.read(d.data / "train", ["id"])["id"].to_pylist())
         assert kinds["mined"] == set(tables.read(d.round(1, "hard"))["example"].to_pylist())
-        if p.ratio == 1 and p.variant.paints:
+        if p.ratio == 1 and p.variant.generates:
             more = grid.Point(p.cell, p.variant, 2.0, p.seed)
             assert kinds["synthetic"] <= {
                 r["id"] for r in mix_of(run, more).to_pylist() if r["kind"] == "synthetic"
@@ -126,7 +126,7 @@ def test_a_sweep_that_is_cut_off_again_and_again_has_the_same_table_and_no_trial
     run = sweep_run.open_run(config, tmp_path / "run")
     begun, finished, made = Counter(), Counter(), generate._row
     fit, left = sweep_run.fit_and_score, [3, 5, 9]
-    painted = [20, 50]
+    generated = [20, 50]
 
     def cutting(config, source, arm, ratio, seed, out, engine, told):
         begun[out] += 1
@@ -138,10 +138,10 @@ def test_a_sweep_that_is_cut_off_again_and_again_has_the_same_table_and_no_trial
         return found
 
     def row(*args):
-        painted[0] -= 1
-        if painted[0] == 0:
-            painted.pop(0)
-            painted.append(10**9)
+        generated[0] -= 1
+        if generated[0] == 0:
+            generated.pop(0)
+            generated.append(10**9)
             raise Cut
         return made(*args)
 

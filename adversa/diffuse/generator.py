@@ -1,4 +1,4 @@
-"""What paints: a denoiser of any kind, with the codec of the space it diffuses."""
+"""The image generator: a denoiser of any kind, with the codec of the space it diffuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adversa import config as cfg
 from adversa.diffuse import codec, edm, external
-from adversa.diffuse.paint import Canvas, Painted, Steering
+from adversa.diffuse.pipeline import GeneratedImage, GenerationPipeline, Steering
 from adversa.diffuse.strategy import Sources
 from adversa.storage import weights
 from adversa.storage.path import storage_path
@@ -22,13 +22,15 @@ from adversa.types import GenerationRequest, UserError
 
 
 @dataclass(frozen=True)
-class Painter:
-    """codec: None where pixels are diffused. meta: the denoiser's config.json. fingerprint: of the
+class ImageGenerator:
+    """A denoiser and its codec, loaded.
+
+    codec: None where pixels are diffused. meta: the denoiser's config.json. fingerprint: of the
     denoiser.
     """
 
     denoiser: edm.DenoiserFn
-    codec: codec.Codec | None
+    codec: codec.ImageCodec | None
     meta: dict[str, Any]
     fingerprint: str
     device: torch.device
@@ -38,36 +40,44 @@ class Painter:
 
     @property
     def side(self) -> int:
-        """Of the images, in pixels."""
+        """The side of the images, in pixels."""
         return self.meta["resolution"] * (1 if self.codec is None else self.codec.meta["factor"])
 
-    def canvas(self, config: cfg.Generate, steering: Steering | None = None) -> Canvas:
-        """Where requests are painted with these settings, in the space of this denoiser."""
+    def pipeline(
+        self, config: cfg.Generate, steering: Steering | None = None
+    ) -> GenerationPipeline:
+        """The pipeline that generates with these settings."""
         space = (
             {}
             if self.codec is None
             else {"encode": self.codec.to_space, "decode": self.codec.decode}
         )
         denoiser = self.compiled(config.batch_size, config.amp) if config.compile else self.denoiser
-        return Canvas(
+        return GenerationPipeline(
             denoiser, self.meta, config, self.device, steering=steering or Steering(), **space
         )
 
     def compiled(self, rows: int, amp: bool) -> edm.DenoiserFn:
-        """The denoiser, compiled for so many rows. UserError where this machine cannot compile."""
+        """The denoiser, compiled for so many rows.
+
+        Raises:
+            UserError: This machine cannot compile.
+        """
         if (rows, amp) not in self._compiled:
             self._compiled[rows, amp] = compile_(self.denoiser, self.meta, self.device, rows, amp)
         return self._compiled[rows, amp]
 
     def pixels(self, x: Tensor) -> Tensor:
-        """The diffused space [B, C, h, w] to pixels [B, 3, R, R] about [0, 1], for what looks at
-        images while they are painted.
+        """The diffused space [B, C, h, w] as pixels [B, 3, R, R] about [0, 1], for models that
+        guide.
         """
         return (x + 1) / 2 if self.codec is None else self.codec.pixels(x)
 
     def check(self, requests: Sequence[GenerationRequest], config: cfg.Generate) -> None:
-        """UserError for what steers away from the null class, or is measured in that, without
-        one.
+        """Check that requests whose guidance needs a null class have one.
+
+        Raises:
+            UserError: The denoiser has no null class.
         """
         if self.meta.get("null", True) or config.weak:
             return
@@ -76,33 +86,43 @@ class Painter:
                 f"guidance {guided.guidance:g}: the denoiser has no null class; set "
                 "generate.guidance=1"
             )
-        if any(r.hardness or (r.likeness and config.likeness_kind == "features") for r in requests):
-            key = "hardness" if any(r.hardness for r in requests) else "likeness"
+        if any(
+            r.classifier_guidance
+            or (r.reference_guidance and config.reference_guidance_space == "features")
+            for r in requests
+        ):
+            key = (
+                "classifier_guidance"
+                if any(r.classifier_guidance for r in requests)
+                else "reference_guidance"
+            )
             raise UserError(
                 f"generate.{key} is measured in classifier-free guidance, and the denoiser "
                 "has no null class; set 0"
             )
 
-    def paint(
+    def generate(
         self,
         requests: Sequence[GenerationRequest],
         sources: Sources,
         config: cfg.Generate,
         steering: Steering | None = None,
-    ) -> list[Painted]:
-        """Every request, in the order asked."""
+    ) -> list[GeneratedImage]:
+        """The images of all requests, in their order."""
         self.check(requests, config)
         found = {
-            p.request.request_id: p for p in self.canvas(config, steering).stream(requests, sources)
+            p.request.request_id: p
+            for p in self.pipeline(config, steering).stream(requests, sources)
         }
         return [found[r.request_id] for r in requests]
 
 
 def load(
     denoiser: Path, device: torch.device | str = "cpu", codec_folder: Path | None = None
-) -> Painter:
-    """The painter of a denoiser's folder. codec_folder: its codec's; None: the folder `codec`
-    beside it, as a run keeps them.
+) -> ImageGenerator:
+    """The image generator of a denoiser's folder.
+
+    codec_folder: its codec's; None: the folder `codec` beside it, as a run keeps them.
     """
     device = torch.device(device)
     model, meta, fingerprint = read(storage_path(denoiser), device)
@@ -112,18 +132,20 @@ def load(
         if space is None
         else codec.load(codec_folder or storage_path(denoiser).parent / "codec", device, space)
     )
-    return Painter(model, found, meta, fingerprint, device)
+    return ImageGenerator(model, found, meta, fingerprint, device)
 
 
 def read(folder: Path, device: torch.device) -> tuple[edm.DenoiserFn, dict[str, Any], str]:
-    """(denoiser, its config.json, fingerprint) of a folder of any kind. UserError where it holds
-    none.
+    """(denoiser, its config.json, fingerprint) of a folder of any kind.
+
+    Raises:
+        UserError: The folder holds no denoiser.
     """
     return (external if _kind(folder) == external.KIND else edm).load(folder, device)
 
 
 def fingerprint(folder: Path) -> str:
-    """That of `read`, without building the model."""
+    """The fingerprint that `read` gives, without building the model."""
     if _kind(folder) == external.KIND:
         return hashlib.sha256((folder / weights.CONFIG).read_bytes()).hexdigest()[:32]
     return weights.read_model(folder)[2]
@@ -140,8 +162,12 @@ def _kind(folder: Path) -> str | None:
 def compile_(
     denoiser: edm.DenoiserFn, meta: dict[str, Any], device: torch.device, rows: int, amp: bool
 ) -> edm.DenoiserFn:
-    """torch.compile of one static shape, with CUDA graphs on a GPU. Compiled on the spot: nothing
-    later waits for it.
+    """The denoiser by torch.compile, for one static shape, with CUDA graphs on a GPU.
+
+    It is compiled here, so that nothing later waits for it.
+
+    Raises:
+        UserError: This machine cannot compile.
     """
     from torch._dynamo.exc import TorchDynamoException
 
@@ -165,6 +191,6 @@ def compile_(
                 run(x, sigma, label)
     except TorchDynamoException as e:
         cause = " ".join(str(e).split())[:200]
-        mend = "set generate.compile=false, or install a C++ compiler"
-        raise UserError(f"generate.compile: torch.compile fails here ({cause}); {mend}") from None
+        fix = "set generate.compile=false, or install a C++ compiler"
+        raise UserError(f"generate.compile: torch.compile fails here ({cause}); {fix}") from None
     return run

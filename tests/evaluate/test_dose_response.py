@@ -14,31 +14,31 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, isotonic_regression
 
-from adversa.evaluate.dose import (
-    KNEE_SHARE,
+from adversa.evaluate.dose_response import (
+    SATURATION_SHARE,
     Curve,
+    EquivalentImages,
     Response,
-    Worth,
+    equivalent_images,
     fit,
     real_curve,
     response,
     seed_draws,
-    worth,
 )
 
-DOSES = np.array([0, 1, 2.5, 5, 10, 20, 50])
+RATIOS = np.array([0, 1, 2.5, 5, 10, 20, 50])
 COUNTS = np.array([250, 500, 1000, 2000, 4000])
 SWEEPS = 200
 RESAMPLES = 200
 ALIKE = 0.012  # sd of the luck of a seed that moves all its scores
 
 
-def saturating(gain: float, scale: float, doses: np.ndarray = DOSES) -> Curve:
-    return Curve(0.7, gain, scale, float(doses[0]), float(doses[-1]), 0.0)
+def saturating(gain: float, scale: float, ratios: np.ndarray = RATIOS) -> Curve:
+    return Curve(0.7, gain, scale, float(ratios[0]), float(ratios[-1]), 0.0)
 
 
 def line(rise: float) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda x: 0.7 + rise * np.asarray(x) / DOSES[-1]
+    return lambda x: 0.7 + rise * np.asarray(x) / RATIOS[-1]
 
 
 def trials(
@@ -46,32 +46,32 @@ def trials(
     truth: Callable,
     seeds: int,
     sd: float,
-    doses: np.ndarray = DOSES,
+    ratios: np.ndarray = RATIOS,
     lesions: float = 0.0,
 ) -> np.ndarray:
-    """[D, S]: truth, the seed's luck, the rest; lesions: sd of the luck of lesions at each dose, on
-    2.5 times that at all.
+    """[D, S]: truth, the seed's luck, the rest; lesions: sd of the luck of lesions at each ratio,
+    on 2.5 times that at all.
     """
-    shared = lesions * (2.5 * rng.normal() + rng.normal(size=len(doses)))
-    luck = ALIKE * rng.normal(size=seeds) + sd * rng.normal(size=(len(doses), seeds))
+    shared = lesions * (2.5 * rng.normal() + rng.normal(size=len(ratios)))
+    luck = ALIKE * rng.normal(size=seeds) + sd * rng.normal(size=(len(ratios), seeds))
     return (
-        truth(doses)[:, None] + shared[..., None] + luck
+        truth(ratios)[:, None] + shared[..., None] + luck
         if lesions
-        else truth(doses)[:, None] + luck
+        else truth(ratios)[:, None] + luck
     )
 
 
 def sweeps(
-    truth: Callable, seeds: int, sd: float, doses: np.ndarray = DOSES, seed: int = 0
+    truth: Callable, seeds: int, sd: float, ratios: np.ndarray = RATIOS, seed: int = 0
 ) -> list[Response]:
     rng = np.random.default_rng(seed)
     return [
         response(
-            doses,
-            trials(rng, truth, seeds, sd, doses),
+            ratios,
+            trials(rng, truth, seeds, sd, ratios),
             seed=i,
             resamples=RESAMPLES,
-            grid=[0, 3, 30 * doses[-1] / 50],
+            grid=[0, 3, 30 * ratios[-1] / 50],
         )
         for i in range(SWEEPS)
     ]
@@ -81,12 +81,12 @@ def kinds(found: list[Response]) -> Counter:
     return Counter(r.kind for r in found)
 
 
-def share_held(found: list[Response], knee: float) -> float:
-    """Of the sweeps that tell a knee, the share whose interval holds the true one; a refusal is no
-    interval and is not counted.
+def share_held(found: list[Response], saturation: float) -> float:
+    """Of the sweeps that tell a saturation point, the share whose interval holds the true one; a
+    refusal is no interval and is not counted.
     """
-    told = [r for r in found if r.knee is not None]
-    return float(np.mean([r.knee_low <= knee <= r.knee_high for r in told]))
+    told = [r for r in found if r.saturation_point is not None]
+    return float(np.mean([r.saturation_low <= saturation <= r.saturation_high for r in told]))
 
 
 # Closed forms
@@ -96,8 +96,8 @@ def share_held(found: list[Response], knee: float) -> float:
 @pytest.mark.parametrize("scale", [0.6, 1.5, 4.0, 8.0, 30.0])
 @pytest.mark.parametrize("low", [0.0, 2.0])
 def test_scores_without_noise_give_the_curve_back(gain: float, scale: float, low: float) -> None:
-    doses = DOSES + low
-    found = fit(doses, saturating(gain, scale, doses).at(doses))
+    ratios = RATIOS + low
+    found = fit(ratios, saturating(gain, scale, ratios).at(ratios))
     assert found.base == pytest.approx(0.7, abs=1e-9)
     assert found.gain == pytest.approx(gain, rel=1e-6)
     assert found.scale == pytest.approx(scale, rel=1e-6)
@@ -107,23 +107,25 @@ def test_scores_without_noise_give_the_curve_back(gain: float, scale: float, low
 def test_the_fit_is_the_least_squares_one() -> None:
     rng = np.random.default_rng(1)
     scores = trials(rng, saturating(0.06, 4.0).at, 3, 0.01)
-    weights = rng.uniform(0.5, 2, len(DOSES))
-    found = fit(DOSES, scores, weights)
+    weights = rng.uniform(0.5, 2, len(RATIOS))
+    found = fit(RATIOS, scores, weights)
 
     def loss(base: float, gain: float, scale: float) -> float:
-        return float(weights @ (scores.mean(1) - base - gain * (1 - np.exp(-DOSES / scale))) ** 2)
+        return float(weights @ (scores.mean(1) - base - gain * (1 - np.exp(-RATIOS / scale))) ** 2)
 
     best = np.array([found.base, found.gain, found.scale])
     assert loss(*best) == pytest.approx(found.rmse**2 * weights.sum())
     for step in rng.normal(size=(200, 3)) * [1e-3, 1e-3, 0.1]:
         assert loss(*(best + step)) > loss(*best)
-    assert found != fit(DOSES, scores) and found == fit(DOSES[::-1], scores[::-1], weights[::-1])
+    assert found != fit(RATIOS, scores) and found == fit(RATIOS[::-1], scores[::-1], weights[::-1])
 
 
-@pytest.mark.parametrize("share", [0.5, KNEE_SHARE, 0.99])
+@pytest.mark.parametrize("share", [0.5, SATURATION_SHARE, 0.99])
 @pytest.mark.parametrize("low", [0.0, 1.0])
 @pytest.mark.parametrize("scale", [0.5, 4.0, 40.0, 4e6])
-def test_the_knee_is_where_root_finding_puts_it(scale: float, low: float, share: float) -> None:
+def test_the_saturation_point_is_where_root_finding_puts_it(
+    scale: float, low: float, share: float
+) -> None:
     curve = Curve(0.7, -0.4, scale, low, 50.0, 0.0)
     root = brentq(
         lambda x: curve.at(x) - curve.base - share * (curve.at(50.0) - curve.base),
@@ -131,35 +133,37 @@ def test_the_knee_is_where_root_finding_puts_it(scale: float, low: float, share:
         50.0,
         xtol=1e-12,
     )
-    assert curve.knee(share) == pytest.approx(root, abs=1e-4)
+    assert curve.saturation_point(share) == pytest.approx(root, abs=1e-4)
     assert curve.rise == pytest.approx(curve.at(50.0) - curve.at(low))
     if scale > 1e6:
-        assert curve.knee(share) == pytest.approx(
+        assert curve.saturation_point(share) == pytest.approx(
             low + share * (50 - low), rel=1e-4
         )  # a straight line
 
 
-def test_the_order_of_doses_and_a_row_of_single_scores_make_no_difference() -> None:
+def test_the_order_of_ratios_and_a_row_of_single_scores_make_no_difference() -> None:
     rng = np.random.default_rng(2)
-    scores, order = trials(rng, saturating(0.08, 4.0).at, 3, 0.01), rng.permutation(len(DOSES))
-    draws = scores.mean(1) + 0.01 * rng.normal(size=(200, len(DOSES)))
-    assert response(DOSES, scores, draws) == response(DOSES[order], scores[order], draws[:, order])
-    assert list(asdict(fit(DOSES, scores)).values()) == pytest.approx(
-        list(asdict(fit(DOSES, scores.mean(1))).values()), rel=1e-6
+    scores, order = trials(rng, saturating(0.08, 4.0).at, 3, 0.01), rng.permutation(len(RATIOS))
+    draws = scores.mean(1) + 0.01 * rng.normal(size=(200, len(RATIOS)))
+    assert response(RATIOS, scores, draws) == response(
+        RATIOS[order], scores[order], draws[:, order]
+    )
+    assert list(asdict(fit(RATIOS, scores)).values()) == pytest.approx(
+        list(asdict(fit(RATIOS, scores.mean(1))).values()), rel=1e-6
     )
 
 
-def test_outside_the_doses_there_is_no_curve() -> None:
+def test_outside_the_ratios_there_is_no_curve() -> None:
     curve = saturating(0.08, 4.0)
     assert curve.at(np.array([0.0, 50.0])).shape == (2,) and isinstance(curve.at(3), float)
     for wrong in (50.1, -0.1, float("nan"), np.array([1.0, 60.0])):
         with pytest.raises(
             ValueError,
-            match=r"^dose (50\.1|-0\.1|nan|60) lies outside the measured doses 0 to 50; .*$",
+            match=r"^ratio (50\.1|-0\.1|nan|60) lies outside the measured ratios 0 to 50; .*$",
         ):
             curve.at(wrong)
-    with pytest.raises(ValueError, match="dose 51 lies outside"):
-        response(DOSES, trials(np.random.default_rng(0), curve.at, 3, 0.01), grid=[0, 51])
+    with pytest.raises(ValueError, match="ratio 51 lies outside"):
+        response(RATIOS, trials(np.random.default_rng(0), curve.at, 3, 0.01), grid=[0, 51])
 
 
 # Missing trials and the luck of seeds
@@ -167,12 +171,12 @@ def test_outside_the_doses_there_is_no_curve() -> None:
 
 def test_a_missing_trial_of_a_lucky_seed_does_not_lower_its_dose() -> None:
     curve, luck = saturating(0.08, 4.0), np.array([0.1, 0.0, -0.1])
-    scores = curve.at(DOSES)[:, None] + luck
+    scores = curve.at(RATIOS)[:, None] + luck
     scores[2, 0] = scores[4, 2] = np.nan
-    assert fit(DOSES, scores).scale == pytest.approx(4.0, rel=1e-6)
-    assert fit(DOSES, np.nanmean(scores, 1)).scale != pytest.approx(4.0, rel=0.1)
-    assert fit(DOSES, np.hstack([scores, np.full((7, 1), np.nan)])) == fit(
-        DOSES, scores
+    assert fit(RATIOS, scores).scale == pytest.approx(4.0, rel=1e-6)
+    assert fit(RATIOS, np.nanmean(scores, 1)).scale != pytest.approx(4.0, rel=0.1)
+    assert fit(RATIOS, np.hstack([scores, np.full((7, 1), np.nan)])) == fit(
+        RATIOS, scores
     )  # a seed without a trial
 
 
@@ -197,16 +201,16 @@ def test_replicates_spread_as_the_seeds_do_and_are_wider_for_few() -> None:
     )
 
 
-def test_seeds_of_their_own_at_each_dose_are_not_taken_for_pairs() -> None:
+def test_seeds_of_their_own_at_each_ratios_are_not_taken_for_pairs() -> None:
     rng, scores = np.random.default_rng(4), np.full((7, 21), np.nan)
     for d in range(7):
-        scores[d, 3 * d : 3 * d + 3] = saturating(0.08, 4.0).at(DOSES[d]) + 0.01 * rng.normal(
+        scores[d, 3 * d : 3 * d + 3] = saturating(0.08, 4.0).at(RATIOS[d]) + 0.01 * rng.normal(
             size=3
         )
     drawn = seed_draws(scores, 4000, rng)
     assert abs(np.corrcoef(drawn[:, 0], drawn[:, 6])[0, 1]) < 0.1
     assert drawn.mean(0) == pytest.approx(np.nanmean(scores, 1), abs=1e-3)
-    assert response(DOSES, scores).kind == "knee"
+    assert response(RATIOS, scores).kind == "saturates"
 
 
 # Simulated sweeps. Counts are of 200; a share of 0.95 lies above 0.92 in 96% of such tests, and the
@@ -215,14 +219,20 @@ def test_seeds_of_their_own_at_each_dose_are_not_taken_for_pairs() -> None:
 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("scale", [1.5, 4.0, 8.0])
-def test_the_interval_holds_the_knee_and_refusals_are_rare(scale: float, seeds: int) -> None:
+def test_the_interval_holds_the_saturation_point_and_refusals_are_rare(
+    scale: float, seeds: int
+) -> None:
     truth = saturating(0.08, scale)
     found = sweeps(truth.at, seeds, 0.01)
-    assert share_held(found, truth.knee()) >= 0.92
-    assert kinds(found)["knee"] >= 0.97 * SWEEPS
-    # counted against it: sweeps without a knee are not held either
+    assert share_held(found, truth.saturation_point()) >= 0.92
+    assert kinds(found)["saturates"] >= 0.97 * SWEEPS
+    # counted against it: sweeps without a saturation point are not held either
     assert (
-        sum(r.knee is not None and r.knee_low <= truth.knee() <= r.knee_high for r in found)
+        sum(
+            r.saturation_point is not None
+            and r.saturation_low <= truth.saturation_point() <= r.saturation_high
+            for r in found
+        )
         >= 0.9 * SWEEPS
     )
     assert np.mean([r.gain_low <= truth.rise <= r.gain_high for r in found]) >= 0.9
@@ -230,7 +240,10 @@ def test_the_interval_holds_the_knee_and_refusals_are_rare(scale: float, seeds: 
     for k, x in enumerate(found[0].grid):
         assert np.mean([r.low[k] <= truth.at(x) <= r.high[k] for r in found]) >= 0.9
     assert (
-        np.median([r.knee_high - r.knee_low for r in found if r.knee is not None]) < 0.4 * DOSES[-1]
+        np.median(
+            [r.saturation_high - r.saturation_low for r in found if r.saturation_point is not None]
+        )
+        < 0.4 * RATIOS[-1]
     )
 
 
@@ -241,24 +254,39 @@ def test_small_gains_and_noisy_seeds_give_wide_intervals_or_none_but_not_wrong_o
 ) -> None:
     truth = saturating(0.05, scale)
     found = sweeps(truth.at, seeds, 0.015)
-    assert share_held(found, truth.knee()) >= 0.91
-    assert kinds(found)["knee"] >= (0.95 if scale < 2 else 0.75 if seeds < 5 else 0.95) * SWEEPS
+    assert share_held(found, truth.saturation_point()) >= 0.91
+    assert (
+        kinds(found)["saturates"] >= (0.95 if scale < 2 else 0.75 if seeds < 5 else 0.95) * SWEEPS
+    )
     bounded = [
-        r for r in found if r.knee_low is not None
+        r for r in found if r.saturation_low is not None
     ]  # the unclear and the rising too, whose intervals have no upper end
     assert all(
-        (r.knee is None) == (r.knee_high is None) == (r.kind in ("unclear", "rising"))
+        (r.saturation_point is None)
+        == (r.saturation_high is None)
+        == (r.kind in ("unclear", "rising"))
         for r in bounded
     )
-    assert np.mean([r.knee_low <= truth.knee() <= (r.knee_high or np.inf) for r in bounded]) >= 0.92
+    assert (
+        np.mean(
+            [
+                r.saturation_low <= truth.saturation_point() <= (r.saturation_high or np.inf)
+                for r in bounded
+            ]
+        )
+        >= 0.92
+    )
 
 
-@pytest.mark.parametrize("doses", [np.array([0, 5.0, 20]), np.array([0, 2.5, 10, 50])], ids=len)
-def test_three_and_four_doses_do(doses: np.ndarray) -> None:
-    truth = saturating(0.08, 4.0, doses)
-    found = sweeps(truth.at, 5, 0.01, doses)
-    assert share_held(found, truth.knee()) >= 0.92 and kinds(found)["knee"] >= 0.95 * SWEEPS
-    assert all((r.misfit is None) == (len(doses) == 3) for r in found)
+@pytest.mark.parametrize("ratios", [np.array([0, 5.0, 20]), np.array([0, 2.5, 10, 50])], ids=len)
+def test_three_and_four_ratios_do(ratios: np.ndarray) -> None:
+    truth = saturating(0.08, 4.0, ratios)
+    found = sweeps(truth.at, 5, 0.01, ratios)
+    assert (
+        share_held(found, truth.saturation_point()) >= 0.92
+        and kinds(found)["saturates"] >= 0.95 * SWEEPS
+    )
+    assert all((r.misfit is None) == (len(ratios) == 3) for r in found)
 
 
 def test_the_luck_of_lesions_is_in_the_intervals_that_are_given_it() -> None:
@@ -268,21 +296,27 @@ def test_the_luck_of_lesions_is_in_the_intervals_that_are_given_it() -> None:
         luck = 0.008 * (2.5 * rng.normal(size=(RESAMPLES, 1)) + rng.normal(size=(RESAMPLES, 7)))
         for given in found:
             draws = seed_draws(scores, RESAMPLES, rng, scores.mean(1) + luck if given else None)
-            found[given].append(response(DOSES, scores, draws, grid=3))
+            found[given].append(response(RATIOS, scores, draws, grid=3))
     assert (
-        share_held(found[True], truth.knee()) >= 0.92 and kinds(found[True])["knee"] >= 0.9 * SWEEPS
+        share_held(found[True], truth.saturation_point()) >= 0.92
+        and kinds(found[True])["saturates"] >= 0.9 * SWEEPS
     )
-    assert share_held(found[False], truth.knee()) < 0.8  # so the test could have failed
+    assert share_held(found[False], truth.saturation_point()) < 0.8  # so the test could have failed
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_flat_scores_have_no_knee(seeds: int) -> None:
     found = sweeps(line(0.0), seeds, 0.012)
-    none = [r for r in found if r.reason in ("no knee: no gain shown", "no knee: the score falls")]
+    none = [
+        r
+        for r in found
+        if r.reason
+        in ("no saturation point: no gain shown", "no saturation point: the score falls")
+    ]
     assert len(none) >= 0.95 * SWEEPS and all(
-        r.knee is r.knee_low is r.knee_high is None for r in none
+        r.saturation_point is r.saturation_low is r.saturation_high is None for r in none
     )
-    assert kinds(found)["no gain"] >= 0.93 * SWEEPS and kinds(found)["knee"] <= 0.03 * SWEEPS
+    assert kinds(found)["no gain"] >= 0.93 * SWEEPS and kinds(found)["saturates"] <= 0.03 * SWEEPS
     assert any(
         0.0 in (r.gain_low, r.gain_high) for r in found
     )  # intervals that the test against a flat row has drawn out to 0
@@ -294,43 +328,45 @@ def test_flat_scores_have_no_knee(seeds: int) -> None:
 )
 def test_falling_scores_have_none_and_are_said_to_fall(truth: Callable) -> None:
     found = sweeps(truth, 3, 0.012)
-    assert not any(r.knee for r in found) and kinds(found)["falls"] >= 0.95 * SWEEPS
+    assert not any(r.saturation_point for r in found) and kinds(found)["falls"] >= 0.95 * SWEEPS
     assert all(
-        r.reason == "no knee: the score falls" and r.gain_high < 0
+        r.reason == "no saturation point: the score falls" and r.gain_high < 0
         for r in found
         if r.kind == "falls"
     )
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_a_steady_rise_puts_the_knee_beyond_the_data(seeds: int) -> None:
+def test_a_steady_rise_puts_the_saturation_point_beyond_the_data(seeds: int) -> None:
     found = sweeps(line(0.08), seeds, 0.01)
     assert kinds(found)["rising"] >= 0.92 * SWEEPS
     assert all(
-        r.knee is None and r.knee_low >= 20 and "beyond the data" in r.reason
+        r.saturation_point is None and r.saturation_low >= 20 and "beyond the data" in r.reason
         for r in found
         if r.kind == "rising"
     )
-    told = [r for r in found if r.knee is not None]  # wrongly, as one in 20 intervals may be
+    told = [
+        r for r in found if r.saturation_point is not None
+    ]  # wrongly, as one in 20 intervals may be
     assert len(told) <= 0.05 * SWEEPS and all(
-        r.knee_high > 40 and r.knee_high - r.knee_low > 3 for r in told
+        r.saturation_high > 40 and r.saturation_high - r.saturation_low > 3 for r in told
     )
 
 
-def test_where_the_knee_may_be_anywhere_it_is_said_so() -> None:
-    """A gain that is shown by two doses, of which the third says nothing."""
+def test_where_the_saturation_point_may_be_anywhere_it_is_said_so() -> None:
+    """A gain that is shown by two ratios, of which the third says nothing."""
     rng = np.random.default_rng(6)
     draws = np.array([0.7, 0.75, 0.8]) + rng.normal(size=(400, 3)) * [0.005, 0.05, 0.005]
     found = response([0, 10, 20], [0.7, 0.75, 0.8], draws)
     assert (
         found.kind == "unclear"
         and found.gain_low > 0
-        and found.knee is None
-        and found.knee_low < 10
+        and found.saturation_point is None
+        and found.saturation_low < 10
     )
     assert (
-        found.reason
-        == f"no knee told: it may lie anywhere from dose {found.knee_low:.3g} to beyond the data"
+        found.reason == f"no saturation point told: it may lie anywhere from ratio "
+        f"{found.saturation_low:.3g} to beyond the data"
     )
 
 
@@ -344,21 +380,23 @@ def test_a_rise_and_fall_is_no_saturating_curve() -> None:
 
 def test_a_response_is_json_and_the_same_for_the_same_seed() -> None:
     scores = trials(np.random.default_rng(7), saturating(0.08, 4.0).at, 3, 0.01)
-    found = response(DOSES, scores, seed=1)
+    found = response(RATIOS, scores, seed=1)
     text = json.dumps(asdict(found), allow_nan=False)
     assert json.loads(text)["curve"]["scale"] == found.curve.scale
-    assert found == response(DOSES, scores, seed=1) != response(DOSES, scores, seed=2)
+    assert found == response(RATIOS, scores, seed=1) != response(RATIOS, scores, seed=2)
     assert (
-        found.knee == found.curve.knee() and found.reason == "" and found.gain == found.curve.rise
+        found.saturation_point == found.curve.saturation_point()
+        and found.reason == ""
+        and found.gain == found.curve.rise
     )
     assert (
-        f"90% of it by dose {found.knee:.3g} (95%, if the curve is exponential: "
-        f"{found.knee_low:.3g} to" in found.words
+        f"90% of it by ratio {found.saturation_point:.3g} (95%, if the curve is exponential: "
+        f"{found.saturation_low:.3g} to" in found.words
     )
-    wide = response(DOSES, scores, seed=1, level=0.99)
+    wide = response(RATIOS, scores, seed=1, level=0.99)
     assert (
-        wide.knee_low < found.knee_low
-        and wide.knee_high > found.knee_high
+        wide.saturation_low < found.saturation_low
+        and wide.saturation_high > found.saturation_high
         and wide.gain_low < found.gain_low
     )
 
@@ -366,7 +404,7 @@ def test_a_response_is_json_and_the_same_for_the_same_seed() -> None:
 def test_two_thousand_replicates_take_well_below_a_second() -> None:
     scores = trials(np.random.default_rng(8), saturating(0.08, 4.0).at, 3, 0.01)
     start = perf_counter()
-    response(DOSES, scores, resamples=2000)
+    response(RATIOS, scores, resamples=2000)
     assert perf_counter() - start < 0.8
 
 
@@ -384,7 +422,7 @@ def power(n: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("equivalent", [250, 600, 1000, 1500, 4000])
 def test_worth_is_exact_without_noise(equivalent: float) -> None:
     order = np.random.default_rng(9).permutation(5)
-    found = worth(
+    found = equivalent_images(
         COUNTS[order],
         np.tile(log_line(COUNTS), (2, 1)).T[order],
         500,
@@ -394,7 +432,7 @@ def test_worth_is_exact_without_noise(equivalent: float) -> None:
     assert (
         found.equivalent == pytest.approx(equivalent) and found.side == "" and found.bound is None
     )
-    for value in (found.worth, found.low, found.high):
+    for value in (found.per_image, found.low, found.high):
         assert value == pytest.approx(
             (equivalent - 500) / 2000
         )  # below 0 where synthetic images hurt
@@ -408,9 +446,11 @@ def test_worth_is_exact_without_noise(equivalent: float) -> None:
 def test_worth_outside_the_real_scores_is_a_bound(
     score: float, side: str, bound: float, words: str
 ) -> None:
-    found = worth(COUNTS, np.tile(log_line(COUNTS), (2, 1)).T, 500, 2000, [score, score])
+    found = equivalent_images(
+        COUNTS, np.tile(log_line(COUNTS), (2, 1)).T, 500, 2000, [score, score]
+    )
     assert (
-        found.worth is None
+        found.per_image is None
         and found.equivalent is None
         and (found.side, found.bound) == (side, bound)
     )
@@ -424,31 +464,31 @@ def test_an_interval_that_leaves_the_real_scores_has_no_such_end() -> None:
     noise = 0.01 * np.random.default_rng(10).normal(size=1000)
     draws = np.tile(log_line(COUNTS), (1000, 1))
     high, low = (
-        worth(COUNTS, log_line(COUNTS), 500, 2000, s, draws, s + noise)
+        equivalent_images(COUNTS, log_line(COUNTS), 500, 2000, s, draws, s + noise)
         for s in (float(log_line(3900)), float(log_line(260)))
     )
     assert (
-        high.worth is not None
+        high.per_image is not None
         and high.high is None
         and high.low > 0.5
         and high.above > 0.025
         and "at least" in high.words
     )
     assert (
-        low.worth is not None
+        low.per_image is not None
         and low.low is None
         and low.high < 0
         and low.below > 0.025
         and "at most" in low.words
     )
-    both = worth(COUNTS, log_line(COUNTS), 500, 2000, 0.7, draws, 0.7 + 20 * noise)
+    both = equivalent_images(COUNTS, log_line(COUNTS), 500, 2000, 0.7, draws, 0.7 + 20 * noise)
     assert both.low is both.high is None and "not bounded by these data" in both.words
 
 
 def test_the_real_curve_is_the_isotonic_regression() -> None:
     means = np.random.default_rng(11).normal(size=(200, 6))
     assert real_curve(means) == pytest.approx(np.array([isotonic_regression(m).x for m in means]))
-    dip = worth(
+    dip = equivalent_images(
         [100, 200, 400, 800],
         [0.5, 0.7, 0.6, 0.8],
         100,
@@ -473,7 +513,11 @@ def test_the_interval_holds_the_worth(truth: Callable, equivalent: float, seeds:
     found, rng = [], np.random.default_rng(12)
     for i in range(SWEEPS):
         scores = trials(rng, truth, seeds, 0.01, np.append(COUNTS, equivalent))
-        found.append(worth(COUNTS, scores[:-1], 500, 2500, scores[-1], seed=i, resamples=RESAMPLES))
+        found.append(
+            equivalent_images(
+                COUNTS, scores[:-1], 500, 2500, scores[-1], seed=i, resamples=RESAMPLES
+            )
+        )
     true = (equivalent - 500) / 2500
     assert (
         np.mean(
@@ -497,7 +541,7 @@ def test_pairing_narrows_the_worth() -> None:
     luck = 0.03 * rng.normal(size=(1000, 1))
     real, cell = log_line(COUNTS) + luck, 0.7 + luck[:, 0]
     paired, loose = (
-        worth(COUNTS, log_line(COUNTS), 500, 2000, 0.7, real, c)
+        equivalent_images(COUNTS, log_line(COUNTS), 500, 2000, 0.7, real, c)
         for c in (cell, rng.permutation(cell))
     )
     assert paired.high - paired.low < 1e-6 and (loose.high is None or loose.high - loose.low > 0.5)
@@ -514,43 +558,57 @@ PAIR = np.stack([ROW, ROW + 0.01 * np.sin(np.arange(7))], 1)
     [
         (lambda: fit([0, 1], [0.1, 0.2]), "at least 3"),
         (lambda: fit([[0, 1, 2]], ROW), "at least 3"),
-        (lambda: fit([0, 1, np.inf], ROW[:3]), "dose inf; each must be finite"),
-        (lambda: fit([0, np.nan, 2], ROW[:3]), "dose nan; each must be finite"),
-        (lambda: fit([-1, 1, 2], ROW[:3]), "dose -1; each must be finite and not negative"),
-        (lambda: fit([0, 1, 1], ROW[:3]), "doses 0, 1, 1 are not distinct"),
-        (lambda: fit(DOSES, ROW[:6]), r"scores of shape \(6,\) for 7 doses"),
-        (lambda: fit(DOSES, PAIR.T), r"scores of shape \(2, 7\) for 7 doses"),
+        (lambda: fit([0, 1, np.inf], ROW[:3]), "ratio inf; each must be finite"),
+        (lambda: fit([0, np.nan, 2], ROW[:3]), "ratio nan; each must be finite"),
+        (lambda: fit([-1, 1, 2], ROW[:3]), "ratio -1; each must be finite and not negative"),
+        (lambda: fit([0, 1, 1], ROW[:3]), "ratios 0, 1, 1 are not distinct"),
+        (lambda: fit(RATIOS, ROW[:6]), r"scores of shape \(6,\) for 7 ratios"),
+        (lambda: fit(RATIOS, PAIR.T), r"scores of shape \(2, 7\) for 7 ratios"),
         (lambda: fit([0, 1, 2], [0.1, np.inf, 0.2]), "a score is infinite"),
-        (lambda: fit([0, 1, 2], [0.1, np.nan, 0.2]), "dose 1 has no score"),
-        (lambda: fit(DOSES, ROW, ROW[:6]), "one above 0 for each of the 7 doses"),
-        (lambda: fit(DOSES, ROW, ROW * 0), "one above 0 for each of the 7 doses"),
-        (lambda: response(DOSES, ROW), "train a second seed"),
-        (lambda: seed_draws(ROW, 9, np.random.default_rng(0)), r"give \[doses, seeds\]"),
+        (lambda: fit([0, 1, 2], [0.1, np.nan, 0.2]), "ratio 1 has no score"),
+        (lambda: fit(RATIOS, ROW, ROW[:6]), "one above 0 for each of the 7 ratios"),
+        (lambda: fit(RATIOS, ROW, ROW * 0), "one above 0 for each of the 7 ratios"),
+        (lambda: response(RATIOS, ROW), "train a second seed"),
+        (lambda: seed_draws(ROW, 9, np.random.default_rng(0)), r"give \[ratios, seeds\]"),
         (
-            lambda: response(DOSES, PAIR, np.zeros((500, 6))),
+            lambda: response(RATIOS, PAIR, np.zeros((500, 6))),
             r"draws of shape \(500, 6\); give \[replicates, 7\]",
         ),
         (
-            lambda: response(DOSES, PAIR, np.full((500, 7), np.nan)),
+            lambda: response(RATIOS, PAIR, np.full((500, 7), np.nan)),
             "0 replicates; an interval at 0.95 needs at least 40",
         ),
-        (lambda: response(DOSES, PAIR, resamples=39), "39 replicates"),
-        (lambda: response(DOSES, PAIR, level=95), "level 95; it lies between 0 and 1"),
-        (lambda: worth([100], [0.5], 100, 100, 0.5), "at least 2"),
-        (lambda: worth([0, 100], [0.5, 0.6], 100, 100, 0.5), "each must be above 0"),
-        (lambda: worth([50, 100], [0.5, 0.6], 100, 0, 0.5), "each must be above 0"),
-        (lambda: worth([50, 50], [0.5, 0.6], 100, 9, 0.5), "real counts 50, 50 are not distinct"),
-        (lambda: worth(DOSES + 1, PAIR, 100, 9, 0.5), "1 scores for 2 seeds; give the same seeds"),
-        (lambda: worth(DOSES + 1, PAIR, 100, 9, [np.nan, np.nan]), "give the cell's score"),
-        (lambda: worth(DOSES + 1, PAIR, 100, 9, [0.7, 0.7], np.zeros((50, 7))), "which are paired"),
+        (lambda: response(RATIOS, PAIR, resamples=39), "39 replicates"),
+        (lambda: response(RATIOS, PAIR, level=95), "level 95; it lies between 0 and 1"),
+        (lambda: equivalent_images([100], [0.5], 100, 100, 0.5), "at least 2"),
+        (lambda: equivalent_images([0, 100], [0.5, 0.6], 100, 100, 0.5), "each must be above 0"),
+        (lambda: equivalent_images([50, 100], [0.5, 0.6], 100, 0, 0.5), "each must be above 0"),
         (
-            lambda: worth(DOSES + 1, PAIR, 100, 9, 0.7, np.zeros((50, 7)), np.zeros(49)),
+            lambda: equivalent_images([50, 50], [0.5, 0.6], 100, 9, 0.5),
+            "real counts 50, 50 are not distinct",
+        ),
+        (
+            lambda: equivalent_images(RATIOS + 1, PAIR, 100, 9, 0.5),
+            "1 scores for 2 seeds; give the same seeds",
+        ),
+        (
+            lambda: equivalent_images(RATIOS + 1, PAIR, 100, 9, [np.nan, np.nan]),
+            "give the cell's score",
+        ),
+        (
+            lambda: equivalent_images(RATIOS + 1, PAIR, 100, 9, [0.7, 0.7], np.zeros((50, 7))),
+            "which are paired",
+        ),
+        (
+            lambda: equivalent_images(
+                RATIOS + 1, PAIR, 100, 9, 0.7, np.zeros((50, 7)), np.zeros(49)
+            ),
             r"give \[B, 7\] and \[B\]",
         ),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(
-    call: Callable[[], Curve | Response | Worth], words: str
+    call: Callable[[], Curve | Response | EquivalentImages], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         call()

@@ -1,27 +1,27 @@
-"""How much synthetic data helps: the score against the dose (synthetic images per real one), its
-knee, its worth in real images.
+"""How much synthetic data helps: the score against the ratio (synthetic images per real one), its
+saturation point, the equivalent real images.
 
-The curve is  f(x) = base + gain (1 - exp(-(x - low) / scale)),  low the least dose measured: the
+The curve is  f(x) = base + gain (1 - exp(-(x - low) / scale)),  low the least ratio measured: the
 exponential learning curve with an asymptote (EXP3 in the table of forms of Viering and Loog 2022,
 "The shape of learning curves: a review", IEEE TPAMI; with a free exponent EXP4, one of the forms of
-Domhan, Springenberg and Hutter 2015, IJCAI). Three parameters can be told from three doses; it
-saturates, so it has a knee; it starts at dose 0, where power laws have a pole or need one parameter
-more; a negative gain describes harm. The knee's place depends on the scale alone, so its interval
-is one of the scale.
+Domhan, Springenberg and Hutter 2015, IJCAI). Three parameters can be told from three ratios; it
+saturates, so it has a saturation point; it starts at ratio 0, where power laws have a pole or need
+one parameter more; a negative gain describes harm. The saturation point's place depends on the
+scale alone, so its interval is one of the scale.
 
-Noise. With seeds s = 1 .. S that all doses share, a score is m_d + a_s + e_ds: the luck of a seed
+Noise. With seeds s = 1 .. S that all ratios share, a score is m_d + a_s + e_ds: the luck of a seed
 that moves its whole curve, and the rest. Resampling S = 2 .. 5 seeds gives replicates of rank S - 1
 that are too narrow; `seed_draws` draws instead from normal laws whose variances are pooled over the
-doses and divided by their own chi-square (Student's t). It takes e to vary alike at all doses.
+ratios and divided by their own chi-square (Student's t). It takes e to vary alike at all ratios.
 
 The scale's interval is by the grid bootstrap (Hansen 1999, Review of Economics and Statistics 81):
 a scale is in it unless the best curve is better than the best of that scale by more than noise
 makes it. Percentiles of refitted scales would not do: a flat or a straight row of scores fits any
-scale, or no largest one, and percentiles hide that. Nothing is said outside the doses.
+scale, or no largest one, and percentiles hide that. Nothing is said outside the ratios.
 
-Knee and gain are of the form: seven doses and three to five seeds seldom tell it from a hyperbola
-or a logarithm (2 to 12% of such sweeps are called a misfit), whose 90% point lies later, inside the
-knee's interval in 37 to 60% only. `measured` assumes no form.
+Saturation point and gain are of the form: seven ratios and three to five seeds seldom tell it from
+a hyperbola or a logarithm (2 to 12% of such sweeps are called a misfit), whose 90% point lies
+later, inside the saturation point's interval in 37 to 60% only. `measured` assumes no form.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from scipy.optimize import minimize_scalar
 
 from adversa.types import UserError
 
-KNEE_SHARE = 0.9
+SATURATION_SHARE = 0.9
 SCALES = 64  # of the grid; a step is about a tenth of the scale
 FEWEST = (
     1 / 3
-    # of the least step between doses: the curve then has 95% of its gain at the next dose, and a
-    # knee before it
+    # of the least step between ratios: the curve then has 95% of its gain at the next ratio, and a
+    # saturation point before it
 )
-MOST = 3.0  # of the range of doses: the knee then lies within 2% of a straight line's
+MOST = 3.0  # of the range of ratios: the saturation point then lies within 2% of a straight line's
 MISFIT = 0.01
 _TINY = 1e-18  # a sum of squares of rounding only
 _ROUNDING = 1e-12  # scores that differ by no more are equal
@@ -49,10 +49,10 @@ _ROUNDING = 1e-12  # scores that differ by no more are equal
 
 @dataclass(frozen=True)
 class Curve:
-    """base: score at the dose `low`; gain: the asymptote less that; scale: in doses, > 0 (says
+    """base: score at the ratio `low`; gain: the asymptote less that; scale: in ratios, > 0 (says
     nothing where gain is 0).
 
-    low, high: the range of doses it was fitted on. rmse: root mean square of the (weighted)
+    low, high: the range of ratios it was fitted on. rmse: root mean square of the (weighted)
     residuals, in scores.
     """
 
@@ -64,14 +64,14 @@ class Curve:
     rmse: float
 
     def at(self, x: float | np.ndarray) -> float | np.ndarray:
-        """The score at dose x, of x's shape. UserError outside [low, high]: nothing was measured
+        """The score at ratio x, of x's shape. UserError outside [low, high]: nothing was measured
         there.
         """
         asked = np.asarray(x, np.float64)
         if not ((asked >= self.low) & (asked <= self.high)).all():
             outside = float(asked[~((asked >= self.low) & (asked <= self.high))].flat[0])
             raise UserError(
-                f"dose {outside:g} lies outside the measured doses {self.low:g} to "
+                f"ratio {outside:g} lies outside the measured ratios {self.low:g} to "
                 f"{self.high:g}; no curve is known there"
             )
         found = self.base + self.gain * _shape(asked - self.low, self.scale)
@@ -79,14 +79,14 @@ class Curve:
 
     @property
     def rise(self) -> float:
-        """Score at the largest dose less that at the least."""
+        """Score at the largest ratio less that at the least."""
         return self.gain * float(_shape(self.high - self.low, self.scale))
 
-    def knee(self, share: float = KNEE_SHARE) -> float:
-        """The least dose with `share`, in (0, 1), of the rise over [low, high]; share of that range
-        were the curve straight.
+    def saturation_point(self, share: float = SATURATION_SHARE) -> float:
+        """The least ratio with `share`, in (0, 1), of the rise over [low, high]; share of that
+        range were the curve straight.
         """
-        return float(_knee(self.scale, self.low, self.high, share))
+        return float(_saturation_point(self.scale, self.low, self.high, share))
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,19 @@ class Response:
     """A sweep in plain numbers, for JSON by dataclasses.asdict; low and high are intervals at
     `level`.
 
-    doses, scores, seeds: ascending; mean score; most trials at one dose. grid, middle, low, high:
-    the curve and its pointwise band. gain: curve at the largest dose less that at the least;
-    measured: of the mean scores, whatever the curve. kind: "knee", or why none is told, as `reason`
-    says in words (empty for a knee): "no gain" (the interval of `gain` holds 0), "falls", "misfit",
-    "rising" (the knee is beyond the data), "unclear" (early or beyond the data). knee: least dose
-    with KNEE_SHARE of the gain. knee_low: of these two also, as a bound; the least dose where the
-    knee may lie however early; else None with the others. misfit: share of replicates of the curve
-    that lie as far from it as the scores do; None with three doses: curves go through all.
+    ratios, scores, seeds: ascending; mean score; most trials at one ratio. grid, middle, low, high:
+    the curve and its pointwise band. gain: curve at the largest ratio less that at the least;
+    measured: of the mean scores, whatever the curve. kind: "saturates", or why none is told, as
+    `reason` says in words (empty for a saturation point): "no gain" (the interval of `gain` holds
+    0), "falls", "misfit", "rising" (the saturation point is beyond the data), "unclear" (early or
+    beyond the data). saturation point: least ratio with SATURATION_SHARE of the gain.
+    saturation_low: of these two also, as a bound; the least ratio where the saturation point may
+    lie however early; else None with the others. misfit: share of replicates of the curve that lie
+    as far from it as the scores do; None with three ratios: curves go through all.
     """
 
     curve: Curve
-    doses: tuple[float, ...]
+    ratios: tuple[float, ...]
     scores: tuple[float, ...]
     seeds: int
     grid: tuple[float, ...]
@@ -119,9 +120,9 @@ class Response:
     measured_low: float
     measured_high: float
     kind: str
-    knee: float | None
-    knee_low: float | None
-    knee_high: float | None
+    saturation_point: float | None
+    saturation_low: float | None
+    saturation_high: float | None
     misfit: float | None
     level: float
     reason: str
@@ -129,17 +130,17 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Worth:
+class EquivalentImages:
     """Real images that one synthetic image is worth: (equivalent - at_count) / synthetic_count.
     Plain numbers, for JSON.
 
     equivalent: how many real images alone score `score`. Both None where the score lies outside
-    those of the real images: then `side` is "at least" or "at most", and `bound` the worth at the
+    those of the real images: then `side` is "at least" or "at most", and `bound` the value at the
     end of the data. low, high: interval; None: not bounded by the data. above, below: share of
     replicates beyond either end.
     """
 
-    worth: float | None
+    per_image: float | None
     low: float | None
     high: float | None
     equivalent: float | None
@@ -154,20 +155,20 @@ class Worth:
     words: str
 
 
-def fit(doses: Sequence[float], scores: np.ndarray, weights: np.ndarray | None = None) -> Curve:
-    """doses [D], at least 3, distinct, >= 0; scores [D] or [D, S], NaN where a trial is missing ->
+def fit(ratios: Sequence[float], scores: np.ndarray, weights: np.ndarray | None = None) -> Curve:
+    """ratios [D], at least 3, distinct, >= 0; scores [D] or [D, S], NaN where a trial is missing ->
     the least-squares Curve.
 
-    weights [D], > 0: of the dose means; default the number of trials. The scale lies within its
+    weights [D], > 0: of the ratio means; default the number of trials. The scale lies within its
     limits above: at the upper one the curve is all but straight. UserError for what does not fit.
     """
-    x, y, order = _table(doses, scores)
+    x, y, order = _table(ratios, scores)
     w = np.isfinite(y).sum(1).astype(np.float64)
     if weights is not None:
         w = np.asarray(weights, np.float64)
         if w.shape != x.shape or not (np.isfinite(w) & (w > 0)).all():
             raise UserError(
-                f"weights {w.tolist()}; give one above 0 for each of the {len(x)} doses"
+                f"weights {w.tolist()}; give one above 0 for each of the {len(x)} ratios"
             )
         w = w[order]
     return _fit(x, _means(y)[0], w / w.sum())
@@ -177,23 +178,23 @@ def seed_draws(
     scores: np.ndarray, resamples: int, rng: np.random.Generator, lesions: np.ndarray | None = None
 ) -> np.ndarray:
     """scores [D, S], a column a seed, NaN where missing -> [B, D] replicates of the mean at each
-    dose, holding the luck of seeds.
+    ratio, holding the luck of seeds.
 
     lesions [B, D]: replicates of the mean over these very classifiers, by lesions drawn anew, the
-    same ones at all doses; their luck is added (what lesions do to one classifier alone is then
+    same ones at all ratios; their luck is added (what lesions do to one classifier alone is then
     counted twice: too wide sooner than too narrow). B is `resamples`, or the rows of `lesions`.
-    UserError where no dose has a second seed: nothing is known about seeds then.
+    UserError where no ratio has a second seed: nothing is known about seeds then.
     """
     y = np.asarray(scores, np.float64)
     if y.ndim != 2 or np.isinf(y).any() or np.isnan(y).all(1).any():
         raise UserError(
-            f"scores of shape {y.shape}; give [doses, seeds], finite or NaN, with a score "
-            "at each dose"
+            f"scores of shape {y.shape}; give [ratios, seeds], finite or NaN, with a score "
+            "at each ratio"
         )
     mean, root, sd, freedom, effects = _means(y)
     if freedom < 1:
         raise UserError(
-            f"{int(np.isfinite(y).sum())} trials at {len(y)} doses say nothing about the "
+            f"{int(np.isfinite(y).sum())} trials at {len(y)} ratios say nothing about the "
             "luck of seeds; train a second seed"
         )
     b = resamples if lesions is None else len(lesions)
@@ -210,7 +211,7 @@ def seed_draws(
 
 
 def response(
-    doses: Sequence[float],
+    ratios: Sequence[float],
     scores: np.ndarray,
     draws: np.ndarray | None = None,
     seed: int = 0,
@@ -218,14 +219,15 @@ def response(
     resamples: int = 1000,
     grid: int | Sequence[float] = 101,
 ) -> Response:
-    """doses, scores as in `fit`; draws [B, D]: replicates of the mean at each dose, paired across
-    doses, with the luck of lesions and of seeds in them (default `seed_draws`, seeds alone; rows
-    with NaN are left out); grid: doses inside the data, or how many.
+    """ratios, scores as in `fit`; draws [B, D]: replicates of the mean at each ratio, paired across
+    ratios, with the luck of lesions and of seeds in them (default `seed_draws`, seeds alone; rows
+    with NaN are left out); grid: ratios inside the data, or how many.
 
-    A knee is told where the gain's interval lies above 0, the curve describes the scores (MISFIT),
-    and its interval does not hold the straight rise. UserError for what does not fit.
+    A saturation point is told where the gain's interval lies above 0, the curve describes the
+    scores (MISFIT), and its interval does not hold the straight rise. UserError for what does not
+    fit.
     """
-    x, y, order = _table(doses, scores)
+    x, y, order = _table(ratios, scores)
     mean, count = _means(y)[0], np.isfinite(y).sum(1)
     weights = count / count.sum()
     curve, scales = _fit(x, mean, weights), _scales(x)
@@ -246,9 +248,9 @@ def response(
     p, misfit, flat = _compatible(basis, signal, free, curve.rmse**2)
     if flat > 1 - level:  # noise about a flat row finds, among all scales, as good a curve
         gain_low, gain_high = min(gain_low, 0.0), max(gain_high, 0.0)
-    knee_low, knee_high = _knees(x, scales, p, 1 - level, curve)
+    saturation_low, saturation_high = _saturation_points(x, scales, p, 1 - level, curve)
     misfit = misfit if len(x) > 3 else None
-    kind = _kind(gain_low, gain_high, misfit, knee_low, knee_high, x)
+    kind = _kind(gain_low, gain_high, misfit, saturation_low, saturation_high, x)
     measured = float(mean[-1] - mean[0])
     measured_low, measured_high = (
         measured + np.percentile(noise[:, -1] - noise[:, 0], tails)
@@ -269,23 +271,25 @@ def response(
         measured_low,
         measured_high,
         kind,
-        curve.knee() if kind == "knee" else None,
-        knee_low if kind in ("knee", "rising", "unclear") else None,
-        knee_high if kind == "knee" else None,
+        curve.saturation_point() if kind == "saturates" else None,
+        saturation_low if kind in ("saturates", "rising", "unclear") else None,
+        saturation_high if kind == "saturates" else None,
         misfit,
         level,
-        _REASONS[kind].format(knee_low),
-        _words(curve, (gain_low, gain_high), kind, knee_low, knee_high, level),
+        _REASONS[kind].format(saturation_low),
+        _words(curve, (gain_low, gain_high), kind, saturation_low, saturation_high, level),
     )
 
 
 _REASONS = {
-    "knee": "",
-    "no gain": "no knee: no gain shown",
-    "falls": "no knee: the score falls",
-    "misfit": "no knee told: the scores do not follow a saturating curve, read them and not the curve",
-    "rising": "still rising at the largest dose: knee beyond the data, not before {:.3g}",
-    "unclear": "no knee told: it may lie anywhere from dose {:.3g} to beyond the data",
+    "saturates": "",
+    "no gain": "no saturation point: no gain shown",
+    "falls": "no saturation point: the score falls",
+    "misfit": "no saturation point told: the scores do not follow a saturating curve, "
+    "read them and not the curve",
+    "rising": "still rising at the largest ratio: saturation point beyond the data, "
+    "not before {:.3g}",
+    "unclear": "no saturation point told: it may lie anywhere from ratio {:.3g} to beyond the data",
 }
 
 
@@ -293,40 +297,46 @@ def _kind(
     low: float,
     high: float,
     misfit: float | None,
-    knee_low: float,
-    knee_high: float | None,
+    saturation_low: float,
+    saturation_high: float | None,
     x: np.ndarray,
 ) -> str:
-    """low, high: of the gain. "rising": even the earliest knee leaves more than 1 - KNEE_SHARE of
-    the gain to the last step.
+    """low, high: of the gain. "rising": even the earliest saturation point leaves more than 1 -
+    SATURATION_SHARE of the gain to the last step.
     """
     if low <= 0:
         return "falls" if high < 0 else "no gain"
     if misfit is not None and misfit < MISFIT:
         return "misfit"
-    return "knee" if knee_high is not None else "rising" if knee_low >= x[-2] else "unclear"
+    return (
+        "saturates"
+        if saturation_high is not None
+        else "rising"
+        if saturation_low >= x[-2]
+        else "unclear"
+    )
 
 
 def _words(
     curve: Curve, gain: tuple[float, float], kind: str, low: float, high: float | None, level: float
 ) -> str:
     first = (
-        f"{curve.rise:+.3f} at dose {curve.high:g} ({100 * level:g}%: {gain[0]:+.3f} to "
+        f"{curve.rise:+.3f} at ratio {curve.high:g} ({100 * level:g}%: {gain[0]:+.3f} to "
         f"{gain[1]:+.3f})"
     )
-    if kind != "knee":
+    if kind != "saturates":
         return f"{first}; {_REASONS[kind].format(low)}"
-    by = f"{100 * KNEE_SHARE:g}% of it by dose {curve.knee():.3g}"
+    by = f"{100 * SATURATION_SHARE:g}% of it by ratio {curve.saturation_point():.3g}"
     return f"{first}; {by} ({100 * level:g}%, if the curve is exponential: {low:.3g} to {high:.3g})"
 
 
 def _table(
-    doses: Sequence[float], scores: np.ndarray, least: int = 3, what: str = "dose"
+    ratios: Sequence[float], scores: np.ndarray, least: int = 3, what: str = "ratio"
 ) -> tuple[np.ndarray, ...]:
-    """(doses [D] ascending, scores [D, S] in that order, the order [D]); UserError where they are
+    """(ratios [D] ascending, scores [D, S] in that order, the order [D]); UserError where they are
     not a curve's.
     """
-    x, y = np.asarray(doses, np.float64), np.asarray(scores, np.float64)
+    x, y = np.asarray(ratios, np.float64), np.asarray(scores, np.float64)
     if x.ndim != 1 or len(x) < least:
         raise UserError(f"{what}s of shape {x.shape}; a curve needs a row of at least {least}")
     wrong = x[~(np.isfinite(x) & (x >= 0))]
@@ -354,9 +364,9 @@ def _table(
 def _means(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int, np.ndarray]:
     """y [D, S], NaN where missing -> (means m [D], root [D, D] of their covariance in units of
     sd^2, sd of e, its degrees of freedom, seeds' effects a [S], summing to 0; empty where seeds are
-    not shared so that all doses can be compared).
+    not shared so that all ratios can be compared).
 
-    Least squares of m_d + a_s: with no trial missing m are the plain means; else a dose is not
+    Least squares of m_d + a_s: with no trial missing m are the plain means; else a ratio is not
     credited with having lucky seeds.
     """
     d, keep = len(y), np.isfinite(y).any(0)
@@ -381,7 +391,7 @@ def _means(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int, np.ndarra
 
 
 def _sorted(draws: np.ndarray | None, order: np.ndarray) -> np.ndarray | None:
-    """draws [B, D] in the order of ascending doses."""
+    """draws [B, D] in the order of ascending ratios."""
     if draws is None:
         return None
     found = np.asarray(draws, np.float64)
@@ -415,7 +425,9 @@ def _shape(x: float | np.ndarray, scale: float | np.ndarray) -> np.ndarray:
     return -np.expm1(-np.asarray(x) / scale)
 
 
-def _knee(scale: float | np.ndarray, low: float, high: float, share: float) -> float | np.ndarray:
+def _saturation_point(
+    scale: float | np.ndarray, low: float, high: float, share: float
+) -> float | np.ndarray:
     """The x with 1 - exp(-(x - low) / scale) = share (1 - exp(-(high - low) / scale)), increasing
     in the scale.
     """
@@ -428,7 +440,7 @@ def _scales(x: np.ndarray) -> np.ndarray:
 
 
 def _apart(x: np.ndarray, weights: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """[K, D]: each scale's curve at the doses less its weighted mean, times the root of the
+    """[K, D]: each scale's curve at the ratios less its weighted mean, times the root of the
     weights.
 
     With u its direction, a scale's least-squares fit to scores m takes (u . root m)^2 off their
@@ -471,7 +483,7 @@ def _fit(x: np.ndarray, mean: np.ndarray, weights: np.ndarray) -> Curve:
 def _refits(
     x: np.ndarray, means: np.ndarray, weights: np.ndarray, scales: np.ndarray, points: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """means [B, D] -> (rise over the doses [B], curve at the points [B, P]) of each replicate's
+    """means [B, D] -> (rise over the ratios [B], curve at the points [B, P]) of each replicate's
     best curve on the grid.
     """
     apart = _apart(x, weights, scales)
@@ -512,26 +524,34 @@ def _compatible(
     return p, float(np.mean(far >= least - _TINY)), float(flat)
 
 
-def _knees(
+def _saturation_points(
     x: np.ndarray, scales: np.ndarray, p: np.ndarray, alpha: float, curve: Curve
 ) -> tuple[float, float | None]:
-    """The earliest and the latest knee of the scales with p > alpha.
+    """The earliest and the latest saturation point of the scales with p > alpha.
 
-    x[0], None where the set reaches the grid's end: a knee before the second dose, however early; a
-    line all but straight.
+    x[0], None where the set reaches the grid's end: a saturation point before the second ratio,
+    however early; a line all but straight.
     """
     inside = np.nonzero(p > alpha)[0]
     first, last = inside[0], inside[-1]
     low, high = float(x[0]), None
     if first > 0:
         low = min(
-            curve.knee(),
-            float(_knee(_between(scales, p, first - 1, first, alpha), x[0], x[-1], KNEE_SHARE)),
+            curve.saturation_point(),
+            float(
+                _saturation_point(
+                    _between(scales, p, first - 1, first, alpha), x[0], x[-1], SATURATION_SHARE
+                )
+            ),
         )
     if last < len(p) - 1:
         high = max(
-            curve.knee(),
-            float(_knee(_between(scales, p, last + 1, last, alpha), x[0], x[-1], KNEE_SHARE)),
+            curve.saturation_point(),
+            float(
+                _saturation_point(
+                    _between(scales, p, last + 1, last, alpha), x[0], x[-1], SATURATION_SHARE
+                )
+            ),
         )
     return low, high
 
@@ -542,7 +562,7 @@ def _between(scales: np.ndarray, p: np.ndarray, out: int, within: int, alpha: fl
     return float(scales[out] * (scales[within] / scales[out]) ** share)
 
 
-def worth(
+def equivalent_images(
     real_counts: Sequence[float],
     real_scores: np.ndarray,
     at_count: float,
@@ -553,7 +573,7 @@ def worth(
     seed: int = 0,
     level: float = 0.95,
     resamples: int = 1000,
-) -> Worth:
+) -> EquivalentImages:
     """How many real images alone score what at_count real and synthetic_count synthetic ones do.
     Real curve: see `real_curve`.
 
@@ -605,7 +625,7 @@ def worth(
     found = float(_equivalent(np.log(n), real_curve(mean[None, :-1]), mean[-1:])[0])
     tail = int((1 - level) / 2 * (len(drawn) - 1))
     ends = min(drawn[tail], found), max(drawn[-1 - tail], found)
-    return _worth(
+    return _equivalent_images(
         found, ends, drawn, n, float(mean[-1]), float(at_count), float(synthetic_count), level
     )
 
@@ -646,7 +666,7 @@ def _equivalent(log_counts: np.ndarray, curves: np.ndarray, score: np.ndarray) -
     )
 
 
-def _worth(
+def _equivalent_images(
     found: float,
     ends: tuple[float, float],
     drawn: np.ndarray,
@@ -655,7 +675,7 @@ def _worth(
     at: float,
     synthetic: float,
     level: float,
-) -> Worth:
+) -> EquivalentImages:
     """found, ends, drawn: logs of equivalent counts, infinite beyond the data."""
     least, most = ((float(v) - at) / synthetic for v in (n[0], n[-1]))
     value, low, high = (
@@ -678,7 +698,7 @@ def _worth(
         f"{where}one synthetic image is worth "
         f"{side + ' ' if side else ''}{bound if value is None else value:.3g} real ({interval})"
     )
-    return Worth(
+    return EquivalentImages(
         value,
         low,
         high,

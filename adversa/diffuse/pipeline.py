@@ -1,5 +1,5 @@
-"""Requests to images. The same request gives the same noise in any batch, in any order, on any
-machine.
+"""The generation pipeline: requests to images. A request gives the same noise in any batch, in any
+order, on any machine.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from adversa.diffuse import batch as batching
 from adversa.diffuse import strategy
 from adversa.diffuse.edm import DenoiserFn, to_images, to_tensor
 from adversa.diffuse.guidance import GradientFn
-from adversa.diffuse.strategy import Sources, Space
+from adversa.diffuse.strategy import DiffusedSpace, Sources
 from adversa.types import GenerationRequest
 
 DECODED = 16  # finished rows that are decoded together
 
 
 @dataclass(frozen=True)
-class Painted:
-    """image uint8 [R, R, 3], black where it is not finite. evaluations: rows of the denoiser;
-    skipped: steering gradients that were not finite.
+class GeneratedImage:
+    """A generated image: uint8 [R, R, 3], black where it is not finite.
+
+    evaluations: rows of the denoiser that it took; skipped: guidance gradients that were not
+    finite.
     """
 
     request: GenerationRequest
@@ -38,9 +40,13 @@ class Painted:
 
 @dataclass(frozen=True)
 class Steering:
-    """What steers beside the denoiser's own classes. gradient: of hardness. features: pixels [B, 3,
-    R, R] in [0, 1] to [B, D], and pixels: the diffused space to such pixels, for likeness in
-    features; weak: the denoiser of autoguidance.
+    """The models that guide, beside the denoiser's own classes.
+
+    Attributes:
+        gradient: Of classifier guidance.
+        features: Pixels [B, 3, R, R] in [0, 1] to [B, D], for reference guidance in features.
+        pixels: The diffused space to such pixels.
+        weak: The denoiser of autoguidance.
     """
 
     gradient: GradientFn | None = None
@@ -50,12 +56,11 @@ class Steering:
 
 
 @dataclass
-class Canvas:
-    """Where requests are painted: a denoiser, the space it diffuses (meta: its config.json), and a
-    batch for each stream.
+class GenerationPipeline:
+    """A denoiser, the space it diffuses, and a batch for each stream of requests.
 
-    encode, decode: uint8 images [B, R, R, 3] to that space [B, C, h, w] and back; pixels by
-    default.
+    meta: the denoiser's config.json. encode, decode: uint8 images [B, R, R, 3] to the diffused
+    space [B, C, h, w] and back; pixels by default.
     """
 
     denoiser: DenoiserFn
@@ -66,25 +71,29 @@ class Canvas:
     decode: Callable[[Tensor], np.ndarray] = to_images
     steering: Steering = Steering()
 
-    def stream(self, requests: Iterable[GenerationRequest], sources: Sources) -> Iterator[Painted]:
-        """Paint every request, in the order in which they finish; the next is asked for when there
-        is room for it.
+    def stream(
+        self, requests: Iterable[GenerationRequest], sources: Sources
+    ) -> Iterator[GeneratedImage]:
+        """Yield the image of every request in the order in which they finish; the next is taken
+        when there is room for it.
         """
-        asked: dict[int, GenerationRequest] = {}
+        requested: dict[int, GenerationRequest] = {}
         side, classes = self.meta["resolution"], len(self.meta["classes"])
         names = list(sources.images)
         places = (
             self.encode(np.stack([sources.images[n] for n in names])).float().cpu() if names else ()
         )
-        space = Space(
+        space = DiffusedSpace(
             (self.meta.get("channels", 3), side, side), dict(zip(names, places, strict=True))
         )
 
-        def rows() -> Iterator[batching.Row]:
+        def rows() -> Iterator[batching.BatchRow]:
             for key, request in enumerate(requests):
                 assert 0 <= request.label < classes, (request.label, classes)
-                asked[key] = request
-                yield strategy.row(key, request, sources, space, self.config, self._goal(sources))
+                requested[key] = request
+                yield strategy.row(
+                    key, request, sources, space, self.config, self._reference(sources)
+                )
 
         batch = batching.Batch(
             self.denoiser,
@@ -95,7 +104,7 @@ class Canvas:
             self.config.amp,
             self.steering.weak,
             self.steering.gradient,
-            self.config.likeness_pull,
+            self.config.reference_guidance_factor,
             self.steering.features,
             self.steering.pixels,
         )
@@ -103,40 +112,40 @@ class Canvas:
         for done in batch.run(rows()):
             waiting.append(done)
             if len(waiting) == DECODED:
-                yield from self._decoded(waiting, asked, sources)
+                yield from self._decoded(waiting, requested, sources)
                 waiting = []
         if waiting:
-            yield from self._decoded(waiting, asked, sources)
+            yield from self._decoded(waiting, requested, sources)
 
-    def _goal(self, sources: Sources) -> Callable[[str], Tensor] | None:
-        """Of likeness in features: the example's own."""
+    def _reference(self, sources: Sources) -> Callable[[str], Tensor] | None:
+        """Example id to its features, for reference guidance in features; else None."""
         features = self.steering.features
         if features is None:
             return None
 
-        def goal(example: str) -> Tensor:
+        def reference(example: str) -> Tensor:
             pixels = torch.from_numpy(sources.images[example]).permute(2, 0, 1).float()[None] / 255
             with torch.no_grad():
                 return features(pixels.to(self.device))[0]
 
-        return goal
+        return reference
 
     def _decoded(
         self,
         done: Sequence[batching.Finished],
-        asked: dict[int, GenerationRequest],
+        requested: dict[int, GenerationRequest],
         sources: Sources,
-    ) -> Iterator[Painted]:
+    ) -> Iterator[GeneratedImage]:
         x = torch.stack([d.x0 for d in done])
         finite = torch.isfinite(x).flatten(1).all(1)
         pictures = self.decode(torch.where(finite.view(-1, 1, 1, 1), x, torch.zeros_like(x)))
         for d, picture, ok in zip(done, pictures, finite.tolist(), strict=True):
-            request = asked.pop(d.key)
+            request = requested.pop(d.key)
             image = strategy.composed(picture, request, sources) if ok else np.zeros_like(picture)
-            yield Painted(request, image, ok, d.evaluations, d.skipped)
+            yield GeneratedImage(request, image, ok, d.evaluations, d.skipped)
 
 
-def paint(
+def generate(
     denoiser: DenoiserFn,
     requests: Sequence[GenerationRequest],
     sources: Sources,
@@ -144,8 +153,11 @@ def paint(
     meta: dict[str, Any],
     device: torch.device | str = "cpu",
     **space: Any,
-) -> list[Painted]:
-    """`Canvas.stream`, in the order asked. space: encode, decode, steering."""
-    canvas = Canvas(denoiser, meta, config, torch.device(device), **space)
-    found = {p.request.request_id: p for p in canvas.stream(requests, sources)}
+) -> list[GeneratedImage]:
+    """The images of all requests, in their order.
+
+    space: encode, decode and steering of GenerationPipeline.
+    """
+    pipeline = GenerationPipeline(denoiser, meta, config, torch.device(device), **space)
+    found = {p.request.request_id: p for p in pipeline.stream(requests, sources)}
     return [found[r.request_id] for r in requests]
