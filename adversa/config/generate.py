@@ -27,8 +27,7 @@ class Generate(Section):
     adaptive: bool = Field(
         False,
         description="img2img: for each hard case the largest of `levels` at which the verifier still "
-        "sees "
-        "the label, else the least",
+        "sees the label, else the least",
     )
     levels: list[float] = Field(
         [0.5, 1.0, 2.0, 4.0, 8.0], min_length=1, description="adaptive: noise levels that are tried"
