@@ -573,33 +573,9 @@ def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
     """Write summary.json, report.html and report.md of a finished run again; of a sweep what there
     is of its figures so far.
     """
-    from adversa.pipeline import summary
-    from adversa.pipeline.stages import stages, step_folders
-    from adversa.report import page
-    from adversa.run.create import is_sweep
-    from adversa.run.file_lock import lock
-    from adversa.storage.files import writing
-    from adversa.types import UserError
+    from adversa.api import Run
 
-    config, saved = saved_run(run, run_dir)
-    if is_sweep(saved):
-        from adversa.sweep import report as sweeps
-
-        with writing(saved.root), lock(saved):
-            typer.echo(sweeps.write(config, saved))
-        return
-    unfinished = next(
-        (s.title for s in stages(config, saved) if not s.is_finished and s.name != "report"),
-        None,
-    )
-    if unfinished:
-        fix = shlex.join(["adversa", "loop", str(saved.config), "--run-dir", str(saved.root)])
-        raise UserError(
-            f"{saved.root} is not finished ({unfinished} is next); finish it with: {fix}"
-        )
-    with writing(saved.root), lock(saved):
-        summary.write(config, saved, step_folders(config, saved))
-        typer.echo(page.write(saved.root))
+    typer.echo(Run(saved_run(run, run_dir)[1].root).report())
 
 
 @config_app.command()

@@ -8,18 +8,20 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from adversa import api
 from adversa.cli import view
 from adversa.config import Config, load
-from adversa.run import environment, file_lock, status, step_folder
+from adversa.run import environment, step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
-from adversa.types import STRATEGIES, UserError
+from adversa.types import UserError
 
 MakeEngine = Callable[[Config, RunDir], Any]
 
@@ -71,25 +73,21 @@ def order(
     saved, folder = source(run, denoiser)
     config = settings(saved, overrides)
     classes = job.classes_of(folder)
-    strategy = strategy or "sample"
-    if strategy not in STRATEGIES:
-        raise UserError(
-            f"--strategy {strategy}: there is no such strategy; give one of {', '.join(STRATEGIES)}"
-        )
     if out is None:
         raise UserError("--labels needs --out FOLDER: where the images go")
     wanted = job.GenerationJob(
         folder,
         images.parse_labels(labels, classes),
-        strategy,
+        strategy or "sample",
         seed,
         config.generate,
         out,
         form,
         saved,
     )
-    job.check(wanted)
-    if job.finished(wanted):
+    watch = partial(view.LiveView, screen)
+    found = api.fulfil(wanted, config, lambda: make_engine(config, wanted.work), watch)
+    if found is None:
         screen.print(
             f"{out} holds this order already; nothing to do",
             highlight=False,
@@ -97,16 +95,6 @@ def order(
             soft_wrap=True,
         )
         return
-    with files.writing(out, "--out"):
-        wanted.work.root.mkdir(parents=True, exist_ok=True)
-    with file_lock.lock(wanted.work, "--out"):
-        status.set_status(wanted.work, "running", "order", command="order")
-        try:
-            found = _generated(wanted, config, make_engine, screen)
-        except KeyboardInterrupt:
-            status.set_status(wanted.work, "stopped")
-            raise
-        status.set_status(wanted.work, "finished")
     counts = ", ".join(f"{n} {name}" for name, n in found.by_class.items())
     left = [
         f"{n} {what}"
@@ -117,17 +105,6 @@ def order(
         f"; left out: {', '.join(left)}" if left else ""
     )
     screen.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _generated(wanted: Any, config: Config, make_engine: MakeEngine, screen: Console) -> Any:
-    from adversa.generation import job
-
-    with view.LiveView(screen, config, wanted.work):
-        engine = make_engine(config, wanted.work)
-        try:
-            return job.generate(wanted, engine)
-        finally:
-            engine.close()
 
 
 def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) -> None:

@@ -20,7 +20,6 @@ from rich.text import Text
 from adversa.config import Config, load
 from adversa.engine.interface import Engine
 from adversa.engine.tasks import Done, Make, Part, Report
-from adversa.pipeline import folders
 from adversa.run import file_lock, status
 from adversa.run.folder import RunDir, check_links
 from adversa.storage import files
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from adversa.external.cohort import ExternalCohort
 
 MakeEngine = Callable[[Config, RunDir], Any]
-CROPS = ("center", "pad", "squash")
-ON_ERROR = ("fail", "skip")
 LOG_SECONDS = 15.0
 SHOWN = ("balanced_accuracy", "accuracy", "auroc_macro", "sensitivity/", "auroc/", "sensitivity@")
 NAMES = {
@@ -87,13 +84,6 @@ def _opened(root: Path, overrides: Sequence[str] = ()) -> tuple[RunDir, Config]:
     return run, load(run.config, list(overrides))
 
 
-def _one_of(option: str, value: str | None, known: Sequence[str]) -> None:
-    if value is not None and value not in known:
-        raise UserError(
-            f"{option} {value}: there is no such way; give {', '.join(known[:-1])} or {known[-1]}"
-        )
-
-
 def evaluate_on(
     root: Path,
     on: Path,
@@ -105,11 +95,11 @@ def evaluate_on(
     screen: Console,
 ) -> None:
     """`adversa evaluate RUN --on SET`: every arm's classifiers on an external cohort."""
-    from adversa.external import cohort, evaluate, labels, report
+    from adversa.external import cohort, evaluate, labels, predict, report
     from adversa.report import page
     from adversa.run.folder import classes_of
 
-    _one_of("--crop", crop, CROPS)
+    predict.check_options(crop)
     cohort.check_overrides(overrides)
     run, config = _opened(root, overrides)
     evaluate.models(config, run)
@@ -201,13 +191,11 @@ def predict(
     """`adversa predict RUN IMAGES...`: probabilities to a CSV. aside: where what is not the result
     is said (stderr).
     """
-    from adversa.external import evaluate, predict
-    from adversa.run.folder import classes_of
+    from adversa.external import predict
 
-    _one_of("--crop", crop, CROPS)
-    _one_of("--on-error", on_error, ON_ERROR)
+    predict.check_options(crop, on_error)
     run, config = _opened(root)
-    chosen = _arm(arm, config, run)
+    chosen = predict.arm_of(arm, config, run)
     with files.writing(out, "--out"):
         if out.is_dir():
             raise UserError(f"--out {out} is a folder; give the name of a CSV file")
@@ -215,10 +203,9 @@ def predict(
             raise UserError(
                 f"--out {out} is there already; give another name, or --force to overwrite it"
             )
-    models = [folder for a, _, folder in evaluate.models(config, run) if a == chosen]
+    models, classes = predict.models_of(chosen, config, run)
     paths = predict.listed(names)
     _may_overwrite(out, paths, run)
-    classes = classes_of(run.data)
     data = config.data.model_copy(update={"crop": crop or config.data.crop})
     out = out.absolute()
     with files.writing(out.parent, "--out"):
@@ -265,17 +252,6 @@ def _may_overwrite(out: Path, paths: Sequence[Any], run: RunDir) -> None:
         raise UserError(f"--out {out} is one of the images; give another name")
     if isinstance(run.root, Path) and out.absolute().resolve().is_relative_to(run.root.resolve()):
         raise UserError(f"--out {out} lies in the run's folder; give a place outside of it")
-
-
-def _arm(arm: str | None, config: Config, run: RunDir) -> str:
-    from adversa.pipeline import results
-
-    known = list(config.mix.arms)
-    if folders.home(config, "real", folders.last_round(config)):
-        known.append(BEFORE)
-    if arm is not None and arm not in known:
-        raise UserError(f"--arm {arm}: {run.root.name} has no such arm; give {', '.join(known)}")
-    return arm or results.candidate(known) or "real"
 
 
 # ---- progress ------------------------------------------------------------------------------------

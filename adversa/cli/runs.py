@@ -96,11 +96,11 @@ def pause(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPat
     resume`.
     """
     from adversa.cli import cluster as cli_cluster
-    from adversa.cli import control
     from adversa.cli.console import Screen
+    from adversa.run import requests
 
     if cluster is None:
-        say(control.pause(saved_run(run, run_dir)[1]))
+        say(requests.pause(saved_run(run, run_dir)[1]))
         return
     with stoppable("the run was perhaps told to pause. Again"):
         cli_cluster.there("pause", run or run_dir, cluster, [], Screen())
@@ -119,11 +119,11 @@ def resume(
     have not begun.
     """
     from adversa.cli import cluster as cli_cluster
-    from adversa.cli import control
     from adversa.cli.console import Screen
+    from adversa.run import requests
 
     if cluster is None:
-        say(control.resume(saved_run(run, run_dir)[1], set_ or []))
+        say(requests.resume(saved_run(run, run_dir)[1], set_ or []))
         return
     with stoppable("the run was perhaps told to go on. Again"):
         cli_cluster.there("resume", run or run_dir, cluster, set_ or [], Screen())
@@ -135,11 +135,11 @@ def resume(
 def stop(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
     """End a run as Ctrl-C does, from anywhere: everything finished is kept."""
     from adversa.cli import cluster as cli_cluster
-    from adversa.cli import control
     from adversa.cli.console import Screen
+    from adversa.run import requests
 
     if cluster is None:
-        say(control.stop(saved_run(run, run_dir)[1]))
+        say(requests.stop(saved_run(run, run_dir)[1]))
         return
     with stoppable("the job was perhaps told to stop. Again"):
         cli_cluster.stop(run or run_dir, cluster, Screen())

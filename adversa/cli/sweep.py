@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adversa.cli.run import STARTED, engine_of, hold
+from adversa.api.start import check_engine, engine_of
+from adversa.cli.run import KEPT, STARTED, stoppable
 from adversa.types import UserError
 
 if TYPE_CHECKING:
@@ -29,22 +30,16 @@ def sweep(
 ) -> None:
     """Run a sweep, or go on with it."""
     from adversa.run import file_lock
+    from adversa.run.hold import hold
     from adversa.sweep import grid, report, view
     from adversa.sweep import run as sweeps
 
     config, root = settings(path, run_dir, overrides, seed)
-    if engine_name not in ("ray", "local"):
-        raise UserError(f"--engine {engine_name}: use ray or local")
+    check_engine(engine_name, config)
     if config.sweep.search is not None and engine_name == "local":
         raise UserError(
             "--engine local: sweep.search is Ray Tune's; use --engine ray, or the grid "
             "(sweep.search: null)"
-        )
-    if engine_name == "local" and config.cluster.training_workers > 1:
-        many = config.cluster.training_workers
-        raise UserError(
-            f"cluster.training_workers {many}: --engine local trains in this process "
-            "alone; set 1, or use --engine ray"
         )
     run = sweeps.open_run(config, root)
     if config.sweep.search is not None and _searched(config, run):
@@ -63,7 +58,9 @@ def sweep(
         )
     else:
         work = partial(_work, config, run, engine_name, verbose, screen)
-        page = hold(sweeps.COMMAND, run, screen, work, lambda: "finished", command=sweeps.COMMAND)
+        say = partial(screen.print, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        with stoppable(KEPT):
+            page = hold(sweeps.COMMAND, run, work, lambda: "finished", say, command=sweeps.COMMAND)
     view.closing(screen, config, run, page)
 
 

@@ -24,9 +24,10 @@ from adversa.config import Config
 from adversa.pipeline.folders import last_round, models_of, trained
 from adversa.pipeline.stage import PlannedStage
 from adversa.pipeline.stages import plan
-from adversa.run import control, run_lock, step_folder
+from adversa.run import control, step_folder
 from adversa.run import status as run_status
 from adversa.run.folder import RunDir
+from adversa.run.status import state_of
 from adversa.storage import files
 from adversa.storage.path import StoreError
 from adversa.sweep import grid
@@ -137,17 +138,6 @@ def shares(rows: dict[str, int], workers: int) -> list[str]:
     if len(each) <= SHARES_SHOWN:
         return [f"{workers} workers: {' '.join(f'{share:.0f}' for share in each)}%"]
     return [f"{workers} workers: {min(each):.1f} to {max(each):.1f}% each"]
-
-
-def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
-    """("running" | "paused" | "finished" | "stopped" | "failed" | "killed" | "not started",
-    status.json).
-    """
-    status = files.read_json(run.status) or {}
-    state = status.get("state", "not started")
-    if state in ("running", "paused") and not run_lock.is_worked_on(run):
-        state = "killed"
-    return state, status
 
 
 def stage_table(config: Config, run: RunDir, state: str) -> Table:

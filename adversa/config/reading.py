@@ -112,13 +112,18 @@ def _override(tree: dict[str, Any], text: str) -> str:
         parsed = load_yaml(value)
     except yaml.YAMLError:
         raise UserError(f"--set {text}: the value is not valid YAML; quote it") from None
+    override(tree, name, parsed)
+    return name
+
+
+def override(tree: dict[str, Any], name: str, value: object) -> None:
+    """Set the value of a dotted key in the tree. UserError where it leads through a plain value."""
     *sections, last = name.split(".")
     for i, section in enumerate(sections):
         node = tree.setdefault(section, {})
         if node is None:
             node = tree[section] = {}
         if not isinstance(node, dict):
-            raise UserError(f"--set {text}: {'.'.join(sections[: i + 1])} is not a section")
+            raise UserError(f"--set {name}={value}: {'.'.join(sections[: i + 1])} is not a section")
         tree = node
-    tree[last] = parsed
-    return name
+    tree[last] = value

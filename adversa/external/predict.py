@@ -21,9 +21,16 @@ from adversa.data import files, images
 from adversa.data.records import ImageRecord
 from adversa.engine.interface import Engine
 from adversa.engine.tasks import Part, Report, Work
+from adversa.external import evaluate
+from adversa.pipeline import folders, results
+from adversa.run.folder import RunDir, classes_of
 from adversa.storage import tables
-from adversa.types import UserError
+from adversa.storage.files import read_json
+from adversa.storage.weights import CONFIG
+from adversa.types import BEFORE, UserError
 
+CROPS = ("center", "pad", "squash")
+ON_ERROR = ("fail", "skip")
 CLASS = "?"  # of records whose label nobody knows
 ROWS = pa.schema(
     [
@@ -46,6 +53,42 @@ class Answers:
     probability: np.ndarray
     spread: np.ndarray
     problems: list[tuple[str, str]]
+
+
+def check_options(crop: str | None, on_error: str = "fail") -> None:
+    """UserError where one of them has a value that there is not."""
+    for option, value, known in (("--crop", crop, CROPS), ("--on-error", on_error, ON_ERROR)):
+        if value is not None and value not in known:
+            raise UserError(
+                f"{option} {value}: there is no such way; give {', '.join(known[:-1])} or "
+                f"{known[-1]}"
+            )
+
+
+def arm_of(arm: str | None, config: cfg.Config, run: RunDir) -> str:
+    """The arm asked for; None: the one that the run is about. UserError where it has none such."""
+    known = list(config.mix.arms)
+    if folders.home(config, "real", folders.last_round(config)):
+        known.append(BEFORE)
+    if arm is not None and arm not in known:
+        raise UserError(f"--arm {arm}: {run.root.name} has no such arm; give {', '.join(known)}")
+    return arm or results.candidate(known) or "real"
+
+
+def models_of(arm: str, config: cfg.Config, run: RunDir) -> tuple[list[Path], list[str]]:
+    """(the folders of an arm's classifiers, one a seed; the classes)."""
+    found = [folder for a, _, folder in evaluate.models(config, run) if a == arm]
+    return found, classes_of(run.data)
+
+
+def described(model: Path) -> tuple[list[str], int]:
+    """(classes, resolution) of a classifier's folder, which names no classes: 0, 1, ... UserError
+    where it is none.
+    """
+    found = read_json(model / CONFIG) or {}
+    if "num_classes" not in found or "resolution" not in found:
+        raise UserError(f"{model} is no run and holds no classifier; give a run's folder")
+    return [str(k) for k in range(int(found["num_classes"]))], int(found["resolution"])
 
 
 def listed(names: Sequence[str]) -> list[str]:
@@ -186,6 +229,14 @@ def summed_up(each: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(each) < 2:
         return mean, np.full(len(mean), np.nan)
     return mean, each.std(0, ddof=1)[np.arange(len(mean)), predicted]
+
+
+def as_table(answers: Answers, classes: Sequence[str]) -> pa.Table:
+    """As `table`: path, predicted, p_<class> of each class, spread."""
+    best = answers.probability.argmax(1).tolist()
+    columns = {"path": answers.paths, "predicted": [classes[k] for k in best]}
+    columns |= {f"p_{c}": answers.probability[:, k] for k, c in enumerate(classes)}
+    return pa.table(columns | {"spread": answers.spread})
 
 
 def table(answers: Answers, classes: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
 from adversa.storage.path import storage_path
 from adversa.storage.weights import CONFIG
-from adversa.types import GenerationRequest, UserError, digest, seed_of
+from adversa.types import STRATEGIES, GenerationRequest, UserError, digest, seed_of
 
 WORK = ".work"  # in the folder asked for: the steps, without their images once those are exported
 
@@ -46,6 +46,7 @@ class GenerationJob:
         form: The format of the export.
         run: Whose pictures the strategies start from, and whose classifier guides; None: the
             denoiser alone, which samples.
+        examples: Ids of the role mine to start from in turn; none: each class's hard cases.
     """
 
     denoiser: Path
@@ -56,6 +57,7 @@ class GenerationJob:
     out: Path
     form: str
     run: RunDir | None = None
+    examples: tuple[str, ...] = ()
 
     @property
     def work(self) -> RunDir:
@@ -83,6 +85,11 @@ def check(job: GenerationJob) -> None:
     Raises:
         UserError: It cannot.
     """
+    if job.strategy not in STRATEGIES:
+        raise UserError(
+            f"--strategy {job.strategy}: there is no such strategy; give one of "
+            f"{', '.join(STRATEGIES)}"
+        )
     if job.run is None and job.strategy != "sample":
         raise UserError(
             f"--strategy {job.strategy} starts from real pictures, a denoiser alone has "
@@ -95,6 +102,8 @@ def check(job: GenerationJob) -> None:
             f"generate.{key} {getattr(job.config, key):g} needs a run's classifier and "
             "pictures; give a run, or set 0"
         )
+    if job.examples and not _starts(job):
+        raise UserError(f"--strategy {job.strategy} starts from no picture; leave examples out")
     if job.form not in images.FORMATS:
         raise UserError(
             f"--format {job.form}: there is no such format; give {' or '.join(images.FORMATS)}"
@@ -161,7 +170,25 @@ def _identity(job: GenerationJob) -> dict[str, object]:
         models["weak"] = pipeline_generate.fingerprint(storage_path(job.config.weak))
     if job.run is not None:
         models["data"] = step_folder.fingerprint(job.run.data)
+    if job.examples:
+        requested["examples"] = list(job.examples)
     return {**requested, "format": job.form, "generate": generate, **models}
+
+
+def _starts(job: GenerationJob) -> bool:
+    """Whether its images start from pictures, or are drawn towards them."""
+    return job.strategy != "sample" or bool(job.config.reference_guidance)
+
+
+def draw(job: GenerationJob, engine: Engine) -> tuple[Path, Path]:
+    """The folders of the job's requests and of its images (tables.REQUESTS, tables.SYNTHETIC)."""
+    requests, synthetic = job.work.root / "requests", job.work.root / "synthetic"
+    plan(job, requests, engine.handle)
+    data = job.run.data if job.run is not None else None
+    pipeline_generate.generate(
+        engine, requests, data, job.denoiser, target_of(job), job.config, synthetic, "--out"
+    )
+    return requests, synthetic
 
 
 def generate(job: GenerationJob, engine: Engine) -> images.Exported:
@@ -170,12 +197,7 @@ def generate(job: GenerationJob, engine: Engine) -> images.Exported:
     """
     check(job)
     work, classes = job.work, classes_of(job.denoiser)
-    requests, synthetic = work.root / "requests", work.root / "synthetic"
-    plan(job, requests, engine.handle)
-    data = job.run.data if job.run is not None else None
-    pipeline_generate.generate(
-        engine, requests, data, job.denoiser, target_of(job), job.config, synthetic, "--out"
-    )
+    requests, synthetic = draw(job, engine)
     own = job.run is not None and "external" not in (files.read_json(job.denoiser / CONFIG) or {})
     trained_on = (
         f"the role `train` of the run {job.run.root.name}"
@@ -212,7 +234,7 @@ def plan(job: GenerationJob, out: Path, handle: RunHandle) -> None:
     recipe = Recipe("order", 1, _identity(job), names)
 
     def body(progress: Progress) -> Facts:
-        examples = _examples(job) if job.strategy != "sample" or config.reference_guidance else {}
+        examples = _examples(job) if _starts(job) else {}
         whose = digest(
             _identity(job) | {"labels": None, "format": None}, size=10
         )  # more images of a class: the same, and more
@@ -284,8 +306,10 @@ def _examples(job: GenerationJob) -> dict[int, list[str]]:
     )
     mine = tables.read(job.run.data / "mine", ["id", "label"], tables.EXAMPLES)
     classes, found = run_folder.classes_of(job.run.data), {}
+    if strange := sorted(set(job.examples) - set(mine["id"].to_pylist())):
+        raise UserError(f"{job.run.root} has no picture {strange[0]} of the role mine")
     for label in job.labels:
-        names = _of(cases, "example", label) or _of(mine, "id", label)
+        names = list(job.examples) or _of(cases, "example", label) or _of(mine, "id", label)
         least = 2 if job.strategy == "interpolate" else 1
         if len(names) < least:
             raise UserError(

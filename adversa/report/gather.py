@@ -144,14 +144,14 @@ def read_facts(run_dir: Path) -> Facts:
         summary=summary,
         classes=classes,
         arms=sorted(summary["arms"], key=lambda a: (known.get(a, len(known)), a)),
-        cards=_cards(run),
+        cards=scorecards(run),
         images=images,
         lesions=lesions,
         quality=read_json(run.root / "quality.json"),
     )
 
 
-def _cards(run: RunDir) -> list[dict[str, Any]]:
+def scorecards(run: RunDir) -> list[dict[str, Any]]:
     """Every classifier's on a role, as it was scored last: an arm that does not change is scored
     again in each round.
     """

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+from adversa.run import run_lock
 from adversa.run.folder import RunDir
 from adversa.storage.files import read_json, write_json, writing
 from adversa.storage.path import BucketPath, StoreError
@@ -29,6 +30,17 @@ def set_status(run: RunDir, state: str, stage: str = "", **more: Any) -> None:
             }
             | more,
         )
+
+
+def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
+    """("running" | "paused" | "finished" | "stopped" | "failed" | "killed" | "not started",
+    status.json).
+    """
+    status = read_json(run.status) or {}
+    state = status.get("state", "not started")
+    if state in ("running", "paused") and not run_lock.is_worked_on(run):
+        state = "killed"
+    return state, status
 
 
 class Clock:

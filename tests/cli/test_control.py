@@ -8,9 +8,8 @@ import threading
 
 import pytest
 
-from adversa.cli import control as cli_control
 from adversa.config import dump
-from adversa.run import control, file_lock, run_lock, status
+from adversa.run import control, file_lock, requests, run_lock, status
 from adversa.run import create as run_create
 from adversa.storage import files
 from adversa.types import UserError
@@ -111,7 +110,7 @@ def test_stop_waits_until_it_is_heard(run, monkeypatch):
     thread = threading.Thread(target=work)
     thread.start()
     assert held.wait(10)
-    assert "is stopped; everything finished is kept. Resume with: adversa loop" in cli_control.stop(
+    assert "is stopped; everything finished is kept. Resume with: adversa loop" in requests.stop(
         run
     )
     thread.join(10)
@@ -119,11 +118,11 @@ def test_stop_waits_until_it_is_heard(run, monkeypatch):
 
 
 def test_a_stop_that_is_not_heard_is_said(at_work, monkeypatch):
-    monkeypatch.setattr(cli_control, "HEARD_SECONDS", 0.3)
+    monkeypatch.setattr(requests, "HEARD_SECONDS", 0.3)
     with pytest.raises(
         UserError, match="has not stopped after 0 s; it will when it looks: adversa status"
     ):
-        cli_control.stop(at_work)
+        requests.stop(at_work)
 
 
 def test_a_run_of_another_machine_is_known_by_its_heartbeat(run, monkeypatch):

@@ -7,12 +7,12 @@ from __future__ import annotations
 import shlex
 import time
 
-from adversa.cli import view
 from adversa.config import Config, load
 from adversa.run import control
 from adversa.run.create import is_sweep
 from adversa.run.differences import flatten
 from adversa.run.folder import RunDir
+from adversa.run.status import state_of
 from adversa.types import UserError
 
 HEARD_SECONDS = 60.0  # for a stop; a pause may wait for a training
@@ -43,7 +43,7 @@ def resume(run: RunDir, overrides: list[str]) -> str:
             )
         control.request(run, None, settings)
         said = f"from round {first} on: {', '.join(f'{k} {v}' for k, v in settings.items())}; "
-        if view.state_of(run)[0] not in ("running", "paused"):
+        if state_of(run)[0] not in ("running", "paused"):
             return f"{said}nobody works on {run.root} now, go on with: {_again(run)}"
     _working(run, "resume")
     control.request(run, control.GO)
@@ -54,14 +54,14 @@ def stop(run: RunDir) -> str:
     _working(run, "stop")
     control.request(run, control.STOP)
     until = time.monotonic() + HEARD_SECONDS
-    while view.state_of(run)[0] in ("running", "paused"):
+    while state_of(run)[0] in ("running", "paused"):
         if time.monotonic() > until:
             raise UserError(
                 f"{run.root} has not stopped after {HEARD_SECONDS:.0f} s; it will when it "
                 f"looks: adversa status {_quoted(run)}"
             )
         time.sleep(WAIT_SECONDS)
-    if view.state_of(run)[0] == "finished":
+    if state_of(run)[0] == "finished":
         return f"{run.root} has finished meanwhile"
     return f"{run.root} is stopped; everything finished is kept. Resume with: {_again(run)}"
 
@@ -84,7 +84,7 @@ def _settings(run: RunDir, overrides: list[str]) -> dict[str, object]:
 
 
 def _working(run: RunDir, what: str) -> None:
-    state = view.state_of(run)[0]
+    state = state_of(run)[0]
     if state not in ("running", "paused"):
         further = "" if state == "finished" else f"; go on with: {_again(run)}"
         raise UserError(f"{run.root} is {state}: there is nothing to {what}{further}")

@@ -1,0 +1,271 @@
+"""How work on a run is started: in this process, in a child, or through a coordinator on a cluster.
+torch and ray are imported inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from adversa.config import Config
+    from adversa.engine.interface import Engine
+    from adversa.engine.resources import Node
+    from adversa.run.control import HeldRun
+    from adversa.run.folder import RunDir
+    from adversa.storage.path import StoragePath
+
+Watch = Callable[["Config", "RunDir"], contextlib.AbstractContextManager[Any]]
+Say = Callable[[str], None]
+LOOK_SECONDS = 0.5
+
+
+class RunFailed(RuntimeError):
+    """Work on a cluster failed, and not for what a user can fix; `trace` is its traceback there."""
+
+    def __init__(self, message: str, trace: str) -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
+def check_name(engine: str) -> None:
+    """UserError where there is no such engine."""
+    if engine not in ("ray", "local"):
+        raise UserError(f"--engine {engine}: use ray or local")
+
+
+def check_engine(name: str, config: Config) -> None:
+    """UserError where there is no such engine, or it cannot train as the configuration says."""
+    check_name(name)
+    if name == "local" and config.cluster.training_workers > 1:
+        raise UserError(
+            f"cluster.training_workers {config.cluster.training_workers}: --engine local trains in "
+            "this process alone; set 1, or use --engine ray"
+        )
+
+
+def engine_of(name: str, config: Config, run: RunDir, verbose: bool = False) -> Engine:
+    """An engine by its name, which `check_name` has passed; the caller closes it."""
+    if name == "local":
+        from adversa.engine.local import LocalEngine
+
+        return LocalEngine(config.cluster.sampler_threads, config.cluster.training_threads)
+    from adversa.distributed.engine import RayEngine
+
+    return RayEngine(config.cluster, run.root, config.data.resolution**2 * 3, verbose)
+
+
+def work_on(
+    command: str,
+    config: Config,
+    root: StoragePath,
+    engine: str,
+    say: Say,
+    watch: Watch,
+    *,
+    verbose: bool = False,
+    reopen: bool = False,
+    detach: bool = False,
+    since: float | None = None,
+) -> tuple[RunDir, str | None]:
+    """Bring a run up to the end of a command, here or through a coordinator on the cluster.
+
+    Args:
+        command: "loop", or a stage.
+        config: Of the run.
+        root: Its folder.
+        engine: "local" or "ray".
+        say: Is told what is waited for.
+        watch: What follows the run while it is worked on.
+        verbose: Show what Ray says.
+        reopen: `test` may be opened again.
+        detach: Leave it to the coordinator.
+        since: time.monotonic() at the start of the command.
+
+    Returns:
+        The run, and the title of the last stage that was worked on: "" where nothing was left to
+        do, None where a coordinator goes on without this process.
+
+    Raises:
+        UserError: Anything that the user can fix.
+        KeyboardInterrupt: It was stopped.
+        RunFailed: The coordinator failed.
+    """
+    from adversa import distributed
+    from adversa.estimate import memory
+    from adversa.pipeline import loop
+    from adversa.report import page
+    from adversa.run.hold import hold
+
+    clustered = engine == "ray" and distributed.address() is not None
+    if detach and not clustered:
+        raise UserError(
+            "--detach: without a cluster the run ends with the command; set RAY_ADDRESS, "
+            "or leave --detach out"
+        )
+    run, until = loop.open_run(config, root, reopen), None if command == "loop" else command
+    left = bool(loop.todo(config, run, until))
+    if left:
+        memory.check(config, run, [] if clustered else _machine())
+    if clustered and (reopen or left):
+        return run, _on_cluster(command, config, run, say, watch, verbose, reopen, detach)
+
+    def work(handle: HeldRun) -> str:
+        if until is None:
+            loop.review(config, run, reopen)  # what it sets aside is to be done again
+        if not loop.todo(config, run, until):
+            return ""
+        with watch(config, run), contextlib.closing(engine_of(engine, config, run, verbose)) as on:
+            worked = loop.run(config, run, on, page.write, until, since, reopen, handle)
+        return worked.title if worked is not None else ""
+
+    return run, hold(
+        command, run, work, lambda: "finished" if run.summary.exists() else "stopped", say
+    )
+
+
+def _machine() -> list[Node]:
+    """This one, for its GPUs' memory; none where it has no GPU."""
+    from adversa.engine.resources import Node, gpus_here
+
+    if not (found := gpus_here()):
+        return []
+    least = min(m for _, m in found)
+    return [Node("this machine", 0, len(found), gpu_type=found[0][0], gpu_memory=least)]
+
+
+def _on_cluster(
+    command: str,
+    config: Config,
+    run: RunDir,
+    say: Say,
+    watch: Watch,
+    verbose: bool,
+    reopen: bool,
+    detach: bool,
+) -> str | None:
+    """Let a coordinator on the cluster work on the run, and follow it, or the one that does
+    already. As `work_on`.
+    """
+    from adversa.config import dump
+    from adversa.distributed import coordinator
+    from adversa.distributed.start import start, stop
+    from adversa.pipeline.coordinator import CoordinatorTask, follow
+    from adversa.report import page
+    from adversa.run import control
+    from adversa.run.hold import interruptible
+
+    given = dump(config), str(run.root), command, str(Path.cwd()), reopen, verbose
+    task, begun, root = CoordinatorTask(uuid.uuid4().hex, *given), False, shlex.quote(str(run.root))
+    with interruptible():
+        try:
+            start(config.cluster, verbose)
+            new = coordinator.begin(task, page.write, say)
+            begun = True
+            if not verbose:  # which shows what Ray says, as long as this process belongs to it
+                stop()
+            if detach:
+                say(
+                    f"{run.root} is worked on; the same command follows it, adversa status {root} "
+                    f"shows it, adversa stop {root} ends it"
+                )
+                return None
+            if not new:
+                say(f"{run.root} is worked on already; following it")
+            with watch(config, run):
+                status = follow(run)
+        except KeyboardInterrupt:
+            if not begun:
+                coordinator.cancel(task)
+                raise
+            control.request(run, control.STOP)
+            say("stopping")
+            status = follow(run)
+            if status["state"] == "stopped":
+                raise
+    return _outcome(status)
+
+
+def _outcome(status: dict[str, Any]) -> str:
+    """How a coordinator's work ended, as it would have ended here."""
+    if status["state"] == "failed" and status.get("user"):
+        raise UserError(status["error"])
+    if status["state"] == "failed":
+        raise RunFailed(status["error"], str(status.get("trace") or status["error"]))
+    if status["state"] == "stopped" and "worked" not in status:
+        raise KeyboardInterrupt
+    return str(status.get("worked", ""))
+
+
+def in_child(config: Config, root: StoragePath, engine: str) -> None:
+    """Start the command in a process of its own, and return once it holds the run or has ended."""
+    from adversa.config import dump
+    from adversa.storage import files
+
+    args = [sys.executable, "-P", "-m", "adversa.cli", "loop", "/dev/stdin"]
+    args += ["--run-dir", str(root), "--engine", engine]
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)}
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(
+            args,
+            env=found,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,  # Ctrl-C here leaves it alone
+        )
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(dump(config).encode())
+        threading.Thread(target=child.wait, daemon=True).start()
+        while (files.read_json(root / "status.json") or {}).get("pid") != child.pid:
+            if child.poll() is not None:
+                break
+            time.sleep(0.1)
+        if child.poll():
+            said.seek(0)
+            text = said.read().decode(errors="replace").strip()
+            if child.returncode == 2:
+                raise UserError(text.removeprefix("error: "))
+            raise RuntimeError(f"the process that was to work on {root} ended:\n{text}")
+
+
+@contextlib.contextmanager
+def printed(config: Config, run: RunDir) -> Iterator[None]:
+    """Prints the name of each stage as it begins."""
+    over = threading.Event()
+    thread = threading.Thread(target=tell_stages, args=(run, over.wait), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def tell_stages(run: RunDir, is_over: Callable[[float], bool]) -> None:
+    """Print each stage as it begins, until it is over."""
+    from adversa.storage import files
+
+    seen, last = "", False
+    while not last:
+        last = is_over(LOOK_SECONDS)
+        with contextlib.suppress(OSError):  # a store that cannot be reached is asked again
+            status = files.read_json(run.status) or {}
+            said = status.get("stage"), status.get("state")
+            now = " ".join(s for s in said if s and s != "running")
+            if now != seen:
+                print(f"{time.strftime('%H:%M:%S')} {now}", flush=True)
+            seen = now
