@@ -97,7 +97,7 @@ def tame(result, *codes):
     return result
 
 
-def names(run, text):
+def names(run, text, relist):
     """The first class under another name, wherever the run says it."""
     old = json.loads((run.data / "classes.json").read_text())["classes"]
     told = json.dumps(text)[1:-1]
@@ -105,6 +105,8 @@ def names(run, text):
         said = path.read_text()
         if old[0] in said:
             path.write_text(said.replace(old[0], told))
+    for manifest in run.root.rglob("manifest.json"):
+        relist(manifest.parent)
 
 
 def picture(run, folder):
@@ -121,9 +123,9 @@ def first_request(run):
 # ---- names ---------------------------------------------------------------------------------------
 
 
-def test_names_are_text_wherever_they_are_shown(adversa, run, home, mark, unharmed):
+def test_names_are_text_wherever_they_are_shown(adversa, run, home, mark, unharmed, relist):
     hostile = ESCAPES + SCRIPT + SHELL.format(mark=mark) + "../../precious/[link=file:///]x[/y]"
-    names(run, hostile)
+    names(run, hostile, relist)
     status = json.loads(run.status.read_text())
     run.status.write_text(
         json.dumps(status | {"state": "failed", "error": hostile, "stage": hostile})

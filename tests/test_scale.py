@@ -17,6 +17,7 @@ from adversa.engine.task_queue import TaskQueue
 from adversa.engine.tasks import Part
 from adversa.pipeline import curate, finalize, generate
 from adversa.run import step_folder
+from adversa.run.control import NULL_HANDLE
 from adversa.run.folder import RunDir
 from adversa.storage import files, tables
 from adversa.storage.path import storage_path
@@ -83,6 +84,8 @@ def test_a_plan_holds_one_part_at_a_time(tmp_path, calls, monkeypatch):
 class Paint:
     """In place of an engine: the images of a part are empty rows."""
 
+    handle = NULL_HANDLE
+
     def map_parts(self, make, parts, out, report, name):
         for part in parts:
             ids = tables.read_part(generate.storage_path(part.payload["path"]), ["request_id"])[
@@ -133,10 +136,10 @@ def test_twice_the_images_are_twice_the_looks_at_parts_and_no_more_listings(tmp_
         )
         found.append([len(x) - n for x, n in zip((reads, counts, listings), before, strict=True)])
     parts = [20, 40, 80]
-    assert [f[0] for f in found] == [
-        2 * n for n in parts
-    ]  # the sampler's own, and the sums of the manifest
-    assert [f[1] for f in found] == parts
+    # The sampler's own, and the sums of the manifest.
+    assert [f[0] for f in found] == [2 * n for n in parts]
+    # The step's own, and the rows that its manifest lists.
+    assert [f[1] for f in found] == [2 * n for n in parts]
     assert len({f[2] for f in found}) == 1
 
 

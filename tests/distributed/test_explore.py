@@ -55,8 +55,8 @@ def test_the_trainable_is_one_for_any_tuner(prepared, tmp_path):
     pools = sorted(p.name for p in (run.root / "pools" / "0002").iterdir())
     assert (
         len(pools) == 2
-        and pools[0].startswith("guided-sample-")
-        and pools[1].startswith("guided-img2img-")
+        and pools[0].startswith("guided-img2img-")
+        and pools[1].startswith("guided-sample-")
     )
     mixes = [p for p in (run.root / "search").rglob("mix") if p.is_dir()]
     from adversa.storage import tables

@@ -175,7 +175,7 @@ def test_a_launch_whose_controller_dies_is_made_anew_with_what_is_left(
         left.clear()
         return {}
 
-    monkeypatch.setattr(module, "unfinished", lambda jobs: list(left))
+    monkeypatch.setattr(module, "unfinished", lambda jobs, handle: list(left))
     monkeypatch.setattr(module.training, "fit", fit)
     engine.fit(left) if deaths < 3 else left.append("d")
     if deaths == 3:

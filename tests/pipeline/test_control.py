@@ -4,8 +4,8 @@ there is none?
 Real pictures of another draw of the same world, which no role of the run holds, go through the
 loop's folders as if they had been generated for the requests of the arm `guided`. Training images
 are scarce, so that more real ones must help. With right labels the run must say `better`, through
-the gate (all of it but the least agreement); with labels shuffled across classes it must not,
-though a gate lets all through.
+the filter (all of it but the least agreement); with labels shuffled across classes it must not,
+though a filter lets all through.
 """
 
 from __future__ import annotations
@@ -144,11 +144,12 @@ def feed(config, run, shuffled=False):
     return truth, labels
 
 
-def open_gate(run):
-    """Let everything through: every verdict says `kept`, whatever the gate had found."""
+def open_filter(run, relist):
+    """Let everything through: every verdict says `kept`, whatever the filter had found."""
     (part,) = tables.parts(run.round(1, "verdicts"))
     rows = [{**v, "keep": True, "reason": "kept"} for v in tables.read(part.parent).to_pylist()]
     tables.write_part(part, pa.Table.from_pylist(rows, schema=tables.VERDICTS))
+    relist(part.parent)
 
 
 def outcome(config, run):
@@ -173,7 +174,7 @@ def mined(root, **changes):
 def test_more_real_images_are_better(tmp_path):
     config, run = mined(tmp_path / "run")
     feed(config, run)
-    go(config, run, "curate")  # the gate itself
+    go(config, run, "curate")  # the filter itself
     fed = set(tables.read(run.round(1, "synthetic"), ["image"])["image"].to_pylist())
     assert not any(
         fed & set(tables.read(run.data / role, ["image"])["image"].to_pylist()) for role in ROLES
@@ -181,7 +182,7 @@ def test_more_real_images_are_better(tmp_path):
     summary, against = outcome(config, run)
     assert (
         summary["accepted"] >= 0.75 * summary["generated"] == 0.75 * len(fed)
-    )  # a gate that knows real images when it sees them
+    )  # a filter that knows real images when it sees them
     assert (
         summary["used"] == {"real": 0, "replay": 0, "guided": summary["accepted"]}
         and summary["accepted"] > 600
@@ -192,7 +193,7 @@ def test_more_real_images_are_better(tmp_path):
 
 
 @pytest.mark.slow
-def test_images_with_shuffled_labels_are_not(tmp_path):
+def test_images_with_shuffled_labels_are_not(tmp_path, relist):
     arms = {"arms": ["real", "guided"], "synthetic_ratio": 20.0}
     config, run = mined(
         tmp_path / "run",
@@ -203,11 +204,9 @@ def test_images_with_shuffled_labels_are_not(tmp_path):
     truth, labels = feed(config, run, shuffled=True)
     assert sorted(truth) == sorted(labels) and np.mean(truth == labels) < 0.4
     go(config, run, "curate")
-    open_gate(
-        run
-        # it would keep some of them out: here the question is what the comparison says of labels
-        # that are wrong
-    )
+    # It would keep some of them out: here the question is what the comparison says of labels
+    # that are wrong.
+    open_filter(run, relist)
     summary, against = outcome(config, run)
     assert summary["accepted"] == summary["generated"] == summary["used"]["guided"]
     assert summary["verdict"] in ("worse", "not shown")

@@ -271,7 +271,7 @@ def test_denoisers_are_compared_by_what_they_saw(cells_sweep: tuple) -> None:
     assert {r["difference"] for r in rows} == {0.0} and {r["word"] for r in rows} == {"not shown"}
     assert any("Sagers et al. 2023" in n for n in found["notes"])
     assert any(
-        "no verifiers and no manifold in the gate of the cells 5 a class: " in n
+        "no verifiers and no manifold in the filter of the cells 5 a class: " in n
         for n in found["notes"]
     )
 
