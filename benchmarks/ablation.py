@@ -138,7 +138,8 @@ def train(engine: Engine, run: RunDir, config: Config, name: str, v: Variation, 
             out / "mix" / tables.part_name(0), arms.mix(v.arm, real, mined, v.added, v.counts)
         )
         files.write_json(
-            out / "mix" / step_folder.MANIFEST, {"fingerprint": name, "counts": v.counts}
+            out / "mix" / step_folder.MANIFEST,
+            {"fingerprint": name, "counts": v.counts, "files": {}},
         )
     folders = [
         run.data / "mine",

@@ -55,7 +55,7 @@ def stand_ins(data: Path, images: int, part: int, out: Path) -> None:
             tables.to_table(generated, tables.SYNTHETIC),
         )
     for name in ("requests", "synthetic"):
-        files.write_json(out / name / step_folder.MANIFEST, {"fingerprint": name})
+        files.write_json(out / name / step_folder.MANIFEST, {"fingerprint": name, "files": {}})
 
 
 def settings(resolution: int) -> Config:

@@ -32,7 +32,7 @@ Right = Callable[[str, Point, float], float]
 def manifest(folder: Path, **facts: Any) -> None:
     files.write_json(
         folder / step_folder.MANIFEST,
-        {"fingerprint": folder.name, "device_seconds": 0.0, "rows": 0} | facts,
+        {"fingerprint": folder.name, "files": {}, "device_seconds": 0.0, "rows": 0} | facts,
     )
 
 

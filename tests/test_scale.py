@@ -45,7 +45,7 @@ def calls(monkeypatch):
 
 def finished(folder):
     step_folder.begin(folder, step_folder.Recipe("given", 1, {}, {}))
-    files.write_json(folder / step_folder.MANIFEST, {"fingerprint": folder.name})
+    files.write_json(folder / step_folder.MANIFEST, {"fingerprint": folder.name, "files": {}})
 
 
 def hard(folder, cases):

@@ -363,12 +363,12 @@ def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
             )
             for n in range(1, last + 1):
                 share = _share(run.round(n, "verdicts"), arm)
-                gate = (
+                filtered = (
                     ("inspected", "twins", "verdicts")
                     if config.curate.twins
                     else ("inspected", "verdicts")
                 )
-                folders |= {run.round(n, name): share for name in ("synthetic", *gate)}
+                folders |= {run.round(n, name): share for name in ("synthetic", *filtered)}
                 if arm == "guided" and config.generate.adaptive:
                     folders[run.round(n, "levels")] = 1.0
         spent = [(share, step_folder.manifest(f)) for f, share in folders.items()]

@@ -172,7 +172,9 @@ def checked(folder: StoragePath) -> dict[str, Any]:
     UserError that names the first which is not.
     """
     found, there = manifest(folder), sizes(folder)
-    for name, known in found.get("files", {}).items():
+    if "files" not in found:
+        raise _damaged(folder, MANIFEST, "does not list the step's files")
+    for name, known in found["files"].items():
         if name not in there:
             raise _damaged(folder, name, "is no file" if (folder / name).exists() else "is gone")
         if there[name] != known["bytes"]:
@@ -186,7 +188,7 @@ def _check_contents(folder: StoragePath, fingerprint: str) -> None:
     """Once a command: it reads every file. An object store keeps digests of its own."""
     if isinstance(folder, BucketPath):
         return
-    for name, known in manifest(folder).get("files", {}).items():
+    for name, known in manifest(folder)["files"].items():
         if _digest(folder / name) != known["digest"]:
             raise _damaged(folder, name, "holds other bytes than were written")
 

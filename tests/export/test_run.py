@@ -123,7 +123,8 @@ def generated(tiny, tmp_path_factory):
         )
         for step in ("requests", "synthetic", "verdicts"):
             storage_files.write_json(
-                run.round(n, step) / step_folder.MANIFEST, {"fingerprint": f"{step}-{n}"} | DONE
+                run.round(n, step) / step_folder.MANIFEST,
+                {"fingerprint": f"{step}-{n}", "files": {}} | DONE,
             )
     return config, run
 

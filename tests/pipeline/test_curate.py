@@ -290,7 +290,9 @@ def paired(finished, tmp_path):
         tmp_path / "synthetic" / "part-00000.parquet",
         pa.Table.from_pylist(rows, schema=tables.SYNTHETIC),
     )
-    files.write_json(tmp_path / "synthetic" / step_folder.MANIFEST, {"fingerprint": "x"})
+    files.write_json(
+        tmp_path / "synthetic" / step_folder.MANIFEST, {"fingerprint": "x", "files": {}}
+    )
     blank = [
         filter.Verdict(
             r["request_id"], r["arm"], 0, "img2img", "e", False, filter.PENDING, similarity=0.1
@@ -300,7 +302,9 @@ def paired(finished, tmp_path):
     tables.write_part(
         tmp_path / "inspected" / "part-00000.parquet", tables.to_table(blank, tables.VERDICTS)
     )
-    files.write_json(tmp_path / "inspected" / step_folder.MANIFEST, {"fingerprint": "y"})
+    files.write_json(
+        tmp_path / "inspected" / step_folder.MANIFEST, {"fingerprint": "y", "files": {}}
+    )
     return run, tmp_path
 
 

@@ -159,7 +159,7 @@ def recipes(monkeypatch, tmp_path, module, call):
     monkeypatch.setattr(module, "run_step", lambda out, recipe, body, handle: found.append(recipe))
     for name in ("data", "hard", "verdicts"):
         (tmp_path / name).mkdir(exist_ok=True)
-        files.write_json(tmp_path / name / step_folder.MANIFEST, {"fingerprint": name})
+        files.write_json(tmp_path / name / step_folder.MANIFEST, {"fingerprint": name, "files": {}})
     call()
     return found[0].to_json()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pyarrow as pa
@@ -84,6 +85,16 @@ def test_a_step_that_reads_a_damaged_one_names_the_file_and_the_fix(step, damage
     )
     shutil.rmtree(step)
     assert inputs(made=make(step))
+
+
+def test_a_manifest_that_lists_no_files_is_damaged(step):
+    """Otherwise a part that is lost beside it would not be missed."""
+    path = step / step_folder.MANIFEST
+    found = json.loads(path.read_text())
+    del found["files"]
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"manifest\.json does not list the step's files; put"):
+        inputs(made=step)
 
 
 def test_a_manifest_that_is_cut_is_told_as_well(step):
