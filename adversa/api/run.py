@@ -176,7 +176,8 @@ class Run:
             for part in tables.parts(folder):
                 rows = tables.read_part(part, [key, "image"], pc.field(key) == id)
                 if len(rows):
-                    return tables.decode_images(rows["image"])[0]
+                    found: np.ndarray = tables.decode_images(rows["image"])[0]
+                    return found
         raise UserError(f"{self.path} has no image {id} outside of test; give an id of its tables")
 
     def classifier(self, arm: str = "real", seed: int = 0) -> TrainedClassifier:

@@ -22,14 +22,17 @@ from adversa.types import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from adversa.cli.view import LiveView
+    from adversa.config import Config
     from adversa.distributed.jobs import Client, Job
     from adversa.run.folder import RunDir
+    from adversa.storage.path import StoragePath
 
 LOG_LINES = 10
 PROGRESS = re.compile(r"\d\d:\d\d:\d\d ")  # begins a line that says how far a run is
 
 
-def place(path: Path | None, run_dir: Path | None, asks: Asks) -> str:
+def place(path: Path | None, run_dir: StoragePath | None, asks: Asks) -> str:
     """Where a run lies on the cluster. UserError for a place that would be another on every
     machine.
     """
@@ -58,7 +61,7 @@ class ClusterRequest(NamedTuple):
 def ready(
     file: Path,
     path: Path | None,
-    run_dir: Path | None,
+    run_dir: StoragePath | None,
     settings: list[str],
     options: dict[str, Any],
 ) -> ClusterRequest:
@@ -86,7 +89,7 @@ def ready(
 def loop(
     file: Path,
     path: Path | None,
-    run_dir: Path | None,
+    run_dir: StoragePath | None,
     settings: list[str],
     options: dict[str, Any],
     up: bool,
@@ -138,7 +141,7 @@ def words(options: dict[str, Any]) -> list[str]:
     return found
 
 
-def watch(run_dir: Path | None, file: Path, screen: Console) -> None:
+def watch(run_dir: StoragePath | None, file: Path, screen: Console) -> None:
     """Follow the latest job on a run; raises typer.Exit with its exit code."""
     with _on(file, run_dir) as (client, found):
         latest = found[-1]
@@ -148,7 +151,7 @@ def watch(run_dir: Path | None, file: Path, screen: Console) -> None:
     raise typer.Exit(ended.code)
 
 
-def status(run_dir: Path | None, file: Path, screen: Console) -> None:
+def status(run_dir: StoragePath | None, file: Path, screen: Console) -> None:
     """What the cluster says of a run's latest job, and the end of its log."""
     from adversa.distributed import jobs
 
@@ -169,7 +172,7 @@ def status(run_dir: Path | None, file: Path, screen: Console) -> None:
             _run_beside(client, latest.run, "status", [], screen)
 
 
-def stop(run_dir: Path | None, file: Path, screen: Console) -> None:
+def stop(run_dir: StoragePath | None, file: Path, screen: Console) -> None:
     """Stop the job on a run, as Ctrl-C would stop a run here."""
     from adversa.distributed import jobs
 
@@ -191,7 +194,7 @@ def stop(run_dir: Path | None, file: Path, screen: Console) -> None:
 
 
 def there(
-    command: str, run_dir: Path | None, file: Path, settings: list[str], screen: Console
+    command: str, run_dir: StoragePath | None, file: Path, settings: list[str], screen: Console
 ) -> None:
     """Say on the cluster what is wanted of a run; raises typer.Exit with that command's exit
     code.
@@ -227,7 +230,7 @@ def listed(file: Path, screen: Console) -> None:
 
 
 @contextlib.contextmanager
-def _on(file: Path, run_dir: Path | None) -> Iterator[tuple[Client, list[Job]]]:
+def _on(file: Path, run_dir: StoragePath | None) -> Iterator[tuple[Client, list[Job]]]:
     """(client, jobs on the run, at least one). UserError names the runs there are."""
     from adversa.distributed import jobs, launcher
 
@@ -272,7 +275,7 @@ class _View:
     def __init__(self, run: str, screen: Console) -> None:
         self.run, self.screen = run, screen
         self.lines: list[str] = []
-        self.watch: Any = None
+        self.watch: LiveView | None = None
 
     def __enter__(self) -> _View:
         return self
@@ -338,16 +341,17 @@ def _age(job: Job) -> str:
 # ---- runs on this machine ------------------------------------------------------------------------
 
 
-def watch_here(config: Any, run: RunDir, screen: Console) -> None:
+def watch_here(config: Config, run: RunDir, screen: Console) -> None:
     """The live view of a run that another process works on, until it no longer does; raises
     typer.Exit: 0 when it is finished.
     """
     from adversa.cli import view
+    from adversa.run.status import state_of
 
-    state = view.state_of(run)[0]
+    state = state_of(run)[0]
     if state == "running":
         with view.LiveView(screen, config, run):
-            while (state := view.state_of(run)[0]) == "running":
+            while (state := state_of(run)[0]) == "running":
                 time.sleep(0.5)
     else:
         screen.print(view.view(config, run))
@@ -360,12 +364,13 @@ def listed_here(folder: Path, screen: Console) -> None:
     """A table of the runs in a folder: state, stage, when something was last heard of them."""
     from adversa.cli import view
     from adversa.run.folder import RunDir
+    from adversa.run.status import state_of
 
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; give the one that run folders lie in")
     rows = []
     for root in sorted(f for f in folder.iterdir() if (f / "config.yaml").is_file()):
-        state, said = view.state_of(RunDir(root))
+        state, said = state_of(RunDir(root))
         heard = said.get("updated")
         age = "-" if heard is None else f"{view.clock(max(0.0, time.time() - heard))} ago"
         rows.append((str(root), state, str(said.get("stage", "")), age))

@@ -14,10 +14,11 @@ from adversa.types import UserError
 
 if TYPE_CHECKING:
     from adversa.export.run import ExportPlan, Published
+    from adversa.storage.path import StoragePath
 
 
 def export(
-    run: Path,
+    run: StoragePath,
     out: Path,
     form: str,
     what: str,

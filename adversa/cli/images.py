@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,12 +17,14 @@ from rich.table import Table
 from adversa import api
 from adversa.cli import view
 from adversa.config import Config, load
+from adversa.engine.interface import Engine
 from adversa.run import environment, step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
+from adversa.storage.path import StoragePath
 from adversa.types import UserError
 
-MakeEngine = Callable[[Config, RunDir], Any]
+MakeEngine = Callable[[Config, RunDir], Engine]
 
 
 def settings(run: RunDir | None, overrides: list[str]) -> Config:
@@ -33,7 +34,9 @@ def settings(run: RunDir | None, overrides: list[str]) -> Config:
     return load(run.config if run is not None else None, overrides)
 
 
-def source(run: Path | None, denoiser: Path | None) -> tuple[RunDir | None, Path]:
+def source(
+    run: StoragePath | None, denoiser: StoragePath | None
+) -> tuple[RunDir | None, StoragePath]:
     """(the run, if one is given; the denoiser's folder). UserError for none, both, or a run whose
     denoiser is not trained.
     """
@@ -55,8 +58,8 @@ def source(run: Path | None, denoiser: Path | None) -> tuple[RunDir | None, Path
 
 
 def order(
-    run: Path | None,
-    denoiser: Path | None,
+    run: StoragePath | None,
+    denoiser: StoragePath | None,
     labels: str,
     strategy: str | None,
     out: Path | None,
@@ -107,7 +110,7 @@ def order(
     screen.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) -> None:
+def regenerate(run: StoragePath, request_id: str, out: Path | None, screen: Console) -> None:
     """`adversa regenerate`: one image of a run again."""
     from PIL import Image
 
@@ -147,8 +150,8 @@ def regenerate(run: Path, request_id: str, out: Path | None, screen: Console) ->
 
 
 def bench(
-    run: Path | None,
-    denoiser: Path | None,
+    run: StoragePath | None,
+    denoiser: StoragePath | None,
     images: int,
     rounds: int,
     samplers: str | None,
@@ -183,7 +186,7 @@ def bench(
     ):
         at = RunDir(Path(temporary) / "run")
 
-        def engine(n: int | None) -> Any:
+        def engine(n: int | None) -> Engine:
             return make_engine(
                 config.model_copy(
                     update={"cluster": config.cluster.model_copy(update={"samplers": n})}
@@ -191,7 +194,7 @@ def bench(
                 at,
             )
 
-        engines = {n: (lambda n=n: engine(n)) for n in counts}
+        engines = {n: partial(engine, n) for n in counts}
         for row in benchmark.generate(
             folder, target, config.generate, engines, images, rounds, Path(temporary)
         ):
@@ -220,4 +223,4 @@ def _counts(samplers: str | None) -> list[int | None]:
         raise UserError(
             f"--samplers {samplers}: write numbers above 0 with commas between, for example 1,2,4"
         )
-    return sorted({int(w) for w in words})
+    return [*sorted({int(w) for w in words})]

@@ -16,11 +16,14 @@ from adversa.cli.run import error
 if TYPE_CHECKING:
     from adversa.config import Config
     from adversa.run.folder import RunDir
+    from adversa.storage.path import StoragePath as RunFolder
+else:
+    RunFolder = Path  # typer takes no union, and calls the parser whatever the type
 
 T = TypeVar("T")
 
 
-def run_path(text: str) -> Any:
+def run_path(text: str) -> RunFolder:
     """A run's folder, or its address on an object store: pathlib would take the slashes of s3://
     for one.
     """
@@ -39,7 +42,7 @@ ConfigPath = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; none: the built-in demo.")
 ]
 RunPath = Annotated[
-    Path | None,
+    RunFolder | None,
     typer.Option(
         "--run-dir",
         metavar="DIR",
@@ -54,11 +57,11 @@ Overrides = Annotated[
 Rounds = Annotated[int | None, typer.Option("--rounds", help="Rounds of mine, generate, retrain.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
 SavedRun = Annotated[
-    Path | None,
+    RunFolder | None,
     typer.Argument(metavar="[RUN]", parser=run_path, help="The run's folder; default: runs/demo."),
 ]
 SavedRunDir = Annotated[
-    Path | None,
+    RunFolder | None,
     typer.Option(
         "--run-dir",
         metavar="DIR",
@@ -146,7 +149,7 @@ def say(text: str) -> None:
     Screen().print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def saved_run(argument: Path | None, option: Path | None) -> tuple[Config, RunDir]:
+def saved_run(argument: RunFolder | None, option: RunFolder | None) -> tuple[Config, RunDir]:
     from adversa.config import load
     from adversa.run.folder import RunDir
     from adversa.types import UserError

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from adversa.config import Config
-    from adversa.engine.resources import Node
+    from adversa.engine.resources import Kind, Node
     from adversa.estimate.measure import Measured, Range
     from adversa.estimate.plan import Cost, Placement
     from adversa.run.folder import RunDir
+    from adversa.storage.path import StoragePath
 
 FIGURES = "adversa-plan-figures "  # begins the line of a job's log that holds them
 BUSY = 0.7  # share of a core below which other work held a measurement up
@@ -109,7 +110,7 @@ def nodes(config: Config) -> list[Node]:
 
 def measure(
     config: Config, found: list[Node], seconds: float
-) -> tuple[Mapping[Any, Measured], list[Node]]:
+) -> tuple[Mapping[Kind, Measured], list[Node]]:
     """(what was measured on a node of each kind, the nodes with their GPUs' memory)."""
     from adversa import distributed
     from adversa.distributed import nodes
@@ -121,7 +122,7 @@ def measure(
     return measured, nodes.with_memory(found, measured)
 
 
-def notes(measured: Mapping[Any, Measured]) -> list[str]:
+def notes(measured: Mapping[Kind, Measured]) -> list[str]:
     """What must be known to read the figures."""
     from adversa.estimate.plan import BESIDE
 
@@ -172,7 +173,7 @@ def hours(seconds: float) -> str:
 def there(
     file: Path,
     path: Path | None,
-    run_dir: Path | None,
+    run_dir: StoragePath | None,
     settings: list[str],
     options: dict[str, Any],
     record: Path | None,

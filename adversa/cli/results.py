@@ -23,13 +23,13 @@ from adversa.engine.tasks import Done, Make, Part, Report
 from adversa.run import file_lock, status
 from adversa.run.folder import RunDir, check_links
 from adversa.storage import files
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.types import ARMS, BEFORE, UserError
 
 if TYPE_CHECKING:
     from adversa.external.cohort import ExternalCohort
 
-MakeEngine = Callable[[Config, RunDir], Any]
+MakeEngine = Callable[[Config, RunDir], Engine]
 LOG_SECONDS = 15.0
 SHOWN = ("balanced_accuracy", "accuracy", "auroc_macro", "sensitivity/", "auroc/", "sensitivity@")
 NAMES = {
@@ -43,10 +43,10 @@ NAMES = {
 def run_of(
     words: Sequence[str] | None,
     on: Path | None,
-    run_dir: Path | None,
+    run_dir: StoragePath | None,
     with_on: dict[str, Any],
     without: dict[str, Any],
-) -> Path | None:
+) -> StoragePath | None:
     """The run that `adversa evaluate` is to score on another set; None: the command is about a
     configuration, as without --on.
 
@@ -72,7 +72,7 @@ def run_of(
     return roots[0]
 
 
-def _opened(root: Path, overrides: Sequence[str] = ()) -> tuple[RunDir, Config]:
+def _opened(root: StoragePath, overrides: Sequence[str] = ()) -> tuple[RunDir, Config]:
     """The run of a folder.
 
     Raises:
@@ -85,7 +85,7 @@ def _opened(root: Path, overrides: Sequence[str] = ()) -> tuple[RunDir, Config]:
 
 
 def evaluate_on(
-    root: Path,
+    root: StoragePath,
     on: Path,
     labels_map: Path | None,
     crop: str | None,
@@ -106,7 +106,7 @@ def evaluate_on(
     translation = labels.read(labels_map, classes_of(run.data))
     data = cohort.section(config, on, overrides, crop)
     outside = cohort.listing(data, translation)
-    external = evaluate.ExternalCohort(run, config, data, translation, _named(name, on), outside)
+    external = cohort.ExternalCohort(run, config, data, translation, _named(name, on), outside)
     check_links(run.root, "external")
     with files.writing(external.folder, "RUN"):
         external.folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def show_external(screen: Console, found: dict[str, Any]) -> None:
 
 
 def predict(
-    root: Path,
+    root: StoragePath,
     names: Sequence[str],
     arm: str | None,
     out: Path,
@@ -240,7 +240,7 @@ def predict(
             aside.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def _may_overwrite(out: Path, paths: Sequence[Any], run: RunDir) -> None:
+def _may_overwrite(out: Path, paths: Sequence[str], run: RunDir) -> None:
     """Check that --force destroys nothing but an earlier answer.
 
     Raises:
@@ -265,7 +265,12 @@ class _Reporting:
         self.name, self.handle = engine.name, engine.handle
 
     def map_batches(
-        self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False
+        self,
+        make: Make,
+        parts: Sequence[Part],
+        out: StoragePath,
+        report: Report,
+        model: bool = False,
     ) -> list[Done]:
         def both(state: dict[str, Any]) -> None:
             report(state)

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from adversa.config import Config
     from adversa.engine.interface import Engine
     from adversa.run.folder import RunDir
+    from adversa.storage.path import StoragePath
 
 STARTED = time.monotonic()
 KEPT = "everything finished is kept. Resume with"
@@ -37,14 +40,14 @@ def error(message: str) -> None:
     )
 
 
-def root_of(path: Path | None, run_dir: Path | None) -> Path:
+def root_of(path: Path | None, run_dir: StoragePath | None) -> StoragePath:
     return run_dir or Path("runs") / (path.stem if path is not None else "demo")
 
 
 def execute(
     command: str,
     path: Path | None,
-    run_dir: Path | None,
+    run_dir: StoragePath | None,
     overrides: list[str],
     rounds: int | None,
     seed: int | None,
@@ -65,9 +68,9 @@ def execute(
 
     start.check_name(engine_name)
     saved = run_dir / "config.yaml" if run_dir is not None and command != "loop" else None
-    if path is None and saved is not None and saved.is_file():
-        path = saved  # a later stage of a run goes on with the run's own configuration
-    config = load(path, overrides, rounds=rounds, seed=seed)
+    # a later stage of a run goes on with the run's own configuration
+    source = saved if path is None and saved is not None and saved.is_file() else path
+    config = load(source, overrides, rounds=rounds, seed=seed)
     start.check_engine(engine_name, config)
     if command == "codec" and not has_codec(config):
         raise UserError(
@@ -102,7 +105,7 @@ def execute(
 
 
 def _close(
-    command: str, config: Config, run: RunDir, worked: str, screen: Any, brief: bool
+    command: str, config: Config, run: RunDir, worked: str, screen: Console, brief: bool
 ) -> None:
     from adversa.cli import view
     from adversa.run import file_lock
@@ -122,7 +125,7 @@ def _close(
         )
 
 
-def _say(screen: Any, text: str) -> None:
+def _say(screen: Console, text: str) -> None:
     screen.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 

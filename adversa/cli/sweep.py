@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adversa.api.start import check_engine, engine_of
 from adversa.cli.run import KEPT, STARTED, stoppable
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
     from adversa.config import Config
     from adversa.run.control import RunHandle
     from adversa.run.folder import RunDir
+    from adversa.storage.path import StoragePath
 
 
 def sweep(
     path: Path | None,
-    run_dir: Path | None,
+    run_dir: StoragePath | None,
     overrides: list[str],
     seed: int | None,
     engine_name: str,
     verbose: bool,
-    screen: Any,
+    screen: Console,
 ) -> None:
     """Run a sweep, or go on with it."""
     from adversa.run import file_lock
@@ -71,8 +72,8 @@ def _searched(config: Config, run: RunDir) -> bool:
 
 
 def settings(
-    path: Path | None, run_dir: Path | None, overrides: list[str], seed: int | None
-) -> tuple[Config, Path]:
+    path: Path | None, run_dir: StoragePath | None, overrides: list[str], seed: int | None
+) -> tuple[Config, StoragePath]:
     """(configuration, the sweep's folder). UserError for a grid that makes no sense, before
     anything is written.
     """
@@ -96,8 +97,8 @@ def settings(
 
 
 def _work(
-    config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Any, handle: RunHandle
-) -> Path:
+    config: Config, run: RunDir, engine_name: str, verbose: bool, screen: Console, handle: RunHandle
+) -> StoragePath:
     from adversa.cli import view as cli_view
     from adversa.run import status
     from adversa.sweep import grid, report
@@ -110,7 +111,9 @@ def _work(
             if config.sweep.search is None:
                 return sweeps.run(config, run, engine, report.write, STARTED, handle)
             from adversa.distributed import explore
+            from adversa.distributed.engine import RayEngine
 
+            assert isinstance(engine, RayEngine), engine_name
             explore.run(config, run, engine, STARTED, handle)
             return run.root / grid.SEARCHED
         finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train.backend import Backend, BackendConfig
 
 
@@ -33,16 +34,17 @@ class _Backend(Backend):
         True  # as TorchConfig has it: nccl between the GPUs of a machine wants to see them all
     )
 
-    def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
         if len(worker_group) > 1:
             self._torch(backend_config, "on_start", worker_group)
 
-    def on_shutdown(self, worker_group: Any, backend_config: ProcessGroup) -> None:
+    def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
         if len(worker_group) > 1:
             self._torch(backend_config, "on_shutdown", worker_group)
 
-    def _torch(self, config: ProcessGroup, method: str, worker_group: Any) -> None:
+    def _torch(self, config: BackendConfig, method: str, worker_group: BaseWorkerGroup) -> None:
         from ray.train.torch import TorchConfig
 
+        assert isinstance(config, ProcessGroup)
         theirs = TorchConfig(backend=config.backend)
         getattr(theirs.backend_cls(), method)(worker_group, theirs)

@@ -22,9 +22,10 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from adversa.config import Config
-from adversa.distributed import metrics
+from adversa.distributed import metrics, nodes
 from adversa.engine.interface import Engine
 from adversa.pipeline.coordinator import Coordinator, CoordinatorTask
+from adversa.pipeline.stage import Page
 from adversa.run.folder import RunDir
 from adversa.types import UserError, digest
 
@@ -42,7 +43,7 @@ ASK_SECONDS = 5.0
 class CoordinatorActor(Coordinator):
     """Coordinator in a process of its own, on whose cluster it works."""
 
-    def __init__(self, task: CoordinatorTask, page: Callable[[Path], Path]) -> None:
+    def __init__(self, task: CoordinatorTask, page: Page) -> None:
         if Path(task.home).is_dir():
             os.chdir(task.home)  # relative paths in a configuration mean the user's folder
         back = bool(ray.get_runtime_context().was_current_actor_reconstructed)
@@ -89,37 +90,33 @@ def _end(root: str) -> None:
 # ---- the command's side --------------------------------------------------------------------------
 
 
-def begin(task: CoordinatorTask, page: Callable[[Path], Path], say: Callable[[str], None]) -> bool:
+def begin(task: CoordinatorTask, page: Page, say: Callable[[str], None]) -> bool:
     """Start a coordinator with this task, or find the one that works on the run: whether it is a
     new one.
 
     UserError where somebody else works on the run, or a coordinator with another command. say: is
     told what is waited for.
     """
-    head = next(
-        (n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]), None
-    )
-    place = {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=True)} if head else {}
-    # Not repeated: a question to a dead actor is asked anew. Threads: one for each question, the
-    # work has its own.
-    kind = ray.remote(num_cpus=0, max_restarts=RESTARTS, max_task_retries=0, max_concurrency=16)(
-        CoordinatorActor
-    )
+    head = nodes.head()
     # What frees a dead training's CPUs and GPUs asks a dashboard, and where a machine has several
     # Rays it would ask the wrong one.
-    told = {"runtime_env": {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}}
-    options = (
-        {
-            "name": name_of(task.root),
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "get_if_exists": True,
-        }
-        | place
-        | told
+    told = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
+    # Not repeated: a question to a dead actor is asked anew. Threads: one for each question, the
+    # work has its own.
+    kind = ray.remote(CoordinatorActor).options(
+        num_cpus=0,
+        max_restarts=RESTARTS,
+        max_task_retries=0,
+        max_concurrency=16,
+        name=name_of(task.root),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=True) if head else None,
+        runtime_env=told,
     )
     for left in reversed(range(TRIES)):
-        actor = kind.options(**options).remote(task, page)
+        actor = kind.remote(task, page)
         try:
             found = _settled(actor, say)
         except RayActorError as e:
@@ -127,7 +124,7 @@ def begin(task: CoordinatorTask, page: Callable[[Path], Path], say: Callable[[st
                 raise
             time.sleep(LOOK_SECONDS)  # it was about to leave, or is being started again
             continue
-        mine = found["id"] == task.id
+        mine: bool = found["id"] == task.id
         if mine and found["refused"]:
             _kill(actor)
             raise UserError(found["refused"])
@@ -182,8 +179,9 @@ def cancel(task: CoordinatorTask) -> None:
     if not ray.is_initialized():  # it was not reached; asking for an actor would begin to
         return
     try:
-        actor = ray.get_actor(name_of(task.root), NAMESPACE)
-        if ray.get(actor.state.remote(), timeout=ASK_SECONDS)["id"] == task.id:
+        actor: Any = ray.get_actor(name_of(task.root), NAMESPACE)
+        state: dict[str, Any] = ray.get(actor.state.remote(), timeout=ASK_SECONDS)
+        if state["id"] == task.id:
             _kill(actor)
     except (ValueError, RayActorError, GetTimeoutError):
         return  # there is none, or it is on its way out

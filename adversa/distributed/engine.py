@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import psutil
 import ray
@@ -12,6 +11,7 @@ import ray
 from adversa import distributed
 from adversa.config import Cluster
 from adversa.distributed import nodes, pool, search, start, stream, training
+from adversa.distributed.search import Concurrency
 from adversa.engine import resources as engine_resources
 from adversa.engine.fit import unfinished
 from adversa.engine.interface import FitJob, Trial
@@ -37,7 +37,7 @@ class RayEngine:
     def __init__(
         self,
         cluster: Cluster,
-        run: Path,
+        run: StoragePath,
         image_bytes: int,
         verbose: bool = False,
         inside: bool = False,
@@ -54,7 +54,7 @@ class RayEngine:
         if not inside:
             start.start(cluster, verbose)
         stream.quiet(verbose)
-        resources = ray.cluster_resources()
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's
         self.gpus, self.cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         engine_resources.refuse(
             engine_resources.faults(self._machines(), cluster, grows=not self.embedded)
@@ -73,7 +73,7 @@ class RayEngine:
         """
         if not self.embedded:
             return self.cluster.samplers or self._room()
-        if not any(n["Alive"] for n in ray.nodes()):  # actors would wait for it for ever
+        if not nodes.there():  # actors would wait for it for ever
             raise UserError(f"Ray on this machine has died; {AGAIN}")
         return self.samplers()
 
@@ -93,13 +93,23 @@ class RayEngine:
         )
 
     def map_batches(
-        self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False
+        self,
+        make: Make,
+        parts: Sequence[Part],
+        out: StoragePath,
+        report: Report,
+        model: bool = False,
     ) -> list[Done]:
         options = {"num_gpus": engine_resources.GPU_SHARE} if model and self.gpus else {}
         return stream.map_batches(make, parts, out, report, options)
 
     def map_parts(
-        self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name
+        self,
+        make: Make,
+        parts: Sequence[Part],
+        out: StoragePath,
+        report: Report,
+        name: Name = row_name,
     ) -> list[Share]:
         c = self.cluster
         options = engine_resources.sampler_asks(c, self.gpus > 0)
@@ -159,7 +169,7 @@ class RayEngine:
             search.idle()
 
     @contextlib.contextmanager
-    def tuning(self) -> Iterator[tuple[search.Concurrency, StoragePath]]:
+    def tuning(self) -> Iterator[tuple[Concurrency, StoragePath]]:
         """The concurrency of a search by Ray Tune, and a place for what Tune keeps, which goes with
         it.
         """

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from adversa.config import Cluster, Config
-from adversa.engine.resources import Node, gpus_here
+from adversa.engine.resources import Kind, Node, gpus_here
 from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from adversa.estimate.measure import Measured
 
 TYPE = "accelerator_type:"  # how Ray's resources name the kind of a node's GPUs
 WAIT_SECONDS = 180.0  # for a measurement: other work on the cluster may hold what it needs
@@ -20,9 +23,19 @@ WAIT_SECONDS = 180.0  # for a measurement: other work on the cluster may hold wh
 
 def there() -> list[Node]:
     """Of the cluster that this process is connected to, those that are up."""
-    up = [n for n in ray.nodes() if n["Alive"]]
+    up = [n for n in _known() if n["Alive"]]
     names = Counter(_name(n) for n in up)
     return [_node(n, names[_name(n)] > 1) for n in up]
+
+
+def head() -> str | None:
+    """The id of the cluster's head, where it can be told."""
+    return next((n["NodeID"] for n in _known() if "node:__internal_head__" in n["Resources"]), None)
+
+
+def _known() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's lack of types
+    return found
 
 
 def _name(found: dict[str, Any]) -> str:
@@ -52,7 +65,7 @@ def here(cluster: Cluster) -> Node:
     return Node("this machine", cpus, gpus, psutil.virtual_memory().total, kind, memory)
 
 
-def measured(config: Config, nodes: Sequence[Node], seconds: float) -> dict[Any, Any]:
+def measured(config: Config, nodes: Sequence[Node], seconds: float) -> dict[Kind, Measured]:
     """{kind of node: measure.Measured}, on the first node of each kind that can hold a worker, all
     at once.
 
@@ -62,11 +75,12 @@ def measured(config: Config, nodes: Sequence[Node], seconds: float) -> dict[Any,
 
     firsts = {n.kind: n for n in reversed(nodes) if n.cpus >= 1}
     calls = {}
+    measuring: Callable[[Config, int, float], Measured] = measure.measure
     for kind, node in firsts.items():
         place = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        task = ray.remote(
+        task = ray.remote(measuring).options(
             num_cpus=1, num_gpus=min(1, int(node.gpus)), max_retries=1, scheduling_strategy=place
-        )(measure.measure)
+        )
         calls[kind] = task.remote(config, int(node.cpus), seconds)
     ready, _ = ray.wait(
         list(calls.values()), num_returns=len(calls), timeout=WAIT_SECONDS + seconds
@@ -78,10 +92,11 @@ def measured(config: Config, nodes: Sequence[Node], seconds: float) -> dict[Any,
             f"{len(calls) - len(ready)} of {len(calls)} kinds of machines had no room to "
             "measure in; is the cluster busy?"
         )
-    return {kind: ray.get(call) for kind, call in calls.items()}
+    found: dict[Kind, Measured] = {kind: ray.get(call) for kind, call in calls.items()}
+    return found
 
 
-def with_memory(nodes: Sequence[Node], found: dict[Any, Any]) -> list[Node]:
+def with_memory(nodes: Sequence[Node], found: Mapping[Kind, Measured]) -> list[Node]:
     """The nodes with their GPUs' memory, where it was measured."""
     return [
         replace(

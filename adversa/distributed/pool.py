@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import ray
+from ray import ObjectRef
+from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from adversa.distributed.actor import Actor
@@ -21,6 +22,9 @@ from adversa.distributed.errors import user_error
 from adversa.engine.task_queue import Task
 from adversa.engine.tasks import Make, Name, Part, Report, Share, row_name
 from adversa.engine.worker_pool import Lost, work_off
+from adversa.storage.path import StoragePath
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,30 +34,30 @@ class Actors:
     """
 
     make: Make
-    out: Path
+    out: StoragePath
     options: dict[str, Any]
     threads: int | None
     pinned: bool
 
     @cached_property
-    def kind(self) -> Any:
+    def kind(self) -> ActorClass[Actor]:
         # Ray neither starts an actor again nor repeats its calls: what a dead one had not done is
         # for the crew to decide.
         return ray.remote(max_restarts=0, max_task_retries=0, **self.options)(Actor)
 
-    def start(self) -> Any:
-        return self.kind.remote()
+    def start(self) -> ActorHandle[Actor]:
+        return cast("ActorHandle[Actor]", self.kind.remote())
 
-    def place(self, worker: Any) -> Any:
+    def place(self, worker: ActorHandle[Actor]) -> ObjectRef[Any]:
         return worker.place.remote()
 
-    def load(self, worker: Any, place: int) -> Any:
+    def load(self, worker: ActorHandle[Actor], place: int) -> ObjectRef[Any]:
         return worker.load.remote(self.make, self.out, self.threads, place if self.pinned else None)
 
-    def do(self, worker: Any, tasks: Sequence[Task]) -> Any:
+    def do(self, worker: ActorHandle[Actor], tasks: Sequence[Task]) -> ObjectRef[Any]:
         return worker.do.remote(tasks)
 
-    def wait(self, calls: Sequence[Any], seconds: float) -> Sequence[Any]:
+    def wait(self, calls: Sequence[ObjectRef[T]], seconds: float) -> Sequence[ObjectRef[T]]:
         if not calls:
             time.sleep(seconds)
             return []
@@ -62,7 +66,7 @@ class Actors:
             ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
         return ready
 
-    def answer(self, call: Any) -> Any:
+    def answer(self, call: ObjectRef[T]) -> T:
         try:
             return ray.get(call)
         except RayTaskError as e:
@@ -74,7 +78,7 @@ class Actors:
         except RayError as e:
             raise Lost(f"its worker died ({_last_line(e)})") from None
 
-    def stop(self, worker: Any) -> None:
+    def stop(self, worker: ActorHandle[Actor]) -> None:
         ray.kill(worker)
 
 
@@ -87,7 +91,7 @@ def _last_line(error: RayError) -> str:
 def map_parts(
     make: Make,
     parts: Sequence[Part],
-    out: Path,
+    out: StoragePath,
     report: Report,
     size: Callable[[], int],
     attempts: int,

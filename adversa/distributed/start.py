@@ -12,6 +12,8 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -30,12 +32,12 @@ class _Job(JobConfig):
     process itself looks for modules do they.
     """
 
-    def _serialize(self) -> bytes:
+    def _serialize(self) -> Any:  # bytes, where Ray's own annotation says str
         known = {os.path.abspath(p) for p in sys.path}
         self._py_driver_sys_path = [
             p for p in self._py_driver_sys_path if os.path.abspath(p) in known
         ]
-        return bytes(super()._serialize())
+        return super()._serialize()
 
 
 @contextlib.contextmanager
@@ -57,19 +59,20 @@ def start(cluster: Cluster, verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
-    shared = {
-        "log_to_driver": verbose,
-        "logging_level": level,
-        "ignore_reinit_error": True,
-        "job_config": _Job(),
-    }
+    init = partial(
+        ray.init,
+        log_to_driver=verbose,
+        logging_level=level,
+        ignore_reinit_error=True,
+        job_config=_Job(),
+    )
     named = distributed.address()
     on_terminate = signal.getsignal(signal.SIGTERM)
     if named and not ray.is_initialized():
         _knock(named)
     try:
         if named:
-            ray.init(address=named, **shared)
+            init(address=named)
         else:
             store = cluster.object_store_mb << 20
             os.environ.setdefault(
@@ -84,12 +87,11 @@ def start(cluster: Cluster, verbose: bool) -> None:
             ):
                 os.environ.setdefault(name, "0")
             with _on_loopback():
-                ray.init(
+                init(
                     address="local",
                     num_cpus=cluster.cpus,
                     object_store_memory=store,
                     include_dashboard=False,
-                    **shared,
                 )
     except Exception as e:  # of any class: a node that is late at its start is a plain Exception
         where = f"the Ray cluster RAY_ADDRESS={named}" if named else "Ray on this machine"

@@ -13,12 +13,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.fs as pafs
 from ray.exceptions import ActorUnschedulableError, NodeDiedError, RayActorError
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.result import Result
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from adversa.distributed import stream
 from adversa.distributed.backend import ProcessGroup
@@ -45,7 +46,7 @@ class WorkerGroup:
 
 
 def fit(
-    jobs: Sequence[FitJob], storage: Path, image_bytes: int, group: WorkerGroup
+    jobs: Sequence[FitJob], storage: StoragePath, image_bytes: int, group: WorkerGroup
 ) -> dict[str, float]:
     """Train unfinished jobs in order on a group of workers. UserError of a job comes back as
     itself, and is not tried again.
@@ -61,7 +62,7 @@ def fit(
     least, most = group.workers
     trainer = _Trainer(
         Loop(jobs, group.threads, Path.cwd()),
-        torch_config=ProcessGroup(),
+        torch_config=ProcessGroup(),  # type: ignore[arg-type]  # not a TorchConfig: backend.py
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),
             use_gpu="GPU" in group.resources,
@@ -80,7 +81,9 @@ def fit(
     trainer.embedded = group.embedded
     result = _run(trainer)
     assert all(is_finished(job.out) for job in jobs), "a training came home without its model"
-    return result.return_value
+    started: dict[str, float] | None = result.return_value
+    assert started is not None, "Ray Train lost what its worker returned"
+    return started
 
 
 def _stored(storage: StoragePath) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def _run(trainer: TorchTrainer) -> Result:
 
     def call() -> None:
         try:
-            result.append(trainer.fit())
+            result.append(cast(Result, trainer.fit()))
         except BaseException as e:  # handed to the main thread, whatever it is
             failure.append(e)
 

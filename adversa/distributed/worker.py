@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import ray.cloudpickle
@@ -25,7 +26,7 @@ from adversa.engine.fit import do_job
 from adversa.engine.interface import FitJob
 from adversa.run.environment import cpus
 from adversa.run.step_folder import is_finished
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.storage.weights import committed_step
 from adversa.types import UserError
 
@@ -46,9 +47,8 @@ class Loop:
         self.outs = [job.out for job in jobs]
         self.steps = [job.feed.count() for job in jobs]
         self.selects = [job.select is not None for job in jobs]
-        self.packed = ray.cloudpickle.dumps(
-            list(jobs)
-        )  # unpacked on the worker after the first stream has started
+        # unpacked on the worker after the first stream has started
+        self.packed: bytes = ray.cloudpickle.dumps(list(jobs))  # type: ignore[no-untyped-call]  # Ray's
         self.threads, self.home = threads, home
 
     def __call__(self) -> dict[str, float]:
@@ -67,9 +67,9 @@ class Loop:
         if not todo:  # the workers before these died after their last manifest
             return marks
         context = ray.train.get_context()
-        selects = {i: Held(lambda i=i: _shard(f"select-{i}")()) for i in todo if self.selects[i]}
+        selects = {i: Held(partial(_shard, f"select-{i}")) for i in todo if self.selects[i]}
         streams = {
-            i: Ahead(lambda i=i: self._stream(i), selects[i].start if i in selects else _nothing)
+            i: Ahead(partial(self._stream, i), selects[i].start if i in selects else _nothing)
             for i in todo
         }
         for i in todo[:1]:
@@ -91,7 +91,7 @@ class Loop:
         the workers.
         """
         done = committed_step(self.outs[i]) >= self.steps[i]  # then only the manifest is missing
-        return iter(()) if done else _shard(f"train-{i}")()
+        return iter(()) if done else _shard(f"train-{i}")
 
     def _check_state(self) -> None:
         """What Ray Train saw committed must be there: a worker on a node that sees other files
@@ -116,7 +116,7 @@ class Reports:
     job's own folder.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: StoragePath) -> None:
         self.out, self.last = out, float("-inf")
 
     def __call__(self, step: int) -> None:
@@ -252,10 +252,9 @@ def _none() -> Iterator[Batch]:
     return iter(())
 
 
-def _shard(name: str) -> Callable[[], Iterator[Batch]]:
-    return stream.batches(
-        ray.train.get_dataset_shard(name), ray.train.get_context().get_world_rank()
-    )
+def _shard(name: str) -> Iterator[Batch]:
+    rank = ray.train.get_context().get_world_rank()
+    return stream.batches(ray.train.get_dataset_shard(name), rank)()
 
 
 def _choose_device() -> None:

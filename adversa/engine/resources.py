@@ -24,6 +24,9 @@ DRIVER = "/dev/nvidiactl"  # there where a GPU of NVIDIA can be used
 GPU_SECONDS = 10.0  # that `nvidia-smi` may take
 
 
+Kind = tuple[float, float, str | None]  # of a node: CPUs, GPUs, what GPUs
+
+
 @dataclass(frozen=True)
 class Node:
     """A machine of the cluster, or this one. memory, gpu_memory (of one GPU): bytes; None where not
@@ -39,7 +42,7 @@ class Node:
     id: str = ""
 
     @property
-    def kind(self) -> tuple[float, float, str | None]:
+    def kind(self) -> Kind:
         """Nodes of one kind are taken to be equally fast."""
         return self.cpus, self.gpus, self.gpu_type
 

@@ -22,6 +22,7 @@ from adversa.export.formats import MARK, README, folder_names, put, writer
 from adversa.run import differences, environment, file_lock, step_folder
 from adversa.run.folder import RunDir, remove_partial_files
 from adversa.storage import files, tables
+from adversa.storage.path import StoragePath
 from adversa.types import UserError, digest
 
 FORMATS = (PARQUET, FOLDER)
@@ -57,8 +58,8 @@ class Exported:
 
 
 def export(
-    synthetic: Path,
-    requests: Path,
+    synthetic: StoragePath,
+    requests: StoragePath,
     classes: Sequence[str],
     out: Path,
     form: str,
@@ -124,8 +125,8 @@ def images_in(out: Path) -> int:
 
 
 def _requested(
-    synthetic: Path, requests: Path, classes: Sequence[str], form: str
-) -> tuple[list[Path], dict[str, Any]]:
+    synthetic: StoragePath, requests: StoragePath, classes: Sequence[str], form: str
+) -> tuple[list[StoragePath], dict[str, Any]]:
     """(parts of images, what the export is of). UserError where there is nothing to export, or not
     yet.
     """
@@ -199,7 +200,9 @@ def held(out: Path, requested: dict[str, Any]) -> Iterator[int]:
             )
 
 
-def rows(path: Path, requests: Path, classes: Sequence[str], tally: Tally) -> pa.Table:
+def rows(
+    path: StoragePath, requests: StoragePath, classes: Sequence[str], tally: Tally
+) -> pa.Table:
     """The finite images of a part with their requests, as ROWS, in the part's order; the others are
     counted.
     """

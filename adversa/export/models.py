@@ -18,13 +18,14 @@ from adversa.export.formats import hidden, put, settle
 from adversa.pipeline.folders import home, last_round
 from adversa.run.folder import RunDir
 from adversa.storage import files
+from adversa.storage.path import StoragePath
 from adversa.storage.weights import CONFIG, MODEL
 
 Show = Callable[[str, int, int], None]
 PLACES = ("weights",)  # of a classifier's section: may name a file
 
 
-def folders(config: Config, run: RunDir, arm: str | None) -> list[tuple[str, list[Path]]]:
+def folders(config: Config, run: RunDir, arm: str | None) -> list[tuple[str, list[StoragePath]]]:
     """(arm, its classifiers as they stand after the last round, seed by seed), of one arm or
     all.
     """
@@ -43,7 +44,11 @@ def model_name(run: RunDir, arm: str) -> str:
 
 
 def publish(
-    config: Config, run: RunDir, models: Sequence[tuple[str, list[Path]]], out: Path, show: Show
+    config: Config,
+    run: RunDir,
+    models: Sequence[tuple[str, list[StoragePath]]],
+    out: Path,
+    show: Show,
 ) -> tuple[list[str], int]:
     """(names of the models in `out`, how many files were written). What is there with the same
     bytes stays, and so does a card.
@@ -69,7 +74,7 @@ def publish(
     return names, written
 
 
-def _meta(folder: Path) -> dict[str, Any]:
+def _meta(folder: StoragePath) -> dict[str, Any]:
     """A classifier's config.json, without the place of the weights it started from (loading it does
     not read them).
     """
@@ -78,7 +83,7 @@ def _meta(folder: Path) -> dict[str, Any]:
     return found | {"config": run_card.settings(found["config"], PLACES)}
 
 
-def _copy(folder: Path, meta: dict[str, Any], out: Path) -> int:
+def _copy(folder: StoragePath, meta: dict[str, Any], out: Path) -> int:
     """The model's two files; how many were not there yet."""
     out.mkdir(parents=True, exist_ok=True)
     temporary = hidden(out / MODEL)

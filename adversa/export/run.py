@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from adversa.pipeline.stages import stages
 from adversa.run import step_folder
 from adversa.run.folder import RunDir, classes_of
 from adversa.storage import files, tables
+from adversa.storage.path import StoragePath
 from adversa.types import GENERATED, UserError
 
 IMAGES, MODELS, ALL = WHATS = ("images", "models", "all")
@@ -64,8 +65,8 @@ class ExportPlan:
     selection: Selection
     classes: list[str]
     rounds: list[int]
-    arms: list[str]
-    models: list[tuple[str, list[Path]]]
+    arms: Sequence[str]
+    models: list[tuple[str, list[StoragePath]]]
 
     @property
     def requested(self) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class ExportPlan:
         if self.rounds:
             found |= {
                 "format": s.form,
-                "arms": self.arms,
+                "arms": list(self.arms),
                 "rounds": self.rounds,
                 "rejected": s.rejected,
                 "classes": self.classes,
@@ -186,7 +187,8 @@ def publish(
     finishes what was cut off. UserError where `out` holds something else or can't be written.
     """
     both = bool(chosen.arms and chosen.models)
-    names, tally, written = [], None, 0
+    names: list[str] = []
+    tally, written = None, 0
     with images.held(out, chosen.requested) as marked:
         if chosen.arms:
             tally, n = _images(chosen, out / IMAGES if both else out, show)
@@ -195,14 +197,15 @@ def publish(
             place = out / MODELS if both else out
             names, n = export_models.publish(chosen.config, chosen.run, chosen.models, place, show)
             written += n
-    found = (tally.images, {c: tally.classes[c] for c in chosen.classes}) if tally else (None, {})
-    return Published(*found, names, marked + written)
+    counts = {c: tally.classes[c] for c in chosen.classes} if tally else {}
+    return Published(tally.images if tally else None, counts, names, marked + written)
 
 
 def _images(chosen: ExportPlan, out: Path, show: Show) -> tuple[dataset_card.Tally, int]:
     out.mkdir(exist_ok=True)
     s, run = chosen.selection, chosen.run
-    schema, tally, verdicts = row_schema(s.rejected), dataset_card.Tally(), []
+    schema, tally = row_schema(s.rejected), dataset_card.Tally()
+    verdicts: list[dict[str, Any]] = []
     paths = [(n, p) for n in chosen.rounds for p in tables.parts(run.round(n, "synthetic"))]
     with writer(out, s.form, chosen.classes, schema, s.shard) as write:
         given: dict[str, dict[str, Any]] = {}
@@ -230,7 +233,7 @@ def _images(chosen: ExportPlan, out: Path, show: Show) -> tuple[dataset_card.Tal
     return tally, write.written + images.put_card(out, text)
 
 
-def _verdicts(folder: Path) -> Iterator[dict[str, Any]]:
+def _verdicts(folder: StoragePath) -> Iterator[dict[str, Any]]:
     """The verdicts as they are on disk, what is not a number as None."""
     for row in tables.read(folder, schema=tables.VERDICTS).to_pylist():
         yield {
@@ -248,8 +251,8 @@ def row_schema(rejected: bool) -> pa.Schema:
 
 
 def rows(
-    path: Path,
-    requests: Path,
+    path: StoragePath,
+    requests: StoragePath,
     given: dict[str, dict[str, Any]],
     chosen: ExportPlan,
     schema: pa.Schema,

@@ -20,6 +20,7 @@ from adversa.data.ham10000 import HAM_METADATA
 from adversa.data.records import ImageRecord
 from adversa.external.labels import Translation
 from adversa.run.folder import RunDir
+from adversa.storage.path import StoragePath
 from adversa.types import UserError, digest
 
 FOLDER = "external"  # in the run's
@@ -67,15 +68,15 @@ class ExternalCohort:
     outside: Outside = field(repr=False)
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> StoragePath:
         return self.run.root / FOLDER / self.name
 
     @property
-    def pictures(self) -> Path:
+    def pictures(self) -> StoragePath:
         return self.folder / "pictures"
 
     @property
-    def scores(self) -> Path:
+    def scores(self) -> StoragePath:
         return self.folder / "scores"
 
     def settings(self) -> dict[str, Any]:

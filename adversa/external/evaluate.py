@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 
 from adversa import config as cfg
 from adversa.engine.interface import Engine
@@ -22,11 +21,11 @@ from adversa.pipeline.folders import last_round, models_of
 from adversa.run import differences, step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
-from adversa.storage.path import rmtree
+from adversa.storage.path import StoragePath, rmtree
 from adversa.types import UserError
 
 
-def models(config: cfg.Config, run: RunDir) -> list[tuple[str, int, Path]]:
+def models(config: cfg.Config, run: RunDir) -> list[tuple[str, int, StoragePath]]:
     """(arm, seed, folder) of every arm's classifiers after the last round, and of those before the
     first where they differ.
 

@@ -160,11 +160,11 @@ def read(path: Path | None, classes: Sequence[str]) -> Translation:
             "classes or more"
         )
     known = list(dict.fromkeys([*found.names, *given]))
-    for label, name in tree["labels"].items():
-        if name is not None and name not in known:
+    for label, meaning in tree["labels"].items():
+        if meaning is not None and meaning not in known:
             raise UserError(
-                f"{path}: labels: {printable(label)}: {printable(name)} is no class; "
-                f"{_nearest(name, known)}"
+                f"{path}: labels: {printable(label)}: {printable(meaning)} is no class; "
+                f"{_nearest(meaning, known)}"
             )
     return found
 

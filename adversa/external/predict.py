@@ -26,6 +26,7 @@ from adversa.pipeline import folders, results
 from adversa.run.folder import RunDir, classes_of
 from adversa.storage import tables
 from adversa.storage.files import read_json
+from adversa.storage.path import StoragePath
 from adversa.storage.weights import CONFIG
 from adversa.types import BEFORE, UserError
 
@@ -67,7 +68,7 @@ def check_options(crop: str | None, on_error: str = "fail") -> None:
 
 def arm_of(arm: str | None, config: cfg.Config, run: RunDir) -> str:
     """The arm asked for; None: the one that the run is about. UserError where it has none such."""
-    known = list(config.mix.arms)
+    known: list[str] = [*config.mix.arms]
     if folders.home(config, "real", folders.last_round(config)):
         known.append(BEFORE)
     if arm is not None and arm not in known:
@@ -75,13 +76,13 @@ def arm_of(arm: str | None, config: cfg.Config, run: RunDir) -> str:
     return arm or results.candidate(known) or "real"
 
 
-def models_of(arm: str, config: cfg.Config, run: RunDir) -> tuple[list[Path], list[str]]:
+def models_of(arm: str, config: cfg.Config, run: RunDir) -> tuple[list[StoragePath], list[str]]:
     """(the folders of an arm's classifiers, one a seed; the classes)."""
     found = [folder for a, _, folder in evaluate.models(config, run) if a == arm]
     return found, classes_of(run.data)
 
 
-def described(model: Path) -> tuple[list[str], int]:
+def described(model: StoragePath) -> tuple[list[str], int]:
     """(classes, resolution) of a classifier's folder, which names no classes: 0, 1, ... UserError
     where it is none.
     """
@@ -137,7 +138,7 @@ def _is_shown(name: str) -> bool:
 
 def predict(
     engine: Engine,
-    models: Sequence[Path],
+    models: Sequence[StoragePath],
     data: cfg.Data,
     paths: Sequence[str],
     out: Path,
@@ -174,14 +175,14 @@ def predict(
     )
 
 
-def make_answers(models: Sequence[Path], data: cfg.Data, on_error: str) -> Work:
+def make_answers(models: Sequence[StoragePath], data: cfg.Data, on_error: str) -> Work:
     """Decodes and scores a part's files; one that cannot be read leaves a row with its problem."""
     from adversa.classify.score import make_scorer
 
     scorers = [make_scorer(folder) for folder in models]
     decode = images.make_decoder(data.model_copy(update={"on_error": "skip"}), [CLASS])
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         names = part.payload["paths"]
         named = [n for n in names if _is_text(n)]
         found = {
@@ -203,7 +204,8 @@ def make_answers(models: Sequence[Path], data: cfg.Data, on_error: str) -> Work:
         good = [n for n in names if problems[n] is None]
         rows = [{"path": files.printable(n), "problem": p} for n, p in bad]
         if good:
-            pictures = np.stack([found[n].image for n in good])
+            shown = (found[n].image for n in good)
+            pictures = np.stack([image for image in shown if image is not None])
             each = np.stack([softmax(scorer(pictures)[0]) for scorer in scorers])
             mean, spread = summed_up(each)
             rows += [
@@ -234,7 +236,10 @@ def summed_up(each: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def as_table(answers: Answers, classes: Sequence[str]) -> pa.Table:
     """As `table`: path, predicted, p_<class> of each class, spread."""
     best = answers.probability.argmax(1).tolist()
-    columns = {"path": answers.paths, "predicted": [classes[k] for k in best]}
+    columns: dict[str, list[str] | np.ndarray] = {
+        "path": answers.paths,
+        "predicted": [classes[k] for k in best],
+    }
     columns |= {f"p_{c}": answers.probability[:, k] for k, c in enumerate(classes)}
     return pa.table(columns | {"spread": answers.spread})
 

@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage.path import rmtree, scratch, storage_path
+from adversa.storage.path import StoragePath, rmtree, scratch, storage_path
 from adversa.types import ROLES, UserError
 
 LOOKS = ".looks"  # thumbnails of the run's own pictures, shared by all sets
@@ -79,7 +78,9 @@ def prepare(
     )  # a cut-off attempt may have left it after the manifest
 
 
-def _decode(external: ExternalCohort, engine: Engine, staging: Path, progress: Progress) -> Facts:
+def _decode(
+    external: ExternalCohort, engine: Engine, staging: StoragePath, progress: Progress
+) -> Facts:
     rows, size = external.outside.records, external.data.part_rows
     chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
     parts = [Part(i, len(c), {"records": c}) for i, c in enumerate(chunks)]
@@ -106,7 +107,7 @@ def make_pictures(data: cfg.Data, classes: list[str], unit: str, crop: str) -> W
         else None
     )
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         records: list[ImageRecord] = part.payload["records"]
         found = decode(records)
         compared = other(records) if other is not None else found
@@ -146,7 +147,7 @@ def thumb(image: np.ndarray) -> bytes:
     )
 
 
-def own_looks(run: RunDir, engine: Engine) -> Path:
+def own_looks(run: RunDir, engine: Engine) -> StoragePath:
     """Thumbnails of the run's pictures of SEEN, made once for all sets."""
     out = run.root / FOLDER / LOOKS
     recipe = Recipe("looks", 1, {"side": near.THUMB}, inputs(data=run.data))
@@ -165,7 +166,7 @@ def own_looks(run: RunDir, engine: Engine) -> Path:
 
 
 def make_looks() -> Work:
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         ids, thumbs = [], []
         for batch in tables.batches(storage_path(part.payload["path"]), ["id", "image"]):
             ids += batch["id"].to_pylist()
@@ -179,7 +180,7 @@ def make_looks() -> Work:
 # ---- what is left out ----------------------------------------------------------------------------
 
 
-def _write(external: ExternalCohort, staging: Path, looks: Path) -> Facts:
+def _write(external: ExternalCohort, staging: StoragePath, looks: StoragePath) -> Facts:
     """Write the pictures that count, and left-out.json: each of the others by name, with why."""
     columns = ["id", "source", "class", "lesion", "group", "thumb", "problem"]
     rows = pa.concat_tables(tables.read_part(p, columns) for p in tables.parts(staging)).to_pylist()
@@ -259,7 +260,7 @@ def _first_of_each(
 
 
 def _known(
-    rows: list[dict[str, Any]], looks: Path, staging: Path, bits: int, unit: str
+    rows: list[dict[str, Any]], looks: StoragePath, staging: StoragePath, bits: int, unit: str
 ) -> tuple[dict[str, dict[str, str]], list[tuple[str, str]]]:
     """(id -> why it is known to the run: same pixels, a look-alike, another picture of such a
     lesion; pairs of clusters of the set that share a look).
@@ -289,7 +290,7 @@ def _known(
 
 
 def _alike(
-    rows: list[dict[str, Any]], own: pa.Table, folder: Path, bits: int
+    rows: list[dict[str, Any]], own: pa.Table, folder: StoragePath, bits: int
 ) -> list[tuple[str, str]]:
     """Pairs of ids that look alike, of the set, or of the set and the run. folder: for a file of
     thumbnails, where it is local.
@@ -314,7 +315,7 @@ def _alike(
     return [(a, b) for a, b, _, _ in found]
 
 
-def _stream(external: ExternalCohort, staging: Path, clusters: dict[str, str]) -> None:
+def _stream(external: ExternalCohort, staging: StoragePath, clusters: dict[str, str]) -> None:
     """The rows that count, part by part, their group the cluster they are resampled with."""
     for part in tables.parts(external.pictures):
         part.unlink()  # of a cut-off attempt

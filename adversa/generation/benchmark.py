@@ -9,19 +9,25 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from adversa import config as cfg
+from adversa.engine.interface import Engine
 from adversa.engine.tasks import Make, Part, TaskStats, Work
 from adversa.storage import tables
+from adversa.storage.path import StoragePath
 from adversa.types import GenerationRequest, UserError, seed_of
+
+if TYPE_CHECKING:
+    from adversa.diffuse.generator import ImageGenerator
+    from adversa.diffuse.pipeline import Steering
 
 LEVELS = (0.5, 1.0, 2.0, 4.0)  # of the varied half of mixed requests
 CASE = "case"
@@ -68,9 +74,12 @@ def case(side: int) -> np.ndarray:
 
 
 def rate(
-    loaded: Any, config: cfg.Generate, requested: Sequence[GenerationRequest], steering: Any = None
+    loaded: ImageGenerator,
+    config: cfg.Generate,
+    requested: Sequence[GenerationRequest],
+    steering: Steering | None = None,
 ) -> tuple[float, float]:
-    """(images, evaluations) a second in this process. loaded: a generator.ImageGenerator."""
+    """(images, evaluations) a second in this process."""
     from adversa.diffuse.strategy import Sources
 
     pipeline, started = loaded.pipeline(config, steering), time.perf_counter()
@@ -103,7 +112,7 @@ def peak(side: int = 2048, seconds: float = 1.0) -> float:
     return 2 * side**3 / best
 
 
-def flops(loaded: Any) -> int:
+def flops(loaded: ImageGenerator) -> int:
     """FLOP of one evaluation of one row: its matrix products and convolutions, as torch counts
     them.
     """
@@ -118,7 +127,7 @@ def flops(loaded: Any) -> int:
             torch.ones(rows, device=loaded.device),
             torch.zeros(rows, dtype=torch.int64, device=loaded.device),
         )
-    return counter.get_total_flops() // rows
+    return int(counter.get_total_flops() // rows)
 
 
 def memory() -> float:
@@ -154,7 +163,7 @@ def make_stamped(denoiser: Path, config: cfg.Generate, stamps: Path) -> Work:
     loaded = generator.load(denoiser, "cuda" if torch.cuda.is_available() else "cpu")
     pipeline, pictures = loaded.pipeline(config), Sources({CASE: case(loaded.side)})
 
-    def work(part: Part, path: Path) -> TaskStats:
+    def work(part: Part, path: StoragePath) -> TaskStats:
         began = time.time()
         found = list(
             pipeline.stream([GenerationRequest(**r) for r in part.payload["requests"]], pictures)
@@ -167,8 +176,8 @@ def make_stamped(denoiser: Path, config: cfg.Generate, stamps: Path) -> Work:
 
 
 def pool_rate(
-    engine: Any,
-    denoiser: Path,
+    engine: Engine,
+    denoiser: StoragePath,
     config: cfg.Generate,
     requested: Sequence[GenerationRequest],
     base: Path,
@@ -206,10 +215,10 @@ def variants(config: cfg.Generate, classifier: bool) -> dict[str, cfg.Generate]:
 
 
 def generate(
-    denoiser: Path,
-    classifier: Path | None,
+    denoiser: StoragePath,
+    classifier: StoragePath | None,
     config: cfg.Generate,
-    engines: dict[int | None, Callable[[], Any]],
+    engines: Mapping[int | None, Callable[[], Engine]],
     images: int,
     rounds: int,
     base: Path,
@@ -271,9 +280,9 @@ def generate(
 
 
 def _scaling(
-    denoiser: Path,
+    denoiser: StoragePath,
     config: cfg.Generate,
-    engines: dict[int | None, Callable[[], Any]],
+    engines: Mapping[int | None, Callable[[], Engine]],
     requested: Sequence[GenerationRequest],
     rounds: int,
     base: Path,

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from adversa import config as cfg
 from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, inputs, run_step
-from adversa.export import images
+from adversa.export import dataset_card, images
 from adversa.pipeline import generate as pipeline_generate
 from adversa.pipeline.folders import attacked_in
 from adversa.pipeline.stage import Output, PlannedStage
@@ -25,7 +25,7 @@ from adversa.run.control import RunHandle
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.storage.weights import CONFIG
 from adversa.types import STRATEGIES, GenerationRequest, UserError, digest, seed_of
 
@@ -49,7 +49,7 @@ class GenerationJob:
         examples: Ids of the role mine to start from in turn; none: each class's hard cases.
     """
 
-    denoiser: Path
+    denoiser: StoragePath
     labels: dict[int, int]
     strategy: str
     seed: int
@@ -64,7 +64,7 @@ class GenerationJob:
         return RunDir((self.out / WORK).absolute())
 
 
-def classes_of(denoiser: Path) -> list[str]:
+def classes_of(denoiser: StoragePath) -> list[str]:
     """The names of a denoiser's classes.
 
     Raises:
@@ -117,7 +117,7 @@ def check(job: GenerationJob) -> None:
         pipeline_generate.fingerprint(storage_path(job.config.weak))
 
 
-def target_of(job: GenerationJob) -> Path | None:
+def target_of(job: GenerationJob) -> StoragePath | None:
     """The classifier that guides; None where none does.
 
     Raises:
@@ -204,7 +204,7 @@ def generate(job: GenerationJob, engine: Engine) -> images.Exported:
         if own and job.run is not None
         else "not recorded"
     )
-    origin = images.Origin(
+    origin = dataset_card.Origin(
         str(job.denoiser), job.config.model_dump(mode="json"), job.seed, trained_on
     )
     found = images.export(synthetic, requests, classes, job.out, job.form, origin)
@@ -322,4 +322,5 @@ def _examples(job: GenerationJob) -> dict[int, list[str]]:
 
 
 def _of(rows: pa.Table, column: str, label: int) -> list[str]:
-    return rows.filter(pc.equal(rows["label"], label))[column].to_pylist()
+    found: list[str] = rows.filter(pc.equal(rows["label"], label))[column].to_pylist()
+    return found

@@ -16,7 +16,7 @@ from adversa.pipeline.folders import attacked_in
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files, tables
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.types import GenerationRequest, UserError
 
 
@@ -97,7 +97,9 @@ def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path
     )
 
 
-def _check_steering(synthetic: Path, target: Path | None, generate: cfg.Generate) -> None:
+def _check_steering(
+    synthetic: StoragePath, target: StoragePath | None, generate: cfg.Generate
+) -> None:
     then = (files.read_json(synthetic / step_folder.RECIPE) or {}).get("inputs", {})
     now = {"target": step_folder.fingerprint(target)} if target else {}
     if generate.weak:
@@ -110,7 +112,7 @@ def _check_steering(synthetic: Path, target: Path | None, generate: cfg.Generate
             )
 
 
-def find(config: cfg.Config, run: RunDir, request_id: str) -> tuple[int, Path, int]:
+def find(config: cfg.Config, run: RunDir, request_id: str) -> tuple[int, StoragePath, int]:
     """(round, part of its requests, row in it). UserError where there is none, or it is not
     generated yet.
     """

@@ -14,13 +14,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from adversa.common.sanitize import load_yaml
 from adversa.config import Config, check
 from adversa.engine.interface import Engine
 from adversa.pipeline import loop
+from adversa.pipeline.stage import Page
 from adversa.run import control, status
 from adversa.run.folder import RunDir
 from adversa.run.run_lock import HeartbeatMonitor, InUse, RunLockLost, Timing
@@ -65,7 +65,7 @@ class Coordinator:
         self,
         task: CoordinatorTask,
         engine: Callable[[Config, RunDir], Engine],
-        page: Callable[[Path], Path],
+        page: Page,
         end: Callable[[], None],
         back: bool = False,
         timing: Timing | None = None,

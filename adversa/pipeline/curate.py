@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -29,7 +28,7 @@ from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage.path import BucketPath, storage_path
+from adversa.storage.path import BucketPath, StoragePath, storage_path
 from adversa.storage.predictions import matrix
 from adversa.types import ROLES, UserError
 
@@ -48,7 +47,12 @@ HELD = 1000  # held-out images of the memorisation curve
 
 
 def features(
-    engine: Engine, data: Path, role: str, classifier: Path, verifiers: Sequence[Path], out: Path
+    engine: Engine,
+    data: StoragePath,
+    role: str,
+    classifier: StoragePath,
+    verifiers: Sequence[StoragePath],
+    out: StoragePath,
 ) -> None:
     """Write tables.FEATURES: embeddings of a role's images, and the verifiers' p[label]."""
     names = inputs(
@@ -65,14 +69,14 @@ def features(
     run_step(out, recipe, body, engine.handle)
 
 
-def make_features(classifier: Path, verifiers: Sequence[Path]) -> Work:
+def make_features(classifier: StoragePath, verifiers: Sequence[StoragePath]) -> Work:
     """The work of `features`; without verifiers (for `test`) labels are not read either."""
     from adversa.classify.score import make_scorer
 
     scorer = make_scorer(classifier, embed=True)
     scorers = [make_scorer(folder, embed=True) for folder in verifiers]
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         rows = tables.read_part(
             storage_path(part.payload["path"]),
             ["id", "image", *(("label", "group") if scorers else ())],
@@ -104,10 +108,10 @@ def make_features(classifier: Path, verifiers: Sequence[Path]) -> Work:
 
 
 def measure_thresholds(
-    data: Path,
-    features: Path,
+    data: StoragePath,
+    features: StoragePath,
     config: cfg.Curate,
-    out: Path,
+    out: StoragePath,
     handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """Write thresholds.json, scale.npz and near_copy.npz: what a generated image must keep to,
@@ -163,20 +167,22 @@ def measure_thresholds(
     run_step(out, recipe, body, handle)
 
 
-def _write(path: Path, save: Callable[[BinaryIO], None]) -> None:
+def _write(path: StoragePath, save: Callable[[BinaryIO], None]) -> None:
     buffer = io.BytesIO()
     save(buffer)
     files.replace_bytes(path, buffer.getbuffer())
 
 
-def _trivial(features: Path, config: cfg.Curate) -> float:
+def _trivial(features: StoragePath, config: cfg.Curate) -> float:
     if config.trivial_quantile is None:
         return 1.0
     given = matrix(read_features(features, HELD_OUT)["agreement"])
     return float(np.quantile(given, config.trivial_quantile))
 
 
-def _realism(data: Path, features: Path, config: cfg.Curate) -> dict[str, list[float] | None]:
+def _realism(
+    data: StoragePath, features: StoragePath, config: cfg.Curate
+) -> dict[str, list[float] | None]:
     from adversa.curate import realism
 
     if config.realism_quantile is None:
@@ -191,7 +197,7 @@ def _realism(data: Path, features: Path, config: cfg.Curate) -> dict[str, list[f
     return found
 
 
-def manifold(features: Path, column: str) -> Manifold:
+def manifold(features: StoragePath, column: str) -> Manifold:
     """The manifold of `train` in one feature space.
 
     Raises:
@@ -210,18 +216,18 @@ def manifold(features: Path, column: str) -> Manifold:
     return Manifold(matrix(rows[column]), groups)
 
 
-def read_features(features: Path, roles: Sequence[str]) -> pa.Table:
+def read_features(features: StoragePath, roles: Sequence[str]) -> pa.Table:
     return pa.concat_tables(tables.read(features / r, schema=tables.FEATURES) for r in roles)
 
 
-def real_ids(data: Path, roles: Sequence[str]) -> list[str]:
+def real_ids(data: StoragePath, roles: Sequence[str]) -> list[str]:
     return [
         i for r in roles for i in tables.read(data / r, ["id"], tables.EXAMPLES)["id"].to_pylist()
     ]
 
 
 def real_images(
-    data: Path, roles: Sequence[str]
+    data: StoragePath, roles: Sequence[str]
 ) -> tuple[list[str], list[str], Iterator[np.ndarray]]:
     """(ids, groups, blocks of uint8 images [n, H, W, 3] in their order) of some roles; one block is
     in memory at a time.
@@ -240,7 +246,7 @@ def real_images(
 # ---- each generated image by itself --------------------------------------------------------------
 
 
-def thresholds_of(folder: Path, config: cfg.Curate) -> checks.Thresholds:
+def thresholds_of(folder: StoragePath, config: cfg.Curate) -> checks.Thresholds:
     """The limits of the checks, of a run's measurements and settings."""
     measured = files.read_json(folder / THRESHOLDS)
     assert measured is not None, f"{folder} is not finished"
@@ -249,15 +255,15 @@ def thresholds_of(folder: Path, config: cfg.Curate) -> checks.Thresholds:
 
 def inspect(
     engine: Engine,
-    requests: Path,
-    synthetic: Path,
-    data: Path,
-    features: Path,
-    limits: Path,
-    classifier: Path,
-    judge: Path,
+    requests: StoragePath,
+    synthetic: StoragePath,
+    data: StoragePath,
+    features: StoragePath,
+    limits: StoragePath,
+    classifier: StoragePath,
+    judge: StoragePath,
     config: cfg.Curate,
-    out: Path,
+    out: StoragePath,
 ) -> None:
     """Write tables.VERDICTS: the first pass of the filter over every image, none kept yet."""
     verifiers = {f"judge-{k}": f for k, f in enumerate(folders(judge, config.folds))}
@@ -288,7 +294,12 @@ def inspect(
 
 
 def make_inspected(
-    data: Path, features: Path, limits: Path, classifier: Path, judge: Path, config: cfg.Curate
+    data: StoragePath,
+    features: StoragePath,
+    limits: StoragePath,
+    classifier: StoragePath,
+    judge: StoragePath,
+    config: cfg.Curate,
 ) -> Work:
     from adversa.classify.score import make_scorer
     from adversa.curate import filter
@@ -308,7 +319,7 @@ def make_inspected(
     on = thresholds["realism_limit"] is not None
     spaces = [manifold(features, c) for c in ("classifier", "judge")] if on else None
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         rows = tables.read_part(storage_path(part.payload["path"]))
         asked = tables.read_part(
             storage_path(part.payload["requests"]), ["request_id", "strategy", "example"]
@@ -322,11 +333,10 @@ def make_inspected(
             verify(pictures, labels, in_train.nearest(first)[1]) if verify else (None, None)
         )
         similarity_2, nearest_2 = in_features.nearest(first)
-        ratios = (
-            [space.ratio(x) for space, x in zip(spaces, (first, second), strict=True)]
-            if spaces
-            else [None, None]
-        )
+        ratios: list[np.ndarray] | list[None] = [None, None]
+        if spaces:
+            assert second is not None, "realism is measured in the verifiers' features too"
+            ratios = [space.ratio(x) for space, x in zip(spaces, (first, second), strict=True)]
         candidates = checks.Candidates(
             request_ids=names,
             arms=rows["arm"].to_pylist(),
@@ -351,7 +361,7 @@ def make_inspected(
     return work
 
 
-def near_copies(limits: Path) -> NearCopy:
+def near_copies(limits: StoragePath) -> NearCopy:
     """The index of the real images of every role, in pixels."""
     from adversa.curate.near_copy import NearCopy
 
@@ -359,7 +369,7 @@ def near_copies(limits: Path) -> NearCopy:
     return NearCopy.load(io.BytesIO(file.read_bytes()) if isinstance(file, BucketPath) else file)
 
 
-def scale_of(limits: Path) -> Scale:
+def scale_of(limits: StoragePath) -> Scale:
     """The scale by which a run's similarities are measured."""
     from adversa.curate.near_copy import Scale
 

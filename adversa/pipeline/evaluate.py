@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -17,7 +16,7 @@ from adversa.run import step_folder
 from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.storage.predictions import predictions
 from adversa.types import BEFORE, Scorecard, seed_of
 
@@ -26,11 +25,11 @@ from adversa.types import BEFORE, Scorecard, seed_of
 
 def score(
     engine: Engine,
-    models: Sequence[tuple[str, int, Path]],
-    examples: Path,
-    data: Path,
+    models: Sequence[tuple[str, int, StoragePath]],
+    examples: StoragePath,
+    data: StoragePath,
     embed: bool,
-    out: Path,
+    out: StoragePath,
 ) -> None:
     """Logits (and embeddings) of every image of a role under each model (arm, seed, folder):
     tables.PREDICTIONS.
@@ -48,10 +47,10 @@ def score(
 
 def _score(
     engine: Engine,
-    models: Sequence[tuple[str, int, Path]],
-    examples: Path,
+    models: Sequence[tuple[str, int, StoragePath]],
+    examples: StoragePath,
     embed: bool,
-    out: Path,
+    out: StoragePath,
     progress: Progress,
 ) -> Facts:
     paths = tables.parts(examples)
@@ -61,12 +60,12 @@ def _score(
     return mapped(engine, make, parts, out, progress, model=True)
 
 
-def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:
+def make_score(models: Sequence[tuple[str, int, StoragePath]], embed: bool) -> Work:
     from adversa.classify.score import make_scorer
 
     scorers = [(arm, seed, make_scorer(folder, embed=embed)) for arm, seed, folder in models]
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         examples = tables.read_part(
             storage_path(part.payload["path"]), ["id", "label", "group", "image"]
         )
@@ -100,10 +99,10 @@ def make_score(models: Sequence[tuple[str, int, Path]], embed: bool) -> Work:
 def evaluate(
     engine: Engine,
     run: RunDir,
-    models: Sequence[tuple[str, int, int, Path]],
+    models: Sequence[tuple[str, int, int, StoragePath]],
     role: str,
     config: cfg.Evaluate,
-    out: Path,
+    out: StoragePath,
     opening: Callable[[], None] | None = None,
 ) -> None:
     """Predictions of each model (arm, seed, round, folder) on a role, and its scorecard, in one

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from adversa.pipeline.curate import THRESHOLDS, scale_of, thresholds_of
 from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
+from adversa.storage.path import StoragePath
 
 if TYPE_CHECKING:
     from adversa.curate.filter import Verdict
@@ -35,7 +35,11 @@ FINAL = ("keep", "reason", *(c.name for c in checks.columns(checks.FINAL)))
 
 
 def near_duplicates(
-    engine: Engine, synthetic: Path, inspected: Path, limits: Path, out: Path
+    engine: Engine,
+    synthetic: StoragePath,
+    inspected: StoragePath,
+    limits: StoragePath,
+    out: StoragePath,
 ) -> None:
     """Write tables.TWINS: near-duplicates among the images of an arm that passed the first pass."""
     recipe = Recipe("twins", 1, {}, inputs(inspected=inspected, synthetic=synthetic, limits=limits))
@@ -56,7 +60,7 @@ def near_duplicates(
     run_step(out, recipe, body, engine.handle)
 
 
-def waiting(inspected: Path) -> dict[str, list[str]]:
+def waiting(inspected: StoragePath) -> dict[str, list[str]]:
     """{arm: request ids of what passed the first pass, sorted}."""
     from adversa.curate.filter import PENDING
 
@@ -70,7 +74,9 @@ def waiting(inspected: Path) -> dict[str, list[str]]:
     }
 
 
-def make_near_duplicates(synthetic: Path, inspected: Path, limits: Path) -> Work:
+def make_near_duplicates(
+    synthetic: StoragePath, inspected: StoragePath, limits: StoragePath
+) -> Work:
     from adversa.curate.near_copy import NearCopy
 
     measured = files.read_json(limits / THRESHOLDS)
@@ -78,14 +84,13 @@ def make_near_duplicates(synthetic: Path, inspected: Path, limits: Path) -> Work
     ids, scale = waiting(inspected), scale_of(limits)
     indices: dict[str, NearCopy] = {}
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         arm = part.payload["arm"]
         if arm not in indices:
             indices[arm] = NearCopy(*pictures_of(synthetic, ids[arm]), like=scale)
-        pairs = indices[arm].pairs(
-            measured["near_copy"], slice(part.payload["start"], part.payload["stop"])
-        )
-        rows = [{"a": i} for i in indices[arm].ids[part.payload["start"] : part.payload["stop"]]]
+        some = slice(part.payload["start"], part.payload["stop"])
+        pairs = indices[arm].pairs(measured["near_copy"], some)
+        rows: list[dict[str, str | float]] = [{"a": i} for i in indices[arm].ids[some]]
         rows += [{"a": a, "b": b, "similarity": s} for a, b, s in pairs]
         tables.write_part(path, pa.Table.from_pylist(rows, schema=tables.TWINS))
         return part.rows
@@ -93,7 +98,9 @@ def make_near_duplicates(synthetic: Path, inspected: Path, limits: Path) -> Work
     return work
 
 
-def pictures_of(synthetic: Path, ids: Sequence[str]) -> tuple[list[str], Iterator[np.ndarray]]:
+def pictures_of(
+    synthetic: StoragePath, ids: Sequence[str]
+) -> tuple[list[str], Iterator[np.ndarray]]:
     """(ids, blocks of uint8 images [n, H, W, 3], one read at a time) of some generated images, in
     the order in which they lie.
     """
@@ -116,11 +123,11 @@ def pictures_of(synthetic: Path, ids: Sequence[str]) -> tuple[list[str], Iterato
 
 
 def finalize(
-    inspected: Path,
-    twins: Path,
-    limits: Path,
+    inspected: StoragePath,
+    twins: StoragePath,
+    limits: StoragePath,
     config: cfg.Curate,
-    out: Path,
+    out: StoragePath,
     handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """Write tables.VERDICTS after the second pass (rows in the order of the first), and
@@ -153,7 +160,7 @@ def finalize(
     run_step(out, recipe, body, handle)
 
 
-def _write_verdicts(inspected: Path, final: Sequence[Verdict], out: Path) -> None:
+def _write_verdicts(inspected: StoragePath, final: Sequence[Verdict], out: StoragePath) -> None:
     """Write the verdicts of the first pass with the columns FINAL replaced, VERDICT_ROWS or a few
     more a part.
     """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from adversa.config import AUTO, Config
 from adversa.run import control
 from adversa.run.folder import RunDir
+from adversa.storage.path import StoragePath
 from adversa.types import BEFORE, digest
 
 
@@ -35,10 +35,10 @@ class QualityFolders:
     folders, and need no other run.
     """
 
-    requests: Path
-    samples: Path
-    features: Path
-    result: Path
+    requests: StoragePath
+    samples: StoragePath
+    features: StoragePath
+    result: StoragePath
 
 
 def quality_folders(config: Config, run: RunDir) -> QualityFolders:
@@ -55,7 +55,7 @@ def needs_classifier(config: Config) -> bool:
     return config.quality.features is None and config.classifier.weights is None
 
 
-def trained(config: Config, run: RunDir, number: int) -> list[Path]:
+def trained(config: Config, run: RunDir, number: int) -> list[StoragePath]:
     """Classifier folders of a round, arm by arm, seed by seed. Round 0 is the arm `real`."""
     arms = retrained(config) if number else ["real"]
     return [
@@ -65,17 +65,19 @@ def trained(config: Config, run: RunDir, number: int) -> list[Path]:
     ]
 
 
-def verifiers(config: Config, run: RunDir) -> list[Path]:
+def verifiers(config: Config, run: RunDir) -> list[StoragePath]:
     """What each verifier is trained on, and the verifiers."""
     folds = range(config.curate.folds)
     return [*(run.judge / f"mix-{k}" for k in folds), *(run.judge / f"fold-{k}" for k in folds)]
 
 
-def models_of(config: Config, run: RunDir, number: int) -> list[tuple[str, int, int, Path]]:
+def models_of(config: Config, run: RunDir, number: int) -> list[tuple[str, int, int, StoragePath]]:
     """(arm, seed, round, folder) of every arm's classifiers as they stand in a round, and of those
     `before` the first.
     """
-    places = [(arm, home(config, arm, number), arm) for arm in config.mix.arms]
+    places: list[tuple[str, int, str]] = [
+        (arm, home(config, arm, number), arm) for arm in config.mix.arms
+    ]
     if number and ("real", 0, "real") not in places:
         places = [(BEFORE, 0, "real"), *places]
     return [
@@ -100,14 +102,14 @@ def swept(config: Config, run: RunDir, numbers: Sequence[int] | None = None) -> 
     return [n for n, ratio in zip(numbers, ratios, strict=True) if ratio == AUTO]
 
 
-def ratio_folders(run: RunDir, number: int) -> tuple[Path, Path]:
+def ratio_folders(run: RunDir, number: int) -> tuple[StoragePath, StoragePath]:
     """Of a round's sweep: the step that trains and scores the trials (each in a folder beside it),
     and the choice among them.
     """
     return run.round(number, "ratio") / "search", run.round(number, "ratio") / "choice"
 
 
-def attacked_in(config: Config, run: RunDir, number: int) -> Path:
+def attacked_in(config: Config, run: RunDir, number: int) -> StoragePath:
     """The classifier under attack in a round: the one before it."""
     arm, trained = _attacked(config, number)
     return run.arm(trained, arm, 0) / "classifier"

@@ -4,20 +4,19 @@ how a run resumes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from adversa.config import Config, check, dump
 from adversa.engine.interface import Engine
 from adversa.pipeline import latents, sample_quality, test_access, train
-from adversa.pipeline.stage import PlannedStage, StageContext
+from adversa.pipeline.stage import Page, PlannedStage, StageContext
 from adversa.pipeline.stages import named, plan, reads, step_folders
 from adversa.run import control, differences, run_lock, status, step_folder, tracking
 from adversa.run import create as run_create
 from adversa.run.folder import RunDir, remove_partial_files, run_id
 from adversa.run.status import Clock
 from adversa.storage import tables
+from adversa.storage.path import StoragePath
 
 
 def recipe_of(config: Config) -> dict[str, object]:
@@ -38,7 +37,7 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
     return check(tree, control.CONTROL) if settings else config
 
 
-def open_run(config: Config, root: Path, reopen: bool = False) -> RunDir:
+def open_run(config: Config, root: StoragePath, reopen: bool = False) -> RunDir:
     """Create or check the run folder: its recipe, and that the files of finished steps are there.
     Its path is absolute from here on: workers have working
     folders of their own.
@@ -85,7 +84,7 @@ def run(
     config: Config,
     run: RunDir,
     engine: Engine,
-    report: Callable[[Path], Path],
+    report: Page,
     until: str | None = None,
     since: float | None = None,
     reopen: bool = False,
@@ -123,7 +122,7 @@ def _carry_out(
     config: Config,
     run: RunDir,
     engine: Engine,
-    page: Callable[[Path], Path],
+    page: Page,
     reopen: bool,
 ) -> None:
     """Do a stage, over and over until no pause comes between: what is finished of it is skipped."""
@@ -147,7 +146,7 @@ def _context(
     config: Config,
     run: RunDir,
     engine: Engine,
-    page: Callable[[Path], Path],
+    page: Page,
     reopen: bool,
 ) -> StageContext:
     """Of a round, which begins with it: the settings, and the id, are those of the run but for what

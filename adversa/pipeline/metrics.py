@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from adversa.config import Config
@@ -13,6 +12,7 @@ from adversa.pipeline.stages import of_loop, step_folders
 from adversa.run import control, step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
+from adversa.storage.path import StoragePath
 
 # Name to what it says. Ray puts `ray_` before each; `run` is a label of all.
 NAMES = {
@@ -35,9 +35,8 @@ class Vitals:
 
     config: Config
     run: RunDir
-    known: dict[
-        Path, tuple[float, int, int]
-    ]  # finished folder: device-seconds, images kept, images judged
+    # finished folder: device-seconds, images kept, images judged
+    known: dict[StoragePath, tuple[float, int, int]]
 
     def read(self) -> dict[str, float]:
         status = files.read_json(self.run.status) or {}

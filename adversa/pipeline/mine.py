@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,11 @@ from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
+from adversa.storage.path import StoragePath
 from adversa.storage.predictions import matrix
+
+if TYPE_CHECKING:
+    from adversa.mine.modes import FailureModes
 
 Row = dict[str, Any]
 UNTOLD = ("dx_type",)  # how the diagnosis was made: of the archive, not of the patient
@@ -28,11 +31,11 @@ MODES = "modes.json"  # beside the hard cases: what they have in common
 
 
 def mine(
-    scores: Path,
-    data: Path,
+    scores: StoragePath,
+    data: StoragePath,
     config: cfg.Mine,
-    out: Path,
-    earlier: Sequence[Path] = (),
+    out: StoragePath,
+    earlier: Sequence[StoragePath] = (),
     handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """The hard cases of the mine role under the classifier that was scored, and the failure modes
@@ -67,7 +70,7 @@ def mine(
     run_step(out, Recipe("mine", 3, config.model_dump(mode="json"), names), body, handle)
 
 
-def target_scores(scores: Path, seed: int = 0) -> pa.Table:
+def target_scores(scores: StoragePath, seed: int = 0) -> pa.Table:
     """What the classifier of one seed says: rows of tables.PREDICTIONS, in the order of the
     role.
     """
@@ -75,13 +78,13 @@ def target_scores(scores: Path, seed: int = 0) -> pa.Table:
     return rows.filter(pa.compute.equal(rows["seed"], seed))
 
 
-def ensemble(scores: Path) -> np.ndarray:
+def ensemble(scores: StoragePath) -> np.ndarray:
     """Logits [M, N, K] of every seed that was scored."""
     seeds = sorted(tables.read(scores, ["seed"], tables.PREDICTIONS)["seed"].unique().to_pylist())
     return np.stack([matrix(target_scores(scores, s)["logits"]) for s in seeds or [0]])
 
 
-def right(scores: Path, ids: Sequence[str]) -> np.ndarray:
+def right(scores: StoragePath, ids: Sequence[str]) -> np.ndarray:
     """bool [N]: which of the images the target classifier got right."""
     rows = target_scores(scores)
     known = dict(
@@ -94,8 +97,8 @@ def right(scores: Path, ids: Sequence[str]) -> np.ndarray:
     return np.array([known[i] for i in ids], dtype=bool)
 
 
-def modes(scores: Path, data: Path, config: cfg.Mine) -> Any:
-    """mine.modes.FailureModes of what was scored."""
+def modes(scores: StoragePath, data: StoragePath, config: cfg.Mine) -> FailureModes:
+    """What the hard cases of what was scored have in common."""
     from adversa.mine.modes import ModeSettings, failure_modes
 
     rows = target_scores(scores)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from adversa.pipeline.folders import last_round, models_of
 from adversa.run import differences, step_folder
 from adversa.run.folder import RunDir, classes_of
 from adversa.storage import files, tables
+from adversa.storage.path import StoragePath
 from adversa.types import BEFORE, UserError, digest
 
 ROUNDING = 1e-6  # of a class's weight: sums of shares such as 1/3
@@ -105,7 +105,7 @@ def facts(config: Config, run: RunDir) -> dict[str, Any]:
     return check(config, run, last_round(config))
 
 
-def _trained(folder: Path) -> Trained:
+def _trained(folder: StoragePath) -> Trained:
     made, recipe = step_folder.manifest(folder), files.read_json(folder / step_folder.RECIPE)
     assert recipe is not None, f"{folder} has no recipe"
     settings, weights = recipe["config"], recipe["inputs"].get("weights")
@@ -122,7 +122,7 @@ def _trained(folder: Path) -> Trained:
     )
 
 
-def _added(config: Config, run: RunDir, mixes: Mapping[str, Path]) -> list[int]:
+def _added(config: Config, run: RunDir, mixes: Mapping[str, StoragePath]) -> list[int]:
     """What each class got on top of the real and mined images, in every arm but `real`; counted in
     the training sets themselves.
     """
@@ -148,7 +148,7 @@ def _added(config: Config, run: RunDir, mixes: Mapping[str, Path]) -> list[int]:
     return told[others[0]] if others else [0] * len(classes)
 
 
-def _mixed(folder: Path, classes: int) -> Mixed:
+def _mixed(folder: StoragePath, classes: int) -> Mixed:
     rows = tables.read(folder, ["kind", "label", "weight"], tables.MIX)
     labels, weights = rows["label"].to_numpy(), rows["weight"].to_numpy()
     synthetic = np.array(rows["kind"].to_pylist()) == "synthetic"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from adversa.pipeline.folders import has_codec, home, last_round, ratio_folders,
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import predictions, tables
+from adversa.storage.path import StoragePath
 from adversa.types import ARMS, BEFORE, GENERATED, ROLES, seed_of
 
 HEADLINE = "balanced_accuracy"
@@ -58,7 +58,7 @@ def check_groups(config: cfg.Evaluate, classes: Sequence[str]) -> None:
         members(name, measures(config), classes)
 
 
-def read(folder: Path) -> pa.Table | None:
+def read(folder: StoragePath) -> pa.Table | None:
     """Predictions of a step, None where it was not done."""
     return (
         tables.read(folder, schema=tables.PREDICTIONS) if step_folder.is_finished(folder) else None
@@ -93,7 +93,7 @@ def figures(
     """(each metric's mean over seeds, its interval)."""
     asked = measures(config)
     each = [
-        metrics(x, of.labels, classes, asked, of.limits and of.limits[s])
+        metrics(x, of.labels, classes, asked, of.limits[s] if of.limits else None)
         for s, x in enumerate(of.logits)
     ]
     means = {
@@ -137,9 +137,11 @@ def comparisons(
     unit: what is resampled, as the notes call it.
     """
     asked = candidate(config.mix.arms)
+    if asked is None:
+        return []
     others = [a for a in AGAINST if a in config.mix.arms and a != asked]
     found = []
-    for other in others if asked is not None else ():
+    for other in others:
         a, b = arms[asked], arms[other]
         c = compare(
             a.logits,
@@ -152,7 +154,7 @@ def comparisons(
             unit=unit,
         )
         extra = spent[asked]["device_seconds"] - spent[other]["device_seconds"]
-        row = {
+        row: dict[str, Any] = {
             "a": asked,
             "b": other,
             "metric": HEADLINE,
@@ -187,7 +189,7 @@ def comparisons(
 
 
 def subgroups(
-    config: cfg.Config, folder: Path, arms: dict[str, Scored], classes: Sequence[str]
+    config: cfg.Config, folder: StoragePath, arms: dict[str, Scored], classes: Sequence[str]
 ) -> dict[str, Any]:
     """attribute -> arm -> a row a value: of the arm before and the one in question, for the
     attributes asked for.
@@ -232,7 +234,7 @@ def subgroups(
 
 
 def subgroup_comparisons(
-    config: cfg.Config, folder: Path, arms: dict[str, Scored]
+    config: cfg.Config, folder: StoragePath, arms: dict[str, Scored]
 ) -> dict[str, Any]:
     """The headline comparison (the arm in question against the first of AGAINST) within each value
     of the attributes asked for.
@@ -290,7 +292,7 @@ def subgroup_comparisons(
     )
 
 
-def _attributes(folder: Path) -> dict[str, dict[str, str]]:
+def _attributes(folder: StoragePath) -> dict[str, dict[str, str]]:
     """id -> attributes of the examples of a folder."""
     examples = tables.read(folder, ["id", "attributes"], tables.EXAMPLES).to_pylist()
     return {
@@ -329,7 +331,7 @@ def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
     whose ratio was swept, the sweeps.
     """
     last = last_round(config)
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for arm in config.mix.arms:
         places = {home(config, arm, n) for n in range(1, last + 1)} or {0}
         folders = {
@@ -379,6 +381,6 @@ def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
     return found
 
 
-def _share(verdicts: Path, arm: str) -> float:
+def _share(verdicts: StoragePath, arm: str) -> float:
     arms = tables.read(verdicts, ["arm"], tables.VERDICTS)["arm"].to_pylist()
     return arms.count(arm) / len(arms) if arms else 0.0

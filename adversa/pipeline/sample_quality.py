@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,11 @@ from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import RunDir, classes_of, split_hash
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, predictions, tables
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.types import GenerationRequest, UserError, digest, seed_of
+
+if TYPE_CHECKING:
+    from adversa.classify.features import FeatureSpace
 
 # What the denoiser was never fitted on, and whose pictures may be looked at before the end: `test`
 # is opened once, for the arms.
@@ -93,10 +96,10 @@ def publish(config: cfg.Config, run: RunDir) -> dict[str, Any]:
 
 
 def plan(
-    data: Path,
+    data: StoragePath,
     config: cfg.Quality,
     generate: cfg.Generate,
-    out: Path,
+    out: StoragePath,
     handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """Requests for samples, classes in the proportions of the held-out images, part by part.
@@ -128,7 +131,7 @@ def plan(
     run_step(out, recipe, body, handle)
 
 
-def held_out(data: Path) -> np.ndarray:
+def held_out(data: StoragePath) -> np.ndarray:
     """Held-out images of each class [K]."""
     labels = np.concatenate(
         [tables.read(data / r, ["label"], tables.EXAMPLES)["label"].to_numpy() for r in HELD_OUT]
@@ -168,8 +171,8 @@ def features(engine: Engine, run: RunDir, config: cfg.Config, at: QualityFolders
     run_step(at.features, recipe, body, engine.handle)
 
 
-def space(config: cfg.Config, run: RunDir) -> Any:
-    """The classify.features.FeatureSpace that config.quality names.
+def space(config: cfg.Config, run: RunDir) -> FeatureSpace:
+    """The feature space that config.quality names.
 
     By default the pretrained weights the classifier starts from, as they are: features that were
     never fitted on the images they judge. A classifier from scratch has none, so there it is the
@@ -186,7 +189,7 @@ def space(config: cfg.Config, run: RunDir) -> Any:
     return _named(q)
 
 
-def _named(q: cfg.Quality) -> Any:
+def _named(q: cfg.Quality) -> FeatureSpace:
     from adversa.classify.features import FeatureSpace, pretrained
 
     assert q.features is not None
@@ -196,22 +199,24 @@ def _named(q: cfg.Quality) -> Any:
     return pretrained(q.features, q.weights)
 
 
-def source(found: Any) -> dict[str, str]:
+def source(found: FeatureSpace) -> dict[str, str]:
     """What a feature space is made of, as inputs of a recipe."""
     from adversa.storage.weights import read_model
 
     if found.folder is not None:
         return {"features": read_model(found.folder)[2]}
+    assert found.config is not None, found.name
     section = found.config.model_dump_json(include={"model", "model_args", "input_size"})
     return {"features": digest(section, *train._weights(found.config.weights).values())}
 
 
-def floor(data: Path, counts: Sequence[int]) -> dict[str, list[str]]:
+def floor(data: StoragePath, counts: Sequence[int]) -> dict[str, list[str]]:
     """Part name -> ids of `train`: of each class as many as samples are drawn of it, or all there
     are, first by id (a hash).
     """
     rows = [(i, label, p.name) for p in tables.parts(data / "train") for i, label in _ids(p)]
-    left, taken = list(counts), {}
+    left = list(counts)
+    taken: dict[str, list[str]] = {}
     for i, label, name in sorted(rows):
         if left[label] > 0:
             left[label] -= 1
@@ -219,17 +224,17 @@ def floor(data: Path, counts: Sequence[int]) -> dict[str, list[str]]:
     return taken
 
 
-def _ids(path: Path) -> list[tuple[str, int]]:
+def _ids(path: StoragePath) -> list[tuple[str, int]]:
     table = tables.read_part(path, ["id", "label"])
     return list(zip(table["id"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 
-def make_features(found: Any, resolution: int) -> Work:
+def make_features(found: FeatureSpace, resolution: int) -> Work:
     from adversa.classify.features import make_features as make
 
     compute = make(found, resolution)
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         kind, ids = part.payload["kind"], part.payload["ids"]
         if ids == []:
             tables.write_part(path, FEATURES.empty_table())
@@ -297,7 +302,7 @@ def compare(
     run_step(at.result, recipe, body, handle)
 
 
-def validation_loss(denoiser: Path) -> float | None:
+def validation_loss(denoiser: StoragePath) -> float | None:
     """The last of a denoiser's training; None where none was computed, or nothing was trained."""
     path = denoiser / tracking.METRICS
     found = (
@@ -331,7 +336,7 @@ def _figures(
     return found
 
 
-def grid(samples: Path, classes: int) -> np.ndarray:
+def grid(samples: StoragePath, classes: int) -> np.ndarray:
     """The first COLUMNS samples of each class, a row a class (black where there are fewer): uint8
     [classes * R, COLUMNS * R, 3].
     """

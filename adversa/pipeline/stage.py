@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from adversa.config import Config
 from adversa.engine.interface import Engine
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import is_finished
+from adversa.storage.path import StoragePath
 
+Page = Callable[[StoragePath], StoragePath]  # writes the page of a run: its folder -> the file
 EVERYTHING = ("",)  # every key of the configuration
 
 
@@ -23,7 +24,7 @@ class Output:
     of the outputs that it reads.
     """
 
-    path: Path
+    path: StoragePath
     reads: tuple[str, ...] = EVERYTHING
     kind: Literal["step", "file"] = "step"
 
@@ -43,7 +44,7 @@ class PlannedStage:
     name: str
     round: int
     outputs: tuple[Output, ...]
-    progress: Path | None = None
+    progress: StoragePath | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -54,7 +55,7 @@ class PlannedStage:
         return f"round {self.round}: {self.name}" if self.round else self.name
 
     @property
-    def folders(self) -> tuple[Path, ...]:
+    def folders(self) -> tuple[StoragePath, ...]:
         """Those of its steps."""
         return tuple(o.path for o in self.outputs if o.kind == "step")
 
@@ -70,7 +71,7 @@ class StageContext:
     engine: Engine
     round: int
     run_id: str
-    page: Callable[[Path], Path]
+    page: Page
     reopen: bool = False
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from adversa.config import AUTO, Config
 from adversa.engine.interface import FitJob
@@ -43,6 +42,7 @@ from adversa.pipeline.folders import (
 )
 from adversa.pipeline.stage import EVERYTHING, Output, PlannedStage, Stage, StageContext
 from adversa.run.folder import RunDir, classes_of
+from adversa.storage.path import StoragePath
 from adversa.types import ROLES
 
 # What a training of the arms is made of, and its training set.
@@ -359,7 +359,7 @@ def stages(config: Config, run: RunDir) -> list[PlannedStage]:
     return _planned(of_loop(), config, run)
 
 
-def step_folders(config: Config, run: RunDir) -> list[Path]:
+def step_folders(config: Config, run: RunDir) -> list[StoragePath]:
     """Those of all steps, each once."""
     return list(dict.fromkeys(f for s in stages(config, run) for f in s.folders))
 

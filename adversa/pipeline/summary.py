@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from adversa.config import Config, verifier_of
@@ -14,10 +13,11 @@ from adversa.pipeline.folders import has_codec, home, last_round
 from adversa.run import control, environment, status, step_folder
 from adversa.run.folder import RunDir, classes_of, run_id, split_hash
 from adversa.storage import files, tables
+from adversa.storage.path import StoragePath
 from adversa.types import BEFORE
 
 
-def write(config: Config, run: RunDir, folders: Sequence[Path]) -> dict[str, Any]:
+def write(config: Config, run: RunDir, folders: Sequence[StoragePath]) -> dict[str, Any]:
     """Gather the finished run's folders into summary.json. folders: of all its steps.
 
     UserError where test was read with other classifiers, or in another way, than the run has now,

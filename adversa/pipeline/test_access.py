@@ -20,7 +20,7 @@ from adversa.run import differences, environment
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import MANIFEST, OPENED, RECIPE
 from adversa.storage import files
-from adversa.storage.path import move
+from adversa.storage.path import StoragePath, move
 from adversa.types import UserError
 
 # The keys that only say how `test` is read once it is open: no classifier is made of them.
@@ -62,8 +62,8 @@ def asked(config: Config, run: RunDir) -> Opening:
     return Opening((files.read_json(run.data / "split.json") or {}).get("split_hash"), models, how)
 
 
-def _weights(folder: Path) -> str:
-    return (files.read_json(folder / MANIFEST) or {}).get("fingerprint", "not trained")
+def _weights(folder: StoragePath) -> str:
+    return str((files.read_json(folder / MANIFEST) or {}).get("fingerprint", "not trained"))
 
 
 def ledger(run: RunDir) -> list[dict[str, Any]]:
@@ -195,7 +195,7 @@ def _set_aside(run: RunDir, number: int) -> None:
             move(run.test, _free(run, "test", number, OPENED), OPENED)
 
 
-def _free(run: RunDir, name: str, number: int, last: str) -> Path:
+def _free(run: RunDir, name: str, number: int, last: str) -> StoragePath:
     """The name of what is set aside, with `+` for each time that it is taken: by a reading that was
     never written down.
 

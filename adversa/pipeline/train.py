@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
+from adversa.storage.path import StoragePath
 from adversa.storage.weights import MODEL
 from adversa.types import GENERATED, UserError, seed_of
 
@@ -28,13 +30,13 @@ from adversa.types import GENERATED, UserError, seed_of
 
 
 def mix(
-    data: Path,
-    hard: Sequence[Path],
-    verdicts: Sequence[Path],
+    data: StoragePath,
+    hard: Sequence[StoragePath],
+    verdicts: Sequence[StoragePath],
     arm: str,
     config: cfg.Mix,
     per_case: int,
-    out: Path,
+    out: StoragePath,
     most: Mapping[int, int] | None = None,
     handle: RunHandle = NULL_HANDLE,
 ) -> None:
@@ -100,7 +102,7 @@ def round_mix(
     arm: str,
     section: cfg.Mix,
     most: Mapping[int, int],
-    out: Path,
+    out: StoragePath,
     handle: RunHandle,
 ) -> None:
     """`mix` of an arm in a round, of all that was mined and kept so far. section: c.mix with the
@@ -127,13 +129,13 @@ def pairs(rows: pa.Table, name: str) -> list[tuple[str, int]]:
 
 
 def classifier_job(
-    data: Path,
-    mix_folder: Path,
-    added: Sequence[Path],
+    data: StoragePath,
+    mix_folder: StoragePath,
+    added: Sequence[StoragePath],
     config: cfg.Classifier,
     seed: int,
     resolution: int,
-    out: Path,
+    out: StoragePath,
 ) -> FitJob:
     """Train a classifier on a mix. The seed alone decides initial weights, draws and augmentation:
     pairs of arms share it.
@@ -174,7 +176,13 @@ def classifier_job(
 
 
 def round_classifier(
-    c: cfg.Config, run: RunDir, number: int, arm: str, seed: int, mix_folder: Path, out: Path
+    c: cfg.Config,
+    run: RunDir,
+    number: int,
+    arm: str,
+    seed: int,
+    mix_folder: StoragePath,
+    out: StoragePath,
 ) -> FitJob:
     """A training of an arm in a round, from one of the run's seeds, on the arm's mix or another of
     that round.
@@ -193,7 +201,7 @@ def round_classifier(
 
 
 def class_shares(
-    mix_folder: Path, balance: float, classes: int
+    mix_folder: StoragePath, balance: float, classes: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(weight of each class in a mix, its share of the draws once they are balanced), each [K]."""
     rows = tables.read(mix_folder, ["label", "weight"], tables.MIX)
@@ -205,13 +213,13 @@ def class_shares(
 
 
 def denoiser_job(
-    data: Path,
-    mix_folder: Path,
+    data: StoragePath,
+    mix_folder: StoragePath,
     config: cfg.Denoiser,
     seed: int,
     resolution: int,
-    out: Path,
-    codec: tuple[Path, Path] | None = None,
+    out: StoragePath,
+    codec: tuple[StoragePath, StoragePath] | None = None,
 ) -> FitJob:
     """Train the denoiser on what the arm `real` sees, and nothing else.
 
@@ -239,18 +247,17 @@ def denoiser_job(
         inputs(codec=codec[0], latents=codec[1] / "train") if codec else {}
     )
     recipe = Recipe("denoiser", 1, section | {"seed": seed}, names | _weights(start))
-    given = {
-        "num_classes": len(classes),
-        "resolution": resolution,
-        "classes": classes,
-        "seed": seed_of("denoiser", seed),
-    }
-    job = partial(diffuse_fit.fit, config=config, **given)
+    job: partial[dict[str, Any]] = partial(
+        diffuse_fit.fit,
+        config=config,
+        num_classes=len(classes),
+        resolution=resolution,
+        classes=classes,
+        seed=seed_of("denoiser", seed),
+    )
     if codec:
         space = latents.scaling(codec[0], codec[1] / "train", config.sigma_data)
-        job = partial(
-            latents.fit_denoiser, codec_folder=codec[0], codec=space, config=config, **given
-        )
+        job = partial(latents.fit_denoiser, codec_folder=codec[0], codec=space, **job.keywords)
     select = Feed(folders=(images / "select",), batch_size=config.batch_size, latent_std=std)
     return FitJob(out, recipe, job, resume_step, feed, select)
 
@@ -303,7 +310,9 @@ def check_weights(config: cfg.Config) -> None:
         )
 
 
-def check_models(config: cfg.Config, classes: list[str], synthetic: bool, codec: Path) -> None:
+def check_models(
+    config: cfg.Config, classes: list[str], synthetic: bool, codec: StoragePath
+) -> None:
     """Before the first training: every model the run needs can be built. UserError now, and not
     after an hour of training.
 

@@ -9,7 +9,6 @@ it is nearest to (cross-fitting: Chernozhukov et al. 2018, section 1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,18 +22,19 @@ from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import tables
+from adversa.storage.path import StoragePath
 from adversa.types import digest, seed_of
 
 
-def mix_of(root: Path, fold: int) -> Path:
+def mix_of(root: StoragePath, fold: int) -> StoragePath:
     return root / f"mix-{fold}"
 
 
-def folders(root: Path, folds: int) -> list[Path]:
+def folders(root: StoragePath, folds: int) -> list[StoragePath]:
     return [root / f"fold-{k}" for k in range(folds)]
 
 
-def fold_of(data: Path, folds: int) -> dict[str, int]:
+def fold_of(data: StoragePath, folds: int) -> dict[str, int]:
     """id -> fold, for every image of `train`: by lesion, each class's lesions dealt out in the
     order of their hashes.
     """
@@ -48,7 +48,7 @@ def fold_of(data: Path, folds: int) -> dict[str, int]:
 
 
 def jobs(
-    data: Path, config: cfg.Config, root: Path, handle: RunHandle = NULL_HANDLE
+    data: StoragePath, config: cfg.Config, root: StoragePath, handle: RunHandle = NULL_HANDLE
 ) -> list[FitJob]:
     """The training of each verifier; writes what each is trained on. Verifier k is trained on all
     folds but k.
@@ -66,7 +66,7 @@ def jobs(
     return found
 
 
-def without(data: Path, fold: int, folds: int, out: Path, handle: RunHandle) -> None:
+def without(data: StoragePath, fold: int, folds: int, out: StoragePath, handle: RunHandle) -> None:
     """tables.MIX of `train` less one fold."""
 
     def body(progress: Progress) -> Facts:
@@ -85,7 +85,7 @@ class Verifiers:
     nearest to.
     """
 
-    def __init__(self, root: Path, folds: int, data: Path) -> None:
+    def __init__(self, root: StoragePath, folds: int, data: StoragePath) -> None:
         from adversa.classify.score import make_scorer
 
         self.place = fold_of(data, folds)

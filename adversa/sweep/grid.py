@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from adversa.config import Config, Curate, Sweep
 from adversa.config import check as check_config
 from adversa.pipeline.stage import Output, PlannedStage
 from adversa.run.folder import RunDir
+from adversa.storage.path import StoragePath
 from adversa.types import GENERATED, UserError
 
 # Lesions that the rarest class of a cell must have for verifiers, trained on half of them, and
@@ -196,7 +196,7 @@ def check_counts(config: Config, by_class: Mapping[str, int], exact: bool) -> No
     if s.scarce == ALL:
         return
     share = 1.0 if exact else config.data.split.train
-    for count in sorted((n for n in s.real if n != ALL), reverse=True):
+    for count in sorted((n for n in s.real if isinstance(n, int)), reverse=True):
         short = {
             c: math.floor(n * share)
             for c, n in by_class.items()
@@ -218,11 +218,11 @@ def cell_dir(run: RunDir, cell: DataRegime) -> RunDir:
     return RunDir(run.root / "cells" / cell.name)
 
 
-def pool_dir(run: RunDir, cell: DataRegime, variant: Variant) -> Path:
+def pool_dir(run: RunDir, cell: DataRegime, variant: Variant) -> StoragePath:
     return run.root / "pools" / cell.name / variant.name
 
 
-def trial_dir(run: RunDir, point: Point) -> Path:
+def trial_dir(run: RunDir, point: Point) -> StoragePath:
     return (
         run.root
         / "trials"
@@ -233,7 +233,7 @@ def trial_dir(run: RunDir, point: Point) -> Path:
     )
 
 
-def result_dir(run: RunDir, point: Point) -> Path:
+def result_dir(run: RunDir, point: Point) -> StoragePath:
     """The step folder that is finished last."""
     return trial_dir(run, point) / "result"
 

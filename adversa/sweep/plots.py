@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -214,16 +215,18 @@ def _line(ax: Axes, curve: dict[str, Any], points: Sequence[dict[str, Any]], of:
     """The fitted curve and its band; where there is none, or scores do not follow it, the means are
     joined, thinly.
     """
-    r, fill = curve["response"], {"markerfacecolor": of.color if of.line == "-" else "white"}
-    key = {
-        "marker": of.marker,
-        "markersize": 4.5,
-        "markeredgecolor": of.color,
-        **fill,
-        "color": of.color,
-        "linestyle": of.line,
-    }
-    ax.plot([], [], label=curve["variant"], **key)
+    r = curve["response"]
+    ax.plot(
+        [],
+        [],
+        label=curve["variant"],
+        marker=of.marker,
+        markersize=4.5,
+        markeredgecolor=of.color,
+        markerfacecolor=of.color if of.line == "-" else "white",
+        color=of.color,
+        linestyle=of.line,
+    )
     if r is not None and r["kind"] != "misfit":
         ax.fill_between(r["grid"], r["low"], r["high"], color=of.color, alpha=0.10, linewidth=0)
         for end in ("low", "high"):  # a band stays told where others lie over it
@@ -355,7 +358,7 @@ def learning_figure(known: dict[str, Any]) -> Figure:
 
 
 def _count(point: dict[str, Any]) -> int:
-    return point["real"] + point["mined"]
+    return int(point["real"] + point["mined"])
 
 
 def _beside(
@@ -363,16 +366,12 @@ def _beside(
 ) -> None:
     of, ratios = look(variant), [r for r in known["what"]["ratios"] if r]
     face = of.color if of.line == "-" else "white"
-    key = {"marker": of.marker, "color": of.color, "markerfacecolor": face, "linestyle": "none"}
-    ax.plot([], [], label=variant["variant"], markersize=5, **key)
+    mark = partial(
+        ax.plot, marker=of.marker, color=of.color, markerfacecolor=face, linestyle="none"
+    )
+    mark([], [], label=variant["variant"], markersize=5)
     for p in known["points"]:
         if p["variant"] == variant["variant"] and p["mean"] is not None:
             size = 3.0 + 3.5 * (ratios.index(p["ratio"]) + 1) / len(ratios)
-            ax.plot(
-                [place[_count(p)] + shift],
-                [p["mean"]],
-                markersize=size,
-                markeredgewidth=0.8,
-                zorder=3,
-                **key,
-            )
+            at = place[_count(p)] + shift
+            mark([at], [p["mean"]], markersize=size, markeredgewidth=0.8, zorder=3)

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from adversa import config as cfg
-from adversa.engine.interface import Engine
+from adversa.engine.interface import Engine, Tell
 from adversa.engine.step import Facts, inputs, run_step
 from adversa.pipeline import curate, evaluate, finalize, latents, mine, train, verifier
 from adversa.pipeline import generate as pipeline_generate
@@ -41,7 +41,11 @@ PLAIN = cfg.Mix(arms=["real", "unguided", "guided"])  # nothing of it hangs on t
 
 
 def subset(
-    data: Path, cell: DataRegime, seed: int, out: Path, handle: RunHandle = NULL_HANDLE
+    data: StoragePath,
+    cell: DataRegime,
+    seed: int,
+    out: StoragePath,
+    handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """A data folder with `cell.count` images a class of train and at most as many of mine (all of
     them where None); select and test are those of `data`, by links where the file system has them.
@@ -128,11 +132,12 @@ def _same(role: StoragePath, out: StoragePath) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     for part in tables.parts(role):
-        if isinstance(part, Path) and not (out / part.name).exists():
+        named = out / part.name
+        if isinstance(part, Path) and isinstance(named, Path) and not named.exists():
             try:
-                os.link(part, out / part.name)
+                os.link(part, named)
             except OSError:
-                files.replace_bytes(out / part.name, part.read_bytes())
+                files.replace_bytes(named, part.read_bytes())
         elif not isinstance(part, Path):
             files.replace_bytes(out / part.name, part.read_bytes())
 
@@ -170,7 +175,9 @@ def _scorer(name: str) -> str:
     return "loss" if name in ("bald", "forgetting") else name
 
 
-def find_hard_cases(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> None:
+def find_hard_cases(
+    config: cfg.Config, d: RunDir, engine: Engine, tell: Tell | None = None
+) -> None:
     """The classifier that finds the hard cases and those; where anything is generated the
     verifiers, too, and what the filter measures.
     """
@@ -205,16 +212,16 @@ def find_hard_cases(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = N
     curate.measure_thresholds(d.data, d.features, c.curate, d.limits, engine.handle)
 
 
-def hard_cases_of(config: cfg.Config, d: RunDir) -> Path:
+def hard_cases_of(config: cfg.Config, d: RunDir) -> StoragePath:
     """The step folder that `find_hard_cases` finishes last."""
     return d.limits if grid.generates(config.sweep) else d.round(ROUND, "hard")
 
 
-def target_classifier(d: RunDir) -> Path:
+def target_classifier(d: RunDir) -> StoragePath:
     return d.arm(0, "real", 0) / "classifier"
 
 
-def denoise(config: cfg.Config, d: RunDir, engine: Engine, tell: Any = None) -> None:
+def denoise(config: cfg.Config, d: RunDir, engine: Engine, tell: Tell | None = None) -> None:
     """The cell's denoiser, and its codec where latents are diffused: fitted on what `first_mix`
     holds, and nothing else.
     """
@@ -260,13 +267,13 @@ def _encode(c: cfg.Config, d: RunDir, engine: Engine) -> None:
 def generate_pool(
     config: cfg.Config,
     d: RunDir,
-    denoiser: Path,
+    denoiser: StoragePath,
     variant: Variant,
     run: str,
     ratio: float,
-    out: Path,
+    out: StoragePath,
     engine: Engine,
-    tell: Any = None,
+    tell: Tell | None = None,
 ) -> None:
     """All generated images of a cell and an arm, enough for `ratio`, with their verdicts. run: what
     request ids are made of.
@@ -300,7 +307,7 @@ def generate_pool(
     finalize.finalize(inspected, twins, d.limits, c.curate, verdicts_of(out), engine.handle)
 
 
-def verdicts_of(pool: Path) -> Path:
+def verdicts_of(pool: StoragePath) -> StoragePath:
     return pool / "verdicts"
 
 
@@ -310,7 +317,7 @@ def plan(
     run: str,
     requested: Sequence[int],
     config: cfg.Generate,
-    out: Path,
+    out: StoragePath,
     handle: RunHandle,
 ) -> None:
     """Requests for so many images of each class, shared evenly among its hard cases; of a class

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adversa.config import Config
@@ -18,12 +17,13 @@ from adversa.sweep import plots as sweep_plots
 from adversa.sweep import results, wording
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.figure import Figure
 
 FEW = 24  # rows of a table that is open without being asked
 
 
-def write(config: Config, run: RunDir) -> Path:
+def write(config: Config, run: RunDir) -> StoragePath:
     """Write sweep.json, sweep.parquet, figures/ and sweep.html into the sweep's folder, finished or
     not; the path of the page.
     """
@@ -64,7 +64,7 @@ def _figures(folder: StoragePath, whole: dict[str, Figure]) -> None:
         replace_bytes(folder / f"{name}.svg", plots.svg(figure))
 
 
-def environment() -> Any:
+def environment() -> Environment:
     found = page.environment()
     found.globals |= {"title": wording.title}
     return found

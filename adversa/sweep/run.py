@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from adversa.config import Config, dump
-from adversa.engine.interface import Engine, Trial
+from adversa.engine.interface import Engine, Tell, Trial
 from adversa.engine.step import Facts, inputs, run_step
 from adversa.pipeline import arms, evaluate, latents, prepare, train
 from adversa.pipeline.train import pairs
@@ -31,7 +30,7 @@ from adversa.run.folder import RunDir, classes_of, remove_partial_files, run_id
 from adversa.run.status import Clock
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, predictions, tables
-from adversa.storage.path import rmtree
+from adversa.storage.path import StoragePath, rmtree
 from adversa.storage.predictions import Predictions
 from adversa.sweep import grid, regimes
 from adversa.sweep.grid import DataRegime, Point, Variant
@@ -56,7 +55,7 @@ def recipe_of(config: Config) -> dict[str, object]:
     return tree | {"sweep": kept | {"largest_ratio": max(config.sweep.ratios)}}
 
 
-def open_run(config: Config, root: Path) -> RunDir:
+def open_run(config: Config, root: StoragePath) -> RunDir:
     """Create or check the sweep's folder. UserError where it holds something else, or the grid
     makes no sense.
     """
@@ -74,10 +73,10 @@ def run(
     config: Config,
     run: RunDir,
     engine: Engine,
-    write: Callable[[Config, RunDir], Path],
+    write: Callable[[Config, RunDir], StoragePath],
     since: float | None = None,
     handle: RunHandle = NULL_HANDLE,
-) -> Path:
+) -> StoragePath:
     """Do what is left of a sweep; returns what `write` does (the report's place). The caller holds
     the run's lock. handle: of the run, where this process holds it.
     """
@@ -160,7 +159,7 @@ def trials(config: Config, run: RunDir, handle: RunHandle = NULL_HANDLE) -> list
     return [*trained, *generated, *points]
 
 
-def pools(config: Config, run: RunDir, cell: DataRegime) -> list[Path]:
+def pools(config: Config, run: RunDir, cell: DataRegime) -> list[StoragePath]:
     """The folders of all generating arms of a regime: each of its trials takes as many images as
     the poorest of them has.
     """
@@ -204,7 +203,7 @@ def _pools(config: Config, run: RunDir, cell: DataRegime) -> list[Trial]:
 
 
 def trial(
-    config: Config, run: RunDir, point: Point, engine: Engine, tell: Any = None
+    config: Config, run: RunDir, point: Point, engine: Engine, tell: Tell | None = None
 ) -> dict[str, float]:
     """Train and score one point of the grid; returns its metrics on `select`."""
     own = (
@@ -247,12 +246,14 @@ class TrialImages:
     counts' limits; taken: the pools that this arm's images come from, and the share of each.
     """
 
-    def __init__(self, cell: RunDir, pools: Sequence[Path], taken: dict[Path, float]) -> None:
+    def __init__(
+        self, cell: RunDir, pools: Sequence[StoragePath], taken: dict[StoragePath, float]
+    ) -> None:
         assert set(taken) <= set(pools), (taken, pools)
         self.cell, self.pools, self.taken = cell, tuple(pools), taken
 
     @property
-    def hard(self) -> Path:
+    def hard(self) -> StoragePath:
         return self.cell.round(regimes.ROUND, "hard")
 
 
@@ -262,7 +263,7 @@ def fit_and_score(
     arm: str,
     ratio: float,
     seed: int,
-    out: Path,
+    out: StoragePath,
     engine: Engine,
     reported: dict[str, Any],
 ) -> dict[str, float]:
@@ -321,13 +322,13 @@ def fit_and_score(
     return dict(step_folder.manifest(result)["metrics"])
 
 
-def evaluations(classifier: Path) -> list[tuple[int, float]]:
+def evaluations(classifier: StoragePath) -> list[tuple[int, float]]:
     """(step, balanced accuracy on select) at each evaluation of a training."""
     lines = [json.loads(line) for line in (classifier / METRICS).read_text().splitlines()]
     return [(x["step"], x["select_balanced_accuracy"]) for x in lines]
 
 
-def mix(source: TrialImages, arm: str, ratio: float, out: Path, handle: RunHandle) -> None:
+def mix(source: TrialImages, arm: str, ratio: float, out: StoragePath, handle: RunHandle) -> None:
     """The rows of tables.MIX of a trial: its regime's images of train and hard cases, and ratio
     times as many on top in each class, but no more than every generating arm of the regime has.
     """
@@ -353,9 +354,9 @@ def mix(source: TrialImages, arm: str, ratio: float, out: Path, handle: RunHandl
         most = np.where(
             _count(mined, classes) > 0, most, 0
         )  # a class without a hard case has nothing to repeat or to generate from
-        counts = (
-            np.minimum(grid.wanted(own, ratio), most).tolist() if arm != "real" else [0] * classes
-        )
+        counts = [0] * classes
+        if arm != "real":
+            counts = np.minimum(grid.wanted(own.tolist(), ratio), most).tolist()
         table = arms.mix(
             arm,
             real,
@@ -378,13 +379,15 @@ def mix(source: TrialImages, arm: str, ratio: float, out: Path, handle: RunHandl
     run_step(out, recipe, body, handle)
 
 
-def accepted(pool: Path) -> Pairs:
+def accepted(pool: StoragePath) -> Pairs:
     """(request id, label) of what the filter kept."""
     rows = tables.read(regimes.verdicts_of(pool), ["request_id", "label", "keep"], tables.VERDICTS)
     return pairs(rows.filter(pc.field("keep")), "request_id")
 
 
-def chosen(kept: dict[Path, Pairs], shares: dict[Path, float], counts: Sequence[int]) -> Pairs:
+def chosen(
+    kept: dict[StoragePath, Pairs], shares: dict[StoragePath, float], counts: Sequence[int]
+) -> Pairs:
     """counts[c] images of each class from several pools by their shares (what one lacks, the others
     give), the first by id of each: a smaller ratio's are among a larger one's.
     """

@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from adversa.config import Config
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
+from adversa.storage.path import StoragePath
 from adversa.sweep import grid
 
 FRESH = 10.0  # seconds after which nobody is at work on what progress.json names
@@ -27,10 +27,10 @@ WORDS = {
     "auroc_macro": "macro AUROC",
     "worst_class": "worst class's sensitivity",
 }
-_known: dict[Path, dict[str, Any]] = {}  # manifests of finished trials: they do not change
+_known: dict[StoragePath, dict[str, Any]] = {}  # manifests of finished trials: they do not change
 
 
-def _made(folder: Path) -> dict[str, Any] | None:
+def _made(folder: StoragePath) -> dict[str, Any] | None:
     if (
         folder not in _known
         and (found := files.read_json(folder / step_folder.MANIFEST)) is not None

@@ -208,7 +208,7 @@ def _of_models(config: Config) -> list[str]:
             f"{', '.join(named)}: what these were trained on, every cell profits from, "
             "beside its own images"
         )
-    if any(n == grid.ALL or n >= grid.VERIFIABLE for n in config.sweep.real):
+    if any(not isinstance(n, int) or n >= grid.VERIFIABLE for n in config.sweep.real):
         found.append(
             "where verifiers have a say, the limits of the filter (what is trivial, unlike real "
             "images, a near copy) are measured on "
