@@ -40,8 +40,8 @@ class FitJob:
     select: Feed | None = None
 
 
-class Engine(Protocol):
-    """Where work runs. Every method returns when its work is done and raises UserError for what a
+class BatchEngine(Protocol):
+    """Where work on data runs. Every method returns when its work is done and raises UserError for what a
     user can fix.
 
     handle: of the run that is worked on, polled between pieces of work; steps poll it as well.
@@ -57,6 +57,14 @@ class Engine(Protocol):
         GPU where there is one.
         """
         ...
+
+    def tasks(self, model: bool = False) -> int:
+        """How many parts `map_batches` does at the same time."""
+        ...
+
+
+class Engine(BatchEngine, Protocol):
+    """Where all of a run's work is done."""
 
     def map_parts(
         self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name
@@ -77,10 +85,6 @@ class Engine(Protocol):
         """Do every trial that is not finished, as many at a time as there is room for (Ray Tune).
         UserError where some failed.
         """
-        ...
-
-    def tasks(self, model: bool = False) -> int:
-        """How many parts `map_batches` does at the same time."""
         ...
 
     def samplers(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adversa.engine.interface import Engine
+from adversa.engine.interface import BatchEngine
 from adversa.engine.tasks import Done, Make, Part
 from adversa.run import step_folder
 from adversa.run.control import RunHandle
@@ -79,7 +79,7 @@ def cost(done: Sequence[Done], workers: int, wall: float) -> Facts:
 
 
 def mapped(
-    engine: Engine,
+    engine: BatchEngine,
     make: Make,
     parts: Sequence[Part],
     out: Path,

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable
 
 from adversa import config as cfg
-from adversa.engine.interface import Engine
+from adversa.engine.interface import BatchEngine
 from adversa.external import cohort
 from adversa.external.cohort import ExternalCohort
 from adversa.external.prepare import prepare
@@ -84,7 +84,7 @@ def check(external: ExternalCohort) -> bool:
 
 
 def score(
-    external: ExternalCohort, engine: Engine, say: Callable[[str], None] = lambda _: None
+    external: ExternalCohort, engine: BatchEngine, say: Callable[[str], None] = lambda _: None
 ) -> None:
     """Fill pictures/ and scores/. Called again after a cut it goes on where it was."""
     chosen = models(external.config, external.run)

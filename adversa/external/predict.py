@@ -19,7 +19,7 @@ from adversa import config as cfg
 from adversa.common.statistics import softmax
 from adversa.data import files, images
 from adversa.data.records import ImageRecord
-from adversa.engine.interface import Engine
+from adversa.engine.interface import BatchEngine
 from adversa.engine.tasks import Part, Report, Work
 from adversa.external import evaluate
 from adversa.pipeline import folders, results
@@ -137,7 +137,7 @@ def _is_shown(name: str) -> bool:
 
 
 def predict(
-    engine: Engine,
+    engine: BatchEngine,
     models: Sequence[StoragePath],
     data: cfg.Data,
     paths: Sequence[str],

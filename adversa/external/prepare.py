@@ -18,7 +18,7 @@ from adversa import config as cfg
 from adversa.data import images, near, split
 from adversa.data.files import printable
 from adversa.data.records import SKIP, ImageRecord
-from adversa.engine.interface import Engine
+from adversa.engine.interface import BatchEngine
 from adversa.engine.step import Facts, cost, inputs, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.external import cohort
@@ -47,7 +47,7 @@ PICTURES = pa.schema(
 
 
 def prepare(
-    external: ExternalCohort, engine: Engine, say: Callable[[str], None] = lambda _: None
+    external: ExternalCohort, engine: BatchEngine, say: Callable[[str], None] = lambda _: None
 ) -> None:
     """Decode the set, leave out what the run has seen, name the clusters; labels are scored
     classes.
@@ -79,7 +79,7 @@ def prepare(
 
 
 def _decode(
-    external: ExternalCohort, engine: Engine, staging: StoragePath, progress: Progress
+    external: ExternalCohort, engine: BatchEngine, staging: StoragePath, progress: Progress
 ) -> Facts:
     rows, size = external.outside.records, external.data.part_rows
     chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -147,7 +147,7 @@ def thumb(image: np.ndarray) -> bytes:
     )
 
 
-def own_looks(run: RunDir, engine: Engine) -> StoragePath:
+def own_looks(run: RunDir, engine: BatchEngine) -> StoragePath:
     """Thumbnails of the run's pictures of SEEN, made once for all sets."""
     out = run.root / FOLDER / LOOKS
     recipe = Recipe("looks", 1, {"side": near.THUMB}, inputs(data=run.data))

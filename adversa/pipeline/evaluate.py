@@ -9,7 +9,7 @@ from functools import partial
 import pyarrow as pa
 
 from adversa import config as cfg
-from adversa.engine.interface import Engine
+from adversa.engine.interface import BatchEngine
 from adversa.engine.step import Facts, inputs, mapped, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.run import step_folder
@@ -24,7 +24,7 @@ from adversa.types import BEFORE, Scorecard, seed_of
 
 
 def score(
-    engine: Engine,
+    engine: BatchEngine,
     models: Sequence[tuple[str, int, StoragePath]],
     examples: StoragePath,
     data: StoragePath,
@@ -46,7 +46,7 @@ def score(
 
 
 def _score(
-    engine: Engine,
+    engine: BatchEngine,
     models: Sequence[tuple[str, int, StoragePath]],
     examples: StoragePath,
     embed: bool,
@@ -97,7 +97,7 @@ def make_score(models: Sequence[tuple[str, int, StoragePath]], embed: bool) -> W
 
 
 def evaluate(
-    engine: Engine,
+    engine: BatchEngine,
     run: RunDir,
     models: Sequence[tuple[str, int, int, StoragePath]],
     role: str,
