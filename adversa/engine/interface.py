@@ -41,8 +41,8 @@ class FitJob:
 
 
 class BatchEngine(Protocol):
-    """Where work on data runs. Every method returns when its work is done and raises UserError for what a
-    user can fix.
+    """Where work on data runs. Every method returns when its work is done and raises UserError for
+    what a user can fix.
 
     handle: of the run that is worked on, polled between pieces of work; steps poll it as well.
     """
@@ -64,7 +64,7 @@ class BatchEngine(Protocol):
 
 
 class Engine(BatchEngine, Protocol):
-    """Where all of a run's work is done."""
+    """Where all work of a run is done."""
 
     def map_parts(
         self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name
