@@ -1,8 +1,11 @@
-"""Small denoisers at equal compute: validation loss and KID against held-out real images.
+r"""Small denoisers at equal compute: validation loss and KID against held-out real images.
 
-    python benchmarks/denoiser.py --data runs/ham --features tf_efficientnet_lite0 --weights FILE --minutes 40 --threads 2
-    python benchmarks/denoiser.py ... --architectures transformer --threads 1        one a core: several of these, the same --out
-    python benchmarks/denoiser.py ... --set loss=min_snr --label min-snr             other settings of the denoiser, for all of them
+    python benchmarks/denoiser.py --data runs/ham --features tf_efficientnet_lite0 \
+        --weights FILE --minutes 40 --threads 2
+    python benchmarks/denoiser.py ... --architectures transformer --threads 1
+        one a core: several of these, the same --out
+    python benchmarks/denoiser.py ... --set loss=min_snr --label min-snr
+        other settings of the denoiser, for all of them
     python benchmarks/denoiser.py --quick
 
 --data is a run folder that is prepared (`adversa prepare`). Each architecture is timed first (CPU

@@ -1,20 +1,24 @@
-"""How fast images are generated, beside what a user would write with diffusers and Ray: ratios of
+r"""How fast images are generated, beside what a user would write with diffusers and Ray: ratios of
 images a second.
 
-    python benchmarks/generation.py                                            the shipped denoiser: no KID
-    python benchmarks/generation.py --denoiser FOLDER --classifier FOLDER --data RUN --features tf_efficientnet_lite0 --weights FILE
+    python benchmarks/generation.py             the shipped denoiser: no KID
+    python benchmarks/generation.py --denoiser FOLDER --classifier FOLDER --data RUN \
+        --features tf_efficientnet_lite0 --weights FILE
     python benchmarks/generation.py --quick
 
 The same weights, machine and run; each ratio is the median over the rounds of the ratio within a
 round, each rate that of the work without start-up (processes, imports, loading). On one process all
 CPUs of the machine; on the pool and on Ray Data one actor a CPU.
 
-    ddim      a diffusers pipeline as it comes: DDIM, 50 steps, classifier-free guidance at every step, float32
-    dpm       the best single-process diffusers loop: DPMSolverMultistep with Karras' levels, as many steps as ours, bf16 autocast
-    ray data  map_batches over an actor pool that runs the dpm loop: half of the requests sample, half img2img at four noise levels, so
-              a batch is cut into groups of one level each
-    ours      adversa's defaults, at the same steps and guidance scale; `everywhere` is without the interval of guidance; `compiled`
-              with generate.compile=true, which the batch's static shape is for (compilation is start-up: not in the rate)
+    ddim      a diffusers pipeline as it comes: DDIM, 50 steps, classifier-free guidance at every
+              step, float32
+    dpm       the best single-process diffusers loop: DPMSolverMultistep with Karras' levels, as
+              many steps as ours, bf16 autocast
+    ray data  map_batches over an actor pool that runs the dpm loop: half of the requests sample,
+              half img2img at four noise levels, so a batch is cut into groups of one level each
+    ours      adversa's defaults, at the same steps and guidance scale; `everywhere` is without the
+              interval of guidance; `compiled` with generate.compile=true, which the batch's static
+              shape is for (compilation is start-up: not in the rate)
     start     from the command `adversa generate --labels ...=1` to its image on the disk
 
 KID (with --data) is that of `--images` samples against held-out images, for ddim and for ours.

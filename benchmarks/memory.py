@@ -1,8 +1,9 @@
 """Peak memory of `adversa prepare` and of streaming training batches, with few and with ten times
 as many images.
 
-    python benchmarks/memory.py                     10,000 and 100,000 phantom images of 32 px, on Ray: tens of minutes
-    python benchmarks/memory.py --quick             400 and 800: the same measurements, no bar
+    python benchmarks/memory.py             10,000 and 100,000 phantom images of 32 px, on Ray:
+                                            tens of minutes
+    python benchmarks/memory.py --quick     400 and 800: the same measurements, no bar
     python benchmarks/memory.py --images 10000 40000
 
 Memory is the sum of the proportional set sizes of all processes of a command, those of Ray and its

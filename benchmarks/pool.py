@@ -1,7 +1,8 @@
 """What the pool itself costs: actors that sleep for 10 ms in place of painting.
 
     python benchmarks/pool.py             64 actors, 100,000 requests, one a part
-    python benchmarks/pool.py --rows 16   the same requests in parts of 16: 6,250 parts, over in about a second
+    python benchmarks/pool.py --rows 16   the same requests in parts of 16: 6,250 parts, over in
+                                          about a second
     python benchmarks/pool.py --quick     8 actors, 4,000 requests
 
 A part sleeps for 10 ms, whatever its number of requests, and commits an empty file: what Parquet

@@ -1,8 +1,9 @@
 """Does guidance reach a rare mode? On phantoms: melanomas generated from hard cases of the planted
 amelanotic mode, beside melanomas that are sampled from noise.
 
-    python benchmarks/rare_mode.py                       trains a denoiser (some minutes), then generates at several noise levels
-    python benchmarks/rare_mode.py --denoiser FOLDER     one that was trained on phantoms
+    python benchmarks/rare_mode.py      trains a denoiser (some minutes), then generates at
+                                        several noise levels
+    python benchmarks/rare_mode.py --denoiser FOLDER        one that was trained on phantoms
     python benchmarks/rare_mode.py --quick
 
 The denoiser goes on from the shipped weights on phantoms of which one melanoma in twenty is

@@ -7,9 +7,11 @@ seconds before the first step.
 
 Three processes train the same model on the same batches:
 
-    bare    forward, backward, AdamW over tensors in memory: no augmentation, no averaged weights, no checkpoint, no progress
+    bare    forward, backward, AdamW over tensors in memory: no augmentation, no averaged weights,
+            no checkpoint, no progress
     core    the core's fit function over batches in memory
-    ray     the same fit function as a job of a Ray Train launch, fed by Ray Data, with all the processes that Ray has
+    ray     the same fit function as a job of a Ray Train launch, fed by Ray Data, with all the
+            processes that Ray has
 
 They take turns, a window of a few seconds each while the others are stopped (SIGSTOP), so that what
 else the machine does falls on all of them: its speed changes by half within minutes. A window

@@ -22,7 +22,8 @@ from adversa.types import BEFORE, GENERATED, ROLES
 ARM_WORDS = {
     "real": "real images alone",
     "resample": "real images, all of a class repeated by as much as the other arms add to it",
-    "replay": "real images, the mined ones repeated by as much as the other arms add to their class",
+    "replay": "real images, the mined ones repeated by as much as the other arms add to their "
+    "class",
     "unguided": "real images and synthetic ones of the same classes, generated for no hard case in "
     "particular",
     "guided": "real images and synthetic ones, generated for the hard cases that were mined",

@@ -40,7 +40,8 @@ def folders(config: Config, run: RunDir, arm: str | None) -> list[tuple[str, lis
 
 def model_name(run: RunDir, arm: str) -> str:
     """adversa-RUN-ARM, in letters that the Hub takes in a name."""
-    return f"adversa-{re.sub(r'[^A-Za-z0-9_]+', '-', run_card.name(run)).strip('-')[:64] or 'run'}-{arm}"
+    name = re.sub(r"[^A-Za-z0-9_]+", "-", run_card.name(run)).strip("-")[:64]
+    return f"adversa-{name or 'run'}-{arm}"
 
 
 def publish(

@@ -16,7 +16,8 @@ from adversa.storage.path import StoragePath
 
 # Name to what it says. Ray puts `ray_` before each; `run` is a label of all.
 NAMES = {
-    "adversa_images_per_second": "images that the step at work reads, generates or scores a second; 0 in a training",
+    "adversa_images_per_second": "images that the step at work reads, generates or scores a "
+    "second; 0 in a training",
     "adversa_accepted_share": "share of the images generated so far that the filter has kept",
     "adversa_queue_depth": "images (of a training: steps) that the step at work has not done yet",
     "adversa_stage": "number of the stage at work: "
