@@ -54,7 +54,7 @@ class RayEngine:
         if not inside:
             start.start(cluster, verbose)
         stream.quiet(verbose)
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
         self.gpus, self.cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         engine_resources.refuse(
             engine_resources.faults(self._machines(), cluster, grows=not self.embedded)
@@ -73,7 +73,7 @@ class RayEngine:
         """
         if not self.embedded:
             return self.cluster.samplers or self._room()
-        if not nodes.there():  # actors would wait for it for ever
+        if not nodes.alive():  # actors would wait for it for ever
             raise UserError(f"Ray on this machine has died; {AGAIN}")
         return self.samplers()
 

@@ -23,19 +23,20 @@ WAIT_SECONDS = 180.0  # for a measurement: other work on the cluster may hold wh
 
 def there() -> list[Node]:
     """Of the cluster that this process is connected to, those that are up."""
-    up = [n for n in _known() if n["Alive"]]
+    up = alive()
     names = Counter(_name(n) for n in up)
     return [_node(n, names[_name(n)] > 1) for n in up]
 
 
 def head() -> str | None:
     """The id of the cluster's head, where it can be told."""
-    return next((n["NodeID"] for n in _known() if "node:__internal_head__" in n["Resources"]), None)
+    return next((n["NodeID"] for n in alive() if "node:__internal_head__" in n["Resources"]), None)
 
 
-def _known() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's lack of types
-    return found
+def alive() -> list[dict[str, Any]]:
+    """What Ray says of the nodes that are up."""
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+    return [n for n in found if n["Alive"]]
 
 
 def _name(found: dict[str, Any]) -> str:
