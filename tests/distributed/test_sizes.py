@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from adversa.config import Cluster
@@ -145,7 +147,7 @@ def started(monkeypatch):
         monkeypatch.setattr(engine.start, "start", lambda *_: None)
         monkeypatch.setattr(engine.stream, "quiet", lambda *_: None)
         monkeypatch.setattr(engine.ray, "cluster_resources", lambda: resources)
-        return engine.RayEngine(Cluster(**cluster), engine.Path("run"), 3072)
+        return engine.RayEngine(Cluster(**cluster), Path("run"), 3072)
 
     return start
 
