@@ -153,7 +153,7 @@ def stamped(folder: Path) -> float:
     return sum(r[2] for r in rows) / (max(r[1] for r in rows) - min(r[0] for r in rows))
 
 
-def make_stamped(denoiser: Path, config: cfg.Generate, stamps: Path) -> Work:
+def make_stamped(denoiser: StoragePath, config: cfg.Generate, stamps: Path) -> Work:
     """Generates a part's requests and commits them as a run does, and notes when."""
     import torch
 

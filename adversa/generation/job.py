@@ -180,7 +180,7 @@ def _starts(job: GenerationJob) -> bool:
     return job.strategy != "sample" or bool(job.config.reference_guidance)
 
 
-def draw(job: GenerationJob, engine: Engine) -> tuple[Path, Path]:
+def draw(job: GenerationJob, engine: Engine) -> tuple[StoragePath, StoragePath]:
     """The folders of the job's requests and of its images (tables.REQUESTS, tables.SYNTHETIC)."""
     requests, synthetic = job.work.root / "requests", job.work.root / "synthetic"
     plan(job, requests, engine.handle)
@@ -225,7 +225,7 @@ def stages_of(run: RunDir) -> list[PlannedStage]:
     return [PlannedStage("order", 0, made)]
 
 
-def plan(job: GenerationJob, out: Path, handle: RunHandle) -> None:
+def plan(job: GenerationJob, out: StoragePath, handle: RunHandle) -> None:
     """Write the requests, class by class; those that start from a picture take the pictures of
     their class in turn.
     """
