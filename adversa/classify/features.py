@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import timm
@@ -16,6 +15,7 @@ from adversa.classify import model
 from adversa.classify.score import forward
 from adversa.config import Classifier
 from adversa.storage import files
+from adversa.storage.path import StoragePath
 from adversa.storage.weights import CONFIG
 from adversa.types import UserError
 
@@ -27,7 +27,7 @@ class FeatureSpace:
     """
 
     name: str
-    folder: Path | None = None
+    folder: StoragePath | None = None
     config: Classifier | None = None
 
 

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from adversa.classify.model import Network, build, to_pixels
 from adversa.classify.schedule import parameter_groups, set_rates, training_side
 from adversa.classify.score import score_batches
 from adversa.config import Classifier
+from adversa.storage.path import StoragePath
 from adversa.storage.weights import save_model
 from adversa.training import loop, process_group
 from adversa.training.loop import Batch
@@ -72,7 +72,7 @@ def fit(
     num_classes: int,
     resolution: int,
     select: Callable[[], Iterable[Batch]],
-    out: Path,
+    out: StoragePath,
     seed: int,
     counts: Sequence[float] | None = None,
     priors: Sequence[float] | None = None,

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from adversa.classify.depthwise import fast_depthwise
 from adversa.config import Classifier
 from adversa.storage import hub
+from adversa.storage.path import StoragePath
 from adversa.storage.weights import read_model
 from adversa.types import UserError
 
@@ -98,7 +99,9 @@ def build(config: Classifier, num_classes: int, resolution: int) -> Network:
     return network.to(memory_format=torch.channels_last)
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> tuple[Network, dict[str, Any], str]:
+def load(
+    folder: StoragePath, device: torch.device | str = "cpu"
+) -> tuple[Network, dict[str, Any], str]:
     """(network in eval mode, meta, fingerprint) of a folder written by `fit`; meta is its
     config.json.
     """

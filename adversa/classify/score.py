@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from adversa.classify.model import Network, load, to_pixels
 from adversa.common.symmetry import symmetry
+from adversa.storage.path import StoragePath
 from adversa.training import process_group
 
 # Images scored together. Always this many (the last ones are padded): the kernels, and so the last
@@ -22,7 +22,7 @@ CHUNK = 64
 Scorer = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def make_scorer(folder: Path, embed: bool = False) -> Scorer:
+def make_scorer(folder: StoragePath, embed: bool = False) -> Scorer:
     """Load the classifier of a folder once; the callable maps uint8 [N, H, W, 3] to (logits [N, K],
     embedding [N, D]).
 

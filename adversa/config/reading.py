@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from pydantic import ValidationError
@@ -13,6 +13,12 @@ from adversa.common.sanitize import load_yaml
 from adversa.config.faults import explain
 from adversa.config.root import Config
 from adversa.types import UserError
+
+
+class TextFile(Protocol):
+    """A path, local or of an object store."""
+
+    def read_text(self) -> str: ...
 
 
 def packaged(name: str) -> Path:
@@ -30,7 +36,7 @@ def packaged(name: str) -> Path:
 
 
 def read(
-    path: Path | None, overrides: Sequence[str] = (), **top: Any
+    path: TextFile | None, overrides: Sequence[str] = (), **top: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The tree of plain values of a YAML file (None: the packaged demo) after `key.sub=value`
     overrides, unchecked, and who set each of its dotted keys.
@@ -71,7 +77,7 @@ def read(
     return tree, sources | {k: f"--{k}" for k in given}
 
 
-def load(path: Path | None, overrides: Sequence[str] = (), **top: Any) -> Config:
+def load(path: TextFile | None, overrides: Sequence[str] = (), **top: Any) -> Config:
     """A checked configuration, as of `read`. UserError on any fault."""
     tree, _ = read(path, overrides, **top)
     return check(tree, str(packaged("demo.yaml") if path is None else path))

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from adversa.storage import files, tables
+from adversa.storage.path import StoragePath
 from adversa.types import UserError
 
 
@@ -28,13 +29,13 @@ class ImageTable:
     """
 
     def __init__(
-        self, folders: Sequence[Path], disk_bytes: int = 16 << 30, column: str = "image"
+        self, folders: Sequence[StoragePath], disk_bytes: int = 16 << 30, column: str = "image"
     ) -> None:
         """column: image or latent."""
         self.disk_bytes, self.column = disk_bytes, column
         self._decode = {"image": tables.decode_images, "latent": tables.decode_latents}[column]
         paths = [path for folder in folders for path in tables.parts(folder)]
-        self._groups: list[tuple[Path, int]] = []
+        self._groups: list[tuple[StoragePath, int]] = []
         found, counts = [np.zeros(0, "S1")], []
         for path in paths:
             for group, ids in enumerate(_ids(path)):
@@ -141,7 +142,7 @@ class ImageTable:
         return int(np.diff(self._starts).max()) * self._size()
 
 
-def _ids(path: Path) -> Iterator[np.ndarray]:
+def _ids(path: StoragePath) -> Iterator[np.ndarray]:
     """The ids of each row group, as bytes: a tenth of what a dict of strings takes."""
     with tables.opened(path) as file:
         key = "id" if "id" in file.schema_arrow.names else "request_id"

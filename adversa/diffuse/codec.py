@@ -25,7 +25,7 @@ from adversa import config as cfg
 from adversa.diffuse import pretrained
 from adversa.diffuse.edm import to_images, to_tensor
 from adversa.storage import files, weights
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.types import UserError
 
 KIND = "codec"
@@ -163,7 +163,7 @@ def measured(
 
 
 def load(
-    folder: Path, device: torch.device | str = "cpu", space: dict[str, Any] | None = None
+    folder: StoragePath, device: torch.device | str = "cpu", space: dict[str, Any] | None = None
 ) -> ImageCodec:
     """The codec of a folder, in eval mode. space: the key `codec` of a denoiser's config.json;
     None: the autoencoder's own scaling.
@@ -205,7 +205,7 @@ def scaled(codec: ImageCodec, space: dict[str, Any]) -> ImageCodec:
     )
 
 
-def fetch(config: cfg.Codec, resolution: int, out: Path) -> str:
+def fetch(config: cfg.Codec, resolution: int, out: StoragePath) -> str:
     """Copy the autoencoder that config.path names (a diffusers folder, a hub id, or a codec's
     folder) to `out`; its fingerprint.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from adversa.common.symmetry import turn
 from adversa.diffuse import codec
 from adversa.diffuse.edm import to_tensor
 from adversa.storage import files, tables, weights
+from adversa.storage.path import StoragePath
 from adversa.training import loop, process_group
 from adversa.training.loop import Batch
 from adversa.training.schedule import log_steps, set_rates
@@ -46,7 +46,7 @@ def fit_codec(
     *,
     config: cfg.Codec,
     resolution: int,
-    out: Path,
+    out: StoragePath,
     seed: int,
     report: Callable[[dict[str, Any]], None],
     threads: int | None = None,
@@ -156,7 +156,9 @@ def _forward(
     return each, each
 
 
-def _reconstruct(loaded: codec.ImageCodec, batches: Iterable[Batch], out: Path) -> float | None:
+def _reconstruct(
+    loaded: codec.ImageCodec, batches: Iterable[Batch], out: StoragePath
+) -> float | None:
     """Mean PSNR in dB; some pictures are shown: originals above, reconstructions below."""
     found: list[float] = []
     shown: list[np.ndarray] = []

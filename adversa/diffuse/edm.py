@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adversa import config as cfg
 from adversa.diffuse.network import build_network
 from adversa.storage import weights
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.types import UserError
 
 DenoiserFn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -132,7 +132,7 @@ def describe(
 
 
 def load(
-    folder: Path, device: torch.device | str = "cpu"
+    folder: StoragePath, device: torch.device | str = "cpu"
 ) -> tuple[EDMDenoiser, dict[str, Any], str]:
     """(denoiser in eval mode, without gradients; its config.json; fingerprint). UserError where the
     folder holds none.
@@ -196,7 +196,7 @@ def start_from(
     return config.weights
 
 
-def _config(meta: dict[str, Any], folder: Path) -> cfg.Denoiser:
+def _config(meta: dict[str, Any], folder: StoragePath) -> cfg.Denoiser:
     try:
         return cfg.Denoiser.model_validate(
             {"architecture": "unet", **meta["denoiser"]}
@@ -212,7 +212,7 @@ def _codec(described: dict[str, Any] | None) -> str:
     return "pixels" if described is None else described["fingerprint"]
 
 
-def _load_state(denoiser: EDMDenoiser, state: dict[str, Tensor], folder: Path) -> None:
+def _load_state(denoiser: EDMDenoiser, state: dict[str, Tensor], folder: StoragePath) -> None:
     """Into the network; weights of before there was more than one architecture, the shipped ones
     among them, call it `unet`.
     """

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from adversa.diffuse import pretrained
 from adversa.storage import weights
+from adversa.storage.path import StoragePath
 from adversa.types import UserError
 
 KIND = "external"
@@ -334,7 +335,7 @@ def describe(
 
 
 def load(
-    folder: Path, device: torch.device | str = "cpu"
+    folder: StoragePath, device: torch.device | str = "cpu"
 ) -> tuple[ExternalDenoiser, dict[str, Any], str]:
     """(denoiser in eval mode, config.json, fingerprint) of a folder that `describe` was written to.
 

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from adversa.diffuse import average, edm, pipeline
 from adversa.diffuse.objective import Objective, draw, validation_loss
 from adversa.diffuse.strategy import Sources
 from adversa.storage import files, tables, weights
+from adversa.storage.path import StoragePath
 from adversa.training import loop, process_group
 from adversa.training.loop import Batch
 from adversa.training.schedule import evenly_spaced, log_steps, set_rates
@@ -54,7 +54,7 @@ class DenoiserFit:
     init: str
     seed: int
     device: torch.device
-    out: Path
+    out: StoragePath
     decode: Decode
 
 
@@ -65,7 +65,7 @@ def fit(
     num_classes: int,
     resolution: int,
     classes: list[str],
-    out: Path,
+    out: StoragePath,
     seed: int,
     report: Callable[[dict[str, Any]], None],
     threads: int | None = None,
@@ -120,7 +120,7 @@ def _start(
     config: cfg.Denoiser,
     meta: dict[str, Any],
     saved: dict[str, Any] | None,
-    out: Path,
+    out: StoragePath,
     seed: int,
     device: torch.device,
     decode: Decode,

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from adversa.diffuse import codec, edm, external
 from adversa.diffuse.pipeline import GeneratedImage, GenerationPipeline, Steering
 from adversa.diffuse.strategy import Sources
 from adversa.storage import weights
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.types import GenerationRequest, UserError
 
 
@@ -118,7 +117,9 @@ class ImageGenerator:
 
 
 def load(
-    denoiser: Path, device: torch.device | str = "cpu", codec_folder: Path | None = None
+    denoiser: StoragePath,
+    device: torch.device | str = "cpu",
+    codec_folder: StoragePath | None = None,
 ) -> ImageGenerator:
     """The image generator of a denoiser's folder.
 
@@ -135,7 +136,7 @@ def load(
     return ImageGenerator(model, found, meta, fingerprint, device)
 
 
-def read(folder: Path, device: torch.device) -> tuple[edm.DenoiserFn, dict[str, Any], str]:
+def read(folder: StoragePath, device: torch.device) -> tuple[edm.DenoiserFn, dict[str, Any], str]:
     """(denoiser, its config.json, fingerprint) of a folder of any kind.
 
     Raises:
@@ -144,14 +145,14 @@ def read(folder: Path, device: torch.device) -> tuple[edm.DenoiserFn, dict[str, 
     return (external if _kind(folder) == external.KIND else edm).load(folder, device)
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: StoragePath) -> str:
     """The fingerprint that `read` gives, without building the model."""
     if _kind(folder) == external.KIND:
         return hashlib.sha256((folder / weights.CONFIG).read_bytes()).hexdigest()[:32]
     return weights.read_model(folder)[2]
 
 
-def _kind(folder: Path) -> str | None:
+def _kind(folder: StoragePath) -> str | None:
     try:
         return json.loads((folder / weights.CONFIG).read_text()).get("kind")
     except (OSError, json.JSONDecodeError) as e:

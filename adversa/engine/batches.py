@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adversa.data.loader import ImageTable, draw_order
 from adversa.storage import files, tables
+from adversa.storage.path import StoragePath
 from adversa.types import share_of
 
 # "id": list[str], "label": int64 [B], and "image": uint8 [B, H, W, 3] or "latent": float32 [B, C,
@@ -35,9 +35,9 @@ class Feed:
     seed; None: they hold images.
     """
 
-    folders: tuple[Path, ...]
+    folders: tuple[StoragePath, ...]
     batch_size: int
-    mix: Path | None = None
+    mix: StoragePath | None = None
     steps: int = 0
     balance: float = 0.0
     seed: int = 0

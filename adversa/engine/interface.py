@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from adversa.engine.batches import Feed
@@ -21,6 +20,7 @@ from adversa.engine.tasks import (
 )
 from adversa.run.control import RunHandle
 from adversa.run.step_folder import Recipe
+from adversa.storage.path import StoragePath
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class FitJob:
     a training state is on disk.
     """
 
-    out: Path
+    out: StoragePath
     recipe: Recipe
     fit: Callable[..., dict[str, Any]]
-    resume: Callable[[Path], int]
+    resume: Callable[[StoragePath], int]
     feed: Feed
     select: Feed | None = None
 
@@ -51,7 +51,12 @@ class BatchEngine(Protocol):
     handle: RunHandle
 
     def map_batches(
-        self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False
+        self,
+        make: Make,
+        parts: Sequence[Part],
+        out: StoragePath,
+        report: Report,
+        model: bool = False,
     ) -> list[Done]:
         """Stateless work over data, each part once (Ray Data). model: it holds a model, and wants a
         GPU where there is one.
@@ -67,7 +72,12 @@ class Engine(BatchEngine, Protocol):
     """Where all work of a run is done."""
 
     def map_parts(
-        self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name
+        self,
+        make: Make,
+        parts: Sequence[Part],
+        out: StoragePath,
+        report: Report,
+        name: Name = row_name,
     ) -> list[Share]:
         """Long work with a loaded model on a pool of workers that may die (Ray actors). What each
         worker did comes back.
@@ -107,6 +117,6 @@ class Trial:
     """
 
     name: str
-    out: Path
+    out: StoragePath
     work: Callable[[Engine, Tell], Any]
-    needs: tuple[Path, ...] = ()
+    needs: tuple[StoragePath, ...] = ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from adversa.engine.batches import Batch
 from adversa.engine.fit import do_job, unfinished
@@ -23,6 +22,7 @@ from adversa.engine.trials import TrialQueue, in_turn
 from adversa.engine.worker import Inline
 from adversa.engine.worker_pool import work_off
 from adversa.run.control import NULL_HANDLE, RunHandle
+from adversa.storage.path import StoragePath
 
 
 class LocalEngine:
@@ -59,7 +59,12 @@ class LocalEngine:
         return 1
 
     def map_batches(
-        self, make: Make, parts: Sequence[Part], out: Path, report: Report, model: bool = False
+        self,
+        make: Make,
+        parts: Sequence[Part],
+        out: StoragePath,
+        report: Report,
+        model: bool = False,
     ) -> list[Done]:
         todo = missing(parts, out)
         rows = sum(p.rows for p in parts)
@@ -75,7 +80,12 @@ class LocalEngine:
         return done
 
     def map_parts(
-        self, make: Make, parts: Sequence[Part], out: Path, report: Report, name: Name = row_name
+        self,
+        make: Make,
+        parts: Sequence[Part],
+        out: StoragePath,
+        report: Report,
+        name: Name = row_name,
     ) -> list[Share]:
         import torch
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from adversa.engine.interface import BatchEngine
@@ -15,12 +14,13 @@ from adversa.run import step_folder
 from adversa.run.control import RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files
+from adversa.storage.path import StoragePath
 
 Facts = dict[str, Any]
 
 
 def run_step(
-    folder: Path,
+    folder: StoragePath,
     recipe: Recipe,
     body: Callable[[Progress], Facts],
     handle: RunHandle,
@@ -56,7 +56,7 @@ def run_step(
 class Watched(Progress):
     """Progress of a step that may be told to pause or to stop after each part."""
 
-    def __init__(self, folder: Path, handle: RunHandle) -> None:
+    def __init__(self, folder: StoragePath, handle: RunHandle) -> None:
         super().__init__(folder)
         self.handle = handle
 
@@ -82,7 +82,7 @@ def mapped(
     engine: BatchEngine,
     make: Make,
     parts: Sequence[Part],
-    out: Path,
+    out: StoragePath,
     progress: Progress,
     model: bool = False,
 ) -> Facts:
@@ -93,6 +93,6 @@ def mapped(
     return spent | {"rows": sum(p.rows for p in parts)}
 
 
-def inputs(**folders: Path) -> dict[str, str]:
+def inputs(**folders: StoragePath) -> dict[str, str]:
     """The fingerprints of what a step reads."""
     return {name: step_folder.fingerprint(folder) for name, folder in folders.items()}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adversa.run import step_folder
+from adversa.storage.path import StoragePath
 from adversa.types import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class TrialQueue:
     running: set[int] = field(default_factory=set)  # given away, begun or not
     begun: set[int] = field(default_factory=set)
     failed: dict[int, str] = field(default_factory=dict)  # and why, in one line
-    done: set[Path] = field(default_factory=set)
+    done: set[StoragePath] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         names = [t.name for t in self.trials]
@@ -37,7 +37,7 @@ class TrialQueue:
             missing = [n for n in trial.needs if n not in ahead and not self.is_there(n)]
             assert not missing, f"{trial.name} needs {missing}, which no trial makes"
 
-    def is_there(self, folder: Path) -> bool:
+    def is_there(self, folder: StoragePath) -> bool:
         if folder not in self.done and step_folder.is_finished(folder):
             self.done.add(folder)
         return folder in self.done

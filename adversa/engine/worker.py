@@ -17,6 +17,7 @@ from typing import Any
 
 from adversa.engine.task_queue import Task
 from adversa.engine.tasks import Make, Work, do_part
+from adversa.storage.path import StoragePath
 from adversa.types import UserError
 
 
@@ -45,13 +46,13 @@ class Sampler:
 
     def __init__(self) -> None:
         self.work: Work | None = None
-        self.out = Path()
+        self.out: StoragePath = Path()
 
     def place(self) -> str:
         """The name of the machine."""
         return os.uname().nodename
 
-    def load(self, make: Make, out: Path, threads: int | None, place: int | None) -> None:
+    def load(self, make: Make, out: StoragePath, threads: int | None, place: int | None) -> None:
         """threads: of torch (None: leave it alone). place: the worker's number on its machine, to
         take cores of its own by.
         """
@@ -94,7 +95,7 @@ class Inline:
     is made.
     """
 
-    def __init__(self, make: Make, out: Path, threads: int) -> None:
+    def __init__(self, make: Make, out: StoragePath, threads: int) -> None:
         self.make, self.out, self.threads = make, out, threads
         self.numbers = itertools.count()
         self.answers: dict[int, Any] = {}

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from adversa.engine.task_queue import Task, TaskQueue
@@ -22,6 +21,7 @@ from adversa.engine.tasks import Failed, Name, Part, Report, Share, missing, row
 from adversa.engine.worker import Returned
 from adversa.run import control
 from adversa.storage import tables
+from adversa.storage.path import StoragePath
 
 LEASE_SECONDS = 1.0  # of work in a call
 MOST = 1000  # parts in a call
@@ -367,7 +367,7 @@ class WorkerPool:
 def work_off(
     backend: Backend,
     parts: Sequence[Part],
-    out: Path,
+    out: StoragePath,
     report: Report,
     size: Callable[[], int],
     attempts: int,

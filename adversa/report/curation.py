@@ -16,6 +16,7 @@ from adversa.curate.filter import EVERY_REASON, acceptance, acceptance_by_strate
 from adversa.report.gather import Facts, columns, number
 from adversa.storage import tables
 from adversa.storage.files import read_json
+from adversa.storage.path import matching
 
 
 class Decision(NamedTuple):
@@ -87,7 +88,7 @@ def decisions(facts: Facts, number: int | None = None) -> list[Decision]:
     """The decisions of every round, or of one."""
     name = "round-*" if number is None else f"round-{number:03d}"
     found = []
-    for folder in sorted(facts.run.root.glob(f"{name}/verdicts")):
+    for folder in matching(facts.run.root, f"{name}/verdicts"):
         rows = columns(folder, list(Decision._fields), tables.VERDICTS)
         lists = (rows[name].to_pylist() for name in Decision._fields)
         found += [Decision(*row) for row in zip(*lists, strict=True)]

@@ -10,6 +10,7 @@ from typing import Any
 
 from adversa.report.gather import METRICS, Facts, Score, figures, mean_specificity, number, score
 from adversa.storage.files import read_json
+from adversa.storage.path import matching
 from adversa.types import BEFORE
 
 MORE = {
@@ -301,7 +302,7 @@ def elsewhere(facts: Facts) -> list[tuple[str, str]]:
     """
     found = [
         (p.parent.name, read_json(p) or {})
-        for p in sorted(facts.run.root.glob("external/*/summary.json"))
+        for p in matching(facts.run.root, "external/*/summary.json")
     ]
     return [
         (name, str(reported.get("verdict_sentence") or reported.get("verdict", "")))

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from adversa.curate.filter import KEPT, NOT_FINITE, NOT_GENERATED
 from adversa.report.gather import Facts, columns, number
 from adversa.report.words import fixed
 from adversa.storage import tables
+from adversa.storage.path import StoragePath
 from adversa.types import ROLES
 
 CASES, OFFSPRING, SAMPLES = 24, 6, 6
@@ -213,7 +213,7 @@ def _asked(
     return offspring, {c: ids[:SAMPLES] for c, ids in sorted(others.items())}
 
 
-def _verdicts(folder: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+def _verdicts(folder: StoragePath, ids: Collection[str]) -> dict[str, dict[str, Any]]:
     rows = columns(folder, tables.VERDICTS.names, tables.VERDICTS)
     wanted = [i for i, request in enumerate(rows["request_id"].to_pylist()) if request in ids]
     return {row["request_id"]: row for row in rows.take(pa.array(wanted, pa.int64())).to_pylist()}
@@ -263,7 +263,7 @@ def _nearest(
 
 
 def _real(
-    data: Path, cases: Collection[str], neighbours: Collection[str]
+    data: StoragePath, cases: Collection[str], neighbours: Collection[str]
 ) -> dict[str, tuple[str, Picture | None]]:
     """id -> (role, picture) of real images; the pictures of test stay closed: only their ids are
     read.
@@ -281,7 +281,7 @@ def _real(
 
 
 def _pictures(
-    folder: Path, key: str, ids: Collection[str], largest: int = LARGEST
+    folder: StoragePath, key: str, ids: Collection[str], largest: int = LARGEST
 ) -> dict[str, Picture]:
     """Pictures of the rows whose `key` is in ids. Of a part, only the groups of rows that hold one
     are read beyond that column.
@@ -307,7 +307,7 @@ def _pictures(
     return found
 
 
-def sheet(path: Path) -> Picture:
+def sheet(path: StoragePath) -> Picture:
     """A grid of many pictures; none where the file is gone."""
     return picture(path.read_bytes() if path.exists() else b"", LARGEST_SHEET)
 

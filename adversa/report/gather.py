@@ -9,7 +9,6 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +17,7 @@ from adversa.common.sanitize import load_yaml
 from adversa.run.folder import RunDir
 from adversa.storage import tables
 from adversa.storage.files import read_json
+from adversa.storage.path import StoragePath, matching
 from adversa.types import ARMS, BEFORE, ROLES, UserError
 
 REQUIRED = {"arms", "classes", "intervals", "notes", "split_hash", "verdict"}
@@ -107,7 +107,7 @@ class Score:
     high: float | None = None
 
 
-def read_facts(run_dir: Path) -> Facts:
+def read_facts(run_dir: StoragePath) -> Facts:
     """The facts of a finished run.
 
     Raises:
@@ -155,12 +155,12 @@ def scorecards(run: RunDir) -> list[dict[str, Any]]:
     """Every classifier's on a role, as it was scored last: an arm that does not change is scored
     again in each round.
     """
-    steps = [*sorted(run.root.glob("round-*/evaluate")), run.test]
-    found = [json.loads(p.read_text()) for s in steps for p in sorted(s.glob("*/*/scorecard.json"))]
+    steps = [*matching(run.root, "round-*/evaluate"), run.test]
+    found = [json.loads(p.read_text()) for s in steps for p in matching(s, "*/*/scorecard.json")]
     return list({(c["arm"], c["seed"], c["round"], c["role"]): c for c in found}.values())
 
 
-def columns(folder: Path, names: Sequence[str], schema: pa.Schema) -> pa.Table:
+def columns(folder: StoragePath, names: Sequence[str], schema: pa.Schema) -> pa.Table:
     """Some columns of a folder; null where a part, of an older version, lacks one."""
     found = [schema.empty_table().select(list(names))]
     for part in tables.parts(folder):

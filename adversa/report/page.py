@@ -6,7 +6,6 @@ Whatever comes from a user's files is escaped in both.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,7 +17,7 @@ from adversa.report.gather import Facts, by_round, read_facts
 from adversa.report.unshown import unshown
 from adversa.report.words import duration, fixed, signed
 from adversa.storage.files import read_json, replace_bytes, writing
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 
 __all__ = ["duration", "environment", "fixed", "signed", "view", "write"]
 
@@ -32,7 +31,7 @@ TONES = {
 }  # verdict -> its colour in the style sheet
 
 
-def write(run_dir: Path) -> Path:
+def write(run_dir: StoragePath) -> StoragePath:
     """Write `report.html` and `report.md` into a finished run's folder, from what lies there alone;
     the path of the page.
 

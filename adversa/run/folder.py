@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adversa.storage import files
-from adversa.storage.path import BucketPath, StoragePath
+from adversa.storage.path import BucketPath, StoragePath, relative
 from adversa.types import UserError, digest
 
 
@@ -116,7 +116,7 @@ class RunDir:
         return self.root / name
 
     def name_of(self, folder: StoragePath) -> str:
-        return folder.relative_to(self.root).as_posix()
+        return relative(folder, self.root)
 
 
 def run_id(recipe: dict[str, Any]) -> str:

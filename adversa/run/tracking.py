@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adversa.storage import files
-from adversa.storage.path import StoragePath
+from adversa.storage.path import StoragePath, relative
 from adversa.types import UserError, digest
 
 METRICS = "metrics.jsonl"
@@ -232,7 +232,7 @@ class Follow:
         before = json.dumps(state)
         try:
             for path in sorted(p for where in WHERE for p in self.root.glob(f"{where}/{METRICS}")):
-                name = path.parent.relative_to(self.root).as_posix()
+                name = relative(path.parent, self.root)
                 noted = trainings.setdefault(name, {"start": 1, "first": "", "lines": 0})
                 for step, values in unsent(list(lines(path)), noted):
                     sink.send(

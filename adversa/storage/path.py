@@ -360,6 +360,21 @@ def names(folder: StoragePath) -> set[str]:
         return set()
 
 
+def matching(folder: StoragePath, pattern: str) -> list[StoragePath]:
+    """What a pattern of names ("round-*/hard") finds in a folder, sorted."""
+    found: Iterator[StoragePath] = folder.glob(pattern)
+    return sorted(found)
+
+
+def relative(path: StoragePath, folder: StoragePath) -> str:
+    """The name of a path in a folder that it lies in: "train/part-00000.parquet"."""
+    if isinstance(path, Path):
+        assert isinstance(folder, Path), (path, folder)
+        return path.relative_to(folder).as_posix()
+    assert isinstance(folder, BucketPath), (path, folder)
+    return path.relative_to(folder).as_posix()
+
+
 def sizes(folder: StoragePath) -> dict[str, int]:
     """Bytes of every file below a folder, by its name in it ("train/part-00000.parquet"); one
     listing of an object store. Empty where there is none.
@@ -368,7 +383,7 @@ def sizes(folder: StoragePath) -> dict[str, int]:
         found = folder.fs.find(folder.path, detail=True)
         return {name.removeprefix(f"{folder.path}/"): i["size"] for name, i in found.items()}
     inside = (p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in inside}
+    return {relative(p, folder): p.stat().st_size for p in inside}
 
 
 def modified(path: StoragePath) -> float | None:
@@ -411,9 +426,11 @@ def move(old: StoragePath, new: StoragePath, last: str = "") -> None:
     is removed; `last` (a file's name) comes after all others: done again after a cut, with the same
     names, it goes on.
     """
-    if isinstance(old, Path) or isinstance(new, Path):
+    if isinstance(old, Path):
+        assert isinstance(new, Path), (old, new)
         shutil.move(old, new)
         return
+    assert isinstance(new, BucketPath), (old, new)
     inside = sorted(old.rglob("*"), key=lambda path: (path.name == last, path))
     for path in inside or [old]:
         target = new / path.relative_to(old) if inside else new

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from adversa import config as cfg
 from adversa.storage import files, weights
-from adversa.storage.path import append
+from adversa.storage.path import StoragePath, append
 from adversa.training import process_group
 from adversa.types import UserError
 
@@ -95,13 +94,13 @@ class TrainingRecord:
     pending: tuple[int, list[str], Tensor, Tensor, Tensor] | None = None
 
 
-def resume_step(out: Path) -> int:
+def resume_step(out: StoragePath) -> int:
     """Steps finished in the checkpoint of an interrupted training; 0 where there is none."""
     saved = weights.load_checkpoint(out)
     return 0 if saved is None else int(saved["step"])
 
 
-def load(out: Path, recipe: str) -> dict[str, Any] | None:
+def load(out: StoragePath, recipe: str) -> dict[str, Any] | None:
     """The checkpoint in `out`, or None; UserError where it is one of another recipe."""
     saved = weights.load_checkpoint(out)
     if saved is not None and saved.get("recipe") != recipe:
@@ -131,7 +130,7 @@ def run(
     training: Training,
     batches: Iterable[Batch],
     saved: dict[str, Any] | None,
-    out: Path,
+    out: StoragePath,
     report: Callable[[dict[str, Any]], None],
     committed: Callable[[int], None],
 ) -> TrainingRecord:
@@ -199,7 +198,7 @@ def _resume(training: Training, saved: dict[str, Any] | None) -> TrainingRecord:
     return TrainingRecord(saved["step"], losses=saved["losses"], mean_loss=saved["mean_loss"])
 
 
-def _commit(training: Training, record: TrainingRecord, out: Path) -> None:
+def _commit(training: Training, record: TrainingRecord, out: StoragePath) -> None:
     """Everything to go on from, on disk, when any process returns."""
     if process_group.is_main_process():
         state = {
@@ -269,7 +268,7 @@ def _diverged(training: Training, step: int, what: str, ids: list[str]) -> UserE
     )
 
 
-def _truncate_metrics(out: Path, step: int) -> None:
+def _truncate_metrics(out: StoragePath, step: int) -> None:
     """Drop the lines of steps that will be done again, and a last line cut short by a kill."""
     path, kept = out / METRICS, []
     for line in path.read_text().splitlines() if path.exists() else ():
