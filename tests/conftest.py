@@ -12,6 +12,10 @@ import pytest
 # Before torch is imported: processes of two threads each, on two cores, wait for each other at
 # every layer.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# For the clusters that tests start; an embedded Ray has them by itself (distributed/start.py).
+# Workers that give way to everything else are starved by the tests beside them.
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_num_workers_soft_limit", "16")
 
 # Not part of the project; the default is where this project's own runners have it.
 HAM10000 = Path(__file__).resolve().parents[2] / "shared" / "data" / "ham10000_200x150.zip"

@@ -21,9 +21,24 @@ from ray.job_config import JobConfig
 
 from adversa import distributed
 from adversa.config import Cluster
+from adversa.run.environment import cpus
 from adversa.types import UserError
 
 KNOCK_SECONDS = 10.0
+# Settings of an embedded Ray; what the environment has comes first.
+EMBEDDED = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no node of it is taken away
+    # Nobody asks it for metrics or for its tasks' history: a third of what its processes take from
+    # a training.
+    "RAY_event_stats": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    # Its workers are the command, and have the command's priority; by default they give way (15).
+    "RAY_worker_niceness": "0",
+}
+# Beside as many actors as CPUs (the default) every idle worker would be ended after a second, and
+# each stream wait for new ones: two fifths of a short run's CPU time.
+ACTORS = 16
 
 
 class _Job(JobConfig):
@@ -75,17 +90,9 @@ def start(cluster: Cluster, verbose: bool) -> None:
             init(address=named)
         else:
             store = cluster.object_store_mb << 20
-            os.environ.setdefault(
-                "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
-            )  # no node of an embedded Ray is taken away
-            # Nobody asks an embedded Ray for metrics or for its tasks' history: a third of what its
-            # processes take from a training.
-            for name in (
-                "RAY_event_stats",
-                "RAY_enable_metrics_collection",
-                "RAY_task_events_report_interval_ms",
-            ):
-                os.environ.setdefault(name, "0")
+            workers = {"RAY_num_workers_soft_limit": str((cluster.cpus or cpus()) + ACTORS)}
+            for name, value in (EMBEDDED | workers).items():
+                os.environ.setdefault(name, value)
             with _on_loopback():
                 init(
                     address="local",

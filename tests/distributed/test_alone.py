@@ -1,5 +1,5 @@
-"""An embedded Ray keeps to this machine and to the installed modules: in a process of its own,
-started in a hostile folder.
+"""An embedded Ray keeps to this machine and to the installed modules, and has the command's
+priority: in a process of its own, started in a hostile folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
-import json, psutil, ray, sys
+import json, os, psutil, ray, sys
 from adversa.config import Cluster
 from adversa.distributed import start
 
@@ -22,11 +22,11 @@ start.start(Cluster(cpus=1, object_store_mb=100), False)
 @ray.remote
 def found():
     import colorsys
-    return colorsys.__file__
+    return colorsys.__file__, os.nice(0)
 
-module, me = ray.get(found.remote()), psutil.Process()
+(module, nice), me = ray.get(found.remote()), psutil.Process()
 listening = {c.laddr.ip for p in [me, *me.children(recursive=True)] for c in p.net_connections("inet") if c.status == "LISTEN"}
-print(json.dumps({"module": module, "listening": sorted(listening), "dashboard": ray._private.worker.global_worker.node.webui_url}))
+print(json.dumps({"module": module, "nice": nice - os.nice(0), "listening": sorted(listening), "dashboard": ray._private.worker.global_worker.node.webui_url}))
 ray.shutdown()
 """
 
@@ -48,6 +48,7 @@ def test_an_embedded_ray_listens_on_loopback_and_takes_no_module_from_the_folder
     assert said["listening"] and all(
         ip.removeprefix("::ffff:") in ("127.0.0.1", "::1") for ip in said["listening"]
     ), said
+    assert said["nice"] == 0
     assert (
         not said["dashboard"]
         and not said["module"].startswith(str(tmp_path))
