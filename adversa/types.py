@@ -6,6 +6,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# What is told as a JSON object: keys are its names.
+Json: TypeAlias = dict[str, Any]
+Floats: TypeAlias = "NDArray[np.float64]"
+Ints: TypeAlias = "NDArray[np.int64]"
+Pixels: TypeAlias = "NDArray[np.uint8]"
 
 ROLES = ("train", "mine", "select", "test")
 ARMS = ("real", "resample", "replay", "unguided", "guided")

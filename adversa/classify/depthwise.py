@@ -42,7 +42,8 @@ class Depthwise(nn.Module):
             x = pad_same(x, [weight.shape[2]] * 2, [self.stride] * 2)
         if x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return F.conv2d(x, weight, None, self.stride, self.padding, 1, len(weight))
-        return _Convolve.apply(x, weight, self.stride, self.padding)
+        found: Tensor = _Convolve.apply(x, weight, self.stride, self.padding)
+        return found
 
 
 def fast_depthwise(module: nn.Module) -> None:
@@ -51,7 +52,9 @@ def fast_depthwise(module: nn.Module) -> None:
     """
     for parent in list(module.modules()):
         for name, conv in list(parent.named_children()):
-            if type(conv) in (nn.Conv2d, Conv2dSame) and _is_plain_depthwise(conv):
+            if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, Conv2dSame):
+                continue
+            if _is_plain_depthwise(conv):
                 setattr(parent, name, Depthwise(conv, isinstance(conv, Conv2dSame)))
 
 
@@ -119,6 +122,7 @@ def _backward(
 ) -> Tensor:
     mask = [which == 0, which == 1, False]
     sides = [stride, stride], [padding, padding], [1, 1]
-    return torch.ops.aten.convolution_backward(
+    found: Tensor = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *sides, False, [0, 0], weight.shape[0], mask
     )[which]
+    return found

@@ -74,4 +74,5 @@ def effective_weights(counts: Sequence[float], priors: Sequence[float], beta: fl
     there = (n > 0) & (drawn > 0)
     weights = np.zeros_like(n)
     weights[there] = (1 - beta) / (1 - np.power(beta, n[there])) * n[there] / drawn[there]
-    return weights / (drawn @ weights)
+    found: np.ndarray = weights / (drawn @ weights)
+    return found

@@ -39,18 +39,16 @@ def mix(
     first, last, _ = rows.indices(size)
     partner = (np.arange(first, last) ^ 1) - first
     alone = (partner < 0) | (partner >= last - first)
-    partner, keep = (
-        torch.from_numpy(np.where(alone, np.arange(last - first), partner)),
-        np.where(alone, 1.0, keep),
-    )
+    partners = torch.from_numpy(np.where(alone, np.arange(last - first), partner))
+    keep = np.where(alone, 1.0, keep)
     if cut:
         inside, keep = _boxes(keep, centre, pixels.shape[-1])
-        pixels = torch.where(inside.to(pixels.device), pixels[partner.to(pixels.device)], pixels)
+        pixels = torch.where(inside.to(pixels.device), pixels[partners.to(pixels.device)], pixels)
     other = torch.from_numpy(1 - keep).float()[:, None].to(pixels.device)
-    partner = partner.to(pixels.device)
+    partners = partners.to(pixels.device)
     if not cut:
-        pixels = torch.lerp(pixels, pixels[partner], other[:, :, None, None])
-    return pixels, torch.lerp(targets, targets[partner], other)
+        pixels = torch.lerp(pixels, pixels[partners], other[:, :, None, None])
+    return pixels, torch.lerp(targets, targets[partners], other)
 
 
 def _boxes(keep: np.ndarray, centre: np.ndarray, side: int) -> tuple[Tensor, np.ndarray]:
@@ -64,6 +62,5 @@ def _boxes(keep: np.ndarray, centre: np.ndarray, side: int) -> tuple[Tensor, np.
     top, left = np.rint(np.clip(centre - half, 0, 1) * side).astype(np.int64)
     bottom, right = np.rint(np.clip(centre + half, 0, 1) * side).astype(np.int64)
     area = (bottom - top) * (right - left)
-    return rectangles(
-        *(torch.from_numpy(v) for v in (top, bottom, left, right)), side
-    ), 1 - area / side**2
+    ends = [torch.from_numpy(v) for v in (top, bottom, left, right)]
+    return rectangles(ends[0], ends[1], ends[2], ends[3], side), 1 - area / side**2

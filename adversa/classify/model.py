@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -19,7 +19,7 @@ from adversa.config import Classifier
 from adversa.storage import hub
 from adversa.storage.path import StoragePath
 from adversa.storage.weights import read_model
-from adversa.types import UserError
+from adversa.types import Json, UserError
 
 
 class Network(nn.Module):
@@ -30,6 +30,9 @@ class Network(nn.Module):
     deviation happen inside, so that no caller can get them wrong. The trunk is built with
     num_classes=0: every timm model then returns its embedding.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, trunk: nn.Module, width: int, num_classes: int, input_size: int | None
@@ -208,8 +211,8 @@ def _load_trunk(trunk: nn.Module, config: Classifier) -> None:
     """
     where = str(config.weights)
     state = _imagenet(config) if where == "imagenet" else _local(Path(where))
-    classifiers = trunk.pretrained_cfg.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    heads = cast(Json, trunk.pretrained_cfg).get("classifier") or ()
+    classifiers = (heads,) if isinstance(heads, str) else tuple(heads)
     state = {k: v for k, v in state.items() if not any(k.startswith(f"{c}.") for c in classifiers)}
     expected = trunk.state_dict()
     for name in expected:  # a counter nobody reads; old files lack it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def parameter_groups(network: Network, config: Classifier) -> list[dict[str, Any
     to matrices and kernels; on biases, norms, layer scales and what the model itself names
     (positions, tokens) it only fights the fit.
     """
-    exempt = network.trunk.no_weight_decay() if hasattr(network.trunk, "no_weight_decay") else ()
+    exempt: Collection[str] = getattr(network.trunk, "no_weight_decay", tuple)()
     layers = param_groups_layer_decay(
         network.trunk,
         config.weight_decay,

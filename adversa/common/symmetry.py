@@ -23,7 +23,7 @@ def symmetry(images: Images, k: int, rows: int = -2, columns: int = -1) -> Image
 
     rows, columns: the axes of a picture. They change places where k has bit 2.
     """
-    mirrored = [axis for axis, bit in ((columns, 1), (rows, 2)) if k & bit]
+    mirrored = tuple(axis for axis, bit in ((columns, 1), (rows, 2)) if k & bit)
     if mirrored:
         images = (
             np.flip(images, mirrored) if isinstance(images, np.ndarray) else images.flip(mirrored)

@@ -60,7 +60,7 @@ def _plain(default: Any) -> str:
 
 def _flow(value: Any) -> str:
     """A value on one line of YAML."""
-    text = yaml.safe_dump(
+    text: str = yaml.safe_dump(
         value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
     )
     return text.removesuffix("\n").removesuffix("\n...")

@@ -106,7 +106,8 @@ def check(tree: dict[str, Any], where: str) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML, sections in order."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text
 
 
 def _override(tree: dict[str, Any], text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from adversa.config.curate import Curate
+from adversa.types import Floats
 
 SIDES = {"at least": ("\u2265", operator.ge), "at most": ("\u2264", operator.le)} | {
     "below": ("<", operator.lt)
@@ -81,7 +82,7 @@ class Check:
     number: str
     side: Literal["at least", "at most", "below"]
     limit: str
-    threshold: Callable[[Curate, Mapping[str, Any]], float | Sequence[float] | None]
+    threshold: Callable[[Curate, Mapping[str, Any]], float | list[float] | tuple[float, ...] | None]
     measure: Callable[[Candidates], np.ndarray | None] | None
     what: str
     title: str
@@ -109,16 +110,18 @@ class Check:
         return SIDES[self.side][0]
 
 
-def contrast(candidates: Candidates) -> np.ndarray:
+def contrast(candidates: Candidates) -> Floats:
     """Standard deviation of brightness, grey levels [N]."""
     grey = candidates.images.reshape(len(candidates.images), -1, 3).mean(axis=2)
-    return grey.std(axis=1)
+    found: Floats = grey.std(axis=1)
+    return found
 
 
-def clipped(candidates: Candidates) -> np.ndarray:
+def clipped(candidates: Candidates) -> Floats:
     """Share of values that are 0 or 255 [N]."""
     ends = (candidates.images == 0) | (candidates.images == 255)
-    return ends.reshape(len(ends), -1).mean(axis=1)
+    share: Floats = ends.reshape(len(ends), -1).mean(axis=1)
+    return share
 
 
 def agreement(candidates: Candidates) -> np.ndarray | None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from adversa.curate import planted, search
 from adversa.curate import window as win
-from adversa.types import digest, seed_of
+from adversa.types import Ints, digest, seed_of
 
 # A copy stays a copy: the largest threshold, below the 1 that a residue under EXACT grey levels is
 # given.
@@ -194,7 +194,8 @@ class NearCopy:
 
     def _prints(self, c: np.ndarray) -> np.ndarray:
         prints = c[:, win.COARSE] * self._weight
-        return prints / np.maximum(np.linalg.norm(prints, axis=1, keepdims=True), 1e-9)
+        found: np.ndarray = prints / np.maximum(np.linalg.norm(prints, axis=1, keepdims=True), 1e-9)
+        return found
 
     def pairs(self, threshold: float, rows: slice = slice(None)) -> list[tuple[str, str, float]]:
         """(id, id, similarity) of indexed pictures that are near copies of each other, sorted, each
@@ -410,16 +411,18 @@ def _window(zoom: float, move: float) -> np.ndarray:
     return _windows()[_slot(np.float64(zoom), np.float64(move))]
 
 
-def _slot(zoom: np.ndarray, move: np.ndarray) -> np.ndarray:
+def _slot(zoom: np.ndarray | np.float64, move: np.ndarray | np.float64) -> Ints:
     z = np.rint((zoom - ZOOMS[0]) / (ZOOMS[1] - ZOOMS[0])).astype(int)
-    return z * len(MOVES) + np.rint((move - MOVES[0]) / (MOVES[1] - MOVES[0])).astype(int)
+    found: Ints = z * len(MOVES) + np.rint((move - MOVES[0]) / (MOVES[1] - MOVES[0])).astype(int)
+    return found
 
 
 def _foremost(query: np.ndarray, value: np.ndarray, n: int) -> np.ndarray:
     """Positions of each query's ALIGNED largest values."""
     order = np.lexsort((-value, query))
     start = np.searchsorted(query[order], np.arange(n))
-    return order[np.arange(len(order)) - start[query[order]] < ALIGNED]
+    found: np.ndarray = order[np.arange(len(order)) - start[query[order]] < ALIGNED]
+    return found
 
 
 def _codes(own: Sequence[str], ids: Sequence[str], groups: Sequence[str]) -> np.ndarray:

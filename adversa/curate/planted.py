@@ -60,7 +60,8 @@ def brightness(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """
     mean, gain = image.mean(), rng.uniform(0.7, 1.3)
     shift = rng.uniform(10, 40) * rng.choice([-1, 1])
-    return np.clip(np.rint((image - mean) * gain + mean + shift), 0, 255).astype(np.uint8)
+    found: np.ndarray = np.clip(np.rint((image - mean) * gain + mean + shift), 0, 255)
+    return found.astype(np.uint8)
 
 
 def noisy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

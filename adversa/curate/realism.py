@@ -38,7 +38,7 @@ class Manifold:
     def ratio(self, features: np.ndarray) -> np.ndarray:
         """float64 [M]; NaN where a row is not finite. Read off the 64 nearest balls' centres."""
         x = np.ascontiguousarray(features, np.float32)
-        known = np.isfinite(x).all(axis=1)
+        known = np.all(np.isfinite(x), axis=1)
         distance, row = nearest(np.where(known[:, None], x, 0), self._centres, NEAR)
         ratio = (distance / self._radius[row]).min(axis=1)
         return np.where(known, np.round(ratio.astype(np.float64), 5), np.nan)

@@ -66,7 +66,8 @@ def _largest(
 def _top(values: np.ndarray, count: int) -> np.ndarray:
     """Columns [M, k] of each row's largest values, in any order."""
     if count == 1:  # of equals the first
-        return values.argmax(axis=1)[:, None]
+        found: np.ndarray = values.argmax(axis=1)[:, None]
+        return found
     if count >= values.shape[1]:
         return np.broadcast_to(np.arange(values.shape[1]), values.shape)
     return np.argpartition(values, -count, axis=1)[:, -count:]

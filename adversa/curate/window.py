@@ -41,7 +41,8 @@ def area_average(size: int) -> np.ndarray:
     edges = np.linspace(0, size, SIDE + 1)
     pixel = np.arange(size)
     overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    return (np.clip(overlap, 0, None) * SIDE / size).astype(np.float32)
+    found: np.ndarray = (np.clip(overlap, 0, None) * SIDE / size).astype(np.float32)
+    return found
 
 
 def miniatures(images: np.ndarray) -> np.ndarray:
@@ -54,14 +55,16 @@ def miniatures(images: np.ndarray) -> np.ndarray:
         return images
     rows, columns = area_average(images.shape[1]), area_average(images.shape[2])
     small = np.einsum("ih,nhwc,jw->nijc", rows, images.astype(np.float32), columns, optimize=True)
-    return np.clip(np.rint(small), 0, 255).astype(np.uint8)
+    found: np.ndarray = np.clip(np.rint(small), 0, 255).astype(np.uint8)
+    return found
 
 
 def planes(small: np.ndarray) -> np.ndarray:
     """Miniatures uint8 [N, 32, 32, 3] to float32 [N, 3, 32, 32]: brightness and two colour
     differences.
     """
-    return np.einsum("nhwc,kc->nkhw", small.astype(np.float32), COLOURS, optimize=True)
+    found: np.ndarray = np.einsum("nhwc,kc->nkhw", small.astype(np.float32), COLOURS, optimize=True)
+    return found
 
 
 def window(zoom: float, move: float) -> np.ndarray:
@@ -75,7 +78,8 @@ def window(zoom: float, move: float) -> np.ndarray:
     w = np.where(
         t < 1, 1.5 * t**3 - 2.5 * t**2 + 1, np.where(t < 2, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2, 0)
     )
-    return dct(w / w.sum(axis=1, keepdims=True), axis=0, norm="ortho")[:GREY].astype(np.float32)
+    found: np.ndarray = dct(w / w.sum(axis=1, keepdims=True), axis=0, norm="ortho")
+    return found[:GREY].astype(np.float32)
 
 
 _F = np.arange(GREY)
@@ -113,7 +117,8 @@ def smooth(power: np.ndarray) -> np.ndarray:
     frequency.
     """
     bins = CHANNEL * 32 + np.rint(RADII).astype(int)
-    return (np.bincount(bins, power) / np.maximum(np.bincount(bins), 1))[bins]
+    found: np.ndarray = (np.bincount(bins, power) / np.maximum(np.bincount(bins), 1))[bins]
+    return found
 
 
 def evidence(

@@ -11,8 +11,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
-Array = np.ndarray
+Array = NDArray[np.float64]
 TILE = 48
 
 
@@ -46,7 +47,8 @@ def smooth(rng: np.random.Generator, cells: int, size: int) -> Array:
     """A smooth periodic random field [S, S] of unit variance, with `cells` bumps a side."""
     w = _spline(cells, size)
     field = w @ rng.standard_normal((cells, cells)) @ w.T
-    return (field - field.mean()) / (field.std() + 1e-9)
+    found: Array = (field - field.mean()) / (field.std() + 1e-9)
+    return found
 
 
 def fractal(
@@ -56,7 +58,8 @@ def fractal(
     [S, S].
     """
     total = sum(fall**i * smooth(rng, min(cells * 2**i, size), size) for i in range(octaves))
-    return total / np.sqrt(sum(fall ** (2 * i) for i in range(octaves)))
+    found: Array = total / np.sqrt(sum(fall ** (2 * i) for i in range(octaves)))
+    return found
 
 
 def sample(tile: Array, u: Array, v: Array, span: float = 4.0) -> Array:
@@ -67,9 +70,10 @@ def sample(tile: Array, u: Array, v: Array, span: float = 4.0) -> Array:
     f, g = a - i, b - j
     i, j = i % n, j % n
     i1, j1 = (i + 1) % n, (j + 1) % n
-    return (1 - g) * ((1 - f) * tile[j, i] + f * tile[j, i1]) + g * (
+    found: Array = (1 - g) * ((1 - f) * tile[j, i] + f * tile[j, i1]) + g * (
         (1 - f) * tile[j1, i] + f * tile[j1, i1]
     )
+    return found
 
 
 def arcs(
@@ -95,7 +99,8 @@ def arcs(
     distance = np.abs(across - bend * along**2) / np.sqrt(1 + (2 * bend * along) ** 2)
     half = width * np.clip(1.15 - along / length, 0, 1)
     cover = np.clip((half - distance) / px + 0.5, 0, np.minimum(1, 2 * half / px)) * (along > 0)
-    return cover.max(0)
+    found: Array = cover.max(0)
+    return found
 
 
 def dots(x: Array, y: Array, centres: Array, radius: Array, soft: float) -> Array:
@@ -105,7 +110,8 @@ def dots(x: Array, y: Array, centres: Array, radius: Array, soft: float) -> Arra
     if len(radius) == 0:
         return np.zeros_like(x)
     d = np.hypot(x[None] - centres[:, 0, None, None], y[None] - centres[:, 1, None, None])
-    return np.clip((radius[:, None, None] - d) / soft + 0.5, 0, 1).max(0)
+    found: Array = np.clip((radius[:, None, None] - d) / soft + 0.5, 0, 1).max(0)
+    return found
 
 
 def honeycomb(x: Array, y: Array, frequency: float) -> Array:
@@ -118,7 +124,8 @@ def honeycomb(x: Array, y: Array, frequency: float) -> Array:
         + np.cos(frequency * (h * y - x / 2))
         + np.cos(frequency * (-h * y - x / 2))
     )
-    return 1 - (c + 1.5) / 4.5
+    found: Array = 1 - (c + 1.5) / 4.5
+    return found
 
 
 def disc_points(rng: np.random.Generator, n: int, radius: float) -> Array:
@@ -143,7 +150,8 @@ def lab_to_linear(lightness: float, a: float, b: float) -> Array:
     to_rgb = np.array(
         [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]
     )
-    return np.clip(to_rgb @ xyz, 0.01, 1)
+    found: Array = np.clip(to_rgb @ xyz, 0.01, 1)
+    return found
 
 
 def encode(linear: Array) -> Array:

@@ -106,7 +106,8 @@ class ImageTable:
             with tables.opened(path) as f:
                 images = self._decode(f.read_row_group(number, columns=[self.column]).column(0))
             self._keep(group, np.ascontiguousarray(images))
-            return images[rows]
+            found: np.ndarray = images[rows]
+            return found
         self._slots.move_to_end(group)
         assert self._file is not None
         size, start = self._size(), self._slots[group] * self._slot_bytes()
@@ -129,7 +130,7 @@ class ImageTable:
             slot = len(self._slots)
             if slot and (slot + 1) * self._slot_bytes() > self.disk_bytes:
                 slot = self._slots.popitem(last=False)[1]
-            start, view = slot * self._slot_bytes(), memoryview(images).cast("B")
+            start, view = slot * self._slot_bytes(), images.data.cast("B")
             while len(view):  # a write may be cut short
                 done = os.pwrite(self._file.fileno(), view, start)
                 start, view = start + done, view[done:]

@@ -30,7 +30,7 @@ from adversa.storage import tables
 from adversa.types import UserError
 
 Mask = NDArray[np.bool_]
-Array = NDArray[np.floating]
+Array = NDArray[np.float64]
 
 GIVEN, FOUND, ELLIPSE = "given", "found", "ellipse"
 ELLIPSE_RADIUS = 0.7  # of the half sides: the central ellipse that overlaps HAM10000's masks best
@@ -256,14 +256,16 @@ def _distance_from_skin(image: np.ndarray, ok: Mask, field: _Field) -> Array | N
     light = ring & (lab[..., 0] >= np.quantile(lab[..., 0][ring], 2 / 3))
     away = (lab - np.median(lab[light], axis=0)) * WEIGHTS
     away[..., 0] *= np.where(away[..., 0] > 0, LIGHTER, 1)
-    return np.sqrt((away**2).sum(-1)) * ok
+    distance: Array = np.sqrt((away**2).sum(-1)) * ok
+    return distance
 
 
 def _blur(image: Array, ok: Mask, sigma: float) -> Array:
     """Gaussian mean [H, W, 3] over the pixels that are ok."""
     share = ndimage.gaussian_filter(ok.astype(np.float64), sigma)
     blurred = ndimage.gaussian_filter(image * ok[..., None], (sigma, sigma, 0))
-    return blurred / np.maximum(share, 1e-3)[..., None]
+    found: Array = blurred / np.maximum(share, 1e-3)[..., None]
+    return found
 
 
 def _central_pieces(mask: Mask, field: _Field) -> Mask:
@@ -279,4 +281,7 @@ def _central_pieces(mask: Mask, field: _Field) -> Mask:
     mask = (weight >= 0.5 * weight.max())[pieces] & (pieces > 0)
     k = max(1, round(5 * field.unit))
     closed = ndimage.distance_transform_edt(_near(np.pad(mask, k + 1), k)) > k
-    return ndimage.binary_fill_holes(_near(closed[k + 1 : -k - 1, k + 1 : -k - 1], field.unit))
+    filled: Mask = ndimage.binary_fill_holes(
+        _near(closed[k + 1 : -k - 1, k + 1 : -k - 1], field.unit)
+    )
+    return filled

@@ -42,7 +42,9 @@ def perceptual_hash(thumbs: np.ndarray) -> np.ndarray:
     c = np.round(BASIS @ thumbs.astype(np.float64) @ BASIS.T, 6).reshape(len(thumbs), LOW * LOW)
     bits = c > np.median(c[:, 1:], axis=1, keepdims=True)
     bits[:, 0] = False  # the mean says nothing about the picture
-    return (bits.astype(np.uint64) << np.arange(64, dtype=np.uint64)).sum(1, dtype=np.uint64)
+    placed = bits.astype(np.uint64) << np.arange(64, dtype=np.uint64)
+    found: np.ndarray = placed.sum(1, dtype=np.uint64)
+    return found
 
 
 def detail(thumbs: np.ndarray) -> np.ndarray:
@@ -56,7 +58,8 @@ def detail(thumbs: np.ndarray) -> np.ndarray:
     project = basis.T @ basis
     x = (x - project @ x @ project).reshape(len(x), -1)
     norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.divide(x, norm, out=np.zeros_like(x), where=norm > 1)  # less is rounding
+    found: np.ndarray = np.divide(x, norm, out=np.zeros_like(x), where=norm > 1)  # less is rounding
+    return found
 
 
 class Thumbs:

@@ -20,7 +20,7 @@ from adversa.config import Phantom
 from adversa.data import draw
 from adversa.data.draw import Array
 from adversa.data.lesions import COMMON_MODE, RARE_CLASS, RARE_MODE, lesion
-from adversa.types import seed_of
+from adversa.types import Pixels, seed_of
 
 CLASSES = ("nevus", "keratosis", "melanoma", "carcinoma", "vascular")  # from frequent to rare
 KINDS = [(label, mode) for label in CLASSES for mode in (COMMON_MODE, RARE_MODE)]
@@ -56,7 +56,7 @@ class Slots(Sequence[Slot]):
     has them all.
     """
 
-    def __init__(self, lesion: Array, view: Array, kind: Array) -> None:
+    def __init__(self, lesion: np.ndarray, view: np.ndarray, kind: np.ndarray) -> None:
         self.lesion, self.view, self.kind = (
             lesion.astype(np.int32),
             view.astype(np.uint8),
@@ -66,7 +66,7 @@ class Slots(Sequence[Slot]):
     def __len__(self) -> int:
         return len(self.lesion)
 
-    def __getitem__(self, i: int) -> Slot:  # type: ignore[override]
+    def __getitem__(self, i: int) -> Slot:  # type: ignore[override]  # no slices
         return Slot(int(self.lesion[i]), int(self.view[i]), *KINDS[self.kind[i]])
 
 
@@ -93,16 +93,16 @@ def slots(config: Phantom) -> Slots:
             rare += size * (mode == RARE_MODE)
             kinds.append(KINDS.index((label, mode)))
     order = rng.permutation(len(sizes))
-    size = np.array(sizes)[order]
-    lesion = np.repeat(np.arange(len(size)), size)
-    view = np.arange(len(lesion)) - np.repeat(np.cumsum(size) - size, size)
+    pictures = np.array(sizes)[order]
+    lesion = np.repeat(np.arange(len(pictures)), pictures)
+    view = np.arange(len(lesion)) - np.repeat(np.cumsum(pictures) - pictures, pictures)
     picked = rng.permutation(len(lesion))
     return Slots(lesion[picked], view[picked], np.array(kinds)[order][lesion[picked]])
 
 
 def picture(
     index: int, config: Phantom, size: int = 96
-) -> tuple[Array, Array, str, str, dict[str, str]]:
+) -> tuple[Pixels, Pixels, str, str, dict[str, str]]:
     """Picture `index` in [0, config.images).
 
     Image uint8 [S, S, 3], mask uint8 [S, S] (0 or 255), label, group, attributes.

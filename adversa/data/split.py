@@ -64,7 +64,7 @@ def split(
 
 def _deal(n: int, shares: Sequence[float]) -> list[int]:
     """n split by shares that add up to 1: largest remainder, each at least 1. n >= len(shares)."""
-    counts = largest_remainder([n * s for s in shares], n).tolist()
+    counts: list[int] = largest_remainder([n * s for s in shares], n).tolist()
     while min(counts) < 1:
         counts[counts.index(max(counts))] -= 1
         counts[counts.index(min(counts))] += 1

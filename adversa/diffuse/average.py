@@ -30,7 +30,8 @@ def decay(config: cfg.Denoiser, step: int, scratch: bool) -> float:
     forgotten.
     """
     if config.ema_width is not None:
-        return (1 - 1 / step) ** (power_exponent(config.ema_width) + 1)
+        found: float = (1 - 1 / step) ** (power_exponent(config.ema_width) + 1)
+        return found
     return min(config.ema, step / (9 + step)) if scratch else config.ema
 
 

@@ -147,7 +147,8 @@ class Batch:
 
     def __post_init__(self) -> None:
         assert self.size >= 2, self.size
-        self._rows, self._order = [None] * self.size, []  # slots, the oldest row's first
+        self._rows = [None] * self.size
+        self._order: list[int] = []  # slots, the oldest row's first
         self.point = torch.zeros(self.size, *self.shape, device=self.device)
         self.memory, self.label = (
             torch.zeros_like(self.point),

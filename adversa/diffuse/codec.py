@@ -15,11 +15,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adversa import config as cfg
 from adversa.diffuse import pretrained
@@ -27,6 +27,9 @@ from adversa.diffuse.edm import to_images, to_tensor
 from adversa.storage import files, weights
 from adversa.storage.path import StoragePath, storage_path
 from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
 
 KIND = "codec"
 CLASSES = {"tiny": "AutoencoderTiny", "kl": "AutoencoderKL"}
@@ -43,7 +46,7 @@ class ImageCodec:
     shift, scale [C].
     """
 
-    model: nn.Module
+    model: ModelMixin
     meta: dict[str, Any]
     fingerprint: str
     shift: Tensor
@@ -61,7 +64,8 @@ class ImageCodec:
 
         def run(x: Tensor) -> Tensor:
             found = self.model.encode(x)
-            return found.latent_dist.mode() if name == "AutoencoderKL" else found.latents
+            result: Tensor = found.latent_dist.mode() if name == "AutoencoderKL" else found.latents
+            return result
 
         return self._passes(lambda part: run(to_tensor(part).to(self.device)), images)
 
@@ -81,7 +85,8 @@ class ImageCodec:
         gradients go through.
         """
         shift, scale = (v.to(x.device).view(-1, 1, 1) for v in (self.shift, self.scale))
-        return (self.model.decode(x / scale + shift).sample + 1) / 2
+        found: Tensor = (self.model.decode(x / scale + shift).sample + 1) / 2
+        return found
 
     @torch.no_grad()
     def _passes(self, run: Callable[[Any], Tensor], x: Any) -> Tensor:
@@ -93,26 +98,27 @@ class ImageCodec:
         return torch.cat(done)
 
 
-def build(config: cfg.Codec) -> nn.Module:
+def build(config: cfg.Codec) -> ModelMixin:
     """The autoencoder that `fit_codec` fits, diffusers' AutoencoderTiny, with fresh weights (the
     global torch generator's).
 
     No residual block encodes at the full resolution and one decodes there: a block costs four times
     as much there as a level down.
     """
-    from diffusers import AutoencoderTiny
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     widths, inner = (config.width,) * (config.halvings + 1), (config.blocks,) * config.halvings
-    return AutoencoderTiny(
+    found: ModelMixin = AutoencoderTiny(
         encoder_block_out_channels=widths,
         decoder_block_out_channels=widths,
         num_encoder_blocks=(0, *inner),
         num_decoder_blocks=(*inner, 1),
         latent_channels=config.latent_channels,
     )
+    return found
 
 
-def describe(model: nn.Module, source: str, **extra: Any) -> dict[str, Any]:
+def describe(model: ModelMixin, source: str, **extra: Any) -> dict[str, Any]:
     """The config.json that rebuilds an autoencoder: its class and arguments, channels, factor and
     its own shift and scale.
     """
@@ -200,9 +206,8 @@ def load(
 
 def scaled(codec: ImageCodec, space: dict[str, Any]) -> ImageCodec:
     """The same codec with another shift and scale."""
-    return replace(
-        codec, **{k: torch.tensor(space[k], dtype=torch.float32) for k in ("shift", "scale")}
-    )
+    shift, scale = (torch.tensor(space[k], dtype=torch.float32) for k in ("shift", "scale"))
+    return replace(codec, shift=shift, scale=scale)
 
 
 def fetch(config: cfg.Codec, resolution: int, out: StoragePath) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from adversa.training.loop import Batch
 from adversa.training.schedule import log_steps, set_rates
 from adversa.types import digest, seed_of
 
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
+
 SHOWN = 8  # columns of reconstructions.png
 # Noise on the latents in training, against their range of [-3, 3] (the decoder's tanh): a
 # denoiser's answers are never exact, and latents that may lie anywhere within the noise of each
@@ -33,12 +36,13 @@ NOISE = 0.05
 class Autoencoder(nn.Module):
     """Encoder, noise, decoder: one forward pass, so that data parallelism can wrap it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: ModelMixin) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        return self.model.decode(self.model.encode(x).latents + noise).sample
+        found: Tensor = self.model.decode(self.model.encode(x).latents + noise).sample
+        return found
 
 
 def fit_codec(
@@ -74,7 +78,8 @@ def fit_codec(
     with loop.session(threads) as device:
         torch.manual_seed(seed_of("codec", seed))
         model = codec.build(config)
-        model.to(device, memory_format=torch.channels_last).train()
+        module: nn.Module = model  # whose `to` has types
+        module.to(device).to(memory_format=torch.channels_last).train()
         training = _describe(config, model, recipe, seed, device)
         record = loop.run(training, batches, loop.load(out, recipe), out, report, committed)
         if process_group.is_main_process():
@@ -118,7 +123,7 @@ def turned(x: Tensor, views: int, generator: torch.Generator, rows: slice, size:
 
 
 def _describe(
-    config: cfg.Codec, model: nn.Module, recipe: str, seed: int, device: torch.device
+    config: cfg.Codec, model: ModelMixin, recipe: str, seed: int, device: torch.device
 ) -> loop.Training:
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(

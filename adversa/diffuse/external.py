@@ -25,7 +25,7 @@ import hashlib
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from adversa.diffuse import pretrained
 from adversa.storage import weights
 from adversa.storage.path import StoragePath
 from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
 
 KIND = "external"
 EMBEDDINGS = "class_embeddings.safetensors"
@@ -65,9 +68,12 @@ class ExternalDenoiser(nn.Module):
     rising, float64.
     """
 
+    log_sigmas: Tensor
+    embeddings: Tensor | None
+
     def __init__(
         self,
-        unet: nn.Module,
+        unet: ModelMixin,
         sigmas: Tensor,
         prediction: str,
         num_classes: int,
@@ -130,9 +136,10 @@ class ExternalDenoiser(nn.Module):
             else {"encoder_hidden_states": self.embeddings[label]}
         )
         out = self.unet(x, t.float(), return_dict=False, **condition)[0]
-        return out[
+        found: Tensor = out[
             :, : x.shape[1]
         ].float()  # the rest is a learned variance, which no solver of the ODE asks for
+        return found
 
 
 def _rows(v: Tensor) -> Tensor:
@@ -199,7 +206,7 @@ def table(settings: dict[str, Any], path: str = "") -> Tensor:
     At a terminal abar of 0 (Lin et al. 2024) sigma is infinite; 2^-24 stands for it, as in
     diffusers' EulerDiscreteScheduler.
     """
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     if (
         not {"beta_schedule", "trained_betas"} & settings.keys()
@@ -211,7 +218,7 @@ def table(settings: dict[str, Any], path: str = "") -> Tensor:
             "one of the DDPM family",
         )
     try:
-        abar = DDPMScheduler(
+        abar: Tensor = DDPMScheduler(
             **{k: settings[k] for k in TABLE if settings.get(k) is not None}
         ).alphas_cumprod.double()
     except (NotImplementedError, TypeError, ValueError) as e:

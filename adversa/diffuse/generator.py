@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,21 +40,20 @@ class ImageGenerator:
     @property
     def side(self) -> int:
         """The side of the images, in pixels."""
-        return self.meta["resolution"] * (1 if self.codec is None else self.codec.meta["factor"])
+        factor: int = 1 if self.codec is None else self.codec.meta["factor"]
+        return factor * int(self.meta["resolution"])
 
     def pipeline(
         self, config: cfg.Generate, steering: Steering | None = None
     ) -> GenerationPipeline:
         """The pipeline that generates with these settings."""
-        space = (
-            {}
-            if self.codec is None
-            else {"encode": self.codec.to_space, "decode": self.codec.decode}
-        )
         denoiser = self.compiled(config.batch_size, config.amp) if config.compile else self.denoiser
-        return GenerationPipeline(
-            denoiser, self.meta, config, self.device, steering=steering or Steering(), **space
+        found = GenerationPipeline(
+            denoiser, self.meta, config, self.device, steering=steering or Steering()
         )
+        if self.codec is None:
+            return found
+        return replace(found, encode=self.codec.to_space, decode=self.codec.decode)
 
     def compiled(self, rows: int, amp: bool) -> edm.DenoiserFn:
         """The denoiser, compiled for so many rows.
@@ -142,7 +141,8 @@ def read(folder: StoragePath, device: torch.device) -> tuple[edm.DenoiserFn, dic
     Raises:
         UserError: The folder holds no denoiser.
     """
-    return (external if _kind(folder) == external.KIND else edm).load(folder, device)
+    load_ = external.load if _kind(folder) == external.KIND else edm.load
+    return load_(folder, device)
 
 
 def fingerprint(folder: StoragePath) -> str:
@@ -154,7 +154,8 @@ def fingerprint(folder: StoragePath) -> str:
 
 def _kind(folder: StoragePath) -> str | None:
     try:
-        return json.loads((folder / weights.CONFIG).read_text()).get("kind")
+        found: str | None = json.loads((folder / weights.CONFIG).read_text()).get("kind")
+        return found
     except (OSError, json.JSONDecodeError) as e:
         raise UserError(f"{folder} holds no denoiser ({e}); give a denoiser's folder") from None
 
@@ -172,8 +173,8 @@ def compile_(
     """
     from torch._dynamo.exc import TorchDynamoException
 
-    graphs = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
-    made: Any = torch.compile(denoiser, dynamic=False, **graphs)
+    graphs = device.type == "cuda"
+    made = torch.compile(denoiser, dynamic=False, mode="reduce-overhead" if graphs else None)
 
     def run(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         answer = made(x, sigma, label)

@@ -8,6 +8,8 @@ the null class. What was measured is in benchmarks/LOG.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 
 from adversa import config as cfg
 from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 TIME_WIDTH = 256  # sinusoids of the noise level
 # Attention over at most so many tokens is written out on the CPU, where torch's fused kernel takes
@@ -36,16 +41,16 @@ def build_network(config: cfg.Denoiser, channels: int, side: int, num_classes: i
             f"data.resolution: the diffused side {side} must be a multiple of {factor} = "
             f"denoiser.patch{levels}"
         )
-    make = unet2d if unet else Transformer
+    make: Callable[[cfg.Denoiser, int, int, int], nn.Module] = unet2d if unet else Transformer
     return make(config, channels * config.patch**2, side // config.patch, num_classes).to(
         memory_format=torch.channels_last
     )
 
 
-def unet2d(config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> nn.Module:
+def unet2d(config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> UNet2DModel:
     """diffusers' UNet2DModel with class and noise level as scale and shift of its norms."""
-    from diffusers import UNet2DModel
     from diffusers.models.attention_processor import Attention, AttnProcessor
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     levels, common = len(config.channels), math.gcd(*config.channels)
     if common % 8:
@@ -61,7 +66,7 @@ def unet2d(config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> 
     down, up = ["DownBlock2D"] * levels, ["UpBlock2D"] * levels
     if config.attention:
         down[-1], up[0] = "AttnDownBlock2D", "AttnUpBlock2D"
-    unet = UNet2DModel(
+    unet: UNet2DModel = UNet2DModel(
         sample_size=side,
         in_channels=channels,
         out_channels=channels,
@@ -77,8 +82,10 @@ def unet2d(config: cfg.Denoiser, channels: int, side: int, num_classes: int) -> 
         num_class_embeds=num_classes + 1,
     )
     for block in unet.up_blocks:
-        if block.upsamplers is not None:
-            block.upsamplers = nn.ModuleList(Double(m.conv) for m in block.upsamplers)
+        if isinstance(block.upsamplers, nn.ModuleList):
+            block.upsamplers = nn.ModuleList(
+                Double(m.get_submodule("conv")) for m in block.upsamplers
+            )
     if (side >> (levels - 1)) ** 2 <= MOST_EXPLICIT and not torch.cuda.is_available():
         for m in unet.modules():
             if isinstance(m, Attention):
@@ -97,20 +104,20 @@ class Double(nn.Module):
         self.conv = conv
 
     def forward(self, h: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        return self.conv(
+        found: Tensor = self.conv(
             F.interpolate(h, scale_factor=2.0 if size is None else None, size=size, mode="nearest")
         )
+        return found
 
 
-def _zero_outputs(unet: nn.Module) -> None:
+def _zero_outputs(unet: UNet2DModel) -> None:
     """Residual branches and the last layer begin at zero: D starts as c_skip x, the best linear
     guess for white data.
     """
     from diffusers.models.resnet import ResnetBlock2D
 
-    for layer in [m.conv2 for m in unet.modules() if isinstance(m, ResnetBlock2D)] + [
-        unet.conv_out
-    ]:
+    branches = (m.conv2 for m in unet.modules() if isinstance(m, ResnetBlock2D))
+    for layer in (*branches, unet.conv_out):
         _zero(layer)
 
 
@@ -155,7 +162,8 @@ class Transformer(nn.Module):
                 nn.init.zeros_(m.bias)
         for weight in (self.label.weight, self.time.linear_1.weight, self.time.linear_2.weight):
             nn.init.normal_(weight, std=0.02)
-        for layer in (self.modulation, self.write, *(b.modulation for b in self.blocks)):
+        gates = (m.modulation for m in self.modules() if isinstance(m, Block))
+        for layer in (self.modulation, self.write, *gates):
             _zero(layer)
 
     def forward(
@@ -216,13 +224,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)) v of [B, heads, T, d]."""
     if q.device.type != "cpu" or q.shape[2] > MOST_EXPLICIT:
         return F.scaled_dot_product_attention(q, k, v)
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    found: Tensor = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    return found
 
 
 def _norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
-def _zero(layer: nn.Module) -> None:
+def _zero(layer: nn.Linear | nn.Conv2d) -> None:
+    assert layer.bias is not None
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -80,6 +80,9 @@ class Uncertainty(nn.Module):
     nothing else.
     """
 
+    frequencies: Tensor
+    phases: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(FEATURES))

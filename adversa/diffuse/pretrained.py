@@ -8,18 +8,21 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from adversa.storage import hub
 from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # what diffusers calls a model's weights
 
 
-def load(where: str, key: str, allowed: Sequence[str], local: bool) -> nn.Module:
+def load(where: str, key: str, allowed: Sequence[str], local: bool) -> ModelMixin:
     """The model of a diffusers folder (local) or a hub id, in float32 and eval mode. key: of the
     configuration, for messages.
 
@@ -74,7 +77,8 @@ def load(where: str, key: str, allowed: Sequence[str], local: bool) -> nn.Module
             f"{key} {where}: its weights lack or misfit {len(wrong)} tensors of its "
             f"config.json, {wrong[0]} first"
         )
-    return model.eval().requires_grad_(False)
+    found: ModelMixin = model.eval().requires_grad_(False)
+    return found
 
 
 def _class_name(where: str, local: bool) -> str:

@@ -186,4 +186,5 @@ def composed(generated: np.ndarray, request: GenerationRequest, sources: Sources
     mask = (sources.inside if request.strategy == "inpaint" else sources.outside)[request.example][
         ..., None
     ]
-    return np.rint(source + mask * (generated.astype(np.float32) - source)).astype(np.uint8)
+    mixed: np.ndarray = np.rint(source + mask * (generated.astype(np.float32) - source))
+    return mixed.astype(np.uint8)

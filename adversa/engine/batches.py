@@ -16,7 +16,7 @@ import numpy as np
 from adversa.data.loader import ImageTable, draw_order
 from adversa.storage import files, tables
 from adversa.storage.path import StoragePath
-from adversa.types import share_of
+from adversa.types import Floats, share_of
 
 # "id": list[str], "label": int64 [B], and "image": uint8 [B, H, W, 3] or "latent": float32 [B, C,
 # h, w]; "size": int, the rows of the whole batch, of which these B are one worker's
@@ -121,10 +121,11 @@ def _open(feed: Feed) -> _Opened:
     return _Opened(feed)
 
 
-def balanced(weights: np.ndarray, labels: np.ndarray, balance: float) -> np.ndarray:
+def balanced(weights: np.ndarray, labels: np.ndarray, balance: float) -> Floats:
     """Weights [N] scaled within each class so that class c's total is proportional to (its
     total)^(1 - balance).
     """
     totals = np.bincount(labels, weights=weights)
     scale = np.divide(1.0, totals**balance, out=np.zeros_like(totals), where=totals > 0)
-    return weights * scale[labels]
+    found: Floats = weights * scale[labels]
+    return found

@@ -112,8 +112,9 @@ def worker_asks(cpus: float, gpus: float, workers: int) -> dict[str, float]:
     // 0.33 is 2.
     """
     free = (cpus - 1) / workers
-    share = min(1.0, 2.0 ** math.floor(math.log2(free))) if free > 0 else 0
-    return ({"CPU": share} if share else {"memory": 1}) | ({"GPU": 1} if gpus else {})
+    share = min(1.0, 2.0 ** math.floor(math.log2(free))) if free > 0 else 0.0
+    asks: dict[str, float] = {"CPU": share} if share else {"memory": 1}
+    return asks | ({"GPU": 1} if gpus else {})
 
 
 def workers_on(nodes: Sequence[Node], asks: dict[str, float], count: int) -> list[int]:

@@ -112,7 +112,8 @@ class Inline:
         return self._now(worker.place())
 
     def load(self, worker: Sampler, place: int) -> int:
-        return self._now(worker.load(self.make, self.out, self.threads, None))
+        worker.load(self.make, self.out, self.threads, None)
+        return self._now(None)
 
     def do(self, worker: Sampler, tasks: Sequence[Task]) -> int:
         return self._now(worker.do(tasks))

@@ -193,7 +193,7 @@ def trained(c: Config, folder: Path, threads: int) -> Iterator[Kind]:
 
         return Kind(name, "workers", rows, work)
 
-    network = {"num_classes": len(CLASSES), "resolution": c.data.resolution}
+    network: dict[str, Any] = {"num_classes": len(CLASSES), "resolution": c.data.resolution}
     scored = network | {"counts": [1, 1], "priors": [0.5, 0.5], "select": lambda: [batch(2)]}
     yield training("classifier", fit_classifier, c.classifier, **scored)
     if not c.mix.generates:
@@ -224,7 +224,9 @@ def applied(c: Config, folder: Path) -> Iterator[Kind]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     some, size = pictures(CHUNK, c.data.resolution), c.generate.batch_size
 
-    def kind(name: str, load: Callable[[], Callable[[int], Any]], rows: int, by="tasks") -> Kind:
+    def kind(
+        name: str, load: Callable[[], Callable[[int], object]], rows: int, by: str = "tasks"
+    ) -> Kind:
         def work(sizes: Iterable[int]) -> None:
             step = load()
             for rows in sizes:
@@ -232,27 +234,32 @@ def applied(c: Config, folder: Path) -> Iterator[Kind]:
 
         return Kind(name, by, rows, work)
 
-    def reader() -> Callable[[int], Any]:
+    def reader() -> Callable[[int], object]:
         listing = sources.list_records(c.data)
         decode = images.make_decoder(c.data, listing.classes)
         records = itertools.cycle(listing.records[:: max(1, len(listing.records) // 100)])
-        next_ = lambda rows: decode(list(itertools.islice(records, rows)))  # noqa: E731
-        return lambda rows: [tables.encode_png(d.image) for d in next_(rows) if d.image is not None]
 
-    def scorer(name: str) -> Callable[[int], Any]:
+        def read(rows: int) -> list[bytes]:
+            decoded = decode(list(itertools.islice(records, rows)))
+            return [tables.encode_png(d.image) for d in decoded if d.image is not None]
+
+        return read
+
+    def scorer(name: str) -> Callable[[int], object]:
         score = make_scorer(folder / name)
         return lambda rows: score(some[:rows])
 
-    def encoder() -> Callable[[int], Any]:
+    def encoder() -> Callable[[int], object]:
         loaded = codec.load(folder / "codec", device)
         return lambda rows: loaded.encode(some[:rows])
 
-    def index() -> Callable[[int], Any]:
+    def index() -> Callable[[int], object]:
         found = NearCopy([str(i) for i in range(len(some))], some)
         return lambda rows: found.nearest(some[:rows])
 
-    def denoiser() -> Callable[[int], Any]:
+    def denoiser() -> Callable[[int], object]:
         """One evaluation, which is nearly all of what a sampler does."""
+        model: torch.nn.Module
         if c.denoiser.external:
             classes = len(sources.list_records(c.data).classes)
             model = external.read(c.denoiser.external, classes).to(device).eval()

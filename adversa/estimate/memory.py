@@ -84,7 +84,8 @@ def least(config: Config, classes: int = 7) -> dict[str, int]:
     from adversa.diffuse import edm
 
     def weights(network: Any) -> int:
-        return 4 * sum(p.numel() for p in network.parameters())
+        found: int = 4 * sum(p.numel() for p in network.parameters())
+        return found
 
     c, found = config.codec, {}
     with torch.device("meta"):

@@ -18,7 +18,7 @@ class ReliabilityBin:
 
     low: float
     high: float
-    n: int
+    n: float
     confidence: float | None
     accuracy: float | None
 
@@ -48,4 +48,5 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[
 def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
     """ECE in [0, 1] of the bins of `reliability`."""
     total = sum(b.n for b in bins)
-    return sum(b.n * abs(b.accuracy - b.confidence) for b in bins if b.n) / total
+    known = ((b.n, b.accuracy, b.confidence) for b in bins if b.n)
+    return sum(n * abs(a - c) for n, a, c in known if a is not None and c is not None) / total

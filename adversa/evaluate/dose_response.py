@@ -207,7 +207,8 @@ def seed_draws(
     if len(effects) > 1:
         apart = max(0.0, float(np.var(effects, ddof=1)) - sd**2 / len(y)) / len(effects)
         noise += np.sqrt(apart) * rng.standard_t(len(effects) - 1, size=(b, 1))
-    return mean + noise + (0.0 if lesions is None else lesions - np.mean(lesions, 0))
+    found: np.ndarray = mean + noise + (0.0 if lesions is None else lesions - np.mean(lesions, 0))
+    return found
 
 
 def response(
@@ -249,8 +250,9 @@ def response(
     if flat > 1 - level:  # noise about a flat row finds, among all scales, as good a curve
         gain_low, gain_high = min(gain_low, 0.0), max(gain_high, 0.0)
     saturation_low, saturation_high = _saturation_points(x, scales, p, 1 - level, curve)
-    misfit = misfit if len(x) > 3 else None
-    kind = _kind(gain_low, gain_high, misfit, saturation_low, saturation_high, x)
+    kind = _kind(
+        gain_low, gain_high, misfit if len(x) > 3 else None, saturation_low, saturation_high, x
+    )
     measured = float(mean[-1] - mean[0])
     measured_low, measured_high = (
         measured + np.percentile(noise[:, -1] - noise[:, 0], tails)
@@ -413,7 +415,8 @@ def _noise(
     least = int(np.ceil(2 / (1 - level) - 1e-9))
     if len(found) < least:
         raise UserError(f"{len(found)} replicates; an interval at {level:g} needs at least {least}")
-    return found - found.mean(0)
+    result: np.ndarray = found - found.mean(0)
+    return result
 
 
 def _plain(x: np.ndarray) -> tuple[float, ...]:
@@ -447,7 +450,8 @@ def _apart(x: np.ndarray, weights: np.ndarray, scales: np.ndarray) -> np.ndarray
     weighted sum of squares.
     """
     curve = _shape(x - x[0], scales[:, None])
-    return np.sqrt(weights) * (curve - (curve @ weights)[:, None])
+    found: np.ndarray = np.sqrt(weights) * (curve - (curve @ weights)[:, None])
+    return found
 
 
 def _solve(x: np.ndarray, mean: np.ndarray, weights: np.ndarray, scale: float) -> Curve:
@@ -513,7 +517,8 @@ def _compatible(
 
     def most(k: int) -> np.ndarray:
         taken = (cross[k] * along[k])[:, None] + free
-        return np.square(taken, out=taken).max(0)
+        found: np.ndarray = np.square(taken, out=taken).max(0)
+        return found
 
     less = along[best] ** 2 - along**2 - _TINY
     p = np.array(
@@ -648,7 +653,8 @@ def real_curve(means: np.ndarray) -> np.ndarray:
         np.inf,
     )
     least = np.minimum.accumulate(of[:, :, ::-1], axis=2)[:, :, ::-1]  # over j >= r
-    return np.where(first <= last, least, -np.inf).max(1)
+    found: np.ndarray = np.where(first <= last, least, -np.inf).max(1)
+    return found
 
 
 def _equivalent(log_counts: np.ndarray, curves: np.ndarray, score: np.ndarray) -> np.ndarray:

@@ -80,16 +80,16 @@ def by_attribute(
     """
     logits = np.asarray(logits)
     logits = logits if logits.ndim == 3 else logits[None]
-    labels, groups = np.asarray(labels), np.asarray(groups)
+    labels, group = np.asarray(labels), np.asarray(groups)
     found = []
-    for value, rows, lesions in _parts(attributes, attribute, groups):
-        given = logits[:, rows], labels[rows], groups[rows]
+    for value, rows, lesions in _parts(attributes, attribute, group):
+        given = logits[:, rows], labels[rows], group[rows]
         point, _ = draws(*given, 0, seed, classes, measures, thresholds, only)
         metrics = {
             name: float(x[:, 0].mean()) for name, x in point.items() if np.isfinite(x[:, 0]).all()
         }
         small = lesions < SMALL
-        alone = fewest(labels[rows], groups[rows]) < 2
+        alone = fewest(labels[rows], group[rows]) < 2
         ranges = (
             {}
             if small or alone
@@ -114,15 +114,15 @@ def compare_by_attribute(
     """`compare` (logits [S, N, K]) within every subgroup that is not small and where the metric has
     a value, Holm over those.
     """
-    labels, groups = np.asarray(labels), np.asarray(groups)
-    parts = _parts(attributes, attribute, groups)
+    labels, group = np.asarray(labels), np.asarray(groups)
+    parts = _parts(attributes, attribute, group)
     names = classes or [str(k) for k in range(logits_a.shape[2])]
     small = {
-        value: n < SMALL or fewest(labels[rows], groups[rows]) < FEW for value, rows, n in parts
+        value: n < SMALL or fewest(labels[rows], group[rows]) < FEW for value, rows, n in parts
     }
     tested = {}
     for value, rows, _ in parts:
-        a, b, given = logits_a[:, rows], logits_b[:, rows], (labels[rows], groups[rows])
+        a, b, given = logits_a[:, rows], logits_b[:, rows], (labels[rows], group[rows])
         if (
             not small[value]
             and np.isfinite(draws(a, *given, 0, seed, names, only=metric)[0][metric]).all()
@@ -132,7 +132,7 @@ def compare_by_attribute(
     found = []
     for value, rows, lesions in parts:
         c, p = tested.get(value), adjusted.get(value)
-        said = None if c is None else word(c.low, c.high) if p < 0.05 else "not shown"
+        said = None if c is None or p is None else word(c.low, c.high) if p < 0.05 else "not shown"
         found.append(
             SubgroupComparison(attribute, value, len(rows), lesions, small[value], c, p, said)
         )

@@ -9,6 +9,7 @@ Areas under curves sort the scores once. Arrays: logits float64 [N, K], labels i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -59,23 +60,15 @@ def values(
             f"pauc@{level(measures.floor, group)}",
             f"pauc_norm@{level(measures.floor, group)}",
         ]
-        families.append(
-            (
-                areas,
-                lambda s=score, p=positive, n=areas: _areas(
-                    s, p, index, weights, n, measures.floor
-                ),
-            )
-        )
+        given = score, positive, index, weights
+        families.append((areas, partial(_areas, *given, areas, measures.floor)))
         points = {
             level(s, group): limits[level(s, group)]
             for s in measures.specificities
             if level(s, group) in limits
         }
         names = [f"{side}@{at}" for at in points for side in ("sensitivity", "specificity")]
-        families.append(
-            (names, lambda s=score, p=positive, at=points: _points(s, p, index, weights, at))
-        )
+        families.append((names, partial(_points, *given, points)))
     known = [name for names, _ in families for name in names]
     if only is not None and only not in known:
         raise UserError(f"metric {only!r} is not measured here; there are {', '.join(known)}")
@@ -100,7 +93,8 @@ def confusions(
     """
     k = logits.shape[1]
     cell = labels * k + logits.argmax(1)
-    return (weights @ _by_group(cell, None, index, weights.shape[1], k * k)).reshape(-1, k, k)
+    found: np.ndarray = weights @ _by_group(cell, None, index, weights.shape[1], k * k)
+    return found.reshape(-1, k, k)
 
 
 def from_confusion(counts: np.ndarray, classes: Sequence[str]) -> Values:
@@ -141,7 +135,8 @@ def auroc_macro(
     area = areas(curves, index, weights)
     defined = np.isfinite(area)
     with np.errstate(invalid="ignore"):
-        return np.where(defined, area, 0).sum(0) / defined.sum(0)
+        found: np.ndarray = np.where(defined, area, 0).sum(0) / defined.sum(0)
+        return found
 
 
 def areas(
@@ -180,7 +175,8 @@ def _whole_area(score: np.ndarray, positive: np.ndarray) -> Callable[[np.ndarray
         p = w[:, pos]
         won = np.einsum("rp,rp->r", p, below[:, low]) + np.einsum("rp,rp->r", p, below[:, high])
         with np.errstate(invalid="ignore", divide="ignore"):
-            return won / 2 / (p.sum(1) * below[:, -1])
+            found: np.ndarray = won / 2 / (p.sum(1) * below[:, -1])
+            return found
 
     return area
 
@@ -210,7 +206,8 @@ def _area(w: np.ndarray, positive: np.ndarray, starts: np.ndarray, floor: float)
     )  # what of the lowest positives is yet to be counted
     part = np.clip(np.divide(room, p, out=np.zeros_like(p), where=p > 0), 0, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (part * p * (below + part * n / 2)).sum(1) / (positives * negatives)
+        found: np.ndarray = (part * p * (below + part * n / 2)).sum(1) / (positives * negatives)
+        return found
 
 
 def _areas(
@@ -251,9 +248,10 @@ def _brier(
     off = ((probability - np.eye(probability.shape[1])[labels]) ** 2).sum(1)
     whole = np.zeros(len(labels), int)
     g = weights.shape[1]
-    return (weights @ _by_group(whole, off, index, g, 1))[:, 0] / (
+    found: np.ndarray = (weights @ _by_group(whole, off, index, g, 1))[:, 0] / (
         weights @ _by_group(whole, None, index, g, 1)
     )[:, 0]
+    return found
 
 
 def _ece(
@@ -264,7 +262,8 @@ def _ece(
     cell = bin_of(confidence, bins)
     gap = weights @ _by_group(cell, confidence - right, index, weights.shape[1], bins)
     total = weights @ np.bincount(index, minlength=weights.shape[1])
-    return np.abs(gap).sum(1) / total
+    found: np.ndarray = np.abs(gap).sum(1) / total
+    return found
 
 
 def _by_group(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from adversa.mine.association import Finding
 from adversa.mine.modes import FailureModes, phrase
+from adversa.types import Json
 
 HEADER = (
     "mode",
@@ -25,7 +25,7 @@ def rows(found: FailureModes, classes: Sequence[str]) -> list[tuple[str, ...]]:
     """One row a mode, in HEADER's columns: name, errors, near misses, share, confusions, medoid,
     nearest image that is right.
     """
-    table = []
+    table: list[tuple[str, ...]] = []
     for mode in found.modes:
         confused = ", ".join(f"{classes[c]} {n}" for c, n in mode.confused)
         near = (
@@ -75,12 +75,12 @@ def interval(f: Finding) -> str:
     return f"{odds} (95%: {f.low:.2g} to {high})"
 
 
-def plain(found: FailureModes) -> dict[str, Any]:
+def plain(found: FailureModes) -> Json:
     """For JSON, which knows no infinity: an odds ratio (or its end) without bound becomes None."""
-    return _finite(asdict(found))
+    return {name: _finite(value) for name, value in asdict(found).items()}
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

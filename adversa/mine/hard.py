@@ -52,7 +52,8 @@ def farthest_first(points: np.ndarray, count: int) -> list[int]:
 
     Gonzalez 1985: the covering radius is within a factor 2 of the best.
     """
-    taken, distance = [], np.full(len(points), np.inf)
+    taken: list[int] = []
+    distance = np.full(len(points), np.inf)
     while len(taken) < min(count, len(points)):
         taken.append(int(distance.argmax()) if taken else 0)
         distance = np.minimum(distance, ((points - points[taken[-1]]) ** 2).sum(axis=1))
@@ -135,4 +136,6 @@ def hard_cases(
 def unit(points: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1; a row of zeros stays one."""
     assert np.isfinite(points).all(), "embeddings that are not finite reached mining"
-    return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    length = np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    scaled: np.ndarray = points / length
+    return scaled

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import log_softmax
 
-from adversa.types import UserError
+from adversa.types import Floats, UserError
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,32 @@ class Evidence:
         )
 
 
-Scorer = Callable[[Evidence], np.ndarray]
+Scorer = Callable[[Evidence], Floats]
 
 
-def loss(evidence: Evidence) -> np.ndarray:
+def loss(evidence: Evidence) -> Floats:
     """-ln p[label], in nats."""
-    return -_mean_log_p(evidence)[np.arange(len(evidence.labels)), evidence.labels]
+    found: Floats = -_mean_log_p(evidence)[np.arange(len(evidence.labels)), evidence.labels]
+    return found
 
 
-def margin(evidence: Evidence) -> np.ndarray:
+def margin(evidence: Evidence) -> Floats:
     """The largest other p minus p[label], in [-1, 1]: above 0 is wrong."""
     p, rows = np.exp(_mean_log_p(evidence)), np.arange(len(evidence.labels))
-    own = p[rows, evidence.labels]
+    own: Floats = p[rows, evidence.labels]
     p[rows, evidence.labels] = -1
-    return p.max(axis=1) - own
+    most: Floats = p.max(axis=1)
+    return most - own
 
 
-def entropy(evidence: Evidence) -> np.ndarray:
+def entropy(evidence: Evidence) -> Floats:
     """-sum p ln p of the mean probability, in nats: all the doubt there is. Does not look at the
     label.
     """
     return _entropy(_mean_log_p(evidence))
 
 
-def bald(evidence: Evidence) -> np.ndarray:
+def bald(evidence: Evidence) -> Floats:
     """Mutual information of prediction and model, in nats: the entropy of the mean minus the mean
     of the entropies.
 
@@ -75,11 +77,11 @@ def bald(evidence: Evidence) -> np.ndarray:
             f"scorer bald: {members} classifier; it measures how classifiers disagree: "
             "give two or more, or take loss"
         )
-    own = _entropy(_log_p(evidence.logits)).mean(axis=0)
+    own: Floats = _entropy(_log_p(evidence.logits)).mean(axis=0)
     return np.maximum(entropy(evidence) - own, 0)  # below 0 by rounding alone: entropy is concave
 
 
-def forgetting(evidence: Evidence) -> np.ndarray:
+def forgetting(evidence: Evidence) -> Floats:
     """How often an image went from right to wrong between two moments (Toneva et al. 2019).
     UserError without a history.
 
@@ -104,7 +106,7 @@ SCORERS: dict[str, Scorer] = {
 }
 
 
-def scores(name: str, evidence: Evidence) -> np.ndarray:
+def scores(name: str, evidence: Evidence) -> Floats:
     """float64 [N] of the scorer called `name`. UserError for a name that is none, or for evidence
     that it needs and has not.
     """
@@ -113,19 +115,22 @@ def scores(name: str, evidence: Evidence) -> np.ndarray:
     return SCORERS[name](evidence)
 
 
-def _log_p(logits: np.ndarray) -> np.ndarray:
+def _log_p(logits: np.ndarray) -> Floats:
     """In float64: at a logit lead of 20, 1 - p is 2e-9, which float32 rounds to 0."""
-    return log_softmax(np.asarray(logits, np.float64), axis=-1)
+    found: Floats = log_softmax(np.asarray(logits, np.float64), axis=-1)
+    return found
 
 
-def _mean_log_p(evidence: Evidence) -> np.ndarray:
+def _mean_log_p(evidence: Evidence) -> Floats:
     """float64 [N, K]: ln of the members' mean probability, by the largest member, so that a p of
     e^-1000 keeps its logarithm.
     """
     each = _log_p(evidence.logits)
-    top = each.max(axis=0)
-    return top + np.log(np.exp(each - top).mean(axis=0))
+    top: Floats = each.max(axis=0)
+    mean: Floats = np.exp(each - top).mean(axis=0)
+    return top + np.log(mean)
 
 
-def _entropy(log_p: np.ndarray) -> np.ndarray:
-    return -(np.exp(log_p) * log_p).sum(axis=-1)
+def _entropy(log_p: Floats) -> Floats:
+    total: Floats = (np.exp(log_p) * log_p).sum(axis=-1)
+    return -total

@@ -8,27 +8,20 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from adversa.curate.filter import EVERY_REASON, acceptance, acceptance_by_strategy
+from adversa.curate.filter import (
+    EVERY_REASON,
+    Acceptance,
+    Decision,
+    acceptance,
+    acceptance_by_strategy,
+)
 from adversa.report.gather import Facts, columns, number
 from adversa.storage import tables
 from adversa.storage.files import read_json
 from adversa.storage.path import matching
-
-
-class Decision(NamedTuple):
-    """What acceptance counts of a verdict: reading 20,000 whole ones takes seconds, these five
-    columns do not.
-    """
-
-    arm: str
-    label: int
-    strategy: str
-    keep: bool
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -98,8 +91,8 @@ def decisions(facts: Facts, number: int | None = None) -> list[Decision]:
 def accepted(facts: Facts) -> dict[str, Accepted]:
     """arm -> what was generated and kept, by class, and by strategy where an arm has several."""
     found = decisions(facts)
-    by_class: dict[str, Any] = acceptance(found, facts.classes)  # type: ignore[arg-type]
-    by_strategy: dict[str, Any] = acceptance_by_strategy(found, facts.classes)  # type: ignore[arg-type]
+    by_class = acceptance(found, facts.classes)
+    by_strategy = acceptance_by_strategy(found, facts.classes)
     shown = {}
     for arm, rows in by_class.items():
         parts = by_strategy.get(arm, {})
@@ -116,7 +109,7 @@ def accepted(facts: Facts) -> dict[str, Accepted]:
     return shown
 
 
-def _line(name: str, strategy: str, row: dict[str, Any]) -> Line:
+def _line(name: str, strategy: str, row: Acceptance) -> Line:
     return Line(name, strategy, row["generated"], row["accepted"], row["rejected"])
 
 

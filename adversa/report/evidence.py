@@ -35,12 +35,9 @@ class ScoreRow:
 
     @property
     def change(self) -> float | None:
-        known = (
-            self.after is not None
-            and self.after.value is not None
-            and self.before.value is not None
-        )
-        return self.after.value - self.before.value if known else None  # type: ignore[union-attr, operator]
+        if self.after is None or self.after.value is None or self.before.value is None:
+            return None
+        return self.after.value - self.before.value
 
 
 @dataclass(frozen=True)
@@ -235,7 +232,10 @@ def within(found: dict[str, Any]) -> dict[str, list[Within]]:
                 row["n"],
                 row["lesions"],
                 row["small"],
-                *(number(row[k]) for k in ("difference", "low", "high", "p_holm")),
+                number(row["difference"]),
+                number(row["low"]),
+                number(row["high"]),
+                number(row["p_holm"]),
                 row["word"] or ("too few to test" if row["small"] else "no value"),
             )
             for row in rows

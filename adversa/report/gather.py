@@ -18,7 +18,7 @@ from adversa.run.folder import RunDir
 from adversa.storage import tables
 from adversa.storage.files import read_json
 from adversa.storage.path import StoragePath, matching
-from adversa.types import ARMS, BEFORE, ROLES, UserError
+from adversa.types import ARMS, BEFORE, ROLES, Json, UserError
 
 REQUIRED = {"arms", "classes", "intervals", "notes", "split_hash", "verdict"}
 OPTIONAL: dict[str, Any] = {
@@ -82,7 +82,8 @@ class Facts:
     def made_with(self) -> dict[str, str]:
         """What the run was made with, by name: versions, the commit, the machine."""
         commit = {"commit": self.summary["git"]} if self.summary["git"] else {}
-        return self.summary["versions"] | commit | self.summary["machine"]
+        found: dict[str, str] = self.summary["versions"] | commit | self.summary["machine"]
+        return found
 
     @property
     def after(self) -> str | None:
@@ -175,9 +176,9 @@ def columns(folder: StoragePath, names: Sequence[str], schema: pa.Schema) -> pa.
 
 def figures(facts: Facts, arm: str, role: str) -> dict[str, Any]:
     """An arm's means over seeds on a role: metric -> value."""
-    return (facts.summary["before"] if arm == BEFORE else facts.summary["arms"].get(arm, {})).get(
-        role, {}
-    )
+    of_arm = facts.summary["before"] if arm == BEFORE else facts.summary["arms"].get(arm, {})
+    found: Json = of_arm.get(role, {})
+    return found
 
 
 def score(facts: Facts, arm: str, role: str, metric: str) -> Score:

@@ -131,7 +131,8 @@ def _counts(said: Said, classes: int) -> np.ndarray:
 def _shares(counts: np.ndarray) -> np.ndarray:
     """Each row's shares; NaN in a row without an image."""
     with np.errstate(invalid="ignore"):
-        return counts / counts.sum(1, keepdims=True)
+        found: np.ndarray = counts / counts.sum(1, keepdims=True)
+        return found
 
 
 def _cells(counts: np.ndarray, shares: np.ndarray, tints: np.ndarray) -> list[list[Cell]]:
@@ -165,7 +166,7 @@ def calibrations(facts: Facts, said: dict[str, Said]) -> dict[str, Calibration]:
             bins=[
                 ReliabilityBin(b.low, b.high, b.n / seeds, b.confidence, b.accuracy)
                 for b in together
-            ],  # type: ignore[arg-type]
+            ],
             ece=_or_own(score(facts, arm, "test", "ece"), float(ece)),
             brier=_or_own(score(facts, arm, "test", "brier"), float(brier)),
             surplus=float(probability.max(2).mean() - (s.logits.argmax(2) == s.labels).mean()),

@@ -17,11 +17,13 @@ from adversa.types import UserError, digest
 def classes_of(data: StoragePath) -> list[str]:
     found = files.read_json(data / "classes.json")
     assert found is not None, f"{data} is not prepared"
-    return found["classes"]
+    classes: list[str] = found["classes"]
+    return classes
 
 
 def split_hash(data: StoragePath) -> str:
-    return (files.read_json(data / "split.json") or {})["split_hash"]
+    found: str = (files.read_json(data / "split.json") or {})["split_hash"]
+    return found
 
 
 @dataclass(frozen=True)

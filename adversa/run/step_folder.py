@@ -16,7 +16,7 @@ from adversa.storage import tables
 from adversa.storage.files import read_json, write_json, writing
 from adversa.storage.path import BucketPath, StoragePath, sizes
 from adversa.storage.weights import CHECKPOINT, COMMITTED
-from adversa.types import UserError, digest
+from adversa.types import Json, UserError, digest
 
 RECIPE, MANIFEST, PROGRESS, OPENED = "recipe.json", "manifest.json", "progress.json", "opened.json"
 
@@ -118,7 +118,7 @@ def finish(folder: StoragePath, recipe: Recipe, **facts: Any) -> dict[str, Any]:
 
     facts: at least seconds, compute_seconds, device_seconds and rows.
     """
-    manifest = {"step": recipe.step, "fingerprint": recipe.fingerprint, "finished": now()}
+    manifest: Json = {"step": recipe.step, "fingerprint": recipe.fingerprint, "finished": now()}
     manifest |= {"versions": versions(), "git": git_commit(), "machine": machine()} | facts
     manifest["files"] = _listed(folder)
     (folder / PROGRESS).unlink(missing_ok=True)
@@ -137,9 +137,9 @@ def manifest(folder: StoragePath) -> dict[str, Any]:
 
 def fingerprint(folder: StoragePath) -> str:
     """What a later step knows a finished one by. UserError where a file of it is damaged."""
-    found = checked(folder)
-    _check_contents(folder, found["fingerprint"])
-    return found["fingerprint"]
+    found: str = checked(folder)["fingerprint"]
+    _check_contents(folder, found)
+    return found
 
 
 # ---- the files of a finished step ----------------------------------------------------------------

@@ -17,6 +17,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -224,7 +225,7 @@ class Follow:
     def poll(self) -> None:
         """Send every line that was not sent yet (`unsent`)."""
         for name in list(self.sinks):
-            self._guarded(name, lambda name=name: self._send(name))
+            self._guarded(name, partial(self._send, name))
 
     def _send(self, service: str) -> None:
         sink, state = self.sinks[service], self.states[service]

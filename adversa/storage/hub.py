@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import socket
 import warnings
 from collections.abc import Iterator
@@ -18,16 +19,16 @@ def quiet() -> Iterator[None]:
     """No log line or warning of huggingface_hub: it tells of each of its tries, and the caller of
     what came of them.
     """
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import logging as told
 
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    before = told.get_verbosity()
+    told.set_verbosity(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="huggingface_hub")
             yield
     finally:
-        logging.set_verbosity(before)
+        told.set_verbosity(before)
 
 
 def unreachable(e: BaseException | None) -> bool:

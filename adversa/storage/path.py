@@ -99,7 +99,7 @@ class BucketPath(CloudPath):
     @property
     def fs(self) -> AbstractFileSystem:
         """The filesystem, one a process, whose faults are told as `asking` says."""
-        return _Asked(self)  # type: ignore[return-value]
+        return _Asked(self)
 
     # ---- what is there: as few requests as it takes ----------------------------------------------
 
@@ -133,7 +133,8 @@ class BucketPath(CloudPath):
 
     def read_bytes(self) -> bytes:
         # one GET: to fetch ranges at the same time, s3fs would ask for the size first
-        return self.fs.cat_file(self.path, max_concurrency=1)
+        data: bytes = self.fs.cat_file(self.path, max_concurrency=1)
+        return data
 
     def read_text(self, encoding: str = "utf-8") -> str:  # type: ignore[override]
         return self.read_bytes().decode(encoding)
@@ -329,11 +330,11 @@ def asking(path: StoragePath) -> Iterator[None]:
 
 def _code(e: Exception) -> tuple[str, str]:
     """What the store, or its client, calls a fault; and " in " the request that met with it."""
-    e = e.__cause__ or e  # s3fs makes an OSError of what botocore raised
-    answer = getattr(e, "response", None)
+    told = e.__cause__ or e  # s3fs makes an OSError of what botocore raised
+    answer = getattr(told, "response", None)
     if isinstance(answer, dict):
-        return answer.get("Error", {}).get("Code", ""), f" in {getattr(e, 'operation_name', '')}"
-    return str(getattr(e, "status_code", getattr(e, "code", type(e).__name__))), ""
+        return answer.get("Error", {}).get("Code", ""), f" in {getattr(told, 'operation_name', '')}"
+    return str(getattr(told, "status_code", getattr(told, "code", type(told).__name__))), ""
 
 
 def scrubbed(text: str) -> str:

@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ from adversa.curate.filter import Verdict
 from adversa.storage.files import replace_bytes
 from adversa.storage.path import StoragePath, asking, source
 from adversa.types import Example, GenerationRequest, HardCase, SyntheticImage, UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MOST_PIXELS = (
     1 << 26
@@ -115,14 +118,15 @@ def latents_table(ids: Sequence[str], labels: Sequence[int], latents: np.ndarray
 
 def decode_latents(column: pa.ChunkedArray) -> np.ndarray:
     """A column of latents to float16 [N, views, C, side, side]."""
-    return column.combine_chunks().to_numpy_ndarray()
+    latents: np.ndarray = column.combine_chunks().to_numpy_ndarray()
+    return latents
 
 
 def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
 
 
-def to_table(rows: Iterable[object], schema: pa.Schema) -> pa.Table:
+def to_table(rows: Iterable[DataclassInstance], schema: pa.Schema) -> pa.Table:
     """Dataclasses (of the noun the schema is for) to a table."""
     return pa.Table.from_pylist(
         [{f.name: getattr(r, f.name) for f in dataclasses.fields(r)} for r in rows], schema=schema
@@ -168,7 +172,8 @@ def read_part(
 def count(path: StoragePath) -> int:
     """The rows of one part, from its end alone."""
     with _reading(path), asking(path):
-        return pq.read_metadata(source(path)).num_rows
+        rows: int = pq.read_metadata(source(path)).num_rows
+        return rows
 
 
 def schema_of(path: StoragePath) -> pa.Schema:

@@ -219,7 +219,7 @@ def _step(training: Training, record: TrainingRecord, batch: Batch) -> None:
     step, size = record.step + 1, int(batch.get("size", len(batch["id"])))
     losses, reported = training.forward(batch, step)
     training.optimizer.zero_grad(set_to_none=True)
-    process_group.scale_loss(losses, size).backward()
+    torch.autograd.backward(process_group.scale_loss(losses, size))
     norm = clip_gradients(training.clipped, training.config.clip)
     record.lr = training.set_rates(step)
     training.optimizer.step()
