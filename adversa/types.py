@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # What is told as a JSON object: keys are its names.
-Json: TypeAlias = dict[str, Any]
+Json: TypeAlias = "dict[str, Any]"
 Floats: TypeAlias = "NDArray[np.float64]"
 Ints: TypeAlias = "NDArray[np.int64]"
 Pixels: TypeAlias = "NDArray[np.uint8]"

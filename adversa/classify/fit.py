@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from adversa.storage.weights import save_model
 from adversa.training import loop, process_group
 from adversa.training.loop import Batch
 from adversa.training.schedule import evenly_spaced
-from adversa.types import digest, seed_of
+from adversa.types import Json, digest, seed_of
 
 
 @dataclass
@@ -76,7 +75,7 @@ def fit(
     seed: int,
     counts: Sequence[float] | None = None,
     priors: Sequence[float] | None = None,
-    report: Callable[[dict[str, Any]], None] = lambda _: None,
+    report: Callable[[Json], None] = lambda _: None,
     committed: Callable[[int], None] = lambda _: None,
     threads: int | None = None,
 ) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import timm
@@ -102,9 +102,7 @@ def build(config: Classifier, num_classes: int, resolution: int) -> Network:
     return network.to(memory_format=torch.channels_last)
 
 
-def load(
-    folder: StoragePath, device: torch.device | str = "cpu"
-) -> tuple[Network, dict[str, Any], str]:
+def load(folder: StoragePath, device: torch.device | str = "cpu") -> tuple[Network, Json, str]:
     """(network in eval mode, meta, fingerprint) of a folder written by `fit`; meta is its
     config.json.
     """

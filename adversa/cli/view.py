@@ -84,9 +84,8 @@ def tasks(run: RunDir, stage: PlannedStage) -> list[RunningStep]:
             else None
         )
         if state is not None and "done" in state:
-            rate = state.get(
-                "images_per_second", state["rate"]
-            )  # of the pool: lately, not since its workers began to start
+            # of the pool: lately, not since its workers began to start
+            rate = state["images_per_second" if "images_per_second" in state else "rate"]
             unit = state.get("unit", "step")
             found.append(
                 RunningStep(

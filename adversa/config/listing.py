@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import yaml
 from pydantic import BaseModel
@@ -53,12 +52,12 @@ def _first_paragraph(section: BaseModel) -> str:
     return " ".join((type(section).__doc__ or "").split("\n\n")[0].split()).removesuffix(".")
 
 
-def _plain(default: Any) -> str:
+def _plain(default: object) -> str:
     """A default list or section as YAML would write it."""
     return _flow(default.model_dump(mode="json") if isinstance(default, BaseModel) else default)
 
 
-def _flow(value: Any) -> str:
+def _flow(value: object) -> str:
     """A value on one line of YAML."""
     text: str = yaml.safe_dump(
         value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True

@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from adversa.config.base import AUTO, Section
-from adversa.types import GENERATED
+from adversa.types import GENERATED, Json
 
 
 def _ratio(value: Any) -> float | str:
@@ -80,7 +80,7 @@ class Mix(Section):
         """Whether there is a round: more than the classifiers of the arm `real`."""
         return any(arm != "real" for arm in self.arms)
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Json:
         """For a run's recipe: without what only auto reads where the ratio is a number, as before
         there was auto.
         """

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from adversa.common.sanitize import load_yaml
 from adversa.config.faults import explain
 from adversa.config.root import Config
-from adversa.types import UserError
+from adversa.types import Json, UserError
 
 
 class TextFile(Protocol):
@@ -37,7 +37,7 @@ def packaged(name: str) -> Path:
 
 def read(
     path: TextFile | None, overrides: Sequence[str] = (), **top: Any
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[Json, dict[str, str]]:
     """The tree of plain values of a YAML file (None: the packaged demo) after `key.sub=value`
     overrides, unchecked, and who set each of its dotted keys.
 
@@ -94,7 +94,7 @@ def _leaves(tree: dict[Any, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def check(tree: dict[str, Any], where: str) -> Config:
+def check(tree: Json, where: str) -> Config:
     """A tree of plain values to a Config; UserError with every fault, the nearest valid key for an
     unknown one.
     """
@@ -110,7 +110,7 @@ def dump(config: Config) -> str:
     return text
 
 
-def _override(tree: dict[str, Any], text: str) -> str:
+def _override(tree: Json, text: str) -> str:
     """Set one key in the tree; returns its dotted name."""
     name, equals, value = text.partition("=")
     if not equals or not name:
@@ -123,7 +123,7 @@ def _override(tree: dict[str, Any], text: str) -> str:
     return name
 
 
-def override(tree: dict[str, Any], name: str, value: object) -> None:
+def override(tree: Json, name: str, value: object) -> None:
     """Set the value of a dotted key in the tree. UserError where it leads through a plain value."""
     *sections, last = name.split(".")
     for i, section in enumerate(sections):

@@ -26,7 +26,7 @@ from adversa.diffuse import pretrained
 from adversa.diffuse.edm import to_images, to_tensor
 from adversa.storage import files, weights
 from adversa.storage.path import StoragePath, storage_path
-from adversa.types import UserError
+from adversa.types import Json, UserError
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
@@ -47,7 +47,7 @@ class ImageCodec:
     """
 
     model: ModelMixin
-    meta: dict[str, Any]
+    meta: Json
     fingerprint: str
     shift: Tensor
     scale: Tensor
@@ -118,7 +118,7 @@ def build(config: cfg.Codec) -> ModelMixin:
     return found
 
 
-def describe(model: ModelMixin, source: str, **extra: Any) -> dict[str, Any]:
+def describe(model: ModelMixin, source: str, **extra: Any) -> Json:
     """The config.json that rebuilds an autoencoder: its class and arguments, channels, factor and
     its own shift and scale.
     """
@@ -142,7 +142,7 @@ def describe(model: ModelMixin, source: str, **extra: Any) -> dict[str, Any]:
     )
 
 
-def _native(arguments: dict[str, Any], channels: int) -> dict[str, list[float]]:
+def _native(arguments: Json, channels: int) -> dict[str, list[float]]:
     """The shift and scale [C] with which models of this autoencoder's latents are trained, as
     diffusers' pipelines apply them.
 
@@ -159,9 +159,7 @@ def _native(arguments: dict[str, Any], channels: int) -> dict[str, list[float]]:
     }
 
 
-def measured(
-    fingerprint: str, mean: list[float], std: list[float], sigma_data: float
-) -> dict[str, Any]:
+def measured(fingerprint: str, mean: list[float], std: list[float], sigma_data: float) -> Json:
     """The key `codec` of a denoiser's config.json: which codec it belongs to, and what its latents
     are scaled by.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from adversa.storage.path import StoragePath
 from adversa.training import loop, process_group
 from adversa.training.loop import Batch
 from adversa.training.schedule import log_steps, set_rates
-from adversa.types import digest, seed_of
+from adversa.types import Json, digest, seed_of
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
@@ -52,11 +52,11 @@ def fit_codec(
     resolution: int,
     out: StoragePath,
     seed: int,
-    report: Callable[[dict[str, Any]], None],
+    report: Callable[[Json], None],
     threads: int | None = None,
     select: Callable[[], Iterable[Batch]] | None = None,
     committed: Callable[[int], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> Json:
     """Fit for config.steps steps; write the model, metrics.jsonl and reconstructions.png.
 
     Resumed from a checkpoint, it ends with the very weights of an undisturbed run.

@@ -23,7 +23,7 @@ from adversa import config as cfg
 from adversa.diffuse.network import build_network
 from adversa.storage import weights
 from adversa.storage.path import StoragePath, storage_path
-from adversa.types import UserError
+from adversa.types import Json, UserError
 
 DenoiserFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -114,7 +114,7 @@ def build(
 
 def describe(
     config: cfg.Denoiser, classes: list[str], resolution: int, channels: int = 3, **extra: Any
-) -> dict[str, Any]:
+) -> Json:
     """The config.json that rebuilds a denoiser; `classes` fixes the meaning of labels, len(classes)
     is the null class.
 
@@ -131,9 +131,7 @@ def describe(
     }
 
 
-def load(
-    folder: StoragePath, device: torch.device | str = "cpu"
-) -> tuple[EDMDenoiser, dict[str, Any], str]:
+def load(folder: StoragePath, device: torch.device | str = "cpu") -> tuple[EDMDenoiser, Json, str]:
     """(denoiser in eval mode, without gradients; its config.json; fingerprint). UserError where the
     folder holds none.
     """
@@ -159,7 +157,7 @@ def start_from(
     classes: list[str],
     resolution: int,
     channels: int = 3,
-    codec: dict[str, Any] | None = None,
+    codec: Json | None = None,
 ) -> str:
     """Load `config.weights` into a fresh denoiser; returns where they came from ("scratch",
     "phantom" or the folder).
@@ -196,7 +194,7 @@ def start_from(
     return config.weights
 
 
-def _config(meta: dict[str, Any], folder: StoragePath) -> cfg.Denoiser:
+def _config(meta: Json, folder: StoragePath) -> cfg.Denoiser:
     try:
         return cfg.Denoiser.model_validate(
             {"architecture": "unet", **meta["denoiser"]}
@@ -208,7 +206,7 @@ def _config(meta: dict[str, Any], folder: StoragePath) -> cfg.Denoiser:
         ) from None
 
 
-def _codec(described: dict[str, Any] | None) -> str:
+def _codec(described: Json | None) -> str:
     return "pixels" if described is None else described["fingerprint"]
 
 

@@ -25,7 +25,7 @@ import hashlib
 import inspect
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from adversa.diffuse import pretrained
 from adversa.storage import weights
 from adversa.storage.path import StoragePath
-from adversa.types import UserError
+from adversa.types import Json, UserError
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
@@ -199,7 +199,7 @@ def read(path: str, num_classes: int) -> ExternalDenoiser:
     )
 
 
-def table(settings: dict[str, Any], path: str = "") -> Tensor:
+def table(settings: Json, path: str = "") -> Tensor:
     """The noise levels sigma_t = sqrt((1 - abar_t) / abar_t) of every timestep, float64 [T],
     rising; diffusers computes abar.
 
@@ -324,7 +324,7 @@ def describe(
     resolution: int,
     channels: int,
     **extra: Any,
-) -> dict[str, Any]:
+) -> Json:
     """The config.json that stands for the model: nothing is copied, its folder must stay where it
     is, as it is.
     """
@@ -343,7 +343,7 @@ def describe(
 
 def load(
     folder: StoragePath, device: torch.device | str = "cpu"
-) -> tuple[ExternalDenoiser, dict[str, Any], str]:
+) -> tuple[ExternalDenoiser, Json, str]:
     """(denoiser in eval mode, config.json, fingerprint) of a folder that `describe` was written to.
 
     UserError where the weights it stands for have changed.
@@ -360,7 +360,7 @@ def load(
     return denoiser.to(device).eval(), meta, hashlib.sha256(text).hexdigest()[:32]
 
 
-def _settings(scheduler: Path, path: str) -> dict[str, Any]:
+def _settings(scheduler: Path, path: str) -> Json:
     """What the scheduler's file says, and the defaults of its class for what it does not: files of
     earlier versions lack keys, and diffusers' defaults differ from class to class (DDPM and DDIM
     clip x0 to [-1, 1], Heun's scheduler does not).
@@ -381,7 +381,7 @@ def _settings(scheduler: Path, path: str) -> dict[str, Any]:
     return said
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Json:
     try:
         found = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
@@ -396,5 +396,5 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _refuse(path: str, why: str, fix: str) -> Any:
+def _refuse(path: str, why: str, fix: str) -> NoReturn:
     raise UserError(f"denoiser.external {path} {why}; give {fix}")

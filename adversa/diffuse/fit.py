@@ -27,7 +27,7 @@ from adversa.storage.path import StoragePath
 from adversa.training import loop, process_group
 from adversa.training.loop import Batch
 from adversa.training.schedule import evenly_spaced, log_steps, set_rates
-from adversa.types import GenerationRequest, digest, seed_of
+from adversa.types import GenerationRequest, Json, digest, seed_of
 
 VALIDATIONS = 5  # of a training with `select`, evenly spaced, the last step included
 VALIDATED = 128  # images of `select`
@@ -50,7 +50,7 @@ class DenoiserFit:
     objective: Objective
     parallel: nn.Module
     averaged: edm.EDMDenoiser
-    meta: dict[str, Any]
+    meta: Json
     init: str
     seed: int
     device: torch.device
@@ -67,14 +67,14 @@ def fit(
     classes: list[str],
     out: StoragePath,
     seed: int,
-    report: Callable[[dict[str, Any]], None],
+    report: Callable[[Json], None],
     threads: int | None = None,
     channels: int = 3,
-    codec: dict[str, Any] | None = None,
+    codec: Json | None = None,
     decode: Decode = edm.to_images,
     select: Callable[[], Iterable[Batch]] | None = None,
     committed: Callable[[int], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> Json:
     """Train for config.steps steps; write the model (the moving average), metrics and samples.png.
 
     Resumed from a checkpoint, it ends with the very weights of an undisturbed run.
@@ -109,7 +109,7 @@ def fit(
         return _finish(state, record)
 
 
-def _recipe(config: cfg.Denoiser, meta: dict[str, Any], seed: int) -> str:
+def _recipe(config: cfg.Denoiser, meta: Json, seed: int) -> str:
     """Of all but how often the training is saved and shown."""
     given = config.model_dump_json(exclude={"checkpoint_steps", "sample_steps"})
     codec = json.dumps(meta.get("codec"), sort_keys=True)
@@ -118,7 +118,7 @@ def _recipe(config: cfg.Denoiser, meta: dict[str, Any], seed: int) -> str:
 
 def _start(
     config: cfg.Denoiser,
-    meta: dict[str, Any],
+    meta: Json,
     saved: dict[str, Any] | None,
     out: StoragePath,
     seed: int,
@@ -244,7 +244,7 @@ def _write_samples(state: DenoiserFit, name: str) -> None:
         files.replace_bytes(state.out / name, tables.encode_png(grid))
 
 
-def _finish(state: DenoiserFit, record: loop.TrainingRecord) -> dict[str, Any]:
+def _finish(state: DenoiserFit, record: loop.TrainingRecord) -> Json:
     """Write the model and a grid of samples."""
     if process_group.is_main_process():
         made = state.meta | {"steps": record.step, "init": state.init}
@@ -262,7 +262,7 @@ def _finish(state: DenoiserFit, record: loop.TrainingRecord) -> dict[str, Any]:
 
 def sample_grid(
     denoiser: edm.DenoiserFn,
-    meta: dict[str, Any],
+    meta: Json,
     seed: int,
     device: torch.device | str = "cpu",
     columns: int = 8,

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from adversa.diffuse.pipeline import GeneratedImage, GenerationPipeline, Steerin
 from adversa.diffuse.strategy import Sources
 from adversa.storage import weights
 from adversa.storage.path import StoragePath, storage_path
-from adversa.types import GenerationRequest, UserError
+from adversa.types import GenerationRequest, Json, UserError
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class ImageGenerator:
 
     denoiser: edm.DenoiserFn
     codec: codec.ImageCodec | None
-    meta: dict[str, Any]
+    meta: Json
     fingerprint: str
     device: torch.device
     _compiled: dict[tuple[int, bool], edm.DenoiserFn] = field(
@@ -135,7 +134,7 @@ def load(
     return ImageGenerator(model, found, meta, fingerprint, device)
 
 
-def read(folder: StoragePath, device: torch.device) -> tuple[edm.DenoiserFn, dict[str, Any], str]:
+def read(folder: StoragePath, device: torch.device) -> tuple[edm.DenoiserFn, Json, str]:
     """(denoiser, its config.json, fingerprint) of a folder of any kind.
 
     Raises:
@@ -162,7 +161,7 @@ def _kind(folder: StoragePath) -> str | None:
 
 @torch.no_grad()
 def compile_(
-    denoiser: edm.DenoiserFn, meta: dict[str, Any], device: torch.device, rows: int, amp: bool
+    denoiser: edm.DenoiserFn, meta: Json, device: torch.device, rows: int, amp: bool
 ) -> edm.DenoiserFn:
     """The denoiser by torch.compile, for one static shape, with CUDA graphs on a GPU.
 

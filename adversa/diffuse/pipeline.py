@@ -18,7 +18,7 @@ from adversa.diffuse import strategy
 from adversa.diffuse.edm import DenoiserFn, to_images, to_tensor
 from adversa.diffuse.guidance import GradientFn
 from adversa.diffuse.strategy import DiffusedSpace, Sources
-from adversa.types import GenerationRequest
+from adversa.types import GenerationRequest, Json
 
 DECODED = 16  # finished rows that are decoded together
 
@@ -64,7 +64,7 @@ class GenerationPipeline:
     """
 
     denoiser: DenoiserFn
-    meta: dict[str, Any]
+    meta: Json
     config: cfg.Generate
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     encode: Callable[[np.ndarray], Tensor] = to_tensor
@@ -150,7 +150,7 @@ def generate(
     requests: Sequence[GenerationRequest],
     sources: Sources,
     config: cfg.Generate,
-    meta: dict[str, Any],
+    meta: Json,
     device: torch.device | str = "cpu",
     **space: Any,
 ) -> list[GeneratedImage]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 from adversa.engine.batches import Batch
 from adversa.engine.interface import FitJob
@@ -17,7 +16,7 @@ from adversa.run.control import RunHandle
 from adversa.run.step_folder import Progress
 from adversa.storage import files
 from adversa.storage.weights import drop_checkpoint, read_model
-from adversa.types import UserError
+from adversa.types import Json, UserError
 
 
 def do_job(
@@ -84,12 +83,12 @@ def do_job(
         process_group.barrier()
 
 
-def _tell(progress: Report, listen: Report, workers: int, state: dict[str, Any]) -> None:
+def _tell(progress: Report, listen: Report, workers: int, state: Json) -> None:
     progress({**state, "workers": workers})
     listen(state)
 
 
-def _tell_nobody(state: dict[str, Any]) -> None:
+def _tell_nobody(state: Json) -> None:
     """The progress of a worker that is not the lead."""
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from adversa.engine.batches import Feed
 from adversa.engine.tasks import (
@@ -21,6 +21,7 @@ from adversa.engine.tasks import (
 from adversa.run.control import RunHandle
 from adversa.run.step_folder import Recipe
 from adversa.storage.path import StoragePath
+from adversa.types import Json
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class FitJob:
 
     out: StoragePath
     recipe: Recipe
-    fit: Callable[..., dict[str, Any]]
+    fit: Callable[..., Json]
     resume: Callable[[StoragePath], int]
     feed: Feed
     select: Feed | None = None
@@ -104,7 +105,7 @@ class Engine(BatchEngine, Protocol):
     def close(self) -> None: ...
 
 
-Tell = Callable[[dict[str, Any]], None]
+Tell = Callable[[Json], None]
 
 
 @dataclass(frozen=True)
@@ -118,5 +119,5 @@ class Trial:
 
     name: str
     out: StoragePath
-    work: Callable[[Engine, Tell], Any]
+    work: Callable[[Engine, Tell], object]
     needs: tuple[StoragePath, ...] = ()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from adversa.engine.interface import BatchEngine
 from adversa.engine.tasks import Done, Make, Part
@@ -15,8 +14,9 @@ from adversa.run.control import RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files
 from adversa.storage.path import StoragePath
+from adversa.types import Json
 
-Facts = dict[str, Any]
+Facts = Json
 
 
 def run_step(
@@ -60,7 +60,7 @@ class Watched(Progress):
         super().__init__(folder)
         self.handle = handle
 
-    def __call__(self, state: dict[str, Any]) -> None:
+    def __call__(self, state: Json) -> None:
         super().__call__(state)
         self.handle.poll()
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from adversa.storage import files, tables
 from adversa.storage.path import StoragePath, names
+from adversa.types import Json
 
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[Json], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adversa.run import step_folder
 from adversa.storage.path import StoragePath
-from adversa.types import UserError
+from adversa.types import Json, UserError
 
 if TYPE_CHECKING:
     from adversa.engine.interface import Engine
@@ -62,7 +62,7 @@ class TrialQueue:
     def finished(self) -> int:
         return sum(self.is_there(t.out) for t in self.trials)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """For a step's progress."""
         names = [self.trials[i].name for i in sorted(self.running & self.begun)]
         return {

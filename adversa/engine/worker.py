@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from adversa.engine.task_queue import Task
 from adversa.engine.tasks import Make, Work, do_part
@@ -98,9 +97,9 @@ class Inline:
     def __init__(self, make: Make, out: StoragePath, threads: int) -> None:
         self.make, self.out, self.threads = make, out, threads
         self.numbers = itertools.count()
-        self.answers: dict[int, Any] = {}
+        self.answers: dict[int, object] = {}
 
-    def _now(self, answer: Any) -> int:
+    def _now(self, answer: object) -> int:
         call = next(self.numbers)
         self.answers[call] = answer
         return call
@@ -121,7 +120,7 @@ class Inline:
     def wait(self, calls: Sequence[int], seconds: float) -> Sequence[int]:
         return calls
 
-    def answer(self, call: int) -> Any:
+    def answer(self, call: int) -> object:
         return self.answers.pop(call)
 
     def stop(self, worker: Sampler) -> None:

@@ -22,6 +22,7 @@ from adversa.engine.worker import Returned
 from adversa.run import control
 from adversa.storage import tables
 from adversa.storage.path import StoragePath
+from adversa.types import Json
 
 LEASE_SECONDS = 1.0  # of work in a call
 MOST = 1000  # parts in a call
@@ -132,7 +133,7 @@ class WorkerPool:
         self.pace: float | None = None
         self.samples: deque[tuple[float, int, int]] = deque()
 
-    def run(self, tell: Callable[[dict[str, Any]], None]) -> list[Share]:
+    def run(self, tell: Callable[[Json], None]) -> list[Share]:
         """Until every part is committed. tell: is given `state()` after all news, and each
         WAIT_SECONDS without.
 
@@ -320,7 +321,7 @@ class WorkerPool:
 
     # ---- what is told ----------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """Of this call: rows, evaluations, both a second, workers that are up, rows by slot, how
         many rows were given up.
         """
@@ -333,7 +334,7 @@ class WorkerPool:
             sum(t.rows for _, t in stats_of),
             sum(t.evaluations for _, t in stats_of),
         )
-        found: dict[str, Any] = {
+        found: Json = {
             "rows": rows,
             "evaluations": evaluations,
             "workers": up,
@@ -387,7 +388,7 @@ def work_off(
         lambda part: (out / tables.part_name(part.index)).exists(),
     )
 
-    def tell(state: dict[str, Any]) -> None:
+    def tell(state: Json) -> None:
         report({"done": before + state.pop("rows"), "total": total, "unit": "image"} | state)
 
     return crew.run(tell)

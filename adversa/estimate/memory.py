@@ -83,7 +83,7 @@ def least(config: Config, classes: int = 7) -> dict[str, int]:
     from adversa.classify import model
     from adversa.diffuse import edm
 
-    def weights(network: Any) -> int:
+    def weights(network: torch.nn.Module) -> int:
         found: int = 4 * sum(p.numel() for p in network.parameters())
         return found
 

@@ -9,9 +9,10 @@ in blocks of bounded size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+
+from adversa.types import Json
 
 _CELLS = 4_000_000  # entries of a matrix of pairs worked on at once: 32 MB
 # Two distances that are equal come out of matrix products of other shapes with other last bits:
@@ -98,14 +99,14 @@ def prdc_by_class(
     fake_labels: np.ndarray,
     neighbours: int,
     classes: Sequence[str],
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Json]:
     """class name -> {"real": N, "fake": M, and the four of `prdc` within the class}; labels [N],
     [M] index `classes`.
 
     The four are None where a class has `neighbours` points or fewer on one side: the balls are not
     defined there.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Json] = {}
     for k, name in enumerate(classes):
         r, f = real[np.asarray(real_labels) == k], fake[np.asarray(fake_labels) == k]
         enough = min(len(r), len(f)) > neighbours

@@ -55,7 +55,8 @@ class Vitals:
         images = [p for p in progress if p.get("unit") == "image"]
         return {
             "adversa_images_per_second": sum(
-                float(p.get("images_per_second", p.get("rate", 0.0))) for p in images
+                float(p["images_per_second"] if "images_per_second" in p else p.get("rate", 0.0))
+                for p in images
             ),
             "adversa_accepted_share": kept / judged if judged else 0.0,
             "adversa_queue_depth": sum(

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from adversa.report.gather import METRICS, Facts, Score, figures, mean_specificity, number, score
 from adversa.storage.files import read_json
 from adversa.storage.path import matching
-from adversa.types import BEFORE
+from adversa.types import BEFORE, Json
 
 MORE = {
     "worst_class": "worst class",
@@ -72,7 +71,7 @@ class ComparisonRow:
     seeds_needed: int | None
     effect: float | None
     note: str
-    mcnemar: list[dict[str, Any]]
+    mcnemar: list[Json]
     gain: dict[str, float] | None
 
     @property
@@ -190,9 +189,9 @@ def _rest(level: str) -> str:
         return "largest"
 
 
-def subgroups(found: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
+def subgroups(found: dict[str, dict[str, list[Json]]]) -> dict[str, list[Json]]:
     """Attribute to a row for each value, with each arm's score."""
-    shown: dict[str, list[dict[str, Any]]] = {}
+    shown: dict[str, list[Json]] = {}
     for attribute, of_arms in found.items():
         first = next(iter(of_arms.values()), [])
         shown[attribute] = [
@@ -223,7 +222,7 @@ class Within:
     word: str
 
 
-def within(found: dict[str, Any]) -> dict[str, list[Within]]:
+def within(found: Json) -> dict[str, list[Within]]:
     """Attribute to a row for each value; empty where the run did not compare them."""
     return {
         attribute: [
@@ -244,7 +243,7 @@ def within(found: dict[str, Any]) -> dict[str, list[Within]]:
     }
 
 
-def comparisons(found: list[dict[str, Any]]) -> list[ComparisonRow]:
+def comparisons(found: list[Json]) -> list[ComparisonRow]:
     return [
         ComparisonRow(
             a=str(c["a"]),

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from adversa.report.gather import Facts, columns, number
 from adversa.report.words import fixed
 from adversa.storage import tables
 from adversa.storage.path import StoragePath
-from adversa.types import ROLES
+from adversa.types import ROLES, Json
 
 CASES, OFFSPRING, SAMPLES = 24, 6, 6
 # pixels: a larger picture is made smaller, for a page of a few megabytes
@@ -213,13 +212,13 @@ def _asked(
     return offspring, {c: ids[:SAMPLES] for c, ids in sorted(others.items())}
 
 
-def _verdicts(folder: StoragePath, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+def _verdicts(folder: StoragePath, ids: Collection[str]) -> dict[str, Json]:
     rows = columns(folder, tables.VERDICTS.names, tables.VERDICTS)
     wanted = [i for i, request in enumerate(rows["request_id"].to_pylist()) if request in ids]
     return {row["request_id"]: row for row in rows.take(pa.array(wanted, pa.int64())).to_pylist()}
 
 
-def numbers(v: dict[str, Any]) -> list[Number]:
+def numbers(v: Json) -> list[Number]:
     """The numbers of a verdict that are known, with their limits, in the order of the checks; a
     number that failed is there though it is not known.
     """
@@ -235,7 +234,7 @@ def numbers(v: dict[str, Any]) -> list[Number]:
     return found
 
 
-def _limit(v: dict[str, Any], checks: list[Check]) -> str:
+def _limit(v: Json, checks: list[Check]) -> str:
     """What the checks of one number hold it to: "≥ 0.20", "0.20 to 0.99", "" where all are off."""
     bounds = [(c, x) for c in checks if (x := number(c.bound(v))) not in (None, c.vacuous)]
     if len(bounds) == 1:
@@ -243,7 +242,7 @@ def _limit(v: dict[str, Any], checks: list[Check]) -> str:
     return " to ".join(fixed(x, c.digits) for c, x in bounds)
 
 
-def _neighbour(v: dict[str, Any] | None) -> str:
+def _neighbour(v: Json | None) -> str:
     """The id of the real image in question: in features where that is why it was not kept, in
     pixels otherwise.
     """

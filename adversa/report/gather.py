@@ -9,7 +9,6 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -21,7 +20,7 @@ from adversa.storage.path import StoragePath, matching
 from adversa.types import ARMS, BEFORE, ROLES, Json, UserError
 
 REQUIRED = {"arms", "classes", "intervals", "notes", "split_hash", "verdict"}
-OPTIONAL: dict[str, Any] = {
+OPTIONAL: Json = {
     "run": "",
     "seed": "",
     "seeds": None,
@@ -61,14 +60,14 @@ class Facts:
 
     run: RunDir
     config_text: str
-    config: dict[str, Any]
-    summary: dict[str, Any]
+    config: Json
+    summary: Json
     classes: list[str]
     arms: list[str]
-    cards: list[dict[str, Any]]
+    cards: list[Json]
     images: dict[str, list[int]]  # role -> images of each class
     lesions: dict[str, int]  # role -> lesions
-    quality: dict[str, Any] | None = None  # quality.json, where the denoiser was evaluated
+    quality: Json | None = None  # quality.json, where the denoiser was evaluated
 
     @property
     def rounds(self) -> list[int]:
@@ -91,7 +90,7 @@ class Facts:
         others = [a for a in self.arms if a != "real"]
         return "guided" if "guided" in others else (others[-1] if others else None)
 
-    def section(self, name: str) -> dict[str, Any]:
+    def section(self, name: str) -> Json:
         """A section of the configuration; empty where the run is of a version that did not have
         it.
         """
@@ -152,7 +151,7 @@ def read_facts(run_dir: StoragePath) -> Facts:
     )
 
 
-def scorecards(run: RunDir) -> list[dict[str, Any]]:
+def scorecards(run: RunDir) -> list[Json]:
     """Every classifier's on a role, as it was scored last: an arm that does not change is scored
     again in each round.
     """
@@ -174,7 +173,7 @@ def columns(folder: StoragePath, names: Sequence[str], schema: pa.Schema) -> pa.
     return pa.concat_tables(found)
 
 
-def figures(facts: Facts, arm: str, role: str) -> dict[str, Any]:
+def figures(facts: Facts, arm: str, role: str) -> Json:
     """An arm's means over seeds on a role: metric -> value."""
     of_arm = facts.summary["before"] if arm == BEFORE else facts.summary["arms"].get(arm, {})
     found: Json = of_arm.get(role, {})
@@ -236,7 +235,7 @@ def _roles(run: RunDir, classes: int) -> tuple[dict[str, list[int]], dict[str, i
     return images, lesions
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """A finite number, or None."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 

@@ -5,14 +5,13 @@ that were not trained.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from adversa.curate.checks import CHECKS
 from adversa.report.evidence import ComparisonRow
 from adversa.report.gather import Facts, columns
 from adversa.report.words import count, counted, fixed, listed, signed
 from adversa.storage import tables
-from adversa.types import ARMS
+from adversa.types import ARMS, Json
 
 WHY = {  # arm -> what it would tell
     "resample": "whether drawing the classes evenly would do as much",
@@ -35,7 +34,7 @@ class Unshown:
 
 
 def unshown(facts: Facts, compared: list[ComparisonRow], rounds: list[int]) -> Unshown:
-    groups: dict[str, Any] = facts.summary["subgroups"]
+    groups: Json = facts.summary["subgroups"]
     requested = facts.section("evaluate").get("subgroups") or []
     generated = [n for n in rounds if tables.parts(facts.run.round(n, "verdicts"))]
     return Unshown(
@@ -73,7 +72,7 @@ def sentence(c: ComparisonRow) -> str:
     return " ".join(parts)
 
 
-def _small(rows: list[dict[str, Any]]) -> str:
+def _small(rows: list[Json]) -> str:
     return listed([f"{row['value']} ({count(row['lesions'])})" for row in rows if row["small"]])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from markupsafe import Markup
 
@@ -15,7 +14,7 @@ from adversa.common.markdown import DASH
 MINUS = "\u2212"
 
 
-def printable(value: Any) -> Any:
+def printable(value: object) -> object:
     """As texts.printable; what is no text, or is HTML of ours, stays as it is."""
     return (
         sanitize.printable(value)

@@ -21,7 +21,7 @@ from adversa.run.folder import RunDir
 from adversa.run.run_lock import RunLock, RunLockLost, Timing
 from adversa.storage import files
 from adversa.storage.path import modified
-from adversa.types import UserError, digest
+from adversa.types import Json, UserError, digest
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class Requested:
     """state: go, pause or stop; settings: by dotted name, for rounds that have not begun."""
 
     state: str = GO
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
 
 
 def read(run: RunDir) -> Requested:
@@ -62,7 +62,7 @@ def read(run: RunDir) -> Requested:
     return Requested(found.get("state", GO), found.get("settings", {}))
 
 
-def request(run: RunDir, state: str | None = None, settings: dict[str, Any] | None = None) -> None:
+def request(run: RunDir, state: str | None = None, settings: Json | None = None) -> None:
     """Ask for a state (None: the one that is asked for), and for settings beside those that are."""
     old = read(run)
     new = {
@@ -77,7 +77,7 @@ def request(run: RunDir, state: str | None = None, settings: dict[str, Any] | No
 # ---- settings of rounds --------------------------------------------------------------------------
 
 
-def enter_round(run: RunDir, number: int, own: dict[str, Any]) -> None:
+def enter_round(run: RunDir, number: int, own: Json) -> None:
     """Settle what holds for a round, before its first folder is made; one that has begun keeps what
     it has.
 
@@ -98,7 +98,7 @@ def enter_round(run: RunDir, number: int, own: dict[str, Any]) -> None:
         )
 
 
-def recorded(run: RunDir) -> dict[int, dict[str, Any]]:
+def recorded(run: RunDir) -> dict[int, Json]:
     """For each round that has settings of its own: those."""
     return {int(n): values for n, values in (files.read_json(run.root / SETTINGS) or {}).items()}
 

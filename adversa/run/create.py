@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from adversa.run.differences import _versions_apart, differences
 from adversa.run.environment import now
@@ -14,12 +13,12 @@ from adversa.run.folder import RunDir, check_links
 from adversa.run.step_folder import MANIFEST, RECIPE, _advice, _begun, is_finished
 from adversa.storage.files import read_json, replace_bytes, write_json, writing
 from adversa.storage.path import StoragePath, StoreError
-from adversa.types import UserError
+from adversa.types import Json, UserError
 
 
 def open_run(
     root: StoragePath,
-    recipe: dict[str, Any],
+    recipe: Json,
     config_yaml: str,
     reads: Mapping[str, Sequence[str]] = {},
     busy: Callable[[RunDir], bool] = is_locked,
@@ -133,6 +132,6 @@ def is_sweep(run: RunDir) -> bool:
     return _of_sweep((read_json(run.recipe) or {}).get("recipe", {}))
 
 
-def _of_sweep(recipe: dict[str, Any]) -> bool:
+def _of_sweep(recipe: Json) -> bool:
     """Whether it is a sweep's: that has no `mix` (sweep.recipe_of)."""
     return "sweep" in recipe and "mix" not in recipe

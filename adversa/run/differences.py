@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+
+from adversa.types import Json
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Json, prefix: str = "") -> Json:
     """{"a": {"b": 1}} to {"a.b": 1}."""
-    flat: dict[str, Any] = {}
+    flat: Json = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
@@ -17,7 +18,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: Json, new: Json) -> list[str]:
     """ "key: old -> new" for each field that differs, dotted keys, sorted."""
     a, b = flatten(json.loads(json.dumps(old))), flatten(json.loads(json.dumps(new)))
     return [
@@ -33,7 +34,7 @@ FREE = (
 )  # mappings whose keys a user chooses: one may be absent for an ordinary reason
 
 
-def unknown(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def unknown(old: Json, new: Json) -> list[str]:
     """The fields and whole sections, dotted, that `new` has and `old`'s version of adversa did not
     know.
 
@@ -49,7 +50,7 @@ def unknown(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def _versions_apart(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _versions_apart(old: Json, new: Json) -> list[str]:
     """What one of two versions does not know, in words; empty where both recipes have the same
     fields.
     """

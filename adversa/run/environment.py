@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from adversa.types import Json
 
 
 def now() -> str:
@@ -84,5 +85,5 @@ def cpus() -> int:
 
 
 @cache
-def machine() -> dict[str, Any]:
+def machine() -> Json:
     return {"platform": platform.platform(), "cpus": os.cpu_count()}

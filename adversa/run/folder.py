@@ -7,11 +7,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from adversa.storage import files
 from adversa.storage.path import BucketPath, StoragePath, relative
-from adversa.types import UserError, digest
+from adversa.types import Json, UserError, digest
 
 
 def classes_of(data: StoragePath) -> list[str]:
@@ -121,7 +120,7 @@ class RunDir:
         return relative(folder, self.root)
 
 
-def run_id(recipe: dict[str, Any]) -> str:
+def run_id(recipe: Json) -> str:
     """The same for the same question on any machine: the recipe without the place of the data."""
     data = {k: v for k, v in recipe["data"].items() if k != "path"}
     return digest(json.dumps(recipe | {"data": data}, sort_keys=True), size=8)

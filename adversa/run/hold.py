@@ -38,7 +38,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _terminated(number: int, frame: Any) -> None:
+def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt("SIGTERM")
 
 

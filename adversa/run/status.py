@@ -6,17 +6,17 @@ import os
 import socket
 import threading
 import time
-from typing import Any
 
 from adversa.run import run_lock
 from adversa.run.folder import RunDir
 from adversa.storage.files import read_json, write_json, writing
 from adversa.storage.path import BucketPath, StoreError
+from adversa.types import Json
 
 # ---- what the run is doing -----------------------------------------------------------------------
 
 
-def set_status(run: RunDir, state: str, stage: str = "", **more: Any) -> None:
+def set_status(run: RunDir, state: str, stage: str = "", **more: object) -> None:
     """state: running, finished, stopped (by the user) or failed; stage: a step folder's name."""
     with writing(run.root):
         write_json(
@@ -32,7 +32,7 @@ def set_status(run: RunDir, state: str, stage: str = "", **more: Any) -> None:
         )
 
 
-def state_of(run: RunDir) -> tuple[str, dict[str, Any]]:
+def state_of(run: RunDir) -> tuple[str, Json]:
     """("running" | "paused" | "finished" | "stopped" | "failed" | "killed" | "not started",
     status.json).
     """

@@ -51,10 +51,10 @@ class Recipe:
 
     step: str
     version: int
-    config: dict[str, Any]
+    config: Json
     inputs: dict[str, str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {
             "step": self.step,
             "version": self.version,
@@ -113,7 +113,7 @@ def is_finished(folder: StoragePath) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def finish(folder: StoragePath, recipe: Recipe, **facts: Any) -> dict[str, Any]:
+def finish(folder: StoragePath, recipe: Recipe, **facts: Any) -> Json:
     """Mark a step complete: the manifest is the last thing written, and lists every other file.
 
     facts: at least seconds, compute_seconds, device_seconds and rows.
@@ -126,7 +126,7 @@ def finish(folder: StoragePath, recipe: Recipe, **facts: Any) -> dict[str, Any]:
     return manifest
 
 
-def manifest(folder: StoragePath) -> dict[str, Any]:
+def manifest(folder: StoragePath) -> Json:
     """Of a finished step. UserError where the file is none that `finish` wrote."""
     found = read_json(folder / MANIFEST)
     if found is None:
@@ -148,7 +148,7 @@ def fingerprint(folder: StoragePath) -> str:
 UNLISTED = (RECIPE, MANIFEST, PROGRESS, OPENED, CHECKPOINT, COMMITTED)
 
 
-def _listed(folder: StoragePath) -> dict[str, dict[str, Any]]:
+def _listed(folder: StoragePath) -> dict[str, Json]:
     """Each file's bytes, digest and, of Parquet, rows."""
     found = {}
     for name, size in sorted(sizes(folder).items()):
@@ -167,7 +167,7 @@ def _digest(path: StoragePath) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checked(folder: StoragePath) -> dict[str, Any]:
+def checked(folder: StoragePath) -> Json:
     """The manifest of a finished step whose files are there, each with as many bytes as it says.
     UserError that names the first which is not.
     """
@@ -229,7 +229,7 @@ class Progress:
     def elapsed(self) -> float:
         return self.before + time.monotonic() - self.started
 
-    def __call__(self, state: dict[str, Any]) -> None:
+    def __call__(self, state: Json) -> None:
         t = time.monotonic()
         if self.first is None:
             self.first = (t, float(state.get("done", 0)))

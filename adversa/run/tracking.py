@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from adversa.storage import files
 from adversa.storage.path import StoragePath, relative
-from adversa.types import UserError, digest
+from adversa.types import Json, UserError, digest
 
 METRICS = "metrics.jsonl"
 WHERE = ("*", "round-*/*/*/*")  # folders of trainings, below the run's
@@ -46,7 +46,7 @@ class Sink(Protocol):
 class TensorBoard:
     """Event files in `tracking/tensorboard`, a TensorBoard run for each training."""
 
-    def __init__(self, root: StoragePath, state: dict[str, Any]) -> None:
+    def __init__(self, root: StoragePath, state: Json) -> None:
         self.writer = _import("tensorboard", "torch.utils.tensorboard").SummaryWriter
         self.folder = _local(root, "tensorboard") / "tracking" / "tensorboard"
         self.writers: dict[str, Any] = {}
@@ -71,7 +71,7 @@ class MLflow:
     `tracking/mlflow` of the run folder.
     """
 
-    def __init__(self, root: StoragePath, state: dict[str, Any]) -> None:
+    def __init__(self, root: StoragePath, state: Json) -> None:
         self.module, self.root, self.state = _import("mlflow"), root, state
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             _local(root, "mlflow (without MLFLOW_TRACKING_URI)")
@@ -118,7 +118,7 @@ class Wandb:
     set.
     """
 
-    def __init__(self, root: StoragePath, state: dict[str, Any]) -> None:
+    def __init__(self, root: StoragePath, state: Json) -> None:
         self.module, self.root = _import("wandb"), root
         _local(root, "wandb")
         self.run: Any = None
@@ -160,7 +160,7 @@ class Wandb:
             self.run.finish()
 
 
-SINKS: dict[str, Callable[[StoragePath, dict[str, Any]], Sink]] = {
+SINKS: dict[str, Callable[[StoragePath, Json], Sink]] = {
     "tensorboard": TensorBoard,
     "mlflow": MLflow,
     "wandb": Wandb,
@@ -264,7 +264,7 @@ class Follow:
 
 
 def unsent(
-    rows: Sequence[tuple[int, dict[str, float]]], noted: dict[str, Any]
+    rows: Sequence[tuple[int, dict[str, float]]], noted: Json
 ) -> Sequence[tuple[int, dict[str, float]]]:
     """The lines of a training that are not sent yet, all of them where it is not the one that
     `noted` is about.

@@ -8,13 +8,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from adversa.storage.path import BucketPath, StoragePath
-from adversa.types import UserError
+from adversa.types import Json, UserError
 
 
-def read_json(path: StoragePath) -> dict[str, Any] | None:
+def read_json(path: StoragePath) -> Json | None:
     """The JSON object of a file, or None where there is none (or it is being replaced on a file
     system without atomic rename).
     """
@@ -44,12 +43,12 @@ def _fresh(path: StoragePath) -> str:
     return path.read_text()
 
 
-def write_json(path: StoragePath, value: dict[str, Any] | list[Any]) -> None:
+def write_json(path: StoragePath, value: Json | list[Json]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(path, _encode(value))
 
 
-def create_json(path: StoragePath, value: dict[str, Any]) -> bool:
+def create_json(path: StoragePath, value: Json) -> bool:
     """Whether the file was written: only where there is none. Of several who try at the same time
     one succeeds, on whatever machines (S3 needs conditional puts: AWS, MinIO, R2 and Ceph do).
     """
@@ -69,7 +68,7 @@ def create_json(path: StoragePath, value: dict[str, Any]) -> bool:
         return False
 
 
-def _encode(value: dict[str, Any] | list[Any]) -> bytes:
+def _encode(value: Json | list[Json]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 

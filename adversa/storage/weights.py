@@ -11,18 +11,21 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adversa.storage.files import replace_bytes
 from adversa.storage.path import StoragePath, StoreError
-from adversa.types import UserError
+from adversa.types import Json, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODEL, CONFIG, CHECKPOINT = "model.safetensors", "config.json", "checkpoint.pt"
 # the step of checkpoint.pt, for those who do not want to load torch and all weights for a number
 COMMITTED = "checkpoint.json"
 
 
-def save_model(folder: StoragePath, state: dict[str, Any], config: dict[str, Any]) -> str:
+def save_model(folder: StoragePath, state: dict[str, Tensor], config: Json) -> str:
     """Write a state dict (name -> tensor) and its config; returns the fingerprint (sha256 of the
     weights and the config).
     """
@@ -36,7 +39,7 @@ def save_model(folder: StoragePath, state: dict[str, Any], config: dict[str, Any
     return hashlib.sha256(data + text.encode()).hexdigest()[:32]
 
 
-def read_model(folder: StoragePath) -> tuple[dict[str, Any], dict[str, Any], str]:
+def read_model(folder: StoragePath) -> tuple[dict[str, Tensor], Json, str]:
     """(state dict, config, fingerprint) of a model folder; UserError where it is not one."""
     from safetensors import SafetensorError
     from safetensors.torch import load
