@@ -109,7 +109,8 @@ class Classifier(Section):
         1.0,
         gt=0,
         le=1,
-        description="each group of layers below the head learns at this times the rate of the one above",
+        description="each group of layers below the head learns at this times the rate of the one "
+        "above",
     )
     freeze_norm: bool = Field(
         False, description="BatchNorm keeps the statistics of the pretrained weights"

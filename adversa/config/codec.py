@@ -22,8 +22,8 @@ class Codec(Section):
     )
     path: WeightPath = Field(
         None,
-        description="a local diffusers folder, or a hub id; null (tiny only): fitted on the run's own "
-        "images",
+        description="a local diffusers folder, or a hub id; null (tiny only): fitted on the run's "
+        "own images",
     )
     views: Literal[1, 2, 4, 8] = Field(
         8,

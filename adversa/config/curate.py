@@ -30,15 +30,15 @@ class Curate(Section):
         0.993,
         gt=0.5,
         le=1,
-        description="closer to a real image than this share of different lesions are to each other: a "
-        "near copy",
+        description="closer to a real image than this share of different lesions are to each "
+        "other: a near copy",
     )
     realism_quantile: float | None = Field(
         0.98,
         gt=0.5,
         le=1,
-        description="farther from the manifold of real images than this share of held-out real ones: "
-        "unlike them; null: off",
+        description="farther from the manifold of real images than this share of held-out real "
+        "ones: unlike them; null: off",
     )
     min_contrast: float | None = Field(
         2.0, ge=0, description="least standard deviation of brightness, grey levels; null: off"
@@ -61,6 +61,6 @@ class Curate(Section):
     )
     judge: Classifier | None = Field(
         None,
-        description="the verifiers' own classifier section; null: as the classifier, from scratch, of "
-        "another architecture",
+        description="the verifiers' own classifier section; null: as the classifier, from scratch, "
+        "of another architecture",
     )

@@ -82,7 +82,8 @@ class Data(Section):
 
     source: Literal["phantom", "ham10000", "csv", "folder"] = Field(
         "phantom",
-        description="built-in procedural pictures; HAM10000 as distributed; a table; one folder a class",
+        description="built-in procedural pictures; HAM10000 as distributed; a table; one folder a "
+        "class",
     )
     path: Annotated[str | None, AfterValidator(_local)] = Field(
         None, description="folder, .zip or .csv; not used by phantom"
@@ -92,7 +93,8 @@ class Data(Section):
     )
     crop: Literal["center", "pad", "squash"] = Field(
         "center",
-        description="how a picture becomes square: central square, black bars, or changed proportions",
+        description="how a picture becomes square: central square, black bars, or changed "
+        "proportions",
     )
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="a picture that cannot be read: stop, or skip and count"
@@ -116,8 +118,8 @@ class Data(Section):
         8,
         ge=-1,
         le=16,
-        description="look-alikes whose 64-bit perceptual hashes differ in at most so many bits are one "
-        "group; -1: off",
+        description="look-alikes whose 64-bit perceptual hashes differ in at most so many bits are "
+        "one group; -1: off",
     )
     split: Split = Split()
     part_rows: int = Field(512, ge=1, description="images a Parquet part")

@@ -31,8 +31,8 @@ class Denoiser(Section):
         4,
         ge=1,
         le=8,
-        description="pixels folded into channels first (space to depth); a token of the transformer: "
-        "an eighth of the side",
+        description="pixels folded into channels first (space to depth); a token of the "
+        "transformer: an eighth of the side",
     )
     weights: WeightPath = Field(
         None,
@@ -57,13 +57,13 @@ class Denoiser(Section):
         None,
         gt=0,
         lt=0.29,
-        description="relative width of a power-function average (Karras et al. 2024, equation 123 and "
-        "algorithm 2)",
+        description="relative width of a power-function average (Karras et al. 2024, equation 123 "
+        "and algorithm 2)",
     )
     loss: Literal["edm", "min_snr", "uncertainty"] = Field(
         "edm",
-        description="weight of a noise level: 1/c_out^2; min-SNR (Hang et al. 2023); learned (Karras "
-        "et al. 2024, eq. 15)",
+        description="weight of a noise level: 1/c_out^2; min-SNR (Hang et al. 2023); learned "
+        "(Karras et al. 2024, eq. 15)",
     )
     min_snr: float = Field(5.0, gt=0, description="min_snr: gamma")
     sigma_data: float = Field(

@@ -26,8 +26,8 @@ class Generate(Section):
     )
     adaptive: bool = Field(
         False,
-        description="img2img: for each hard case the largest of `levels` at which the verifier still "
-        "sees the label, else the least",
+        description="img2img: for each hard case the largest of `levels` at which the verifier "
+        "still sees the label, else the least",
     )
     levels: list[float] = Field(
         [0.5, 1.0, 2.0, 4.0, 8.0], min_length=1, description="adaptive: noise levels that are tried"
@@ -62,8 +62,8 @@ class Generate(Section):
     )
     weak: WeightPath = Field(
         None,
-        description="folder of an under-trained denoiser that guidance steers away from, not the null "
-        "class (Karras et al. 2024)",
+        description="folder of an under-trained denoiser that guidance steers away from, not the "
+        "null class (Karras et al. 2024)",
     )
     classifier_guidance: float = Field(
         0.0,
@@ -124,8 +124,8 @@ class Generate(Section):
     amp: bool = Field(True, description="bf16 autocast")
     compile: bool = Field(
         False,
-        description="torch.compile of the denoiser: half a minute at each sampler's start, then up to "
-        "twice as fast",
+        description="torch.compile of the denoiser: half a minute at each sampler's start, then up "
+        "to twice as fast",
     )
 
     @model_validator(mode="after")

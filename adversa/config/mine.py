@@ -30,8 +30,8 @@ class Mine(Section):
     )
     scorer: Literal["loss", "margin", "entropy", "bald", "forgetting"] = Field(
         "loss",
-        description="what hardest means; bald: over the seeds' classifiers; forgetting: right in one "
-        "round, wrong in the next",
+        description="what hardest means; bald: over the seeds' classifiers; forgetting: right in "
+        "one round, wrong in the next",
     )
     temperature: float | None = Field(
         None,

@@ -55,15 +55,15 @@ class Mix(Section):
     )
     synthetic_ratio: Annotated[float | Literal["auto"], BeforeValidator(_ratio)] = Field(
         0.5,
-        description="at most so many synthetic images (or repeats) a real training image; auto: chosen "
-        "on select in every round",
+        description="at most so many synthetic images (or repeats) a real training image; auto: "
+        "chosen on select in every round",
     )
     ratios: Ratios = Field([0.0, 0.5, 1.0, 2.5, 5.0], description="auto: the ratios that are tried")
     patience: int | None = Field(
         2,
         ge=1,
-        description="auto: a class gets no more images after so many rounds in a row in which they did "
-        "not help it; null: never "
+        description="auto: a class gets no more images after so many rounds in a row in which they "
+        "did not help it; null: never "
         "stops",
     )
     fold_mined: Literal["all", "none"] = Field(

@@ -20,8 +20,8 @@ class Search(Section):
 
     space: dict[str, dict[str, Any]] = Field(
         min_length=1,
-        description="dotted key of classifier or generate, or ratio: {choice: [..]}, {loguniform: [a, "
-        "b]}, ...: ray.tune's names",
+        description="dotted key of classifier or generate, or ratio: {choice: [..]}, {loguniform: "
+        "[a, b]}, ...: ray.tune's names",
     )
     samples: int = Field(20, ge=1, description="trials")
     searcher: str = Field(
@@ -81,8 +81,8 @@ class Sweep(Section):
         list[Literal["subset", "all"]], BeforeValidator(_one_or_many), Field(min_length=1)
     ] = Field(
         ["subset"],
-        description="real images a cell's denoiser is trained on: the cell's own, all of train (Sagers "
-        "et al. 2023), or both",
+        description="real images a cell's denoiser is trained on: the cell's own, all of train "
+        "(Sagers et al. 2023), or both",
     )
     seeds: int = Field(
         3, ge=1, le=100, description="classifiers a point of the grid, paired by seed"

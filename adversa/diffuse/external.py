@@ -7,7 +7,7 @@ divided by sqrt(1 + sigma^2) = 1 / sqrt(abar)  (Karras et al. 2022, Table 1, "VP
 a x_vp + b F(x_vp; t)  with
 
     epsilon   a = sqrt(1 + sigma^2)      b = -sigma
-    v         a = 1 / sqrt(1 + sigma^2)  b = -sigma / sqrt(1 + sigma^2)     (Salimans & Ho 2022, appendix D)
+    v         a = 1 / sqrt(1 + sigma^2)  b = -sigma / sqrt(1 + sigma^2) (Salimans & Ho 2022, app. D)
     sample    a = 0                      b = 1
 
 A sigma between two timesteps gets the t between them, linear in log sigma over the model's own

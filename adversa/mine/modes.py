@@ -146,8 +146,8 @@ def mode_name(label: str, rival: str, errors: int, attributes: Sequence[Finding]
 
 
 def phrase(f: Finding) -> str:
-    """ "attribute=value (lesions of the mode with it of all; times its share of the class, corrected
-    p)".
+    """ "attribute=value (lesions of the mode with it of all; times its share of the class, p)", p
+    corrected.
     """
     p = "p<0.001" if f.corrected < 0.001 else f"p={f.corrected:.1g}"
     return f"{f.attribute}={f.value} ({f.inside} of {f.size}; {f.lift:.1f} x, {p})"

@@ -76,11 +76,12 @@ def _encode(value: Json | list[Json]) -> bytes:
 FIXES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again{kept}",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again{kept}",
-    errno.EIO: "the disk fails (input/output error); check it, then run the same command again{kept}",
+    errno.EIO: "the disk fails (input/output error); check it, then run the same command "
+    "again{kept}",
     errno.ESTALE: "the network file system has lost it; mount it again, then run the same command "
     "again{kept}",
-    errno.EBUSY: "something else holds it; wait for that to end and run the same command again, or give "
-    "another {option}",
+    errno.EBUSY: "something else holds it; wait for that to end and run the same command again, or "
+    "give another {option}",
     errno.EROFS: "the file system is read-only; give a {option} that can be written",
     errno.EACCES: "permission denied; give a {option} that can be written",
     errno.EPERM: "permission denied; give a {option} that can be written",
@@ -90,8 +91,8 @@ FIXES = {
     errno.ELOOP: "symbolic links lead in a circle; give another {option}",
     errno.ENAMETOOLONG: "the name is too long; give another {option}, a shorter one",
     errno.EFBIG: "the file system takes no file so large; give another {option}",
-    errno.ENOENT: "the folder cannot be made, or is gone; see whether it was deleted or unmounted, or "
-    "give another {option}",
+    errno.ENOENT: "the folder cannot be made, or is gone; see whether it was deleted or unmounted, "
+    "or give another {option}",
 }
 
 

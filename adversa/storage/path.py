@@ -107,7 +107,7 @@ class BucketPath(CloudPath):
         found = self.fs.ls(self.path, detail=False)
         return iter(sorted(self / name.rpartition("/")[2] for name in found if name != self.path))
 
-    def glob(self, pattern: str) -> Iterator[BucketPath]:  # type: ignore[override]
+    def glob(self, pattern: str) -> Iterator[BucketPath]:  # type: ignore[override]  # fewer options
         """Level by level: one listing for each folder that a wild card stands for."""
         head, _, rest = pattern.partition("/")
         if not re.search(r"[*?\[]", head):
@@ -123,7 +123,7 @@ class BucketPath(CloudPath):
             if fnmatchcase(name, head) and (info["type"] == "directory" or not rest):
                 yield from (self / name).glob(rest) if rest else [self / name]
 
-    def rglob(self, pattern: str) -> Iterator[BucketPath]:  # type: ignore[override]
+    def rglob(self, pattern: str) -> Iterator[BucketPath]:  # type: ignore[override]  # fewer options
         """Files only; one listing, however deep. pattern: of a name, without a slash."""
         assert "/" not in pattern, pattern
         inside = (name.removeprefix(self.path + "/") for name in sorted(self.fs.find(self.path)))
@@ -136,10 +136,12 @@ class BucketPath(CloudPath):
         data: bytes = self.fs.cat_file(self.path, max_concurrency=1)
         return data
 
-    def read_text(self, encoding: str = "utf-8") -> str:  # type: ignore[override]
+    def read_text(self, encoding: str = "utf-8") -> str:  # type: ignore[override]  # fewer options
         return self.read_bytes().decode(encoding)
 
-    def write_bytes(self, data: bytes | memoryview, exclusive: bool = False) -> None:  # type: ignore[override]
+    def write_bytes(  # type: ignore[override]  # an option of its own
+        self, data: bytes | memoryview, exclusive: bool = False
+    ) -> None:
         """One put: afterwards the object is there whole; where this raises, it is as it was before.
 
         What is interrupted (Ctrl-C) waits for it: what comes next may be put in the same place.
@@ -156,14 +158,14 @@ class BucketPath(CloudPath):
                 concurrent.futures.wait([put])
                 raise
 
-    def touch(self) -> None:  # type: ignore[override]
+    def touch(self) -> None:  # type: ignore[override]  # fewer options
         """An empty file."""
         self.write_bytes(b"")
 
     def mkdir(self, mode: int = 0, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: a folder is there as long as something lies in it."""
 
-    def rmdir(self) -> None:  # type: ignore[override]
+    def rmdir(self) -> None:  # type: ignore[override]  # fewer options
         """Nothing: a folder has gone with the last that lay in it."""
 
     def unlink(self, missing_ok: bool = False) -> None:

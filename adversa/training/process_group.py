@@ -104,7 +104,7 @@ def convert_sync_batchnorm(module: nn.Module) -> None:
         return
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
-            layer.forward = partial(_forward, layer, type(layer).forward)  # type: ignore[method-assign]
+            layer.forward = partial(_forward, layer, type(layer).forward)  # type: ignore[method-assign]  # patched
 
 
 def _forward(layer: _BatchNorm, alone: Callable[[_BatchNorm, Tensor], Tensor], x: Tensor) -> Tensor:
