@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from adversa.engine.interface import BatchEngine
-from adversa.engine.tasks import Done, Make, Part
+from adversa.engine.tasks import Done, Make, Part, Share
 from adversa.run import step_folder
 from adversa.run.control import RunHandle
 from adversa.run.step_folder import Progress, Recipe
@@ -65,7 +65,7 @@ class Watched(Progress):
         self.handle.poll()
 
 
-def cost(done: Sequence[Done], workers: int, wall: float) -> Facts:
+def cost(done: Sequence[Done | Share], workers: int, wall: float) -> Facts:
     """What a call of the engine cost: `device_seconds` in all, and the seconds of its wall time
     `waited` for anything but compute.
 
