@@ -1,8 +1,9 @@
-"""Kill parts of a three-node Ray cluster with -9 while a run works on it; the run must end like an
+r"""Kill parts of a three-node Ray cluster with -9 while a run works on it; the run must end like an
 undisturbed one.
 
-    python tools/chaos.py --out FOLDER                          the built-in demo: 4 victims x 5 stages, 20 kills
-    python tools/chaos.py --out FOLDER --config tiny.yaml --victims coordinator,head --stages train,generate
+    python tools/chaos.py --out FOLDER          the built-in demo: 4 victims x 5 stages, 20 kills
+    python tools/chaos.py --out FOLDER --config tiny.yaml --victims coordinator,head \
+        --stages train,generate
 
 The nodes are raylets on this machine, of one CPU each. Each victim gets a run of its own, in which
 it dies once in every stage: a worker process (one that is at work), a worker node's raylet with all

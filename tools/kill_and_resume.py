@@ -1,7 +1,8 @@
-"""Kill a run with -9, process tree and all, at five points; the same command must finish it, like
+r"""Kill a run with -9, process tree and all, at five points; the same command must finish it, like
 an undisturbed run.
 
-    python tools/kill_and_resume.py --run-dir RUN --undisturbed OTHER_RUN -- adversa loop configs/demo.yaml
+    python tools/kill_and_resume.py --run-dir RUN --undisturbed OTHER_RUN -- \
+        adversa loop configs/demo.yaml
 
 Prints a line a kill, then what is equal and what is not; exit code 1 where anything differs or
 finished work was done again.

@@ -1,8 +1,9 @@
 """Kill samplers with -9 while they generate, or the driver; all images must arrive, once each, the
 same as undisturbed.
 
-    python tools/kill_sampler.py                        every 5 seconds a random sampler actor dies
-    python tools/kill_sampler.py --driver --runs 3      the driver dies at a random moment, and the same is started again
+    python tools/kill_sampler.py                    every 5 seconds a random sampler actor dies
+    python tools/kill_sampler.py --driver --runs 3  the driver dies at a random moment, and the
+                                                    same is started again
 
 Generates with the shipped phantom denoiser, from noise, on an embedded Ray. With --driver the
 second start must leave the parts alone that were complete when the first was killed: it starts at

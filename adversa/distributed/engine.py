@@ -54,7 +54,7 @@ class RayEngine:
         if not inside:
             start.start(cluster, verbose)
         stream.quiet(verbose)
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+        resources: dict[str, float] = ray.cluster_resources()
         self.gpus, self.cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         engine_resources.refuse(
             engine_resources.faults(self._machines(), cluster, grows=not self.embedded)

@@ -35,7 +35,7 @@ def head() -> str | None:
 
 def alive() -> list[dict[str, Any]]:
     """What Ray says of the nodes that are up."""
-    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+    found: list[dict[str, Any]] = ray.nodes()
     return [n for n in found if n["Alive"]]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from ray.train import DataConfig
 
 from adversa.engine.batches import Batch, Feed
 from adversa.engine.tasks import Done, Make, Part, Report, Work, do_part, missing
+from adversa.storage.path import StoragePath
 from adversa.storage.weights import committed_step
 from adversa.types import UserError, share_of
 
@@ -39,7 +39,7 @@ def quiet(verbose: bool) -> None:
 
 
 def map_batches(
-    make: Make, parts: Sequence[Part], out: Path, report: Report, options: dict[str, Any]
+    make: Make, parts: Sequence[Part], out: StoragePath, report: Report, options: dict[str, Any]
 ) -> list[Done]:
     """Each missing part as one row of a streaming dataset: read, work, commit happen in the task;
     only counts come back.
@@ -52,7 +52,9 @@ def map_batches(
     report({"done": finished, "total": total, "unit": "image"})
     if not todo:
         return []
-    dataset = ray.data.from_items([{"part": p} for p in todo], override_num_blocks=len(todo))
+    dataset: ray.data.Dataset = ray.data.from_items(
+        [{"part": p} for p in todo], override_num_blocks=len(todo)
+    )
     dataset = dataset.map_batches(_PartTask(make, out), batch_size=None, **options)
     done = []
     for row in dataset.iter_rows():
@@ -71,7 +73,7 @@ class _PartTask:
     which one it was.
     """
 
-    def __init__(self, make: Make, out: Path) -> None:
+    def __init__(self, make: Make, out: StoragePath) -> None:
         self.make, self.out = make, out
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -92,7 +94,7 @@ def made(make: Make) -> Work:
     """What `make` makes, once a process: a warm worker keeps the last one, models loaded."""
     import ray.cloudpickle
 
-    key = ray.cloudpickle.dumps(make)
+    key: bytes = ray.cloudpickle.dumps(make)
     if key not in _made:
         _made.clear()
         _made[key] = make()
@@ -229,13 +231,13 @@ class Streams(DataConfig):
     """
 
     def __init__(
-        self, train: dict[str, tuple[Feed, Path]], select: dict[str, Feed], row_bytes: int
+        self, train: dict[str, tuple[Feed, StoragePath]], select: dict[str, Feed], row_bytes: int
     ) -> None:
         """train: feeds, and the folders of their trainings. row_bytes: of one image."""
         super().__init__(datasets_to_split=list(train), execution_options=ordered())
         self.train, self.select, self.row_bytes = train, select, row_bytes
 
-    def placeholders(self) -> dict[str, ray.data.Dataset]:
+    def placeholders(self) -> dict[str, ray.data.Dataset | Callable[[], ray.data.Dataset]]:
         nothing = ray.data.range(1)
         return dict.fromkeys([*self.train, *self.select], nothing)
 

@@ -48,7 +48,7 @@ class Loop:
         self.steps = [job.feed.count() for job in jobs]
         self.selects = [job.select is not None for job in jobs]
         # unpacked on the worker after the first stream has started
-        self.packed: bytes = ray.cloudpickle.dumps(list(jobs))  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+        self.packed: bytes = ray.cloudpickle.dumps(list(jobs))
         self.threads, self.home = threads, home
 
     def __call__(self) -> dict[str, float]:

@@ -25,8 +25,12 @@ def found():
     return colorsys.__file__, os.nice(0)
 
 (module, nice), me = ray.get(found.remote()), psutil.Process()
-listening = {c.laddr.ip for p in [me, *me.children(recursive=True)] for c in p.net_connections("inet") if c.status == "LISTEN"}
-print(json.dumps({"module": module, "nice": nice - os.nice(0), "listening": sorted(listening), "dashboard": ray._private.worker.global_worker.node.webui_url}))
+connections = [c for p in [me, *me.children(recursive=True)] for c in p.net_connections("inet")]
+listening = {c.laddr.ip for c in connections if c.status == "LISTEN"}
+print(json.dumps({
+    "module": module, "nice": nice - os.nice(0), "listening": sorted(listening),
+    "dashboard": ray._private.worker.global_worker.node.webui_url,
+}))
 ray.shutdown()
 """
 

@@ -34,9 +34,11 @@ HEAD = """
 import sys
 from ray.cluster_utils import Cluster
 cluster = Cluster(True, head_node_args={
-    "num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": True, "dashboard_host": "127.0.0.1",
+    "num_cpus": 2, "object_store_memory": 200 << 20,
+    "include_dashboard": True, "dashboard_host": "127.0.0.1",
     "dashboard_port": int(sys.argv[4]),  # which Ray Train asks whether a controller has died
-    "gcs_server_port": int(sys.argv[1]), "temp_dir": sys.argv[2], "metrics_export_port": int(sys.argv[3]),
+    "gcs_server_port": int(sys.argv[1]), "temp_dir": sys.argv[2],
+    "metrics_export_port": int(sys.argv[3]),
 })
 print(cluster.address, flush=True)
 sys.stdin.read()

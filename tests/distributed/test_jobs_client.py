@@ -515,9 +515,14 @@ if sys.argv[2] == "dashboard":
         sys.exit("ssh: no route to host")
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            body = json.dumps(said["answers"].get(self.path.partition("?")[0], [404, ""])[1]).encode()
-            self.send_response(200); self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
-    http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+            answer = said["answers"].get(self.path.partition("?")[0], [404, ""])[1]
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+    at = "127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
+    http.server.ThreadingHTTPServer(at, Handler).serve_forever()
 print(said.get("out", ""))
 print(said.get("err", ""), file=sys.stderr)
 sys.exit(said.get("code", 0))

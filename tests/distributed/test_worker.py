@@ -91,7 +91,7 @@ def test_a_fault_of_a_select_role_comes_out_where_it_is_read():
         list(held())
 
 
-def test_steps_before_the_trainings_own_are_passed_over_and_the_next_stream_starts_before_the_last():
+def test_earlier_steps_are_passed_over_and_the_next_stream_starts_before_the_last():
     called = []
     got = [
         (b["step"], len(called))

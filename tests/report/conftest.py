@@ -172,7 +172,8 @@ def build(
         "overhead_seconds": 12.5,
         "verdict": "not shown",
         "test_opened": "2026-01-02T03:04:05+00:00",
-        "verdict_sentence": "Guided was not shown to help: +0.045 balanced accuracy on test (-0.010 to +0.100).",
+        "verdict_sentence": "Guided was not shown to help: +0.045 balanced accuracy on test "
+        "(-0.010 to +0.100).",
         "versions": {"python": "3.12.1", "adversa": "0.1.0", "torch": "2.15.0"},
         "device_seconds": 480.0,
         "cost": {

@@ -42,7 +42,9 @@ CASES = "[...document.querySelectorAll('.case')].filter(e => e.checkVisibility()
 
 
 class Tab:
-    """Commands to a tab, and what it said meanwhile: messages of its console, faults, violations of its policy."""
+    """Commands to a tab, and what it said meanwhile: messages of its console, faults, violations of
+    its policy.
+    """
 
     def __init__(self, socket: Any) -> None:
         self.socket, self.sent, self.said = socket, 0, []
@@ -59,7 +61,9 @@ class Tab:
                 self.said.append(answer)
 
     async def ask(self, expression: str) -> Any:
-        """The value of a JavaScript expression. It runs beside the page's policy, which allows it no script of its own."""
+        """The value of a JavaScript expression. It runs beside the page's policy, which allows no
+        script of its own.
+        """
         found = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
@@ -179,7 +183,9 @@ def test_it_fits_and_loads_without_a_word(report: Path, browse: Callable[..., No
 def test_a_page_that_is_at_fault_is_noticed(
     report: Path, tmp_path: Path, browse: Callable[..., None]
 ) -> None:
-    """The checks above can fail: a script, a picture from elsewhere and a line too wide are all seen."""
+    """The checks above can fail: a script, a picture from elsewhere and a line too wide are all
+    seen.
+    """
     bad = tmp_path / "bad.html"
     wide = (
         "<div style='width: 2000px'>x</div><script>1</script><img src='file:///nowhere.png'></main>"
@@ -255,7 +261,8 @@ def test_what_matches_nothing_is_said_and_paper_shows_all(
         )
         assert not await tab.ask(nothing)
         await tab.ask(
-            "document.querySelectorAll('.c1 .one.refused').forEach(e => e.classList.remove('refused'))"
+            "document.querySelectorAll('.c1 .one.refused')"
+            ".forEach(e => e.classList.remove('refused'))"
         )
         assert await tab.ask(SHOWN) == 0 and await tab.ask(nothing)
         await tab.call("Emulation.setEmulatedMedia", media="print")

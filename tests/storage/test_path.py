@@ -73,9 +73,8 @@ def store(proxy, request):
 
 
 def address(proxy, folder, bucket=s3.BUCKET):
-    return storage_path(
-        f"s3://{bucket}/{folder.replace('[', '-').rstrip(']')}?endpoint_override={proxy.at}&scheme=http"
-    )
+    name = folder.replace("[", "-").rstrip("]")
+    return storage_path(f"s3://{bucket}/{name}?endpoint_override={proxy.at}&scheme=http")
 
 
 def one_line(error):
