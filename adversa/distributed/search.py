@@ -9,12 +9,12 @@ search that was killed is simply begun anew (docs/decisions/0014).
 from __future__ import annotations
 
 import os
-import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from adversa.config import Cluster
-from adversa.distributed.errors import user_error
-from adversa.distributed.training import _stored
+from adversa.distributed.training import stored, watched
 from adversa.engine import resources
 from adversa.engine.interface import Tell, Trial
 from adversa.engine.local import LocalEngine
@@ -33,7 +32,6 @@ from adversa.run.control import Pause, RunHandle
 from adversa.storage.path import StoragePath
 from adversa.types import UserError
 
-POLL_SECONDS = 0.5
 # Of a trial's result: what is fixable by the user, the traceback of a fault of ours, and that it
 # came to its end.
 FAULT, BUG, OVER = "fault", "bug", "over"
@@ -120,28 +118,32 @@ class Begun(tune.Callback):
             self.source.queue.begun.add(i)
 
 
-class Runner:
-    """The trainable: works on the trial that Tune names. An exception comes home as a result: only
-    dead processes are replaced.
+def outcome(work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """What a trial's work returns. An exception comes home as a result: only dead processes are
+    replaced.
     """
-
-    def __init__(self, trials: Sequence[Trial], threads: int, home: Path) -> None:
-        self.trials, self.threads, self.home = list(trials), threads, home
-
-    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
-        if self.home.is_dir():
-            os.chdir(self.home)
-        try:
-            self.trials[config["trial"]].work(LocalEngine(self.threads, self.threads), _tell_nobody)
-        except UserError as e:
-            return {OVER: 1, FAULT: fault(e)}
-        except Exception:
-            return {OVER: 1, BUG: traceback.format_exc()}
-        return {OVER: 1}
+    try:
+        return work() or {}
+    except UserError as e:
+        return {FAULT: fault(e)}
+    except Exception:
+        return {BUG: traceback.format_exc()}
 
 
-def _tell_nobody(state: dict[str, Any]) -> None:
-    """Progress lies in the trial's folders; Tune needs none where no scheduler chooses."""
+def run_config(
+    storage: StoragePath,
+    on: Concurrency,
+    callbacks: list[tune.Callback],
+    stop: tune.Stopper | None = None,
+) -> tune.RunConfig:
+    return tune.RunConfig(
+        name=uuid.uuid4().hex,
+        verbose=0,
+        callbacks=callbacks,
+        stop=stop,
+        failure_config=tune.FailureConfig(max_failures=on.attempts - 1),
+        **stored(storage),
+    )
 
 
 def search(
@@ -154,20 +156,23 @@ def search(
     if not queue.left():
         report(queue.state())
         return
-    source, runner = TrialSource(queue, on.most), Runner(trials, on.threads, Path.cwd())
+    source, home = TrialSource(queue, on.most), Path.cwd()
+
+    def trial(config: dict[str, Any]) -> dict[str, Any]:
+        """Progress lies in the trial's folders; Tune needs none where no scheduler chooses."""
+        if home.is_dir():
+            os.chdir(home)
+        engine = LocalEngine(on.threads, on.threads)
+        work = partial(trials[config["trial"]].work, engine, lambda _: None)
+        return {OVER: 1} | outcome(work)
+
     tuner = tune.Tuner(
-        tune.with_resources(_function(runner), on.asks),
+        tune.with_resources(trial, on.asks),
         tune_config=tune.TuneConfig(search_alg=source, num_samples=len(trials), reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=uuid.uuid4().hex,
-            verbose=0,
-            callbacks=[Begun(source)],
-            failure_config=tune.FailureConfig(max_failures=on.attempts - 1),
-            **_stored(storage),
-        ),
+        run_config=run_config(storage, on, [Begun(source)]),
     )
     pauses: list[Pause] = []
-    results = watched(tuner, lambda: _poll(source, report, handle, pauses))
+    results = watched(tuner.fit, lambda: _poll(source, report, handle, pauses))
     if pauses and queue.left():
         raise pauses[0]
     if source.bug:
@@ -175,22 +180,8 @@ def search(
     queue.running.clear()
     queue.settle()
     if left := queue.left():  # Tune ended early
-        raise _lost(results, len(left))
-
-
-def _lost(results: tune.ResultGrid, left: int) -> BaseException:
-    return next(iter(results.errors), None) or RuntimeError(
-        f"Ray Tune came home with {left} trials not done"
-    )
-
-
-def _function(runner: Runner) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Tune looks at the signature of a plain function."""
-
-    def trial(config: dict[str, Any]) -> dict[str, Any]:
-        return runner(config)
-
-    return trial
+        lost = RuntimeError(f"Ray Tune came home with {len(left)} trials not done")
+        raise next(iter(results.errors), lost)
 
 
 def _poll(source: TrialSource, report: Tell, handle: RunHandle, pauses: list[Pause]) -> None:
@@ -205,29 +196,6 @@ def _poll(source: TrialSource, report: Tell, handle: RunHandle, pauses: list[Pau
     except Pause as pause:
         pauses.append(pause)
         source.draining = True
-
-
-def watched(tuner: tune.Tuner, poll: Callable[[], None]) -> tune.ResultGrid:
-    """`tuner.fit()` in a thread of its own; this one polls, twice a second. UserError of a
-    trial comes back as itself.
-    """
-    failure: list[BaseException] = []
-    result: list[tune.ResultGrid] = []
-
-    def call() -> None:
-        try:
-            result.append(tuner.fit())
-        except BaseException as e:  # handed to the main thread, whatever it is
-            failure.append(e)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        poll()
-    if failure:
-        raise user_error(failure[0]) or failure[0]
-    return result[0]
 
 
 def idle(seconds: float = 30.0) -> None:

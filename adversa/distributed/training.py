@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pyarrow.fs as pafs
 from ray.exceptions import ActorUnschedulableError, NodeDiedError, RayActorError
@@ -28,6 +29,9 @@ from adversa.distributed.worker import Loop
 from adversa.engine.interface import FitJob
 from adversa.run.step_folder import is_finished
 from adversa.storage.path import BucketPath, StoragePath, filesystem
+
+T = TypeVar("T")
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def fit(
         ),
         run_config=RunConfig(
             name=uuid.uuid4().hex,
-            **_stored(storage),
+            **stored(storage),
             callbacks=[NoRetry()],
             failure_config=FailureConfig(max_failures=group.attempts - 1),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
@@ -79,14 +83,17 @@ def fit(
         dataset_config=streams,
     )
     trainer.embedded = group.embedded
-    result = _run(trainer)
+    try:
+        result = cast(Result, watched(trainer.fit))
+    except (RayActorError, ActorUnschedulableError, NodeDiedError) as e:
+        raise ControllerLost(" ".join(str(e).split())[:300]) from e
     assert all(is_finished(job.out) for job in jobs), "a training came home without its model"
     started: dict[str, float] | None = result.return_value
     assert started is not None, "Ray Train lost what its worker returned"
     return started
 
 
-def _stored(storage: StoragePath) -> dict[str, Any]:
+def stored(storage: StoragePath) -> dict[str, Any]:
     """Where Ray Train keeps its pointers. Of an object store Ray gets the filesystem: it would read
     the address its own way.
     """
@@ -118,25 +125,24 @@ class _Trainer(TorchTrainer):
         ]
 
 
-def _run(trainer: TorchTrainer) -> Result:
-    """`trainer.fit()` in a thread of its own: in the main thread it would take over Ctrl-C and turn
-    it into exit code 0.
+def watched(fit: Callable[[], T], poll: Callable[[], None] = lambda: None) -> T:
+    """What `fit` of Ray Train or Tune returns, called in a thread of its own: in the main thread it
+    would take over Ctrl-C and turn it into exit code 0. This thread polls meanwhile. A UserError at
+    the root of what it raises comes back as itself.
     """
-    failure: list[BaseException] = []
-    result: list[Result] = []
+    future: Future[T] = Future()
 
     def call() -> None:
         try:
-            result.append(cast(Result, trainer.fit()))
+            future.set_result(fit())
         except BaseException as e:  # handed to the main thread, whatever it is
-            failure.append(e)
+            future.set_exception(e)
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(0.2)
-    if failure:
-        if isinstance(failure[0], RayActorError | ActorUnschedulableError | NodeDiedError):
-            raise ControllerLost(" ".join(str(failure[0]).split())[:300])
-        raise user_error(failure[0]) or failure[0]
-    return result[0]
+        thread.join(POLL_SECONDS)
+        poll()
+    if (error := future.exception()) is not None:
+        raise user_error(error) or error
+    return future.result()

@@ -76,9 +76,10 @@ def run(
     write: Callable[[Config, RunDir], StoragePath],
     since: float | None = None,
     handle: RunHandle = NULL_HANDLE,
+    search: Callable[[Config, RunDir, Any, Progress], None] | None = None,
 ) -> StoragePath:
     """Do what is left of a sweep; returns what `write` does (the report's place). The caller holds
-    the run's lock. handle: of the run, where this process holds it.
+    the run's lock. handle: of the run, where this process holds it. search: in place of the grid.
     """
     engine.handle = handle
     remove_partial_files(run)
@@ -86,19 +87,30 @@ def run(
     with tracking.Follow(config.tracking, run.root), Clock(run, since) as clock:
         reported = {"command": COMMAND}
         paused = partial(status.set_status, run, "paused", COMMAND, **reported)
-        with_pauses(handle, partial(_search, config, run, engine), paused)
+        with_pauses(handle, partial(_work, config, run, engine, search or _grid), paused)
         status.set_status(run, "running", "report", **reported)
         clock.tick()
         return write(config, run)
 
 
-def _search(config: Config, run: RunDir, engine: Engine) -> None:
+def _work(
+    config: Config,
+    run: RunDir,
+    engine: Engine,
+    search: Callable[[Config, RunDir, Any, Progress], None],
+) -> None:
     status.set_status(run, "running", "prepare", command=COMMAND)
     prepare.prepare(engine, config.data, run.data)
-    found = trials(config, run, engine.handle)
+    split = files.read_json(run.data / "split.json") or {}
+    grid.check_counts(config, split["images"]["train"], exact=True)
+    (run.root / "trials").mkdir(parents=True, exist_ok=True)
     status.set_status(run, "running", COMMAND, command=COMMAND)
-    engine.search(found, Progress(run.root / "trials"))
+    search(config, run, engine, Progress(run.root / "trials"))
     (run.root / "trials" / step_folder.PROGRESS).unlink(missing_ok=True)
+
+
+def _grid(config: Config, run: RunDir, engine: Engine, report: Progress) -> None:
+    engine.search(trials(config, run, engine.handle), report)
 
 
 def settle(config: Config, run: RunDir) -> None:
@@ -117,12 +129,8 @@ def _has_codec(config: Config) -> bool:
 
 
 def trials(config: Config, run: RunDir, handle: RunHandle = NULL_HANDLE) -> list[Trial]:
-    """All work after `prepare`, the longest first. Makes each cell's images and first mix.
-    UserError where a class has too few.
-    """
+    """All work after `prepare`, the longest first. Makes each cell's images and first mix."""
     s = config.sweep
-    split = files.read_json(run.data / "split.json") or {}
-    grid.check_counts(config, split["images"]["train"], exact=True)
     trained, generated, points = [], [], []
     generates = grid.generates(s)
     for cell in grid.sources(s):

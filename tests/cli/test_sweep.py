@@ -51,7 +51,7 @@ def small(tiny_sweep, tmp_path):
         ("sweep.search={space: {}}", "sweep.search.space"),
         (
             "sweep.search={space: {classifier.rate: {choice: [1]}}}",
-            "sweep.search.space.classifier.rate: no such setting",
+            "sweep.search.space.classifier.rate: classifier.rate: no such setting",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from ray import tune
 
 from adversa.config import Search
-from adversa.distributed import explore
+from adversa.distributed import explore, trainable
 from adversa.pipeline import prepare
 from adversa.storage import files
 from adversa.sweep import grid
@@ -30,14 +30,14 @@ def prepared(tiny_sweep, ray_engine, tmp_path_factory):
 def test_the_trainable_is_one_for_any_tuner(prepared, tmp_path):
     """With a learning rate, a guidance scale and a mix of strategies of the user's own."""
     config, run = prepared
-    space = explore.space(config) | {
+    space = trainable.space(config) | {
         "ratio": 1.0,
         "classifier.lr": tune.grid_search([1e-3, 4e-3]),
         "generate.guidance": 1.5,
         "strategies": {"img2img": 0.5, "sample": 0.5},
     }
     tuner = tune.Tuner(
-        tune.with_resources(explore.trainable(config, run), {"cpu": 1}),
+        tune.with_resources(trainable.trainable(config, run), {"cpu": 1}),
         param_space=space,
         tune_config=tune.TuneConfig(metric="score", mode="max"),
         run_config=tune.RunConfig(storage_path=str(tmp_path), verbose=0),
@@ -79,12 +79,13 @@ def test_the_same_configuration_is_not_trained_twice_and_says_the_same_again(pre
     config, run = prepared
     asks = {"real": 2, "ratio": 1.0, "arm": "replay", "seed": 0}
     told: list[dict] = []
-    first = explore.explored(config, run, asks, 1, told.append, run.root / "search" / "own")
+    first = trainable.carry_out(config, run, asks, 1, told.append, run.root / "search" / "own")
     assert [t["step"] for t in told] == [6] and 0 <= told[-1]["score"] <= 1 and first["step"] == 12
     monkeypatch.setattr(sweep_run, "fit_and_score", lambda *_: pytest.fail("it was trained again"))
     again: list[dict] = []
     assert (
-        explore.explored(config, run, asks, 1, again.append, run.root / "search" / "own") == first
+        trainable.carry_out(config, run, asks, 1, again.append, run.root / "search" / "own")
+        == first
         and again == told
     )
 
@@ -93,17 +94,17 @@ def test_settings_of_a_trial_that_are_wrong_are_one_line(prepared, tmp_path):
     config, run = prepared
     with pytest.raises(
         UserError,
-        match=r"classifier.rate: a trial takes real, ratio, .* classifier.NAME or generate.NAME",
+        match=r"classifier.rate: no such setting; a trial takes real, ratio, .* or generate.NAME",
     ):
-        explore.settled(config, {"classifier.rate": 1})
+        trainable.resolve(config, {"classifier.rate": 1})
     with pytest.raises(UserError, match=r"the trial: classifier.lr = -1"):
-        explore.settled(config, {"classifier.lr": -1})
+        trainable.resolve(config, {"classifier.lr": -1})
     with pytest.raises(
-        UserError, match=r"trial: 3.0 does not lie in 0 ... 2, the largest of sweep.ratios"
+        UserError, match=r"trial: ratio 3 does not lie in 0 ... 2, the largest of sweep.ratios"
     ):
-        explore.explored(config, run, {"real": 2, "ratio": 3}, 1, print, tmp_path)
+        trainable.carry_out(config, run, {"real": 2, "ratio": 3}, 1, print, tmp_path)
     with pytest.raises(UserError, match=r"strategies .*smudge is no strategy"):
-        explore.explored(
+        trainable.carry_out(
             config,
             run,
             {"real": 2, "ratio": 1.0, "arm": "guided", "strategies": {"smudge": 1.0}},
@@ -172,7 +173,7 @@ def test_what_tune_does_not_know_is_one_line(tiny_sweep):
         ({"space": {"classifier.lr": {"uniform": [1]}}}, "sweep.search.space.classifier.lr"),
         (
             {"space": {"data.path": {"choice": [1]}}},
-            "sweep.search.space.data.path: no such setting",
+            "sweep.search.space.data.path: data.path: no such setting",
         ),
         (
             {"space": {"classifier.lr": {"choice": [-1]}}},
@@ -180,25 +181,27 @@ def test_what_tune_does_not_know_is_one_line(tiny_sweep):
         ),
         (
             {"space": {"ratio": {"uniform": [-1, 1]}}},
-            r"sweep.search.space.ratio: -1 does not lie in 0 \.\.\. 2",
+            "sweep.search.space.ratio: ratio = -1: Input should be greater than or equal to 0",
         ),
         (
             {"space": {"ratio": {"choice": [1, 100]}}},
-            r"sweep.search.space.ratio: 100 does not lie in 0 \.\.\. 2",
+            r"sweep.search.space.ratio: ratio 100 does not lie in 0 \.\.\. 2",
         ),
-        ({"space": {"seed": {"choice": [0.5]}}}, "sweep.search.space.seed: 0.5 is no seed"),
+        ({"space": {"seed": {"choice": [0.5]}}}, "sweep.search.space.seed: seed = 0.5"),
         (
             {"space": {"strategies": {"choice": [{"smudge": 1}]}}, "_arm": "guided"},
             "smudge is no strategy",
         ),
         (
             {"space": {"generate.strategy": {"choice": ["img2img"]}}},
-            "a trial does not follow it; give strategies",
+            "a search does not vary it; give strategies",
         ),
         (
             {"space": {"generate.adaptive": {"choice": [True]}}},
-            "a trial does not follow it; give generate.sigma_start",
+            "a search does not vary it; give generate.sigma_start",
         ),
+        ({"space": {"arm": {"choice": ["real"]}}}, "a search does not vary it; give sweep.arms"),
+        ({"scheduler_args": {"graze": 1}}, "sweep.search.scheduler_args: fifo knows no graze"),
         (
             {"scheduler": "asha", "_metric": "accuracy"},
             "scheduler asha beside sweep.metric accuracy: .* only balanced_accuracy",
