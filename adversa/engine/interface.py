@@ -83,8 +83,9 @@ class Engine(BatchEngine, Protocol):
         """Long work with a loaded model on a pool of workers that may die (Ray actors). What each
         worker did comes back.
 
-        A row that fails every time is given up: its part is worked on once more, with the row in
-        `Part.skip`. name: of such a row. RuntimeError where too many fail (task_queue.py).
+        A row that raises, or kills its worker every time, is given up: its part is worked on once
+        more, with the row in `Part.skip`. name: of such a row. RuntimeError where too many fail
+        (task_queue.py).
         """
         ...
 

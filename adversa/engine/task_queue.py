@@ -1,17 +1,18 @@
 """Which parts of a step wait, which failed, and which of their rows are to blame: the bookkeeping
 of `map_parts`. Ray-free.
 
-A part that fails `attempts` times is searched: each half of its rows is tried by itself, what fails
-is halved again, until single rows are left that fail alone. They are given up, and the part is
-written without them. A step where that happens too often is broken, and ends: see `TaskQueue`.
+Rows that raise are found by the worker, in the same call (worker.py): they are given up, and the
+part is written without them. A part that kills its worker `attempts` times is searched from here:
+each half of its rows is tried by itself, what fails is halved again, until single rows are left
+that fail alone. A step where rows are given up too often is broken, and ends: see `TaskQueue`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NoReturn
 
 from adversa.engine.tasks import Failed, Name, Part
@@ -36,13 +37,14 @@ class Task:
 @dataclass
 class FailedTask:
     """A part that failed: how often what is asked now has failed and how last, groups of rows to be
-    tried, the rows to blame.
+    tried, the rows to blame. raised: None where the worker died, else the rows that raised.
     """
 
     part: Part
     tries: int = 0
     reason: str = ""
     trace: str = ""
+    raised: Mapping[int, str] | None = None
     searches: int = 0
     groups: list[tuple[int, ...]] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)
@@ -50,19 +52,13 @@ class FailedTask:
     @property
     def task(self) -> Task:
         if not self.groups:
-            return Task(dataclasses.replace(self.part, skip=dict(sorted(self.bad.items()))))
-        tried = set(self.groups[-1])
-        return Task(
-            dataclasses.replace(
-                self.part, skip={r: "" for r in range(self.part.rows) if r not in tried}
-            ),
-            trial=True,
-        )
+            return Task(self.part.without(self.bad))
+        return Task(self.part.only(self.groups[-1]), trial=True)
 
     def search(self) -> None:
         """Try the rows that are not to blame yet, half by half."""
         self.searches += 1
-        self.halve(tuple(r for r in range(self.part.rows) if r not in self.bad))
+        self.halve(self.part.without(self.bad).wanted)
 
     def halve(self, rows: tuple[int, ...]) -> None:
         middle = (len(rows) + 1) // 2
@@ -121,8 +117,10 @@ class TaskQueue:
             else:
                 self.queue.appendleft(task.part)
 
-    def succeeded(self, task: Task) -> tuple[Failed, ...]:
-        """The rows that the part was committed without."""
+    def succeeded(
+        self, task: Task, raised: Mapping[int, str] = MappingProxyType({}), trace: str = ""
+    ) -> tuple[Failed, ...]:
+        """The rows that the part was committed without: those found here, and those that raised."""
         self.begun = True
         self._unpark()
         case = self.cases.get(task.part.index)
@@ -132,19 +130,25 @@ class TaskQueue:
             self._ask(case)
             return ()
         self.left -= 1
-        if case is None:
-            return ()
-        del self.cases[case.part.index]
-        failed = tuple(
-            Failed(self.name(case.part, row), reason) for row, reason in sorted(case.bad.items())
-        )
+        self.cases.pop(task.part.index, None)
+        bad = (case.bad if case is not None else {}) | dict(raised)
+        failed = tuple(Failed(self.name(task.part, r), why) for r, why in sorted(bad.items()))
         self.given_up += failed
+        if raised:
+            self._limit(FailedTask(task.part, reason=failed[-1].reason, trace=trace))
         return failed
 
-    def failed(self, task: Task, worker: int, reason: str, trace: str = "") -> None:
-        """reason: one line; trace: where on the worker, if known."""
+    def failed(
+        self,
+        task: Task,
+        worker: int,
+        reason: str,
+        trace: str = "",
+        raised: Mapping[int, str] | None = None,
+    ) -> None:
+        """reason: one line; trace: where on the worker, if known; raised: as of FailedTask."""
         case = self.cases.setdefault(task.part.index, FailedTask(task.part))
-        case.tries, case.reason, case.trace = case.tries + 1, reason, trace
+        case.tries, case.reason, case.trace, case.raised = case.tries + 1, reason, trace, raised
         group = len(case.groups[-1]) if case.groups else 0  # 0: the part as a whole
         if case.tries < (self.attempts if group == 0 else ALONE if group == 1 else 1):
             self.again.append((case, worker))
@@ -163,12 +167,7 @@ class TaskQueue:
 
     def _out_of_tries(self, case: FailedTask) -> None:
         if case.searches == SEARCHES or len(case.bad) == case.part.rows:
-            how = (
-                f"without {self._names(case)} too"
-                if case.bad
-                else "though each of its rows does not"
-            )
-            self._stop(case, f"part {case.part.index} fails {how}")
+            self._stop_part(case, {})
         if self.begun:
             self._search(case)
             return
@@ -188,6 +187,8 @@ class TaskQueue:
     def _search(self, case: FailedTask) -> None:
         if case.part.rows == 1:  # it has been tried by itself already
             self._blame(case, 0)
+        elif case.raised is not None:
+            self._stop_part(case, case.raised)
         else:
             case.search()
         self._ask(case)
@@ -195,7 +196,10 @@ class TaskQueue:
     def _blame(self, case: FailedTask, row: int) -> None:
         case.bad[row] = case.reason
         if len(case.bad) == case.part.rows > 1:
-            self._stop(case, f"every row of part {case.part.index} fails ({self._names(case)})")
+            self._stop_part(case, case.bad)
+        self._limit(case)
+
+    def _limit(self, case: FailedTask) -> None:
         failed = len(self.given_up) + sum(len(c.bad) for c in self.cases.values())
         if failed > self.allowed or failed == self.rows:  # names cost a look into a part each
             names = [f.name for f in self.given_up] + [
@@ -207,8 +211,13 @@ class TaskQueue:
                 f"{self.allowed} that may",
             )
 
-    def _names(self, case: FailedTask) -> str:
-        return _list([self.name(case.part, row) for row in sorted(case.bad)])
+    def _stop_part(self, case: FailedTask, raised: Mapping[int, str]) -> NoReturn:
+        """raised: all rows that are left of the part, or none of them."""
+        names = _list([self.name(case.part, row) for row in sorted({**case.bad, **raised})])
+        if raised:
+            self._stop(case, f"every row of part {case.part.index} fails ({names})")
+        how = f"without {names} too" if names else "though each of its rows does not"
+        self._stop(case, f"part {case.part.index} fails {how}")
 
     def _stop(self, case: FailedTask, what: str) -> NoReturn:
         error = RuntimeError(f"{what}; the last time: {case.reason}")

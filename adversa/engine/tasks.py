@@ -8,8 +8,8 @@ at any time and asked again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adversa.storage import files, tables
@@ -25,14 +25,24 @@ class Part:
     is small (ids, paths).
 
     skip: rows of the part (0 ... rows - 1) that are not to be worked on, and why; what is written
-    has them all the same, marked as failed. Only `map_parts` gives such parts, when a row fails
-    every time.
+    has them all the same, marked as failed. Only `map_parts` gives such parts, when a row fails.
     """
 
     index: int
     rows: int
     payload: dict[str, Any] = field(default_factory=dict)
     skip: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """The rows that are not skipped."""
+        return tuple(r for r in range(self.rows) if r not in self.skip)
+
+    def only(self, rows: Collection[int]) -> Part:
+        return replace(self, skip={r: "" for r in range(self.rows) if r not in rows})
+
+    def without(self, bad: Mapping[int, str]) -> Part:
+        return replace(self, skip=dict(sorted((self.skip | dict(bad)).items())))
 
 
 @dataclass(frozen=True)

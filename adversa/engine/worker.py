@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adversa.engine.task_queue import Task
@@ -22,16 +22,22 @@ from adversa.types import UserError
 
 @dataclass(frozen=True)
 class Failure:
-    """position: in the lease, of a task whose work raised; reason: one line."""
+    """A task whose work raised. position: in the lease; reason: one line; rows: of the part, those
+    that raise by themselves, and why; committed: the part is written, without those rows.
+    """
 
     position: int
     reason: str
     trace: str
+    rows: dict[int, str] = field(default_factory=dict)
+    committed: bool = False
 
 
 @dataclass(frozen=True)
 class Returned:
-    """What came of a lease, in sum; what is not among the failures is done. seconds: of work."""
+    """What came of a lease, in sum; what is not among the failures is done as a whole. seconds: of
+    work.
+    """
 
     seconds: float
     evaluations: int
@@ -64,29 +70,42 @@ class Sampler:
         self.out, self.work = out, make()
 
     def do(self, tasks: Sequence[Task]) -> Returned:
-        """UserError of the work ends the call; other exceptions end their task only, if the device
-        can still be used.
+        """UserError of the work ends the call. Of a part that raises anything else, every row is
+        tried by itself, and the part is committed without those that raise; it fails where that
+        does not help.
+        """
+        started, evaluations, failures = time.perf_counter(), 0, []
+        for i, task in enumerate(tasks):
+            found, bad = self._attempt(task), {}
+            if isinstance(found, Exception):
+                error, rows = found, task.part.wanted
+                if not task.trial and len(rows) > 1:
+                    tried = {r: self._attempt(Task(task.part.only([r]), trial=True)) for r in rows}
+                    bad = {r: one_line(e) for r, e in tried.items() if isinstance(e, Exception)}
+                    if len(bad) < len(rows):
+                        found = self._attempt(Task(task.part.without(bad)))
+                committed = not isinstance(found, Exception)
+                trace = "".join(traceback.format_exception(error))
+                failures.append(Failure(i, one_line(error), trace, bad, committed))
+            evaluations += 0 if isinstance(found, Exception) else found
+        return Returned(time.perf_counter() - started, evaluations, tuple(failures))
+
+    def _attempt(self, task: Task) -> int | Exception:
+        """Evaluations of the denoiser, or what the work raised. Raises UserError, and what leaves
+        the device of no use any more: the worker is replaced.
         """
         assert self.work is not None, "load comes first"
-        seconds, evaluations, failures = 0.0, 0, []
-        for i, task in enumerate(tasks):
-            started = time.perf_counter()
-            try:
-                evaluations += self._do(self.work, task)
-            except UserError:
+        try:
+            if not task.trial:
+                return do_part(self.work, task.part, self.out).evaluations
+            with tempfile.TemporaryDirectory() as folder:
+                return do_part(self.work, task.part, Path(folder)).evaluations
+        except UserError:
+            raise
+        except Exception as e:
+            if not _device_is_sound():
                 raise
-            except Exception as e:
-                if not _device_is_sound():
-                    raise  # of no use any more: it is replaced
-                failures.append(Failure(i, one_line(e), traceback.format_exc()))
-            seconds += time.perf_counter() - started
-        return Returned(seconds, evaluations, tuple(failures))
-
-    def _do(self, work: Work, task: Task) -> int:
-        if not task.trial:
-            return do_part(work, task.part, self.out).evaluations
-        with tempfile.TemporaryDirectory() as folder:
-            return do_part(work, task.part, Path(folder)).evaluations
+            return e
 
 
 class Inline:

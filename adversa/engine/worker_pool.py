@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from adversa.engine.task_queue import Task, TaskQueue
 from adversa.engine.tasks import Failed, Name, Part, Report, Share, missing, row_name
-from adversa.engine.worker import Returned
+from adversa.engine.worker import Failure, Returned
 from adversa.run import control
 from adversa.storage import tables
 from adversa.storage.path import StoragePath
@@ -264,23 +264,23 @@ class WorkerPool:
         stats.evaluations += found.evaluations
         failures = {f.position: f for f in found.failures}
         for i, task in enumerate(tasks):
-            if (failure := failures.get(i)) is not None:
-                self.queue.failed(task, handle.slot, failure.reason, failure.trace)
+            failure = failures.get(i)
+            if failure is None or failure.committed:
+                self._credit(stats, task, failure)
             else:
-                self._credit(stats, task)
+                self.queue.failed(task, handle.slot, failure.reason, failure.trace, failure.rows)
         if not failures and not tasks[0].trial:
             pace = max(found.seconds / len(tasks), 1e-6)
             handle.pace = pace if handle.pace is None else (handle.pace + pace) / 2
             self.pace = pace if self.pace is None else (self.pace + pace) / 2
 
-    def _credit(self, stats: WorkerStats, task: Task) -> None:
-        failed = self.queue.succeeded(task)
+    def _credit(self, stats: WorkerStats, task: Task, failure: Failure | None = None) -> None:
+        found = (failure.rows, failure.trace) if failure is not None else ()
+        failed = self.queue.succeeded(task, *found)
         if not task.trial:
-            stats.parts, stats.rows, stats.failed = (
-                stats.parts + 1,
-                stats.rows + task.part.rows,
-                stats.failed + failed,
-            )
+            stats.parts += 1
+            stats.rows += task.part.rows
+            stats.failed += failed
 
     def _lost(self, handle: WorkerHandle, error: Lost) -> None:
         """The first part that it has not committed is the one it was at: that part is charged, the

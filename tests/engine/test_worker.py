@@ -11,7 +11,8 @@ import torch
 from adversa.engine.local import LocalEngine
 from adversa.engine.task_queue import Task
 from adversa.engine.tasks import Failed, Part, Share, TaskStats, do_part, missing
-from adversa.engine.worker import Sampler, cores, pin
+from adversa.engine.worker import Inline, Sampler, cores, pin
+from adversa.engine.worker_pool import work_off
 from adversa.storage import tables
 from adversa.types import UserError
 
@@ -49,15 +50,55 @@ def test_a_lease_comes_back_as_a_sum(tmp_path):
     assert missing(PARTS, tmp_path) == [] and len(tables.parts(tmp_path)) == 5
 
 
-def test_a_part_that_fails_does_not_keep_the_others_from_being_done(tmp_path):
+def test_a_row_that_raises_is_left_out_and_the_rest_is_done(tmp_path):
     found = loaded(tmp_path, poison=[(1, 2)]).do([Task(p) for p in PARTS])
     (failure,) = found.failures
     assert (failure.position, failure.reason) == (1, "ValueError: cannot generate row 2")
-    assert (
-        "in work" in failure.trace
-        and missing(PARTS, tmp_path) == [PARTS[1]]
-        and found.evaluations == 160
-    )
+    assert failure.committed and failure.rows == {2: "ValueError: cannot generate row 2"}
+    assert "in work" in failure.trace and missing(PARTS, tmp_path) == []
+    assert found.evaluations == 190
+    faults = tables.read(tmp_path)["fault"].to_pylist()
+    assert [i for i, fault in enumerate(faults) if fault] == [6]
+
+
+def test_a_part_whose_rows_all_raise_does_not_keep_the_others_from_being_done(tmp_path):
+    bad = [(1, r) for r in range(4)]
+    found = loaded(tmp_path, poison=bad).do([Task(p) for p in PARTS])
+    (failure,) = found.failures
+    assert not failure.committed and failure.position == 1 and sorted(failure.rows) == [0, 1, 2, 3]
+    assert missing(PARTS, tmp_path) == [PARTS[1]] and found.evaluations == 160
+
+
+def test_what_does_not_come_again_costs_the_worker_a_second_try(tmp_path):
+    raised = []
+
+    def once(part, path):
+        if not raised:
+            raised.append(1)
+            raise ValueError("bad luck")
+        return make_work()(part, path)
+
+    sampler = Sampler()
+    sampler.load(lambda: once, tmp_path, None, None)
+    (failure,) = sampler.do([Task(PARTS[0])]).failures
+    assert failure.committed and failure.rows == {} and missing(PARTS[:1], tmp_path) == []
+
+
+def test_one_bad_row_of_64_costs_one_call_and_no_resubmission(tmp_path):
+    calls = []
+
+    class Counted(Inline):
+        def do(self, worker, tasks):
+            calls.append(len(tasks))
+            return super().do(worker, tasks)
+
+    parts = [Part(0, 64), Part(1, 64)]
+    backend = Counted(lambda: make_work(poison=[(1, 40)]), tmp_path, 1)
+    (share,) = work_off(backend, parts, tmp_path, lambda s: None, lambda: 1, attempts=3)
+    assert calls == [1, 1] and (share.parts, share.rows) == (2, 128)
+    assert share.failed == (Failed("row 40 of part 1", "ValueError: cannot generate row 40"),)
+    faults = tables.read(tmp_path)["fault"].to_pylist()
+    assert [i for i, fault in enumerate(faults) if fault] == [104]
 
 
 def test_a_trial_leaves_nothing_behind(tmp_path):

@@ -89,11 +89,21 @@ class World:
             except UserError as e:
                 return self._busy(worker, spent, e)
             except Exception as e:
-                failures.append(Failure(i, str(e), ""))
-                continue
+                raised = {r: str(e) for r in task.part.wanted if self._raises(worker, task.part, r)}
+                left_out = len(raised) < len(task.part.wanted)
+                failures.append(Failure(i, str(e), "", raised, left_out))
+                if not left_out:
+                    continue
             if not task.trial:
                 self.log.append((worker, task.part.index, begin + spent))
         return self._busy(worker, spent, Returned(spent, 10 * len(tasks), tuple(failures)))
+
+    def _raises(self, worker, part, row):
+        try:
+            self.work(worker, part.only([row]))
+        except ValueError:
+            return True
+        return False
 
     def _busy(self, worker, seconds, answer):
         call = next(self.calls)
