@@ -56,16 +56,15 @@ def loop(
         UserError: Anything that the user can fix, in one line.
         KeyboardInterrupt: It was stopped; what is finished is kept.
     """
-    from adversa import distributed
     from adversa.storage.path import storage_path
 
     settings, root = configuration(config, overrides or {}), storage_path(run_dir)
     start.check_engine(engine, settings)
-    if not wait and not (engine == "ray" and distributed.address() is not None):
+    if not wait:
         start.in_child(settings, root.absolute(), engine)
         return Run(root)
     try:
-        start.work_on("loop", settings, root, engine, print, start.printed, detach=not wait)
+        start.work_on("loop", settings, root, engine, print, start.printed)
     except KeyboardInterrupt:
         print(f"stopped; everything finished is kept in {root}, and the same call resumes it")
         raise

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -77,9 +76,8 @@ def work_on(
     *,
     verbose: bool = False,
     reopen: bool = False,
-    detach: bool = False,
     since: float | None = None,
-) -> tuple[RunDir, str | None]:
+) -> tuple[RunDir, str]:
     """Bring a run up to the end of a command, here or through a coordinator on the cluster.
 
     Args:
@@ -91,12 +89,11 @@ def work_on(
         watch: What follows the run while it is worked on.
         verbose: Show what Ray says.
         reopen: `test` may be opened again.
-        detach: Leave it to the coordinator.
         since: time.monotonic() at the start of the command.
 
     Returns:
         The run, and the title of the last stage that was worked on: "" where nothing was left to
-        do, None where a coordinator goes on without this process.
+        do.
 
     Raises:
         UserError: Anything that the user can fix.
@@ -110,17 +107,12 @@ def work_on(
     from adversa.run.hold import hold
 
     clustered = engine == "ray" and distributed.address() is not None
-    if detach and not clustered:
-        raise UserError(
-            "--detach: without a cluster the run ends with the command; set RAY_ADDRESS, "
-            "or leave --detach out"
-        )
     run, until = loop.open_run(config, root, reopen), None if command == "loop" else command
     left = bool(loop.todo(config, run, until))
     if left:
         memory.check(config, run, [] if clustered else _machine())
     if clustered and (reopen or left):
-        return run, _on_cluster(command, config, run, say, watch, verbose, reopen, detach)
+        return run, _on_cluster(command, config, run, say, watch, verbose, reopen)
 
     def work(handle: HeldRun) -> str:
         if until is None:
@@ -154,8 +146,7 @@ def _on_cluster(
     watch: Watch,
     verbose: bool,
     reopen: bool,
-    detach: bool,
-) -> str | None:
+) -> str:
     """Let a coordinator on the cluster work on the run, and follow it, or the one that does
     already. As `work_on`.
     """
@@ -168,7 +159,7 @@ def _on_cluster(
     from adversa.run.hold import interruptible
 
     given = dump(config), str(run.root), command, str(Path.cwd()), reopen, verbose
-    task, begun, root = CoordinatorTask(uuid.uuid4().hex, *given), False, shlex.quote(str(run.root))
+    task, begun = CoordinatorTask(uuid.uuid4().hex, *given), False
     with interruptible():
         try:
             start(config.cluster, verbose)
@@ -176,12 +167,6 @@ def _on_cluster(
             begun = True
             if not verbose:  # which shows what Ray says, as long as this process belongs to it
                 stop()
-            if detach:
-                say(
-                    f"{run.root} is worked on; the same command follows it, adversa status {root} "
-                    f"shows it, adversa stop {root} ends it"
-                )
-                return None
             if not new:
                 say(f"{run.root} is worked on already; following it")
             with watch(config, run):
@@ -210,10 +195,16 @@ def _outcome(status: dict[str, Any]) -> str:
 
 
 def in_child(config: Config, root: StoragePath, engine: str) -> None:
-    """Start the command in a process of its own, and return once it holds the run or has ended."""
+    """Start the command in a process of its own, and return once it holds the run (on a cluster:
+    once its coordinator does) or has ended.
+    """
+    from adversa import distributed
     from adversa.config import dump
+    from adversa.run import run_lock
+    from adversa.run.folder import RunDir
     from adversa.storage import files
 
+    clustered = engine == "ray" and distributed.address() is not None
     args = [sys.executable, "-P", "-m", "adversa.cli", "loop", "/dev/stdin"]
     args += ["--run-dir", str(root), "--engine", engine]
     found = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)}
@@ -231,7 +222,7 @@ def in_child(config: Config, root: StoragePath, engine: str) -> None:
             child.stdin.write(dump(config).encode())
         threading.Thread(target=child.wait, daemon=True).start()
         while (files.read_json(root / "status.json") or {}).get("pid") != child.pid:
-            if child.poll() is not None:
+            if child.poll() is not None or (clustered and run_lock.holder(RunDir(root))):
                 break
             time.sleep(0.1)
         if child.poll():

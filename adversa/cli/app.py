@@ -114,7 +114,7 @@ def loop(
         ),
     ] = False,
     detach: Annotated[
-        bool, typer.Option("--detach", help="On a cluster: start, and do not follow.")
+        bool, typer.Option("--detach", help="--cluster: start, and do not follow.")
     ] = False,
     run_dir: RunPath = None,
     set_: Overrides = None,
@@ -136,20 +136,9 @@ def loop(
     from adversa.types import UserError
 
     if cluster is None:
-        if up or down:
-            raise UserError(f"{'--up' if up else '--down'} goes with --cluster FILE: which cluster")
-        execute(
-            "loop",
-            config,
-            run_dir,
-            set_ or [],
-            rounds,
-            seed,
-            engine,
-            verbose,
-            reopen_test,
-            detach=detach,
-        )
+        if alone := [n for n, on in (("up", up), ("down", down), ("detach", detach)) if on]:
+            raise UserError(f"--{alone[0]} goes with --cluster FILE: which cluster")
+        execute("loop", config, run_dir, set_ or [], rounds, seed, engine, verbose, reopen_test)
         return
     if engine != "ray":
         raise UserError(f"--engine {engine} beside --cluster {cluster}: a cluster works with Ray")

@@ -144,10 +144,7 @@ def words(options: dict[str, Any]) -> list[str]:
 def watch(run_dir: StoragePath | None, file: Path, screen: Console) -> None:
     """Follow the latest job on a run; raises typer.Exit with its exit code."""
     with _on(file, run_dir) as (client, found):
-        latest = found[-1]
-        if latest.is_over and latest.detached:
-            raise typer.Exit(_run_beside(client, latest.run, "watch", [], screen))
-        ended = _follow(client, latest, file, screen)
+        ended = _follow(client, found[-1], file, screen)
     raise typer.Exit(ended.code)
 
 
@@ -166,9 +163,7 @@ def status(run_dir: StoragePath | None, file: Path, screen: Console) -> None:
             _say(screen, latest.message[:500])
         for line in jobs.last_lines(client, latest.id, LOG_LINES):
             _say(screen, f"  {line}")
-        if latest.is_over and (
-            latest.status != "SUCCEEDED" or latest.detached
-        ):  # its coordinator may work on
+        if latest.is_over and latest.status != "SUCCEEDED":  # its coordinator may work on
             _run_beside(client, latest.run, "status", [], screen)
 
 
@@ -312,8 +307,6 @@ def _command(name: str, run: str, file: Path) -> str:
 
 
 def _state(job: Job) -> str:
-    if job.detached and job.status == "SUCCEEDED":
-        return "detached"  # only the run's folder knows
     words = {
         "PENDING": "starting",
         "RUNNING": "running",

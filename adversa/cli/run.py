@@ -55,7 +55,6 @@ def execute(
     verbose: bool,
     reopen: bool = False,
     brief: bool = False,
-    detach: bool = False,
 ) -> None:
     """brief: one line at the end, though the run is finished: the caller has more to say."""
     from adversa.api import start
@@ -94,14 +93,12 @@ def execute(
                 partial(view.LiveView, screen),
                 verbose=verbose,
                 reopen=reopen,
-                detach=detach,
                 since=STARTED,
             )
         except start.RunFailed as e:
             typer.echo(printable(e.trace), err=True)
             raise typer.Exit(1) from None
-    if worked is not None:
-        _close(command, config, run, worked, screen, brief)
+    _close(command, config, run, worked, screen, brief)
 
 
 def _close(

@@ -86,7 +86,6 @@ class Job:
     exit_code: int | None
     began: float | None
     ended: float | None
-    detached: bool = False  # its command did not wait: the run's coordinator goes on after it
 
     @property
     def is_over(self) -> bool:
@@ -273,7 +272,6 @@ def job(client: Client, job_id: str, run: str) -> Job:
 def _job(details: JobDetails, run: str) -> Job:
     message = " ".join((details.message or "").split())
     began, ended = (None if t is None else t / 1000 for t in (details.start_time, details.end_time))
-    detached = "--detach" in (details.entrypoint or "")
     return Job(
         details.submission_id,
         run,
@@ -282,7 +280,6 @@ def _job(details: JobDetails, run: str) -> Job:
         details.driver_exit_code,
         began,
         ended,
-        detached,
     )
 
 

@@ -79,6 +79,7 @@ def test_watching_what_nobody_works_on_shows_it_and_says_so_by_its_exit_code(adv
         ),
         (["loop", "s3://KEY:SECRET@bucket/x"], "s3:/***@bucket/x"),
         (["loop", "--down"], "--down goes with --cluster FILE"),
+        (["loop", "--detach"], "--detach goes with --cluster FILE"),
         (["loop", "--cluster", "nothing.yaml"], "no cluster file at nothing.yaml"),
         (["runs", "here", "--cluster", "nothing.yaml"], "here beside --cluster nothing.yaml"),
         (["watch", "runs/nothing"], "runs/nothing is not a run"),

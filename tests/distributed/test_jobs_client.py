@@ -298,24 +298,6 @@ def test_jobs_that_others_submitted_are_known_by_their_command(entrypoint, run):
     assert jobs.run_of(SimpleNamespace(metadata=None, entrypoint=entrypoint)) == run
 
 
-def test_a_job_whose_command_did_not_wait_is_known():
-    details = SimpleNamespace(
-        submission_id="j",
-        status=SimpleNamespace(value="SUCCEEDED"),
-        message="",
-        driver_exit_code=0,
-        start_time=1,
-        end_time=2,
-        entrypoint="adversa loop --detach --run-dir /x",
-    )
-    assert (
-        jobs._job(details, "/x").detached
-        and cli_cluster._state(jobs._job(details, "/x")) == "detached"
-    )
-    details.entrypoint = "adversa loop --run-dir /x"
-    assert cli_cluster._state(jobs._job(details, "/x")) == "finished"
-
-
 # ---- submitting and following --------------------------------------------------------------------
 
 
