@@ -11,24 +11,23 @@ from typing import Annotated
 
 import typer
 
-from adversa.cli import runs
+from adversa.cli import runs, use
+from adversa.cli.console import Screen, error, say
 from adversa.cli.options import (
     ClusterPath,
     ConfigPath,
     EngineName,
     Overrides,
     Rounds,
+    RunOptions,
     RunPath,
-    SavedRun,
-    SavedRunDir,
     Seed,
     Verbose,
     exits,
     reads_run,
-    run_path,
-    saved_run,
+    takes_options,
 )
-from adversa.cli.run import engines, error, execute, root_of, stoppable
+from adversa.cli.run import engines, execute, root_of, stoppable
 
 HELP = (
     "Find a classifier's hard cases, generate more of them, retrain, and say honestly whether it "
@@ -39,8 +38,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show or check a configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-bench_app = typer.Typer(help="Measure this machine or cluster.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
+app.add_typer(use.app)
 app.add_typer(runs.app)
 
 TrainWords = Annotated[
@@ -80,19 +78,11 @@ def _what(
 def _stage_command(name: str, text: str) -> None:
     """A command that brings a run up to the end of one stage; loop goes on to the report."""
 
-    def command(
-        config: ConfigPath = None,
-        run_dir: RunPath = None,
-        set_: Overrides = None,
-        rounds: Rounds = None,
-        seed: Seed = None,
-        engine: EngineName = "ray",
-        verbose: Verbose = False,
-    ) -> None:
-        execute(name, config, run_dir, set_ or [], rounds, seed, engine, verbose)
+    def command(options: RunOptions, config: ConfigPath = None) -> None:
+        execute(name, config, options)
 
     command.__doc__ = text
-    app.command(name)(exits(command))
+    app.command(name)(exits(takes_options(command)))
 
 
 for _name, _text in {
@@ -104,7 +94,9 @@ for _name, _text in {
 
 @app.command()
 @exits
+@takes_options
 def loop(
+    options: RunOptions,
     config: ConfigPath = None,
     reopen_test: Annotated[
         bool,
@@ -116,12 +108,6 @@ def loop(
     detach: Annotated[
         bool, typer.Option("--detach", help="--cluster: start, and do not follow.")
     ] = False,
-    run_dir: RunPath = None,
-    set_: Overrides = None,
-    rounds: Rounds = None,
-    seed: Seed = None,
-    engine: EngineName = "ray",
-    verbose: Verbose = False,
     cluster: ClusterPath = None,
     up: Annotated[
         bool, typer.Option("--up", help="--cluster: bring the cluster up first (ray up).")
@@ -138,21 +124,21 @@ def loop(
     if cluster is None:
         if alone := [n for n, on in (("up", up), ("down", down), ("detach", detach)) if on]:
             raise UserError(f"--{alone[0]} goes with --cluster FILE: which cluster")
-        execute("loop", config, run_dir, set_ or [], rounds, seed, engine, verbose, reopen_test)
+        execute("loop", config, options, reopen_test)
         return
-    if engine != "ray":
-        raise UserError(f"--engine {engine} beside --cluster {cluster}: a cluster works with Ray")
+    if options.engine != "ray":
+        raise UserError(
+            f"--engine {options.engine} beside --cluster {cluster}: a cluster works with Ray"
+        )
     from adversa.cli import cluster as cli_cluster
-    from adversa.cli.console import Screen
 
     if detach and down:
         raise UserError(
             "--detach beside --down: nobody would be there at the end to take the cluster "
             "down; give one"
         )
-    options = {"rounds": rounds, "seed": seed, "reopen_test": reopen_test, "verbose": verbose}
     with stoppable("a job that was submitted goes on. Follow it with"):
-        cli_cluster.loop(cluster, config, run_dir, set_ or [], options, up, down, detach, Screen())
+        cli_cluster.loop(cluster, config, options, reopen_test, up, down, detach, Screen())
 
 
 @app.command()
@@ -179,7 +165,6 @@ def sweep(
     curves. Run it again to resume.
     """
     from adversa.cli import sweep as cli_sweep
-    from adversa.cli.console import Screen
 
     if not dry_run:
         cli_sweep.sweep(config, run_dir, set_ or [], seed, engine, verbose, Screen())
@@ -229,25 +214,20 @@ def plan(
 
 @app.command()
 @exits
+@takes_options
 def mine(
+    options: RunOptions,
     config: ConfigPath = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say what the hard cases have in common.")
     ] = False,
-    run_dir: RunPath = None,
-    set_: Overrides = None,
-    rounds: Rounds = None,
-    seed: Seed = None,
-    engine: EngineName = "ray",
-    verbose: Verbose = False,
 ) -> None:
     """Find the hard cases of the next unfinished round (and what comes before)."""
-    from adversa.cli.console import Screen
 
-    execute("mine", config, run_dir, set_ or [], rounds, seed, engine, verbose, brief=explain)
+    execute("mine", config, options, brief=explain)
     if explain:
-        for line in reads_run(_explained)(root_of(config, run_dir)):
-            Screen().print(line, highlight=False, markup=False, soft_wrap=True)
+        for line in reads_run(_explained)(root_of(config, options.run_dir)):
+            say(Screen(), line)
 
 
 def _explained(root: Path) -> list[str]:
@@ -269,25 +249,23 @@ def _explained(root: Path) -> list[str]:
 
 @app.command()
 @exits
+@takes_options
 def train(
+    options: RunOptions,
     words: TrainWords = None,
-    run_dir: RunPath = None,
-    set_: Overrides = None,
-    rounds: Rounds = None,
-    seed: Seed = None,
-    engine: EngineName = "ray",
-    verbose: Verbose = False,
 ) -> None:
     """Train the denoiser, the verifiers and the first classifiers (and what comes before), or the
     codec alone.
     """
     what, config = _what("train", words, ("codec",))
-    execute(what or "train", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+    execute(what or "train", config, options)
 
 
 @app.command()
 @exits
+@takes_options
 def generate(
+    options: RunOptions,
     config: Annotated[
         Path | None,
         typer.Argument(
@@ -313,157 +291,46 @@ def generate(
         str,
         typer.Option("--format", metavar="folder|parquet", help="--labels: of what is in --out."),
     ] = "folder",
-    run_dir: RunPath = None,
-    set_: Overrides = None,
-    rounds: Rounds = None,
-    seed: Seed = None,
-    engine: EngineName = "ray",
-    verbose: Verbose = False,
 ) -> None:
     """Generate images for the hard cases (and what comes before); or, with --labels, so many images
     of each class.
     """
     from adversa.cli import images
-    from adversa.cli.console import Screen
     from adversa.types import UserError
 
-    if labels is None and config is not None and (config / "config.yaml").is_file():
-        raise UserError(
-            f"{config} is a run: go on with it by --run-dir {config}, or say with --labels "
-            "CLASS=N,... what to generate"
-        )
-    if labels is not None and config is not None and run_dir is not None:
-        raise UserError(f"--run-dir {run_dir} beside {config}: give one run")
+    if labels is not None and config is not None and options.run_dir is not None:
+        raise UserError(f"--run-dir {options.run_dir} beside {config}: give one run")
     if labels is None:
+        if config is not None and (config / "config.yaml").is_file():
+            raise UserError(
+                f"{config} is a run: go on with it by --run-dir {config}, or say with --labels "
+                "CLASS=N,... what to generate"
+            )
         alone = {"--denoiser": denoiser, "--strategy": strategy, "--out": out}
         if given := [name for name, value in alone.items() if value is not None]:
             raise UserError(f"{given[0]} goes with --labels CLASS=N,...: what to generate")
-        execute("generate", config, run_dir, set_ or [], rounds, seed, engine, verbose)
+        execute("generate", config, options)
         return
     with stoppable():
         reads_run(images.order)(
-            config or run_dir,
+            config or options.run_dir,
             denoiser,
             labels,
             strategy,
             out,
             form,
-            seed or 0,
-            set_ or [],
-            engines(engine, verbose),
+            options.seed or 0,
+            options.overrides,
+            engines(options.engine, options.verbose),
             Screen(),
         )
 
 
 @app.command()
 @exits
-@reads_run
-def regenerate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_path, help="The run's folder.")],
-    request_id: Annotated[
-        str, typer.Argument(metavar="REQUEST_ID", help="Of the image; the report names it.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Keep the new image: a PNG.")
-    ] = None,
-) -> None:
-    """Generate one image of a run again, and say whether it is identical."""
-    from adversa.cli import images
-    from adversa.cli.console import Screen
-
-    images.regenerate(run, request_id, out, Screen())
-
-
-@app.command()
-@exits
-@reads_run
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_path, help="The run's folder.")],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where it goes: a new or empty folder.")
-    ],
-    form: Annotated[
-        str, typer.Option("--format", metavar="folder|parquet|webdataset", help="Of the images.")
-    ] = "folder",
-    what: Annotated[
-        str,
-        typer.Option("--what", metavar="images|models|all", help="Kept images, or classifiers."),
-    ] = "all",
-    arm: Annotated[str | None, typer.Option("--arm", help="One arm; none: every arm.")] = None,
-    number: Annotated[
-        int | None, typer.Option("--round", help="Images of one round; none: of every round.")
-    ] = None,
-    rejected: Annotated[
-        bool, typer.Option("--rejected", help="Refused images, too; a column says why.")
-    ] = False,
-    shard_mb: Annotated[
-        float, typer.Option("--shard-mb", help="webdataset: size of a tar file, at most.")
-    ] = 256,
-) -> None:
-    """Hand on what a run made: the images that passed the filter, each arm's classifiers, with
-    cards for the Hugging Face hub.
-    """
-    from adversa.cli import export as cli_export
-    from adversa.cli.console import Screen
-
-    with stoppable("what is written is kept. Go on with"):
-        cli_export.export(run, out, form, what, arm, number, rejected, shard_mb, Screen())
-
-
-@bench_app.command("generate")
-@exits
-@reads_run
-def bench_generate(
-    run: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[RUN]", parser=run_path, help="A run's folder; none: the shipped denoiser."
-        ),
-    ] = None,
-    denoiser: Annotated[
-        Path | None,
-        typer.Option("--denoiser", metavar="DIR", help="A denoiser's folder, not a run."),
-    ] = None,
-    images: Annotated[
-        int, typer.Option("--images", min=1, help="A measurement, for each sampler.")
-    ] = 512,
-    rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="Of each measurement; the median counts.")
-    ] = 3,
-    samplers: Annotated[
-        str | None,
-        typer.Option("--samplers", metavar="N,...", help="Sizes of pools; none: 1, all CPUs."),
-    ] = None,
-    record: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there too.")
-    ] = None,
-    set_: Overrides = None,
-    engine: EngineName = "ray",
-    verbose: Verbose = False,
-) -> None:
-    """How fast images are generated here: rates, costs of guidance, share of the device's peak,
-    scaling, memory.
-    """
-    from adversa.cli import images as cli_images
-    from adversa.cli.console import Screen
-
-    with stoppable("no figure is kept. Again"):
-        cli_images.bench(
-            run,
-            denoiser,
-            images,
-            rounds,
-            samplers,
-            record,
-            set_ or [],
-            engines(engine, verbose),
-            Screen(),
-        )
-
-
-@app.command()
-@exits
+@takes_options
 def evaluate(
+    options: RunOptions,
     words: EvaluateWords = None,
     on: Annotated[
         Path | None,
@@ -485,86 +352,27 @@ def evaluate(
         str | None,
         typer.Option("--name", help="--on: results go to RUN/external/NAME; default: the set's."),
     ] = None,
-    run_dir: RunPath = None,
-    set_: Overrides = None,
-    rounds: Rounds = None,
-    seed: Seed = None,
-    engine: EngineName = "ray",
-    verbose: Verbose = False,
 ) -> None:
     """Retrain every arm and score it on the mine role (and what comes before); or judge the
     denoiser's samples; or, with --on, score a finished run on an external cohort.
     """
     from adversa.cli import results
-    from adversa.cli.console import Screen
 
     given = {"--labels-map": labels_map, "--crop": crop, "--name": name}
-    if (
-        root := results.run_of(words, on, run_dir, given, {"--rounds": rounds, "--seed": seed})
-    ) is not None:
+    without = {"--rounds": options.rounds, "--seed": options.seed}
+    if (root := results.run_of(words, on, options.run_dir, given, without)) is not None:
+        make = engines(options.engine, options.verbose)
         with stoppable():
             reads_run(results.evaluate_on)(
-                root, on, labels_map, crop, name, set_ or [], engines(engine, verbose), Screen()
+                root, on, labels_map, crop, name, options.overrides, make, Screen()
             )
         return
     what, config = _what("evaluate", words, ("denoiser",))
     execute(
         "quality" if what else "evaluate",
         config,
-        run_dir,
-        set_ or [],
-        rounds,
-        seed,
-        engine,
-        verbose,
+        options,
     )
-
-
-@app.command()
-@exits
-@reads_run
-def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", parser=run_path, help="The run's folder.")],
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES...", help="Files, folders, globs.")
-    ],
-    arm: Annotated[
-        str | None, typer.Option("--arm", help="Whose classifiers; none: the arm the run is about.")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The CSV.")] = Path(
-        "predictions.csv"
-    ),
-    crop: Annotated[
-        str | None, typer.Option("--crop", metavar="center|pad|squash", help="Not as in the run.")
-    ] = None,
-    on_error: Annotated[
-        str, typer.Option("--on-error", metavar="fail|skip", help="A file that is no picture.")
-    ] = "fail",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the CSV.")] = False,
-    engine: EngineName = "local",
-    verbose: Verbose = False,
-) -> None:
-    """Write each class's probability for images to a CSV: the mean over an arm's classifiers."""
-    from adversa.cli import results
-    from adversa.cli.console import Screen
-
-    with stoppable("nothing is written. Again"):
-        screens = Screen(), Screen(stderr=True)
-        results.predict(
-            run, images, arm, out, crop, on_error, force, engines(engine, verbose), *screens
-        )
-
-
-@app.command()
-@exits
-@reads_run
-def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
-    """Write summary.json, report.html and report.md of a finished run again; of a sweep what there
-    is of its figures so far.
-    """
-    from adversa.api import Run
-
-    typer.echo(Run(saved_run(run, run_dir)[1].root).report())
 
 
 @config_app.command()

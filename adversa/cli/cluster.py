@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
+from adversa.cli.console import say
 from adversa.distributed import cluster_file
 from adversa.distributed.cluster_file import Asks, ClusterFile
 from adversa.types import UserError
@@ -22,6 +23,7 @@ from adversa.types import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from adversa.cli.options import RunOptions
     from adversa.cli.view import LiveView
     from adversa.config import Config
     from adversa.distributed.jobs import Client, Job
@@ -89,9 +91,8 @@ def ready(
 def loop(
     file: Path,
     path: Path | None,
-    run_dir: StoragePath | None,
-    settings: list[str],
-    options: dict[str, Any],
+    options: RunOptions,
+    reopen_test: bool,
     up: bool,
     down: bool,
     detach: bool,
@@ -99,27 +100,29 @@ def loop(
 ) -> None:
     """Hand a run to a cluster and follow it; raises typer.Exit with the job's exit code.
 
-    options: of the command, by name; None or False leaves one out. detach: do not follow it.
+    detach: do not follow it.
     """
     from adversa.distributed import jobs, launcher
 
-    cluster, run, made, text = ready(file, path, run_dir, settings, options)
-    entrypoint = jobs.command("loop", run, made, words(options))
+    given: dict[str, Any] = {"rounds": options.rounds, "seed": options.seed}
+    cluster, run, made, text = ready(file, path, options.run_dir, options.overrides, given)
+    given |= {"reopen_test": reopen_test, "verbose": options.verbose}
+    entrypoint = jobs.command("loop", run, made, words(given))
     job = None
     try:
         if up:
             launcher.up(cluster)
         with launcher.session(cluster) as client:
             if up:
-                launcher.wait_for_nodes(client, cluster, lambda line: _say(screen, line))
+                launcher.wait_for_nodes(client, cluster, lambda line: say(screen, line))
             with tempfile.TemporaryDirectory(prefix="adversa-") as folder:
                 job, new = jobs.submit(client, run, entrypoint, text, Path(folder))
-            _say(
+            say(
                 screen,
                 f"{'submitted' if new else 'already at work: following'} {job.id}, run {run}",
             )
             if detach:
-                _say(screen, f"Come back: {_command('watch', job.run, file)}")
+                say(screen, f"Come back: {_command('watch', job.run, file)}")
                 return
             ended = _follow(client, job, file, screen)
     except UserError:
@@ -134,6 +137,7 @@ def loop(
 
 
 def words(options: dict[str, Any]) -> list[str]:
+    """Options by name as words of a command; None or False leaves one out."""
     found = []
     for name, value in options.items():
         if value is not None and value is not False:
@@ -154,15 +158,15 @@ def status(run_dir: StoragePath | None, file: Path, screen: Console) -> None:
 
     with _on(file, run_dir) as (client, found):
         latest = found[-1]
-        _say(
+        say(
             screen,
             f"{latest.run}  {_state(latest)}  {_age(latest)}  job {latest.id}, attempt "
             f"{len(found)}",
         )
         if latest.is_over and latest.exit_code is None and latest.status == "FAILED":
-            _say(screen, latest.message[:500])
+            say(screen, latest.message[:500])
         for line in jobs.last_lines(client, latest.id, LOG_LINES):
-            _say(screen, f"  {line}")
+            say(screen, f"  {line}")
         if latest.is_over and latest.status != "SUCCEEDED":  # its coordinator may work on
             _run_beside(client, latest.run, "status", [], screen)
 
@@ -181,7 +185,7 @@ def stop(run_dir: StoragePath | None, file: Path, screen: Console) -> None:
                 f"{latest.run} has not stopped yet; look again: "
                 f"{_command('status', latest.run, file)}"
             )
-        _say(
+        say(
             screen,
             f"{latest.run} is {_state(ended)}; everything finished is kept. Resume with "
             "the command that started it",
@@ -207,7 +211,7 @@ def _run_beside(
     from adversa.distributed import jobs
 
     return jobs.follow(
-        client, jobs.ask(client, run, command, settings), lambda line: _say(screen, line)
+        client, jobs.ask(client, run, command, settings), lambda line: say(screen, line)
     ).code
 
 
@@ -251,13 +255,13 @@ def _follow(client: Client, job: Job, file: Path, screen: Console) -> Job:
         with _View(job.run, screen) as view:
             ended = jobs.follow(client, job, view.show)
     except KeyboardInterrupt as detached:
-        _say(screen, f"detached; {job.run} goes on. Come back: {_command('watch', job.run, file)}")
-        _say(screen, f"Stop it: {_command('stop', job.run, file)}")
+        say(screen, f"detached; {job.run} goes on. Come back: {_command('watch', job.run, file)}")
+        say(screen, f"Stop it: {_command('stop', job.run, file)}")
         raise typer.Exit(143 if detached.args == ("SIGTERM",) else 130) from None
     if ended.status == "STOPPED":
-        _say(screen, f"{job.run} was stopped; everything finished is kept")
+        say(screen, f"{job.run} was stopped; everything finished is kept")
     elif ended.status == "FAILED" and ended.exit_code is None:  # it never began, or its node died
-        _say(screen, f"the job failed: {ended.message[:500]}")
+        say(screen, f"the job failed: {ended.message[:500]}")
     return ended
 
 
@@ -279,7 +283,7 @@ class _View:
         if self.watch is None and self.screen.is_terminal:
             self._open()
         if self.watch is None:
-            _say(self.screen, line)
+            say(self.screen, line)
         elif not PROGRESS.match(line):
             self.lines.append(line)
 
@@ -299,7 +303,7 @@ class _View:
         if self.watch is not None:
             self.watch.__exit__()
             for line in self.lines:
-                _say(self.screen, line)
+                say(self.screen, line)
 
 
 def _command(name: str, run: str, file: Path) -> str:
@@ -375,7 +379,7 @@ def _table(screen: Console, rows: list[tuple[str, str, str, str]], none: str) ->
     from rich.text import Text
 
     if not rows:
-        _say(screen, none)
+        say(screen, none)
         return
     table = Table(box=None, pad_edge=False)
     for column in ("run", "state", "stage", "last change"):
@@ -383,7 +387,3 @@ def _table(screen: Console, rows: list[tuple[str, str, str, str]], none: str) ->
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     screen.print(table)
-
-
-def _say(screen: Console, text: str) -> None:
-    screen.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

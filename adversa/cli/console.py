@@ -8,8 +8,14 @@ from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
-from adversa.common.sanitize import printable
+from adversa.common.sanitize import printable, unsigned
+
+
+def say(console: Console, text: RenderableType) -> None:
+    """Print text word for word: no markup, no emoji codes, no wrapping."""
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class Screen(Console):
@@ -23,3 +29,9 @@ class Screen(Console):
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else printable(segment.text)
             yield segment if text == segment.text else segment._replace(text=text)
+
+
+def error(message: str) -> None:
+    """One line on stderr, word for word."""
+    line = unsigned(" ".join(message.split()))
+    Screen(stderr=True).print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)

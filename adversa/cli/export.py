@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from adversa.cli.console import say
 from adversa.config import load
 from adversa.run.folder import RunDir
 from adversa.types import UserError
@@ -59,7 +60,7 @@ def export(
 
         found = export_run.publish(chosen, out, show)
     for line in _reported(found, chosen, out):
-        screen.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(screen, line)
 
 
 def _reported(found: Published, chosen: ExportPlan, out: Path) -> list[str]:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from adversa import api
 from adversa.cli import view
+from adversa.cli.console import say
 from adversa.config import Config, load
 from adversa.engine.interface import Engine
 from adversa.run import environment, step_folder
@@ -91,12 +92,7 @@ def order(
     watch = partial(view.LiveView, screen)
     found = api.fulfil(wanted, config, lambda: make_engine(config, wanted.work), watch)
     if found is None:
-        screen.print(
-            f"{out} holds this order already; nothing to do",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        say(screen, f"{out} holds this order already; nothing to do")
         return
     counts = ", ".join(f"{n} {name}" for name, n in found.by_class.items())
     left = [
@@ -107,7 +103,7 @@ def order(
     text = f"{found.images} images in {out}: {counts}" + (
         f"; left out: {', '.join(left)}" if left else ""
     )
-    screen.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(screen, text)
 
 
 def regenerate(run: StoragePath, request_id: str, out: Path | None, screen: Console) -> None:
@@ -134,14 +130,12 @@ def regenerate(run: StoragePath, request_id: str, out: Path | None, screen: Cons
         )
     )
     where = f"{found.device}, {found.batch_size} rows a batch"
-    screen.print(
+    say(
+        screen,
         f"request {request_id}: round {r.round}, arm {r.arm}, strategy {r.strategy}, class "
         f"{r.label}, "
         f"sigma_start {r.sigma_start:g}, guidance {r.guidance:g}, seed {r.seed}\ngenerated "
         f"again on {where}: {verdict}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     if out is not None:
         with files.writing(out.parent, "--out"):

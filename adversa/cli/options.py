@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from adversa.cli.run import error
+from adversa.cli.console import error
 
 if TYPE_CHECKING:
     from adversa.config import Config
@@ -79,6 +81,38 @@ ClusterPath = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """What the commands take that bring a run up to the end of a stage."""
+
+    run_dir: RunPath = None
+    set_: Overrides = None
+    rounds: Rounds = None
+    seed: Seed = None
+    engine: EngineName = "ray"
+    verbose: Verbose = False
+
+    @property
+    def overrides(self) -> list[str]:
+        return self.set_ or []
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the parameter `options`, of which the command line gives each field."""
+    signature = inspect.signature(command, eval_str=True)
+    fields = inspect.signature(RunOptions, eval_str=True).parameters
+    own = [p for name, p in signature.parameters.items() if name != "options"]
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        command(options=RunOptions(**{name: given.pop(name) for name in fields}), **given)
+
+    every = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *fields.values())]
+    vars(wrapped)["__signature__"] = signature.replace(parameters=every)
+    wrapped.__annotations__ = {p.name: p.annotation for p in every}
+    return wrapped
+
+
 def exits(command: Callable[..., None]) -> Callable[..., None]:
     """Exit codes: 2 and one line for what is fixable by the user; anything else that escapes is our
     fault: a traceback and 1.
@@ -141,12 +175,6 @@ def reads_run(command: Callable[..., T]) -> Callable[..., T]:
             ) from None
 
     return wrapped
-
-
-def say(text: str) -> None:
-    from adversa.cli.console import Screen
-
-    Screen().print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def saved_run(argument: RunFolder | None, option: RunFolder | None) -> tuple[Config, RunDir]:

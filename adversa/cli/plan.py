@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from adversa.cli.console import say
 from adversa.types import UserError
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def there(
         if line.startswith(FIGURES):
             figures.append(line.removeprefix(FIGURES))
         else:
-            screen.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+            say(screen, line)
 
     with launcher.session(requested.cluster) as client, tempfile.TemporaryDirectory() as folder:
         job = jobs.aside(client, requested.run, "plan", entrypoint, requested.text, Path(folder))

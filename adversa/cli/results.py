@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from adversa.cli.console import say
 from adversa.config import Config, load
 from adversa.engine.interface import Engine
 from adversa.engine.tasks import Done, Make, Part, Report
@@ -126,9 +128,7 @@ def evaluate_on(
                 page.write(run.root)  # the run's own report names the set
         status.set_status(work, "finished", "external")
     show_external(screen, found)
-    screen.print(
-        f"report: {external.folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True
-    )
+    say(screen, f"report: {external.folder / 'report.md'}")
 
 
 def _score(external: ExternalCohort, make_engine: MakeEngine, screen: Console) -> None:
@@ -136,7 +136,7 @@ def _score(external: ExternalCohort, make_engine: MakeEngine, screen: Console) -
 
     if not evaluate.is_scored(external):
         with _shown(screen) as show, _engine(make_engine, external.config, external.run) as engine:
-            evaluate.score(external, _Reporting(engine, show), show.say)
+            evaluate.score(external, _Reporting(engine, show), partial(say, screen))
 
 
 def _named(name: str | None, on: Path) -> str:
@@ -173,7 +173,7 @@ def show_external(screen: Console, found: dict[str, Any]) -> None:
     screen.print(Text(text, "italic"))
     screen.print(table)
     for line in [found["verdict_sentence"], *(f"note: {note}" for note in found["notes"])]:
-        screen.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(screen, line)
 
 
 def predict(
@@ -224,20 +224,15 @@ def predict(
         files.replace_bytes(out, predict.table(found, classes).encode())
     seeds = f"{len(models)} classifier{'s' if len(models) > 1 else ''}"
     why = "" if arm else ", the arm the run is about"
-    aside.print(
-        f"arm {chosen}{why}: {seeds}, the mean of their probabilities",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    screen.print(f"{len(found.paths)} images: {out}", highlight=False, markup=False, soft_wrap=True)
+    say(aside, f"arm {chosen}{why}: {seeds}, the mean of their probabilities")
+    say(screen, f"{len(found.paths)} images: {out}")
     if found.problems:
         lines = [
             f"left out: {len(found.problems)} files that cannot be read",
             *(f"  {path}: {why}" for path, why in found.problems),
         ]
         for line in lines:
-            aside.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+            say(aside, line)
 
 
 def _may_overwrite(out: Path, paths: Sequence[str], run: RunDir) -> None:
@@ -300,10 +295,7 @@ class _Show:
             self.bar.update(self.tasks[what], completed=done)
         elif time.monotonic() - self.spoken > LOG_SECONDS:
             self.spoken = time.monotonic()
-            self.say(f"{what}: {done:.0f} of {total:.0f} images")
-
-    def say(self, text: str) -> None:
-        self.screen.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(self.screen, f"{what}: {done:.0f} of {total:.0f} images")
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from adversa.cli.console import Screen, say
+from adversa.cli.options import RunOptions
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -27,19 +30,6 @@ STARTED = time.monotonic()
 KEPT = "everything finished is kept. Resume with"
 
 
-def error(message: str) -> None:
-    """One line on stderr, word for word: no markup, no emoji codes, no wrapping."""
-    from rich.text import Text
-
-    from adversa.cli.console import Screen
-    from adversa.common.sanitize import unsigned
-
-    Screen(stderr=True).print(
-        Text.assemble(("error:", "bold red"), " ", unsigned(" ".join(message.split()))),
-        soft_wrap=True,
-    )
-
-
 def root_of(path: Path | None, run_dir: StoragePath | None) -> StoragePath:
     return run_dir or Path("runs") / (path.stem if path is not None else "demo")
 
@@ -47,30 +37,25 @@ def root_of(path: Path | None, run_dir: StoragePath | None) -> StoragePath:
 def execute(
     command: str,
     path: Path | None,
-    run_dir: StoragePath | None,
-    overrides: list[str],
-    rounds: int | None,
-    seed: int | None,
-    engine_name: str,
-    verbose: bool,
+    options: RunOptions,
     reopen: bool = False,
     brief: bool = False,
 ) -> None:
     """brief: one line at the end, though the run is finished: the caller has more to say."""
     from adversa.api import start
     from adversa.cli import view
-    from adversa.cli.console import Screen
     from adversa.common.sanitize import printable
     from adversa.config import load
     from adversa.pipeline.folders import has_codec
     from adversa.types import UserError
 
-    start.check_name(engine_name)
-    saved = run_dir / "config.yaml" if run_dir is not None and command != "loop" else None
-    # a later stage of a run goes on with the run's own configuration
-    source = saved if path is None and saved is not None and saved.is_file() else path
-    config = load(source, overrides, rounds=rounds, seed=seed)
-    start.check_engine(engine_name, config)
+    start.check_name(options.engine)
+    source: StoragePath | None = path
+    if path is None and options.run_dir is not None and command != "loop":
+        saved = options.run_dir / "config.yaml"
+        source = saved if saved.is_file() else None  # a later stage goes on with the run's own
+    config = load(source, options.overrides, rounds=options.rounds, seed=options.seed)
+    start.check_engine(options.engine, config)
     if command == "codec" and not has_codec(config):
         raise UserError(
             f"codec.kind {config.codec.kind}, mix.arms {config.mix.arms}: no codec to "
@@ -87,11 +72,11 @@ def execute(
             run, worked = start.work_on(
                 command,
                 config,
-                root_of(path, run_dir),
-                engine_name,
-                partial(_say, screen),
+                root_of(path, options.run_dir),
+                options.engine,
+                partial(say, screen),
                 partial(view.LiveView, screen),
-                verbose=verbose,
+                verbose=options.verbose,
                 reopen=reopen,
                 since=STARTED,
             )
@@ -114,16 +99,12 @@ def _close(
     elif run.summary.exists() and not brief:
         view.closing(screen, run)
     else:
-        _say(
+        say(
             screen,
             f"{worked} is done in {run.root}"
             if worked
             else f"{command}: nothing left to do in {run.root}",
         )
-
-
-def _say(screen: Console, text: str) -> None:
-    screen.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _judged(config: Config, run: RunDir) -> dict[str, Any]:
@@ -149,14 +130,13 @@ def engines(name: str, verbose: bool) -> Callable[[Config, RunDir], Engine]:
 @contextlib.contextmanager
 def stoppable(kept: str = "what is finished is kept. Resume with") -> Iterator[None]:
     """Ctrl-C and SIGTERM end a command with one line."""
-    from adversa.cli.console import Screen
     from adversa.run.hold import interruptible
 
     with interruptible():
         try:
             yield
         except KeyboardInterrupt as stop:
-            _say(Screen(), f"stopped; {kept}: {_again()}")
+            say(Screen(), f"stopped; {kept}: {_again()}")
             raise typer.Exit(143 if stop.args == ("SIGTERM",) else 130) from None
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from adversa.cli.console import Screen, say
 from adversa.cli.options import (
     ClusterPath,
     Overrides,
@@ -18,7 +19,6 @@ from adversa.cli.options import (
     reads_run,
     run_path,
     saved_run,
-    say,
 )
 from adversa.cli.run import stoppable
 
@@ -34,7 +34,6 @@ def status(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPa
     """
     from adversa.cli import cluster as cli_cluster
     from adversa.cli import view
-    from adversa.cli.console import Screen
 
     if cluster is None:
         Screen().print(view.view(*saved_run(run, run_dir)))
@@ -51,7 +50,6 @@ def watch(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPat
     leaves it alone.
     """
     from adversa.cli import cluster as cli_cluster
-    from adversa.cli.console import Screen
 
     with stoppable("the run goes on. Again"):
         if cluster is None:
@@ -74,7 +72,6 @@ def runs_(
 ) -> None:
     """List runs: state, stage, when something was last heard of them."""
     from adversa.cli import cluster as cli_cluster
-    from adversa.cli.console import Screen
     from adversa.types import UserError
 
     if cluster is None:
@@ -96,11 +93,10 @@ def pause(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPat
     resume`.
     """
     from adversa.cli import cluster as cli_cluster
-    from adversa.cli.console import Screen
     from adversa.run import requests
 
     if cluster is None:
-        say(requests.pause(saved_run(run, run_dir)[1]))
+        say(Screen(), requests.pause(saved_run(run, run_dir)[1]))
         return
     with stoppable("the run was perhaps told to pause. Again"):
         cli_cluster.there("pause", run or run_dir, cluster, [], Screen())
@@ -119,11 +115,10 @@ def resume(
     have not begun.
     """
     from adversa.cli import cluster as cli_cluster
-    from adversa.cli.console import Screen
     from adversa.run import requests
 
     if cluster is None:
-        say(requests.resume(saved_run(run, run_dir)[1], set_ or []))
+        say(Screen(), requests.resume(saved_run(run, run_dir)[1], set_ or []))
         return
     with stoppable("the run was perhaps told to go on. Again"):
         cli_cluster.there("resume", run or run_dir, cluster, set_ or [], Screen())
@@ -135,11 +130,10 @@ def resume(
 def stop(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
     """End a run as Ctrl-C does, from anywhere: everything finished is kept."""
     from adversa.cli import cluster as cli_cluster
-    from adversa.cli.console import Screen
     from adversa.run import requests
 
     if cluster is None:
-        say(requests.stop(saved_run(run, run_dir)[1]))
+        say(Screen(), requests.stop(saved_run(run, run_dir)[1]))
         return
     with stoppable("the job was perhaps told to stop. Again"):
         cli_cluster.stop(run or run_dir, cluster, Screen())

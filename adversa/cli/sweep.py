@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adversa.api.start import check_engine, engine_of
+from adversa.cli.console import say
 from adversa.cli.run import KEPT, STARTED, stoppable
 from adversa.types import UserError
 
@@ -51,17 +52,12 @@ def sweep(
         with file_lock.lock(run):
             sweeps.settle(config, run)
             page = report.write(config, run)
-        screen.print(
-            f"sweep: no trial left to do in {run.root}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        say(screen, f"sweep: no trial left to do in {run.root}")
     else:
         work = partial(_work, config, run, engine_name, verbose, screen)
-        say = partial(screen.print, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        tell = partial(say, screen)
         with stoppable(KEPT):
-            page = hold(sweeps.COMMAND, run, work, lambda: "finished", say, command=sweeps.COMMAND)
+            page = hold(sweeps.COMMAND, run, work, lambda: "finished", tell, command=sweeps.COMMAND)
     view.closing(screen, config, run, page)
 
 
@@ -157,4 +153,4 @@ def dry_run(config: Config, run: RunDir, screen: Console, seconds: float) -> Non
     if amounts.images:
         said.append(f"Generated images are {config.sweep.overdraw:g} times those wanted.")
     for part in [table, *said, *amounts.notes, *plan.notes(measured)]:
-        screen.print(part, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        say(screen, part)

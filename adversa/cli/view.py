@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from adversa.cli.console import say
 from adversa.config import Config
 from adversa.pipeline.folders import last_round, models_of, trained
 from adversa.pipeline.stage import PlannedStage
@@ -310,21 +311,13 @@ class LiveView:
         name = active[-1].name if active else stage.title
         name += " paused" if status.get("state") == "paused" else ""
         if name != seen:
-            self._say(f"{stage.title}: {name}" if active else name)
+            news = f"{stage.title}: {name}" if active else name
         elif active and time.monotonic() - spoken > LOG_SECONDS:
-            self._say(active[-1].line())
+            news = active[-1].line()
         else:
             return seen, spoken
+        say(self.console, f"{time.strftime('%H:%M:%S')} {news}")
         return name, time.monotonic()
-
-    def _say(self, text: str) -> None:
-        self.console.print(
-            f"{time.strftime('%H:%M:%S')} {text}",
-            highlight=False,
-            markup=False,
-            emoji=False,
-            soft_wrap=True,
-        )
 
 
 TESTED = {  # metric on test -> the heading of its column
@@ -374,17 +367,13 @@ def closing(console: Console, run: RunDir) -> None:
         for table in fitted(names, columns, console.width):
             console.print(table)
     rejected = ", ".join(f"{n} {reason}" for reason, n in summary["rejected"].items()) or "none"
-    console.print(
+    say(
+        console,
         f"generated {summary['generated']}, accepted {summary['accepted']}; rejected: {rejected}",
-        highlight=False,
-        markup=False,
-        emoji=False,
     )
     for line in [summary["verdict_sentence"], *(f"note: {note}" for note in summary["notes"])]:
-        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    console.print(
-        f"report: {_short(run.root / 'report.html')}", highlight=False, markup=False, soft_wrap=True
-    )
+        say(console, line)
+    say(console, f"report: {_short(run.root / 'report.html')}")
 
 
 def quality(console: Console, run: RunDir, result: dict[str, Any]) -> None:
@@ -411,7 +400,8 @@ def quality(console: Console, run: RunDir, result: dict[str, Any]) -> None:
         )
     console.print(table)
     roles = " and ".join(result["held_out"])
-    console.print(
+    say(
+        console,
         f"against {images['real']} held-out images ({roles}), features of "
         f"{result['features']}, guidance {result['guidance']:g}; "
         f"a class needs more than {result['neighbours']} images on both sides"
@@ -420,22 +410,12 @@ def quality(console: Console, run: RunDir, result: dict[str, Any]) -> None:
             if result["validation_loss"] is not None
             else ""
         ),
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     if result["not_finite"]:
-        console.print(
-            f"{result['not_finite']} samples are not finite: they count, as black pictures",
-            highlight=False,
-            markup=False,
+        say(
+            console, f"{result['not_finite']} samples are not finite: they count, as black pictures"
         )
-    console.print(
-        f"samples: {_short(run.inside(result['grid']))}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(console, f"samples: {_short(run.inside(result['grid']))}")
 
 
 def _fixed(value: float | None) -> str:
