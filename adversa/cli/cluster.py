@@ -342,7 +342,7 @@ def watch_here(config: Config, run: RunDir, screen: Console) -> None:
     """The live view of a run that another process works on, until it no longer does; raises
     typer.Exit: 0 when it is finished.
     """
-    from adversa.cli import view
+    from adversa.cli import closing, view
     from adversa.run.status import state_of
 
     state = state_of(run)[0]
@@ -353,7 +353,7 @@ def watch_here(config: Config, run: RunDir, screen: Console) -> None:
     else:
         screen.print(view.view(config, run))
     if state == "finished":
-        view.closing(screen, run)
+        closing.closing(screen, run)
     raise typer.Exit(0 if state == "finished" else 1)
 
 

@@ -89,15 +89,15 @@ def execute(
 def _close(
     command: str, config: Config, run: RunDir, worked: str, screen: Console, brief: bool
 ) -> None:
-    from adversa.cli import view
+    from adversa.cli import closing
     from adversa.run import file_lock
 
     if command == "quality":
         with file_lock.lock(run):
             judged = _judged(config, run)
-        view.quality(screen, run, judged)
+        closing.quality(screen, run, judged)
     elif run.summary.exists() and not brief:
-        view.closing(screen, run)
+        closing.closing(screen, run)
     else:
         say(
             screen,

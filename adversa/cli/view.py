@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -33,13 +32,11 @@ from adversa.storage import files
 from adversa.storage.path import StoreError
 from adversa.sweep import grid
 from adversa.sweep import view as sweep_view
-from adversa.types import ARMS, BEFORE
 
 LOG_SECONDS = 15.0
 SHARES_SHOWN = 8
 RUNNING_SHOWN = 3
 SLOW = 0.05  # a second; below it a rate is told by the minute
-MEASURES = ("precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
@@ -318,180 +315,6 @@ class LiveView:
             return seen, spoken
         say(self.console, f"{time.strftime('%H:%M:%S')} {news}")
         return name, time.monotonic()
-
-
-TESTED = {  # metric on test -> the heading of its column
-    "balanced_accuracy": "balanced accuracy",
-    "accuracy": "accuracy",
-    "specificity": "specificity, mean",
-    "auroc_macro": "macro AUROC",
-}
-GAP = 2  # spaces between columns
-Column = tuple[
-    str, list[tuple[str, str]]
-]  # a heading, and of each arm the value and what stands in brackets behind or below it
-
-
-def closing(console: Console, run: RunDir) -> None:
-    """The last lines of a finished run: the arms before and after, the verdict, where the report
-    lies.
-    """
-    summary = files.read_json(run.summary)
-    if summary is None:
-        return
-    arms = [arm for arm in ARMS if arm in summary["arms"]]
-    if summary["before"]["test"] != summary["arms"]["real"]["test"]:
-        arms = [BEFORE, *arms]
-    names = [
-        "real (before)" if arm == arms[0] else "guided (after)" if arm == "guided" else arm
-        for arm in arms
-    ]
-    times = summary.get("test_openings", 1)
-    opened = "test, opened once" if times < 2 else f"test, opened {times} times"
-    tested: list[Column] = [
-        (name, [_score(summary, arm, "test", metric) for arm in arms])
-        for metric, name in TESTED.items()
-    ]
-    mined: list[Column] = [
-        ("balanced accuracy", [_score(summary, arm, "mine", "balanced_accuracy") for arm in arms])
-    ]
-    mined.append(("synthetic images", [(str(summary["used"].get(arm, 0)), "") for arm in arms]))
-    if any(summary["added"][arm] != n for arm, n in summary["used"].items()):
-        repeats = [str(summary["added"].get(arm, 0) - summary["used"].get(arm, 0)) for arm in arms]
-        mined.append(("images repeated", [(n, "") for n in repeats]))
-    for title, columns in (
-        (opened, tested),
-        ("mine, optimistic, and images added to the real ones", mined),
-    ):
-        console.print(Text(title, "italic"))
-        for table in fitted(names, columns, console.width):
-            console.print(table)
-    rejected = ", ".join(f"{n} {reason}" for reason, n in summary["rejected"].items()) or "none"
-    say(
-        console,
-        f"generated {summary['generated']}, accepted {summary['accepted']}; rejected: {rejected}",
-    )
-    for line in [summary["verdict_sentence"], *(f"note: {note}" for note in summary["notes"])]:
-        say(console, line)
-    say(console, f"report: {_short(run.root / 'report.html')}")
-
-
-def quality(console: Console, run: RunDir, result: dict[str, Any]) -> None:
-    """How good the denoiser's samples are, beside what real images of `train` score: all that is
-    within reach.
-    """
-    samples, train, images = result["samples"], result["train"], result["images"]
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "images", "KID x 1000", *MEASURES):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for name, of, n in (
-        ("samples", samples, images["sample"]),
-        ("real (train)", train, images["train"]),
-    ):
-        kid = f"{1000 * of['kid']:.2f} +- {1000 * of['kid_std']:.2f}"
-        table.add_row(name, str(n), kid, *(_fixed(of[m]) for m in MEASURES))
-    table.add_row(Text("by class", "italic"))
-    for name, row in samples["classes"].items():
-        table.add_row(
-            Text(f"  {name}"),
-            f"{row['fake']} ({row['real']} real)",
-            "",
-            *(_fixed(row[m]) for m in MEASURES),
-        )
-    console.print(table)
-    roles = " and ".join(result["held_out"])
-    say(
-        console,
-        f"against {images['real']} held-out images ({roles}), features of "
-        f"{result['features']}, guidance {result['guidance']:g}; "
-        f"a class needs more than {result['neighbours']} images on both sides"
-        + (
-            f"; validation loss {result['validation_loss']:.4f}"
-            if result["validation_loss"] is not None
-            else ""
-        ),
-    )
-    if result["not_finite"]:
-        say(
-            console, f"{result['not_finite']} samples are not finite: they count, as black pictures"
-        )
-    say(console, f"samples: {_short(run.inside(result['grid']))}")
-
-
-def _fixed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _short(path: Path) -> Path:
-    return (
-        path.relative_to(Path.cwd())
-        if isinstance(path, Path) and path.is_relative_to(Path.cwd())
-        else path
-    )
-
-
-def fitted(names: list[str], columns: list[Column], width: int) -> list[Table]:
-    """A row an arm, a column a metric: in one table, under headings of several lines, in tables of
-    two columns, or at last with the brackets below the values, whichever is the first to fit.
-    """
-    pairs = [columns[i : i + 2] for i in range(0, len(columns), 2)]
-    ways = [
-        ([columns], False, False),
-        ([columns], True, False),
-        (pairs, False, False),
-        ([columns], True, True),
-        (pairs, True, True),
-    ]
-    shown = [
-        [_lines(names, part, tall, stacked) for part in parts] for parts, tall, stacked in ways
-    ]
-    return [
-        _arms(of)
-        for of in next((w for w in shown if all(_width(of) <= width for of in w)), shown[-1])
-    ]
-
-
-def _lines(names: list[str], columns: list[Column], tall: bool, stacked: bool) -> list[list[str]]:
-    """Each column's cells, its heading first. tall: a heading has a line a word; stacked: a bracket
-    is below its value.
-    """
-    headings = [name.replace(" ", "\n") if tall else name for name, _ in columns]
-    cells = [
-        [("\n" if stacked else " ").join(filter(None, cell)) for cell in of] for _, of in columns
-    ]
-    return [["", *names], *([heading, *of] for heading, of in zip(headings, cells, strict=True))]
-
-
-def _width(columns: list[list[str]]) -> int:
-    """Characters that the table is wide."""
-    return sum(
-        max(cell_len(line) for cell in of for line in cell.split("\n")) for of in columns
-    ) + GAP * (len(columns) - 1)
-
-
-def _arms(columns: list[list[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
-    for heading, *_ in columns:
-        table.add_column(Text(heading))
-    for row in zip(*(cells for _, *cells in columns), strict=True):
-        table.add_row(*map(Text, row))
-    return table
-
-
-def _score(summary: dict[str, Any], arm: str, role: str, metric: str) -> tuple[str, str]:
-    """A metric of an arm and its 95% interval, "" where there is none; specificity is the mean over
-    classes.
-    """
-    values = summary["before"][role] if arm == BEFORE else summary["arms"][arm][role]
-    if metric == "specificity":
-        classes = [v for k, v in values.items() if k.startswith("specificity/")]
-        return (f"{sum(classes) / len(classes):.3f}" if classes else "-", "")
-    if metric not in values:
-        return "-", ""
-    interval = (summary["intervals_before"] if arm == BEFORE else summary["intervals"][arm])[
-        role
-    ].get(metric)
-    return f"{values[metric]:.3f}", f"({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""
 
 
 def clock(seconds: float | None) -> str:
