@@ -14,6 +14,7 @@ from rich.text import Text
 from adversa.cli.console import say
 from adversa.run.folder import RunDir
 from adversa.storage import files
+from adversa.storage.path import StoragePath
 from adversa.types import ARMS, BEFORE
 
 MEASURES = ("precision", "recall", "density", "coverage")
@@ -117,7 +118,7 @@ def _fixed(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _short(path: Path) -> Path:
+def _short(path: StoragePath) -> StoragePath:
     return (
         path.relative_to(Path.cwd())
         if isinstance(path, Path) and path.is_relative_to(Path.cwd())

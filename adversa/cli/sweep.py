@@ -14,6 +14,7 @@ from adversa.types import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from adversa.config import Config
     from adversa.run.control import RunHandle
@@ -152,5 +153,6 @@ def dry_run(config: Config, run: RunDir, screen: Console, seconds: float) -> Non
     ]
     if amounts.images:
         said.append(f"Generated images are {config.sweep.overdraw:g} times those wanted.")
-    for part in [table, *said, *amounts.notes, *plan.notes(measured)]:
+    parts: list[Table | str] = [table, *said, *amounts.notes, *plan.notes(measured)]
+    for part in parts:
         say(screen, part)

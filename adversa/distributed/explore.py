@@ -300,7 +300,7 @@ def explore(
         raise user_error(error) or error
     if watch.pause is not None:
         raise watch.pause
-    last = [r.metrics or {} for r in results]
+    last = [results[i].metrics or {} for i in range(len(results))]
     if bugs := [x[BUG] for x in last if x.get(BUG)]:
         raise RuntimeError(f"a trial failed:\n{bugs[0]}")
     if faults := [x[FAULT] for x in last if x.get(FAULT)]:

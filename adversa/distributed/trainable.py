@@ -229,7 +229,7 @@ def _cell(config: Config, run: RunDir, cell: DataRegime, engine: LocalEngine) ->
 
 def _pools(
     own: Config, base: Config, run: RunDir, cell: DataRegime, point: Point, engine: LocalEngine
-) -> dict[Path, float]:
+) -> dict[StoragePath, float]:
     """The pools that a trial takes its images from, and the share of each: those of the grid where
     `generate` is the run's own.
     """
