@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from adversa.config import Config
     from adversa.engine.interface import Engine
     from adversa.engine.resources import Node
+    from adversa.pipeline.coordinator import CoordinatorTask
     from adversa.run.control import HeldRun
     from adversa.run.folder import RunDir
     from adversa.storage.path import StoragePath
@@ -92,8 +94,7 @@ def work_on(
         since: time.monotonic() at the start of the command.
 
     Returns:
-        The run, and the title of the last stage that was worked on: "" where nothing was left to
-        do.
+        The run, and the title of the last stage that was worked on ("": nothing was left to do).
 
     Raises:
         UserError: Anything that the user can fix.
@@ -101,31 +102,50 @@ def work_on(
         RunFailed: The coordinator failed.
     """
     from adversa import distributed
+    from adversa.config import dump
     from adversa.estimate import memory
+    from adversa.pipeline import loop
+    from adversa.pipeline.coordinator import CoordinatorTask
+
+    clustered = engine == "ray" and distributed.address() is not None
+    run, until = loop.open_run(config, root, reopen), None if command == "loop" else command
+    if left := bool(loop.todo(config, run, until)):
+        memory.check(config, run, [] if clustered else _machine())
+    if clustered and (reopen or left):
+        given = dump(config), str(run.root), command, str(Path.cwd()), reopen, verbose
+        return run, _on_cluster(CoordinatorTask(uuid.uuid4().hex, *given), config, run, say, watch)
+
+    make = partial(engine_of, engine, config, run, verbose)
+    return run, _here(command, config, run, make, say, watch, reopen, since)
+
+
+def _here(
+    command: str,
+    config: Config,
+    run: RunDir,
+    make: Callable[[], Engine],
+    say: Say,
+    watch: Watch,
+    reopen: bool,
+    since: float | None,
+) -> str:
+    """Hold the run and work on it in this process. As `work_on`."""
     from adversa.pipeline import loop
     from adversa.report import page
     from adversa.run.hold import hold
 
-    clustered = engine == "ray" and distributed.address() is not None
-    run, until = loop.open_run(config, root, reopen), None if command == "loop" else command
-    left = bool(loop.todo(config, run, until))
-    if left:
-        memory.check(config, run, [] if clustered else _machine())
-    if clustered and (reopen or left):
-        return run, _on_cluster(command, config, run, say, watch, verbose, reopen)
+    until = None if command == "loop" else command
 
     def work(handle: HeldRun) -> str:
         if until is None:
             loop.review(config, run, reopen)  # what it sets aside is to be done again
         if not loop.todo(config, run, until):
             return ""
-        with watch(config, run), contextlib.closing(engine_of(engine, config, run, verbose)) as on:
+        with watch(config, run), contextlib.closing(make()) as on:
             worked = loop.run(config, run, on, page.write, until, since, reopen, handle)
         return worked.title if worked is not None else ""
 
-    return run, hold(
-        command, run, work, lambda: "finished" if run.summary.exists() else "stopped", say
-    )
+    return hold(command, run, work, lambda: "finished" if run.summary.exists() else "stopped", say)
 
 
 def _machine() -> list[Node]:
@@ -138,34 +158,24 @@ def _machine() -> list[Node]:
     return [Node("this machine", 0, len(found), gpu_type=found[0][0], gpu_memory=least)]
 
 
-def _on_cluster(
-    command: str,
-    config: Config,
-    run: RunDir,
-    say: Say,
-    watch: Watch,
-    verbose: bool,
-    reopen: bool,
-) -> str:
+def _on_cluster(task: CoordinatorTask, config: Config, run: RunDir, say: Say, watch: Watch) -> str:
     """Let a coordinator on the cluster work on the run, and follow it, or the one that does
     already. As `work_on`.
     """
-    from adversa.config import dump
     from adversa.distributed import coordinator
     from adversa.distributed.start import start, stop
-    from adversa.pipeline.coordinator import CoordinatorTask, follow
+    from adversa.pipeline.coordinator import follow
     from adversa.report import page
     from adversa.run import control
     from adversa.run.hold import interruptible
 
-    given = dump(config), str(run.root), command, str(Path.cwd()), reopen, verbose
-    task, begun = CoordinatorTask(uuid.uuid4().hex, *given), False
+    begun = False
     with interruptible():
         try:
-            start(config.cluster, verbose)
+            start(config.cluster, task.verbose)
             new = coordinator.begin(task, page.write, say)
             begun = True
-            if not verbose:  # which shows what Ray says, as long as this process belongs to it
+            if not task.verbose:  # which shows what Ray says, as long as this process belongs to it
                 stop()
             if not new:
                 say(f"{run.root} is worked on already; following it")

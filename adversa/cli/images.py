@@ -181,12 +181,8 @@ def bench(
         at = RunDir(Path(temporary) / "run")
 
         def engine(n: int | None) -> Engine:
-            return make_engine(
-                config.model_copy(
-                    update={"cluster": config.cluster.model_copy(update={"samplers": n})}
-                ),
-                at,
-            )
+            cluster = config.cluster.model_copy(update={"samplers": n})
+            return make_engine(config.model_copy(update={"cluster": cluster}), at)
 
         engines = {n: partial(engine, n) for n in counts}
         for row in benchmark.generate(
@@ -194,9 +190,8 @@ def bench(
         ):
             rows.append(row)
             status.update(f"measured: {row.name}")
-            table.add_row(
-                row.name, f"{row.value:.3g}" if row.value < 1000 else f"{row.value:.0f}", row.unit
-            )
+            digits = ".3g" if row.value < 1000 else ".0f"
+            table.add_row(row.name, format(row.value, digits), row.unit)
     screen.print(table)
     if record is not None:
         reported = {

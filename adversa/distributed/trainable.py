@@ -209,7 +209,7 @@ def carry_out(
         "asks": plain(settings),
     }
     source = sweep_run.TrialImages(d, list(pools), pools)
-    sweep_run.fit_and_score(own, source, arm, point.ratio, point.seed, out, engine, reported)
+    sweep_run.fit_and_score(own, source, reported, out, engine)
     return _result(config, step_folder.manifest(out / "result"))
 
 

@@ -44,17 +44,12 @@ def do_job(
             f"the workers see different files (folder, step: {at}); put --run-dir where "
             "every node sees the same"
         )
-    progress = Progress(job.out)
-    threads = threads or environment.cpus()
+    progress, threads = Progress(job.out), threads or environment.cpus()
     optional = {} if job.select is None else {"select": select}
     with files.writing(job.out):
         waited = Waited(batches)
-        count = process_group.world_size()
-        report = (
-            partial(_tell, progress, listen, count)
-            if process_group.is_main_process()
-            else _tell_nobody
-        )
+        count, leads = process_group.world_size(), process_group.is_main_process()
+        report = partial(_tell, progress, listen, count) if leads else _tell_nobody
         metrics = job.fit(
             waited, out=job.out, report=report, threads=threads, committed=committed, **optional
         )
@@ -64,7 +59,7 @@ def do_job(
         )
         seconds = progress.elapsed
         compute = seconds - waited.seconds
-        if process_group.is_main_process():
+        if leads:
             _, _, fingerprint = read_model(job.out)
             step_folder.finish(
                 job.out,

@@ -11,13 +11,12 @@ from typing import Any
 
 from adversa import config as cfg
 from adversa.common import markdown
-from adversa.data.files import printable
 from adversa.evaluate.metrics import absent
 from adversa.evaluate.operating import thresholds
-from adversa.external import cohort
-from adversa.external.clusters import Clusters, clusters, counted
+from adversa.external import notes
+from adversa.external.clusters import clusters, counted
 from adversa.external.cohort import ExternalCohort
-from adversa.external.prepare import LEFT_OUT, WHY
+from adversa.external.prepare import LEFT_OUT
 from adversa.pipeline import results, summary
 from adversa.pipeline.results import Scored
 from adversa.run import environment, step_folder
@@ -126,14 +125,35 @@ def _summary(external: ExternalCohort) -> dict[str, Any]:
     }
     own = files.read_json(run.summary) or {}
     spent = own.get("cost") or results.costs(config, run)
-    unit = external.outside.unit
-    compared = results.comparisons(config, arms, spent, "external", unit)
+    compared = results.comparisons(config, arms, spent, "external", external.outside.unit)
     for row in compared:
         if not spread.tell(results.HEADLINE):
             row |= dict.fromkeys(UNTOLD) | {"word": "not shown", "note": ""}
     word, sentence = summary.verdict(compared, config, f"external ({external.name})")
     missing = absent(arms["real"].labels, t.names)
     left = files.read_json(external.pictures / LEFT_OUT) or {}
+    return _described(external, facts, left, missing) | {
+        "arms": {arm: figures[arm][0] for arm in config.mix.arms},
+        "intervals": {arm: figures[arm][1] for arm in config.mix.arms},
+        "before": figures[BEFORE][0],
+        "intervals_before": figures[BEFORE][1],
+        "test": _own(own, config, bool(missing) or t.merges),
+        "comparisons": compared,
+        "verdict": word,
+        "verdict_sentence": sentence,
+        "subgroups": results.subgroups(config, external.pictures, arms, t.names),
+        "notes": notes.notes(external, config, facts, left, missing, lost, spread),
+        "versions": environment.versions(),
+        "git": environment.git_commit(),
+        "machine": environment.machine(),
+    }
+
+
+def _described(
+    external: ExternalCohort, facts: dict[str, Any], left: dict[str, Any], missing: Sequence[str]
+) -> dict[str, Any]:
+    """What was scored: the run, the set, its classes and images."""
+    run, t, config = external.run, external.translation, external.config
     return {
         "asked": _requested(external),
         "set": external.name,
@@ -145,7 +165,7 @@ def _summary(external: ExternalCohort) -> dict[str, Any]:
         "seed": config.seed,
         "seeds": config.evaluate.seeds,
         "classes": t.names,
-        "classes_absent": missing,
+        "classes_absent": list(missing),
         "run_classes": list(t.given),
         "merged": {c: t.merged(c) for c in t.given} if t.merges else {},
         "images": {
@@ -153,7 +173,7 @@ def _summary(external: ExternalCohort) -> dict[str, Any]:
             "scored": facts["rows"],
             "by_class": facts["by_class"],
         },
-        "clusters": {"by": unit, "n": facts["clusters"]},
+        "clusters": {"by": external.outside.unit, "n": facts["clusters"]},
         "left_out": {
             "labels": left["labels"],
             "problems": facts["problems"],
@@ -162,19 +182,6 @@ def _summary(external: ExternalCohort) -> dict[str, Any]:
         },
         "resolution": external.data.resolution,
         "crop": external.data.crop,
-        "arms": {arm: figures[arm][0] for arm in config.mix.arms},
-        "intervals": {arm: figures[arm][1] for arm in config.mix.arms},
-        "before": figures[BEFORE][0],
-        "intervals_before": figures[BEFORE][1],
-        "test": _own(own, config, bool(missing) or t.merges),
-        "comparisons": compared,
-        "verdict": word,
-        "verdict_sentence": sentence,
-        "subgroups": results.subgroups(config, external.pictures, arms, t.names),
-        "notes": notes(external, config, facts, left, missing, lost, spread),
-        "versions": environment.versions(),
-        "git": environment.git_commit(),
-        "machine": environment.machine(),
     }
 
 
@@ -193,96 +200,6 @@ def _own(own: dict[str, Any], config: cfg.Config, other: bool) -> dict[str, Any]
         arm: {"value": of["test"][metric], "interval": ranges[arm]["test"].get(metric)}
         for arm, of in values.items()
     }
-
-
-def notes(
-    external: ExternalCohort,
-    config: cfg.Config,
-    facts: dict[str, Any],
-    left: dict[str, Any],
-    missing: Sequence[str],
-    lost: Sequence[str],
-    spread: Clusters,
-) -> list[str]:
-    """What a reader must know before believing the figures."""
-    unit, t, n = external.outside.unit, external.translation, facts["clusters"]
-    found = [
-        f"clustered by {unit}: intervals and comparisons resample {counted(n, unit)}, of "
-        f"{counted(facts['rows'], 'image')}"
-    ]
-    if unit == cohort.IMAGE:
-        found = [
-            "clustered by image: the set names neither patients nor lesions; where one "
-            "lesion has several images, the intervals "
-            f"are too narrow (look-alikes are taken for one image: {n} of {facts['rows']} "
-            "are resampled)"
-        ]
-    if unit == cohort.PATIENT and facts["without_patient"]:
-        several = facts["without_patient"] != 1
-        found.append(
-            f"{counted(facts['without_patient'], 'image')} name{'' if several else 's'} no "
-            "patient: each "
-            f"{'of their lesions' if several else 'such lesion'} is taken for one"
-        )
-    if spread.few:
-        whose = (
-            f"{', '.join(spread.few)} {'is' if len(spread.few) == 1 else 'are'} of one {unit} alone"
-        )
-        found.append(
-            f"{whose}: one {unit} says nothing of others, so what is made of it has no "
-            "interval and is not compared"
-        )
-    if missing:
-        there = len(t.names) - len(missing)
-        found.append(
-            f"the set has no {', '.join(missing)}: balanced accuracy and AUROC are over "
-            f"the {there} classes that are there, and an "
-            "answer that is not among them counts as wrong"
-        )
-    if t.merges:
-        members = {c: [g for g in t.given if t.merged(g) == c] for c in t.names}
-        merged = "; ".join(f"{c} = {' + '.join(of)}" for c, of in members.items() if of != [c])
-        found.append(f"classes of the run merged, probabilities added: {merged}")
-    if lost:
-        found.append(
-            f"evaluate.groups {', '.join(lost)} cannot be told from the rest in these "
-            "classes, and are not given"
-        )
-    if config.evaluate.groups:
-        found.append("thresholds of groups were set on the run's select, not on this set")
-    if left["labels"]:
-        reported = ", ".join(
-            f"{count} {printable(label)}" for label, count in left["labels"].items()
-        )
-        found.append(f"left out by the labels map: {reported}")
-    if known := sum(facts["known"].values()):
-        why = ", ".join(
-            f"{facts['known'][reason]} {reason}" for reason in WHY if facts["known"][reason]
-        )
-        found.append(
-            "left out, for the run has seen them (train, mine or select): "
-            f"{counted(known, 'image')} ({why})"
-        )
-    if facts["copies"]:
-        found.append(f"left out, copies within the set: {counted(facts['copies'], 'image')}")
-    if facts["problems"]:
-        found.append(
-            f"left out, unreadable or at odds: {facts['problems']}; pictures/{LEFT_OUT} names each"
-        )
-    if external.outside.unused:
-        found.append(
-            f"the labels map names {', '.join(map(printable, external.outside.unused))}, "
-            "which the set does not have"
-        )
-    if external.data.crop != config.data.crop:
-        found.append(
-            f"made square by {external.data.crop}, the run's own pictures by {config.data.crop}"
-        )
-    if config.evaluate.seeds == 1:
-        found.append(
-            f"one seed an arm: the intervals hold the choice of {unit}s, not the luck of training"
-        )
-    return found
 
 
 # ---- report.md -----------------------------------------------------------------------------------

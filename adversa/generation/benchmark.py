@@ -214,6 +214,9 @@ def variants(config: cfg.Generate, classifier: bool) -> dict[str, cfg.Generate]:
     return found
 
 
+STRENGTHS = ("guidance", "classifier_guidance", "reference_guidance")
+
+
 def generate(
     denoiser: StoragePath,
     classifier: StoragePath | None,
@@ -241,24 +244,10 @@ def generate(
     rate(loaded, config, plain[: config.batch_size])  # kernels and compilation
     for _ in range(rounds):
         for name, section in settings.items():
-            requested = [
-                replace(
-                    r,
-                    guidance=section.guidance,
-                    classifier_guidance=section.classifier_guidance,
-                    reference_guidance=section.reference_guidance,
-                    example=CASE,
-                )
-                for r in plain
-            ]
-            found.setdefault(name, []).append(
-                rate(
-                    loaded,
-                    section,
-                    requested,
-                    pipeline_generate.steering(loaded, classifier, section),
-                )
-            )
+            strengths = {k: getattr(section, k) for k in STRENGTHS}
+            requested = [replace(r, example=CASE, **strengths) for r in plain]
+            steering = pipeline_generate.steering(loaded, classifier, section)
+            found.setdefault(name, []).append(rate(loaded, section, requested, steering))
     for name, rates in found.items():
         yield Measurement(
             f"one sampler, {name}", statistics.median(r[0] for r in rates), "images/s"

@@ -14,7 +14,7 @@ from adversa.run.folder import RunDir
 from adversa.storage.files import replace_bytes, writing
 from adversa.storage.path import StoragePath
 from adversa.sweep import plots as sweep_plots
-from adversa.sweep import results, wording
+from adversa.sweep import results, trials, wording
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -44,7 +44,7 @@ def write(config: Config, run: RunDir) -> StoragePath:
                     for p in chosen
                 ],
                 "learning": plots.uri(whole["learning"]),
-                "trials": results.table(config, run)
+                "trials": trials.table(config, run)
                 .drop_columns(["metrics", "added_by_class"])
                 .to_pylist(),
             }

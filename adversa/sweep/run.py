@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -214,26 +215,13 @@ def trial(
     config: Config, run: RunDir, point: Point, engine: Engine, tell: Tell | None = None
 ) -> dict[str, float]:
     """Train and score one point of the grid; returns its metrics on `select`."""
-    own = (
-        {point.variant.name: grid.pool_dir(run, point.cell, point.variant)}
-        if point.variant.generates
-        else {}
-    )
+    own = grid.pool_dir(run, point.cell, point.variant)
     source = TrialImages(
         grid.cell_dir(run, point.cell),
         pools(config, run, point.cell),
-        {p: 1.0 for p in own.values()},
+        {own: 1.0} if point.variant.generates else {},
     )
-    return fit_and_score(
-        config,
-        source,
-        point.variant.arm,
-        point.ratio,
-        point.seed,
-        grid.trial_dir(run, point),
-        engine,
-        describe(point),
-    )
+    return fit_and_score(config, source, describe(point), grid.trial_dir(run, point), engine)
 
 
 def describe(point: Point) -> dict[str, Any]:
@@ -249,16 +237,15 @@ def describe(point: Point) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
 class TrialImages:
     """Where a trial's images are. cell: of the sweep; pools: of all generating arms of it, the
-    counts' limits; taken: the pools that this arm's images come from, and the share of each.
+    counts' limits; taken: those that this arm's images come from, and the share of each.
     """
 
-    def __init__(
-        self, cell: RunDir, pools: Sequence[StoragePath], taken: dict[StoragePath, float]
-    ) -> None:
-        assert set(taken) <= set(pools), (taken, pools)
-        self.cell, self.pools, self.taken = cell, tuple(pools), taken
+    cell: RunDir
+    pools: Sequence[StoragePath]
+    taken: dict[StoragePath, float]
 
     @property
     def hard(self) -> StoragePath:
@@ -268,21 +255,19 @@ class TrialImages:
 def fit_and_score(
     config: Config,
     source: TrialImages,
-    arm: str,
-    ratio: float,
-    seed: int,
+    reported: dict[str, Any],
     out: StoragePath,
     engine: Engine,
-    reported: dict[str, Any],
 ) -> dict[str, float]:
-    """The step folders mix, classifier, select and, last, result below `out`. told: of the trial,
-    for its manifest.
+    """The step folders mix, classifier, select and, last, result below `out`. reported: of the
+    trial, for its manifest: its arm, ratio, seed and more.
     """
     d, result = source.cell, out / "result"
+    arm, seed = str(reported["arm"]), int(reported["seed"])
     if step_folder.is_finished(result):
         return dict(step_folder.manifest(result)["metrics"])
     began = time.monotonic()
-    mix(source, arm, ratio, out / "mix", engine.handle)
+    mix(source, arm, float(reported["ratio"]), out / "mix", engine.handle)
     added = [d.data / "mine", *(p / "synthetic" for p in source.taken)]
     job = train.classifier_job(
         d.data,
@@ -298,12 +283,7 @@ def fit_and_score(
         engine, [(arm, seed, out / "classifier")], d.data / "select", d.data, False, out / "select"
     )
     made, mixed = step_folder.manifest(out / "classifier"), step_folder.manifest(out / "mix")
-    recipe = Recipe(
-        "trial",
-        1,
-        reported,
-        inputs(select=out / "select", mix=out / "mix", classifier=out / "classifier"),
-    )
+    names = inputs(select=out / "select", mix=out / "mix", classifier=out / "classifier")
 
     def body(progress: Progress) -> Facts:
         from adversa.evaluate.metrics import metrics
@@ -324,7 +304,7 @@ def fit_and_score(
             "evaluations": evaluations(out / "classifier"),
         }
 
-    run_step(result, recipe, body, engine.handle)
+    run_step(result, Recipe("trial", 1, reported, names), body, engine.handle)
     if not config.sweep.keep_models:
         rmtree(out / "classifier", missing_ok=True)
     return dict(step_folder.manifest(result)["metrics"])
