@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
 
@@ -16,6 +17,18 @@ from adversa.common.sanitize import printable, unsigned
 def say(console: Console, text: RenderableType) -> None:
     """Print text word for word: no markup, no emoji codes, no wrapping."""
     console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def bars(console: Console) -> Progress:
+    """Progress bars that go away at the end; nothing where there is no terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 class Screen(Console):

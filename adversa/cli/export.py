@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from adversa.cli.console import say
-from adversa.config import load
-from adversa.run.folder import RunDir
+from adversa.api import Run
+from adversa.cli.console import bars, say
 from adversa.types import UserError
 
 if TYPE_CHECKING:
@@ -34,29 +32,21 @@ def export(
     """
     from adversa.export import run as export_run
 
-    saved = RunDir(run.absolute())
-    if not saved.config.is_file():
-        raise UserError(f"{run} is not a run (it has no config.yaml); give a run's folder")
+    saved = Run(run)
     if not 0 < shard_mb < float("inf"):
         raise UserError(f"--shard-mb {shard_mb:g}: give a number of megabytes above 0")
     chosen = export_run.plan(
-        load(saved.config),
-        saved,
+        saved.config,
+        saved.folder,
         export_run.Selection(what, form, arm, number, rejected, int(shard_mb * 1e6)),
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bars:
+    with bars(screen) as progress:
         tasks = {}
 
         def show(name: str, done: int, total: int) -> None:
             if name not in tasks:
-                tasks[name] = bars.add_task(name)
-            bars.update(tasks[name], completed=done, total=total)
+                tasks[name] = progress.add_task(name)
+            progress.update(tasks[name], completed=done, total=total)
 
         found = export_run.publish(chosen, out, show)
     for line in _reported(found, chosen, out):

@@ -19,7 +19,7 @@ from adversa.cli import view
 from adversa.cli.console import say
 from adversa.config import Config, load
 from adversa.engine.interface import Engine
-from adversa.run import environment, step_folder
+from adversa.run import environment
 from adversa.run.folder import RunDir
 from adversa.storage import files
 from adversa.storage.path import StoragePath
@@ -46,16 +46,8 @@ def source(
     if denoiser is not None:
         return None, denoiser
     assert run is not None
-    found = RunDir(run.absolute())
-    if not found.config.is_file():
-        raise UserError(
-            f"{run} is not a run (it has no config.yaml); give a run's folder, or --denoiser FOLDER"
-        )
-    if not step_folder.is_finished(found.denoiser):
-        raise UserError(
-            f"{run} has no finished denoiser; train it with: adversa train --run-dir {run}"
-        )
-    return found, found.denoiser
+    folder = api.Run(run).generator().run.folder
+    return folder, folder.denoiser
 
 
 def order(

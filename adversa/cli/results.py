@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from adversa.cli.console import say
+from adversa.api import Run
+from adversa.cli.console import bars, say
 from adversa.config import Config, load
 from adversa.engine.interface import Engine
 from adversa.engine.tasks import Done, Make, Part, Report
@@ -80,9 +81,7 @@ def _opened(root: StoragePath, overrides: Sequence[str] = ()) -> tuple[RunDir, C
     Raises:
         UserError: The folder is no run.
     """
-    run = RunDir(root.absolute())
-    if not run.config.is_file():
-        raise UserError(f"{root} is not a run (it has no config.yaml); give a run's folder")
+    run = Run(root).folder
     return run, load(run.config, list(overrides))
 
 
@@ -300,14 +299,8 @@ class _Show:
 
 @contextmanager
 def _shown(screen: Console) -> Iterator[_Show]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        yield _Show(screen, bar)
+    with bars(screen) as progress:
+        yield _Show(screen, progress)
 
 
 @contextmanager
