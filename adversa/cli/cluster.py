@@ -10,6 +10,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -114,7 +115,7 @@ def loop(
             launcher.up(cluster)
         with launcher.session(cluster) as client:
             if up:
-                launcher.wait_for_nodes(client, cluster, lambda line: say(screen, line))
+                launcher.wait_for_nodes(client, cluster, partial(say, screen))
             with tempfile.TemporaryDirectory(prefix="adversa-") as folder:
                 job, new = jobs.submit(client, run, entrypoint, text, Path(folder))
             say(
@@ -210,9 +211,9 @@ def _run_beside(
     """
     from adversa.distributed import jobs
 
-    return jobs.follow(
-        client, jobs.ask(client, run, command, settings), lambda line: say(screen, line)
-    ).code
+    given = [word for setting in settings for word in ("--set", setting)]
+    line = shlex.join(["python", "-m", "adversa.cli", command, run, *given])
+    return jobs.follow(client, jobs.beside(client, run, command, line), partial(say, screen)).code
 
 
 def listed(file: Path, screen: Console) -> None:

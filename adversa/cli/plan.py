@@ -197,7 +197,8 @@ def there(
             say(screen, line)
 
     with launcher.session(requested.cluster) as client, tempfile.TemporaryDirectory() as folder:
-        job = jobs.aside(client, requested.run, "plan", entrypoint, requested.text, Path(folder))
+        (Path(folder) / "config.yaml").write_text(requested.text)
+        job = jobs.beside(client, requested.run, "plan", entrypoint, Path(folder))
         ended = jobs.follow(client, job, show)
     if record is not None and figures:
         with files.writing(record.parent, "--json"):

@@ -224,10 +224,9 @@ def command(stage: str, run: str, settings: list[str], options: list[str]) -> st
     """What the head's shell is given: every word quoted, so that a name can not be read as a
     command.
     """
-    words = ["python", "-m", "adversa.cli", stage, "config.yaml", "--run-dir", run]
-    return shlex.join(
-        [*words, *(word for setting in settings for word in ("--set", setting)), *options]
-    )
+    made = ["config.yaml", "--run-dir", run]
+    given = [word for setting in settings for word in ("--set", setting)]
+    return shlex.join(["python", "-m", "adversa.cli", stage, *made, *given, *options])
 
 
 def jobs(client: Client) -> list[Job]:
@@ -308,32 +307,12 @@ def submit(
     return job(client, job_id, run), new
 
 
-def ask(client: Client, run: str, stage: str, settings: list[str]) -> Job:
-    """Let a command that looks at a run, or says what is wanted of it, run beside the job that
-    works on it, where its folder is.
+def beside(client: Client, run: str, stage: str, entrypoint: str, files: Path | None = None) -> Job:
+    """Let a command run beside the job that works on a run, and whatever else the cluster does.
+    files: a folder that goes along.
     """
-    words = [
-        "python",
-        "-m",
-        "adversa.cli",
-        stage,
-        run,
-        *(word for setting in settings for word in ("--set", setting)),
-    ]
     job_id = f"adversa-{stage}-{uuid.uuid4().hex[:8]}"
-    _hand_over(client, job_id, shlex.join(words), {}, {})
-    return job(client, job_id, run)
-
-
-def aside(
-    client: Client, run: str, stage: str, entrypoint: str, config_yaml: str, folder: Path
-) -> Job:
-    """Let a command that needs a configuration, and no run, run beside what else the cluster does.
-    folder: as of `submit`.
-    """
-    (folder / "config.yaml").write_text(config_yaml)
-    job_id = f"adversa-{stage}-{uuid.uuid4().hex[:8]}"
-    _hand_over(client, job_id, entrypoint, {"working_dir": str(folder)}, {})
+    _hand_over(client, job_id, entrypoint, {} if files is None else {"working_dir": str(files)}, {})
     return job(client, job_id, run)
 
 

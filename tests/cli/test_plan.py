@@ -148,8 +148,9 @@ def test_a_plan_on_a_cluster_is_a_short_job_and_its_figures_come_home(
 
     seen = {}
 
-    def aside(client, run, stage, entrypoint, config_yaml, folder):
-        seen.update(run=run, stage=stage, entrypoint=entrypoint, config=config_yaml)
+    def beside(client, run, stage, entrypoint, folder):
+        config = (folder / "config.yaml").read_text()
+        seen.update(run=run, stage=stage, entrypoint=entrypoint, config=config)
         return "job"
 
     def follow(client, job, show):
@@ -158,7 +159,7 @@ def test_a_plan_on_a_cluster_is_a_short_job_and_its_figures_come_home(
         return SimpleNamespace(code=3, status="FAILED", exit_code=3)
 
     monkeypatch.setattr(launcher, "session", lambda cluster: contextlib.nullcontext("client"))
-    monkeypatch.setattr(jobs, "aside", aside)
+    monkeypatch.setattr(jobs, "beside", beside)
     monkeypatch.setattr(jobs, "follow", follow)
     asks = {"address": "http://127.0.0.1:1", "run_storage": "/shared/runs", "samplers": 2}
     tree = {
