@@ -4,14 +4,25 @@ or copy to the clipboard.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.text import Text
 
 from adversa.common.sanitize import printable, unsigned
+
+LOG_SECONDS = 15.0  # between two lines of progress where there is no terminal
 
 
 def say(console: Console, text: RenderableType) -> None:
@@ -19,16 +30,28 @@ def say(console: Console, text: RenderableType) -> None:
     console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def bars(console: Console) -> Progress:
-    """Progress bars that go away at the end; nothing where there is no terminal."""
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[str, float, float], None]]:
+    """What shows how much of something is done (its name, done, total): a bar on a terminal, which
+    goes away at the end; elsewhere a line now and then.
+    """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    return Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    live, tasks, spoken = console.is_terminal, dict[str, TaskID](), time.monotonic()
+
+    def show(what: str, done: float, total: float) -> None:
+        nonlocal spoken
+        if live:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+        elif time.monotonic() - spoken > LOG_SECONDS:
+            spoken = time.monotonic()
+            say(console, f"{what}: {done:.0f} of {total:.0f}")
+
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not live
+    ) as bars:
+        yield show
 
 
 class Screen(Console):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from adversa.api import Run
-from adversa.cli.console import bars, say
+from adversa.cli.console import progress, say
 from adversa.types import UserError
 
 if TYPE_CHECKING:
@@ -40,14 +40,7 @@ def export(
         saved.folder,
         export_run.Selection(what, form, arm, number, rejected, int(shard_mb * 1e6)),
     )
-    with bars(screen) as progress:
-        tasks = {}
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = progress.add_task(name)
-            progress.update(tasks[name], completed=done, total=total)
-
+    with progress(screen) as show:
         found = export_run.publish(chosen, out, show)
     for line in _reported(found, chosen, out):
         say(screen, line)

@@ -6,20 +6,18 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from adversa.api import Run
-from adversa.cli.console import bars, say
+from adversa.cli.console import progress, say
 from adversa.config import Config, load
 from adversa.engine.interface import Engine
 from adversa.engine.tasks import Done, Make, Part, Report
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from adversa.external.cohort import ExternalCohort
 
 MakeEngine = Callable[[Config, RunDir], Engine]
-LOG_SECONDS = 15.0
 SHOWN = ("balanced_accuracy", "accuracy", "auroc_macro", "sensitivity/", "auroc/", "sensitivity@")
 NAMES = {
     "decoded": "reading the pictures",
@@ -134,7 +131,10 @@ def _score(external: ExternalCohort, make_engine: MakeEngine, screen: Console) -
     from adversa.external import evaluate
 
     if not evaluate.is_scored(external):
-        with _shown(screen) as show, _engine(make_engine, external.config, external.run) as engine:
+        with (
+            progress(screen) as show,
+            closing(make_engine(external.config, external.run)) as engine,
+        ):
             evaluate.score(external, _Reporting(engine, show), partial(say, screen))
 
 
@@ -213,8 +213,8 @@ def predict(
         # of a cluster must see it.
         with (
             tempfile.TemporaryDirectory(prefix=".predict-", dir=out.parent) as temporary,
-            _shown(aside) as show,
-            _engine(make_engine, config, run) as engine,
+            progress(aside) as show,
+            closing(make_engine(config, run)) as engine,
         ):
             parts = Path(temporary) / "predicted"
             found = predict.predict(
@@ -254,7 +254,7 @@ def _may_overwrite(out: Path, paths: Sequence[str], run: RunDir) -> None:
 class _Reporting:
     """An engine that tells a `show` how far its work is."""
 
-    def __init__(self, engine: Engine, show: _Show) -> None:
+    def __init__(self, engine: Engine, show: Callable[[str, float, float], None]) -> None:
         self.engine, self.show = engine, show
         self.name, self.handle = engine.name, engine.handle
 
@@ -268,45 +268,9 @@ class _Reporting:
     ) -> list[Done]:
         def both(state: dict[str, Any]) -> None:
             report(state)
-            self.show.progress(NAMES.get(out.name, out.name), state["done"], state["total"])
+            self.show(NAMES.get(out.name, out.name), state["done"], state["total"])
 
         return self.engine.map_batches(make, parts, out, both, model)
 
     def tasks(self, model: bool = False) -> int:
         return self.engine.tasks(model)
-
-
-class _Show:
-    """Progress: a bar on a terminal, elsewhere a line now and then."""
-
-    def __init__(self, screen: Console, bar: Progress) -> None:
-        self.screen, self.bar, self.tasks, self.spoken = (
-            screen,
-            bar,
-            dict[str, Any](),
-            time.monotonic(),
-        )
-
-    def progress(self, what: str, done: float, total: float) -> None:
-        if self.screen.is_terminal:
-            if what not in self.tasks:
-                self.tasks[what] = self.bar.add_task(what, total=total)
-            self.bar.update(self.tasks[what], completed=done)
-        elif time.monotonic() - self.spoken > LOG_SECONDS:
-            self.spoken = time.monotonic()
-            say(self.screen, f"{what}: {done:.0f} of {total:.0f} images")
-
-
-@contextmanager
-def _shown(screen: Console) -> Iterator[_Show]:
-    with bars(screen) as progress:
-        yield _Show(screen, progress)
-
-
-@contextmanager
-def _engine(make_engine: MakeEngine, config: Config, run: RunDir) -> Iterator[Engine]:
-    engine = make_engine(config, run)
-    try:
-        yield engine
-    finally:
-        engine.close()

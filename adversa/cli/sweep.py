@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -102,19 +103,18 @@ def _work(
     from adversa.sweep import run as sweeps
 
     status.set_status(run, "running", "starting", command=sweeps.COMMAND)
-    with cli_view.LiveView(screen, config, run):
-        engine = engine_of(engine_name, config, run, verbose)
-        try:
-            if config.sweep.search is None:
-                return sweeps.run(config, run, engine, report.write, STARTED, handle)
-            from adversa.distributed import explore
-            from adversa.distributed.engine import RayEngine
+    with (
+        cli_view.LiveView(screen, config, run),
+        closing(engine_of(engine_name, config, run, verbose)) as engine,
+    ):
+        if config.sweep.search is None:
+            return sweeps.run(config, run, engine, report.write, STARTED, handle)
+        from adversa.distributed import explore
+        from adversa.distributed.engine import RayEngine
 
-            assert isinstance(engine, RayEngine), engine_name
-            explore.run(config, run, engine, STARTED, handle)
-            return run.root / grid.SEARCHED
-        finally:
-            engine.close()
+        assert isinstance(engine, RayEngine), engine_name
+        explore.run(config, run, engine, STARTED, handle)
+        return run.root / grid.SEARCHED
 
 
 # ---- before a sweep ------------------------------------------------------------------------------
