@@ -29,7 +29,7 @@ from adversa.run import status as run_status
 from adversa.run.folder import RunDir
 from adversa.run.status import state_of
 from adversa.storage import files
-from adversa.storage.path import StoreError
+from adversa.storage.path import StoragePath, StoreError
 from adversa.sweep import grid
 from adversa.sweep import view as sweep_view
 
@@ -197,7 +197,7 @@ def score_table(config: Config, run: RunDir) -> Table | None:
     return table if table.row_count else None
 
 
-def _scored(config: Config, run: RunDir, role: str) -> dict[Path, float]:
+def _scored(config: Config, run: RunDir, role: str) -> dict[StoragePath, float]:
     """Classifier folder -> balanced accuracy on a role, where it was scored."""
     last, found = last_round(config), {}
     rounds = {n: run.round(n, "evaluate") for n in range(last + 1)}

@@ -37,7 +37,7 @@ from adversa.run.control import NULL_HANDLE, Pause, RunHandle
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import Progress
 from adversa.storage import files
-from adversa.storage.path import StoragePath
+from adversa.storage.path import StoragePath, names
 from adversa.sweep import grid
 from adversa.sweep import run as sweep_run
 from adversa.types import UserError
@@ -315,7 +315,7 @@ def rows(folder: StoragePath, metric: str) -> list[Settings]:
     finished: asks (its configuration), state, score and what else is known.
     """
     found: list[Settings] = []
-    for out in sorted(folder.iterdir(), key=str) if folder.exists() else ():
+    for out in (folder / name for name in sorted(names(folder))):
         if (made := files.read_json(out / "result" / step_folder.MANIFEST)) is not None:
             row = {"asks": made["trial"]["asks"], "state": "finished"}
             kept = ("metrics", "steps", "device_seconds", "added", "real")

@@ -272,7 +272,7 @@ def _job(details: JobDetails, run: str) -> Job:
     message = " ".join((details.message or "").split())
     began, ended = (None if t is None else t / 1000 for t in (details.start_time, details.end_time))
     return Job(
-        details.submission_id,
+        details.submission_id or "",
         run,
         details.status.value,
         message,

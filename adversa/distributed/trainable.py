@@ -47,7 +47,7 @@ def _mix(mix: dict[str, float] | None) -> dict[str, float] | None:
     return mix
 
 
-class Point(cfg.Section):
+class SearchPoint(cfg.Section):
     """What a trial's configuration names beside dotted settings of SECTIONS."""
 
     real: cfg.Count = "all"
@@ -87,24 +87,26 @@ def plain(settings: Settings) -> Settings:
     return {k: v.item() if hasattr(v, "item") else v for k, v in sorted(settings.items())}
 
 
-def resolve(config: Config, settings: Settings, where: str = "the trial") -> tuple[Config, Point]:
+def resolve(
+    config: Config, settings: Settings, where: str = "the trial"
+) -> tuple[Config, SearchPoint]:
     """The configuration with a trial's dotted settings, and its point. UserError for what is wrong,
     beginning with `where`.
     """
     tree, point = config.model_dump(mode="json"), {}
     for key, value in plain(settings).items():
         section, _, name = key.partition(".")
-        if key in Point.model_fields:
+        if key in SearchPoint.model_fields:
             point[key] = value
         elif section in SECTIONS and name in tree[section]:
             tree[section][name] = value
         else:
             raise UserError(
-                f"{where}: {key}: no such setting; a trial takes {', '.join(Point.model_fields)}, "
-                "classifier.NAME or generate.NAME"
+                f"{where}: {key}: no such setting; a trial takes "
+                f"{', '.join(SearchPoint.model_fields)}, classifier.NAME or generate.NAME"
             )
     try:
-        found = Point.model_validate(point)
+        found = SearchPoint.model_validate(point)
     except ValidationError as e:
         raise UserError(f"{where}: " + "; ".join(map(cfg.explain, e.errors()))) from None
     if found.ratio > (most := max(config.sweep.ratios)):
@@ -228,7 +230,12 @@ def _cell(config: Config, run: RunDir, cell: DataRegime, engine: LocalEngine) ->
 
 
 def _pools(
-    own: Config, base: Config, run: RunDir, cell: DataRegime, point: Point, engine: LocalEngine
+    own: Config,
+    base: Config,
+    run: RunDir,
+    cell: DataRegime,
+    point: SearchPoint,
+    engine: LocalEngine,
 ) -> dict[StoragePath, float]:
     """The pools that a trial takes its images from, and the share of each: those of the grid where
     `generate` is the run's own.

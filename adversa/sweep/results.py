@@ -376,7 +376,7 @@ def real_conditions(found: Trials) -> tuple[list[Condition], list[str]]:
 
 def _count(found: Trials, d: Condition) -> int:
     row = found.row(d)
-    return row["real"] + row["mined"]
+    return int(row["real"] + row["mined"])
 
 
 def real(found: Trials) -> dict[str, Any]:

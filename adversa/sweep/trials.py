@@ -70,7 +70,7 @@ class Trials:
     def reached(self, d: Condition) -> float:
         """Images added for each real one of train."""
         row = self.row(d)
-        return row["added"] / row["real"]
+        return float(row["added"] / row["real"])
 
     def matrix(self, d: Condition, seeds: Iterable[int] | None = None) -> np.ndarray:
         """[S, 1 + R] of the seeds asked for, or of all finished ones."""
@@ -136,7 +136,8 @@ def read(config: Config, run: RunDir) -> Trials:
         for p in grid.points(config)
         if (row := known.get(_key(sweep_run.describe(p)))) is not None
     }
-    done, metric, drawn = list(rows), config.sweep.metric, {}
+    done, metric = list(rows), config.sweep.metric
+    drawn: dict[Point, np.ndarray] = {}
     ids: list[str] = []
     lesions = 0
     for start in range(0, len(done), AT_ONCE):
