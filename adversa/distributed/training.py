@@ -8,10 +8,8 @@ docs/decisions/0006 says what survives which death.
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -24,6 +22,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from adversa.distributed import stream
 from adversa.distributed.backend import ProcessGroup
+from adversa.distributed.background import Background
 from adversa.distributed.errors import NoRetry, user_error
 from adversa.distributed.worker import Loop
 from adversa.engine.interface import FitJob
@@ -130,19 +129,11 @@ def watched(fit: Callable[[], T], poll: Callable[[], None] = lambda: None) -> T:
     would take over Ctrl-C and turn it into exit code 0. This thread polls meanwhile. A UserError at
     the root of what it raises comes back as itself.
     """
-    future: Future[T] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(fit())
-        except BaseException as e:  # handed to the main thread, whatever it is
-            future.set_exception(e)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
+    call = Background(fit)
+    call.start()
+    while call.thread.is_alive():
+        call.thread.join(POLL_SECONDS)
         poll()
-    if (error := future.exception()) is not None:
+    if (error := call.future.exception()) is not None:
         raise user_error(error) or error
-    return future.result()
+    return call.result()

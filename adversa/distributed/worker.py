@@ -7,10 +7,10 @@ timm: seconds).
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
@@ -21,6 +21,7 @@ import ray.train
 from ray.train import Checkpoint
 
 from adversa.distributed import stream
+from adversa.distributed.background import Background
 from adversa.engine.batches import Batch
 from adversa.engine.fit import do_job
 from adversa.engine.interface import FitJob
@@ -67,9 +68,9 @@ class Loop:
         if not todo:  # the workers before these died after their last manifest
             return marks
         context = ray.train.get_context()
-        selects = {i: Held(partial(_shard, f"select-{i}")) for i in todo if self.selects[i]}
+        selects = {i: BatchCache(partial(_shard, f"select-{i}")) for i in todo if self.selects[i]}
         streams = {
-            i: Ahead(partial(self._stream, i), selects[i].start if i in selects else _nothing)
+            i: Prefetcher(partial(self._stream, i), selects[i].start if i in selects else _nothing)
             for i in todo
         }
         for i in todo[:1]:
@@ -136,52 +137,42 @@ class Reports:
         self.last = time.monotonic()
 
 
-class Ahead:
+class Prefetcher:
     """A stream whose start, and first batch, happen in a thread of their own from `start()` on;
     `then` is called after it.
     """
 
     def __init__(self, stream: Callable[[], Iterator[Batch]], then: Callable[[], None]) -> None:
         self.stream, self.then = stream, then
-        self.first: list[Batch] = []
         self.batches: Iterator[Batch] = iter(())
         self.arrived = float("nan")
-        self.failure: BaseException | None = None
-        self.thread: threading.Thread | None = None
+        self.first = Background(self._begin)
 
     def start(self) -> None:
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._run, daemon=True)
-            self.thread.start()
+        self.first.start()
 
-    def _run(self) -> None:
-        try:
-            self.batches = self.stream()
-            self.first = [batch for batch in [next(self.batches, None)] if batch is not None]
-            self.arrived = time.time()
-            self.then()
-        except BaseException as e:  # raised where the first batch is asked for
-            self.failure = e
+    def _begin(self) -> list[Batch]:
+        self.batches = self.stream()
+        first = list(itertools.islice(self.batches, 1))
+        self.arrived = time.time()
+        self.then()
+        return first
 
     def __iter__(self) -> Iterator[Batch]:
-        self.start()
-        assert self.thread is not None
-        self.thread.join()
-        if self.failure is not None:
-            raise self.failure
-        yield from self.first
-        self.first = []
+        first = self.first.result()
+        yield from first
+        first.clear()  # not kept for as long as the training
         yield from self.batches
 
     def close(self) -> None:
         """End the stream, read to its end or not: Ray Data lets go of its blocks."""
-        if self.thread is not None:
-            self.thread.join()
+        if self.first.thread.ident is not None:
+            self.first.thread.join()
         if isinstance(self.batches, Generator):
             self.batches.close()
 
 
-class Held:
+class BatchCache:
     """A stream that is read again and again: kept in memory after the first time where it is at
     most HELD_BYTES.
 
@@ -190,36 +181,24 @@ class Held:
 
     def __init__(self, stream: Callable[[], Iterator[Batch]], limit: int = HELD_BYTES) -> None:
         self.stream, self.limit = stream, limit
-        self.kept: list[Batch] = []
-        self.complete = False
-        self.failure: BaseException | None = None
-        self.thread: threading.Thread | None = None
+        self.kept = Background(self._read)
 
     def start(self) -> None:
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._run, daemon=True)
-            self.thread.start()
+        self.kept.start()
 
-    def _run(self) -> None:
-        held = 0
-        try:
-            for batch in self.stream():
-                self.kept.append(batch)
-                held += sum(getattr(v, "nbytes", 0) for v in batch.values())
-                if held > self.limit:
-                    self.kept = []
-                    return
-            self.complete = True
-        except BaseException as e:  # raised where the batches are asked for
-            self.failure = e
+    def _read(self) -> list[Batch] | None:
+        """None where it is too large."""
+        kept, held = [], 0
+        for batch in self.stream():
+            kept.append(batch)
+            held += sum(getattr(v, "nbytes", 0) for v in batch.values())
+            if held > self.limit:
+                return None
+        return kept
 
     def __call__(self) -> Iterator[Batch]:
-        self.start()
-        assert self.thread is not None
-        self.thread.join()
-        if self.failure is not None:
-            raise self.failure
-        return iter(self.kept) if self.complete else self.stream()
+        kept = self.kept.result()
+        return self.stream() if kept is None else iter(kept)
 
 
 def fed(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adversa.distributed.errors import NoRetry, user_error
-from adversa.distributed.worker import Ahead, Held, Loop, fed
+from adversa.distributed.worker import BatchCache, Loop, Prefetcher, fed
 from adversa.engine.batches import Feed
 from adversa.engine.interface import FitJob
 from adversa.run.step_folder import Recipe, begin, finish
@@ -28,15 +28,15 @@ def test_a_stream_is_started_ahead_and_given_whole():
         came.set()
         yield from steps_of(0, 1, 2)
 
-    ahead = Ahead(stream, went.set)
+    ahead = Prefetcher(stream, went.set)
     ahead.start()
     assert came.wait(5) and went.wait(5)  # nobody has asked for a batch
     assert [b["step"] for b in ahead] == [0, 1, 2] and ahead.arrived > 0
 
 
 def test_a_stream_that_nobody_started_starts_when_it_is_read_and_may_be_empty():
-    assert list(Ahead(lambda: iter(()), lambda: None)) == []
-    assert [b["step"] for b in Ahead(lambda: iter(steps_of(4)), lambda: None)] == [4]
+    assert list(Prefetcher(lambda: iter(()), lambda: None)) == []
+    assert [b["step"] for b in Prefetcher(lambda: iter(steps_of(4)), lambda: None)] == [4]
 
 
 def test_a_fault_of_the_stream_comes_out_where_it_is_read():
@@ -44,7 +44,7 @@ def test_a_fault_of_the_stream_comes_out_where_it_is_read():
         raise UserError("picture 7 is truncated; replace it")
         yield
 
-    ahead = Ahead(broken, lambda: None)
+    ahead = Prefetcher(broken, lambda: None)
     ahead.start()
     with pytest.raises(UserError, match="picture 7"):
         next(iter(ahead))
@@ -59,7 +59,7 @@ def test_a_stream_left_in_the_middle_is_ended():
         finally:
             ended.append(True)
 
-    ahead = Ahead(stream, lambda: None)
+    ahead = Prefetcher(stream, lambda: None)
     assert next(iter(ahead))["step"] == 0 and not ended
     ahead.close()
     assert ended
@@ -74,7 +74,7 @@ def test_a_select_role_that_fits_is_read_once(limit, times):
         for i in range(3):
             yield {"image": np.full((64,), i, np.uint8), "size": 64}
 
-    held = Held(stream, limit)
+    held = BatchCache(stream, limit)
     held.start()
     for _ in range(2):
         assert [int(b["image"][0]) for b in held()] == [0, 1, 2]
@@ -85,7 +85,7 @@ def test_a_fault_of_a_select_role_comes_out_where_it_is_read():
     def broken():
         raise UserError("no image with the id x")
 
-    held = Held(broken)
+    held = BatchCache(broken)
     held.start()
     with pytest.raises(UserError, match="id x"):
         list(held())
