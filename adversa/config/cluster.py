@@ -60,7 +60,8 @@ class Cluster(Section):
     attempts: int = Field(
         3,
         ge=1,
-        description="tries a part of generation before each of its requests is tried by itself",
+        description="times a part of generation may kill its sampler before its requests are tried "
+        "by themselves",
     )
 
     @model_validator(mode="after")

@@ -42,7 +42,7 @@ class Actors:
     @cached_property
     def kind(self) -> ActorClass[Actor]:
         # Ray neither starts an actor again nor repeats its calls: what a dead one had not done is
-        # for the crew to decide.
+        # for the pool to decide.
         return ray.remote(max_restarts=0, max_task_retries=0, **self.options)(Actor)
 
     def start(self) -> ActorHandle[Actor]:
@@ -100,8 +100,8 @@ def map_parts(
     pinned: bool = False,
     name: Name = row_name,
 ) -> list[Share]:
-    """Do every missing part on `size()` actors, or as many as there is room for; see crew.work_off
-    and `Actors`.
+    """Do every missing part on `size()` actors, or as many as there is room for; see
+    worker_pool.work_off and `Actors`.
     """
     return work_off(
         Actors(make, out, options, threads, pinned), parts, out, report, size, attempts, name

@@ -75,16 +75,16 @@ class Failed:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Share:
-    """What one worker of `map_parts` did in all; failed: rows that its parts were written
-    without.
+    """What the workers of one slot of `map_parts` did; failed: rows that their parts were written
+    without. Of tasks that a death cut off: the parts and rows, not the seconds and evaluations.
     """
 
-    parts: int
-    rows: int
-    seconds: float
-    evaluations: int
+    parts: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    evaluations: int = 0
     failed: tuple[Failed, ...] = ()
 
 

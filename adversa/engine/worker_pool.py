@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from adversa.engine.task_queue import Task, TaskQueue
-from adversa.engine.tasks import Failed, Name, Part, Report, Share, missing, row_name
+from adversa.engine.tasks import Name, Part, Report, Share, missing, row_name
 from adversa.engine.worker import Failure, Returned
 from adversa.run import control
 from adversa.storage import tables
@@ -40,7 +40,7 @@ class Lost(Exception):
 
 
 class Backend(Protocol):
-    """Where workers (sampler.Sampler) run."""
+    """Where workers (worker.Sampler) run."""
 
     def start(self) -> Any:
         """A new worker. It may take any time until there is room for it: it answers `place`
@@ -88,19 +88,6 @@ class WorkerHandle:
     leases: deque[tuple[Task, ...]] = field(default_factory=deque)
 
 
-@dataclass
-class WorkerStats:
-    """What the workers of one slot did. Of a lease that a death cut off: the parts and rows, not
-    the seconds and evaluations.
-    """
-
-    parts: int = 0
-    rows: int = 0
-    seconds: float = 0.0
-    evaluations: int = 0
-    failed: tuple[Failed, ...] = ()
-
-
 class WorkerPool:
     """size: how many workers there should be at this time; committed: whether a part's file is
     there.
@@ -114,18 +101,13 @@ class WorkerPool:
         committed: Callable[[Part], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.backend, self.queue, self.size, self.committed, self.clock = (
-            backend,
-            queue,
-            size,
-            committed,
-            clock,
-        )
+        self.backend, self.queue, self.size = backend, queue, size
+        self.committed, self.clock = committed, clock
         self.handles: dict[int, WorkerHandle] = {}
         self.calls: dict[
             Any, tuple[WorkerHandle, bool]
         ] = {}  # not answered, oldest first; and whether it is a lease
-        self.stats_of: dict[int, WorkerStats] = {}
+        self.shares: dict[int, Share] = {}  # by slot
         self.came_up = False  # any worker, ever
         self.failed_starts: dict[int, int] = {}  # of a slot, since it last had a worker that was up
         self.rest_until: dict[int, float] = {}
@@ -155,10 +137,7 @@ class WorkerPool:
         finally:
             for handle in self.handles.values():
                 self.backend.stop(handle.worker)
-        return [
-            Share(t.parts, t.rows, t.seconds, t.evaluations, t.failed)
-            for _, t in sorted(self.stats_of.items())
-        ]
+        return [share for _, share in sorted(self.shares.items())]
 
     def _bring_home(self) -> None:
         """Wait for the leases that are out; no more are handed out."""
@@ -259,7 +238,7 @@ class WorkerPool:
             self.failed_starts.pop(handle.slot, None)
 
     def _returned(self, handle: WorkerHandle, found: Returned) -> None:
-        tasks, stats = handle.leases.popleft(), self.stats_of.setdefault(handle.slot, WorkerStats())
+        tasks, stats = handle.leases.popleft(), self.shares.setdefault(handle.slot, Share())
         stats.seconds += found.seconds
         stats.evaluations += found.evaluations
         failures = {f.position: f for f in found.failures}
@@ -274,7 +253,7 @@ class WorkerPool:
             handle.pace = pace if handle.pace is None else (handle.pace + pace) / 2
             self.pace = pace if self.pace is None else (self.pace + pace) / 2
 
-    def _credit(self, stats: WorkerStats, task: Task, failure: Failure | None = None) -> None:
+    def _credit(self, stats: Share, task: Task, failure: Failure | None = None) -> None:
         found = (failure.rows, failure.trace) if failure is not None else ()
         failed = self.queue.succeeded(task, *found)
         if not task.trial:
@@ -290,7 +269,7 @@ class WorkerPool:
         if not handle.up:
             self._start_failed(handle.slot, error)
             return
-        stats, charged, left = self.stats_of.setdefault(handle.slot, WorkerStats()), False, []
+        stats, charged, left = self.shares.setdefault(handle.slot, Share()), False, []
         for task in (task for tasks in handle.leases for task in tasks):
             if not task.trial and self.committed(task.part):
                 self._credit(stats, task)
@@ -325,28 +304,20 @@ class WorkerPool:
         """Of this call: rows, evaluations, both a second, workers that are up, rows by slot, how
         many rows were given up.
         """
-        now, up, stats_of = (
-            self.clock(),
-            sum(m.up for m in self.handles.values()),
-            sorted(self.stats_of.items()),
-        )
-        rows, evaluations = (
-            sum(t.rows for _, t in stats_of),
-            sum(t.evaluations for _, t in stats_of),
-        )
+        now, up = self.clock(), sum(m.up for m in self.handles.values())
+        rows = sum(share.rows for share in self.shares.values())
+        evaluations = sum(share.evaluations for share in self.shares.values())
         found: Json = {
             "rows": rows,
             "evaluations": evaluations,
             "workers": up,
             "failed": len(self.queue.given_up),
+            "shares": {slot: share.rows for slot, share in sorted(self.shares.items())},
         }
-        found |= {"shares": {slot: t.rows for slot, t in stats_of}} | self._rates(
-            now, up, rows, evaluations
-        )
+        found |= self._rates(now, up, rows, evaluations)
         if self.queue.given_up:
-            found["last_failed"] = (
-                f"{self.queue.given_up[-1].name}: {self.queue.given_up[-1].reason}"
-            )
+            last = self.queue.given_up[-1]
+            found["last_failed"] = f"{last.name}: {last.reason}"
         if now - self.placed_at > NO_ROOM_SECONDS:
             found["note"] = f"no room for a worker for {now - self.placed_at:.0f} s"
         return found
@@ -381,14 +352,12 @@ def work_off(
     """
     todo, total = missing(parts, out), sum(p.rows for p in parts)
     before = total - sum(p.rows for p in todo)
-    crew = WorkerPool(
-        backend,
-        TaskQueue(todo, total, attempts, name),
-        size,
-        lambda part: (out / tables.part_name(part.index)).exists(),
-    )
+    queue = TaskQueue(todo, total, attempts, name)
+
+    def committed(part: Part) -> bool:
+        return (out / tables.part_name(part.index)).exists()
 
     def tell(state: Json) -> None:
         report({"done": before + state.pop("rows"), "total": total, "unit": "image"} | state)
 
-    return crew.run(tell)
+    return WorkerPool(backend, queue, size, committed).run(tell)
