@@ -113,8 +113,9 @@ def begin(meeting: Path) -> float:
 
 def with_pool(actors: int, parts: list[Part], folder: Path) -> Measured:
     from adversa.config import Cluster
-    from adversa.distributed import pool
     from adversa.distributed.engine import RayEngine
+    from adversa.distributed.pool import Actors
+    from adversa.engine.worker_pool import work_off
 
     meeting, out = folder / "meeting", folder / "out"
     meeting.mkdir()
@@ -125,16 +126,8 @@ def with_pool(actors: int, parts: list[Part], folder: Path) -> Measured:
     engine = RayEngine(Cluster(cpus=actors, object_store_mb=100), folder, 1)
     watch, started = Watch(sum(p.rows for p in parts)), time.time()
     try:
-        pool.map_parts(
-            partial(make_sleeper, meeting, actors),
-            parts,
-            out,
-            watch,
-            lambda: actors,
-            3,
-            {"num_cpus": 1},
-            None,
-        )
+        made = Actors(partial(make_sleeper, meeting, actors), out, {"num_cpus": 1}, None)
+        work_off(made, parts, out, watch, lambda: actors, 3)
         ended, cpu = time.time(), time.process_time()
     finally:
         watch.stop()

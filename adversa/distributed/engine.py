@@ -10,13 +10,15 @@ import ray
 
 from adversa import distributed
 from adversa.config import Cluster
-from adversa.distributed import nodes, pool, search, start, stream, training
+from adversa.distributed import nodes, search, start, stream, training
+from adversa.distributed.pool import Actors
 from adversa.distributed.search import Concurrency
 from adversa.engine import resources as engine_resources
 from adversa.engine.fit import unfinished
 from adversa.engine.interface import FitJob, Trial
 from adversa.engine.tasks import Done, Make, Name, Part, Report, Share, row_name
 from adversa.engine.trials import TrialQueue, in_turn
+from adversa.engine.worker_pool import work_off
 from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import is_finished
 from adversa.storage.path import StoragePath, rmtree
@@ -113,18 +115,8 @@ class RayEngine:
     ) -> list[Share]:
         c = self.cluster
         options = engine_resources.sampler_asks(c, self.gpus > 0)
-        return pool.map_parts(
-            make,
-            parts,
-            out,
-            report,
-            self._samplers_wanted,
-            c.attempts,
-            options,
-            c.sampler_threads,
-            c.pin_samplers,
-            name,
-        )
+        actors = Actors(make, out, options, c.sampler_threads, c.pin_samplers)
+        return work_off(actors, parts, out, report, self._samplers_wanted, c.attempts, name)
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
         """As the Engine says. A launch whose controller dies is made anew, with what is left; Ray

@@ -7,7 +7,7 @@ files.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -20,8 +20,8 @@ from ray.exceptions import RayError, RayTaskError
 from adversa.distributed.actor import Actor
 from adversa.distributed.errors import user_error
 from adversa.engine.task_queue import Task
-from adversa.engine.tasks import Make, Name, Part, Report, Share, row_name
-from adversa.engine.worker_pool import Lost, work_off
+from adversa.engine.tasks import Make
+from adversa.engine.worker_pool import Lost
 from adversa.storage.path import StoragePath
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Actors:
     out: StoragePath
     options: dict[str, Any]
     threads: int | None
-    pinned: bool
+    pinned: bool = False
 
     @cached_property
     def kind(self) -> ActorClass[Actor]:
@@ -86,23 +86,3 @@ def _last_line(error: RayError) -> str:
     """Ray says first what everyone knows, and the cause at the end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:200] if lines else type(error).__name__
-
-
-def map_parts(
-    make: Make,
-    parts: Sequence[Part],
-    out: StoragePath,
-    report: Report,
-    size: Callable[[], int],
-    attempts: int,
-    options: dict[str, Any],
-    threads: int | None,
-    pinned: bool = False,
-    name: Name = row_name,
-) -> list[Share]:
-    """Do every missing part on `size()` actors, or as many as there is room for; see
-    worker_pool.work_off and `Actors`.
-    """
-    return work_off(
-        Actors(make, out, options, threads, pinned), parts, out, report, size, attempts, name
-    )

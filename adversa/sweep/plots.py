@@ -23,23 +23,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito 2008, "Color universal design": told apart by all; markers differ too.
-STRATEGIES = {
-    "sample": "#009E73",
-    "img2img": "#D55E00",
-    "inpaint": "#CC79A7",
-    "outpaint": "#E69F00",
-    "inout": "#56B4E9",
-    "interpolate": "#7A6000",
+# The colour and marker of an arm, of the guided arm by its strategy.
+LOOKS = {
+    "real": ("#000000", "o"),
+    "replay": ("#5A5A5A", "s"),
+    "unguided": ("#0072B2", "o"),
+    "sample": ("#009E73", "D"),
+    "img2img": ("#D55E00", "^"),
+    "inpaint": ("#CC79A7", "v"),
+    "outpaint": ("#E69F00", "P"),
+    "inout": ("#56B4E9", "X"),
+    "interpolate": ("#7A6000", "p"),
 }
-MARKERS = {
-    "sample": "D",
-    "img2img": "^",
-    "inpaint": "v",
-    "outpaint": "P",
-    "inout": "X",
-    "interpolate": "p",
-}
-PLAIN = {"replay": ("#5A5A5A", "s"), "unguided": ("#0072B2", "o"), "real": ("#000000", "o")}
 PANEL = (4.6, 3.5)  # inches
 SATURATION = 0.045  # of a panel's height, for each saturation point's line
 STEP = 5.0  # points between arms at one place of an axis
@@ -54,10 +49,7 @@ class Look:
 
 def look(variant: dict[str, Any]) -> Look:
     """The colour, marker and line of an arm; dashed and hollow where its denoiser saw all."""
-    color, marker = PLAIN.get(variant["arm"]) or (
-        STRATEGIES[variant["strategy"]],
-        MARKERS[variant["strategy"]],
-    )
+    color, marker = LOOKS[variant["strategy"] if variant["arm"] == "guided" else variant["arm"]]
     return Look(color, marker, "--" if variant["sees"] == ALL else "-")
 
 
@@ -172,7 +164,7 @@ def draw_panel(ax: Axes, panel: Panel, metric: str) -> None:
     _ratio_axis(ax, ratios)
     ax.set(title=panel.title, xlabel="images added for each real one", ylabel=NAMES[metric])
     ax.grid(axis="y")
-    _whiskers(ax, [p for p in panel.points if p["arm"] == "real"], PLAIN["real"][0], "o", 0.0, True)
+    _whiskers(ax, [p for p in panel.points if p["arm"] == "real"], LOOKS["real"][0], "o", 0.0, True)
     lines = 0
     for i, curve in enumerate(panel.curves):
         of, at = look(curve), STEP * (i - (len(panel.curves) - 1) / 2)
@@ -278,35 +270,11 @@ def _saturation_point(ax: Axes, response: dict[str, Any], color: str, height: fl
     low, saturation, high = (
         response[k] for k in ("saturation_low", "saturation_point", "saturation_high")
     )
-    ax.plot(
-        [low, high],
-        [height] * 2,
-        color=color,
-        linewidth=2.2,
-        transform=where,
-        solid_capstyle="butt",
-    )
-    ax.plot(
-        [saturation],
-        [height],
-        marker="d",
-        color=color,
-        markeredgecolor="white",
-        markersize=8,
-        transform=where,
-        zorder=4,
-    )
-    at = float(np.interp(saturation, response["grid"], response["middle"]))
-    ax.plot(
-        [saturation],
-        [at],
-        marker="d",
-        color="white",
-        markeredgecolor=color,
-        markeredgewidth=1.6,
-        markersize=8,
-        zorder=4,
-    )
+    ends, at = [low, high], float(np.interp(saturation, response["grid"], response["middle"]))
+    ax.plot(ends, [height] * 2, c=color, lw=2.2, transform=where, solid_capstyle="butt")
+    mark = partial(ax.plot, [saturation], marker="d", markersize=8, zorder=4)
+    mark([height], color=color, markeredgecolor="white", transform=where)
+    mark([at], color="white", markeredgecolor=color, markeredgewidth=1.6)
 
 
 # ---- score against real images -------------------------------------------------------------------

@@ -33,23 +33,10 @@ def write(config: Config, run: RunDir) -> StoragePath:
         "dose": sweep_plots.ratio_figure(chosen, metric),
         "learning": sweep_plots.learning_figure(known),
     }
-    html = (
-        environment()
-        .get_template("sweep.html.j2")
-        .render(
-            view(known)
-            | {
-                "panels": [
-                    (p, plots.uri(sweep_plots.ratio_figure([p], metric)), caption(p))
-                    for p in chosen
-                ],
-                "learning": plots.uri(whole["learning"]),
-                "trials": trials.table(config, run)
-                .drop_columns(["metrics", "added_by_class"])
-                .to_pylist(),
-            }
-        )
-    )
+    panels = [(p, plots.uri(sweep_plots.ratio_figure([p], metric)), caption(p)) for p in chosen]
+    rows = trials.table(config, run).drop_columns(["metrics", "added_by_class"]).to_pylist()
+    figures = {"panels": panels, "learning": plots.uri(whole["learning"]), "trials": rows}
+    html = environment().get_template("sweep.html.j2").render(view(known) | figures)
     path = run.root / "sweep.html"
     with writing(run.root):
         _figures(run.root / "figures", whole)

@@ -30,6 +30,7 @@ from adversa.sweep.grid import DataRegime, Variant
 from adversa.sweep.trials import REAL, ROLE, Condition, Trials, read, table
 from adversa.types import UserError, digest
 
+COUNTS = ("real", "mined", "added", "synthetic", "added_by_class")  # of a trial
 POINTS = 80  # of a curve, as many again at the ratios
 FEWEST = 3  # ratios of a curve
 # What is asked of two arms; the p values of each are one family, over all cells and ratios.
@@ -205,24 +206,11 @@ def points(found: Trials) -> list[dict[str, Any]]:
     rows = []
     for d in _every(found):
         done = found.of(d)
-        facts: dict[str, Any] = dict.fromkeys(
-            (
-                "real",
-                "mined",
-                "added",
-                "synthetic",
-                "added_by_class",
-                "reached",
-                "mean",
-                "low",
-                "high",
-            )
-        )
+        facts: dict[str, Any] = dict.fromkeys((*COUNTS, "reached", "mean", "low", "high"))
         if done:
             values = found.matrix(d)
             ends = interval(found.config.sweep.metric, values, found.lesions) or (None, None)
-            facts |= {k: found.row(d)[k] for k in facts if k in found.row(d)}
-            facts |= {
+            facts = {k: found.row(d)[k] for k in COUNTS} | {
                 "reached": found.reached(d),
                 "mean": float(values[:, 0].mean()),
                 "low": ends[0],
@@ -336,26 +324,20 @@ def contrast(found: Trials, requested: str, a: Condition, b: Condition) -> dict[
     c = difference(found.matrix(a, seeds), found.matrix(b, seeds), found.lesions) if seeds else None
     if c is None:
         return None
-    return {
-        "question": requested,
-        "cell": a.cell.name,
-        "ratio": a.ratio,
-        "reached": found.reached(a),
-        "a": a.variant.name,
-        "b": b.variant.name,
-        "metric": found.config.sweep.metric,
-        "role": ROLE,
-        "difference": c.difference,
-        "low": c.low,
-        "high": c.high,
-        "p": c.p,
-        "se": c.se,
-        "detectable": c.detectable,
-        "seeds": c.seeds,
-        "lesions": c.lesions,
-        "each": list(c.each),
-        "note": c.note,
-    }
+    return (
+        {
+            "question": requested,
+            "cell": a.cell.name,
+            "ratio": a.ratio,
+            "reached": found.reached(a),
+            "a": a.variant.name,
+            "b": b.variant.name,
+            "metric": found.config.sweep.metric,
+            "role": ROLE,
+        }
+        | asdict(c)
+        | {"each": list(c.each)}
+    )
 
 
 # ---- in real images ------------------------------------------------------------------------------

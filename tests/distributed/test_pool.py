@@ -100,12 +100,11 @@ def make_affinity():
 
 
 def map_parts(make, out, attempts=3, parts=PARTS, size=2, pinned=False):
-    from adversa.distributed import pool
+    from adversa.distributed.pool import Actors
 
     states = []
-    shares = pool.map_parts(
-        make, parts, out, states.append, lambda: size, attempts, {"num_cpus": 1}, None, pinned
-    )
+    actors = Actors(make, out, {"num_cpus": 1}, None, pinned)
+    shares = worker_pool.work_off(actors, parts, out, states.append, lambda: size, attempts)
     return shares, states
 
 
