@@ -44,6 +44,7 @@ YOUNG_SECONDS = 120.0  # that a head which has just started may lack the agent w
 STOP_SECONDS = (
     30  # that a job which is told to stop has to leave its folder in order; then Ray kills it
 )
+VERSION = "/api/version"
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Commands that work on a run.
 WORKING = {"loop", *(s.name for s in of_loop() if s.phase < 2)}
@@ -58,10 +59,29 @@ class Client(JobSubmissionClient):
     tell every server that Ray's token: this one sends ours alone.
     """
 
-    def __init__(self, address: str, headers: dict[str, str]) -> None:
-        self._given = dict(headers)
+    def __init__(self, address: str, headers: dict[str, str], hint: str) -> None:
+        """hint: what to do about a head that does not answer."""
+        self._given, self._hint = dict(headers), hint
         with _without("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
             super().__init__(address, headers=headers)
+
+    def _check_connection_and_version(self, *_: object, **__: object) -> None:
+        """In place of Ray's, whose errors do not say what was reached."""
+        at = self._address
+        try:
+            self._server_ray_version = str(self._do_request("GET", VERSION).json()["ray_version"])
+        except requests.exceptions.Timeout:
+            raise UserError(
+                f"no Ray head answers at {at} within {TIMEOUTS[1]:.0f} s; {self._hint}"
+            ) from None
+        except (requests.exceptions.RequestException, ValueError, KeyError, TypeError) as e:
+            # A connection that was refused has a reason; else something answered, and not Ray.
+            if getattr(e.args[0] if e.args else None, "reason", None) is not None:
+                raise UserError(f"no Ray head answers at {at}; {self._hint}") from None
+            raise UserError(
+                f"what answers at {at} is no Ray jobs server; give the dashboard's port (8265, or "
+                "what `ray start --dashboard-port` says), not Ray's own (6379)"
+            ) from None
 
     def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
         self._headers = dict(self._given)
@@ -124,60 +144,16 @@ def connect(address: str, hint: str) -> Client:
 
 def _client(address: str, hint: str) -> Client:
     try:
-        return _answered(address, {}, hint)
+        return Client(address, {}, hint)
     except AuthenticationError:  # only who asks for the token is told it
         known = token()
     try:
-        return _answered(address, {"Authorization": f"Bearer {known}"}, hint)
+        return Client(address, {"Authorization": f"Bearer {known}"}, hint)
     except AuthenticationError:
         raise UserError(
             f"the cluster at {address} refuses our token; put that cluster's own into "
             f"{TOKENS[0]}, or into ~/.ray/auth_token"
         ) from None
-
-
-def _answered(address: str, headers: dict[str, str], hint: str) -> Client:
-    try:
-        return Client(address, headers)
-    except AuthenticationError:
-        raise
-    except requests.exceptions.Timeout:
-        raise UserError(
-            f"no Ray head answers at {address} within {TIMEOUTS[1]:.0f} s; {hint}"
-        ) from None
-    except (ConnectionError, requests.exceptions.ConnectionError) as e:
-        cause = e if isinstance(e, requests.exceptions.ConnectionError) else e.__context__
-        if _is_refusal(cause):
-            raise UserError(f"no Ray head answers at {address}; {hint}") from None
-        raise _other(address) from None
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        requests.exceptions.RequestException,
-    ):  # an answer, and not Ray's
-        raise _other(address) from None
-
-
-def _is_refusal(cause: Any) -> bool:
-    """Whether nothing was reached, told from a server that spoke another language (a reset, an end
-    without an answer).
-    """
-    if isinstance(cause, requests.exceptions.ConnectTimeout):
-        return True
-    return (
-        getattr(cause.args[0] if cause is not None and cause.args else None, "reason", None)
-        is not None
-    )
-
-
-def _other(address: str) -> UserError:
-    return UserError(
-        f"what answers at {address} is no Ray jobs server; give the dashboard's port "
-        "(8265, or what `ray start --dashboard-port` "
-        "says), not Ray's own (6379)"
-    )
 
 
 def token() -> str:
