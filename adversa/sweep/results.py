@@ -182,15 +182,8 @@ def cost(run: RunDir) -> dict[str, Any]:
 
 def _reported(d: Condition) -> dict[str, Any]:
     """The regime, variant and ratio in plain values."""
-    v = d.variant
-    return {
-        "cell": d.cell.name,
-        "variant": v.name,
-        "arm": v.arm,
-        "strategy": v.strategy,
-        "sees": v.sees,
-        "ratio": d.ratio,
-    }
+    names = {"cell": d.cell.name, "variant": d.variant.name}
+    return names | asdict(d.variant) | {"ratio": d.ratio}
 
 
 def _every(found: Trials) -> list[Condition]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -225,16 +225,8 @@ def trial(
 
 
 def describe(point: Point) -> dict[str, Any]:
-    v = point.variant
-    return {
-        "cell": point.cell.name,
-        "count": point.cell.count,
-        "arm": v.arm,
-        "strategy": v.strategy,
-        "sees": v.sees,
-        "ratio": point.ratio,
-        "seed": point.seed,
-    }
+    cell = {"cell": point.cell.name, "count": point.cell.count}
+    return cell | asdict(point.variant) | {"ratio": point.ratio, "seed": point.seed}
 
 
 @dataclass(frozen=True)
