@@ -246,13 +246,12 @@ def response(
     basis = _apart(x, weights, scales)
     basis /= np.linalg.norm(basis, axis=1, keepdims=True)
     signal, free = (np.sqrt(weights) * (m.T - m @ weights).T for m in (mean, noise))
-    p, misfit, flat = _compatible(basis, signal, free, curve.rmse**2)
+    p, far, flat = _compatible(basis, signal, free, curve.rmse**2)
     if flat > 1 - level:  # noise about a flat row finds, among all scales, as good a curve
         gain_low, gain_high = min(gain_low, 0.0), max(gain_high, 0.0)
     saturation_low, saturation_high = _saturation_points(x, scales, p, 1 - level, curve)
-    kind = _kind(
-        gain_low, gain_high, misfit if len(x) > 3 else None, saturation_low, saturation_high, x
-    )
+    misfit = far if len(x) > 3 else None
+    kind = _kind(gain_low, gain_high, misfit, saturation_low, saturation_high, x)
     measured = float(mean[-1] - mean[0])
     measured_low, measured_high = (
         measured + np.percentile(noise[:, -1] - noise[:, 0], tails)
