@@ -71,7 +71,9 @@ class TrialSource(Searcher):
             False  # nothing new is begun: somebody wants a pause, or the search is to end
         )
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(  # type: ignore[override]  # Searcher.FINISHED is text
+        self, trial_id: str
+    ) -> dict[str, Any] | str | None:
         if self.draining or self.queue.stuck():
             return Searcher.FINISHED
         if self.most is not None and len(self.queue.running) >= self.most:
