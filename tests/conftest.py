@@ -5,6 +5,8 @@ whole loop.
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Workers that give way to everything else are starved by the tests beside them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_num_workers_soft_limit", "16")
+# The cache of decoded images, that of the processes which tests start as well.
+os.environ["ADVERSA_CACHE"] = tempfile.mkdtemp(prefix="adversa-cache-")
 
 # Not part of the project; the default is where this project's own runners have it.
 HAM10000 = Path(__file__).resolve().parents[2] / "shared" / "data" / "ham10000_200x150.zip"
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["ADVERSA_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

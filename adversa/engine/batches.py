@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -59,9 +59,6 @@ class Feed:
 class _Opened:
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
-        self.images = ImageTable(
-            list(feed.folders), column="image" if feed.latent_std is None else "latent"
-        )
         self.stats = None if feed.latent_std is None else files.read_json(feed.folders[0] / STATS)
         if feed.mix is None:
             rows = [tables.read(f, ["id", "label"], tables.EXAMPLES) for f in feed.folders]
@@ -76,6 +73,11 @@ class _Opened:
             self.labels = mix["label"].to_numpy().astype(np.int64)
             weights = balanced(mix["weight"].to_numpy(), self.labels, feed.balance)
             self.order = draw_order(weights, feed.steps * feed.batch_size, feed.seed)
+
+    @cached_property
+    def images(self) -> ImageTable:
+        """Opened by those who read batches; to count them takes no image."""
+        return ImageTable(self.feed.folders, "image" if self.feed.latent_std is None else "latent")
 
     def count(self) -> int:
         return -(-len(self.order) // self.feed.batch_size)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from adversa.engine.interface import BatchEngine
-from adversa.engine.tasks import Done, Make, Part, Share
+from adversa.engine.tasks import Done, Make, Part, Report, Share
 from adversa.run import step_folder
 from adversa.run.control import RunHandle
 from adversa.run.step_folder import Progress, Recipe
@@ -83,7 +83,7 @@ def mapped(
     make: Make,
     parts: Sequence[Part],
     out: StoragePath,
-    progress: Progress,
+    progress: Report,
     model: bool = False,
 ) -> Facts:
     """What `engine.map_batches` cost, and its `rows`."""

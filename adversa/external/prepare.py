@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
+from adversa.storage.arrays import RoleArray
 from adversa.storage.path import StoragePath, rmtree, scratch, storage_path
 from adversa.types import ROLES, UserError
 
@@ -166,11 +167,12 @@ def own_looks(run: RunDir, engine: BatchEngine) -> StoragePath:
 
 
 def make_looks() -> Work:
+    pictures = cache(RoleArray)
+
     def work(part: Part, path: StoragePath) -> int:
-        ids, thumbs = [], []
-        for batch in tables.batches(storage_path(part.payload["path"]), ["id", "image"]):
-            ids += batch["id"].to_pylist()
-            thumbs += [thumb(tables.decode_png(data)) for data in batch["image"].to_pylist()]
+        source = storage_path(part.payload["path"])
+        ids = tables.read_part(source, ["id"])["id"]
+        thumbs = [thumb(image) for image in pictures(source.parent).part(source.name)]
         tables.write_part(path, pa.table({"id": ids, "thumb": thumbs}, schema=LOOK))
         return len(ids)
 

@@ -28,6 +28,7 @@ from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
+from adversa.storage.arrays import RoleArray
 from adversa.storage.path import BucketPath, StoragePath, storage_path
 from adversa.storage.predictions import matrix
 from adversa.types import ROLES, UserError
@@ -63,25 +64,27 @@ def features(
     def body(progress: Progress) -> Facts:
         paths = tables.parts(data / role)
         parts = [Part(i, tables.count(p), {"path": str(p)}) for i, p in enumerate(paths)]
-        make = partial(make_features, classifier, () if role == "test" else tuple(verifiers))
+        seen_by = () if role == "test" else tuple(verifiers)
+        make = partial(make_features, data / role, classifier, seen_by)
         return mapped(engine, make, parts, out, progress, model=True)
 
     run_step(out, recipe, body, engine.handle)
 
 
-def make_features(classifier: StoragePath, verifiers: Sequence[StoragePath]) -> Work:
+def make_features(
+    examples: StoragePath, classifier: StoragePath, verifiers: Sequence[StoragePath]
+) -> Work:
     """The work of `features`; without verifiers (for `test`) labels are not read either."""
     from adversa.classify.score import make_scorer
 
+    pictures = RoleArray(examples)
     scorer = make_scorer(classifier, embed=True)
     scorers = [make_scorer(folder, embed=True) for folder in verifiers]
 
     def work(part: Part, path: StoragePath) -> int:
-        rows = tables.read_part(
-            storage_path(part.payload["path"]),
-            ["id", "image", *(("label", "group") if scorers else ())],
-        )
-        images = tables.decode_images(rows["image"])
+        source = storage_path(part.payload["path"])
+        rows = tables.read_part(source, ["id", *(("label", "group") if scorers else ())])
+        images = pictures.part(source.name)
         found = [
             {"id": i, "classifier": x}
             for i, x in zip(rows["id"].to_pylist(), scorer(images)[1].tolist(), strict=True)
@@ -232,14 +235,9 @@ def real_images(
     """(ids, groups, blocks of uint8 images [n, H, W, 3] in their order) of some roles; one block is
     in memory at a time.
     """
-    paths = [path for role in roles for path in tables.parts(data / role)]
-    empty = tables.EXAMPLES.empty_table().select(["id", "group"])
-    rows = pa.concat_tables([empty, *(tables.read_part(path, ["id", "group"]) for path in paths)])
-    blocks = (
-        tables.decode_images(batch.column("image"))
-        for path in paths
-        for batch in tables.batches(path, ["image"])
-    )
+    names = ["id", "group"]
+    rows = pa.concat_tables(tables.read(data / role, names, tables.EXAMPLES) for role in roles)
+    blocks = (block for role in roles for block in RoleArray(data / role).blocks())
     return rows["id"].to_pylist(), rows["group"].to_pylist(), blocks
 
 

@@ -16,6 +16,7 @@ from adversa.run import step_folder
 from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
+from adversa.storage.arrays import RoleArray
 from adversa.storage.path import StoragePath, storage_path
 from adversa.storage.predictions import predictions
 from adversa.types import BEFORE, Scorecard, seed_of
@@ -56,31 +57,35 @@ def _score(
     paths = tables.parts(examples)
     rows = [tables.count(p) * len(models) for p in paths]
     parts = [Part(i, n, {"path": str(p)}) for i, (p, n) in enumerate(zip(paths, rows, strict=True))]
-    make = partial(make_score, tuple(models), embed)
+    make = partial(make_score, examples, tuple(models), embed)
     return mapped(engine, make, parts, out, progress, model=True)
 
 
-def make_score(models: Sequence[tuple[str, int, StoragePath]], embed: bool) -> Work:
+def make_score(
+    examples: StoragePath, models: Sequence[tuple[str, int, StoragePath]], embed: bool
+) -> Work:
     from adversa.classify.score import make_scorer
 
+    pictures = RoleArray(examples)
     scorers = [(arm, seed, make_scorer(folder, embed=embed)) for arm, seed, folder in models]
 
     def work(part: Part, path: StoragePath) -> int:
-        examples = tables.read_part(
-            storage_path(part.payload["path"]), ["id", "label", "group", "image"]
+        source = storage_path(part.payload["path"])
+        rows, images = (
+            tables.read_part(source, ["id", "label", "group"]),
+            pictures.part(source.name),
         )
-        images = tables.decode_images(examples["image"])
         scored = []
         for arm, seed, scorer in scorers:
             logits, embedding = scorer(images)
             scored.append(
                 pa.table(
                     {
-                        "id": examples["id"],
+                        "id": rows["id"],
                         "arm": [arm] * len(images),
                         "seed": [seed] * len(images),
-                        "label": examples["label"],
-                        "group": examples["group"],
+                        "label": rows["label"],
+                        "group": rows["group"],
                         "logits": list(logits),
                         "embedding": list(embedding),
                     },

@@ -25,6 +25,7 @@ from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
+from adversa.storage.arrays import RoleArray
 from adversa.storage.path import storage_path
 from adversa.storage.weights import CONFIG
 from adversa.types import (
@@ -388,10 +389,8 @@ def check_denoiser(denoiser: Path, data: Path) -> None:
         raise UserError(f"{denoiser} has the classes {theirs}, the run's pictures {ours}; {fix}")
     codec = files.read_json(denoiser.parent / "codec" / CONFIG) or {} if meta.get("codec") else {}
     side = meta["resolution"] * codec.get("factor", 1)
-    first = next(iter(tables.parts(data / "mine")), None)
-    if first is None or not (rows := next(tables.batches(first, ["image"], 1))).num_rows:
-        return
-    if (picture := tables.decode_png(rows["image"][0].as_py()).shape[0]) != side:
+    pictures = RoleArray(data / "mine", build=False)
+    if len(pictures.ids) and (picture := pictures.take(np.arange(1)).shape[1]) != side:
         raise UserError(
             f"{denoiser} generates {side} x {side} pixels, the run's pictures have {picture} "
             f"x {picture}; {fix}"
@@ -565,13 +564,11 @@ class Pictures:
         """
         from adversa.data import masks
 
-        rows = self._rows(ids, ["id", "mask", "image"]).filter(pc.field("mask").is_valid())
+        rows = self._rows(ids, ["id", "mask"]).filter(pc.field("mask").is_valid())
         for batch in rows.to_batches(tables.ROW_GROUP):
             if batch.num_rows:
-                pixels = tables.decode_images(batch.column("image"))
-                masks.of_rows(
-                    batch.column("mask").to_pylist(), pixels, batch.column("id").to_pylist()
-                )
+                named = batch.column("id").to_pylist()
+                masks.of_rows(batch.column("mask").to_pylist(), self.table.fetch(named), named)
 
     def _rows(self, ids: Sequence[str], columns: list[str]) -> pa.Table:
         assert self.folder is not None, "masks of no examples"
@@ -583,7 +580,7 @@ class Pictures:
     def __init__(self, folder: Path | None) -> None:
         from adversa.data.loader import ImageTable
 
-        self.folder, self.table = folder, ImageTable([folder] if folder else [])
+        self.folder, self.table = folder, ImageTable([folder] if folder else [], build=False)
 
     @cached_property
     def _given(self) -> dict[str, bytes]:

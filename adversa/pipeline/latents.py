@@ -20,6 +20,7 @@ from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables, weights
+from adversa.storage.arrays import RoleArray
 from adversa.storage.path import storage_path
 from adversa.types import UserError, seed_of
 
@@ -111,16 +112,8 @@ def _some(examples: Path, number: int) -> np.ndarray:
     """At most `number` images of a role, evenly spread over it: data sets often list one class
     after the other.
     """
-    paths = tables.parts(examples)
-    firsts = np.cumsum([0, *(tables.count(p) for p in paths)])
-    chosen = np.unique(np.linspace(0, firsts[-1] - 1, number).astype(np.int64))
-    found = []
-    for path, first, end in zip(paths, firsts[:-1], firsts[1:], strict=True):
-        if len(here := chosen[(chosen >= first) & (chosen < end)] - first):
-            found.append(
-                tables.decode_images(tables.read_part(path, ["image"])["image"].take(here))
-            )
-    return np.concatenate(found)
+    pictures = RoleArray(examples, build=False)
+    return pictures.take(np.unique(np.linspace(0, len(pictures.ids) - 1, number).astype(np.int64)))
 
 
 def encode(
@@ -143,7 +136,7 @@ def encode(
     def body(progress: Progress) -> Facts:
         paths = tables.parts(examples)
         parts = [Part(i, tables.count(p), {"path": str(p)}) for i, p in enumerate(paths)]
-        make = partial(make_encode, codec, views)
+        make = partial(make_encode, examples, codec, views)
         spent = mapped(engine, make, parts, out, progress, model=True)
         stats = measure(out) if measured is None else files.read_json(measured / STATS) or {}
         files.write_json(out / STATS, stats)
@@ -152,16 +145,17 @@ def encode(
     run_step(out, recipe, body, engine.handle)
 
 
-def make_encode(codec_folder: Path, views: int) -> Work:
+def make_encode(examples: Path, codec_folder: Path, views: int) -> Work:
     import torch
 
     from adversa.diffuse import codec
 
     loaded = codec.load(codec_folder, "cuda" if torch.cuda.is_available() else "cpu")
+    pictures = RoleArray(examples)
 
     def work(part: Part, path: Path) -> int:
-        rows = tables.read_part(storage_path(part.payload["path"]), ["id", "label", "image"])
-        images = tables.decode_images(rows["image"])
+        source = storage_path(part.payload["path"])
+        rows, images = tables.read_part(source, ["id", "label"]), pictures.part(source.name)
         turned = (np.ascontiguousarray(symmetry(images, v, 1, 2)) for v in range(views))
         latents = np.stack([loaded.encode(x).numpy() for x in turned], axis=1)
         if not (np.abs(latents) < np.finfo(np.float16).max).all():

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from adversa import config as cfg
 from adversa.data import files, images, near, sources, split
 from adversa.data.records import SKIP
 from adversa.engine.interface import Engine
-from adversa.engine.step import Facts, cost, run_step
+from adversa.engine.step import Facts, cost, mapped, run_step
 from adversa.engine.tasks import Part, Work
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files as storage_files
@@ -55,12 +56,25 @@ def prepare(engine: Engine, config: cfg.Data, out: Path) -> None:
 def _prepare(engine: Engine, config: cfg.Data, out: Path, asked: str, progress: Progress) -> Facts:
     staging = out / "decoded"
     waited, classes, known, problems = _decode(engine, config, staging, asked, progress)
-    look = pa.concat_tables(tables.read_part(p, LOOK) for p in tables.parts(staging))
+    looks = [tables.read_part(p, LOOK) for p in tables.parts(staging)]
+    look, firsts = pa.concat_tables(looks), np.cumsum([0, *map(len, looks)])
     bad = look.filter(pa.compute.is_valid(look["problem"]))
     problems += bad.select(["source", "problem"]).to_pylist()
-    roles, leaks = _roles(config, classes, known, staging, look, problems)
-    del look
-    counts = _write_roles(staging, out, config.part_rows, roles)
+    kept, roles, leaks = _roles(config, classes, known, staging, look, problems)
+    ids = look["id"].take(kept).to_pylist()
+    del look, looks
+
+    def told(_: dict[str, Any]) -> None:
+        progress({"done": int(firsts[-1]), "total": int(firsts[-1]), "unit": "image"})
+
+    for role in ROLES:
+        dealt = np.array([roles[i][0] == role for i in ids], bool)
+        groups = [roles[i][1] for i in compress(ids, dealt)]
+        parts = _role_parts(kept[dealt], groups, firsts, config.part_rows)
+        make = partial(make_role, staging)
+        spent = mapped(engine, make, parts, out / role, told)
+        waited |= {k: waited[k] + spent[k] for k in ("waited", "device_seconds")}
+    counts = Counter((role, name) for role, _, name in roles.values())
 
     rows = [(i, group, role) for i, (role, group, _) in sorted(roles.items())]
     by_class = {r: {c: counts[r, c] for c in classes} for r in ROLES}
@@ -148,8 +162,9 @@ def _roles(
     staging: Path,
     look: pa.Table,
     problems: list[dict[str, str]],
-) -> tuple[dict[str, tuple[str, str, str]], dict[str, Any]]:
-    """id -> (role, merged group, class), and the leak report: what was merged or dropped, and why.
+) -> tuple[np.ndarray, dict[str, tuple[str, str, str]], dict[str, Any]]:
+    """(the rows kept; id -> role, merged group, class; the leak report: what was merged or dropped,
+    and why).
 
     Columns and not rows: there may be many, and a row as a dict takes ten times its bytes.
     """
@@ -196,7 +211,7 @@ def _roles(
         "groups_before": len(set(groups)),
         "groups_after": len(set(final)),
     }
-    return dict(zip(ids, zip(roles, final, labels, strict=True), strict=True)), leaks
+    return kept, dict(zip(ids, zip(roles, final, labels, strict=True), strict=True)), leaks
 
 
 def _thumbs(staging: Path, scratch: Path) -> Path:
@@ -272,44 +287,38 @@ def _drop_copies(
     return np.array([row for row in first.values() if row not in dropped], np.int64), copies, pairs
 
 
-def _write_roles(
-    staging: Path, out: Path, part_rows: int, roles: dict[str, tuple[str, str, str]]
-) -> Counter[tuple[str, str]]:
-    """Stream the decoded parts into role folders, a buffer of one part a role; each image once.
-    Images by (role, class).
+def _role_parts(
+    rows: np.ndarray, groups: Sequence[str], firsts: np.ndarray, part_rows: int
+) -> list[Part]:
+    """The parts of a role: which rows of which decoded parts each holds, and their merged groups.
+    rows: of all decoded parts, in order; firsts: the first row of each of those.
     """
-    for role in ROLES:
-        rmtree(out / role, missing_ok=True)  # parts of a cut-off attempt
-    written: set[str] = set()
-    counts: Counter[tuple[str, str]] = Counter()
-    buffers: dict[str, list[dict[str, Any]]] = {r: [] for r in ROLES}
-    index = Counter[str]()
-
-    def flush(role: str) -> None:
-        table = pa.Table.from_pylist(buffers[role], schema=tables.EXAMPLES)
-        tables.write_part(out / role / tables.part_name(index[role]), table)
-        index[role] += 1
-        buffers[role] = []
-
-    for row in _decoded(staging):
-        if row["id"] not in roles or row["id"] in written or row["problem"]:
-            continue
-        written.add(row["id"])
-        role, row["group"], _ = roles[row["id"]]
-        counts[role, row["class"]] += 1
-        buffers[role].append({k: row[k] for k in tables.EXAMPLES.names})
-        if len(buffers[role]) == part_rows:
-            flush(role)
-    for role in ROLES:
-        if buffers[role]:
-            flush(role)
-    return counts
+    parts = []
+    for index, i in enumerate(range(0, len(rows), part_rows)):
+        here = rows[i : i + part_rows]
+        source = np.searchsorted(firsts, here, side="right") - 1
+        taken = [(int(n), (here[source == n] - firsts[n]).tolist()) for n in np.unique(source)]
+        payload = {"rows": taken, "groups": groups[i : i + part_rows]}
+        parts.append(Part(index, len(here), payload))
+    return parts
 
 
-def _decoded(staging: Path) -> Iterator[dict[str, Any]]:
-    for path in tables.parts(staging):
-        for batch in tables.batches(path, [*tables.EXAMPLES.names, "class", "problem"]):
-            yield from batch.to_pylist()
+def make_role(staging: Path) -> Work:
+    """Writes a part of a role from rows of decoded parts."""
+    decoded = tables.parts(staging)
+
+    def work(part: Part, path: Path) -> int:
+        rows = pa.concat_tables(
+            tables.read_part(decoded[n], tables.EXAMPLES.names).take(taken)
+            for n, taken in part.payload["rows"]
+        )
+        at = rows.schema.get_field_index("group")
+        groups = pa.array(part.payload["groups"], pa.string())
+        rows = rows.set_column(at, "group", groups).combine_chunks()
+        tables.write_part(path, rows.cast(tables.EXAMPLES))
+        return len(rows)
+
+    return work
 
 
 def _groups(rows: list[tuple[str, str, str]]) -> dict[str, int]:

@@ -5,7 +5,7 @@ compare the two sets.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from adversa import config as cfg
+from adversa.data.loader import ImageTable
 from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, inputs, mapped, run_step
 from adversa.engine.tasks import Part, Work
@@ -232,7 +233,7 @@ def _ids(path: StoragePath) -> list[tuple[str, int]]:
 def make_features(found: FeatureSpace, resolution: int) -> Work:
     from adversa.classify.features import make_features as make
 
-    compute = make(found, resolution)
+    compute, pictures = make(found, resolution), cache(lambda folder: ImageTable([folder]))
 
     def work(part: Part, path: StoragePath) -> int:
         kind, ids = part.payload["kind"], part.payload["ids"]
@@ -240,11 +241,10 @@ def make_features(found: FeatureSpace, resolution: int) -> Work:
             tables.write_part(path, FEATURES.empty_table())
             return 0
         key = "request_id" if kind == "sample" else "id"
-        columns = [key, "label", "image"] + (["finite"] if kind == "sample" else [])
-        rows = tables.read_part(
-            storage_path(part.payload["path"]), columns, None if ids is None else [(key, "in", ids)]
-        )
-        values = compute(tables.decode_images(rows["image"]))
+        columns = [key, "label"] + (["finite"] if kind == "sample" else [])
+        source = storage_path(part.payload["path"])
+        rows = tables.read_part(source, columns, None if ids is None else [(key, "in", ids)])
+        values = compute(pictures(source.parent).fetch(rows[key].to_pylist()))
         finite = rows["finite"] if kind == "sample" else [True] * len(rows)
         table = {
             "id": rows[key],

@@ -20,6 +20,7 @@ from adversa.curate.filter import KEPT, NOT_FINITE, NOT_GENERATED
 from adversa.report.gather import Facts, columns, number
 from adversa.report.words import fixed
 from adversa.storage import tables
+from adversa.storage.arrays import RoleArray
 from adversa.storage.path import StoragePath
 from adversa.types import ROLES, Json
 
@@ -156,7 +157,7 @@ def gallery(facts: Facts, round_number: int) -> Gallery:
     )
     neighbours = {n for r in wanted if (n := _neighbour(verdicts.get(r)))}
     real = _real(run.data, {h["example"] for h in shown}, neighbours)
-    pictures = _pictures(run.round(round_number, "synthetic"), "request_id", set(wanted))
+    pictures = _pictures(run.round(round_number, "synthetic"), set(wanted))
 
     def generated(request: str, example: str | None) -> Generated:
         v = verdicts.get(request) or {}
@@ -273,49 +274,34 @@ def _real(
             ids = tables.read(data / role, ["id"], tables.EXAMPLES)["id"].to_pylist()
             found |= {i: (role, None) for i in set(ids) & set(neighbours)}
             continue
-        large = _pictures(data / role, "id", cases) if role == "mine" else {}
-        small = _pictures(data / role, "id", set(neighbours) - large.keys(), LARGEST_NEAREST)
+        large = _pictures(data / role, cases) if role == "mine" else {}
+        small = _pictures(data / role, set(neighbours) - large.keys(), LARGEST_NEAREST)
         found |= {i: (role, p) for i, p in (large | small).items()}
     return found
 
 
 def _pictures(
-    folder: StoragePath, key: str, ids: Collection[str], largest: int = LARGEST
+    folder: StoragePath, ids: Collection[str], largest: int = LARGEST
 ) -> dict[str, Picture]:
-    """Pictures of the rows whose `key` is in ids. Of a part, only the groups of rows that hold one
-    are read beyond that column.
-    """
-    found: dict[str, Picture] = {}
-    for part in tables.parts(folder) if ids else ():
-        with tables.opened(part) as file:
-            keys = file.read(columns=[key])[key].to_pylist()
-            start = 0
-            for group in range(file.num_row_groups):
-                end = start + file.metadata.row_group(group).num_rows
-                if wanted := [i for i in range(start, end) if keys[i] in ids]:
-                    images = (
-                        file.read_row_group(group, columns=["image"])["image"]
-                        .take([i - start for i in wanted])
-                        .to_pylist()
-                    )
-                    found |= {
-                        keys[i]: picture(image, largest)
-                        for i, image in zip(wanted, images, strict=True)
-                    }
-                start = end
-    return found
+    """Pictures of the rows with these ids; no other is decoded."""
+    if not ids:
+        return {}
+    array = RoleArray(folder, build=False)
+    rows = np.flatnonzero(np.isin(array.ids, [i.encode() for i in ids]))
+    if not len(rows):
+        return {}
+    names = [i.decode() for i in array.ids[rows].tolist()]
+    return {i: _picture(x, largest) for i, x in zip(names, array.take(rows), strict=True)}
 
 
 def sheet(path: StoragePath) -> Picture:
     """A grid of many pictures; none where the file is gone."""
-    return picture(path.read_bytes() if path.exists() else b"", LARGEST_SHEET)
+    return _picture(tables.decode_png(path.read_bytes()), LARGEST_SHEET) if path.exists() else NONE
 
 
-def picture(data: bytes, largest: int = LARGEST) -> Picture:
-    """PNG bytes to a data URI, made smaller where it is large. No bytes: there is no picture."""
-    if not data:
-        return NONE
-    image = Image.fromarray(tables.decode_png(data)).convert("RGB")
+def _picture(pixels: np.ndarray, largest: int) -> Picture:
+    """uint8 [H, W, 3] as a data URI, made smaller where it is large."""
+    image = Image.fromarray(pixels).convert("RGB")
     coarse = max(image.size) < largest
     image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     kind, encoded = "png", tables.encode_png(np.asarray(image))

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from adversa.run.differences import _versions_apart, differences, flatten
 from adversa.run.environment import git_commit, machine, now, versions
 from adversa.storage import tables
-from adversa.storage.files import read_json, write_json, writing
+from adversa.storage.files import MANIFEST as MANIFEST
+from adversa.storage.files import read_json, sha256, write_json, writing
 from adversa.storage.path import BucketPath, StoragePath, sizes
 from adversa.storage.weights import CHECKPOINT, COMMITTED
 from adversa.types import Json, UserError, digest
 
-RECIPE, MANIFEST, PROGRESS, OPENED = "recipe.json", "manifest.json", "progress.json", "opened.json"
+RECIPE, PROGRESS, OPENED = "recipe.json", "progress.json", "opened.json"
 
 
 SHAPELESS = ("order",)  # steps whose recipes have as many fields as were asked for
@@ -154,17 +153,10 @@ def _listed(folder: StoragePath) -> dict[str, Json]:
     for name, size in sorted(sizes(folder).items()):
         if name not in UNLISTED and not any(part.startswith(".") for part in name.split("/")):
             path = folder / name
-            found[name] = {"bytes": size, "digest": _digest(path)}
+            found[name] = {"bytes": size, "digest": sha256(path)}
             if path.suffix == ".parquet":
                 found[name]["rows"] = tables.count(path)
     return found
-
-
-def _digest(path: StoragePath) -> str:
-    if not isinstance(path, Path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checked(folder: StoragePath) -> Json:
@@ -189,7 +181,7 @@ def _check_contents(folder: StoragePath, fingerprint: str) -> None:
     if isinstance(folder, BucketPath):
         return
     for name, known in manifest(folder)["files"].items():
-        if _digest(folder / name) != known["digest"]:
+        if sha256(folder / name) != known["digest"]:
             raise _damaged(folder, name, "holds other bytes than were written")
 
 

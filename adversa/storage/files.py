@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from adversa.storage.path import BucketPath, StoragePath
 from adversa.types import Json, UserError
+
+MANIFEST = "manifest.json"  # of a finished step's folder (run/step_folder.py)
 
 
 def read_json(path: StoragePath) -> Json | None:
@@ -46,6 +49,14 @@ def _fresh(path: StoragePath) -> str:
 def write_json(path: StoragePath, value: Json | list[Json]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(path, _encode(value))
+
+
+def sha256(path: StoragePath) -> str:
+    """The digest of a file."""
+    if isinstance(path, BucketPath):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def create_json(path: StoragePath, value: Json) -> bool:

@@ -233,8 +233,8 @@ def test_an_encoding_that_is_cut_off_ends_like_an_undisturbed_one(short, tmp_pat
     whole, out = go(config, tmp_path / "whole", until="codec"), tmp_path / "out"
     real, seen = latents.make_encode, []
 
-    def cut(folder, views):
-        work = real(folder, views)
+    def cut(examples, folder, views):
+        work = real(examples, folder, views)
 
         def once(part: Part, path: Path) -> int:
             if part.index == 1:

@@ -107,8 +107,8 @@ def test_what_a_step_holds_is_read_once_a_command_and_its_files_are_looked_for_e
     step, monkeypatch
 ):
     read = []
-    digest = step_folder._digest
-    monkeypatch.setattr(step_folder, "_digest", lambda path: read.append(path) or digest(path))
+    digest = step_folder.sha256
+    monkeypatch.setattr(step_folder, "sha256", lambda path: read.append(path) or digest(path))
     inputs(made=step)
     inputs(made=step)
     assert len(read) == 2

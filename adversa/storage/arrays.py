@@ -1,0 +1,381 @@
+"""The images of a folder of parts, decoded once a machine: a memory-mapped array in a cache folder,
+which all processes and runs of the machine share.
+
+An entry of the cache is a folder, named by the digests of the parts that it was made from:
+
+    rows.npy     uint8 [N, H, W, 3], of latents float16 [N, views, C, side, side]
+    index.npy    the id of each row, and the CRC-32 of its bytes
+    entry.json   the rows of each part, and the digest of index.npy
+
+It is made in a temporary folder and renamed, by one process at a time. A row is checked when a
+process first reads it, so that nothing damaged is used, and nothing is read only to be checked.
+Where the cache has no room, rows are read from Parquet.
+
+ADVERSA_CACHE is the cache's folder (default: `adversa` in XDG_CACHE_HOME or ~/.cache),
+ADVERSA_CACHE_GB its limit (default: half of the disk that it lies on).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import logging
+import os
+import shutil
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from adversa.storage import files, tables
+from adversa.storage.path import StoragePath
+from adversa.types import UserError, digest
+
+log = logging.getLogger("adversa.arrays")
+Column = Literal["image", "latent"]
+FORMAT = 1
+ROWS, INDEX, ENTRY = "rows.npy", "index.npy", "entry.json"
+RESERVE = 1 << 30  # bytes of the disk that are left free
+DECODED_AT_ONCE = 32  # images a thread takes
+
+# ---- the cache of this machine -------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    given = os.environ.get("ADVERSA_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adversa"
+    return (Path(given) if given else base).absolute() / "arrays"
+
+
+def _limit(disk: int) -> int:
+    """Bytes that the cache may hold on a disk of so many."""
+    given = os.environ.get("ADVERSA_CACHE_GB")
+    try:
+        return int(float(given) * 1e9) if given else disk // 2
+    except ValueError:
+        raise UserError(f"ADVERSA_CACHE_GB={given}: give a number of gigabytes") from None
+
+
+def _room(need: int) -> tuple[str, list[Path]]:
+    """Why the cache has no room for so many bytes ("" where it has), and the entries, longest
+    unused first, that have to go for them. Entries in use stay.
+    """
+    cache = cache_folder()
+    there = next(p for p in (cache, *cache.parents) if p.is_dir())
+    disk = shutil.disk_usage(there)
+    entries = {p: _bytes(p) for p in cache.glob("[!.]*") if p.is_dir()}
+    limit = _limit(disk.total)
+    short = max(need + sum(entries.values()) - limit, need + RESERVE - disk.free)
+    evicted: list[Path] = []
+    for entry in sorted(entries, key=_last_used):
+        if short > 0 and not _in_use(entry):
+            evicted.append(entry)
+            short -= entries[entry]
+    if short <= 0:
+        return "", evicted
+    return f"{_gb(disk.free)} are free and the limit is {_gb(limit)}", []
+
+
+def _bytes(entry: Path) -> int:
+    return sum(p.stat().st_size for p in entry.glob("*"))
+
+
+def _last_used(entry: Path) -> float:
+    path = entry / ENTRY
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def _in_use(entry: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), open(entry / ENTRY, "rb+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _gb(size: int) -> str:
+    return f"{max(0, size) / 1e9:.1f} GB"
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Once a process."""
+    log.warning("%s", line)
+
+
+def _tell_slower(folder: StoragePath, why: str) -> None:
+    _tell(
+        f"{folder}: its images cannot be kept decoded in {cache_folder()} ({why}); they are read "
+        "from Parquet, which is slower: free some space, or set ADVERSA_CACHE to a folder on a "
+        "larger disk or ADVERSA_CACHE_GB to a higher limit"
+    )
+
+
+def check_room(folder: StoragePath, row_bytes: int) -> None:
+    """Say in one line where this machine's cache has no room for the rows of a folder."""
+    paths = tables.parts(folder)
+    if not (cache_folder() / _key(_digests(folder, paths), "image")).exists():
+        why, _ = _room(sum(tables.each(tables.count, paths)) * row_bytes)
+        if why:
+            _tell_slower(folder, why)
+
+
+# ---- one entry -----------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """An entry that is open. It is not evicted before `held` is closed."""
+
+    rows: np.ndarray
+    ids: np.ndarray  # bytes [N]
+    checksums: np.ndarray  # uint32 [N]
+    counts: list[int]  # rows of each part
+    held: int
+
+
+class _Damaged(OSError):
+    """Of an entry: it is not what was written."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EIO, "the disk gives back other bytes than were written")
+
+
+def _key(digests: dict[str, str], column: Column) -> str:
+    return digest(FORMAT, column, *(f"{k} {v}" for k, v in digests.items()), size=16)
+
+
+def _digests(folder: StoragePath, paths: Sequence[StoragePath]) -> dict[str, str]:
+    """The digest of each part by its name: as the manifest of its step lists it, or, of parts that
+    are listed nowhere, as they are.
+    """
+    listed = (files.read_json(folder / files.MANIFEST) or {}).get("files", {})
+    if not any(p.name in listed for p in paths):
+        above = (files.read_json(folder.parent / files.MANIFEST) or {}).get("files", {})
+        listed = {p.name: above.get(f"{folder.name}/{p.name}") for p in paths}
+    return {p.name: (listed.get(p.name) or {}).get("digest") or files.sha256(p) for p in paths}
+
+
+def _load(place: Path) -> Entry | None:
+    """An entry of the cache, from now on in use; None where there is none."""
+    try:
+        held = os.open(place / ENTRY, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if place.exists():
+            raise _Damaged from None
+        return None
+    fcntl.flock(held, fcntl.LOCK_SH)
+    try:
+        meta = files.read_json(place / ENTRY) or {}
+        index = np.load(place / INDEX)
+        rows = np.asarray(np.load(place / ROWS, mmap_mode="r"))
+        if meta.get("index") != files.sha256(place / INDEX) or len(rows) != len(index):
+            raise ValueError
+        os.utime(place / ENTRY)
+        ids, checksums = (np.ascontiguousarray(index[k]) for k in ("id", "crc"))
+        return Entry(rows, ids, checksums, list(meta["parts"].values()), held)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
+        os.close(held)
+        raise _Damaged from None
+
+
+def _build(place: Path, folder: StoragePath, paths: Sequence[StoragePath], column: Column) -> str:
+    """Decode the rows of all parts into an entry; "", or why there is no room. The caller holds the
+    cache's lock.
+    """
+    for left in place.parent.glob(".new-*"):  # of a process that died
+        shutil.rmtree(left)
+    counts = tables.each(tables.count, paths)
+    made = place.parent / f".new-{place.name}"
+    made.mkdir()
+    index: list[tuple[bytes, int]] = []
+    shape: tuple[int, ...] = ()
+    try:
+        with open(made / ROWS, "wb") as file:
+            for path, ids, images in _decoded(paths, column):
+                if not index:
+                    shape = images.shape[1:]
+                    why, evicted = _room(sum(counts) * (images[0].nbytes + 64))
+                    if why:
+                        return why
+                    for entry in evicted:
+                        shutil.rmtree(entry)
+                    kind = {"descr": images.dtype.str, "fortran_order": False}
+                    np.lib.format.write_array_header_1_0(
+                        file, kind | {"shape": (sum(counts), *shape)}
+                    )
+                if images.shape[1:] != shape:
+                    raise UserError(
+                        f"{path} has images of {images.shape[1:]}, others {shape}; prepare "
+                        "them anew"
+                    )
+                index += zip(ids, map(zlib.crc32, images), strict=True)
+                file.write(images.data.cast("B"))
+        widest = max(len(i) for i, _ in index)
+        np.save(made / INDEX, np.array(index, [("id", f"S{widest}"), ("crc", "<u4")]))
+        parts = {p.name: n for p, n in zip(paths, counts, strict=True)}
+        about = {"index": files.sha256(made / INDEX), "parts": parts, "of": str(folder)}
+        files.write_json(made / ENTRY, about)
+        os.rename(made, place)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return ""
+
+
+def _decoded(
+    paths: Sequence[StoragePath], column: Column
+) -> Iterator[tuple[StoragePath, list[bytes], np.ndarray]]:
+    """(part, ids, rows) of each group of rows, decoded by all CPUs."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for path in paths:
+            with tables.opened(path) as file:
+                for group in range(file.num_row_groups):
+                    data = file.read_row_group(group, columns=[_id_column(file), column])
+                    some = [
+                        data[column].slice(i, DECODED_AT_ONCE)
+                        for i in range(0, len(data), DECODED_AT_ONCE)
+                    ]
+                    if some:
+                        rows = list(pool.map(functools.partial(_decode, column), some))
+                        yield path, _as_bytes(data[0]), np.concatenate(rows)
+
+
+def _decode(column: Column, data: pa.ChunkedArray) -> np.ndarray:
+    return tables.decode_images(data) if column == "image" else tables.decode_latents(data)
+
+
+def _id_column(file: pa.parquet.ParquetFile) -> str:
+    return "id" if "id" in file.schema_arrow.names else "request_id"
+
+
+def _as_bytes(ids: pa.ChunkedArray) -> list[bytes]:
+    return [i.encode() for i in ids.to_pylist()]
+
+
+# ---- what is read --------------------------------------------------------------------------------
+
+
+class RoleArray:
+    """The images of a role, or of a round's generated images, or latents, by the number of their
+    row, parts in order.
+    """
+
+    def __init__(self, folder: StoragePath, column: Column = "image", build: bool = True) -> None:
+        """build: decode all rows where this machine has not yet; for those who read few, False."""
+        self.folder, self.column, self.paths = folder, column, tables.parts(folder)
+        self._place = cache_folder() / _key(_digests(folder, self.paths), column)
+        self._entry: Entry | None = None
+        self._repaired = False
+        self._open(build)
+        if self._entry is None:
+            found = tables.each(_ids, self.paths)
+            self.ids, counts = np.concatenate([np.zeros(0, "S1"), *found]), list(map(len, found))
+        else:
+            self.ids, counts = self._entry.ids, self._entry.counts
+        self._starts = np.cumsum([0, *counts])
+
+    def part(self, name: str) -> np.ndarray:
+        """The rows of one part."""
+        at = [p.name for p in self.paths].index(name)
+        return self.take(np.arange(self._starts[at], self._starts[at + 1]))
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All rows, at most tables.ROW_GROUP of a part at a time."""
+        for first, end in zip(self._starts[:-1], self._starts[1:], strict=True):
+            for i in range(first, end, tables.ROW_GROUP):
+                yield self.take(np.arange(i, min(i + tables.ROW_GROUP, end)))
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """A copy of the rows with these numbers [B >= 1], in their order."""
+        entry = self._entry
+        if entry is None:
+            return self._from_parquet(rows)
+        out = np.empty((len(rows), *entry.rows.shape[1:]), entry.rows.dtype)
+        for k in np.argsort(rows, kind="stable"):  # in the order in which they lie
+            row = rows[k]
+            out[k] = entry.rows[row]
+            if not self._sound[row]:
+                if zlib.crc32(out[k]) != entry.checksums[row]:
+                    self._repair()
+                    return self.take(rows)
+                self._sound[row] = True
+        return out
+
+    def _from_parquet(self, rows: np.ndarray) -> np.ndarray:
+        """The same from Parquet: nothing but these rows is decoded."""
+        wanted, back = np.unique(rows, return_inverse=True)
+        found = []
+        for path, first, end in zip(self.paths, self._starts[:-1], self._starts[1:], strict=True):
+            inside = wanted[(wanted >= first) & (wanted < end)] - first
+            if not len(inside):
+                continue
+            with tables.opened(path) as file:
+                sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+                edges = np.cumsum([0, *sizes])
+                for group in np.unique(np.searchsorted(edges, inside, side="right") - 1).tolist():
+                    here = inside[(inside >= edges[group]) & (inside < edges[group + 1])]
+                    data = file.read_row_group(group, columns=[self.column]).column(0)
+                    found.append(_decode(self.column, data.take(pa.array(here - edges[group]))))
+        return np.concatenate(found)[back]
+
+    def _open(self, build: bool) -> None:
+        try:
+            self._entry = self._loaded(build) if self.paths else None
+        except OSError as e:
+            if isinstance(e, UserError):
+                raise
+            self._entry = None
+            _tell_slower(self.folder, e.strerror or str(e))
+        if self._entry is not None:
+            self._sound = np.zeros(len(self._entry.ids), bool)
+            self._close = weakref.finalize(self, os.close, self._entry.held)
+
+    def _loaded(self, build: bool) -> Entry | None:
+        """The entry, made or made anew where that is called for."""
+        with contextlib.suppress(_Damaged):
+            if (found := _load(self._place)) or not build:
+                return found
+        self._place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._place.parent / ".lock", fallback_to_soft=False):
+            try:
+                if found := _load(self._place):  # made by another process
+                    return found
+            except _Damaged:
+                self._tell_damaged()
+                shutil.rmtree(self._place)
+            if not sum(tables.each(tables.count, self.paths)):
+                return None
+            if why := _build(self._place, self.folder, self.paths, self.column):
+                _tell_slower(self.folder, why)
+                return None
+            return _load(self._place)
+
+    def _repair(self) -> None:
+        """After damage in a row: a new entry, unless another process has made one already. Once."""
+        assert self._entry is not None
+        with FileLock(self._place.parent / ".lock", fallback_to_soft=False):
+            ours = os.fstat(self._entry.held).st_ino
+            if (path := self._place / ENTRY).exists() and path.stat().st_ino == ours:
+                self._tell_damaged()
+                shutil.rmtree(self._place)
+        self._close()
+        self._open(build=not self._repaired)
+        self._repaired = True
+
+    def _tell_damaged(self) -> None:
+        log.warning("%s is damaged: made anew from %s", self._place, self.folder)
+
+
+def _ids(path: StoragePath) -> np.ndarray:
+    """The ids of a part, as bytes: a tenth of what a dict of strings takes."""
+    with tables.opened(path) as file:
+        ids = file.read(columns=[_id_column(file)]).column(0)
+    return np.array(_as_bytes(ids), dtype="S")
