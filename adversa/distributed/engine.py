@@ -21,6 +21,7 @@ from adversa.engine.trials import TrialQueue, in_turn
 from adversa.engine.worker_pool import work_off
 from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import is_finished
+from adversa.storage.arrays import check_room
 from adversa.storage.path import StoragePath, rmtree
 from adversa.types import UserError
 
@@ -128,6 +129,9 @@ class RayEngine:
                 todo := unfinished(jobs, self.handle)
             ):  # what died right after its manifest has left its checkpoint
                 return
+            if self.embedded:
+                for folder in {f for j in todo if not j.feed.latent_std for f in j.feed.folders}:
+                    check_room(folder, self.image_bytes)
             try:
                 self.started = training.fit(todo, self.storage, self.image_bytes, self.group())
                 unfinished(todo, self.handle)

@@ -25,11 +25,11 @@ import logging
 import os
 import shutil
 import weakref
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +70,8 @@ def _room(need: int) -> tuple[str, list[Path]]:
     """
     cache = cache_folder()
     there = next(p for p in (cache, *cache.parents) if p.is_dir())
+    if not os.access(there, os.W_OK):
+        return f"{there} cannot be written", []
     disk = shutil.disk_usage(there)
     entries = {p: _bytes(p) for p in cache.glob("[!.]*") if p.is_dir()}
     limit = _limit(disk.total)
@@ -121,7 +123,9 @@ def _tell_slower(folder: StoragePath, why: str) -> None:
 
 
 def check_room(folder: StoragePath, row_bytes: int) -> None:
-    """Say in one line where this machine's cache has no room for the rows of a folder."""
+    """Say in one line where this machine's cache has no room for the images of a folder: of its
+    workers' lines a command that is on Ray shows none.
+    """
     paths = tables.parts(folder)
     if not (cache_folder() / _key(_digests(folder, paths), "image")).exists():
         why, _ = _room(sum(tables.each(tables.count, paths)) * row_bytes)
@@ -217,7 +221,7 @@ def _build(place: Path, folder: StoragePath, paths: Sequence[StoragePath], colum
                         f"{path} has images of {images.shape[1:]}, others {shape}; prepare "
                         "them anew"
                     )
-                index += zip(ids, map(zlib.crc32, images), strict=True)
+                index += zip(ids, map(crc32, images), strict=True)
                 file.write(images.data.cast("B"))
         widest = max(len(i) for i, _ in index)
         np.save(made / INDEX, np.array(index, [("id", f"S{widest}"), ("crc", "<u4")]))
@@ -303,7 +307,7 @@ class RoleArray:
             row = rows[k]
             out[k] = entry.rows[row]
             if not self._sound[row]:
-                if zlib.crc32(out[k]) != entry.checksums[row]:
+                if crc32(out[k]) != entry.checksums[row]:
                     self._repair()
                     return self.take(rows)
                 self._sound[row] = True

@@ -277,3 +277,65 @@ def test_what_is_trained_on_hangs_on_shape_and_labels_too_and_not_on_the_split_a
         found[name] = (split_hash, step_folder.fingerprint(tmp_path / name))
     assert len({s for s, _ in found.values()}) == 1
     assert found["one"] == found["same"] and len({f for _, f in found.values()}) == 3
+
+
+# ---- pictures stay with the tasks ----------------------------------------------------------------
+
+
+class Driver(LocalEngine):
+    """Knows whether it is at work on a part."""
+
+    at_work = False
+
+    def map_batches(self, *args, **kwargs):
+        self.at_work = True
+        try:
+            return super().map_batches(*args, **kwargs)
+        finally:
+            self.at_work = False
+
+
+@pytest.mark.parametrize(
+    "engine", ["local", pytest.param("ray", marks=pytest.mark.ray)], ids=["local", "ray"]
+)
+def test_no_picture_passes_the_driver(tiny, tmp_path, monkeypatch, request, engine):
+    """It reads no column of pictures, and writes no part; tasks on Ray have processes of their
+    own.
+    """
+    config = tiny(data={"phantom": {"images": 120}}).data
+    carried_out = Driver() if engine == "local" else request.getfixturevalue("ray_engine")
+    read, allowed = tables.read_part, ("decode_png", "encode_png", "write_part", "opened")
+
+    def looks(path, columns=None, filters=None):
+        driver = not getattr(carried_out, "at_work", False)
+        assert not driver or not {"image", "mask"} & set(columns or tables.EXAMPLES.names)
+        return read(path, columns, filters)
+
+    def only_at_work(name, real):
+        def called(*args, **kwargs):
+            assert getattr(carried_out, "at_work", False), f"{name} in the driver"
+            return real(*args, **kwargs)
+
+        return called
+
+    with monkeypatch.context() as m:
+        m.setattr(tables, "read_part", looks)
+        for name in allowed:
+            m.setattr(tables, name, only_at_work(name, getattr(tables, name)))
+        prepare.prepare(carried_out, config, tmp_path / "data")
+    prepare.prepare(LocalEngine(), config, tmp_path / "again")
+    assert written(tmp_path / "data") == written(tmp_path / "again")
+
+
+def test_a_dealing_that_is_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
+    rows = [(f"p{i}", i, "ab"[i % 2], f"g{i}") for i in range(90)]
+    config, out = section(table(tmp_path / "source", rows)), tmp_path / "data"
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        cut_while_dealing(m)
+        prepare.prepare(LocalEngine(), config, out)
+    (first,) = (p for role in ROLES for p in tables.parts(out / role))
+    made = first.stat().st_ino
+    prepare.prepare(LocalEngine(), config, out)
+    assert first.stat().st_ino == made
+    prepare.prepare(LocalEngine(), config, tmp_path / "fresh")
+    assert written(out) == written(tmp_path / "fresh")
