@@ -24,7 +24,7 @@ from adversa.engine.tasks import Part, Work
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files as storage_files
 from adversa.storage import tables
-from adversa.storage.path import rmtree, scratch
+from adversa.storage.path import StoragePath, rmtree, scratch
 from adversa.types import ROLES, UserError, digest
 
 # A decoded image on its way to its role: an Example plus what the split needs to know about its
@@ -303,11 +303,11 @@ def _role_parts(
     return parts
 
 
-def make_role(staging: Path) -> Work:
+def make_role(staging: StoragePath) -> Work:
     """Writes a part of a role from rows of decoded parts."""
     decoded = tables.parts(staging)
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         rows = pa.concat_tables(
             tables.read_part(decoded[n], tables.EXAMPLES.names).take(taken)
             for n, taken in part.payload["rows"]

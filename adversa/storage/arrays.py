@@ -5,7 +5,7 @@ An entry of the cache is a folder, named by the digests of the parts that it was
 
     rows.npy     uint8 [N, H, W, 3], of latents float16 [N, views, C, side, side]
     index.npy    the id of each row, and the CRC-32 of its bytes
-    entry.json   the rows of each part, and the digest of index.npy
+    entry.json   the number of rows of each part, and the digest of index.npy
 
 It is made in a temporary folder and renamed, by one process at a time. A row is checked when a
 process first reads it, so that nothing damaged is used, and nothing is read only to be checked.
@@ -21,11 +21,12 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import logging
 import os
 import shutil
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -126,9 +127,8 @@ def check_room(folder: StoragePath, row_bytes: int) -> None:
     """Say in one line where this machine's cache has no room for the images of a folder: of its
     workers' lines a command that is on Ray shows none.
     """
-    paths = tables.parts(folder)
-    if not (cache_folder() / _key(_digests(folder, paths), "image")).exists():
-        why, _ = _room(sum(tables.each(tables.count, paths)) * row_bytes)
+    if not _place(digests := _digests(folder), "image").exists():
+        why, _ = _room(sum(tables.each(tables.count, list(digests))) * row_bytes)
         if why:
             _tell_slower(folder, why)
 
@@ -153,19 +153,22 @@ class _Damaged(OSError):
         super().__init__(errno.EIO, "the disk gives back other bytes than were written")
 
 
-def _key(digests: dict[str, str], column: Column) -> str:
-    return digest(FORMAT, column, *(f"{k} {v}" for k, v in digests.items()), size=16)
+def _place(digests: dict[StoragePath, str], column: Column) -> Path:
+    """Where the entry of these parts is, or would be."""
+    named = (f"{p.name} {known}" for p, known in digests.items())
+    return cache_folder() / digest(FORMAT, column, *named, size=16)
 
 
-def _digests(folder: StoragePath, paths: Sequence[StoragePath]) -> dict[str, str]:
-    """The digest of each part by its name: as the manifest of its step lists it, or, of parts that
+def _digests(folder: StoragePath) -> dict[StoragePath, str]:
+    """The digest of each part, in order: as the manifest of its step lists it, or, of parts that
     are listed nowhere, as they are.
     """
+    paths = tables.parts(folder)
     listed = (files.read_json(folder / files.MANIFEST) or {}).get("files", {})
     if not any(p.name in listed for p in paths):
         above = (files.read_json(folder.parent / files.MANIFEST) or {}).get("files", {})
         listed = {p.name: above.get(f"{folder.name}/{p.name}") for p in paths}
-    return {p.name: (listed.get(p.name) or {}).get("digest") or files.sha256(p) for p in paths}
+    return {p: (listed.get(p.name) or {}).get("digest") or files.sha256(p) for p in paths}
 
 
 def _load(place: Path) -> Entry | None:
@@ -181,30 +184,31 @@ def _load(place: Path) -> Entry | None:
         meta = files.read_json(place / ENTRY) or {}
         index = np.load(place / INDEX)
         rows = np.asarray(np.load(place / ROWS, mmap_mode="r"))
-        if meta.get("index") != files.sha256(place / INDEX) or len(rows) != len(index):
+        same = meta.get("index") == files.sha256(place / INDEX)
+        if not same or {len(rows), sum(meta["counts"])} != {len(index)}:
             raise ValueError
         os.utime(place / ENTRY)
         ids, checksums = (np.ascontiguousarray(index[k]) for k in ("id", "crc"))
-        return Entry(rows, ids, checksums, list(meta["parts"].values()), held)
+        return Entry(rows, ids, checksums, list(meta["counts"]), held)
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
         os.close(held)
         raise _Damaged from None
 
 
-def _build(place: Path, folder: StoragePath, paths: Sequence[StoragePath], column: Column) -> str:
+def _build(place: Path, digests: dict[StoragePath, str], column: Column) -> str:
     """Decode the rows of all parts into an entry; "", or why there is no room. The caller holds the
-    cache's lock.
+    cache's lock. UserError where a part has another digest: it would pass for the one that has it.
     """
     for left in place.parent.glob(".new-*"):  # of a process that died
         shutil.rmtree(left)
-    counts = tables.each(tables.count, paths)
+    counts = tables.each(tables.count, list(digests))
     made = place.parent / f".new-{place.name}"
     made.mkdir()
     index: list[tuple[bytes, int]] = []
     shape: tuple[int, ...] = ()
     try:
         with open(made / ROWS, "wb") as file:
-            for path, ids, images in _decoded(paths, column):
+            for path, ids, images in _decoded(digests, column):
                 if not index:
                     shape = images.shape[1:]
                     why, evicted = _room(sum(counts) * (images[0].nbytes + 64))
@@ -225,8 +229,7 @@ def _build(place: Path, folder: StoragePath, paths: Sequence[StoragePath], colum
                 file.write(images.data.cast("B"))
         widest = max(len(i) for i, _ in index)
         np.save(made / INDEX, np.array(index, [("id", f"S{widest}"), ("crc", "<u4")]))
-        parts = {p.name: n for p, n in zip(paths, counts, strict=True)}
-        about = {"index": files.sha256(made / INDEX), "parts": parts, "of": str(folder)}
+        about = {"index": files.sha256(made / INDEX), "counts": counts}
         files.write_json(made / ENTRY, about)
         os.rename(made, place)
     finally:
@@ -235,12 +238,18 @@ def _build(place: Path, folder: StoragePath, paths: Sequence[StoragePath], colum
 
 
 def _decoded(
-    paths: Sequence[StoragePath], column: Column
+    digests: dict[StoragePath, str], column: Column
 ) -> Iterator[tuple[StoragePath, list[bytes], np.ndarray]]:
     """(part, ids, rows) of each group of rows, decoded by all CPUs."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for path in paths:
-            with tables.opened(path) as file:
+        for path, known in digests.items():
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != known:
+                raise UserError(
+                    f"{path} holds other bytes than were written; put the file back as it was, or "
+                    "delete its step's folder: the same command makes it again"
+                )
+            with tables.opened(path, content) as file:
                 for group in range(file.num_row_groups):
                     data = file.read_row_group(group, columns=[_id_column(file), column])
                     some = [
@@ -274,8 +283,8 @@ class RoleArray:
 
     def __init__(self, folder: StoragePath, column: Column = "image", build: bool = True) -> None:
         """build: decode all rows where this machine has not yet; for those who read few, False."""
-        self.folder, self.column, self.paths = folder, column, tables.parts(folder)
-        self._place = cache_folder() / _key(_digests(folder, self.paths), column)
+        self.folder, self.column, self._digests = folder, column, _digests(folder)
+        self.paths, self._place = list(self._digests), _place(self._digests, column)
         self._entry: Entry | None = None
         self._repaired = False
         self._open(build)
@@ -357,7 +366,7 @@ class RoleArray:
                 shutil.rmtree(self._place)
             if not sum(tables.each(tables.count, self.paths)):
                 return None
-            if why := _build(self._place, self.folder, self.paths, self.column):
+            if why := _build(self._place, self._digests, self.column):
                 _tell_slower(self.folder, why)
                 return None
             return _load(self._place)

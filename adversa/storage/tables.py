@@ -183,12 +183,15 @@ def schema_of(path: StoragePath) -> pa.Schema:
 
 
 @contextlib.contextmanager
-def opened(path: StoragePath) -> Iterator[pq.ParquetFile]:
-    """A part to read from group by group."""
+def opened(path: StoragePath, data: bytes | None = None) -> Iterator[pq.ParquetFile]:
+    """A part to read from group by group. data: all of it, where it has been read."""
     with (
         _reading(path),
         asking(path),
-        pq.ParquetFile(source(path), pre_buffer=not isinstance(path, Path)) as file,
+        pq.ParquetFile(
+            pa.BufferReader(data) if data is not None else source(path),
+            pre_buffer=not isinstance(path, Path),
+        ) as file,
     ):
         _check_types(file.schema_arrow, path)
         yield file

@@ -211,6 +211,17 @@ def test_a_disk_that_keeps_failing_is_done_without(role, caplog, monkeypatch):
     assert array._entry is None and len(caplog.records) <= 2
 
 
+def test_a_part_that_is_not_what_its_manifest_lists_is_refused(role, tmp_path, cache):
+    """Or a folder from elsewhere could say that its pictures are those of another run."""
+    step_folder.finish(role.parent, Recipe("prepare", 1, {}, {}))
+    other = write(tmp_path / "other/train", IMAGES[::-1])
+    (other.parent / "manifest.json").write_bytes((role.parent / "manifest.json").read_bytes())
+    with pytest.raises(UserError, match="part-00000.parquet holds other bytes than were written"):
+        RoleArray(other)
+    assert entries(cache) == []
+    is_right(RoleArray(role))
+
+
 # ---- room ----------------------------------------------------------------------------------------
 
 
