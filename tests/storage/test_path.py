@@ -28,6 +28,7 @@ from adversa.run import control, file_lock, run_lock, step_folder
 from adversa.run import create as run_create
 from adversa.run.folder import RunDir
 from adversa.storage import files, tables, weights
+from adversa.storage.arrays import RoleArray
 from adversa.storage.path import (
     BucketPath,
     StoreError,
@@ -41,7 +42,7 @@ from adversa.storage.path import (
 )
 from adversa.sweep import report as sweep_page
 from adversa.sweep import run as sweep_run
-from adversa.types import UserError
+from adversa.types import Example, UserError
 
 spec = importlib.util.spec_from_file_location("s3", Path(__file__).parents[1] / "s3.py")
 s3 = importlib.util.module_from_spec(spec)
@@ -267,6 +268,27 @@ def test_parts_models_and_training_states_read_back(store):
     assert weights.load_checkpoint(store / "m") is None and weights.committed_step(store / "m") == 0
     with pytest.raises(UserError, match="holds no model"):
         weights.read_model(store / "none")
+
+
+@pytest.mark.parametrize("limit", ["1", "0"])
+def test_images_are_fetched_once_a_machine(store, proxy, tmp_path, monkeypatch, limit):
+    monkeypatch.setenv("ADVERSA_CACHE", str(tmp_path))
+    monkeypatch.setenv("ADVERSA_CACHE_GB", limit)
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    for k in range(3):
+        some = [
+            Example(f"r{i}", "s", 0, "g", "", {}, tables.encode_png(images[i]))
+            for i in (2 * k, 2 * k + 1)
+        ]
+        path = store / "data/train" / tables.part_name(k)
+        tables.write_part(path, tables.to_table(some, tables.EXAMPLES))
+    step_folder.finish(store / "data", step_folder.Recipe("prepare", 1, {}, {}))
+    for _ in range(2):
+        before = proxy.count("GET", ".parquet")
+        array = RoleArray(store / "data/train")
+        assert np.array_equal(array.take(np.array([5, 0, 3])), images[[5, 0, 3]])
+        assert [i.decode() for i in array.ids] == [f"r{i}" for i in range(6)]
+    assert (proxy.count("GET", ".parquet") == before) == (limit == "1")
 
 
 def test_of_many_that_create_a_file_at_the_same_time_one_succeeds(store):
