@@ -25,6 +25,7 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,7 @@ Column = Literal["image", "latent"]
 FORMAT = 1
 ROWS, INDEX, ENTRY = "rows.npy", "index.npy", "entry.json"
 RESERVE = 1 << 30  # bytes of the disk that are left free
+UNUSED = 30 * 86_400  # seconds after which an entry goes when another is made
 DECODED_AT_ONCE = 32  # images a thread takes
 
 # ---- the cache of this machine -------------------------------------------------------------------
@@ -66,8 +68,8 @@ def _limit(disk: int) -> int:
 
 
 def _room(need: int) -> tuple[str, list[Path]]:
-    """Why the cache has no room for so many bytes ("" where it has), and the entries, longest
-    unused first, that have to go for them. Entries in use stay.
+    """Why the cache has no room for so many bytes ("" where it has), and the entries that go for
+    them: those UNUSED, and as many as have to, longest unused first. Entries in use stay.
     """
     cache = cache_folder()
     there = next(p for p in (cache, *cache.parents) if p.is_dir())
@@ -79,7 +81,8 @@ def _room(need: int) -> tuple[str, list[Path]]:
     short = max(need + sum(entries.values()) - limit, need + RESERVE - disk.free)
     evicted: list[Path] = []
     for entry in sorted(entries, key=_last_used):
-        if short > 0 and not _in_use(entry):
+        old = time.time() - _last_used(entry) > UNUSED
+        if (short > 0 or old) and not _in_use(entry):
             evicted.append(entry)
             short -= entries[entry]
     if short <= 0:

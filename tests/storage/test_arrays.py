@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -280,6 +281,15 @@ def test_the_longest_unused_goes_first_and_one_in_use_stays(tmp_path, cache, mon
         RoleArray(f)
         assert len(entries(cache)) == 2 and places[0].exists()
     assert np.array_equal(used.take(np.arange(ROWS)), IMAGES)
+
+
+def test_what_was_not_used_for_a_month_goes_with_the_next(role, tmp_path, cache):
+    places = []
+    for days in (29, 31):
+        places.append(RoleArray(write(tmp_path / f"{days}", np.roll(IMAGES, days, axis=0)))._place)
+        os.utime(places[-1] / arrays.ENTRY, (time.time() - days * 86_400,) * 2)
+    new = RoleArray(role)._place
+    assert entries(cache) == sorted([places[0], new])
 
 
 def test_nothing_is_evicted_for_what_would_not_fit_even_so(role, tmp_path, cache, monkeypatch):
