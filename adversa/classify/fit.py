@@ -29,6 +29,7 @@ from adversa.storage.path import StoragePath
 from adversa.storage.weights import save_model
 from adversa.training import loop, process_group
 from adversa.training.loop import Batch
+from adversa.training.precision import autocast
 from adversa.training.schedule import evenly_spaced
 from adversa.types import Json, digest, seed_of
 
@@ -216,7 +217,7 @@ def _forward(
         side = training_side(step, config, pixels.shape[-1])
         pixels = augment(pixels, config.augment, generator, size, rows, side)
     pixels, targets = mix(pixels, targets, config.mixup, config.cutmix, generator, size, rows)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.amp):
+    with autocast(device, config.amp):
         logits, _ = state.parallel(pixels, resize=config.first_size is None)
     losses = criterion(logits, targets)
     return losses, losses

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from adversa.classify.model import Network, load, to_pixels
 from adversa.common.symmetry import symmetry
+from adversa.config.base import Amp
 from adversa.storage.path import StoragePath
 from adversa.training import process_group
+from adversa.training.precision import autocast
 
 # Images scored together. Always this many (the last ones are padded): the kernels, and so the last
 # bit, depend on the shape of the batch, and an image's logits must not depend on how many
@@ -31,7 +33,7 @@ def make_scorer(folder: StoragePath, embed: bool = False) -> Scorer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, meta, _ = load(folder, device)
     amp, views, num_classes = (
-        bool(meta["config"]["amp"]),
+        meta["config"]["amp"],
         int(meta["config"].get("views", 1)),
         int(meta["num_classes"]),
     )
@@ -48,7 +50,7 @@ def make_scorer(folder: StoragePath, embed: bool = False) -> Scorer:
 
 @torch.inference_mode()
 def forward(
-    network: nn.Module, images: np.ndarray, amp: bool, views: int = 1
+    network: nn.Module, images: np.ndarray, amp: Amp, views: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [N, H, W, 3], N > 0 -> (logits [N, K], embedding [N, D]) float32, by a network in eval
     mode.
@@ -65,7 +67,7 @@ def forward(
         missing = CHUNK - len(chunk)
         if missing:
             chunk = np.concatenate([chunk, np.zeros((missing, *chunk.shape[1:]), np.uint8)])
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+        with autocast(device, amp):
             z, e = _mean(network, to_pixels(chunk, device), views)
         logits.append(z.cpu().numpy()[: CHUNK - missing])
         embeddings.append(e.cpu().numpy()[: CHUNK - missing])
@@ -73,7 +75,7 @@ def forward(
 
 
 def score_batches(
-    network: Network, batches: Iterable[dict[str, Any]], amp: bool, views: int
+    network: Network, batches: Iterable[dict[str, Any]], amp: Amp, views: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(logits [N, K], labels [N]) of batches ("image", "label"), every worker's rows joined.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -13,6 +13,8 @@ from pydantic import (
 
 WeightPath = Annotated[str | None, AfterValidator(lambda v: os.path.expanduser(v) if v else v)]
 AUTO = "auto"
+Amp = bool | Literal["auto"]
+AMP = "bfloat16 autocast; auto: where the hardware multiplies bfloat16, float32 elsewhere"
 
 
 class Section(BaseModel):

@@ -9,7 +9,7 @@ from pydantic import (
     model_validator,
 )
 
-from adversa.config.base import Section, WeightPath
+from adversa.config.base import AMP, Amp, Section, WeightPath
 
 
 class Augment(Section):
@@ -116,7 +116,7 @@ class Classifier(Section):
         False, description="BatchNorm keeps the statistics of the pretrained weights"
     )
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    amp: bool = Field(True, description="bf16 autocast")
+    amp: Amp = Field("auto", description=AMP)
     views: Literal[1, 2, 4, 8] = Field(
         1, description="scoring averages the logits over so many symmetries of the square"
     )

@@ -9,7 +9,7 @@ from pydantic import (
     model_validator,
 )
 
-from adversa.config.base import Section, WeightPath
+from adversa.config.base import AMP, Amp, Section, WeightPath
 
 
 class Codec(Section):
@@ -51,7 +51,7 @@ class Codec(Section):
         description="fitted codec: share of the steps with a rising learning rate; cosine after it",
     )
     clip: float = Field(1.0, gt=0, description="fitted codec: largest norm of the gradient")
-    amp: bool = Field(True, description="bf16 autocast")
+    amp: Amp = Field("auto", description=AMP)
     checkpoint_steps: int = Field(
         200, ge=1, description="fitted codec: training state is committed every so many steps"
     )

@@ -8,7 +8,7 @@ from pydantic import (
     Field,
 )
 
-from adversa.config.base import Section, WeightPath
+from adversa.config.base import AMP, Amp, Section, WeightPath
 
 
 class Denoiser(Section):
@@ -79,7 +79,7 @@ class Denoiser(Section):
     )
     flips: bool = Field(True, description="mirror images and quarter turns: a lesion has no up")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    amp: bool = Field(True, description="bf16 autocast")
+    amp: Amp = Field("auto", description=AMP)
     compile: bool = Field(
         False, description="torch.compile: minutes at the start, faster after; for GPUs"
     )

@@ -9,7 +9,7 @@ from pydantic import (
     model_validator,
 )
 
-from adversa.config.base import Section, WeightPath
+from adversa.config.base import AMP, Amp, Section, WeightPath
 
 
 class Generate(Section):
@@ -121,7 +121,7 @@ class Generate(Section):
     part_size: int = Field(
         256, ge=1, description="images a part: what one worker does at a time, and a kill may lose"
     )
-    amp: bool = Field(True, description="bf16 autocast")
+    amp: Amp = Field("auto", description=AMP)
     compile: bool = Field(
         False,
         description="torch.compile of the denoiser: half a minute at each sampler's start, then up "

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adversa.config.base import Amp
 from adversa.diffuse.edm import DenoiserFn
 from adversa.diffuse.guidance import (
     Answer,
@@ -28,6 +29,7 @@ from adversa.diffuse.guidance import (
     reference_guided,
 )
 from adversa.diffuse.solver import SolverTable, advance
+from adversa.training.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Batch:
     size: int
     null_label: int
     device: torch.device
-    amp: bool = False
+    amp: Amp = False
     weak: DenoiserFn | None = None
     gradient: GradientFn | None = None
     factor: int = 4
@@ -280,7 +282,7 @@ class Batch:
 
     def _autocast(self, denoiser: DenoiserFn) -> DenoiserFn:
         def run(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            with autocast(self.device, self.amp):
                 return denoiser(x, sigma, label)
 
         return run

@@ -19,6 +19,7 @@ from adversa.storage import files, tables, weights
 from adversa.storage.path import StoragePath
 from adversa.training import loop, process_group
 from adversa.training.loop import Batch
+from adversa.training.precision import autocast
 from adversa.training.schedule import log_steps, set_rates
 from adversa.types import Json, digest, seed_of
 
@@ -155,7 +156,7 @@ def _forward(
     side = x.shape[-1] >> config.halvings
     noise = torch.randn(size, config.latent_channels, side, side, generator=generator)
     noise = (NOISE * noise)[rows].to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+    with autocast(device, config.amp):
         y = parallel(x.to(memory_format=torch.channels_last), noise)
     each = losses(x, y)
     return each, each

@@ -26,6 +26,7 @@ from adversa.storage import files, tables, weights
 from adversa.storage.path import StoragePath
 from adversa.training import loop, process_group
 from adversa.training.loop import Batch
+from adversa.training.precision import autocast
 from adversa.training.schedule import evenly_spaced, log_steps, set_rates
 from adversa.types import GenerationRequest, Json, digest, seed_of
 
@@ -182,7 +183,7 @@ def _forward(state: DenoiserFit, batch: Batch, step: int) -> tuple[Tensor, Tenso
     if config.flips and "image" in batch:
         x = turn(x, draws.symmetry)
     label = label.masked_fill(draws.dropped, state.averaged.num_classes)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+    with autocast(device, config.amp):
         losses, errors = state.parallel(x, draws.sigma, draws.noise, label)
     return losses, errors + 0 * losses.detach()  # 0 times what is not finite is not finite
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from adversa import config as cfg
+from adversa.config.base import Amp
 from adversa.diffuse import codec, edm, external
 from adversa.diffuse.pipeline import GeneratedImage, GenerationPipeline, Steering
 from adversa.diffuse.strategy import Sources
 from adversa.storage import weights
 from adversa.storage.path import StoragePath, storage_path
+from adversa.training.precision import autocast
 from adversa.types import GenerationRequest, Json, UserError
 
 
@@ -54,7 +56,7 @@ class ImageGenerator:
             return found
         return replace(found, encode=self.codec.to_space, decode=self.codec.decode)
 
-    def compiled(self, rows: int, amp: bool) -> edm.DenoiserFn:
+    def compiled(self, rows: int, amp: Amp) -> edm.DenoiserFn:
         """The denoiser, compiled for so many rows.
 
         Raises:
@@ -161,7 +163,7 @@ def _kind(folder: StoragePath) -> str | None:
 
 @torch.no_grad()
 def compile_(
-    denoiser: edm.DenoiserFn, meta: Json, device: torch.device, rows: int, amp: bool
+    denoiser: edm.DenoiserFn, meta: Json, device: torch.device, rows: int, amp: Amp
 ) -> edm.DenoiserFn:
     """The denoiser by torch.compile, for one static shape, with CUDA graphs on a GPU.
 
@@ -188,7 +190,7 @@ def compile_(
     )
     try:
         for _ in range(3 if graphs else 1):  # CUDA graphs are recorded after a warm-up
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with autocast(device, amp):
                 run(x, sigma, label)
     except TorchDynamoException as e:
         cause = " ".join(str(e).split())[:200]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import psutil
 import ray
@@ -24,6 +25,9 @@ from adversa.run.step_folder import is_finished
 from adversa.storage.arrays import check_room
 from adversa.storage.path import StoragePath, rmtree
 from adversa.types import UserError
+
+if TYPE_CHECKING:
+    from adversa.training.precision import Hardware
 
 AGAIN = "run the same command again, finished parts are kept"
 LINGER = 5.0  # seconds that Ray's processes have to end when it is shut down
@@ -103,8 +107,10 @@ class RayEngine:
         report: Report,
         model: bool = False,
     ) -> list[Done]:
-        options = {"num_gpus": engine_resources.GPU_SHARE} if model and self.gpus else {}
-        return stream.map_batches(make, parts, out, report, options)
+        if not (model and self.gpus):
+            return stream.map_batches(make, parts, out, report)
+        share = engine_resources.GPU_SHARE
+        return stream.map_batches(make, parts, out, report, self.tasks(model), share)
 
     def map_parts(
         self,
@@ -188,6 +194,12 @@ class RayEngine:
             workers, resources, c.training_attempts, c.training_threads, self.embedded
         )
 
+    def hardware(self) -> Hardware:
+        share = engine_resources.GPU_SHARE if self.gpus else 0
+        remote = ray.remote(num_cpus=0, num_gpus=share)(_hardware)
+        found: Hardware = ray.get(remote.remote())
+        return found
+
     def close(self) -> None:
         """End Ray. Now and then an actor's process, told to end, locks up in its own destructors,
         and would stay behind.
@@ -197,6 +209,13 @@ class RayEngine:
         own = ray_processes() if self.embedded else []
         ray.shutdown()
         end(own, LINGER)
+
+
+def _hardware() -> Hardware:
+    """Of the worker that it runs in."""
+    from adversa.training.precision import hardware
+
+    return hardware()
 
 
 def ray_processes() -> list[psutil.Process]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray.data
-from ray.data import DataContext, ExecutionOptions
+from ray.data import ActorPoolStrategy, DataContext, ExecutionOptions
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.train import DataConfig
 
@@ -39,13 +39,19 @@ def quiet(verbose: bool) -> None:
 
 
 def map_batches(
-    make: Make, parts: Sequence[Part], out: StoragePath, report: Report, options: dict[str, Any]
+    make: Make,
+    parts: Sequence[Part],
+    out: StoragePath,
+    report: Report,
+    actors: int = 0,
+    gpus: float = 0.0,
 ) -> list[Done]:
-    """Each missing part as one row of a streaming dataset: read, work, commit happen in the task;
+    """Each missing part as one row of a streaming dataset: read, work, commit happen on the worker;
     only counts come back.
 
-    options: of each task (num_gpus). Tasks, not actors: they run in the workers that Ray keeps
-    warm, and `make()` is called once a worker.
+    actors: a pool of so many actors at most, each asking for `gpus`, and `make()` is called once
+    an actor. Ray ends the process of a task on a GPU with the task, so that every part would load
+    its models anew. 0: tasks, in the workers that Ray keeps warm; `make()` is called once a worker.
     """
     todo, total = missing(parts, out), sum(p.rows for p in parts)
     finished = total - sum(p.rows for p in todo)
@@ -55,7 +61,17 @@ def map_batches(
     dataset: ray.data.Dataset = ray.data.from_items(
         [{"part": p} for p in todo], override_num_blocks=len(todo)
     )
-    dataset = dataset.map_batches(_PartTask(make, out), batch_size=None, **options)
+    if actors:
+        dataset = dataset.map_batches(
+            _PartTask,
+            fn_constructor_args=(make, out),
+            batch_size=1,
+            num_cpus=1,
+            num_gpus=gpus,
+            compute=ActorPoolStrategy(min_size=1, max_size=min(actors, len(todo))),
+        )
+    else:
+        dataset = dataset.map_batches(_PartTask(make, out), batch_size=None)
     done = []
     for row in dataset.iter_rows():
         if row["error"]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from adversa.engine.batches import Feed
 from adversa.engine.tasks import (
@@ -22,6 +22,9 @@ from adversa.run.control import RunHandle
 from adversa.run.step_folder import Recipe
 from adversa.storage.path import StoragePath
 from adversa.types import Json
+
+if TYPE_CHECKING:
+    from adversa.training.precision import Hardware
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ class Engine(BatchEngine, Protocol):
 
     def samplers(self) -> int:
         """How many parts `map_parts` does at the same time."""
+        ...
+
+    def hardware(self) -> Hardware:
+        """What model steps run on: of this machine, or of one worker of the cluster."""
         ...
 
     def close(self) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from adversa.engine.batches import Batch
 from adversa.engine.fit import do_job, unfinished
@@ -23,6 +24,9 @@ from adversa.engine.worker import Inline
 from adversa.engine.worker_pool import work_off
 from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.storage.path import StoragePath
+
+if TYPE_CHECKING:
+    from adversa.training.precision import Hardware
 
 
 class LocalEngine:
@@ -109,6 +113,11 @@ class LocalEngine:
         for _ in in_turn(queue, self, report):
             self.handle.poll()
         queue.settle()
+
+    def hardware(self) -> Hardware:
+        from adversa.training.precision import hardware
+
+        return hardware()
 
     def close(self) -> None:
         """Nothing is held between calls."""

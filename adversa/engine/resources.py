@@ -55,8 +55,10 @@ def on_gpus(nodes: Sequence[Node]) -> bool:
 
 
 def tasks(cpus: float, gpus: float, model: bool) -> int:
-    """How many tasks of map_batches run at a time on a cluster of so much; model: they hold one."""
-    return int(gpus / GPU_SHARE) if model and gpus else int(cpus)
+    """How many tasks of map_batches run at a time on a cluster of so much; model: they hold one,
+    on a share of a GPU, and a CPU feeds it.
+    """
+    return int(min(gpus / GPU_SHARE, cpus)) if model and gpus else int(cpus)
 
 
 def sampler_asks(cluster: Cluster, gpus: bool) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adversa.config import Config, verifier_of
+from adversa.training.precision import autocast
 from adversa.types import UserError
 
 SECONDS = 20.0  # of all kinds together; longer where their smallest steps take longer
@@ -271,7 +272,7 @@ def applied(c: Config, folder: Path) -> Iterator[Kind]:
 
         @torch.no_grad()
         def step(rows: int) -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=c.generate.amp):
+            with autocast(device, c.generate.amp):
                 model(x[:rows], sigma[:rows], label[:rows])
 
         return step

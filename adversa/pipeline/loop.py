@@ -8,7 +8,7 @@ from typing import Any
 
 from adversa.config import Config, check, dump
 from adversa.engine.interface import Engine
-from adversa.pipeline import latents, sample_quality, test_access, train
+from adversa.pipeline import latents, precision, sample_quality, test_access, train
 from adversa.pipeline.stage import Page, PlannedStage, StageContext
 from adversa.pipeline.stages import named, plan, reads, step_folders
 from adversa.run import control, differences, run_lock, status, step_folder, tracking
@@ -109,6 +109,7 @@ def run(
         sample_quality.check(config)
     with tracking.Follow(config.tracking, run.root), Clock(run, since) as clock:
         engine.handle = handle
+        precision.settle(config, run, engine)
         for stage in todo(config, run, until):
             worked = stage
             clock.tick()
@@ -155,6 +156,6 @@ def _context(
     recipe = recipe_of(config)
     if number:
         control.enter_round(run, number, differences.flatten(recipe))
-    own = changed(config, control.recorded(run).get(number, {}))
+    own = precision.settled(changed(config, control.recorded(run).get(number, {})), run)
     identity = control.run_id(run_id(recipe), run, number)
     return StageContext(own, run, engine, number, identity, page, reopen)

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from adversa.config import Config, dump
 from adversa.engine.interface import Engine, Tell, Trial
 from adversa.engine.step import Facts, inputs, run_step
-from adversa.pipeline import arms, evaluate, latents, prepare, train
+from adversa.pipeline import arms, evaluate, latents, precision, prepare, train
 from adversa.pipeline.train import pairs
 from adversa.run import create as run_create
 from adversa.run import run_lock, status, step_folder, tracking
@@ -85,10 +85,11 @@ def run(
     engine.handle = handle
     remove_partial_files(run)
     settle(config, run)
+    own = precision.settle(config, run, engine)
     with tracking.Follow(config.tracking, run.root), Clock(run, since) as clock:
         reported = {"command": COMMAND}
         paused = partial(status.set_status, run, "paused", COMMAND, **reported)
-        with_pauses(handle, partial(_work, config, run, engine, search or _grid), paused)
+        with_pauses(handle, partial(_work, own, run, engine, search or _grid), paused)
         status.set_status(run, "running", "report", **reported)
         clock.tick()
         return write(config, run)
