@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from adversa import config as cfg
+from adversa.config.base import AUTO
 from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, inputs, run_step
 from adversa.export import dataset_card, images
 from adversa.pipeline import generate as pipeline_generate
+from adversa.pipeline import precision
 from adversa.pipeline.folders import attacked_in
 from adversa.pipeline.stage import Output, PlannedStage
 from adversa.run import differences, step_folder
@@ -184,9 +186,11 @@ def draw(job: GenerationJob, engine: Engine) -> tuple[StoragePath, StoragePath]:
     """The folders of the job's requests and of its images (tables.REQUESTS, tables.SYNTHETIC)."""
     requests, synthetic = job.work.root / "requests", job.work.root / "synthetic"
     plan(job, requests, engine.handle)
-    data = job.run.data if job.run is not None else None
+    data, config = job.run.data if job.run is not None else None, job.config
+    if config.amp == AUTO:
+        config = config.model_copy(update={"amp": precision.record(job.work, engine)})
     pipeline_generate.generate(
-        engine, requests, data, job.denoiser, target_of(job), job.config, synthetic, "--out"
+        engine, requests, data, job.denoiser, target_of(job), config, synthetic, "--out"
     )
     return requests, synthetic
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from adversa import config as cfg
 from adversa.engine.tasks import Part
 from adversa.pipeline import generate as pipeline_generate
+from adversa.pipeline import precision
 from adversa.pipeline.folders import attacked_in
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
@@ -58,6 +59,7 @@ def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path
     """
     import torch
 
+    config = precision.settled(config, run)
     number, part, row = find(config, run, request_id)
     request = pipeline_generate.read_requests(part)[row]
     stored = tables.read_part(run.round(number, "synthetic") / part.name).to_pylist()[row]

@@ -12,6 +12,7 @@ from adversa.config.base import AUTO
 from adversa.engine.interface import Engine
 from adversa.run.folder import RunDir
 from adversa.storage import files
+from adversa.types import UserError
 
 FILE = "precision.json"
 
@@ -23,29 +24,51 @@ def settle(config: Config, run: RunDir, engine: Engine) -> Config:
     """
     if not _has_auto(config.model_dump(mode="json")):
         return config
-    here = engine.hardware()
-    record = files.read_json(run.root / FILE) or {"amp": here.amp, "hardware": str(here)}
-    files.write_json(run.root / FILE, record | {"here": str(here), "amp_here": here.amp})
+    record(run, engine)
     return settled(config, run)
+
+
+def record(run: RunDir, engine: Engine) -> bool:
+    """Whether what is made in this folder is made in bfloat16, as FILE says from the first call
+    on.
+    """
+    here = engine.hardware()
+    begun = _begun(run) or {"amp": here.amp, "hardware": str(here)}
+    files.write_json(run.root / FILE, begun | {"here": str(here), "amp_here": here.amp})
+    return bool(begun["amp"])
 
 
 def settled(config: Config, run: RunDir) -> Config:
     """The configuration as `settle` left it; as it is where the run has not come to that."""
-    record = files.read_json(run.root / FILE)
-    if record is None:
+    begun = _begun(run)
+    if begun is None:
         return config
-    return check(_replaced(config.model_dump(mode="json"), bool(record["amp"])), FILE)
+    return check(_replaced(config.model_dump(mode="json"), bool(begun["amp"])), FILE)
 
 
 def line(run: RunDir) -> str | None:
     """What FILE says, for people; None where nothing was settled."""
-    record = files.read_json(run.root / FILE)
-    if record is None:
+    begun = _begun(run)
+    if begun is None:
         return None
-    kind = "bfloat16" if record["amp"] else "float32"
-    if record["amp_here"] == record["amp"]:
-        return f"model steps in {kind}: {record['here']}"
-    return f"model steps stay in {kind}, as begun on {record['hardware']}; here: {record['here']}"
+    kind = "bfloat16" if begun["amp"] else "float32"
+    if begun.get("amp_here") == begun["amp"]:
+        return f"model steps in {kind}: {begun['here']}"
+    return f"model steps stay in {kind}, as begun on {begun['hardware']}; here: {begun['here']}"
+
+
+def _begun(run: RunDir) -> dict[str, Any] | None:
+    path = run.root / FILE
+    found = files.read_json(path)
+    if found is None and not path.exists():
+        return None
+    texts = ("hardware", "here")
+    if found and isinstance(found.get("amp"), bool) and all(found.get(k) for k in texts):
+        return found
+    raise UserError(
+        f"{path} is damaged, and says in which precision this run works; delete it, and the same "
+        "command settles it anew by this hardware"
+    )
 
 
 def _has_auto(tree: Mapping[str, Any]) -> bool:

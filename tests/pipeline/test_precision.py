@@ -8,6 +8,7 @@ from adversa.engine.local import LocalEngine
 from adversa.pipeline import loop, precision
 from adversa.storage import files
 from adversa.training.precision import Hardware
+from adversa.types import UserError
 
 FAST, SLOW = Hardware("cpu", "new", "AMX"), Hardware("cpu", "old", "")
 KEYS = ("classifier", "codec", "denoiser", "generate")
@@ -60,3 +61,12 @@ def test_the_steps_of_a_run_hold_what_was_settled(tiny, tmp_path):
     assert meta["config"]["amp"] is False
     assert files.read_json(run.recipe)["recipe"]["classifier"]["amp"] == "auto"
     assert loop.open_run(config, run.root).root == run.root
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"amp": 1, "hardware": "x", "here": "x"}'])
+def test_a_damaged_record_is_told_and_not_settled_anew(made, text):
+    config, run = made
+    (run.root / precision.FILE).write_text(text)
+    for use in (precision.settled, lambda c, r: precision.settle(c, r, On(FAST))):
+        with pytest.raises(UserError, match=precision.FILE):
+            use(config, run)
