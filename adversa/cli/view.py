@@ -21,6 +21,7 @@ from rich.text import Text
 
 from adversa.cli.console import say
 from adversa.config import Config
+from adversa.pipeline import precision
 from adversa.pipeline.folders import last_round, models_of, trained
 from adversa.pipeline.stage import PlannedStage
 from adversa.pipeline.stages import plan
@@ -232,7 +233,10 @@ def view(config: Config, run: RunDir) -> RenderableType:
         (state, colours.get(state, "cyan")),
         f"  {wall} so far{restarted}",
     )
-    items: list[RenderableType] = [head, stage_table(config, run, state)]
+    items: list[RenderableType] = [head]
+    if said := precision.line(run):
+        items.append(Text(said, "dim"))
+    items.append(stage_table(config, run, state))
     scores = (
         sweep_view.table(config, run)
         if status.get("command") == "sweep"
@@ -257,7 +261,7 @@ class LiveView:
 
     def __init__(self, console: Console, config: Config, run: RunDir) -> None:
         self.console, self.config, self.run = console, config, run
-        self.stopped = threading.Event()
+        self.stopped, self.precision = threading.Event(), ""
         self.thread = threading.Thread(
             target=self._live if console.is_terminal else self._log, daemon=True
         )
@@ -304,6 +308,9 @@ class LiveView:
         )
         if stage is None:
             return seen, spoken
+        if not self.precision and (said := precision.line(self.run)):
+            self.precision = said
+            say(self.console, said)
         active = tasks(self.run, stage)
         name = active[-1].name if active else stage.title
         name += " paused" if status.get("state") == "paused" else ""

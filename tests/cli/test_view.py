@@ -12,11 +12,14 @@ import pytest
 from rich.console import Console
 
 from adversa.cli import closing, view
+from adversa.engine.local import LocalEngine
+from adversa.pipeline import precision
 from adversa.pipeline.folders import models_of, trained
 from adversa.pipeline.stages import stages
 from adversa.run import create as run_create
 from adversa.run import file_lock, status, step_folder
 from adversa.storage import files
+from adversa.training.precision import Hardware
 
 
 @pytest.fixture
@@ -355,3 +358,19 @@ def test_closing_tells_before_and_after_and_the_verdict(run):
     for part in (*figures, "Not shown: +0.1 [-0.1, +0.3].", "note: one seed [an arm]"):
         assert part in out.getvalue()
     assert str(run.root / "report.html") in out.getvalue()
+
+
+def test_the_precision_is_shown_once_it_is_settled(config, run):
+    console = Console(width=120, file=io.StringIO())
+    live = view.LiveView(console, config, run)
+    status.set_status(run, "running", "prepare")
+    live._look("", 0.0)
+    assert "float32" not in console.file.getvalue()
+    slow = LocalEngine(1, 1)
+    slow.hardware = lambda: Hardware("cpu", "an old CPU", "")
+    precision.settle(config, run, slow)
+    live._look("", 0.0)
+    live._look("", 0.0)
+    assert console.file.getvalue().count("an old CPU") == 1
+    console.print(view.view(config, run))
+    assert console.file.getvalue().count("float32") == 2
