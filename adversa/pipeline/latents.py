@@ -5,7 +5,6 @@ that came from elsewhere.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,13 @@ from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables, weights
 from adversa.storage.arrays import RoleArray
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.types import UserError, seed_of
 
 MEASURED = 64  # images of `select` that a given codec's PSNR is measured on
 
 
-def space(config: cfg.Config, codec: Path) -> tuple[int, int]:
+def space(config: cfg.Config, codec: StoragePath) -> tuple[int, int]:
     """(channels, side) of what is diffused. codec: the run's codec folder, read where the codec is
     not fitted here.
     """
@@ -55,7 +54,13 @@ def check_codec(config: cfg.Codec, resolution: int) -> None:
 
 
 def codec_job(
-    data: Path, mix: Path, config: cfg.Codec, balance: float, seed: int, resolution: int, out: Path
+    data: StoragePath,
+    mix: StoragePath,
+    config: cfg.Codec,
+    balance: float,
+    seed: int,
+    resolution: int,
+    out: StoragePath,
 ) -> FitJob:
     """Fit an autoencoder on what the arm `real` sees; `select` only tells how well it does."""
     from adversa.diffuse import codec_fit
@@ -88,7 +93,11 @@ def codec_job(
 
 
 def fetch(
-    data: Path, config: cfg.Codec, resolution: int, out: Path, handle: RunHandle = NULL_HANDLE
+    data: StoragePath,
+    config: cfg.Codec,
+    resolution: int,
+    out: StoragePath,
+    handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """Copy the autoencoder that config.path names into the run, and measure it on pictures of
     `select`.
@@ -108,7 +117,7 @@ def fetch(
     run_step(out, recipe, body, handle)
 
 
-def _some(examples: Path, number: int) -> np.ndarray:
+def _some(examples: StoragePath, number: int) -> np.ndarray:
     """At most `number` images of a role, evenly spread over it: data sets often list one class
     after the other.
     """
@@ -118,12 +127,12 @@ def _some(examples: Path, number: int) -> np.ndarray:
 
 def encode(
     engine: Engine,
-    examples: Path,
-    data: Path,
-    codec: Path,
+    examples: StoragePath,
+    data: StoragePath,
+    codec: StoragePath,
     views: int,
-    out: Path,
-    measured: Path | None = None,
+    out: StoragePath,
+    measured: StoragePath | None = None,
 ) -> None:
     """The latents of `views` symmetries of every image of a role; beside them mean and standard
     deviation (STATS) by channel.
@@ -145,7 +154,7 @@ def encode(
     run_step(out, recipe, body, engine.handle)
 
 
-def make_encode(examples: Path, codec_folder: Path, views: int) -> Work:
+def make_encode(examples: StoragePath, codec_folder: StoragePath, views: int) -> Work:
     import torch
 
     from adversa.diffuse import codec
@@ -153,7 +162,7 @@ def make_encode(examples: Path, codec_folder: Path, views: int) -> Work:
     loaded = codec.load(codec_folder, "cuda" if torch.cuda.is_available() else "cpu")
     pictures = RoleArray(examples)
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         source = storage_path(part.payload["path"])
         rows, images = tables.read_part(source, ["id", "label"]), pictures.part(source.name)
         turned = (np.ascontiguousarray(symmetry(images, v, 1, 2)) for v in range(views))
@@ -181,7 +190,7 @@ def make_encode(examples: Path, codec_folder: Path, views: int) -> Work:
     return work
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(folder: StoragePath) -> dict[str, Any]:
     """Mean and standard deviation of latents, channel by channel, over every row and view, one part
     in memory at a time.
     """
@@ -206,7 +215,7 @@ def measure(folder: Path) -> dict[str, Any]:
     return {"mean": mean.tolist(), "std": std.tolist()}
 
 
-def scaling(codec: Path, latents: Path, sigma_data: float) -> dict[str, Any]:
+def scaling(codec: StoragePath, latents: StoragePath, sigma_data: float) -> dict[str, Any]:
     """The key `codec` of the config.json of a denoiser that is trained on latents."""
     from adversa.diffuse.codec import measured
 
@@ -216,7 +225,7 @@ def scaling(codec: Path, latents: Path, sigma_data: float) -> dict[str, Any]:
 
 
 def fit_denoiser(
-    batches: Any, *, codec_folder: Path, codec: dict[str, Any], **given: Any
+    batches: Any, *, codec_folder: StoragePath, codec: dict[str, Any], **given: Any
 ) -> dict[str, Any]:
     """`diffuse.fit.fit` on latents: the codec is loaded where the training runs, to show its
     samples. codec: as of `scaling`.
@@ -232,10 +241,10 @@ def fit_denoiser(
 
 def external_denoiser(
     config: cfg.Config,
-    data: Path,
+    data: StoragePath,
     classes: list[str],
-    codec: Path,
-    out: Path,
+    codec: StoragePath,
+    out: StoragePath,
     handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """A folder that stands for config.denoiser.external: nothing is trained, and the recipe holds

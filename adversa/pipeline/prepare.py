@@ -41,7 +41,7 @@ DECODED = pa.schema(
 LOOK = ["id", "source", "class", "group", "phash", "problem"]
 
 
-def prepare(engine: Engine, config: cfg.Data, out: Path) -> None:
+def prepare(engine: Engine, config: cfg.Data, out: StoragePath) -> None:
     """Fill data/<role>/part-*.parquet, classes.json, split.json and leaks.json. UserError for
     anything wrong with the source.
     """
@@ -53,7 +53,9 @@ def prepare(engine: Engine, config: cfg.Data, out: Path) -> None:
     )  # a cut-off attempt may have left it after the manifest
 
 
-def _prepare(engine: Engine, config: cfg.Data, out: Path, asked: str, progress: Progress) -> Facts:
+def _prepare(
+    engine: Engine, config: cfg.Data, out: StoragePath, asked: str, progress: Progress
+) -> Facts:
     staging = out / "decoded"
     waited, classes, known, problems = _decode(engine, config, staging, asked, progress)
     looks = [tables.read_part(p, LOOK) for p in tables.parts(staging)]
@@ -92,7 +94,7 @@ def _prepare(engine: Engine, config: cfg.Data, out: Path, asked: str, progress: 
 
 
 def _decode(
-    engine: Engine, config: cfg.Data, staging: Path, asked: str, progress: Progress
+    engine: Engine, config: cfg.Data, staging: StoragePath, asked: str, progress: Progress
 ) -> tuple[Facts, list[str], list[Any], list[dict[str, str]]]:
     """Fill `staging` with every picture of the source: (the seconds waited, classes, groups known
     to be one, problems).
@@ -112,7 +114,7 @@ def _decode(
     return waited, listing.classes, listing.merged, list(listing.problems)
 
 
-def _begin(staging: Path, listing: str) -> None:
+def _begin(staging: StoragePath, listing: str) -> None:
     """Keep a cut-off attempt's decoded parts only where the same was asked of the same records:
     either may have been fixed.
     """
@@ -129,7 +131,7 @@ def make_decode(config: cfg.Data, classes: list[str]) -> Work:
     """
     decode = images.make_decoder(config, classes)
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         rows = []
         for d in decode(part.payload["records"]):
             r = d.record
@@ -159,7 +161,7 @@ def _roles(
     config: cfg.Data,
     classes: list[str],
     known: list[Any],
-    staging: Path,
+    staging: StoragePath,
     look: pa.Table,
     problems: list[dict[str, str]],
 ) -> tuple[np.ndarray, dict[str, tuple[str, str, str]], dict[str, Any]]:
@@ -214,7 +216,7 @@ def _roles(
     return kept, dict(zip(ids, zip(roles, final, labels, strict=True), strict=True)), leaks
 
 
-def _thumbs(staging: Path, scratch: Path) -> Path:
+def _thumbs(staging: StoragePath, scratch: Path) -> Path:
     """The thumbnails of all decoded pictures, 1 KB each (of zeros where there is none), in one file
     in `scratch`.
     """
