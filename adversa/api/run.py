@@ -219,12 +219,13 @@ class Run:
 
             with writing(run.root), lock(run):
                 return report.write(config, run)
-        unfinished = (s for s in stages(config, run) if not s.is_finished)
+        planned = stages(config, run)
+        unfinished = (s for s in planned if not s.is_finished)
         if first := next((s.title for s in unfinished if s.name != "report"), None):
             fix = shlex.join(["adversa", "loop", str(run.config), "--run-dir", str(run.root)])
             raise UserError(f"{run.root} is not finished ({first} is next); finish it with: {fix}")
         with writing(run.root), lock(run):
-            summary.write(config, run, step_folders(config, run))
+            summary.write(config, run, step_folders(planned))
             return page.write(run.root)
 
     def pause(self) -> str:

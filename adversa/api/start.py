@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from adversa.engine.interface import Engine
     from adversa.engine.resources import Node
     from adversa.pipeline.coordinator import CoordinatorTask
+    from adversa.pipeline.stage import PlannedStage
     from adversa.run.control import HeldRun
     from adversa.run.folder import RunDir
     from adversa.storage.path import StoragePath
+    from adversa.types import Json
 
 Watch = Callable[["Config", "RunDir"], contextlib.AbstractContextManager[Any]]
 Say = Callable[[str], None]
@@ -104,32 +106,41 @@ def work_on(
     from adversa import distributed
     from adversa.config import dump
     from adversa.estimate import memory
-    from adversa.pipeline import loop
+    from adversa.pipeline import loop, stages
     from adversa.pipeline.coordinator import CoordinatorTask
+    from adversa.storage import files, once
 
     clustered = engine == "ray" and distributed.address() is not None
-    run, until = loop.open_run(config, root, reopen), None if command == "loop" else command
-    if left := bool(loop.todo(config, run, until)):
-        memory.check(config, run, [] if clustered else _machine())
-    if clustered and (reopen or left):
-        given = dump(config), str(run.root), command, str(Path.cwd()), reopen, verbose
-        return run, _on_cluster(CoordinatorTask(uuid.uuid4().hex, *given), config, run, say, watch)
-
-    make = partial(engine_of, engine, config, run, verbose)
-    return run, _here(command, config, run, make, say, watch, reopen, since)
+    until = None if command == "loop" else command
+    with once.command():
+        seen = files.read_json(root / "status.json")
+        run, planned = loop.open_planned(config, root, reopen)
+        if until == "quality":
+            planned = stages.plan(config, run, until)
+        if left := bool(loop.todo(planned, until)):
+            memory.check(config, run, [] if clustered else _machine())
+        if not clustered or not (reopen or left):
+            make = partial(engine_of, engine, config, run, verbose)
+            ended = _here(command, config, run, planned, make, say, watch, reopen, since, seen)
+            return run, ended
+    # Others write to the run from here on.
+    given = dump(config), str(run.root), command, str(Path.cwd()), reopen, verbose
+    return run, _on_cluster(CoordinatorTask(uuid.uuid4().hex, *given), config, run, say, watch)
 
 
 def _here(
     command: str,
     config: Config,
     run: RunDir,
+    planned: list[PlannedStage],
     make: Callable[[], Engine],
     say: Say,
     watch: Watch,
     reopen: bool,
     since: float | None,
+    seen: Json | None,
 ) -> str:
-    """Hold the run and work on it in this process. As `work_on`."""
+    """Hold the run and work on it in this process. As `work_on`; seen: as of `control.held`."""
     from adversa.pipeline import loop
     from adversa.report import page
     from adversa.run.hold import hold
@@ -139,13 +150,16 @@ def _here(
     def work(handle: HeldRun) -> str:
         if until is None:
             loop.review(config, run, reopen)  # what it sets aside is to be done again
-        if not loop.todo(config, run, until):
+        if not loop.todo(planned, until):
             return ""
         with watch(config, run), contextlib.closing(make()) as on:
-            worked = loop.run(config, run, on, page.write, until, since, reopen, handle)
+            worked = loop.run(config, run, on, page.write, until, since, reopen, handle, planned)
         return worked.title if worked is not None else ""
 
-    return hold(command, run, work, lambda: "finished" if run.summary.exists() else "stopped", say)
+    def ended() -> str:
+        return "finished" if run.summary.exists() else "stopped"
+
+    return hold(command, run, work, ended, say, seen)
 
 
 def _machine() -> list[Node]:

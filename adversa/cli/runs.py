@@ -21,6 +21,7 @@ from adversa.cli.options import (
     saved_run,
 )
 from adversa.cli.run import stoppable
+from adversa.storage import once
 
 app = typer.Typer()
 
@@ -28,6 +29,7 @@ app = typer.Typer()
 @app.command()
 @exits
 @reads_run
+@once.command()
 def status(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPath = None) -> None:
     """What a run is doing, or where it stopped; from its folder alone. With --cluster: what the
     cluster says of its job.
@@ -61,6 +63,7 @@ def watch(run: SavedRun = None, run_dir: SavedRunDir = None, cluster: ClusterPat
 @app.command("runs")
 @exits
 @reads_run
+@once.command()
 def runs_(
     folder: Annotated[
         Path | None,

@@ -22,6 +22,7 @@ from adversa.cli.options import (
     saved_run,
 )
 from adversa.cli.run import engines, stoppable
+from adversa.storage import once
 
 app = typer.Typer()
 bench_app = typer.Typer(help="Measure this machine or cluster.", no_args_is_help=True)
@@ -34,6 +35,7 @@ RunArgument = Annotated[
 @app.command()
 @exits
 @reads_run
+@once.command()
 def regenerate(
     run: RunArgument,
     request_id: Annotated[
@@ -52,6 +54,7 @@ def regenerate(
 @app.command()
 @exits
 @reads_run
+@once.command()
 def export(
     run: RunArgument,
     out: Annotated[
@@ -87,6 +90,7 @@ def export(
 @bench_app.command("generate")
 @exits
 @reads_run
+@once.command()
 def bench_generate(
     run: Annotated[
         Path | None,
@@ -137,6 +141,7 @@ def bench_generate(
 @app.command()
 @exits
 @reads_run
+@once.command()
 def predict(
     run: RunArgument,
     images: Annotated[
@@ -171,6 +176,7 @@ def predict(
 @app.command()
 @exits
 @reads_run
+@once.command()
 def report(run: SavedRun = None, run_dir: SavedRunDir = None) -> None:
     """Write summary.json, report.html and report.md of a finished run again; of a sweep what there
     is of its figures so far.

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,10 +263,11 @@ class LiveView:
 
     def __init__(self, console: Console, config: Config, run: RunDir) -> None:
         self.console, self.config, self.run = console, config, run
+        self.stage: PlannedStage | None = None
         self.stopped, self.precision = threading.Event(), ""
-        self.thread = threading.Thread(
-            target=self._live if console.is_terminal else self._log, daemon=True
-        )
+        # In the command's context, which reads each file once.
+        show = partial(copy_context().run, self._live if console.is_terminal else self._log)
+        self.thread = threading.Thread(target=show, daemon=True)
 
     def __enter__(self) -> LiveView:
         self.thread.start()
@@ -303,9 +306,10 @@ class LiveView:
         last).
         """
         status = files.read_json(self.run.status) or {}
-        stage = next(
-            (s for s in _plan(self.config, self.run) if s.title == status.get("stage")), None
-        )
+        if self.stage is None or self.stage.title != status.get("stage"):
+            every = _plan(self.config, self.run)
+            self.stage = next((s for s in every if s.title == status.get("stage")), None)
+        stage = self.stage
         if stage is None:
             return seen, spoken
         if not self.precision and (said := precision.line(self.run)):

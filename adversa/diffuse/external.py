@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from adversa.diffuse import pretrained
-from adversa.storage import weights
+from adversa.storage import once, weights
 from adversa.storage.path import StoragePath
 from adversa.types import Json, UserError
 
@@ -348,7 +348,7 @@ def load(
 
     UserError where the weights it stands for have changed.
     """
-    text = (folder / weights.CONFIG).read_bytes()
+    text = once.read_bytes(folder / weights.CONFIG)
     meta = json.loads(text)
     path = meta["external"]
     denoiser = read(path, len(meta["classes"]))

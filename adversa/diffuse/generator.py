@@ -15,7 +15,7 @@ from adversa.config.base import Amp
 from adversa.diffuse import codec, edm, external
 from adversa.diffuse.pipeline import GeneratedImage, GenerationPipeline, Steering
 from adversa.diffuse.strategy import Sources
-from adversa.storage import weights
+from adversa.storage import once, weights
 from adversa.storage.path import StoragePath, storage_path
 from adversa.training.precision import autocast
 from adversa.types import GenerationRequest, Json, UserError
@@ -149,13 +149,13 @@ def read(folder: StoragePath, device: torch.device) -> tuple[edm.DenoiserFn, Jso
 def fingerprint(folder: StoragePath) -> str:
     """The fingerprint that `read` gives, without building the model."""
     if _kind(folder) == external.KIND:
-        return hashlib.sha256((folder / weights.CONFIG).read_bytes()).hexdigest()[:32]
+        return hashlib.sha256(once.read_bytes(folder / weights.CONFIG)).hexdigest()[:32]
     return weights.read_model(folder)[2]
 
 
 def _kind(folder: StoragePath) -> str | None:
     try:
-        found: str | None = json.loads((folder / weights.CONFIG).read_text()).get("kind")
+        found: str | None = json.loads(once.read_bytes(folder / weights.CONFIG)).get("kind")
         return found
     except (OSError, json.JSONDecodeError) as e:
         raise UserError(f"{folder} holds no denoiser ({e}); give a denoiser's folder") from None

@@ -21,6 +21,7 @@ from adversa.config import Config, check
 from adversa.engine.interface import Engine
 from adversa.pipeline import loop
 from adversa.pipeline.stage import Page
+from adversa.pipeline.stages import plan
 from adversa.run import control, status
 from adversa.run.folder import RunDir
 from adversa.run.run_lock import HeartbeatMonitor, InUse, RunLockLost, Timing
@@ -177,8 +178,8 @@ class Coordinator:
             loop.review(
                 self.config, self.run, self.task.reopen
             )  # what it sets aside is to be done again
-        worked = None
-        if loop.todo(self.config, self.run, self._until):
+        worked, planned = None, plan(self.config, self.run, self._until)
+        if loop.todo(planned, self._until):
             engine = self.engine(self.config, self.run)
             try:
                 worked = loop.run(
@@ -189,6 +190,7 @@ class Coordinator:
                     self._until,
                     reopen=self.task.reopen,
                     handle=self.handle,
+                    planned=planned,
                 )
             finally:
                 engine.close()

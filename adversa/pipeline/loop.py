@@ -4,13 +4,14 @@ how a run resumes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from adversa.config import Config, check, dump
 from adversa.engine.interface import Engine
 from adversa.pipeline import latents, precision, sample_quality, test_access, train
 from adversa.pipeline.stage import Page, PlannedStage, StageContext
-from adversa.pipeline.stages import named, plan, reads, step_folders
+from adversa.pipeline.stages import named, plan, reads, stages, step_folders
 from adversa.run import control, differences, run_lock, status, step_folder, tracking
 from adversa.run import create as run_create
 from adversa.run.folder import RunDir, remove_partial_files, run_id
@@ -44,20 +45,28 @@ def open_run(config: Config, root: StoragePath, reopen: bool = False) -> RunDir:
 
     reopen: as of `review`.
     """
+    return open_planned(config, root, reopen)[0]
+
+
+def open_planned(
+    config: Config, root: StoragePath, reopen: bool = False
+) -> tuple[RunDir, list[PlannedStage]]:
+    """As `open_run`: (the run, its stages)."""
     run = RunDir(root.absolute())
-    finished = [f for f in step_folders(config, run) if step_folder.is_finished(f)]
+    planned = stages(config, run)
+    finished = [f for f in step_folders(planned) if step_folder.is_finished(f)]
     again = test_access.READING if test_access.was_opened(run) else ()
     opened = run_create.open_run(
         run.root,
         recipe_of(config),
         dump(config),
-        reads(config, run),
+        reads(planned, run),
         busy=run_lock.is_worked_on,
         reopen=reopen,
         rereads=again,
     )
     tables.each(step_folder.checked, finished)
-    return opened
+    return opened, planned
 
 
 def review(config: Config, run: RunDir, reopen: bool) -> None:
@@ -69,11 +78,11 @@ def review(config: Config, run: RunDir, reopen: bool) -> None:
     test_access.review(run, test_access.asked(config, run), reopen)
 
 
-def todo(config: Config, run: RunDir, until: str | None = None) -> list[PlannedStage]:
+def todo(planned: Sequence[PlannedStage], until: str | None = None) -> list[PlannedStage]:
     """The unfinished stages up to the first of the command `until` (None: all); empty where that
     command has nothing left to do.
     """
-    left = [s for s in plan(config, run, until) if not s.is_finished]
+    left = [s for s in planned if not s.is_finished]
     if until is None:
         return left
     last = next((i for i, s in enumerate(left) if s.name == until), -1)
@@ -89,18 +98,22 @@ def run(
     since: float | None = None,
     reopen: bool = False,
     handle: control.RunHandle = control.NULL_HANDLE,
+    planned: Sequence[PlannedStage] | None = None,
 ) -> PlannedStage | None:
     """Do the stages of `todo`, in order.
 
     Returns the last stage it worked on (None: there was none). The caller holds the run's lock.
     since: as of `status.Clock`. reopen: `test` may be opened again where it was opened before.
-    handle: of the run, where this process holds it.
+    handle: of the run, where this process holds it. planned: its stages, where the caller has
+    planned and reviewed them.
     """
     worked = None
     remove_partial_files(run)
-    if until is None:
-        review(config, run, reopen)
-    waiting = {s.name for s in todo(config, run, "quality" if until == "quality" else None)}
+    if planned is None:
+        planned = plan(config, run, until)
+        if until is None:
+            review(config, run, reopen)
+    waiting = {s.name for s in planned if not s.is_finished}
     if waiting & {"codec", "train", "denoiser", "evaluate"}:
         train.check_weights(config)
     if "codec" in waiting:
@@ -110,7 +123,7 @@ def run(
     with tracking.Follow(config.tracking, run.root), Clock(run, since) as clock:
         engine.handle = handle
         precision.settle(config, run, engine)
-        for stage in todo(config, run, until):
+        for stage in todo(planned, until):
             worked = stage
             clock.tick()
             _carry_out(stage, until, config, run, engine, report, reopen)
@@ -128,13 +141,15 @@ def _carry_out(
 ) -> None:
     """Do a stage, over and over until no pause comes between: what is finished of it is skipped."""
 
+    row = named(stage.name)
+
     def told() -> dict[str, Any]:  # a setting may have changed since
-        now = next(s for s in plan(config, run, until) if s.title == stage.title)
-        return {"folders": [run.name_of(o.path) for o in now.outputs], "command": until}
+        outputs = row.outputs(config, run, stage.round)
+        return {"folders": [run.name_of(o.path) for o in outputs], "command": until}
 
     def work() -> None:
         status.set_status(run, "running", stage.title, **told())
-        named(stage.name).run(_context(stage.round, config, run, engine, page, reopen))
+        row.run(_context(stage.round, config, run, engine, page, reopen))
 
     def paused() -> None:
         status.set_status(run, "paused", stage.title, **told())

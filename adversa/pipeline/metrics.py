@@ -8,7 +8,7 @@ from typing import Any
 
 from adversa.config import Config
 from adversa.pipeline.folders import last_round
-from adversa.pipeline.stages import of_loop, step_folders
+from adversa.pipeline.stages import of_loop, stages, step_folders
 from adversa.run import control, step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
@@ -71,7 +71,7 @@ class Vitals:
 
     def _learn(self) -> None:
         verdicts = {self.run.round(n, "verdicts") for n in range(1, last_round(self.config) + 1)}
-        for folder in set(step_folders(self.config, self.run)) - self.known.keys():
+        for folder in set(step_folders(stages(self.config, self.run))) - self.known.keys():
             manifest = files.read_json(folder / step_folder.MANIFEST)
             if manifest is not None:
                 counts = (

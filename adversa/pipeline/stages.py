@@ -299,7 +299,7 @@ def _tested(config: Config, run: RunDir, number: int) -> tuple[Output, ...]:
 
 
 def _report(at: StageContext) -> None:
-    summary.write(at.config, at.dir, step_folders(at.config, at.dir))
+    summary.write(at.config, at.dir, step_folders(stages(at.config, at.dir)))
     at.page(at.dir.root)
 
 
@@ -359,9 +359,9 @@ def stages(config: Config, run: RunDir) -> list[PlannedStage]:
     return _planned(of_loop(), config, run)
 
 
-def step_folders(config: Config, run: RunDir) -> list[StoragePath]:
+def step_folders(planned: Sequence[PlannedStage]) -> list[StoragePath]:
     """Those of all steps, each once."""
-    return list(dict.fromkeys(f for s in stages(config, run) for f in s.folders))
+    return list(dict.fromkeys(f for s in planned for f in s.folders))
 
 
 def plan(config: Config, run: RunDir, command: str | None) -> list[PlannedStage]:
@@ -378,7 +378,7 @@ def _planned(rows: Sequence[Stage], config: Config, run: RunDir) -> list[Planned
     return [PlannedStage(rows[i].name, n, rows[i].outputs(config, run, n)) for _, n, i in turns]
 
 
-def reads(config: Config, run: RunDir) -> dict[str, tuple[str, ...]]:
+def reads(planned: Sequence[PlannedStage], run: RunDir) -> dict[str, tuple[str, ...]]:
     """The keys of the configuration that each step reads, by the name of its folder in the run."""
-    outputs = [o for s in stages(config, run) for o in s.outputs if o.kind == "step"]
+    outputs = [o for s in planned for o in s.outputs if o.kind == "step"]
     return {run.name_of(o.path): o.reads for o in outputs}

@@ -19,7 +19,7 @@ from adversa.pipeline.folders import last_round, models_of
 from adversa.run import differences, environment
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import MANIFEST, OPENED, RECIPE
-from adversa.storage import files
+from adversa.storage import files, once
 from adversa.storage.path import StoragePath, move
 from adversa.types import UserError
 
@@ -79,7 +79,7 @@ def ledger(run: RunDir) -> list[dict[str, Any]]:
 
 def _written(run: RunDir) -> list[dict[str, Any]]:
     try:
-        found = json.loads(run.openings.read_text())
+        found = json.loads(once.read_bytes(run.openings).decode())
     except FileNotFoundError:
         return []
     except json.JSONDecodeError:

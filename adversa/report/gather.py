@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from adversa.common.sanitize import load_yaml
 from adversa.run.folder import RunDir
-from adversa.storage import tables
+from adversa.storage import once, tables
 from adversa.storage.files import read_json
 from adversa.storage.path import StoragePath, matching
 from adversa.types import ARMS, BEFORE, ROLES, Json, UserError
@@ -156,7 +156,8 @@ def scorecards(run: RunDir) -> list[Json]:
     again in each round.
     """
     steps = [*matching(run.root, "round-*/evaluate"), run.test]
-    found = [json.loads(p.read_text()) for s in steps for p in matching(s, "*/*/scorecard.json")]
+    paths = [p for s in steps for p in matching(s, "*/*/scorecard.json")]
+    found = [json.loads(once.read_bytes(p)) for p in paths]
     return list({(c["arm"], c["seed"], c["round"], c["role"]): c for c in found}.values())
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 from adversa.run import environment, file_lock, run_lock, status
 from adversa.run.folder import RunDir
 from adversa.run.run_lock import RunLock, RunLockLost, Timing
-from adversa.storage import files
+from adversa.storage import files, once
 from adversa.storage.path import modified
 from adversa.types import Json, UserError, digest
 
@@ -282,11 +282,13 @@ def held(
     tell: Callable[[str], None] = lambda text: None,
     afresh: bool = True,
     timing: Timing | None = None,
+    seen: dict[str, Any] | None = None,
 ) -> Iterator[HeldRun]:
     """Hold a run, by this machine's lock and by the run lock. UserError where somebody else does.
 
     afresh: whoever starts work wants it to go on, whatever was asked before; not so a coordinator
-    that comes back.
+    that comes back. seen: status.json before the command read anything else of the run: where it is
+    another one now, somebody has held the run meanwhile, and all is read again.
     """
     before = files.read_json(run.root / CONTROL)
     with contextlib.ExitStack() as stack:
@@ -298,6 +300,9 @@ def held(
         mine = RunLock(run, owner, timing)
         mine.take(alone_here=True, tell=tell)
         stack.callback(_release, mine)
+        stack.enter_context(once.command())
+        if seen is None or seen != files.read_json(run.status):
+            once.forget(run.root)
         if (
             afresh and read(run).state != GO and files.read_json(run.root / CONTROL) == before
         ):  # not what was asked while it waited

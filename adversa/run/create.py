@@ -11,6 +11,7 @@ from adversa.run.environment import now
 from adversa.run.file_lock import is_locked
 from adversa.run.folder import RunDir, check_links
 from adversa.run.step_folder import MANIFEST, RECIPE, _advice, _begun, is_finished
+from adversa.storage import once
 from adversa.storage.files import read_json, replace_bytes, write_json, writing
 from adversa.storage.path import StoragePath, StoreError
 from adversa.types import Json, UserError
@@ -67,6 +68,7 @@ def open_run(
                     stale.parent == run.data or not _begun(stale.parent)
                 ):
                     stale.unlink()
+                    once.forget(stale)
             write_json(run.recipe, {"recipe": recipe, "created": now()})
             replace_bytes(run.config, config_yaml.encode())
     elif changed and reopen and only_rereads and idle:

@@ -48,6 +48,7 @@ def hold(
     work: Callable[[control.HeldRun], T],
     ended: Callable[[], str],
     say: Callable[[str], None],
+    seen: dict[str, Any] | None = None,
     /,
     **told: Any,
 ) -> T:
@@ -59,6 +60,7 @@ def hold(
         work: Done while it is held.
         ended: The state of a run whose work came to its end.
         say: Is told what is waited for.
+        seen: As of `control.held`.
         **told: What else status.json is to say.
 
     Returns:
@@ -67,7 +69,10 @@ def hold(
     Raises:
         KeyboardInterrupt: It was stopped; its argument is "SIGTERM" where that signal did it.
     """
-    with interruptible() as interrupt, control.held(run, command, interrupt, say) as handle:
+    with (
+        interruptible() as interrupt,
+        control.held(run, command, interrupt, say, seen=seen) as handle,
+    ):
         try:
             found = work(handle)
         except KeyboardInterrupt as stop:

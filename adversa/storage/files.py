@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from adversa.storage import once
 from adversa.storage.path import BucketPath, StoragePath
 from adversa.types import Json, UserError
 
@@ -21,7 +22,7 @@ def read_json(path: StoragePath) -> Json | None:
     system without atomic rename).
     """
     try:
-        value = json.loads(_fresh(path))
+        value = json.loads(once.read_bytes(path).decode())
     except (
         FileNotFoundError,
         IsADirectoryError,
@@ -31,19 +32,6 @@ def read_json(path: StoragePath) -> Json | None:
     ):  # ValueError: no JSON, no UTF-8
         return None
     return value if isinstance(value, dict) else None
-
-
-def _fresh(path: StoragePath) -> str:
-    """Of a network file system: a file that another machine replaces while it is read is a stale
-    handle, once or twice.
-    """
-    for _ in range(3):
-        try:
-            return path.read_text()
-        except OSError as e:
-            if e.errno != errno.ESTALE:
-                raise
-    return path.read_text()
 
 
 def write_json(path: StoragePath, value: Json | list[Json]) -> None:
@@ -150,7 +138,12 @@ def replace_bytes(path: StoragePath, data: bytes | memoryview) -> None:
     """
     if isinstance(path, BucketPath):
         path.write_bytes(data)
-        return
+    else:
+        _replace_local(path, data)
+    once.replace(path, data)
+
+
+def _replace_local(path: Path, data: bytes | memoryview) -> None:
     temporary = _beside(path)
     try:
         with open(temporary, "wb") as f:

@@ -27,6 +27,7 @@ from urllib.parse import parse_qsl, unquote, urlencode
 
 from upath.implementations.cloud import CloudPath
 
+from adversa.storage import once
 from adversa.storage.hub import unreachable
 from adversa.types import UserError
 
@@ -422,6 +423,7 @@ def rmtree(folder: StoragePath, missing_ok: bool = False) -> None:
             shutil.rmtree(folder, ignore_errors=missing_ok)
         else:
             folder.fs.rm(folder.path, recursive=True)
+    once.forget(folder)
 
 
 def move(old: StoragePath, new: StoragePath, last: str = "") -> None:
@@ -432,13 +434,14 @@ def move(old: StoragePath, new: StoragePath, last: str = "") -> None:
     if isinstance(old, Path):
         assert isinstance(new, Path), (old, new)
         shutil.move(old, new)
-        return
-    assert isinstance(new, BucketPath), (old, new)
-    inside = sorted(old.rglob("*"), key=lambda path: (path.name == last, path))
-    for path in inside or [old]:
-        target = new / path.relative_to(old) if inside else new
-        path.fs.cp_file(path.path, target.path)
-        path.unlink(missing_ok=True)
+    else:
+        assert isinstance(new, BucketPath), (old, new)
+        inside = sorted(old.rglob("*"), key=lambda path: (path.name == last, path))
+        for path in inside or [old]:
+            target = new / path.relative_to(old) if inside else new
+            path.fs.cp_file(path.path, target.path)
+            path.unlink(missing_ok=True)
+    once.forget(old)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -153,8 +155,9 @@ def each(look: Callable[[StoragePath], T], paths: Sequence[StoragePath]) -> list
     """
     if not paths or isinstance(paths[0], Path):
         return [look(p) for p in paths]
+    looks = [partial(copy_context().run, look, p) for p in paths]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(look, paths))
+        return [waiting.result() for waiting in [pool.submit(call) for call in looks]]
 
 
 def read_part(

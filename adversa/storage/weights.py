@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adversa.storage import once
 from adversa.storage.files import replace_bytes
 from adversa.storage.path import StoragePath, StoreError
 from adversa.types import Json, UserError
@@ -45,7 +46,7 @@ def read_model(folder: StoragePath) -> tuple[dict[str, Tensor], Json, str]:
     from safetensors.torch import load
 
     try:
-        data, text = (folder / MODEL).read_bytes(), (folder / CONFIG).read_bytes()
+        data, text = (folder / MODEL).read_bytes(), once.read_bytes(folder / CONFIG)
     except StoreError:
         raise
     except OSError as e:

@@ -13,7 +13,7 @@ import pytest
 
 from adversa.config import dump
 from adversa.engine.local import LocalEngine
-from adversa.pipeline import generate, loop
+from adversa.pipeline import generate, loop, stages
 from adversa.pipeline.coordinator import Coordinator, CoordinatorTask, follow
 from adversa.run import control, file_lock, status, step_folder
 from adversa.run.run_lock import Timing
@@ -72,7 +72,7 @@ def work(monkeypatch):
 
 def test_a_command_that_was_carried_out_says_where_it_ended(run, work):
     config, folder = run
-    stage = loop.todo(config, folder, "prepare")[-1]
+    stage = loop.todo(stages.plan(config, folder, "prepare"), "prepare")[-1]
     work(lambda config, run: stage)
     found = coordinate(*run, Idle, command="prepare")
     status = ended(found)

@@ -70,7 +70,7 @@ def declared(config, run):
     """
     tree = json.loads(json.dumps(loop.recipe_of(config)))
     own = {"arm", "role", "embed", "most"}
-    for name, keys in stages.reads(config, run).items():
+    for name, keys in stages.reads(stages.stages(config, run), run).items():
         fields = files.read_json(run.root / name / step_folder.RECIPE)["config"].keys() - own
         known = set()
         for key in keys:
@@ -99,7 +99,7 @@ def test_a_new_stage_is_a_row_and_its_own_functions(tiny, tmp_path, table):
     # Each step asks whether the run is still ours before it commits; trainings commit on workers.
     assert handle.checks == sum(step != "classifier" for step in made) > 8
     assert files.read_json(run.round(1, "count") / "count.json") == {"of": 6}
-    assert loop.todo(config, run) == []
+    assert loop.todo(stages.stages(config, run)) == []
     assert "round-001/count" in json.loads(run.summary.read_text())["seconds"]
     assert not view.tasks(run, stages.stages(config, run)[-1])
     declared(config, run)

@@ -1,0 +1,85 @@
+"""Each JSON file is read once a command: on an object store every read is a request.
+
+A command keeps what it has read. What it writes, moves or removes it replaces or drops here; what
+another process may write at any time (LIVE) is never kept. That a file is missing is kept only of
+those that nobody but the command writes (HELD).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adversa.storage.path import StoragePath
+
+# The requested state, the lock with its heartbeat, what a run and a step are doing.
+LIVE = frozenset(("control.json", "lock.json", "status.json", "progress.json"))
+# Written by whoever holds the run; all else may come from a worker process.
+HELD = frozenset(("settings.json", "restarts.json"))
+
+_kept: ContextVar[dict[StoragePath, bytes | None] | None] = ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """Within it what is read is kept, for this thread and those that run in its context. A command
+    within a command shares what the outer one has read.
+    """
+    if _kept.get() is not None:
+        yield
+        return
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def read_bytes(path: StoragePath) -> bytes:
+    """What a small file holds, by a command's first read of it."""
+    kept = _kept.get()
+    if kept is None or path.name in LIVE:
+        return _read(path)
+    if path not in kept:
+        try:
+            found = _read(path)
+        except FileNotFoundError:
+            if path.name not in HELD:
+                raise
+            found = None
+        kept.setdefault(path, found)  # not over what was written meanwhile
+    if (known := kept[path]) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return known
+
+
+def _read(path: StoragePath) -> bytes:
+    """On a network file system, a file that another machine replaces while it is read is a stale
+    handle, once or twice.
+    """
+    for _ in range(3):
+        try:
+            return path.read_bytes()
+        except OSError as e:
+            if e.errno != errno.ESTALE:
+                raise
+    return path.read_bytes()
+
+
+def replace(path: StoragePath, data: bytes | memoryview) -> None:
+    """A file was written whole: JSON is kept in place of what was read, of other files nothing."""
+    kept = _kept.get()
+    if kept is not None and path.suffix == ".json" and path.name not in LIVE:
+        kept[path] = bytes(data)
+
+
+def forget(root: StoragePath) -> None:
+    """Drop what is kept of a file, or of a folder and all below it, once that is gone."""
+    kept = _kept.get() or {}
+    for path in [p for p in kept if p == root or root in p.parents]:
+        del kept[path]
