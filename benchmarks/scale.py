@@ -39,7 +39,7 @@ from common import Result, parser, publish
 from simulated import ARMS, GENERATE, PER_CASE, SIDE, Simulated, judge, pair, prepare
 
 from adversa import config as cfg
-from adversa.pipeline import curate, finalize, train
+from adversa.pipeline import arms, curate, finalize, train
 from adversa.pipeline import generate as pipeline_generate
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
@@ -173,9 +173,10 @@ def settle(run: RunDir, samplers: int) -> Took:
 
 
 def mix(run: RunDir, samplers: int) -> Took:
-    ratio = cfg.Mix(synthetic_ratio=1e6)
+    section, added = cfg.Mix(synthetic_ratio=1e6), arms.Added(1e6)
     hard, verdicts = [run.round(1, "hard")], [run.round(1, "verdicts")]
-    train.mix(run.data, hard, verdicts, "guided", ratio, PER_CASE, run.arm(1, "guided") / "mix")
+    out = run.arm(1, "guided") / "mix"
+    train.mix(run.data, hard, verdicts, "guided", section, PER_CASE, out, added)
     return {}
 
 

@@ -80,9 +80,14 @@ class Mix(Section):
         """Whether there is a round: more than the classifiers of the arm `real`."""
         return any(arm != "real" for arm in self.arms)
 
+    @property
+    def sweeps(self) -> bool:
+        """Whether every round chooses its ratio by a sweep."""
+        return self.synthetic_ratio == AUTO
+
     def recipe(self) -> Json:
         """For a run's recipe: without what only auto reads where the ratio is a number, as before
         there was auto.
         """
-        unread = set() if self.synthetic_ratio == AUTO else {"ratios", "patience"}
+        unread = set() if self.sweeps else {"ratios", "patience"}
         return self.model_dump(mode="json", exclude=unread)

@@ -7,7 +7,7 @@ from pydantic import (
     model_validator,
 )
 
-from adversa.config.base import AUTO, Section
+from adversa.config.base import Section
 from adversa.config.classifier import Classifier
 from adversa.config.cluster import Cluster
 from adversa.config.codec import Codec
@@ -106,14 +106,14 @@ class Config(Section):
         return self
 
     def _check_ratio(self) -> None:
-        ratio, others = self.mix.synthetic_ratio, [arm for arm in self.mix.arms if arm != "real"]
-        if ratio == AUTO and not others:
+        others = [arm for arm in self.mix.arms if arm != "real"]
+        if self.mix.sweeps and not others:
             raise ValueError(
                 "mix.synthetic_ratio auto chooses how many images are added, and mix.arms "
                 "[real] adds none; give a number, or add "
                 "an arm such as guided"
             )
-        if ratio == 0 and others:
+        if self.mix.synthetic_ratio == 0 and others:
             raise ValueError(
                 f"mix.synthetic_ratio 0 leaves the arms {', '.join(others)} without "
                 "images; give a ratio above 0, auto, or "

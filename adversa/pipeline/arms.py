@@ -5,6 +5,7 @@ per class, in what is added.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,22 @@ from adversa.storage import tables
 from adversa.types import GENERATED
 
 Pairs = Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Added:
+    """What is added to the real images in a round.
+
+    ratio: synthetic images (or repeats) a real one, at most; None: not chosen yet. caps: class
+    (label) -> the most images, of the classes that were stopped before the round: none are planned
+    for them.
+    """
+
+    ratio: float | None = None
+    caps: Mapping[int, int] = field(default_factory=dict)
+
+
+UNCHOSEN = Added()
 
 
 def shares(weights: Sequence[float], total: int, caps: Sequence[int]) -> list[int]:

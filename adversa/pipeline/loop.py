@@ -9,7 +9,7 @@ from typing import Any
 
 from adversa.config import Config, check, dump
 from adversa.engine.interface import Engine
-from adversa.pipeline import latents, precision, sample_quality, test_access, train
+from adversa.pipeline import latents, precision, ratio, sample_quality, test_access, train
 from adversa.pipeline.stage import Page, PlannedStage, StageContext
 from adversa.pipeline.stages import named, plan, reads, stages, step_folders
 from adversa.run import control, differences, run_lock, status, step_folder, tracking
@@ -173,4 +173,5 @@ def _context(
         control.enter_round(run, number, differences.flatten(recipe))
     own = precision.settled(changed(config, control.recorded(run).get(number, {})), run)
     identity = control.run_id(run_id(recipe), run, number)
-    return StageContext(own, run, engine, number, identity, page, reopen)
+    added = ratio.resolve(own.mix, run, number)
+    return StageContext(own, run, engine, number, identity, added, page, reopen)

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from adversa.config import AUTO, Config, Mix
+from adversa.config import Config, Mix
 from adversa.engine.interface import Engine, Tell, Trial
 from adversa.engine.step import Facts, inputs, run_step
 from adversa.evaluate import choosing
 from adversa.pipeline import arms, evaluate, train
+from adversa.pipeline.arms import Added
 from adversa.pipeline.folders import last_round, ratio_folders
 from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE, RunHandle
@@ -59,9 +60,7 @@ def before(run: RunDir, number: int) -> dict[str, Any] | None:
 
 
 def caps(run: RunDir, number: int) -> dict[int, int]:
-    """Class (label) -> the most images that are added in a round: of the classes that were stopped
-    before it.
-    """
+    """`Added.caps` of a round."""
     state = before(run, number)
     if state is None:
         return {}
@@ -69,25 +68,11 @@ def caps(run: RunDir, number: int) -> dict[int, int]:
     return {classes.index(name): stopped["most"] for name, stopped in state["stopped"].items()}
 
 
-def capped(config: Config, run: RunDir, number: int) -> list[int]:
-    """The classes (labels) for which a round plans no images. A ratio set by hand is a number for
-    all classes.
-    """
-    return sorted(caps(run, number)) if config.mix.synthetic_ratio == AUTO else []
-
-
-def settled(config: Config, run: RunDir, number: int) -> tuple[Mix, dict[int, int]]:
-    """(the section with a number for its ratio, caps) of a round: as it is, or as chosen."""
-    if config.mix.synthetic_ratio != AUTO:
-        return config.mix, {}
-    found = read(run, number)
-    assert found is not None, f"the ratio of round {number} is not chosen"
-    return at(config.mix, found["chosen"]), caps(run, number)
-
-
-def at(section: Mix, ratio: float) -> Mix:
-    """The section with this ratio: of a trial it may be 0, which a run's own may not."""
-    return section.model_copy(update={"synthetic_ratio": ratio})
+def resolve(mix: Mix, run: RunDir, number: int) -> Added:
+    """What a round adds, by the settings of that round."""
+    if isinstance(mix.synthetic_ratio, str):
+        return Added(None, caps(run, number))
+    return Added(mix.synthetic_ratio)  # set by hand, it is a number for all classes
 
 
 # ---- the sweep -----------------------------------------------------------------------------------
@@ -109,7 +94,7 @@ def search(engine: Engine, config: Config, run: RunDir, number: int) -> None:
     c, arm, most = config, arm_of(config), caps(run, number)
     for r in c.mix.ratios:
         out = folder_of(run, number, r) / "mix"
-        train.round_mix(c, run, number, arm, at(c.mix, r), most, out, engine.handle)
+        train.round_mix(c, run, number, arm, Added(r, most), out, engine.handle)
     mixes = {f"mix-{name_of(r)}": folder_of(run, number, r) / "mix" for r in c.mix.ratios}
     section = {"arm": arm, "ratios": c.mix.ratios, "seeds": c.evaluate.seeds, "seed": c.seed}
     section |= {"classifier": c.classifier.model_dump(mode="json", exclude={"checkpoint_steps"})}
@@ -190,9 +175,9 @@ def _added(config: Config, run: RunDir, number: int) -> dict[float, list[int]]:
 # ---- the choice ----------------------------------------------------------------------------------
 
 
-def choose(config: Config, run: RunDir, number: int, handle: RunHandle = NULL_HANDLE) -> None:
-    """choice.json from what the trials say of select, and from the choice before; nothing else is
-    read.
+def choose(config: Config, run: RunDir, number: int, handle: RunHandle = NULL_HANDLE) -> Added:
+    """What the round adds: choice.json from what the trials say of select, and from the choice
+    before; nothing else is read.
     """
     c, out = config, ratio_folders(run, number)[1]
     tried = trials(c, run, number)
@@ -213,6 +198,9 @@ def choose(config: Config, run: RunDir, number: int, handle: RunHandle = NULL_HA
         return {"rows": len(tried), "chosen": found["chosen"], "stopped": sorted(found["stopped"])}
 
     run_step(out, Recipe("ratio choice", 1, section, names), body, handle)
+    found = read(run, number)
+    assert found is not None, f"the ratio of round {number} is not chosen"
+    return Added(found["chosen"], caps(run, number))
 
 
 def decide(config: Config, run: RunDir, number: int) -> dict[str, Any]:

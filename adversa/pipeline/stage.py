@@ -8,6 +8,7 @@ from typing import Literal
 
 from adversa.config import Config
 from adversa.engine.interface import Engine
+from adversa.pipeline.arms import Added
 from adversa.run.folder import RunDir
 from adversa.run.step_folder import is_finished
 from adversa.storage.path import StoragePath
@@ -63,7 +64,8 @@ class PlannedStage:
 @dataclass(frozen=True)
 class StageContext:
     """What a stage works with. config: with the settings of the round. run_id: what its request ids
-    are made of. page: writes the report. reopen: `test` may be opened again.
+    are made of. added: in the round, of a ratio that its sweep chooses the caps alone. page: writes
+    the report. reopen: `test` may be opened again.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class StageContext:
     engine: Engine
     round: int
     run_id: str
+    added: Added
     page: Page
     reopen: bool = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from adversa.config import AUTO, Config
+from adversa.config import Config
 from adversa.engine.interface import FitJob
 from adversa.pipeline import (
     curate,
@@ -196,7 +196,7 @@ def _mined(config: Config, run: RunDir, number: int) -> tuple[Output, ...]:
 def _generate(at: StageContext) -> None:
     c, d, n = at.config, at.dir, at.round
     hard, requests, levels = d.round(n, "hard"), d.round(n, "requests"), None
-    without, target = ratio.capped(c, d, n), attacked_in(c, d, n)
+    without, target = sorted(at.added.caps), attacked_in(c, d, n)
     if c.generate.adaptive:
         levels = d.round(n, "levels")
         verifiers = verifier.folders(d.judge, c.curate.folds)
@@ -250,14 +250,13 @@ def _evaluate(at: StageContext) -> None:
 
     Before that the ratio is chosen, where that is asked for.
     """
-    c, d, n = at.config, at.dir, at.round
-    if n and c.mix.synthetic_ratio == AUTO:
+    c, d, n, added = at.config, at.dir, at.round, at.added
+    if n and added.ratio is None:
         ratio.search(at.engine, c, d, n)
-        ratio.choose(c, d, n, at.engine.handle)
+        added = ratio.choose(c, d, n, at.engine.handle)
     for arm in retrained(c) if n else []:
-        section, most = ratio.settled(c, d, n)
         out = d.arm(n, arm) / "mix"
-        train.round_mix(c, d, n, arm, section, most, out, at.engine.handle)
+        train.round_mix(c, d, n, arm, added, out, at.engine.handle)
     at.engine.fit([_classifier(at, f.parts[-3], int(f.parts[-2][5:])) for f in trained(c, d, n)])
     parity_check.check(c, d, n)
     evaluate.evaluate(at.engine, d, models_of(c, d, n), "mine", c.evaluate, d.round(n, "evaluate"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,14 @@ def mix(
     config: cfg.Mix,
     per_case: int,
     out: StoragePath,
-    most: Mapping[int, int] | None = None,
+    added: arms.Added = arms.UNCHOSEN,
     handle: RunHandle = NULL_HANDLE,
 ) -> None:
     """Ids and weights of an arm's training set (arms.mix).
 
     hard, verdicts: of every round so far; none before the first. per_case: what the controls repeat
-    where no arm generates. config: with a number for the ratio (ratio.settled); auto only before
-    the first round, where there is nothing to add. most: of some classes, no more than so many are
-    added.
+    where no arm generates. added: without a ratio only before the first round, where there is
+    nothing to add.
     """
     names = inputs(data=data) | {
         f"verdicts-{i}": step_folder.fingerprint(v) for i, v in enumerate(verdicts)
@@ -54,10 +53,10 @@ def mix(
     section = {"arm": arm, "per_case": per_case} | config.model_dump(
         mode="json", exclude={"ratios", "patience"}
     )
-    section |= {"most": {str(c): n for c, n in sorted(most.items())}} if most else {}
-    recipe = Recipe("mix", 2, section, names)
-    ratio = 0.0 if isinstance(config.synthetic_ratio, str) else config.synthetic_ratio
-    assert config.synthetic_ratio == ratio or not (hard or verdicts), "the ratio is not chosen yet"
+    assert added.ratio is not None or not (hard or verdicts), "the ratio is not chosen yet"
+    section |= {} if added.ratio is None else {"synthetic_ratio": added.ratio}
+    section |= {"most": {str(c): n for c, n in sorted(added.caps.items())}} if added.caps else {}
+    recipe, ratio = Recipe("mix", 2, section, names), added.ratio or 0.0
 
     def body(progress: Progress) -> Facts:
         real = pairs(tables.read(data / "train", ["id", "label"], tables.EXAMPLES), "id")
@@ -74,22 +73,22 @@ def mix(
         labels = {a: [label for _, label in rows] for a, rows in kept.items()}
         classes = len(classes_of(data))
         if kept:
-            counts = arms.matched_counts(labels, classes, len(real), ratio, most)
+            counts = arms.matched_counts(labels, classes, len(real), ratio, added.caps)
         else:
             counts = arms.repeats(
-                [label for _, label in cases], classes, per_case, len(real), ratio, most
+                [label for _, label in cases], classes, per_case, len(real), ratio, added.caps
             )
         mined = cases if config.fold_mined == "all" else []
         table = arms.mix(arm, real, mined, kept.get(arm, []), counts)
         tables.write_part(out / tables.part_name(0), table)
-        added = counts if arm != "real" else [0] * classes
+        given = counts if arm != "real" else [0] * classes
         synthetic = len(table) - len(real) - len(mined)
         return {
             "rows": len(table),
             "mined": len(mined),
             "synthetic": synthetic,
-            "added": sum(added),
-            "added_by_class": added,
+            "added": sum(given),
+            "added_by_class": given,
         }
 
     run_step(out, recipe, body, handle)
@@ -100,25 +99,22 @@ def round_mix(
     run: RunDir,
     number: int,
     arm: str,
-    section: cfg.Mix,
-    most: Mapping[int, int],
+    added: arms.Added,
     out: StoragePath,
     handle: RunHandle,
 ) -> None:
-    """`mix` of an arm in a round, of all that was mined and kept so far. section: c.mix with the
-    round's ratio, or another.
-    """
+    """`mix` of an arm in a round, of all that was mined and kept so far."""
     rounds = range(1, number + 1)
-    verdicts = [run.round(n, "verdicts") for n in rounds] if section.generates else []
+    verdicts = [run.round(n, "verdicts") for n in rounds] if c.mix.generates else []
     mix(
         run.data,
         [run.round(n, "hard") for n in rounds],
         verdicts,
         arm,
-        section,
+        c.mix,
         c.generate.per_case,
         out,
-        most,
+        added,
         handle,
     )
 

@@ -179,7 +179,7 @@ def test_a_ratio_that_is_a_number_has_the_recipes_it_always_had(monkeypatch, tmp
             c.mix,
             6,
             tmp_path / "out",
-            most,
+            arms.Added(0.5, most or {}),
         ]
         return recipes(monkeypatch, tmp_path, train, lambda: train.mix(*args))
 
@@ -311,10 +311,9 @@ def test_caps_come_from_the_last_choice_before_and_hold_in_rounds_that_choose(tm
         {"in_a_row": {}, "stopped": {}, "chosen": 0.0},
     )
     assert [ratio.caps(run, n) for n in (1, 2, 3, 4)] == [{}, {2: 7, 0: 0}, {2: 7, 0: 0}, {}]
-    assert ratio.capped(auto, run, 3) == [0, 2] and ratio.capped(check({}, "x"), run, 3) == []
-    assert ratio.settled(auto, run, 1) == (ratio.at(auto.mix, 2.5), {})
-    assert ratio.settled(auto, run, 3) == (ratio.at(auto.mix, 0.0), {2: 7, 0: 0})
-    assert ratio.settled(check({}, "x"), run, 3) == (check({}, "x").mix, {})
+    assert ratio.resolve(auto.mix, run, 1) == arms.Added(None, {})
+    assert ratio.resolve(auto.mix, run, 3) == arms.Added(None, {2: 7, 0: 0})
+    assert ratio.resolve(check({}, "x").mix, run, 3) == arms.Added(0.5, {})
 
 
 def test_a_choice_that_is_not_finished_is_none(tmp_path):
@@ -497,7 +496,9 @@ def test_a_plan_counts_the_trials(copy):
     )
     assert steps_ == 10 * copy.config.classifier.steps and looks == 10 * 2 * role["select"]
     assert [w.bound for w in works] == [False, False, True, True]
-    number = copy.config.model_copy(update={"mix": ratio.at(copy.config.mix, 0.5)})
+    number = copy.config.model_copy(
+        update={"mix": copy.config.mix.model_copy(update={"synthetic_ratio": 0.5})}
+    )
     assert not [w for w in plan.work_of(stage, number, copy.run, role) if w.by == "trials"]
 
 

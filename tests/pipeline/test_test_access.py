@@ -15,6 +15,7 @@ from adversa.config import dump, load
 from adversa.engine.local import LocalEngine
 from adversa.pipeline import loop, test_access
 from adversa.pipeline import summary as summaries
+from adversa.pipeline.arms import Added
 from adversa.pipeline.stage import StageContext
 from adversa.pipeline.stages import named
 from adversa.run import folder as run_folder
@@ -156,7 +157,7 @@ def test_without_its_folder_test_is_not_opened_again(again):
         go(again.config, again.root)
     assert "\n" not in str(e.value) and not again.run.test.exists() and len(entries(again.run)) == 1
     with pytest.raises(UserError, match="--reopen-test"):
-        at = StageContext(again.config, again.run, LocalEngine(1, 1), 0, "", Path)
+        at = StageContext(again.config, again.run, LocalEngine(1, 1), 0, "", Added(), Path)
         named("test").run(at)  # not by the stage itself either
 
 
