@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 
     from adversa.config import Config
     from adversa.engine.resources import Kind, Node
-    from adversa.estimate.measure import Measured, Range
+    from adversa.estimate.measure import Measured
     from adversa.estimate.plan import Cost, Placement
     from adversa.run.folder import RunDir
     from adversa.storage.path import StoragePath
 
 FIGURES = "adversa-plan-figures "  # begins the line of a job's log that holds them
-BUSY = 0.7  # share of a core below which other work held a measurement up
 
 
 def plan(config: Config, run: RunDir, record: Path | None, screen: Console, seconds: float) -> None:
@@ -48,13 +47,12 @@ def plan(config: Config, run: RunDir, record: Path | None, screen: Console, seco
         measured, found = measure(config, found, seconds)
     at = plan.placement(found, config)
     costs = plan.costs(config, run, role, at, measured)
-    wall, device = plan.total(costs)
     needs = memory.needs(measured, found)
     takes = ", ".join(f"{kind} {memory.size(takes)}" for kind, takes in needs.items())
     said = [f"Memory of each {'GPU' if resources.on_gpus(found) else 'process'}, at most: {takes}."]
     if any(at.waiting):
         said.append("No room yet for {} training workers, {} samplers.".format(*at.waiting))
-    for part in (where(at), how_long(costs, wall, device), *said, *notes(measured)):
+    for part in (where(at), how_long(costs), *said, note(measured)):
         screen.print(part, highlight=False, markup=False, emoji=False)
     each = zip(at.nodes, at.shares["workers"], at.shares["samplers"], strict=True)
     figures = {
@@ -63,8 +61,8 @@ def plan(config: Config, run: RunDir, record: Path | None, screen: Console, seco
         "memory_bytes": needs,
         "disk_bytes": memory.disk_bytes(config, role),
         "stages": [asdict(cost) for cost in costs],
-        "seconds": asdict(wall),
-        "device_seconds": asdict(device),
+        "seconds": sum(c.seconds for c in costs),
+        "device_seconds": sum(c.device_seconds for c in costs),
         "measured": [{"kind": kind, **asdict(one)} for kind, one in measured.items()],
     }
     if str(record) == "-":
@@ -88,13 +86,14 @@ def where(at: Placement) -> Table:
     return made
 
 
-def how_long(costs: list[Cost], wall: Range, device: Range) -> Table:
-    made = table("How long", "stage", "amount", "time", "range", "device-hours")
+def how_long(costs: list[Cost]) -> Table:
+    made = table("How long", "stage", "amount", "time", "device-hours")
     for cost in filter(lambda c: c.work, costs):
         amount = ", ".join("at most " * w.bound + w.shown for w in cost.work if w.shown)
-        times = clock(cost.seconds.mid), span(cost.seconds), hours(cost.device_seconds.mid)
-        made.add_row(cost.stage, amount, *(["done"] if cost.done else times))
-    made.add_row("in all", "", clock(wall.mid), span(wall), hours(device.mid), style="bold")
+        times = ["done"] if cost.done else [clock(cost.seconds), hours(cost.device_seconds)]
+        made.add_row(cost.stage, amount, *times)
+    wall, device = sum(c.seconds for c in costs), sum(c.device_seconds for c in costs)
+    made.add_row("in all", "", clock(wall), hours(device), style="bold")
     return made
 
 
@@ -123,23 +122,15 @@ def measure(
     return measured, nodes.with_memory(found, measured)
 
 
-def notes(measured: Mapping[Kind, Measured]) -> list[str]:
+def note(measured: Mapping[Kind, Measured]) -> str:
     """What must be known to read the figures."""
     from adversa.estimate.plan import BESIDE
 
-    took, share = max(m.took for m in measured.values()), min(m.share for m in measured.values())
-    found = [
-        f"Measured in {took:.0f} s. A range is from the fastest steps to {BESIDE:g} times the "
-        "slowest, its lower end without generated images: mining may find few hard cases."
-    ]
-    if scaled := sorted({kind for m in measured.values() for kind in m.scaled}):
-        found.append(f"Scaled from fewer rows, whole steps took too long: {', '.join(scaled)}.")
-    if share < BUSY:
-        found.append(
-            f"There is other work on the machine: {share:.0%} of a core was left to measure with. "
-            "The times are without it, the upper ends beside it. Plan again when it is done."
-        )
-    return found
+    took = max(m.took for m in measured.values())
+    return (
+        f"Measured in {took:.0f} s: the median steps of a process alone. A run takes up to "
+        f"{BESIDE:g} times as long, and less where mining finds few hard cases."
+    )
 
 
 def table(title: str, *columns: str) -> Table:
@@ -155,13 +146,6 @@ def clock(seconds: float) -> str:
     from adversa.cli.view import clock
 
     return clock(max(1.0, round(seconds)))
-
-
-def span(r: Range) -> str:
-    names = (3600, "h"), (60, "min"), (1, "s")
-    unit, name = next((u, n) for u, n in names if r.high >= 2 * u or u == 1)
-    digits = [1 if unit > 1 and x < 10 * unit else 0 for x in (r.low, r.high)]
-    return f"{r.low / unit:.{digits[0]}f}-{r.high / unit:.{digits[1]}f} {name}"
 
 
 def hours(seconds: float) -> str:

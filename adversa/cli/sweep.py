@@ -125,7 +125,6 @@ def dry_run(config: Config, run: RunDir, screen: Console, seconds: float) -> Non
     from adversa import distributed
     from adversa.cli import plan
     from adversa.engine import resources
-    from adversa.estimate.plan import NOTHING
     from adversa.sweep import estimate
 
     amounts, clustered = estimate.amounts(config, run), distributed.address() is not None
@@ -136,23 +135,19 @@ def dry_run(config: Config, run: RunDir, screen: Console, seconds: float) -> Non
         nodes = [replace(n, cpus=1) for n in nodes]
     with screen.status("measuring"):
         measured, _ = plan.measure(estimate.measurable(config), nodes, seconds)
-    slowest = max(measured.values(), key=lambda m: m.seconds["classifier"].mid)
-    columns = "what", "how many", "amount", "device-hours", "range"
-    table, device = plan.table("How much", *columns), NOTHING
+    slowest = max(measured.values(), key=lambda m: m.seconds["classifier"])
+    table, device = plan.table("How much", "what", "how many", "amount", "device-hours"), 0.0
     for line in amounts.lines:
         one = line.seconds(slowest)
         device += one
-        span = f"{plan.hours(one.low)}-{plan.hours(one.high)}"
-        table.add_row(line.what, str(line.count), line.amount, plan.hours(one.mid), span)
-    span = f"{plan.hours(device.low)}-{plan.hours(device.high)}"
-    table.add_row("in all", str(amounts.trials), "", plan.hours(device.mid), span, style="bold")
-    wall = device * (1 / trials)
+        table.add_row(line.what, str(line.count), line.amount, plan.hours(one))
+    table.add_row("in all", str(amounts.trials), "", plan.hours(device), style="bold")
     said = [
         f"{amounts.trials} trials in {amounts.cells} cells, {trials} at a time: about "
-        f"{plan.clock(wall.mid)} ({plan.span(wall)}).",
+        f"{plan.clock(device / trials)}.",
     ]
     if amounts.images:
         said.append(f"Generated images are {config.sweep.overdraw:g} times those wanted.")
-    parts: list[Table | str] = [table, *said, *amounts.notes, *plan.notes(measured)]
+    parts: list[Table | str] = [table, *said, *amounts.notes, plan.note(measured)]
     for part in parts:
         say(screen, part)

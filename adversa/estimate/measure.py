@@ -30,37 +30,18 @@ SHORT = {"steps": STEPS + 4, "weights": None, "evaluations": 1, "head_steps": 0}
 
 
 @dataclass(frozen=True)
-class Range:
-    """The least, the median and the most of a quantity."""
-
-    low: float
-    mid: float
-    high: float
-
-    def __add__(self, other: Range) -> Range:
-        return Range(self.low + other.low, self.mid + other.mid, self.high + other.high)
-
-    def __mul__(self, by: float) -> Range:
-        return Range(self.low * by, self.mid * by, self.high * by)
-
-
-@dataclass(frozen=True)
 class Measured:
     """What one machine was found to do.
 
-    seconds: of a unit of each kind; scaled: kinds timed with fewer rows than a run's steps have;
-    memory: bytes at most, of the GPU or else of the process, of each training and a sampler;
-    start: seconds of work of imports; took: seconds in all; share: of a core that other work left.
+    seconds: of a unit of each kind; memory: bytes at most, of the GPU or else of the process, of
+    each training and a sampler; start: seconds of imports; took: seconds in all.
     """
 
-    seconds: dict[str, Range]
-    scaled: list[str]
+    seconds: dict[str, float]
     memory: dict[str, int]
-    device: str
     gpu_memory: int | None
     start: float
     took: float
-    share: float = 1.0
 
 
 class Kind(NamedTuple):
@@ -78,13 +59,12 @@ class Kind(NamedTuple):
 class Steps:
     """Rows of STEPS + 3 steps: two of `small`, then as many as fit `limit` seconds, at most `most`.
 
-    wall, own: seconds of each of the last STEPS, and of them those that this process worked: on a
-    GPU all. The first step of each size warms up.
+    took: seconds of each of the last STEPS. The first step of each size warms up.
     """
 
     def __init__(self, most: int, limit: float, small: int = SMALL) -> None:
         self.most, self.limit, self.rows = most, limit, min(small, most)
-        self.wall, self.own = list[float](), list[float]()
+        self.took = list[float]()
 
     def __iter__(self) -> Iterator[int]:
         yield self.rows
@@ -96,17 +76,12 @@ class Steps:
         for _ in range(STEPS):
             before = _now()
             yield self.rows
-            wall, own = _now() - before
-            self.wall.append(wall)
-            self.own.append(min(wall, own))
+            self.took.append(min(_now() - before))
 
     @property
-    def seconds(self) -> Range:
-        """Seconds of a step on a machine without other work; at most as many as it took beside
-        some.
-        """
-        middle = statistics.median(self.own)
-        return Range(min(self.own), middle, max(*self.own, statistics.median(self.wall)))
+    def seconds(self) -> float:
+        """Seconds of a step on a machine without other work: their median."""
+        return statistics.median(self.took)
 
 
 def _now() -> np.ndarray:
@@ -121,15 +96,15 @@ def _now() -> np.ndarray:
 
 def measure(config: Config, cpus: int, seconds: float = SECONDS) -> Measured:
     """On the GPU of this process where it has one. cpus: of the machine, for a training."""
-    began, worked = time.perf_counter(), time.process_time()
+    began, worked, c = time.perf_counter(), time.process_time(), config.cluster
     import torch
 
-    # Threads that wait for each other beside other work take many times as long: then only one.
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    busy, c = not gpu and os.getloadavg()[0] > (os.cpu_count() or 1), config.cluster
+    # Threads that wait for each other beside other work take many times as long: then only one.
+    busy = not gpu and os.getloadavg()[0] > (os.cpu_count() or 1)
     training = 1 if busy else c.training_threads or max(1, cpus // c.training_workers)
     threads = {"workers": training, "samplers": 1 if busy else c.sampler_threads, "tasks": 1}
-    found, scaled, memory = dict[str, Range](), list[str](), dict[str, int]()
+    found, memory = dict[str, float](), dict[str, int]()
     with tempfile.TemporaryDirectory(prefix="adversa-plan-") as folder, torch.random.fork_rng([]):
         kinds = [*trained(config, Path(folder), training), *applied(config, Path(folder))]
         start, before = time.process_time() - worked, torch.get_num_threads()
@@ -147,15 +122,12 @@ def measure(config: Config, cpus: int, seconds: float = SECONDS) -> Measured:
                 raise UserError(f"{kind.name}: {large}; lower its batch_size") from None
             unit = (kind.rows if kind.by == "workers" else 1) / steps.rows
             found[kind.name] = steps.seconds * unit
-            scaled += [kind.name] if steps.rows < kind.rows else []
             if kind.by != "tasks":
                 resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 memory[kind.name] = torch.cuda.max_memory_allocated() if gpu else resident
         torch.set_num_threads(before)
-    took = time.perf_counter() - began
-    device, total = (gpu.name, int(gpu.total_memory)) if gpu else ("cpu", None)
-    share = 1.0 if gpu else min(1.0, (time.process_time() - worked) / took)
-    return Measured(found, scaled, memory, device, total, start, took, share)
+    total = int(gpu.total_memory) if gpu else None
+    return Measured(found, memory, total, start, time.perf_counter() - began)
 
 
 # ---- the table of what is measured --------------------------------------------------------------
@@ -186,13 +158,12 @@ def trained(c: Config, folder: Path, threads: int) -> Iterator[Kind]:
         kept = type(section).model_fields
         short = section.model_copy(update={k: v for k, v in SHORT.items() if k in kept})
         given |= {"config": short, "out": folder / name, "seed": 0, "threads": threads}
-        rows = -(-section.batch_size // c.cluster.training_workers)
 
         def work(sizes: Iterable[int]) -> None:
             batches = map(make, itertools.chain(sizes, [2]))  # shows when the last of sizes ended
             fit(batches, report=lambda _: None, **given)
 
-        return Kind(name, "workers", rows, work)
+        return Kind(name, "workers", -(-section.batch_size // c.cluster.training_workers), work)
 
     network: dict[str, Any] = {"num_classes": len(CLASSES), "resolution": c.data.resolution}
     scored = network | {"counts": [1, 1], "priors": [0.5, 0.5], "select": lambda: [batch(2)]}
@@ -217,71 +188,62 @@ def applied(c: Config, folder: Path) -> Iterator[Kind]:
 
     from adversa.classify.score import CHUNK, make_scorer
     from adversa.curate.near_copy import NearCopy
-    from adversa.data import images, sources
-    from adversa.diffuse import codec, edm, external
-    from adversa.pipeline.latents import space
-    from adversa.storage import tables
+    from adversa.diffuse import codec
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    some, size = pictures(CHUNK, c.data.resolution), c.generate.batch_size
+    some = pictures(CHUNK, c.data.resolution)
 
-    def kind(
-        name: str, load: Callable[[], Callable[[int], object]], rows: int, by: str = "tasks"
-    ) -> Kind:
+    def kind(name: str, load: Callable[[], Callable[[Any], object]], rows: int) -> Kind:
         def work(sizes: Iterable[int]) -> None:
             step = load()
             for rows in sizes:
-                step(rows)
+                step(some[:rows])
 
-        return Kind(name, by, rows, work)
+        return Kind(name, "tasks", rows, work)
 
-    def reader() -> Callable[[int], object]:
-        listing = sources.list_records(c.data)
-        decode = images.make_decoder(c.data, listing.classes)
-        records = itertools.cycle(listing.records[:: max(1, len(listing.records) // 100)])
-
-        def read(rows: int) -> list[bytes]:
-            decoded = decode(list(itertools.islice(records, rows)))
-            return [tables.encode_png(d.image) for d in decoded if d.image is not None]
-
-        return read
-
-    def scorer(name: str) -> Callable[[int], object]:
-        score = make_scorer(folder / name)
-        return lambda rows: score(some[:rows])
-
-    def encoder() -> Callable[[int], object]:
-        loaded = codec.load(folder / "codec", device)
-        return lambda rows: loaded.encode(some[:rows])
-
-    def index() -> Callable[[int], object]:
-        found = NearCopy([str(i) for i in range(len(some))], some)
-        return lambda rows: found.nearest(some[:rows])
-
-    def denoiser() -> Callable[[int], object]:
-        """One evaluation, which is nearly all of what a sampler does."""
-        model: torch.nn.Module
-        if c.denoiser.external:
-            classes = len(sources.list_records(c.data).classes)
-            model = external.read(c.denoiser.external, classes).to(device).eval()
-        else:
-            model = edm.load(folder / "denoiser", device)[0]
-        channels, side = space(c, folder / "codec")
-        x = torch.randn(size, channels, side, side, device=device)
-        sigma, label = x.new_ones(size), x.new_zeros(size, dtype=torch.int64)
-
-        @torch.no_grad()
-        def step(rows: int) -> None:
-            with autocast(device, c.generate.amp):
-                model(x[:rows], sigma[:rows], label[:rows])
-
-        return step
-
-    yield kind("read", reader, 16)
-    yield kind("score", partial(scorer, "classifier"), CHUNK)
+    yield kind("read", partial(_reader, c), 16)
+    yield kind("score", lambda: make_scorer(folder / "classifier"), CHUNK)
     if c.mix.generates:
-        yield kind("verify", partial(scorer, "verifier"), CHUNK)
+        yield kind("verify", lambda: make_scorer(folder / "verifier"), CHUNK)
         if c.codec.kind != "pixels":
-            yield kind("encode", encoder, 16)
-        yield kind("generate", denoiser, size, "samplers")
-        yield kind("compare", index, 16)
+            yield kind("encode", lambda: codec.load(folder / "codec", device).encode, 16)
+        size = c.generate.batch_size
+        yield Kind("generate", "samplers", size, partial(_evaluate, c, folder, device))
+        yield kind("compare", lambda: NearCopy([str(i) for i in range(CHUNK)], some).nearest, 16)
+
+
+def _reader(c: Config) -> Callable[[np.ndarray], object]:
+    """Decodes as many of the source's pictures as it is given rows, and encodes them as PNG."""
+    from adversa.data import images, sources
+    from adversa.storage import tables
+
+    listing = sources.list_records(c.data)
+    decode = images.make_decoder(c.data, listing.classes)
+    records = itertools.cycle(listing.records[:: max(1, len(listing.records) // 100)])
+
+    def step(rows: np.ndarray) -> list[bytes]:
+        decoded = decode(list(itertools.islice(records, len(rows))))
+        return [tables.encode_png(d.image) for d in decoded if d.image is not None]
+
+    return step
+
+
+def _evaluate(c: Config, folder: Path, device: Any, sizes: Iterable[int]) -> None:
+    """Evaluations of the denoiser, which are nearly all of what a sampler does."""
+    import torch
+
+    from adversa.data import sources
+    from adversa.diffuse import edm, external
+    from adversa.pipeline.latents import space
+
+    if c.denoiser.external:
+        classes = len(sources.list_records(c.data).classes)
+        model: torch.nn.Module = external.read(c.denoiser.external, classes).to(device).eval()
+    else:
+        model = edm.load(folder / "denoiser", device)[0]
+    channels, side = space(c, folder / "codec")
+    x = torch.randn(c.generate.batch_size, channels, side, side, device=device)
+    sigma, label = x.new_ones(len(x)), x.new_zeros(len(x), dtype=torch.int64)
+    for rows in sizes:
+        with torch.no_grad(), autocast(device, c.generate.amp):
+            model(x[:rows], sigma[:rows], label[:rows])

@@ -9,7 +9,7 @@ from typing import Any
 from adversa.config import Config, verifier_of
 from adversa.engine import resources
 from adversa.engine.resources import Node
-from adversa.estimate.measure import Measured, Range
+from adversa.estimate.measure import Measured
 from adversa.pipeline.folders import last_round, models_of, swept, trained
 from adversa.pipeline.stage import PlannedStage
 from adversa.pipeline.stages import stages
@@ -18,11 +18,10 @@ from adversa.run.folder import RunDir
 from adversa.storage import files
 from adversa.types import GENERATED, ROLES
 
-# Of the slowest steps, for the upper end: a run's share the machine with decoding, scoring and
-# Ray, which those that are timed do not. The demo's stages took 1.3 to 2.2 times their median
-# steps on two cores, 1.7 in all (benchmarks/LOG.md, 2026-11-22).
-BESIDE = 1.5
-NOTHING = Range(0, 0, 0)
+# A run's steps share the machine with decoding, scoring and Ray, which those that are timed do not:
+# the demo's stages took 1.3 to 2.2 times their median steps on two cores (benchmarks/LOG.md,
+# 2026-11-22).
+BESIDE = 2.2
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class Cost:
 
     stage: str
     done: bool
-    seconds: Range
-    device_seconds: Range
+    seconds: float
+    device_seconds: float
     work: list[Work]
 
 
@@ -209,31 +208,17 @@ def costs(
     known, start = [measured.get(n.kind) for n in at.nodes], max(m.start for m in every)
     for stage in stages(c, run):
         works, done = work_of(stage, c, run, role), stage.is_finished
-        wall = device = NOTHING
+        wall = device = 0.0
         for work in [] if done else works:
             trains = work.by in ("workers", "trials")
             shares = [(n, m) for n, m in zip(at.shares[work.by], known, strict=True) if n and m]
             paces = [(n, m.seconds[work.kind]) for n, m in shares or [(1, m) for m in every]]
-            pace = max((p for _, p in paces), key=lambda p: p.mid)
-            if not trains:
-                rate = sum(n / p.mid for n, p in paces) / sum(n for n, _ in paces)
-                pace = pace * (1 / rate / pace.mid)
-            seconds = seconds_of(work, pace) * (max(1, sum(at.shares["workers"])) if trains else 1)
-            device += seconds
-            wall += seconds * (1 / max(1, sum(at.shares[work.by])))
-        if works and not done:
-            wall += Range(start, start, start)
+            if trains:
+                pace = max(p for _, p in paces) * max(1, sum(at.shares["workers"]))
+            else:
+                pace = sum(n for n, _ in paces) / sum(n / p for n, p in paces)
+            device += pace * work.amount
+            wall += pace * work.amount / max(1, sum(at.shares[work.by]))
+        wall += start if works and not done else 0.0
         found.append(Cost(stage.title, done, wall, device, works))
     return found
-
-
-def seconds_of(work: Work, pace: Range) -> Range:
-    """By one worker. Of what is only bounded there may be none."""
-    low = 0.0 if work.bound else pace.low
-    return Range(low, pace.mid, pace.high * BESIDE) * work.amount
-
-
-def total(found: Sequence[Cost]) -> tuple[Range, Range]:
-    """(wall seconds, device-seconds)."""
-    wall, device = [c.seconds for c in found], [c.device_seconds for c in found]
-    return sum(wall, NOTHING), sum(device, NOTHING)

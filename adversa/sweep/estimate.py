@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from adversa.config import Config, Mix, verifier_of
 from adversa.data import sources
-from adversa.estimate.measure import Measured, Range
-from adversa.estimate.plan import NOTHING, Work, evaluations, seconds_of, trainings
+from adversa.estimate.measure import Measured
+from adversa.estimate.plan import Work, evaluations, trainings
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
@@ -26,9 +26,9 @@ class Workload:
     amount: str
     work: list[Work]
 
-    def seconds(self, measured: Measured) -> Range:
+    def seconds(self, measured: Measured) -> float:
         """Of one device."""
-        return sum((seconds_of(w, measured.seconds[w.kind]) for w in self.work), NOTHING)
+        return sum(measured.seconds[w.kind] * w.amount for w in self.work)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def test_nodes_are_those_that_are_up_with_names_of_their_own(monkeypatch):
 
 def test_a_gpus_memory_is_that_of_its_kind(monkeypatch):
     node = Node("a", 8, 2, gpu_type="T4")
-    found = {node.kind: measure.Measured({}, [], {}, "T4", 16, 0.0, 0.0)}
+    found = {node.kind: measure.Measured({}, {}, 16, 0.0, 0.0)}
     assert [n.gpu_memory for n in nodes.with_memory([node, Node("b", 8)], found)] == [16, None]
 
 
