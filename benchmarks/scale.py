@@ -39,7 +39,7 @@ from common import Result, parser, publish
 from simulated import ARMS, GENERATE, PER_CASE, SIDE, Simulated, judge, pair, prepare
 
 from adversa import config as cfg
-from adversa.pipeline import arms, curate, finalize, train
+from adversa.pipeline import arms, curate, finalize, planning, train
 from adversa.pipeline import generate as pipeline_generate
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
@@ -61,7 +61,7 @@ Took = dict[str, float]
 
 
 def plan(run: RunDir, samplers: int) -> Took:
-    pipeline_generate.plan(
+    planning.plan(
         run.round(1, "hard"),
         None,
         "scale",

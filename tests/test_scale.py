@@ -15,7 +15,8 @@ from adversa.curate import filter
 from adversa.curate.filter import Verdict
 from adversa.engine.task_queue import TaskQueue
 from adversa.engine.tasks import Part
-from adversa.pipeline import curate, finalize, generate
+from adversa.pipeline import curate, finalize, generate, planning
+from adversa.pipeline.pictures import Pictures
 from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE
 from adversa.run.folder import RunDir
@@ -68,7 +69,7 @@ def test_a_plan_holds_one_part_at_a_time(tmp_path, calls, monkeypatch):
     before = []
     monkeypatch.setattr(tables, "write_part", written)
     by = tmp_path / "hard", 0
-    generate.plan(
+    planning.plan(
         tmp_path / "hard",
         None,
         "run",
@@ -114,7 +115,7 @@ def test_twice_the_images_are_twice_the_looks_at_parts_and_no_more_listings(tmp_
         run = RunDir(tmp_path / str(cases))
         hard(run.round(1, "hard"), cases)
         config = cfg.Generate(per_case=4, part_size=16)
-        generate.plan(
+        planning.plan(
             run.round(1, "hard"),
             None,
             "run",
@@ -200,7 +201,7 @@ def test_masks_are_read_once_and_not_for_every_part(tmp_path, calls):
         tables.write_part(
             tmp_path / tables.part_name(part), pa.Table.from_pylist(rows, schema=tables.EXAMPLES)
         )
-    pictures, reads = generate.Pictures(tmp_path), calls(tables, "read_part")
+    pictures, reads = Pictures(tmp_path), calls(tables, "read_part")
     for part in range(3):
         inside, _ = pictures.masks([f"{part}-{i}" for i in range(4)], 0.0, 0.0)
         assert all(found[15, 15] == 1 and found[0, 0] == 0 for found in inside.values())

@@ -25,6 +25,7 @@ from adversa.classify.score import make_scorer
 from adversa.diffuse import generator
 from adversa.mine.hard import hard_cases
 from adversa.pipeline import generate
+from adversa.pipeline.pictures import Pictures, sources
 from adversa.run import folder as run_folder
 from adversa.storage import tables
 from adversa.types import GenerationRequest, HardCase, seed_of
@@ -56,7 +57,7 @@ INK, PAPER, GRID, LINES = (
 @dataclass(frozen=True)
 class Scene:
     loaded: generator.ImageGenerator
-    pictures: generate.Pictures
+    pictures: Pictures
     config: cfg.Generate
 
     def generate(
@@ -81,7 +82,7 @@ class Scene:
             for c in cases
         ]
         generated = self.loaded.generate(
-            asked, generate.sources(asked, self.pictures, self.config), self.config
+            asked, sources(asked, self.pictures, self.config), self.config
         )
         return np.stack([p.image for p in generated])
 
@@ -97,7 +98,7 @@ class Scene:
         return np.stack([inside[c.example] for c in cases])
 
 
-def mined(data: Path, classifier: Path, pictures: generate.Pictures, budget: int) -> list[HardCase]:
+def mined(data: Path, classifier: Path, pictures: Pictures, budget: int) -> list[HardCase]:
     rows = tables.read(data / "mine", ["id", "label"], tables.EXAMPLES)
     ids, labels = rows["id"].to_pylist(), rows["label"].to_numpy()
     images = pictures.images(ids)
@@ -275,7 +276,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = args.run / "data"
-    pictures, classes = generate.Pictures(data / "mine"), run_folder.classes_of(data)
+    pictures, classes = Pictures(data / "mine"), run_folder.classes_of(data)
     scene = Scene(generator.load(args.denoiser, generate.device_name()), pictures, cfg.Generate())
     cases = mined(data, args.classifier, pictures, args.cases)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,7 @@ def generated(config: Config, mined: int) -> int:
 def evaluations(config: Config, arm: str) -> float:
     """Rows of the denoiser for an image of an arm, those left empty at a part's end included."""
     from adversa.diffuse import strategy
-    from adversa.pipeline.generate import request
+    from adversa.pipeline.planning import request
 
     g, case = config.generate, {"example": "case", "label": 0}
     requested = request("plan", 1, arm, case, 0, g, partner="case")

@@ -1,5 +1,5 @@
 """How much synthetic data helps: the score against the ratio (synthetic images per real one), its
-saturation point, the equivalent real images.
+saturation point.
 
 The curve is  f(x) = base + gain (1 - exp(-(x - low) / scale)),  low the least ratio measured: the
 exponential learning curve with an asymptote (EXP3 in the table of forms of Viering and Loog 2022,
@@ -9,10 +9,7 @@ saturates, so it has a saturation point; it starts at ratio 0, where power laws 
 one parameter more; a negative gain describes harm. The saturation point's place depends on the
 scale alone, so its interval is one of the scale.
 
-Noise. With seeds s = 1 .. S that all ratios share, a score is m_d + a_s + e_ds: the luck of a seed
-that moves its whole curve, and the rest. Resampling S = 2 .. 5 seeds gives replicates of rank S - 1
-that are too narrow; `seed_draws` draws instead from normal laws whose variances are pooled over the
-ratios and divided by their own chi-square (Student's t). It takes e to vary alike at all ratios.
+Noise of seeds: evaluate/replicates.py.
 
 The scale's interval is by the grid bootstrap (Hansen 1999, Review of Economics and Statistics 81):
 a scale is in it unless the best curve is better than the best of that scale by more than noise
@@ -32,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from adversa.evaluate import replicates
 from adversa.types import UserError
 
 SATURATION_SHARE = 0.9
@@ -44,7 +42,6 @@ FEWEST = (
 MOST = 3.0  # of the range of ratios: the saturation point then lies within 2% of a straight line's
 MISFIT = 0.01
 _TINY = 1e-18  # a sum of squares of rounding only
-_ROUNDING = 1e-12  # scores that differ by no more are equal
 
 
 @dataclass(frozen=True)
@@ -129,32 +126,6 @@ class Response:
     words: str
 
 
-@dataclass(frozen=True)
-class EquivalentImages:
-    """Real images that one synthetic image is worth: (equivalent - at_count) / synthetic_count.
-    Plain numbers, for JSON.
-
-    equivalent: how many real images alone score `score`. Both None where the score lies outside
-    those of the real images: then `side` is "at least" or "at most", and `bound` the value at the
-    end of the data. low, high: interval; None: not bounded by the data. above, below: share of
-    replicates beyond either end.
-    """
-
-    per_image: float | None
-    low: float | None
-    high: float | None
-    equivalent: float | None
-    side: str
-    bound: float | None
-    above: float
-    below: float
-    score: float
-    at_count: float
-    synthetic_count: float
-    level: float
-    words: str
-
-
 def fit(ratios: Sequence[float], scores: np.ndarray, weights: np.ndarray | None = None) -> Curve:
     """ratios [D], at least 3, distinct, >= 0; scores [D] or [D, S], NaN where a trial is missing ->
     the least-squares Curve.
@@ -162,7 +133,7 @@ def fit(ratios: Sequence[float], scores: np.ndarray, weights: np.ndarray | None 
     weights [D], > 0: of the ratio means; default the number of trials. The scale lies within its
     limits above: at the upper one the curve is all but straight. UserError for what does not fit.
     """
-    x, y, order = _table(ratios, scores)
+    x, y, order = replicates.table(ratios, scores)
     w = np.isfinite(y).sum(1).astype(np.float64)
     if weights is not None:
         w = np.asarray(weights, np.float64)
@@ -171,44 +142,7 @@ def fit(ratios: Sequence[float], scores: np.ndarray, weights: np.ndarray | None 
                 f"weights {w.tolist()}; give one above 0 for each of the {len(x)} ratios"
             )
         w = w[order]
-    return _fit(x, _means(y)[0], w / w.sum())
-
-
-def seed_draws(
-    scores: np.ndarray, resamples: int, rng: np.random.Generator, lesions: np.ndarray | None = None
-) -> np.ndarray:
-    """scores [D, S], a column a seed, NaN where missing -> [B, D] replicates of the mean at each
-    ratio, holding the luck of seeds.
-
-    lesions [B, D]: replicates of the mean over these very classifiers, by lesions drawn anew, the
-    same ones at all ratios; their luck is added (what lesions do to one classifier alone is then
-    counted twice: too wide sooner than too narrow). B is `resamples`, or the rows of `lesions`.
-    UserError where no ratio has a second seed: nothing is known about seeds then.
-    """
-    y = np.asarray(scores, np.float64)
-    if y.ndim != 2 or np.isinf(y).any() or np.isnan(y).all(1).any():
-        raise UserError(
-            f"scores of shape {y.shape}; give [ratios, seeds], finite or NaN, with a score "
-            "at each ratio"
-        )
-    mean, root, sd, freedom, effects = _means(y)
-    if freedom < 1:
-        raise UserError(
-            f"{int(np.isfinite(y).sum())} trials at {len(y)} ratios say nothing about the "
-            "luck of seeds; train a second seed"
-        )
-    b = resamples if lesions is None else len(lesions)
-    noise = (
-        rng.normal(size=(b, len(y)))
-        @ root.T
-        * sd
-        * np.sqrt(freedom / rng.chisquare(freedom, b))[:, None]
-    )
-    if len(effects) > 1:
-        apart = max(0.0, float(np.var(effects, ddof=1)) - sd**2 / len(y)) / len(effects)
-        noise += np.sqrt(apart) * rng.standard_t(len(effects) - 1, size=(b, 1))
-    found: np.ndarray = mean + noise + (0.0 if lesions is None else lesions - np.mean(lesions, 0))
-    return found
+    return _fit(x, replicates.means(y)[0], w / w.sum())
 
 
 def response(
@@ -228,34 +162,26 @@ def response(
     scores (MISFIT), and its interval does not hold the straight rise. UserError for what does not
     fit.
     """
-    x, y, order = _table(ratios, scores)
-    mean, count = _means(y)[0], np.isfinite(y).sum(1)
+    x, y, order = replicates.table(ratios, scores)
+    mean, count = replicates.means(y)[0], np.isfinite(y).sum(1)
     weights = count / count.sum()
     curve, scales = _fit(x, mean, weights), _scales(x)
-    noise = _noise(_sorted(draws, order), y, resamples, np.random.default_rng(seed), level)
-    points = (
-        np.linspace(x[0], x[-1], grid) if isinstance(grid, int) else np.asarray(grid, np.float64)
-    )
+    draws, rng = replicates.in_order(draws, order), np.random.default_rng(seed)
+    noise = replicates.noise(draws, y, resamples, rng, level)
+    points = np.linspace(x[0], x[-1], grid) if isinstance(grid, int) else np.asarray(grid, float)
     middle = np.asarray(curve.at(points))
     tails = [50 * (1 - level), 50 * (1 + level)]
     rises, band = _refits(x, mean + noise, weights, scales, points)
-    (low, high), (gain_low, gain_high) = (
-        np.percentile(band, tails, axis=0),
-        np.percentile(rises, tails).tolist(),
-    )
-    basis = _apart(x, weights, scales)
-    basis /= np.linalg.norm(basis, axis=1, keepdims=True)
-    signal, free = (np.sqrt(weights) * (m.T - m @ weights).T for m in (mean, noise))
-    p, far, flat = _compatible(basis, signal, free, curve.rmse**2)
+    low, high = np.percentile(band, tails, axis=0)
+    gain_low, gain_high = np.percentile(rises, tails).tolist()
+    p, far, flat = _compatible(x, weights, scales, mean, noise, curve.rmse**2)
     if flat > 1 - level:  # noise about a flat row finds, among all scales, as good a curve
         gain_low, gain_high = min(gain_low, 0.0), max(gain_high, 0.0)
     saturation_low, saturation_high = _saturation_points(x, scales, p, 1 - level, curve)
     misfit = far if len(x) > 3 else None
     kind = _kind(gain_low, gain_high, misfit, saturation_low, saturation_high, x)
     measured = float(mean[-1] - mean[0])
-    measured_low, measured_high = (
-        measured + np.percentile(noise[:, -1] - noise[:, 0], tails)
-    ).tolist()
+    least, most = (measured + np.percentile(noise[:, -1] - noise[:, 0], tails)).tolist()
     return Response(
         curve,
         _plain(x),
@@ -269,8 +195,8 @@ def response(
         min(gain_low, curve.rise),
         max(gain_high, curve.rise),
         measured,
-        measured_low,
-        measured_high,
+        least,
+        most,
         kind,
         curve.saturation_point() if kind == "saturates" else None,
         saturation_low if kind in ("saturates", "rising", "unclear") else None,
@@ -329,93 +255,6 @@ def _words(
         return f"{first}; {_REASONS[kind].format(low)}"
     by = f"{100 * SATURATION_SHARE:g}% of it by ratio {curve.saturation_point():.3g}"
     return f"{first}; {by} ({100 * level:g}%, if the curve is exponential: {low:.3g} to {high:.3g})"
-
-
-def _table(
-    ratios: Sequence[float], scores: np.ndarray, least: int = 3, what: str = "ratio"
-) -> tuple[np.ndarray, ...]:
-    """(ratios [D] ascending, scores [D, S] in that order, the order [D]); UserError where they are
-    not a curve's.
-    """
-    x, y = np.asarray(ratios, np.float64), np.asarray(scores, np.float64)
-    if x.ndim != 1 or len(x) < least:
-        raise UserError(f"{what}s of shape {x.shape}; a curve needs a row of at least {least}")
-    wrong = x[~(np.isfinite(x) & (x >= 0))]
-    if len(wrong):
-        raise UserError(f"{what} {wrong[0]:g}; each must be finite and not negative")
-    if len(np.unique(x)) < len(x):
-        raise UserError(
-            f"{what}s {', '.join(f'{v:g}' for v in x)} are not distinct; give the trials "
-            f"of one {what} in one row"
-        )
-    if y.ndim not in (1, 2) or len(y) != len(x):
-        raise UserError(
-            f"scores of shape {y.shape} for {len(x)} {what}s; give [{len(x)}] or [{len(x)}, seeds]"
-        )
-    y = y.reshape(len(x), -1)
-    if np.isinf(y).any():
-        raise UserError("a score is infinite; NaN stands for a missing trial")
-    empty = x[np.isnan(y).all(1)]
-    if len(empty):
-        raise UserError(f"{what} {empty[0]:g} has no score; leave it out")
-    order = np.argsort(x)
-    return x[order], y[order], order
-
-
-def _means(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int, np.ndarray]:
-    """y [D, S], NaN where missing -> (means m [D], root [D, D] of their covariance in units of
-    sd^2, sd of e, its degrees of freedom, seeds' effects a [S], summing to 0; empty where seeds are
-    not shared so that all ratios can be compared).
-
-    Least squares of m_d + a_s: with no trial missing m are the plain means; else a ratio is not
-    credited with having lucky seeds.
-    """
-    d, keep = len(y), np.isfinite(y).any(0)
-    y = y[:, keep]
-    s = y.shape[1]
-    row, column = np.nonzero(np.isfinite(y))
-    value, effect = y[row, column], np.vstack([np.eye(s - 1), -np.ones(s - 1)])
-    design = np.hstack([np.eye(d)[row], effect[column]])
-    if s > 1 and np.linalg.matrix_rank(design) < d + s - 1:
-        design = design[:, :d]
-    inverse = np.linalg.inv(design.T @ design)
-    found = inverse @ (design.T @ value)
-    freedom = len(value) - design.shape[1]
-    sd = float(np.sqrt(((value - design @ found) ** 2).sum() / freedom)) if freedom else 0.0
-    return (
-        found[:d],
-        np.linalg.cholesky(inverse[:d, :d]),
-        sd,
-        freedom,
-        effect @ found[d:] if len(found) > d else np.zeros(0),
-    )
-
-
-def _sorted(draws: np.ndarray | None, order: np.ndarray) -> np.ndarray | None:
-    """draws [B, D] in the order of ascending ratios."""
-    if draws is None:
-        return None
-    found = np.asarray(draws, np.float64)
-    if found.ndim != 2 or found.shape[1] != len(order):
-        raise UserError(f"draws of shape {found.shape}; give [replicates, {len(order)}]")
-    return found[:, order]
-
-
-def _noise(
-    draws: np.ndarray | None, y: np.ndarray, resamples: int, rng: np.random.Generator, level: float
-) -> np.ndarray:
-    """[B, D], mean 0: the replicates' distances from their mean, which resampling may have
-    moved.
-    """
-    if not 0 < level < 1:
-        raise UserError(f"level {level:g}; it lies between 0 and 1, as 0.95")
-    found = seed_draws(y, resamples, rng) if draws is None else draws
-    found = found[np.isfinite(found).all(1)]
-    least = int(np.ceil(2 / (1 - level) - 1e-9))
-    if len(found) < least:
-        raise UserError(f"{len(found)} replicates; an interval at {level:g} needs at least {least}")
-    result: np.ndarray = found - found.mean(0)
-    return result
 
 
 def _plain(x: np.ndarray) -> tuple[float, ...]:
@@ -500,10 +339,14 @@ def _refits(
 
 
 def _compatible(
-    basis: np.ndarray, signal: np.ndarray, noise: np.ndarray, least: float
+    x: np.ndarray,
+    weights: np.ndarray,
+    scales: np.ndarray,
+    mean: np.ndarray,
+    noise: np.ndarray,
+    least: float,
 ) -> tuple[np.ndarray, float, float]:
-    """basis [K, D]; signal [D], noise [B, D], less their means, times the root of the weights -> (p
-    [K], of the best, of none).
+    """scales [K]; mean [D], noise [B, D] -> (p [K], of the best, of none).
 
     p[k]: of replicates made of scale k's best curve and the noise, the share that prefer another
     scale (in sums of squares) by as much as the scores do. Of the best: of its replicates, the
@@ -511,6 +354,9 @@ def _compatible(
     noise alone that a curve takes as much off as off the scores (Davies 1987, Biometrika 74: the
     scale is not there to be known where the gain is 0, so the largest over scales is compared).
     """
+    basis = _apart(x, weights, scales)
+    basis /= np.linalg.norm(basis, axis=1, keepdims=True)
+    signal, noise = (np.sqrt(weights) * (m.T - m @ weights).T for m in (mean, noise))
     along, cross, free = basis @ signal, basis @ basis.T, basis @ noise.T
     best = int(np.argmax(along**2))
 
@@ -564,157 +410,3 @@ def _between(scales: np.ndarray, p: np.ndarray, out: int, within: int, alpha: fl
     """The scale where p is alpha, by log-linear interpolation between two of the grid."""
     share = (alpha - p[out]) / (p[within] - p[out])
     return float(scales[out] * (scales[within] / scales[out]) ** share)
-
-
-def equivalent_images(
-    real_counts: Sequence[float],
-    real_scores: np.ndarray,
-    at_count: float,
-    synthetic_count: float,
-    scores: float | np.ndarray,
-    draws_real: np.ndarray | None = None,
-    draws_score: np.ndarray | None = None,
-    seed: int = 0,
-    level: float = 0.95,
-    resamples: int = 1000,
-) -> EquivalentImages:
-    """How many real images alone score what at_count real and synthetic_count synthetic ones do.
-    Real curve: see `real_curve`.
-
-    real_counts [R], at least 2, > 0, distinct; real_scores [R] or [R, S], NaN where a trial is
-    missing; scores: the cell's score, or [S] of the same seeds; draws_real [B, R], draws_score [B]:
-    replicates of the means, paired (the same lesions in both), with the luck of seeds in them;
-    default `seed_draws` of the seeds. A replicate beyond the real images' scores counts as beyond
-    the data: where more than (1 - level) / 2 of them do, the interval has no such end. UserError
-    for what does not fit.
-    """
-    n, y, order = _table(real_counts, real_scores, 2, "real count")
-    if n[0] <= 0 or not (0 < at_count < np.inf and 0 < synthetic_count < np.inf):
-        raise UserError(
-            f"{n[0]:g} real images on the curve, {at_count:g} and {synthetic_count:g} "
-            "synthetic; each must be above 0"
-        )
-    cell = np.atleast_1d(np.asarray(scores, np.float64))
-    if cell.ndim != 1 or not np.isfinite(cell).any() or np.isinf(cell).any():
-        raise UserError(
-            f"scores of shape {cell.shape}; give the cell's score, or one for each seed, "
-            "NaN where missing"
-        )
-    if (draws_real is None) != (draws_score is None) or (
-        draws_real is None and len(cell) != y.shape[1]
-    ):
-        raise UserError(
-            f"{len(cell)} scores for {y.shape[1]} seeds; give the same seeds, or "
-            "draws_real and draws_score, which are paired"
-        )
-    paired = len(cell) == y.shape[1]
-    mean = _means(np.vstack([y, cell]))[0] if paired else np.append(_means(y)[0], np.nanmean(cell))
-    draws = None
-    if draws_real is not None:
-        both = np.asarray(draws_real, np.float64), np.asarray(draws_score, np.float64)
-        if both[1].ndim != 1 or both[0].shape != (len(both[1]), len(n)):
-            raise UserError(
-                f"draws_real of shape {both[0].shape}, draws_score {both[1].shape}; give "
-                f"[B, {len(n)}] and [B]"
-            )
-        draws = np.hstack([both[0][:, order], both[1][:, None]])
-    replicates = mean + _noise(
-        draws,
-        np.vstack([y, cell]) if draws is None else y,
-        resamples,
-        np.random.default_rng(seed),
-        level,
-    )
-    drawn = np.sort(_equivalent(np.log(n), real_curve(replicates[:, :-1]), replicates[:, -1]))
-    found = float(_equivalent(np.log(n), real_curve(mean[None, :-1]), mean[-1:])[0])
-    tail = int((1 - level) / 2 * (len(drawn) - 1))
-    ends = min(drawn[tail], found), max(drawn[-1 - tail], found)
-    return _equivalent_images(
-        found, ends, drawn, n, float(mean[-1]), float(at_count), float(synthetic_count), level
-    )
-
-
-def real_curve(means: np.ndarray) -> np.ndarray:
-    """means [B, R], by ascending number of real images -> the closest scores that never fall
-    (isotonic, equal weights).
-
-    Between measured counts the curve is straight in the logarithm of the count; learning curves
-    bend down there, so that in truth a little fewer real images may do. By the min-max formula
-    (Robertson, Wright and Dykstra 1988, "Order restricted statistical inference", 1.4): max over i
-    <= r of the min over j >= r of the mean of i .. j.
-    """
-    r = means.shape[1]
-    total = np.concatenate([np.zeros((len(means), 1)), means.cumsum(1)], 1)
-    first, last = np.arange(r)[:, None], np.arange(r)
-    of = np.where(
-        first <= last,
-        (total[:, None, 1:] - total[:, :-1, None]) / np.maximum(last - first + 1, 1),
-        np.inf,
-    )
-    least = np.minimum.accumulate(of[:, :, ::-1], axis=2)[:, :, ::-1]  # over j >= r
-    found: np.ndarray = np.where(first <= last, least, -np.inf).max(1)
-    return found
-
-
-def _equivalent(log_counts: np.ndarray, curves: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """log_counts [R], curves [B, R] that never fall, score [B] -> log of the least count that
-    reaches it; -inf, inf beyond.
-    """
-    reached = curves >= score[:, None] - _ROUNDING
-    j = np.clip(reached.argmax(1), 1, None)
-    row = np.arange(len(curves))
-    low, high = curves[row, j - 1], curves[row, j]
-    share = np.where(high > low, (score - low) / np.where(high > low, high - low, 1), 0.0)
-    inner = log_counts[j - 1] + np.clip(share, 0, 1) * (log_counts[j] - log_counts[j - 1])
-    return np.where(
-        score < curves[:, 0] - _ROUNDING, -np.inf, np.where(reached.any(1), inner, np.inf)
-    )
-
-
-def _equivalent_images(
-    found: float,
-    ends: tuple[float, float],
-    drawn: np.ndarray,
-    n: np.ndarray,
-    score: float,
-    at: float,
-    synthetic: float,
-    level: float,
-) -> EquivalentImages:
-    """found, ends, drawn: logs of equivalent counts, infinite beyond the data."""
-    least, most = ((float(v) - at) / synthetic for v in (n[0], n[-1]))
-    value, low, high = (
-        (float(np.exp(v)) - at) / synthetic if np.isfinite(v) else None for v in (found, *ends)
-    )
-    low, high = most if ends[0] == np.inf else low, least if ends[1] == -np.inf else high
-    side = "" if value is not None else "at least" if found > 0 else "at most"
-    bound = {"": None, "at least": most, "at most": least}[side]
-    interval = f"{100 * level:g}%: " + (
-        "not bounded by these data"
-        if low is None and high is None
-        else f"at least {low:.3g}"
-        if high is None
-        else f"at most {high:.3g}"
-        if low is None
-        else f"{low:.3g} to {high:.3g}"
-    )
-    where = {"": "", "at least": "beyond the data: ", "at most": "below the data: "}[side]
-    words = (
-        f"{where}one synthetic image is worth "
-        f"{side + ' ' if side else ''}{bound if value is None else value:.3g} real ({interval})"
-    )
-    return EquivalentImages(
-        value,
-        low,
-        high,
-        None if value is None else float(np.exp(found)),
-        side,
-        bound,
-        float(np.mean(drawn == np.inf)),
-        float(np.mean(drawn == -np.inf)),
-        score,
-        at,
-        synthetic,
-        level,
-        words,
-    )

@@ -9,7 +9,6 @@ Areas under curves sort the scores once. Arrays: logits float64 [N, K], labels i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from adversa.types import UserError
 _CELLS = 4_000_000  # entries of a [resamples, images] array worked on at once: 32 MB
 
 Values = dict[str, np.ndarray]
+Families = list[tuple[list[str], Callable[[], Values]]]  # names of metrics, what computes them
 
 
 def values(
@@ -38,37 +38,21 @@ def values(
 
     The names and ranges are those of `metrics`. UserError where `only` is no metric.
     """
-    limits = limits or {}
     probability = softmax(logits)
     by_class = [f"{side}/{c}" for c in classes for side in ("sensitivity", "specificity")]
-    families: list[tuple[list[str], Callable[[], Values]]] = [
+    given = probability, labels, index, weights
+    families: Families = [
         (
             ["accuracy", "balanced_accuracy", "worst_class", *by_class],
             lambda: from_confusion(confusions(logits, labels, index, weights), classes),
         ),
-        (["brier"], lambda: {"brier": _brier(probability, labels, index, weights)}),
-        (["ece"], lambda: {"ece": _ece(probability, labels, index, weights, measures.bins)}),
-        (
-            ["auroc_macro"],
-            lambda: {"auroc_macro": auroc_macro(probability, labels, index, weights)},
-        ),
+        (["brier"], lambda: {"brier": _brier(*given)}),
+        (["ece"], lambda: {"ece": _ece(*given, measures.bins)}),
+        (["auroc_macro"], lambda: {"auroc_macro": auroc_macro(*given)}),
     ]
     for group in measures.groups:
         score, positive = one_vs_rest(probability, labels, members(group, measures, classes))
-        areas = [
-            f"auroc/{group}",
-            f"pauc@{level(measures.floor, group)}",
-            f"pauc_norm@{level(measures.floor, group)}",
-        ]
-        given = score, positive, index, weights
-        families.append((areas, partial(_areas, *given, areas, measures.floor)))
-        points = {
-            level(s, group): limits[level(s, group)]
-            for s in measures.specificities
-            if level(s, group) in limits
-        }
-        names = [f"{side}@{at}" for at in points for side in ("sensitivity", "specificity")]
-        families.append((names, partial(_points, *given, points)))
+        families += _of_group(score, positive, index, weights, group, measures, limits or {})
     known = [name for names, _ in families for name in names]
     if only is not None and only not in known:
         raise UserError(f"metric {only!r} is not measured here; there are {', '.join(known)}")
@@ -77,6 +61,27 @@ def values(
         if only is None or only in names:
             found |= compute()
     return found if only is None else {only: found[only]}
+
+
+def _of_group(
+    score: np.ndarray,
+    positive: np.ndarray,
+    index: np.ndarray,
+    weights: np.ndarray,
+    group: str,
+    measures: Measures,
+    limits: Mapping[str, float],
+) -> Families:
+    """Areas and operating points of a group of classes against the rest."""
+    floor = level(measures.floor, group)
+    areas = [f"auroc/{group}", f"pauc@{floor}", f"pauc_norm@{floor}"]
+    wanted = (level(s, group) for s in measures.specificities)
+    points = {at: limits[at] for at in wanted if at in limits}
+    names = [f"{side}@{at}" for at in points for side in ("sensitivity", "specificity")]
+    return [
+        (areas, lambda: _areas(score, positive, index, weights, areas, measures.floor)),
+        (names, lambda: _points(score, positive, index, weights, points)),
+    ]
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -249,9 +249,8 @@ def generate(
             steering = pipeline_generate.steering(loaded, classifier, section)
             found.setdefault(name, []).append(rate(loaded, section, requested, steering))
     for name, rates in found.items():
-        yield Measurement(
-            f"one sampler, {name}", statistics.median(r[0] for r in rates), "images/s"
-        )
+        median = statistics.median(r[0] for r in rates)
+        yield Measurement(f"one sampler, {name}", median, "images/s")
     first = next(iter(found))
     for name in list(found)[1:]:
         cost = statistics.median(

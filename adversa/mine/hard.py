@@ -108,29 +108,29 @@ def hard_cases(
     errors = np.array([np.sum(wrong & (labels == c)) for c in classes])
     room = np.array([np.sum(taken_in & (labels == c)) for c in classes])
 
+    places = allocate(config.budget, shares(errors / images, room, temperature, ratio_cap), room)
     picks: list[tuple[int, float, float, str, int]] = []
-    for c, places in enumerate(
-        allocate(config.budget, shares(errors / images, room, temperature, ratio_cap), room)
-    ):
+    for c, count in enumerate(places):
         rows = np.flatnonzero(taken_in & (labels == c))
-        rows = rows[np.lexsort((-hard.loss[rows], -score[rows]))][: config.candidates * places]
-        chosen = rows[farthest_first(points[rows], places)]
-        picks += [
-            (turn, -score[i], -hard.loss[i], names[i], int(i)) for turn, i in enumerate(chosen)
-        ]
-
+        rows = rows[np.lexsort((-hard.loss[rows], -score[rows]))][: config.candidates * count]
+        chosen = rows[farthest_first(points[rows], count)].tolist()
+        picks += [(turn, -score[i], -hard.loss[i], names[i], i) for turn, i in enumerate(chosen)]
     return [
-        HardCase(
-            example=name,
-            label=int(labels[i]),
-            predicted=int(hard.predicted[i]),
-            loss=float(hard.loss[i]),
-            margin=float(hard.margin[i]),
-            reason=MISCLASSIFIED if wrong[i] else NEAR_MISS,
-            rank=rank,
-        )
-        for rank, (_, _, _, name, i) in enumerate(sorted(picks))
+        _case(names[i], int(labels[i]), hard, i, rank) for rank, (*_, i) in enumerate(sorted(picks))
     ]
+
+
+def _case(name: str, label: int, hard: Difficulty, row: int, rank: int) -> HardCase:
+    predicted = int(hard.predicted[row])
+    return HardCase(
+        example=name,
+        label=label,
+        predicted=predicted,
+        loss=float(hard.loss[row]),
+        margin=float(hard.margin[row]),
+        reason=NEAR_MISS if predicted == label else MISCLASSIFIED,
+        rank=rank,
+    )
 
 
 def unit(points: np.ndarray) -> np.ndarray:

@@ -1,14 +1,11 @@
-"""Generation: what to generate for each hard case, at which noise level, and the pool of workers
-that does it.
-"""
+"""Generation: at which noise level, and the pool of workers that does it."""
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
-from functools import cached_property, partial
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,9 @@ from adversa.common.statistics import softmax
 from adversa.engine.interface import Engine
 from adversa.engine.step import Facts, cost, inputs, run_step
 from adversa.engine.tasks import Part, TaskStats, Work
+from adversa.pipeline.pictures import Pictures, sources
+from adversa.pipeline.planning import Row, cases_of
 from adversa.run import step_folder
-from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
 from adversa.storage.arrays import RoleArray
@@ -30,156 +28,11 @@ from adversa.storage.path import storage_path
 from adversa.storage.weights import CONFIG
 from adversa.types import (
     FILLING,
-    GENERATED,
     GenerationRequest,
     UserError,
     digest,
-    request_id,
     seed_of,
 )
-
-Row = dict[str, Any]
-
-# ---- planning ------------------------------------------------------------------------------------
-
-
-def plan(
-    hard: Path,
-    levels: Path | None,
-    run: str,
-    number: int,
-    arm_names: Sequence[str],
-    config: cfg.Generate,
-    out: Path,
-    target: tuple[Path, int],
-    without: Collection[int] = (),
-    handle: RunHandle = NULL_HANDLE,
-) -> None:
-    """Requests for each synthetic arm, part_size a part. The unguided arm asks for as many images
-    of each class as the guided.
-
-    levels: of adaptive noise, a noise level for each hard case; target: the classifier that found
-    the hard cases, and the round in which it was trained. without: classes (labels) that get no
-    more images; the requests of the others are as they would be.
-    """
-    names = inputs(hard=hard) | (inputs(levels=levels) if levels else {})
-    by = {"classifier": step_folder.fingerprint(target[0]), "classifier_round": target[1]}
-    section = config.model_dump(mode="json") | {
-        "run": run,
-        "round": number,
-        "arms": list(arm_names),
-    }
-    recipe = Recipe("plan", 3, section | ({"without": sorted(without)} if without else {}), names)
-
-    def body(progress: Progress) -> Facts:
-        cases = _cases(hard, without)
-        starts = (
-            {
-                r["example"]: r["sigma_start"]
-                for r in tables.read(levels, schema=tables.LEVELS).to_pylist()
-            }
-            if levels
-            else {}
-        )
-        index = rows = alone = 0
-        for arm in [a for a in arm_names if a in GENERATED]:
-            found = partners(cases) if arm == "guided" and config.strategy == "interpolate" else {}
-            asked = (
-                replace(
-                    request(
-                        run,
-                        number,
-                        arm,
-                        case,
-                        k,
-                        config,
-                        starts.get(case["example"]),
-                        found.get(case["example"]),
-                    ),
-                    **by,
-                )
-                for case in cases
-                for k in range(config.per_case)
-            )
-            while chunk := list(
-                itertools.islice(asked, config.part_size)
-            ):  # one part is in memory at a time
-                tables.write_part(
-                    out / tables.part_name(index), tables.to_table(chunk, tables.REQUESTS)
-                )
-                index, rows = index + 1, rows + len(chunk)
-                alone += sum(
-                    config.strategy == "interpolate" and r.strategy == "img2img" for r in chunk
-                )
-        return {"rows": rows, "without_partner": alone}
-
-    run_step(out, recipe, body, handle)
-
-
-def _cases(hard: Path, without: Collection[int]) -> list[Row]:
-    """The hard cases in their order, but those of some classes."""
-    return [
-        c
-        for c in tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
-        if c["label"] not in without
-    ]
-
-
-def partners(cases: Sequence[Row]) -> dict[str, str]:
-    """For `interpolate`: the next hard case of the same class in their order, the last one's the
-    first. A class's only one has none.
-    """
-    by_class: dict[int, list[str]] = {}
-    for case in cases:
-        by_class.setdefault(case["label"], []).append(case["example"])
-    return {
-        a: b
-        for names in by_class.values()
-        if len(names) > 1
-        for a, b in zip(names, names[1:] + names[:1], strict=True)
-    }
-
-
-def request(
-    run: str,
-    number: int,
-    arm: str,
-    case: Row,
-    replicate: int,
-    config: cfg.Generate,
-    level: float | None = None,
-    partner: str | None = None,
-) -> GenerationRequest:
-    """The replicate-th request for a hard case. The unguided arm takes the case's label and nothing
-    else of it.
-
-    A hard case with no partner is generated by img2img.
-    """
-    guided = arm == "guided"
-    strategy = config.strategy if guided else "sample"
-    if strategy == "interpolate" and partner is None:
-        strategy = "img2img"
-    start = {
-        "sample": config.sigma_max,
-        "img2img": level or config.sigma_start,
-        "interpolate": config.sigma_start,
-    }
-    key = request_id(run, number, arm, case["example"], strategy, replicate)
-    return GenerationRequest(
-        request_id=key,
-        round=number,
-        arm=arm,
-        strategy=strategy,
-        label=case["label"],
-        example=case["example"] if guided else None,
-        sigma_start=start.get(strategy, config.fill_sigma),
-        guidance=config.guidance,
-        seed=seed_of(key),
-        partner=partner,
-        classifier_guidance=config.classifier_guidance if guided else 0.0,
-        reference_guidance=config.reference_guidance if guided else 0.0,
-    )
-
 
 # ---- adaptive noise ------------------------------------------------------------------------------
 
@@ -214,7 +67,7 @@ def levels(
     recipe = Recipe("levels", 2, section, names)
 
     def body(progress: Progress) -> Facts:
-        cases = _cases(hard, without)
+        cases = cases_of(hard, without)
         chunks = [cases[i : i + config.part_size] for i in range(0, len(cases), config.part_size)]
         parts = [
             Part(i, len(c), {"cases": [(r["example"], r["label"]) for r in c], "run": run})
@@ -536,84 +389,3 @@ def _weak(loaded: Any, name: str) -> Any:
                 "one of the same run"
             )
     return denoiser
-
-
-def sources(requests: Sequence[GenerationRequest], pictures: Pictures, config: cfg.Generate) -> Any:
-    """The images and masks that requests refer to."""
-    from adversa.diffuse.strategy import Sources
-
-    wanted = {
-        r.example
-        for r in requests
-        if r.example is not None and (r.strategy != "sample" or r.reference_guidance)
-    }
-    wanted |= {r.partner for r in requests if r.partner is not None}
-    filled = sorted(
-        {r.example for r in requests if r.example is not None and r.strategy in FILLING}
-    )
-    inside, outside = pictures.masks(filled, config.margin, config.feather) if filled else ({}, {})
-    return Sources(pictures.images(sorted(wanted)), inside, outside)
-
-
-class Pictures:
-    """Examples of a role by id: their images, and the masks of their lesions."""
-
-    def check_masks(self, ids: Sequence[str]) -> None:
-        """UserError where a mask that the data set gave can't be read, is empty or has another size
-        than its picture.
-        """
-        from adversa.data import masks
-
-        rows = self._rows(ids, ["id", "mask"]).filter(pc.field("mask").is_valid())
-        for batch in rows.to_batches(tables.ROW_GROUP):
-            if batch.num_rows:
-                named = batch.column("id").to_pylist()
-                masks.of_rows(batch.column("mask").to_pylist(), self.table.fetch(named), named)
-
-    def _rows(self, ids: Sequence[str], columns: list[str]) -> pa.Table:
-        assert self.folder is not None, "masks of no examples"
-        wanted = pc.field("id").isin(list(ids))
-        return pa.concat_tables(
-            tables.read_part(p, columns, wanted) for p in tables.parts(self.folder)
-        )
-
-    def __init__(self, folder: Path | None) -> None:
-        from adversa.data.loader import ImageTable
-
-        self.folder, self.table = folder, ImageTable([folder] if folder else [], build=False)
-
-    @cached_property
-    def _given(self) -> dict[str, bytes]:
-        """The data set's own masks, of a kilobyte each: read once, not with every part of the
-        requests.
-        """
-        assert self.folder is not None, "masks of no examples"
-        rows = pa.concat_tables(
-            tables.read_part(p, ["id", "mask"]) for p in tables.parts(self.folder)
-        )
-        rows = rows.filter(pc.field("mask").is_valid())
-        return dict(zip(rows["id"].to_pylist(), rows["mask"].to_pylist(), strict=True))
-
-    def images(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """uint8 [R, R, 3] of each."""
-        return dict(zip(ids, self.table.fetch(ids), strict=True)) if ids else {}
-
-    def masks(
-        self, ids: Sequence[str], margin: float, feather: float
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(what inpainting generates, what outpainting generates), float32 [R, R] in [0, 1] of
-        each: the lesion, grown by a margin, and all but the lesion so grown. margin, feather:
-        shares of the side. The data set's own masks, or masks that were found.
-        """
-        from adversa.data import masks
-
-        images = self.images(ids)
-        pixels = np.stack([images[i] for i in ids])
-        lesion, _ = masks.of_rows([self._given.get(i) for i in ids], pixels, list(ids))
-        side = pixels.shape[1]
-        grown = masks.grow(lesion, margin * side)
-        inside, outside = (
-            masks.feather(grown, feather * side),
-            masks.feather(~grown, feather * side),
-        )
-        return dict(zip(ids, inside, strict=True)), dict(zip(ids, outside, strict=True))

@@ -208,12 +208,7 @@ def decide(config: Config, run: RunDir, number: int) -> dict[str, Any]:
     did and was not trained; reached: added images a real training image; judged: the ratio at which
     classes are compared with ratio 0.
     """
-    c, arm, classes, added = (
-        config,
-        arm_of(config),
-        classes_of(run.data),
-        _added(config, run, number),
-    )
+    c, classes, added = config, classes_of(run.data), _added(config, run, number)
     alike = twins(added)
     scored, labels, groups = _scored(
         c, run, number, [r for r, twin in alike.items() if twin is None]
@@ -227,35 +222,20 @@ def decide(config: Config, run: RunDir, number: int) -> dict[str, Any]:
         helped = choosing.help_by_class(
             scored[judged], scored[0.0], labels, groups, classes, added[judged], *resampled
         )
-    previous = before(run, number)
     in_a_row, stopped = carried(
-        previous,
+        before(run, number),
         {name: h.word for name, h in helped.items()},
         dict(zip(classes, added[choice.chosen], strict=True)),
         number,
         c.mix.patience,
     )
-    rows = []
-    for r, twin in alike.items():
-        made = step_folder.manifest(folder_of(run, number, r) / "mix")
-        real, figure = made["rows"] - made["mined"] - made["synthetic"], choice.figures.get(r)
-        rows.append(
-            {
-                "ratio": r,
-                "reached": sum(added[r]) / real,
-                "filled": sum(added[r]) == arms.budget(r, real),
-                "added": sum(added[r]),
-                "added_by_class": added[r],
-                "same_as": twin,
-                "seeds": len(figure.each) if figure else 0,
-                "mean": figure.mean if figure else None,
-                "se": figure.se if figure else None,
-                "each": list(figure.each) if figure else [],
-            }
-        )
+    rows = [
+        _row(folder_of(run, number, r) / "mix", r, twin, choice.figures.get(r))
+        for r, twin in alike.items()
+    ]
     return {
         "round": number,
-        "arm": arm,
+        "arm": arm_of(c),
         "role": "select",
         "metric": choosing.METRIC,
         "rule": RULE,
@@ -268,6 +248,26 @@ def decide(config: Config, run: RunDir, number: int) -> dict[str, Any]:
         "classes": {name: asdict(h) for name, h in helped.items()},
         "in_a_row": in_a_row,
         "stopped": stopped,
+    }
+
+
+def _row(
+    mix: Path, ratio: float, twin: float | None, figure: choosing.Figure | None
+) -> dict[str, Any]:
+    """Of `ratios` in choice.json."""
+    made = step_folder.manifest(mix)
+    real, added = made["rows"] - made["mined"] - made["synthetic"], list(made["added_by_class"])
+    return {
+        "ratio": ratio,
+        "reached": sum(added) / real,
+        "filled": sum(added) == arms.budget(ratio, real),
+        "added": sum(added),
+        "added_by_class": added,
+        "same_as": twin,
+        "seeds": len(figure.each) if figure else 0,
+        "mean": figure.mean if figure else None,
+        "se": figure.se if figure else None,
+        "each": list(figure.each) if figure else [],
     }
 
 

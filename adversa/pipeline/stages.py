@@ -18,6 +18,7 @@ from adversa.pipeline import (
     latents,
     mine,
     parity_check,
+    planning,
     prepare,
     ratio,
     results,
@@ -205,7 +206,7 @@ def _generate(at: StageContext) -> None:
         )
     by = target, trained_in(c, n)
     asked = at.run_id, n, c.mix.arms, c.generate
-    generate.plan(hard, levels, *asked, requests, by, without, at.engine.handle)
+    planning.plan(hard, levels, *asked, requests, by, without, at.engine.handle)
     generate.generate(
         at.engine, requests, d.data, d.denoiser, target, c.generate, d.round(n, "synthetic")
     )

@@ -23,7 +23,6 @@ def write(config: Config, run: RunDir, folders: Sequence[StoragePath]) -> dict[s
     UserError where test was read with other classifiers, or in another way, than the run has now,
     or the arms are not matched.
     """
-
     test_access.review(run, test_access.asked(config, run), reopen=False)
     classes = classes_of(run.data)
     generated = range(1, last_round(config) + 1) if config.mix.generates else ()
@@ -32,16 +31,9 @@ def write(config: Config, run: RunDir, folders: Sequence[StoragePath]) -> dict[s
     kept = [v for v in verdicts if v["keep"]]
     spent = results.costs(config, run)
     on = {role: _scored(config, run, role, classes) for role in ("mine", "test")}
-    told = {
-        role: {a: results.figures(s, classes, config.evaluate, role) for a, s in arms.items()}
-        for role, arms in on.items()
-    }
     compared = results.comparisons(config, on["test"], spent)
     word, sentence = verdict(compared, config)
-    manifests = {run.name_of(f): step_folder.manifest(f) for f in folders}
-    seconds = {name: round(m["seconds"], 2) for name, m in manifests.items()}
-    compute = sum(m["compute_seconds"] for m in manifests.values())
-    opened = test_access.ledger(run)
+    opened, mixes = test_access.ledger(run), _mixes(config, run)
     summary = {
         "run": run.root.resolve().name,
         "run_id": run_id((files.read_json(run.recipe) or {})["recipe"]),
@@ -50,10 +42,6 @@ def write(config: Config, run: RunDir, folders: Sequence[StoragePath]) -> dict[s
         "split_hash": split_hash(run.data),
         "rounds": last_round(config),
         "classes": classes,
-        "arms": {arm: {role: told[role][arm][0] for role in told} for arm in config.mix.arms},
-        "intervals": {arm: {role: told[role][arm][1] for role in told} for arm in config.mix.arms},
-        "before": {role: told[role][BEFORE][0] for role in told},
-        "intervals_before": {role: told[role][BEFORE][1] for role in told},
         "subgroups": results.subgroups(config, run.data / "test", on["test"], classes),
         "subgroup_comparisons": results.subgroup_comparisons(config, run.data / "test", on["test"]),
         "cost": spent,
@@ -61,14 +49,8 @@ def write(config: Config, run: RunDir, folders: Sequence[StoragePath]) -> dict[s
         "accepted": len(kept),
         "rejected": dict(sorted(Counter(v["reason"] for v in verdicts if not v["keep"]).items())),
         "acceptance": acceptance([Verdict(**v) for v in verdicts], classes),
-        "used": _used(config, run),
-        "added": _added(config, run),
-        "seconds": seconds,
-        "device_seconds": round(sum(m["device_seconds"] for m in manifests.values()), 2),
-        "overhead_seconds": round(max(0.0, status.wall_seconds(run) - compute), 2),
-        "restarts": control.restarts(run)[0],
-        "restart_seconds": control.restarts(run)[1],
-        "wall_seconds": round(status.wall_seconds(run), 2),
+        "used": {arm: mix["synthetic"] for arm, mix in mixes.items()},
+        "added": {arm: mix["added"] for arm, mix in mixes.items()},
         "comparisons": compared,
         "verdict": word,
         "verdict_sentence": sentence,
@@ -82,8 +64,40 @@ def write(config: Config, run: RunDir, folders: Sequence[StoragePath]) -> dict[s
         "git": environment.git_commit(),
         "machine": environment.machine(),
     }
+    summary |= _figures(config, on, classes) | _times(run, folders)
     files.write_json(run.summary, summary)
     return summary
+
+
+def _figures(
+    config: Config, on: dict[str, dict[str, results.Scored]], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Every arm's metrics and their intervals, by role. on: role to what `_scored` gives."""
+    told = {
+        role: {a: results.figures(s, classes, config.evaluate, role) for a, s in arms.items()}
+        for role, arms in on.items()
+    }
+    return {
+        "arms": {arm: {role: told[role][arm][0] for role in told} for arm in config.mix.arms},
+        "intervals": {arm: {role: told[role][arm][1] for role in told} for arm in config.mix.arms},
+        "before": {role: told[role][BEFORE][0] for role in told},
+        "intervals_before": {role: told[role][BEFORE][1] for role in told},
+    }
+
+
+def _times(run: RunDir, folders: Sequence[StoragePath]) -> dict[str, Any]:
+    """Seconds of each step, and of the whole run."""
+    made = {run.name_of(f): step_folder.manifest(f) for f in folders}
+    compute, wall = sum(m["compute_seconds"] for m in made.values()), status.wall_seconds(run)
+    restarts, lost = control.restarts(run)
+    return {
+        "seconds": {name: round(m["seconds"], 2) for name, m in made.items()},
+        "device_seconds": round(sum(m["device_seconds"] for m in made.values()), 2),
+        "overhead_seconds": round(max(0.0, wall - compute), 2),
+        "restarts": restarts,
+        "restart_seconds": lost,
+        "wall_seconds": round(wall, 2),
+    }
 
 
 def verdict(compared: list[dict[str, Any]], config: Config, on: str = "test") -> tuple[str, str]:
@@ -154,7 +168,7 @@ def notes(config: Config, run: RunDir) -> list[str]:
     found += [*control.notes(run), *ratio.notes(config, run)]
     if skipped := step_folder.manifest(run.data).get("problems", 0):
         found.append(f"{skipped} pictures or rows were left out; data/leaks.json names each")
-    if config.mix.mines and not any(_added(config, run).values()):
+    if config.mix.mines and not any(m["added"] for m in _mixes(config, run).values()):
         found.append("nothing was added to the real images: every arm was trained on the same")
     return found
 
@@ -177,19 +191,10 @@ def _scored(
     }
 
 
-def _used(config: Config, run: RunDir) -> dict[str, int]:
-    """Synthetic images in each arm's last training set, after matching the counts."""
-    return {arm: mix["synthetic"] for arm, mix in _mixes(config, run).items()}
-
-
-def _added(config: Config, run: RunDir) -> dict[str, int]:
-    """What each arm's last training set has on top of the real and mined images: synthetic images,
-    or repeats.
-    """
-    return {arm: mix["added"] for arm, mix in _mixes(config, run).items()}
-
-
 def _mixes(config: Config, run: RunDir) -> dict[str, dict[str, Any]]:
+    """The manifest of each arm's last training set. `synthetic`: images of it; `added`: what it has
+    on top of the real and mined images: synthetic images, or repeats.
+    """
     last = last_round(config)
     return {
         arm: step_folder.manifest(run.arm(home(config, arm, last), arm) / "mix")

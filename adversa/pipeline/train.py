@@ -63,16 +63,10 @@ def mix(
         cases = sorted(
             {p for h in hard for p in pairs(tables.read(h, schema=tables.HARD_CASES), "example")}
         )
-        kept: dict[str, list[tuple[str, int]]] = {a: [] for a in config.arms if a in GENERATED}
-        for folder in verdicts:
-            rows = tables.read(folder, ["request_id", "arm", "label", "keep"], tables.VERDICTS)
-            for a, these in kept.items():
-                these += pairs(
-                    rows.filter(pc.and_(rows["keep"], pc.equal(rows["arm"], a))), "request_id"
-                )
-        labels = {a: [label for _, label in rows] for a, rows in kept.items()}
+        kept = _kept(verdicts, [a for a in config.arms if a in GENERATED])
         classes = len(classes_of(data))
         if kept:
+            labels = {a: [label for _, label in rows] for a, rows in kept.items()}
             counts = arms.matched_counts(labels, classes, len(real), ratio, added.caps)
         else:
             counts = arms.repeats(
@@ -92,6 +86,17 @@ def mix(
         }
 
     run_step(out, recipe, body, handle)
+
+
+def _kept(verdicts: Sequence[Path], names: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
+    """Arm -> (request, label) of its images that passed the filter."""
+    found: dict[str, list[tuple[str, int]]] = {arm: [] for arm in names}
+    for folder in verdicts:
+        rows = tables.read(folder, ["request_id", "arm", "label", "keep"], tables.VERDICTS)
+        rows = rows.filter(rows["keep"])
+        for arm, these in found.items():
+            these += pairs(rows.filter(pc.equal(rows["arm"], arm)), "request_id")
+    return found
 
 
 def round_mix(

@@ -45,46 +45,28 @@ def open_run(
             )
         with _opening(root):
             root.mkdir(parents=True, exist_ok=True)
-            write_json(run.recipe, {"recipe": recipe, "created": now()})
-            replace_bytes(run.config, config_yaml.encode())
+            _write(run, {"recipe": recipe, "created": now()}, config_yaml)
         return run
-    if _of_sweep(saved.get("recipe", {})) != _of_sweep(recipe):
-        kinds = (
-            ("a run of the loop", "a sweep")
-            if _of_sweep(recipe)
-            else ("a sweep", "a run of the loop")
-        )
-        raise UserError(
-            f"{root} holds {kinds[0]}, this command is for {kinds[1]}; give another --run-dir"
-        )
-    changed = differences(saved.get("recipe", {}), recipe)
+    known = saved.get("recipe", {})
+    if _of_sweep(known) != _of_sweep(recipe):
+        kinds = ["a run of the loop", "a sweep"]
+        here, there = kinds if _of_sweep(recipe) else reversed(kinds)
+        raise UserError(f"{root} holds {here}, this command is for {there}; give another --run-dir")
+    changed = differences(known, recipe)
     keys = [c.partition(":")[0] for c in changed]
     idle = bool(changed) and not busy(run)
     only_rereads = bool(rereads) and all(_within([key], rereads) for key in keys)
     if changed and _may_change(run, keys, reads) and idle:
         with _opening(root):
-            for stale in root.rglob(RECIPE):
-                if not is_finished(stale.parent) and (
-                    stale.parent == run.data or not _begun(stale.parent)
-                ):
-                    stale.unlink()
-                    once.forget(stale)
-            write_json(run.recipe, {"recipe": recipe, "created": now()})
-            replace_bytes(run.config, config_yaml.encode())
+            _remove_unbegun(run)
+            _write(run, {"recipe": recipe, "created": now()}, config_yaml)
     elif changed and reopen and only_rereads and idle:
         with _opening(root):
-            write_json(run.recipe, saved | {"recipe": recipe})
-            replace_bytes(run.config, config_yaml.encode())
+            _write(run, saved | {"recipe": recipe}, config_yaml)
     elif changed:
-        again = (
-            ", or --reopen-test: test is read a second time, and the report says so"
-            if only_rereads
-            else ""
-        )
-        advice = _advice(_versions_apart(saved.get("recipe", {}), recipe), run.data)
-        raise UserError(
-            f"{root} was made by another recipe ({'; '.join(changed)}); {advice}{again}"
-        )
+        again = ", or --reopen-test: test is read a second time, and the report says so"
+        advice = _advice(_versions_apart(known, recipe), run.data) + again * only_rereads
+        raise UserError(f"{root} was made by another recipe ({'; '.join(changed)}); {advice}")
     with _opening(root):
         if not run.config.exists():  # killed between the two files
             replace_bytes(run.config, config_yaml.encode())
@@ -92,6 +74,20 @@ def open_run(
         probe.touch()
         probe.unlink()
     return run
+
+
+def _write(run: RunDir, recipe: Json, config_yaml: str) -> None:
+    write_json(run.recipe, recipe)
+    replace_bytes(run.config, config_yaml.encode())
+
+
+def _remove_unbegun(run: RunDir) -> None:
+    """Recipes of steps that have nothing yet, which were asked with the old settings."""
+    for stale in run.root.rglob(RECIPE):
+        folder = stale.parent
+        if not is_finished(folder) and (folder == run.data or not _begun(folder)):
+            stale.unlink()
+            once.forget(stale)
 
 
 def _may_change(run: RunDir, keys: list[str], reads: Mapping[str, Sequence[str]]) -> bool:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from adversa import config as cfg
 from adversa.engine.interface import Engine, Tell
 from adversa.engine.step import Facts, inputs, run_step
-from adversa.pipeline import curate, evaluate, finalize, latents, mine, train, verifier
+from adversa.pipeline import curate, evaluate, finalize, latents, mine, planning, train, verifier
 from adversa.pipeline import generate as pipeline_generate
 from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE, RunHandle
@@ -363,7 +363,7 @@ def replicates(
     one, and so on.
     """
     found = (
-        pipeline_generate.partners(cases)
+        planning.partners(cases)
         if variant.arm == "guided" and config.strategy == "interpolate"
         else {}
     )
@@ -375,7 +375,7 @@ def replicates(
         for case in cases:
             if case["label"] not in left:
                 continue
-            asks = pipeline_generate.request(
+            asks = planning.request(
                 run, ROUND, variant.arm, case, turn, config, None, found.get(case["example"])
             )
             yield replace(asks, classifier=classifier)

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from adversa.common.statistics import holm
 from adversa.config import Config
-from adversa.evaluate import dose_response
+from adversa.evaluate import dose_response, equivalent
 from adversa.evaluate.bootstrap import difference, interval, word
 from adversa.evaluate.inference import ALPHA
 from adversa.pipeline import train
@@ -356,7 +356,7 @@ def _count(found: Trials, d: Condition) -> int:
 
 def real(found: Trials) -> dict[str, Any]:
     """The score of real images alone by their number, with a 95% band; isotonic: what
-    `equivalent_images` reads (dose_response.real_curve).
+    `equivalent_images` reads (equivalent.real_curve).
     """
     conditions, same = real_conditions(found)
     facts: dict[str, Any] = {
@@ -375,7 +375,7 @@ def real(found: Trials) -> dict[str, Any]:
         "mean": mean.tolist(),
         "low": np.clip(low, 0, mean).tolist(),
         "high": np.clip(high, mean, 1).tolist(),
-        "isotonic": dose_response.real_curve(mean[None])[0].tolist(),
+        "isotonic": equivalent.real_curve(mean[None])[0].tolist(),
         "seeds_vary": vary,
     }
 
@@ -400,7 +400,7 @@ def equivalent_images(
     name = digest("worth", d.cell.name, d.variant.name, d.ratio, size=8)
     replicates, vary = found.replicates([*conditions, d], name)
     counts = [_count(found, x) for x in conditions]
-    w = dose_response.equivalent_images(
+    w = equivalent.equivalent_images(
         counts,
         found.scores(conditions),
         _count(found, d),

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from adversa.config import Config
-from adversa.evaluate import dose_response
+from adversa.evaluate import replicates
 from adversa.evaluate.bootstrap import draws
 from adversa.run.folder import RunDir, classes_of
 from adversa.sweep import grid
@@ -92,9 +92,7 @@ class Trials:
         lesions = np.stack([self.matrix(d)[:, 1:].mean(0) for d in conditions], 1)
         rng = np.random.default_rng(seed_of("sweep", self.config.seed, name))
         try:
-            return dose_response.seed_draws(
-                self.scores(conditions), len(lesions), rng, lesions
-            ), True
+            return replicates.seed_draws(self.scores(conditions), len(lesions), rng, lesions), True
         except UserError:  # no condition has a second seed
             return lesions, False
 

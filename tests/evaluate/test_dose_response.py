@@ -14,17 +14,9 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, isotonic_regression
 
-from adversa.evaluate.dose_response import (
-    SATURATION_SHARE,
-    Curve,
-    EquivalentImages,
-    Response,
-    equivalent_images,
-    fit,
-    real_curve,
-    response,
-    seed_draws,
-)
+from adversa.evaluate.dose_response import SATURATION_SHARE, Curve, Response, fit, response
+from adversa.evaluate.equivalent import EquivalentImages, equivalent_images, real_curve
+from adversa.evaluate.replicates import seed_draws
 
 RATIOS = np.array([0, 1, 2.5, 5, 10, 20, 50])
 COUNTS = np.array([250, 500, 1000, 2000, 4000])

@@ -20,7 +20,7 @@ import pytest
 from adversa.config import check
 from adversa.data import images, sources
 from adversa.engine.local import LocalEngine
-from adversa.pipeline import generate, loop
+from adversa.pipeline import loop, planning
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
 from adversa.storage import tables
@@ -108,7 +108,7 @@ def feed(config, run, shuffled=False):
     """
     name = run_folder.run_id(loop.recipe_of(config))
     by = run.arm(0, "real", 0) / "classifier", 0
-    generate.plan(
+    planning.plan(
         run.round(1, "hard"),
         None,
         name,

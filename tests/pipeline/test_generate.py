@@ -16,6 +16,8 @@ from adversa.engine.tasks import Part
 from adversa.generation import regenerate
 from adversa.pipeline import folders as pipeline_folders
 from adversa.pipeline import generate as pipeline_generate
+from adversa.pipeline import planning
+from adversa.pipeline.pictures import Pictures
 from adversa.pipeline.verifier import folders
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
@@ -40,7 +42,7 @@ def hard(tmp_path):
 
 def planned(hard, config, levels=None, arms=("real", "unguided", "guided")):
     out = hard.parent / "requests"
-    pipeline_generate.plan(hard, levels, "run", 1, arms, config, out, (hard, 0))
+    planning.plan(hard, levels, "run", 1, arms, config, out, (hard, 0))
     return tables.read(out).to_pylist(), step_folder.manifest(out)
 
 
@@ -95,7 +97,7 @@ def test_strategies_start_where_they_should(hard, strategy, start):
         (strategy, start)
     }
     other = hard.parent / "other"
-    pipeline_generate.plan(
+    planning.plan(
         hard,
         None,
         "run",
@@ -242,7 +244,7 @@ def test_a_mask_that_cannot_be_used_is_refused_before_anything_is_generated(
         )
     relist(data)
     generate = config.generate.model_copy(update={"strategy": "inpaint", "part_size": 4})
-    pipeline_generate.plan(
+    planning.plan(
         run.round(1, "hard"),
         None,
         "run",
@@ -274,7 +276,7 @@ def test_a_denoiser_that_is_not_finite_ends_the_step_at_its_first_part(finished,
     save_file({k: v * float("nan") for k, v in state.items()}, broken / "model.safetensors")
     relist(broken)
     generate, asked = config.generate.model_copy(update={"part_size": 4}), tmp_path / "requests"
-    pipeline_generate.plan(
+    planning.plan(
         run.round(1, "hard"), None, "run", 1, ["real", "unguided"], generate, asked, _by(run)
     )
     assert len(tables.parts(asked)) > 1
@@ -347,13 +349,11 @@ def test_each_setting_generates_and_changes_the_picture(finished, tmp_path, chan
     cases = (
         tables.read(run.round(1, "hard"), schema=tables.HARD_CASES).sort_by("rank").to_pylist()[:4]
     )
-    pairs = pipeline_generate.partners(cases) or {cases[0]["example"]: cases[-1]["example"]}
+    pairs = planning.partners(cases) or {cases[0]["example"]: cases[-1]["example"]}
     found = []
     for settings in (generate, config.generate.model_copy(update={"per_case": 1})):
         asked = [
-            pipeline_generate.request(
-                "run", 1, "guided", c, 0, settings, partner=pairs.get(c["example"])
-            )
+            planning.request("run", 1, "guided", c, 0, settings, partner=pairs.get(c["example"]))
             for c in cases
         ]
         asked = [replace(r, seed=7, request_id=str(i)) for i, r in enumerate(asked)]
@@ -461,7 +461,7 @@ def test_a_lesion_that_fills_the_picture_leaves_no_skin_to_generate():
 
 def test_masks_are_grown_and_feathered_inside_what_is_generated(finished):
     _, run = finished
-    pictures = pipeline_generate.Pictures(run.data / "mine")
+    pictures = Pictures(run.data / "mine")
     ids = tables.read(run.data / "mine", ["id"])["id"].to_pylist()[:6]
     tight_in, tight_out = pictures.masks(ids, 0.0, 0.0)
     inside, outside = pictures.masks(ids, 0.1, 0.1)

@@ -18,7 +18,7 @@ from adversa.engine.local import LocalEngine
 from adversa.estimate import plan
 from adversa.evaluate import choosing
 from adversa.evaluate.choosing import HELPED, NOT_HELPED, UNKNOWN
-from adversa.pipeline import arms, evaluate, generate, loop, parity_check, ratio, train
+from adversa.pipeline import arms, evaluate, loop, parity_check, planning, ratio, train
 from adversa.pipeline import folders as pipeline_folders
 from adversa.pipeline.folders import ratio_folders, retrained, swept
 from adversa.pipeline.stages import stages
@@ -220,7 +220,7 @@ def test_a_ratio_that_is_a_number_has_the_recipes_it_always_had(monkeypatch, tmp
             by,
             *without,
         ]
-        return recipes(monkeypatch, tmp_path, generate, lambda: generate.plan(*args))["config"]
+        return recipes(monkeypatch, tmp_path, planning, lambda: planning.plan(*args))["config"]
 
     assert (
         planned() == planned([])
@@ -605,7 +605,7 @@ def test_a_stopped_class_gets_no_requests_and_no_more_images(whole, tmp_path):
     ] == {str(whole.no): most}
     by = pipeline_folders.attacked_in(config, run, 2), pipeline_folders.trained_in(config, 2)
     name = run_folder.run_id(loop.recipe_of(config))
-    generate.plan(
+    planning.plan(
         run.round(2, "hard"), None, name, 2, config.mix.arms, config.generate, tmp_path / "all", by
     )
     every, planned = (
