@@ -169,8 +169,7 @@ def response(
     draws, rng = replicates.in_order(draws, order), np.random.default_rng(seed)
     noise = replicates.noise(draws, y, resamples, rng, level)
     points = np.linspace(x[0], x[-1], grid) if isinstance(grid, int) else np.asarray(grid, float)
-    middle = np.asarray(curve.at(points))
-    tails = [50 * (1 - level), 50 * (1 + level)]
+    middle, tails = np.asarray(curve.at(points)), [50 * (1 - level), 50 * (1 + level)]
     rises, band = _refits(x, mean + noise, weights, scales, points)
     low, high = np.percentile(band, tails, axis=0)
     gain_low, gain_high = np.percentile(rises, tails).tolist()
@@ -180,8 +179,8 @@ def response(
     saturation_low, saturation_high = _saturation_points(x, scales, p, 1 - level, curve)
     misfit = far if len(x) > 3 else None
     kind = _kind(gain_low, gain_high, misfit, saturation_low, saturation_high, x)
-    measured = float(mean[-1] - mean[0])
-    least, most = (measured + np.percentile(noise[:, -1] - noise[:, 0], tails)).tolist()
+    measured, luck = float(mean[-1] - mean[0]), noise[:, -1] - noise[:, 0]
+    least, most = (measured + np.percentile(luck, tails)).tolist()
     return Response(
         curve,
         _plain(x),

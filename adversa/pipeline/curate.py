@@ -34,7 +34,7 @@ from adversa.storage.predictions import matrix
 from adversa.types import ROLES, UserError
 
 if TYPE_CHECKING:
-    from adversa.curate.near_copy import NearCopy, Scale
+    from adversa.curate.near_copy import NearCopy, NearFeatures, Scale
     from adversa.curate.realism import Manifold
 
 CHOOSING = tuple(r for r in ROLES if r != "test")
@@ -136,7 +136,7 @@ def measure_thresholds(
 
     def body(progress: Progress) -> Facts:
         progress({"done": 0, "total": 3, "unit": "index"})
-        from adversa.curate.near_copy import NearCopy, NearFeatures, threshold
+        from adversa.curate.near_copy import NearCopy, threshold
 
         ids, groups, images = real_images(data, CHOOSING)
         index = NearCopy(ids, images)
@@ -154,12 +154,10 @@ def measure_thresholds(
         _write(out / INDEX, index.save)
         _write(out / SCALE, lambda file: np.savez(file, **vars(index.scale)))
         progress({"done": 2, "total": 3, "unit": "index"})
-        rows = read_features(features, CHOOSING)
+        in_features = near_features(features, CHOOSING)
         lesion = dict(zip(ids, groups, strict=True))
-        known = rows["id"].to_pylist()
-        in_features = NearFeatures(known, matrix(rows["classifier"]))
         found["near_copy_features"] = in_features.threshold(
-            known, [lesion[i] for i in known], config.near_copy_quantile
+            in_features.ids, [lesion[i] for i in in_features.ids], config.near_copy_quantile
         )
         found |= _realism(data, features, config) | {"most_agreement": _trivial(features, config)}
         files.write_json(out / THRESHOLDS, found)
@@ -301,19 +299,13 @@ def make_inspected(
 ) -> Work:
     from adversa.classify.score import make_scorer
     from adversa.curate import filter
-    from adversa.curate.near_copy import NearFeatures
 
     thresholds = thresholds_of(limits, config)
     scorer = make_scorer(classifier, embed=True)
     verify = Verifiers(judge, config.folds, data) if config.folds else None
     copies = near_copies(limits)
-    everyone = read_features(features, ROLES)
-    assert sorted(everyone["id"].to_pylist()) == copies.ids, (
-        f"{features} is not of the images of {limits}"
-    )
-    in_features = NearFeatures(everyone["id"].to_pylist(), matrix(everyone["classifier"]))
-    known = read_features(features, ["train"])
-    in_train = NearFeatures(known["id"].to_pylist(), matrix(known["classifier"]))
+    in_features, in_train = near_features(features, ROLES), near_features(features, ["train"])
+    assert in_features.ids == copies.ids, f"{features} is not of the images of {limits}"
     on = thresholds["realism_limit"] is not None
     spaces = [manifold(features, c) for c in ("classifier", "judge")] if on else None
 
@@ -365,6 +357,14 @@ def near_copies(limits: StoragePath) -> NearCopy:
 
     file = limits / INDEX
     return NearCopy.load(io.BytesIO(file.read_bytes()) if isinstance(file, BucketPath) else file)
+
+
+def near_features(features: StoragePath, roles: Sequence[str]) -> NearFeatures:
+    """The index of the real images of some roles, in the classifier's features."""
+    from adversa.curate.near_copy import NearFeatures
+
+    rows = read_features(features, roles)
+    return NearFeatures(rows["id"].to_pylist(), matrix(rows["classifier"]))
 
 
 def scale_of(limits: StoragePath) -> Scale:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,14 @@ import pyarrow.compute as pc
 
 from adversa import config as cfg
 from adversa.storage import tables
+from adversa.storage.path import StoragePath
 from adversa.types import FILLING, GenerationRequest
 
 
 class Pictures:
     """Examples of a role by id: their images, and the masks of their lesions."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: StoragePath | None) -> None:
         from adversa.data.loader import ImageTable
 
         self.folder, self.table = folder, ImageTable([folder] if folder else [], build=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from adversa import config as cfg
@@ -14,20 +13,21 @@ from adversa.run import step_folder
 from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import tables
+from adversa.storage.path import StoragePath
 from adversa.types import GENERATED, GenerationRequest, request_id, seed_of
 
 Row = dict[str, Any]
 
 
 def plan(
-    hard: Path,
-    levels: Path | None,
+    hard: StoragePath,
+    levels: StoragePath | None,
     run: str,
     number: int,
     arm_names: Sequence[str],
     config: cfg.Generate,
-    out: Path,
-    target: tuple[Path, int],
+    out: StoragePath,
+    target: tuple[StoragePath, int],
     without: Collection[int] = (),
     handle: RunHandle = NULL_HANDLE,
 ) -> None:
@@ -86,7 +86,7 @@ def _requests(
             yield request(run, number, arm, case, k, config, level, partner)
 
 
-def cases_of(hard: Path, without: Collection[int]) -> list[Row]:
+def cases_of(hard: StoragePath, without: Collection[int]) -> list[Row]:
     """The hard cases in their order, but those of some classes."""
     return [
         c

@@ -5,7 +5,7 @@ subgroups, and what each arm cost.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -159,16 +159,8 @@ def comparisons(
             "b": other,
             "metric": HEADLINE,
             "role": role,
-            "difference": c.difference,
-            "low": c.low,
-            "high": c.high,
-            "p": c.p,
-            "se": c.se,
-            "detectable": c.detectable,
-            "seeds": c.seeds,
-            "lesions": c.lesions,
+            **{f.name: getattr(c, f.name) for f in fields(c) if f.name != "spread"},
             "each": list(c.each),
-            "note": c.note,
             "seeds_needed": c.seeds_needed(EFFECT),
             "effect": EFFECT,
             "mcnemar": [

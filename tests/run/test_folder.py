@@ -527,14 +527,14 @@ def test_status_is_whole_json_with_the_process(run):
 
 def test_a_file_system_without_locks_is_told_and_a_stale_handle_is_read_again(run, monkeypatch):
     stale = [OSError(errno.ESTALE, "stale"), OSError(errno.ESTALE, "stale")]
-    read = type(run.recipe).read_text
+    read = type(run.recipe).read_bytes
 
     def reading(path, *args, **more):
         if stale:
             raise stale.pop()
         return read(path, *args, **more)
 
-    monkeypatch.setattr(type(run.recipe), "read_text", reading)
+    monkeypatch.setattr(type(run.recipe), "read_bytes", reading)
     assert files.read_json(run.recipe)["recipe"] == RECIPE and not stale
 
     def refuse(*_):
