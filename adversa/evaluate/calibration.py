@@ -43,10 +43,3 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[
         )
         found.append(ReliabilityBin(float(edges[i]), float(edges[i + 1]), n, *means))
     return found
-
-
-def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
-    """ECE in [0, 1] of the bins of `reliability`."""
-    total = sum(b.n for b in bins)
-    known = ((b.n, b.accuracy, b.confidence) for b in bins if b.n)
-    return sum(n * abs(a - c) for n, a, c in known if a is not None and c is not None) / total

@@ -216,9 +216,7 @@ def rows(
             "requests of these images"
         )
     finite = generated["finite"].to_pylist()
-    faults = (
-        len(generated) - generated["fault"].null_count if "fault" in generated.schema.names else 0
-    )  # such rows are not finite either
+    faults = len(generated) - generated["fault"].null_count  # such rows are not finite either
     tally.not_generated += len(place) - len(ids) + faults
     tally.not_finite += finite.count(False) - faults
     keep = [i for i, ok in enumerate(finite) if ok]
@@ -232,11 +230,7 @@ def rows(
     assert all(0 <= k < len(classes) for k in table["label"].to_pylist()), (
         f"{path} has labels that have no class"
     )
-    known = set(table.schema.names)  # requests of an earlier version have fewer columns
-    columns = {
-        f.name: table[f.name] if f.name in known else pa.nulls(len(table), f.type)
-        for f in tables.REQUESTS
-    }
+    columns = {f.name: table[f.name] for f in tables.REQUESTS}
     columns |= {f.name: generated[f.name] for f in _OWN}
     columns["image"] = pa.StructArray.from_arrays(
         [generated["image"].combine_chunks(), pa.array(names, pa.string())],

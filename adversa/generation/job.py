@@ -247,15 +247,7 @@ def plan(job: GenerationJob, out: StoragePath, handle: RunHandle) -> None:
             for label, n in job.labels.items()
             for i in range(n)
         )
-        index = 0
-        while chunk := list(
-            itertools.islice(requested, config.part_size)
-        ):  # one part is in memory at a time
-            tables.write_part(
-                out / tables.part_name(index), tables.to_table(chunk, tables.REQUESTS)
-            )
-            index += 1
-        return {"rows": sum(job.labels.values())}
+        return {"rows": tables.write_parts(out, requested, config.part_size, tables.REQUESTS)}
 
     run_step(out, recipe, body, handle, "--out")
 

@@ -63,7 +63,7 @@ def regenerate(config: cfg.Config, run: RunDir, request_id: str, temporary: Path
     number, part, row = find(config, run, request_id)
     request = pipeline_generate.read_requests(part)[row]
     stored = tables.read_part(run.round(number, "synthetic") / part.name).to_pylist()[row]
-    if stored.get("fault"):  # runs of earlier versions have no such column
+    if stored["fault"]:
         raise UserError(
             f"request {request_id} was not generated ({stored['fault']}); there is no image "
             "to compare with"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,39 +50,24 @@ def plan(
     def body(progress: Progress) -> Facts:
         cases, starts = cases_of(hard, without), {}
         if levels:
-            found = tables.read(levels, schema=tables.LEVELS).to_pylist()
-            starts = {r["example"]: r["sigma_start"] for r in found}
-        parts = itertools.count()
-        rows = alone = 0
+            chosen = tables.read(levels, schema=tables.LEVELS).to_pylist()
+            starts = {r["example"]: r["sigma_start"] for r in chosen}
+        parts = rows = alone = 0
         for arm in [a for a in arm_names if a in GENERATED]:
-            asked = _requests(run, number, arm, cases, config, starts)
-            while chunk := list(itertools.islice(asked, config.part_size)):  # one part in memory
-                table = tables.to_table([replace(r, **by) for r in chunk], tables.REQUESTS)
-                tables.write_part(out / tables.part_name(next(parts)), table)
-                rows += len(chunk)
-                alone += sum(
-                    config.strategy == "interpolate" and r.strategy == "img2img" for r in chunk
-                )
+            paired = arm == "guided" and config.strategy == "interpolate"
+            found = partners(cases) if paired else {}
+            asked = (
+                replace(request(run, number, arm, c, k, config, starts.get(e), found.get(e)), **by)
+                for c in cases
+                for e in [c["example"]]
+                for k in range(config.per_case)
+            )
+            written = tables.write_parts(out, asked, config.part_size, tables.REQUESTS, parts)
+            parts, rows = parts + -(-written // config.part_size), rows + written
+            alone += written - len(found) * config.per_case if paired else 0
         return {"rows": rows, "without_partner": alone}
 
     run_step(out, recipe, body, handle)
-
-
-def _requests(
-    run: str,
-    number: int,
-    arm: str,
-    cases: Sequence[Row],
-    config: cfg.Generate,
-    starts: dict[str, float],
-) -> Iterator[GenerationRequest]:
-    """An arm's, case by case. starts: noise levels of some examples."""
-    paired = arm == "guided" and config.strategy == "interpolate"
-    found = partners(cases) if paired else {}
-    for case in cases:
-        level, partner = starts.get(case["example"]), found.get(case["example"])
-        for k in range(config.per_case):
-            yield request(run, number, arm, case, k, config, level, partner)
 
 
 def cases_of(hard: StoragePath, without: Collection[int]) -> list[Row]:

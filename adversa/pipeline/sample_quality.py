@@ -119,15 +119,13 @@ def plan(
         counts = arms.shares(
             held_out(data).tolist(), config.images, [config.images] * len(classes_of(data))
         )
-        asked = [
+        asked = (
             request(label, i, config.guidance, generate.sigma_max)
             for label, n in enumerate(counts)
             for i in range(n)
-        ]
-        for index, first in enumerate(range(0, len(asked), generate.part_size)):
-            table = tables.to_table(asked[first : first + generate.part_size], tables.REQUESTS)
-            tables.write_part(out / tables.part_name(index), table)
-        return {"rows": len(asked), "by_class": counts}
+        )
+        rows = tables.write_parts(out, asked, generate.part_size, tables.REQUESTS)
+        return {"rows": rows, "by_class": counts}
 
     run_step(out, recipe, body, handle)
 

@@ -18,7 +18,7 @@ from adversa.config import Config
 from adversa.pipeline.folders import last_round, models_of
 from adversa.run import differences, environment
 from adversa.run.folder import RunDir
-from adversa.run.step_folder import MANIFEST, OPENED, RECIPE
+from adversa.run.step_folder import MANIFEST, OPENED
 from adversa.storage import files, once
 from adversa.storage.path import StoragePath, move
 from adversa.types import UserError
@@ -70,8 +70,7 @@ def ledger(run: RunDir) -> list[dict[str, Any]]:
     """Every opening so far, oldest first. UserError where the file can't be read: then nobody
     knows.
 
-    A run that was made before there was a ledger, and one killed between the two files, has its
-    last one in the test folder alone.
+    A run that was killed between the two files has its last one in the test folder alone.
     """
     entries, mark = _written(run), _mark(run)
     return entries if mark is None or mark["opening"] <= len(entries) else [*entries, mark]
@@ -93,16 +92,8 @@ def _written(run: RunDir) -> list[dict[str, Any]]:
 
 
 def _mark(run: RunDir) -> dict[str, Any] | None:
-    """The opening that the test folder holds; in runs of earlier versions its recipe knows what the
-    mark does not say.
-    """
-    mark = files.read_json(run.test / OPENED)
-    if mark is None or "models" in mark:
-        return mark
-    recipe = files.read_json(run.test / RECIPE) or {}
-    models = {name: weights for name, weights in recipe.get("inputs", {}).items() if name != "data"}
-    how = {"bootstrap": b} if (b := recipe.get("config", {}).get("bootstrap")) else {}
-    return {"opening": 1, "reason": "the end of the run", "models": models, "evaluate": how} | mark
+    """The opening that the test folder holds."""
+    return files.read_json(run.test / OPENED)
 
 
 def review(run: RunDir, now: Opening, reopen: bool) -> None:
@@ -134,9 +125,7 @@ def enter(run: RunDir, now: Opening) -> None:
     """
     if files.read_json(run.test / OPENED) is None:
         entries = ledger(run)
-        reason = (
-            _said(_changed(_whole(entries[-1]), now) or [GONE]) if entries else "the end of the run"
-        )
+        reason = _said(_changed(entries[-1], now) or [GONE]) if entries else "the end of the run"
         mark = {
             "opened": environment.now(),
             "opening": len(entries) + 1,
@@ -149,24 +138,19 @@ def enter(run: RunDir, now: Opening) -> None:
 GONE = "what it read then is gone (test/opened.json)"
 
 
-def _whole(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"models": {}, "evaluate": {}} | entry
-
-
 def _changed(mark: dict[str, Any] | None, now: Opening) -> list[str]:
     """What is not as it was in the opening of the test folder, one string each; empty: it is that
     very opening.
     """
     if mark is None:
         return [GONE]
-    known = {k: v for k, v in now.evaluate.items() if k in mark["evaluate"]}
     before = {
         "model": mark["models"],
         "evaluate": mark["evaluate"],
         "split": now.split_hash and mark.get("split_hash"),
     }
     return differences.differences(
-        before, {"model": now.models, "evaluate": known, "split": now.split_hash}
+        before, {"model": now.models, "evaluate": now.evaluate, "split": now.split_hash}
     )
 
 
@@ -181,9 +165,8 @@ def _set_aside(run: RunDir, number: int) -> None:
     the way, it goes on.
     """
     with files.writing(run.root):
-        files.write_json(
-            run.openings, ledger(run)
-        )  # an older run's only record of it is in the folder that goes
+        # Killed between the two files, its only record is in the folder that goes.
+        files.write_json(run.openings, ledger(run))
         if run.select.exists():
             move(run.select, _free(run, "select", number, MANIFEST), MANIFEST)
         keep = run.test if run.test.exists() else run.root / f"test-opening-{number}"

@@ -18,7 +18,7 @@ from adversa.curate.filter import (
     acceptance,
     acceptance_by_strategy,
 )
-from adversa.report.gather import Facts, columns, number
+from adversa.report.gather import Facts, number
 from adversa.storage import tables
 from adversa.storage.files import read_json
 from adversa.storage.path import matching
@@ -82,7 +82,7 @@ def decisions(facts: Facts, number: int | None = None) -> list[Decision]:
     name = "round-*" if number is None else f"round-{number:03d}"
     found = []
     for folder in matching(facts.run.root, f"{name}/verdicts"):
-        rows = columns(folder, list(Decision._fields), tables.VERDICTS)
+        rows = tables.read(folder, list(Decision._fields), tables.VERDICTS)
         lists = (rows[name].to_pylist() for name in Decision._fields)
         found += [Decision(*row) for row in zip(*lists, strict=True)]
     return found
@@ -143,7 +143,7 @@ def _errors(facts: Facts, number: int) -> np.ndarray | None:
     """Misclassified images of mine by class, float64 [K], under what mined: its mean over
     classifiers where there are several.
     """
-    rows = columns(
+    rows = tables.read(
         facts.run.round(number, "scores"), ["arm", "seed", "label", "logits"], tables.PREDICTIONS
     )
     if not len(rows):

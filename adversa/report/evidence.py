@@ -52,8 +52,8 @@ class Bar:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """Arm a minus arm b. Numbers are None where the run did not record them. mcnemar: of each seed,
-    as summary.json has it.
+    """Arm a minus arm b. Numbers are None where they are not known. mcnemar: of each seed, as
+    summary.json has it.
     """
 
     a: str
@@ -254,15 +254,15 @@ def comparisons(found: list[Json]) -> list[ComparisonRow]:
             difference=number(c["difference"]),
             low=number(c["low"]),
             high=number(c["high"]),
-            p_holm=number(c.get("p_holm")),
-            detectable=number(c.get("detectable")),
-            seeds=c.get("seeds"),
-            lesions=c.get("lesions"),
-            seeds_needed=c.get("seeds_needed"),
-            effect=number(c.get("effect")),
-            note=c.get("note") or "",
-            mcnemar=c.get("mcnemar") or [],
-            gain=c.get("gain_per_device_hour"),
+            p_holm=number(c["p_holm"]),
+            detectable=number(c["detectable"]),
+            seeds=c["seeds"],
+            lesions=c["lesions"],
+            seeds_needed=c["seeds_needed"],
+            effect=number(c["effect"]),
+            note=c["note"],
+            mcnemar=c["mcnemar"],
+            gain=c["gain_per_device_hour"],
         )
         for c in found
     ]
@@ -284,14 +284,10 @@ def bar(row: ComparisonRow, end: float) -> Bar | None:
 
 
 def costs(facts: Facts) -> list[tuple[str, float | None, float | None]]:
-    """(arm, seconds, device-seconds), in the order of the arms; empty where the run did not record
-    them.
-    """
+    """(arm, seconds, device-seconds), in the order of the arms."""
     found = facts.summary["cost"]
     return [
-        (a, number(found[a].get("seconds")), number(found[a].get("device_seconds")))
-        for a in facts.arms
-        if a in found
+        (a, number(found[a]["seconds"]), number(found[a]["device_seconds"])) for a in facts.arms
     ]
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from adversa.curate.checks import CHECKS, FIRST, Check
 from adversa.curate.filter import KEPT, NOT_FINITE, NOT_GENERATED
-from adversa.report.gather import Facts, columns, number
+from adversa.report.gather import Facts, number
 from adversa.report.words import fixed
 from adversa.storage import tables
 from adversa.storage.arrays import RoleArray
@@ -200,7 +200,7 @@ def _asked(
         facts.run.round(round_number, "requests"),
         ["request_id", "example", "label", "arm"],
     )
-    rows = columns(folder, names, tables.REQUESTS).to_pydict()
+    rows = tables.read(folder, names, tables.REQUESTS).to_pydict()
     offspring: dict[str, list[str]] = {example: [] for example in examples}
     others: dict[int, list[str]] = {}
     for request, example, label, arm in sorted(
@@ -214,7 +214,7 @@ def _asked(
 
 
 def _verdicts(folder: StoragePath, ids: Collection[str]) -> dict[str, Json]:
-    rows = columns(folder, tables.VERDICTS.names, tables.VERDICTS)
+    rows = tables.read(folder, tables.VERDICTS.names, tables.VERDICTS)
     wanted = [i for i, request in enumerate(rows["request_id"].to_pylist()) if request in ids]
     return {row["request_id"]: row for row in rows.take(pa.array(wanted, pa.int64())).to_pylist()}
 

@@ -10,8 +10,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from adversa.common.sanitize import load_yaml
 from adversa.run.folder import RunDir
 from adversa.storage import once, tables
@@ -19,32 +17,6 @@ from adversa.storage.files import read_json
 from adversa.storage.path import StoragePath, matching
 from adversa.types import ARMS, BEFORE, ROLES, Json, UserError
 
-REQUIRED = {"arms", "classes", "intervals", "notes", "split_hash", "verdict"}
-OPTIONAL: Json = {
-    "run": "",
-    "seed": "",
-    "seeds": None,
-    "rounds": "",
-    "generated": 0,
-    "accepted": 0,
-    "comparisons": [],
-    "verdict_sentence": "",
-    "versions": {},
-    "seconds": {},
-    "subgroups": {},
-    "cost": {},
-    "overhead_seconds": None,
-    "wall_seconds": None,
-    "device_seconds": None,
-    "test_opened": None,
-    "test_openings": 1,
-    "git": None,
-    "machine": {},
-    "matched": {},
-    "subgroup_comparisons": {},
-    "restarts": 0,
-    "restart_seconds": 0.0,
-}
 METRICS = {
     "balanced_accuracy": "balanced accuracy",
     "accuracy": "accuracy",
@@ -91,11 +63,8 @@ class Facts:
         return "guided" if "guided" in others else (others[-1] if others else None)
 
     def section(self, name: str) -> Json:
-        """A section of the configuration; empty where the run is of a version that did not have
-        it.
-        """
-        found = self.config.get(name)
-        return found if isinstance(found, dict) else {}
+        """A section of the configuration; empty where it is null."""
+        return self.config.get(name) or {}
 
 
 @dataclass(frozen=True)
@@ -127,13 +96,6 @@ def read_facts(run_dir: StoragePath) -> Facts:
     summary = read_json(run.summary)
     if summary is None:
         raise UserError(f"{run_dir} is not finished (it has no summary.json); {finish}")
-    if lacking := REQUIRED - summary.keys():
-        raise UserError(f"{run.summary} lacks {', '.join(sorted(lacking))}; delete it and {finish}")
-    same = {
-        "before": summary["arms"].get("real", {}),
-        "intervals_before": summary["intervals"].get("real", {}),
-    }
-    summary = OPTIONAL | same | {"added": summary.get("used", {})} | summary
     classes = [str(c) for c in summary["classes"]]
     images, lesions = _roles(run, len(classes))
     known = {arm: i for i, arm in enumerate(ARMS)}
@@ -159,19 +121,6 @@ def scorecards(run: RunDir) -> list[Json]:
     paths = [p for s in steps for p in matching(s, "*/*/scorecard.json")]
     found = [json.loads(once.read_bytes(p)) for p in paths]
     return list({(c["arm"], c["seed"], c["round"], c["role"]): c for c in found}.values())
-
-
-def columns(folder: StoragePath, names: Sequence[str], schema: pa.Schema) -> pa.Table:
-    """Some columns of a folder; null where a part, of an older version, lacks one."""
-    found = [schema.empty_table().select(list(names))]
-    for part in tables.parts(folder):
-        here = tables.read_part(part, [n for n in names if n in tables.schema_of(part).names])
-        whole = {
-            n: here[n] if n in here.column_names else pa.nulls(len(here), schema.field(n).type)
-            for n in names
-        }
-        found.append(pa.table(whole, schema=pa.schema([schema.field(n) for n in names])))
-    return pa.concat_tables(found)
 
 
 def figures(facts: Facts, arm: str, role: str) -> Json:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from adversa.common.statistics import softmax
-from adversa.evaluate.calibration import ReliabilityBin, expected_calibration_error, reliability
+from adversa.evaluate.calibration import ReliabilityBin, reliability
 from adversa.report.gather import Facts, Score, score
 from adversa.storage import tables
 from adversa.types import BEFORE
@@ -152,32 +152,24 @@ def _cells(counts: np.ndarray, shares: np.ndarray, tints: np.ndarray) -> list[li
 
 def calibrations(facts: Facts, said: dict[str, Said]) -> dict[str, Calibration]:
     """BEFORE, and the arm in question, to its reliability curve. Bins are those of the seeds
-    together; ECE and Brier are means.
+    together; ECE and Brier are the run's own figures.
     """
     found = {}
     for arm, s in said.items():
         seeds, images, classes = s.logits.shape
         together = reliability(s.logits.reshape(-1, classes), np.tile(s.labels, seeds))
-        probability = softmax(s.logits)
-        truth = np.eye(classes)[s.labels]
-        ece = np.mean([expected_calibration_error(reliability(x, s.labels)) for x in s.logits])
-        brier = ((probability - truth) ** 2).sum(2).mean()
+        sure, right = softmax(s.logits).max(2).mean(), (s.logits.argmax(2) == s.labels).mean()
         found[arm] = Calibration(
             bins=[
                 ReliabilityBin(b.low, b.high, b.n / seeds, b.confidence, b.accuracy)
                 for b in together
             ],
-            ece=_or_own(score(facts, arm, "test", "ece"), float(ece)),
-            brier=_or_own(score(facts, arm, "test", "brier"), float(brier)),
-            surplus=float(probability.max(2).mean() - (s.logits.argmax(2) == s.labels).mean()),
+            ece=score(facts, arm, "test", "ece"),
+            brier=score(facts, arm, "test", "brier"),
+            surplus=float(sure - right),
             seeds=seeds,
         )
     return found
-
-
-def _or_own(reported: Score, own: float) -> Score:
-    """The run's own figure, which has an interval; a run of an older version has none."""
-    return reported if reported.value is not None else Score(own)
 
 
 def titles(facts: Facts) -> dict[str, str]:

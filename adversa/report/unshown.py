@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from adversa.curate.checks import CHECKS
 from adversa.report.evidence import ComparisonRow
-from adversa.report.gather import Facts, columns
+from adversa.report.gather import Facts
 from adversa.report.words import count, counted, fixed, listed, signed
 from adversa.storage import tables
 from adversa.types import ARMS, Json
@@ -79,6 +79,6 @@ def _small(rows: list[Json]) -> str:
 def checks_off(facts: Facts, round_number: int) -> list[str]:
     """The checks that no verdict of the round has a limit for. The verifier's is never off."""
     folder, checks = facts.run.round(round_number, "verdicts"), [c for c in CHECKS if c.off]
-    rows = columns(folder, [c.limit for c in checks], tables.VERDICTS)
+    rows = tables.read(folder, [c.limit for c in checks], tables.VERDICTS)
     limits = {c: set(rows[c.limit].unique().to_pylist()) for c in checks}
     return [c.off for c in checks if limits[c] <= {None, c.vacuous}]

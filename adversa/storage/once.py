@@ -1,8 +1,8 @@
 """Each JSON file is read once a command: on an object store every read is a request.
 
 A command keeps what it has read. What it writes, moves or removes it replaces or drops here; what
-another process may write at any time (LIVE) is never kept. That a file is missing is kept only of
-those that nobody but the command writes (HELD).
+another process or thread may write at any time (LIVE) is never kept. That a file is missing is kept
+of those alone that nobody but the command writes (HELD).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from adversa.storage.path import StoragePath
 
-# The requested state, the lock with its heartbeat, what a run and a step are doing.
-LIVE = frozenset(("control.json", "lock.json", "status.json", "progress.json"))
+# The requested state; the lock with its heartbeat, and the clock; what a run and a step are doing.
+LIVE = frozenset(("control.json", "lock.json", "clock.json", "status.json", "progress.json"))
 # Written by whoever holds the run; all else may come from a worker process.
 HELD = frozenset(("settings.json", "restarts.json"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -128,6 +129,23 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
 
 
+def write_parts(
+    folder: StoragePath,
+    rows: Iterable[DataclassInstance],
+    size: int,
+    schema: pa.Schema,
+    first: int = 0,
+) -> int:
+    """How many rows were written, `size` a part from part `first` on; one part is in memory at a
+    time.
+    """
+    rows, total = iter(rows), 0
+    while chunk := list(itertools.islice(rows, size)):
+        write_part(folder / part_name(first + total // size), to_table(chunk, schema))
+        total += len(chunk)
+    return total
+
+
 def to_table(rows: Iterable[DataclassInstance], schema: pa.Schema) -> pa.Table:
     """Dataclasses (of the noun the schema is for) to a table."""
     return pa.Table.from_pylist(
@@ -177,12 +195,6 @@ def count(path: StoragePath) -> int:
     with _reading(path), asking(path):
         rows: int = pq.read_metadata(source(path)).num_rows
         return rows
-
-
-def schema_of(path: StoragePath) -> pa.Schema:
-    """The columns of one part."""
-    with _reading(path), asking(path):
-        return pq.read_schema(source(path))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ with the engine of its actor.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -334,15 +333,9 @@ def plan(
 
     def body(progress: Progress) -> Facts:
         cases = tables.read(hard, schema=tables.HARD_CASES).sort_by("rank").to_pylist()
-        found, rows = (
-            replicates(cases, requested, variant, run, config, step_folder.fingerprint(classifier)),
-            0,
-        )
-        for i in itertools.count():  # one part is in memory at a time
-            if not (chunk := list(itertools.islice(found, config.part_size))):
-                break
-            tables.write_part(out / tables.part_name(i), tables.to_table(chunk, tables.REQUESTS))
-            rows += len(chunk)
+        by = step_folder.fingerprint(classifier)
+        found = replicates(cases, requested, variant, run, config, by)
+        rows = tables.write_parts(out, found, config.part_size, tables.REQUESTS)
         if not rows:
             tables.write_part(out / tables.part_name(0), tables.REQUESTS.empty_table())
         return {"rows": rows}

@@ -281,25 +281,6 @@ def test_cut_off_between_the_new_settings_and_the_new_reading_it_stays_refused(a
     assert len(entries(again.run)) == 2 and summary(again.run)["test_openings"] == 2
 
 
-def test_a_run_of_before_the_ledger_has_been_opened_once(again, tiny):
-    again.run.openings.unlink()
-    mark = files.read_json(again.run.test / "opened.json")
-    files.write_json(again.run.test / "opened.json", {k: mark[k] for k in ("opened", "split_hash")})
-    again.run.summary.unlink()
-    go(again.config, again.root)
-    assert (
-        summary(again.run)["test_openings"] == 1
-        and summary(again.run)["test_opened"] == mark["opened"]
-    )
-    other = tiny(**{**SMALL, "evaluate": {**SMALL["evaluate"], "bootstrap": 150}})
-    with pytest.raises(UserError, match="--reopen-test"):
-        loop.open_run(other, again.root)
-    go(other, again.root, reopen=True)
-    found = entries(again.run)
-    assert [e["opened"] for e in found][0] == mark["opened"] and len(found) == 2
-    assert found[0]["models"] == found[1]["models"]  # read from the old recipe
-
-
 def test_a_ledger_that_cannot_be_read_is_no_empty_one(again):
     for text in ('[{"opened": ', "{}"):
         again.run.openings.write_text(text)

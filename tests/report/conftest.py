@@ -156,6 +156,16 @@ def build(
             }
             for a in ("real", "unguided", "guided")
         },
+        "before": {r: metrics_of("real", r) for r in ("mine", "test")},
+        "intervals_before": {
+            r: {m: [v - 0.04, v + 0.04] for m, v in metrics_of("real", r).items()}
+            for r in ("mine", "test")
+        },
+        "added": {},
+        "used": {},
+        "git": None,
+        "machine": {},
+        "test_openings": 1,
         "notes": ["the images are procedural phantoms", "one seed an arm: mind the interval."],
         "wall_seconds": 310.0,
         "restarts": 2,
@@ -178,6 +188,7 @@ def build(
         "device_seconds": 480.0,
         "cost": {
             "real": {"seconds": 60.0, "device_seconds": 120.0},
+            "unguided": {"seconds": 70.0, "device_seconds": 130.0},
             "guided": {"seconds": 90.0, "device_seconds": 150.0},
         },
         "subgroups": {
@@ -230,6 +241,14 @@ def build(
                 "high": 0.1,
                 "p_holm": 0.03,
                 "word": "better",
+                "detectable": None,
+                "seeds": None,
+                "lesions": None,
+                "seeds_needed": None,
+                "effect": None,
+                "note": "",
+                "mcnemar": [],
+                "gain_per_device_hour": None,
             },
             {
                 "a": "unguided",
@@ -241,6 +260,14 @@ def build(
                 "high": -0.02,
                 "p_holm": 0.01,
                 "word": "worse",
+                "detectable": None,
+                "seeds": None,
+                "lesions": None,
+                "seeds_needed": None,
+                "effect": None,
+                "note": "",
+                "mcnemar": [],
+                "gain_per_device_hour": None,
             },
         ],
     }

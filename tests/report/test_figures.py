@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,20 +85,6 @@ def test_calibration_is_that_of_the_predictions(facts: Facts) -> None:
     text = predictions.calibration_sentences(found, predictions.titles(facts))[0]
     assert text.startswith("Baseline: ECE 0.050 (0.010 to 0.090), Brier 0.400 (0.360 to 0.440); ")
     assert text.endswith("on average 0.8 points too sure of its answers.")
-
-
-def test_a_run_without_these_metrics_has_its_own(facts: Facts) -> None:
-    bare = dataclasses.replace(facts, summary=facts.summary | {"before": {"test": {}}})
-    c = predictions.calibrations(bare, predictions.of_test(bare))[BEFORE]
-    assert c.ece.low is None and c.ece.value != 0.05
-    assert c.ece.value == pytest.approx(
-        sum(b.n * abs(b.accuracy - b.confidence) for b in c.bins if b.n) / 12, abs=0.1
-    )
-    probability = np.exp(x := predictions.of_test(bare)[BEFORE].logits) / np.exp(x).sum(
-        2, keepdims=True
-    )
-    truth = np.eye(3)[predictions.of_test(bare)[BEFORE].labels]
-    assert c.brier.value == pytest.approx(((probability - truth) ** 2).sum(2).mean())
 
 
 def test_points_lie_where_they_belong() -> None:
@@ -239,42 +224,6 @@ def test_what_was_not_shown(facts: Facts, finished: Path) -> None:
         > text.index('id="calibration"')
         > text.index('id="gallery"')
     )
-
-
-def test_a_run_of_an_older_version(make_run: Callable[..., Path]) -> None:
-    """No modes, no memorisation, few keys in the summary: what is there is shown."""
-    run = make_run(cases=3, per_case=4)
-    (run / "round-001/verdicts/memorisation.json").unlink()
-    (run / "round-001/hard/modes.json").unlink()
-    shutil.rmtree(run / "test")
-    shutil.rmtree(run / "round-001/scores")
-    summary = json.loads((run / "summary.json").read_text())
-    for key in (
-        "cost",
-        "subgroups",
-        "device_seconds",
-        "matched",
-        "seeds",
-        "seconds",
-        "versions",
-        "wall_seconds",
-    ):
-        del summary[key]
-    for row in summary["comparisons"]:
-        for key in (
-            "detectable",
-            "seeds",
-            "lesions",
-            "seeds_needed",
-            "effect",
-            "note",
-            "mcnemar",
-            "gain_per_device_hour",
-        ):
-            row.pop(key, None)
-    (run / "summary.json").write_text(json.dumps(summary))
-    text = page.write(run).read_text()
-    assert "There are no predictions on test" in text and "It was not measured" in text
 
 
 def test_twenty_thousand_verdicts_take_seconds(make_run: Callable[..., Path]) -> None:
