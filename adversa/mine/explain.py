@@ -1,4 +1,4 @@
-"""Failure modes as text: rows for a table, lines for a terminal, plain values for JSON."""
+"""Failure modes as text: lines for a terminal, plain values for JSON."""
 
 from __future__ import annotations
 
@@ -10,33 +10,6 @@ from adversa.mine.association import Finding
 from adversa.mine.modes import FailureModes, phrase
 from adversa.types import Json
 
-HEADER = (
-    "mode",
-    "errors",
-    "near misses",
-    "share of errors",
-    "taken for",
-    "stands for it",
-    "right and alike",
-)
-
-
-def rows(found: FailureModes, classes: Sequence[str]) -> list[tuple[str, ...]]:
-    """One row a mode, in HEADER's columns: name, errors, near misses, share, confusions, medoid,
-    nearest image that is right.
-    """
-    table: list[tuple[str, ...]] = []
-    for mode in found.modes:
-        confused = ", ".join(f"{classes[c]} {n}" for c, n in mode.confused)
-        near = (
-            f"{mode.neighbours[0].example} ({classes[mode.neighbours[0].label]})"
-            if mode.neighbours
-            else "none"
-        )
-        counts = (str(mode.errors), str(mode.size - mode.errors), f"{mode.share:.0%}")
-        table.append((mode.name, *counts, confused, mode.medoid, near))
-    return table
-
 
 def lines(found: FailureModes, classes: Sequence[str]) -> list[str]:
     """The modes with all their findings, then what the findings were corrected for."""
@@ -45,15 +18,15 @@ def lines(found: FailureModes, classes: Sequence[str]) -> list[str]:
     said = [
         f"{found.errors} of {found.images} images misclassified; {len(found.modes)} failure modes:"
     ]
-    for mode, (name, errors, near, share, confused, medoid, alike) in zip(
-        found.modes, rows(found, classes), strict=True
-    ):
-        said.append(f"{mode.id}: {name}")
-        said.append(
-            f"  {errors} errors ({share} of all), {near} near misses; taken for "
-            f"{confused}; {medoid} stands for it"
-        )
-        said.append(f"  right and alike: {alike}")
+    for mode in found.modes:
+        confused = ", ".join(f"{classes[c]} {n}" for c, n in mode.confused)
+        alike = [f"{n.example} ({classes[n.label]})" for n in mode.neighbours]
+        said += [
+            f"{mode.id}: {mode.name}",
+            f"  {mode.errors} errors ({mode.share:.0%} of all), {mode.size - mode.errors} near "
+            f"misses; taken for {confused}; {mode.medoid} stands for it",
+            f"  right and alike: {alike[0] if alike else 'none'}",
+        ]
         said += [
             f"  {phrase(f)}, odds ratio {interval(f)}, {f.everywhere} of {f.total} in the class"
             for f in mode.attributes

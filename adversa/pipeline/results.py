@@ -101,18 +101,9 @@ def figures(
         for name in each[0]
         if all(name in m for m in each)
     }
-    logits = of.logits if len(of.logits) > 1 else of.logits[0]
-    limits = of.limits and (of.limits if len(of.logits) > 1 else of.limits[0])
-    ranges = intervals(
-        logits,
-        of.labels,
-        of.groups,
-        classes,
-        config.bootstrap,
-        seed_of("bootstrap", role),
-        asked,
-        limits,
-    )
+    seed = seed_of("bootstrap", role)
+    given = of.logits, of.labels, of.groups
+    ranges = intervals(*given, classes, config.bootstrap, seed, asked, of.limits)
     return means, {name: [float(v) for v in ends] for name, ends in ranges.items()}
 
 
@@ -322,49 +313,28 @@ def costs(config: cfg.Config, run: RunDir) -> dict[str, dict[str, float]]:
     the denoiser, the verifiers and what the filter measures on real images; where it is the one
     whose ratio was swept, the sweeps.
     """
-    last = last_round(config)
+    rounds, seeds = range(1, last_round(config) + 1), range(config.evaluate.seeds)
+    filtered = ("inspected", *(("twins",) if config.curate.twins else ()), "verdicts")
+    made = [run.denoiser, *verifiers(config, run), *(run.features / r for r in ROLES), run.limits]
+    made += [run.codec] if has_codec(config) else []
+    if has_codec(config) and not config.denoiser.external:
+        made += [run.latents(role) for role in ("train", "select")]
+    sweeps = [ratio_folders(run, n)[0] for n in swept(config, run)]
     found: dict[str, dict[str, float]] = {}
     for arm in config.mix.arms:
-        places = {home(config, arm, n) for n in range(1, last + 1)} or {0}
-        folders = {
-            run.arm(n, arm, s) / "classifier": 1.0
-            for n in places
-            for s in range(config.evaluate.seeds)
-        }
+        places = {home(config, arm, n) for n in rounds} or {0}
+        whole = [run.arm(n, arm, s) / "classifier" for n in places for s in seeds]
         if arm != "real" or home(config, arm, 1):  # its training set holds what was mined
-            folders[run.arm(0, "real", 0) / "classifier"] = 1.0
-            folders |= {
-                run.round(n, name): 1.0 for n in range(1, last + 1) for name in ("scores", "hard")
-            }
-        if swept(config, run) and arm == ratio.arm_of(config):
-            folders |= {ratio_folders(run, n)[0]: 1.0 for n in swept(config, run)}
-        if arm in GENERATED:
-            if has_codec(config):
-                latents = (
-                    []
-                    if config.denoiser.external
-                    else [run.latents(role) for role in ("train", "select")]
-                )
-                folders |= dict.fromkeys([run.codec, *latents], 1.0)
-            folders |= dict.fromkeys(
-                [
-                    run.denoiser,
-                    *verifiers(config, run),
-                    *(run.features / r for r in ROLES),
-                    run.limits,
-                ],
-                1.0,
-            )
-            for n in range(1, last + 1):
-                share = _share(run.round(n, "verdicts"), arm)
-                filtered = (
-                    ("inspected", "twins", "verdicts")
-                    if config.curate.twins
-                    else ("inspected", "verdicts")
-                )
-                folders |= {run.round(n, name): share for name in ("synthetic", *filtered)}
-                if arm == "guided" and config.generate.adaptive:
-                    folders[run.round(n, "levels")] = 1.0
+            whole += [run.arm(0, "real", 0) / "classifier"]
+            whole += [run.round(n, name) for n in rounds for name in ("scores", "hard")]
+        if sweeps and arm == ratio.arm_of(config):
+            whole += sweeps
+        if arm == "guided" and config.generate.adaptive:
+            whole += [run.round(n, "levels") for n in rounds]
+        folders = dict.fromkeys([*whole, *(made if arm in GENERATED else ())], 1.0)
+        for n in rounds if arm in GENERATED else ():
+            share = _share(run.round(n, "verdicts"), arm)
+            folders |= {run.round(n, name): share for name in ("synthetic", *filtered)}
         spent = [(share, step_folder.manifest(f)) for f, share in folders.items()]
         found[arm] = {
             k: round(sum(share * m[k] for share, m in spent), 2)
