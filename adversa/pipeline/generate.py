@@ -6,7 +6,6 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from adversa.run import step_folder
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, tables
 from adversa.storage.arrays import RoleArray
-from adversa.storage.path import storage_path
+from adversa.storage.path import StoragePath, storage_path
 from adversa.storage.weights import CONFIG
 from adversa.types import (
     FILLING,
@@ -39,13 +38,13 @@ from adversa.types import (
 
 def levels(
     engine: Engine,
-    hard: Path,
-    data: Path,
-    denoiser: Path,
-    verifiers: Sequence[Path],
+    hard: StoragePath,
+    data: StoragePath,
+    denoiser: StoragePath,
+    verifiers: Sequence[StoragePath],
     config: cfg.Generate,
     run: str,
-    out: Path,
+    out: StoragePath,
     without: Collection[int] = (),
 ) -> None:
     """For each hard case the largest of config.levels at which the verifiers, averaged, still see
@@ -86,7 +85,10 @@ def levels(
 
 
 def make_levels(
-    denoiser: Path, examples: Path, verifiers: Sequence[Path], config: cfg.Generate
+    denoiser: StoragePath,
+    examples: StoragePath,
+    verifiers: Sequence[StoragePath],
+    config: cfg.Generate,
 ) -> Work:
     from adversa.classify.score import make_scorer
     from adversa.diffuse import generator
@@ -96,7 +98,7 @@ def make_levels(
     scorers = [make_scorer(verifier) for verifier in verifiers]
     guide = steering(loaded, None, config)
 
-    def work(part: Part, path: Path) -> int:
+    def work(part: Part, path: StoragePath) -> int:
         """A case in part.skip has no row: it starts at config.sigma_start."""
         cases = [
             (str(e), int(label))
@@ -153,12 +155,12 @@ def largest(agreement: np.ndarray, least: float) -> int:
 
 def generate(
     engine: Engine,
-    requests: Path,
-    data: Path | None,
-    denoiser: Path,
-    target: Path | None,
+    requests: StoragePath,
+    data: StoragePath | None,
+    denoiser: StoragePath,
+    target: StoragePath | None,
     config: cfg.Generate,
-    out: Path,
+    out: StoragePath,
     option: str = "--run-dir",
 ) -> None:
     """Generate every request; part i of the requests becomes part i of the images. option: what the
@@ -209,7 +211,7 @@ def generate(
     run_step(out, recipe, body, engine.handle, option)
 
 
-def _totals(out: Path) -> Facts:
+def _totals(out: StoragePath) -> Facts:
     rows = tables.read(out, ["evaluations", "skipped", "finite", "fault"], tables.SYNTHETIC)
     return {
         "evaluations": pc.sum(rows["evaluations"]).as_py() or 0,
@@ -219,7 +221,7 @@ def _totals(out: Path) -> Facts:
     }
 
 
-def fingerprint(denoiser: Path) -> str:
+def fingerprint(denoiser: StoragePath) -> str:
     """Of a denoiser's folder, whether a run trained it or it came alone."""
     from adversa.diffuse import generator
 
@@ -230,7 +232,7 @@ def fingerprint(denoiser: Path) -> str:
     )
 
 
-def check_denoiser(denoiser: Path, data: Path) -> None:
+def check_denoiser(denoiser: StoragePath, data: StoragePath) -> None:
     """UserError where a denoiser's classes or size are not those of the run's pictures."""
     meta = files.read_json(denoiser / CONFIG) or {}
     theirs, ours = (
@@ -250,7 +252,7 @@ def check_denoiser(denoiser: Path, data: Path) -> None:
         )
 
 
-def check_masks(requests: Path, data: Path) -> None:
+def check_masks(requests: StoragePath, data: StoragePath) -> None:
     """UserError where a picture that is to be filled in has a mask of its own that cannot be
     used.
     """
@@ -267,7 +269,10 @@ def steering_needs_classifier(config: cfg.Generate) -> bool:
 
 
 def make_work(
-    denoiser: Path, examples: Path | None, target: Path | None, config: cfg.Generate
+    denoiser: StoragePath,
+    examples: StoragePath | None,
+    target: StoragePath | None,
+    config: cfg.Generate,
 ) -> Work:
     from adversa.diffuse import generator
 
@@ -275,7 +280,7 @@ def make_work(
     pipeline = loaded.pipeline(config, steering(loaded, target, config))
     pictures = Pictures(examples)
 
-    def work(part: Part, path: Path) -> TaskStats:
+    def work(part: Part, path: StoragePath) -> TaskStats:
         requests = read_requests(storage_path(part.payload["path"]))
         given = sources([r for i, r in enumerate(requests) if i not in part.skip], pictures, config)
         faults = dict(part.skip)  # a reason may be empty: of rows that a trial leaves out
@@ -314,7 +319,7 @@ def cannot_generate(request: GenerationRequest, given: Any) -> str | None:
     )
 
 
-def read_requests(path: Path) -> list[GenerationRequest]:
+def read_requests(path: StoragePath) -> list[GenerationRequest]:
     return [GenerationRequest(**r) for r in tables.read_part(path).to_pylist()]
 
 
@@ -346,7 +351,7 @@ def device_name() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def steering(loaded: Any, target: Path | None, config: cfg.Generate) -> Any:
+def steering(loaded: Any, target: StoragePath | None, config: cfg.Generate) -> Any:
     """What steers these requests, in float32: the target classifier, the weak denoiser."""
     from adversa.classify.model import load
     from adversa.diffuse.guidance import classifier_gradient

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from adversa.run.control import NULL_HANDLE, RunHandle
 from adversa.run.folder import RunDir, classes_of
 from adversa.run.step_folder import Progress, Recipe
 from adversa.storage import files, predictions, tables
+from adversa.storage.path import StoragePath
 from adversa.types import GENERATED, seed_of
 
 CHOICE = "choice.json"
@@ -78,7 +78,7 @@ def resolve(mix: Mix, run: RunDir, number: int) -> Added:
 # ---- the sweep -----------------------------------------------------------------------------------
 
 
-def folder_of(run: RunDir, number: int, ratio: float) -> Path:
+def folder_of(run: RunDir, number: int, ratio: float) -> StoragePath:
     return run.round(number, "ratio") / f"r-{name_of(ratio)}"
 
 
@@ -252,7 +252,7 @@ def decide(config: Config, run: RunDir, number: int) -> dict[str, Any]:
 
 
 def _row(
-    mix: Path, ratio: float, twin: float | None, figure: choosing.Figure | None
+    mix: StoragePath, ratio: float, twin: float | None, figure: choosing.Figure | None
 ) -> dict[str, Any]:
     """Of `ratios` in choice.json."""
     made = step_folder.manifest(mix)

@@ -88,7 +88,9 @@ def mix(
     run_step(out, recipe, body, handle)
 
 
-def _kept(verdicts: Sequence[Path], names: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
+def _kept(
+    verdicts: Sequence[StoragePath], names: Sequence[str]
+) -> dict[str, list[tuple[str, int]]]:
     """Arm -> (request, label) of its images that passed the filter."""
     found: dict[str, list[tuple[str, int]]] = {arm: [] for arm in names}
     for folder in verdicts:
