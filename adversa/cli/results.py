@@ -23,7 +23,7 @@ from adversa.engine.interface import Engine
 from adversa.engine.tasks import Done, Make, Part, Report
 from adversa.run import file_lock, status
 from adversa.run.folder import RunDir, check_links
-from adversa.storage import files
+from adversa.storage import files, once
 from adversa.storage.path import StoragePath, storage_path
 from adversa.types import ARMS, BEFORE, UserError
 
@@ -82,6 +82,7 @@ def _opened(root: StoragePath, overrides: Sequence[str] = ()) -> tuple[RunDir, C
     return run, load(run.config, list(overrides))
 
 
+@once.command()
 def evaluate_on(
     root: StoragePath,
     on: Path,

@@ -35,6 +35,7 @@ def sweep(
     """Run a sweep, or go on with it."""
     from adversa.run import file_lock
     from adversa.run.hold import hold
+    from adversa.storage import files, once
     from adversa.sweep import grid, report, view
     from adversa.sweep import run as sweeps
 
@@ -45,21 +46,24 @@ def sweep(
             "--engine local: sweep.search is Ray Tune's; use --engine ray, or the grid "
             "(sweep.search: null)"
         )
-    run = sweeps.open_run(config, root)
-    if config.sweep.search is not None and _searched(config, run):
-        page = run.root / grid.SEARCHED
-    elif config.sweep.search is None and sweeps.is_finished(
-        config, run
-    ):  # its figures may be asked for anew: another metric
-        with file_lock.lock(run):
-            sweeps.settle(config, run)
-            page = report.write(config, run)
-        say(screen, f"sweep: no trial left to do in {run.root}")
-    else:
-        work = partial(_work, config, run, engine_name, verbose, screen)
-        tell = partial(say, screen)
-        with stoppable(KEPT):
-            page = hold(sweeps.COMMAND, run, work, lambda: "finished", tell, command=sweeps.COMMAND)
+    with once.command():
+        seen = files.read_json(root / "status.json")
+        run = sweeps.open_run(config, root)
+        if config.sweep.search is not None and _searched(config, run):
+            page = run.root / grid.SEARCHED
+        elif config.sweep.search is None and sweeps.is_finished(
+            config, run
+        ):  # its figures may be asked for anew: another metric
+            with file_lock.lock(run):
+                sweeps.settle(config, run)
+                page = report.write(config, run)
+            say(screen, f"sweep: no trial left to do in {run.root}")
+        else:
+            work = partial(_work, config, run, engine_name, verbose, screen)
+            tell = partial(say, screen)
+            with stoppable(KEPT):
+                held = sweeps.COMMAND, run, work, lambda: "finished", tell, seen
+                page = hold(*held, command=sweeps.COMMAND)
     view.closing(screen, config, run, page)
 
 

@@ -52,8 +52,8 @@ class Bar:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """Arm a minus arm b. Numbers are None where they are not known. mcnemar: of each seed, as
-    summary.json has it.
+    """Arm a minus arm b. Numbers are None where they are not known; a sweep's contrasts have no
+    seeds_needed, effect, mcnemar and gain. mcnemar: of each seed, as summary.json has it.
     """
 
     a: str
@@ -258,11 +258,11 @@ def comparisons(found: list[Json]) -> list[ComparisonRow]:
             detectable=number(c["detectable"]),
             seeds=c["seeds"],
             lesions=c["lesions"],
-            seeds_needed=c["seeds_needed"],
-            effect=number(c["effect"]),
+            seeds_needed=c.get("seeds_needed"),
+            effect=number(c.get("effect")),
             note=c["note"],
-            mcnemar=c["mcnemar"],
-            gain=c["gain_per_device_hour"],
+            mcnemar=c.get("mcnemar", []),
+            gain=c.get("gain_per_device_hour"),
         )
         for c in found
     ]
