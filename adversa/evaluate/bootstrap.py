@@ -14,22 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adversa.evaluate.inference import ALPHA, Spread, spread, word
+from adversa.evaluate.inference import ALPHA, Spread, spread
 from adversa.evaluate.operating import Measures
 from adversa.evaluate.scores import checked
 from adversa.evaluate.weighted import values
 from adversa.types import UserError
-
-__all__ = [
-    "Comparison",
-    "compare",
-    "difference",
-    "draws",
-    "interval",
-    "intervals",
-    "resample",
-    "word",
-]
 
 LEVEL = 100 * (1 - ALPHA)
 _NORMAL = 1.959963984540054  # of the percentiles' own width: half-widths are stretched from it
@@ -60,12 +49,6 @@ class Comparison:
     each: tuple[float, ...]
     note: str
     spread: Spread
-
-    def seeds_needed(self, effect: float, most: int = 100) -> int | None:
-        """Pairs of classifiers needed to detect the effect on these lesions; None: see
-        Spread.seeds_needed.
-        """
-        return self.spread.seeds_needed(effect, most)
 
 
 def intervals(

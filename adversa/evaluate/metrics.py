@@ -8,9 +8,7 @@ import numpy as np
 
 from adversa.evaluate.operating import Measures
 from adversa.evaluate.scores import checked
-from adversa.evaluate.weighted import confusion, from_confusion, values
-
-__all__ = ["absent", "checked", "confusion", "from_confusion", "metrics"]
+from adversa.evaluate.weighted import values
 
 
 def metrics(

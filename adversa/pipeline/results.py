@@ -152,7 +152,7 @@ def comparisons(
             "role": role,
             **{f.name: getattr(c, f.name) for f in fields(c) if f.name != "spread"},
             "each": list(c.each),
-            "seeds_needed": c.seeds_needed(EFFECT),
+            "seeds_needed": c.spread.seeds_needed(EFFECT),
             "effect": EFFECT,
             "mcnemar": [
                 asdict(mcnemar(x, y, a.labels, a.groups))

@@ -72,7 +72,7 @@ def ledger(run: RunDir) -> list[dict[str, Any]]:
 
     A run that was killed between the two files has its last one in the test folder alone.
     """
-    entries, mark = _written(run), _mark(run)
+    entries, mark = _written(run), files.read_json(run.test / OPENED)
     return entries if mark is None or mark["opening"] <= len(entries) else [*entries, mark]
 
 
@@ -91,11 +91,6 @@ def _written(run: RunDir) -> list[dict[str, Any]]:
     return found
 
 
-def _mark(run: RunDir) -> dict[str, Any] | None:
-    """The opening that the test folder holds."""
-    return files.read_json(run.test / OPENED)
-
-
 def review(run: RunDir, now: Opening, reopen: bool) -> None:
     """Before anything is done that may open test: nothing where it never was, or where the test
     folder holds this very opening.
@@ -104,7 +99,7 @@ def review(run: RunDir, now: Opening, reopen: bool) -> None:
     to be done again.
     """
     entries = ledger(run)
-    if not entries or not (changed := _changed(_mark(run), now)):
+    if not entries or not (changed := _changed(files.read_json(run.test / OPENED), now)):
         return
     if not reopen:
         when = f"{entries[-1]['opened']} (split {str(entries[-1].get('split_hash'))[:8]})"

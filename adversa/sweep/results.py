@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from adversa.common.statistics import holm
 from adversa.config import Config
 from adversa.evaluate import dose_response, equivalent
-from adversa.evaluate.bootstrap import difference, interval, word
-from adversa.evaluate.inference import ALPHA
+from adversa.evaluate.bootstrap import difference, interval
+from adversa.evaluate.inference import ALPHA, word
 from adversa.pipeline import train
 from adversa.run import environment, status, step_folder
 from adversa.run.folder import RunDir, classes_of, split_hash

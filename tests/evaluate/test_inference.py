@@ -127,7 +127,7 @@ def test_arms_that_answer_alike_say_nothing_of_what_could_be_seen() -> None:
         0,
         1,
         None,
-    ) and c.seeds_needed(0.02) is None
+    ) and c.spread.seeds_needed(0.02) is None
     assert "answer alike, on every lesion" in c.note
     assert (
         "on every patient"
@@ -139,4 +139,4 @@ def test_one_lesion_needs_no_number_of_seeds() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 2, 12, 2))
     c = compare(a, b, np.arange(12) % 2, np.zeros(12), 100, 0)
-    assert c.detectable is None and c.seeds_needed(0.02) is None
+    assert c.detectable is None and c.spread.seeds_needed(0.02) is None
