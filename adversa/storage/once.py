@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # The requested state; the lock with its heartbeat, and the clock; what a run and a step are doing.
 LIVE = frozenset(("control.json", "lock.json", "clock.json", "status.json", "progress.json"))
 # Written by whoever holds the run; all else may come from a worker process.
-HELD = frozenset(("settings.json", "restarts.json"))
+HELD = frozenset(("settings.json", "precision.json", "restarts.json"))
 
 _kept: ContextVar[dict[StoragePath, bytes | None] | None] = ContextVar("kept", default=None)
 
