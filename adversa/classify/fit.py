@@ -39,8 +39,13 @@ class ClassifierFit:
     """All that a step reads and changes.
 
     Attributes:
+        config: Its settings.
+        model: The network.
+        average: The moving average of its weights, which is scored and kept.
         trained: Parameters of the trunk that its model does not fix.
         parallel: What a step calls: the model, or its wrapper that averages the gradients.
+        device: Where it runs.
+        seed: Of all that is drawn.
     """
 
     config: Classifier
@@ -80,7 +85,7 @@ def fit(
     committed: Callable[[int], None] = lambda _: None,
     threads: int | None = None,
 ) -> dict[str, float]:
-    """Train for `config.steps` steps, write the model folder `out`; metrics["steps"] were done.
+    """Train for at most `config.steps` steps, and write the model folder `out`.
 
     Killed and called again with the same arguments, it ends with bit-identical weights: the initial
     weights depend on `seed` alone, augmentation and mixing on (seed, step) alone, dropout and
@@ -89,13 +94,23 @@ def fit(
     Args:
         batches: From step resume_step(out) on, one a step, drawn and balanced by the caller:
             "image" uint8 [B, H, W, 3], "label" int64 [B].
+        config: The network, its augmentation and its schedule.
+        num_classes: K.
+        resolution: R, of the images.
         select: Yields the select role's batches, each time anew; scored `config.evaluations` times,
             evenly spaced, the last step included. The averaged weights with the highest balanced
             accuracy are kept; of equals, the later. With config.patience, training ends once so
             many evaluations in a row were no better than the best.
+        out: The model's folder, which holds checkpoints and metrics.jsonl too.
+        seed: Of all that is drawn.
         counts: [K] weight of each class in the training set; see losses.make_loss.
         priors: [K] its share of the draws.
+        report: Told of the progress, in the main process alone.
         committed: Called in every process, with the step, once a checkpoint is on disk.
+        threads: Of torch; None: as many as it has.
+
+    Returns:
+        "steps", "best_step", "select_balanced_accuracy" and "parameters".
 
     Raises:
         UserError: A loss, gradient or weight that is not finite, a checkpoint of other settings.

@@ -68,10 +68,8 @@ def ready(
     settings: list[str],
     options: dict[str, Any],
 ) -> ClusterRequest:
-    """What the command line requests of a cluster, checked.
-
-    Raises:
-        UserError: Any fault that can be seen from here.
+    """What the command line requests of a cluster, checked. UserError for any fault that can be
+    seen from here.
     """
     from adversa.config import load, packaged
 

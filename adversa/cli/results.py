@@ -73,11 +73,7 @@ def run_of(
 
 
 def _opened(root: StoragePath, overrides: Sequence[str] = ()) -> tuple[RunDir, Config]:
-    """The run of a folder.
-
-    Raises:
-        UserError: The folder is no run.
-    """
+    """The run of a folder. UserError where it is none."""
     run = Run(root).folder
     return run, load(run.config, list(overrides))
 
@@ -236,10 +232,8 @@ def predict(
 
 
 def _may_overwrite(out: Path, paths: Sequence[str], run: RunDir) -> None:
-    """Check that --force destroys nothing but an earlier answer.
-
-    Raises:
-        UserError: It would destroy one of the images, a file of the run, or what is no file at all.
+    """UserError where --force would destroy more than an earlier answer: one of the images, a file
+    of the run, or what is no file at all.
     """
     if out.exists() and not out.is_file():
         raise UserError(f"--out {out} is no file; give the name of a CSV file")

@@ -18,6 +18,9 @@ def commented(config: Config, sources: Mapping[str, str]) -> str:
         config: What is listed.
         sources: Dotted key -> who set it, as of `reading.read`; a key that is missing has its
             default. A mapping or section that was set as a whole stands for all keys below it.
+
+    Returns:
+        The text, with an end of line.
     """
     return "\n".join(_lines(config, "", "", sources)).lstrip("\n") + "\n"
 

@@ -38,13 +38,15 @@ def packaged(name: str) -> Path:
 def read(
     path: TextFile | None, overrides: Sequence[str] = (), **top: Any
 ) -> tuple[Json, dict[str, str]]:
-    """The tree of plain values of a YAML file (None: the packaged demo) after `key.sub=value`
-    overrides, unchecked, and who set each of its dotted keys.
+    """The tree of plain values of a YAML file after `key.sub=value` overrides, unchecked.
 
     Args:
-        path: The file.
+        path: The file; None: the packaged demo.
         overrides: What `--set` was given.
         **top: Values of top-level keys that have an option of their own; None: not given.
+
+    Returns:
+        The tree, and who set each of its dotted keys.
 
     Raises:
         UserError: The file cannot be read, is not YAML, or an override does not fit it.

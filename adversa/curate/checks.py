@@ -28,6 +28,11 @@ class Candidates:
     """N generated images and what was measured of them, in one order. None: nobody measured it.
 
     Attributes:
+        request_ids: Their requests'.
+        arms: Those that they are of.
+        labels: The classes that they were asked for as, by number.
+        strategies: How they were made.
+        sources: The examples that they start from or stand for; None: none.
         finite: Whether the sampler met finite numbers only.
         faults: Why an image could not be generated.
         images: uint8 [N, H, W, 3].
@@ -35,7 +40,9 @@ class Candidates:
         ratio: `realism.Manifold.ratio` in the classifier's features [N].
         ratio_2: The same in the verifier's features [N].
         similarity: To the nearest real image in pixels [N] (`NearCopy.nearest`).
+        nearest: Its id.
         similarity_2: To the nearest real image in features [N] (`NearFeatures.nearest`).
+        nearest_2: Its id.
     """
 
     request_ids: Sequence[str]
@@ -68,7 +75,8 @@ class Check:
             (thresholds.json).
         measure: The numbers [N] of candidates; None: `filter.finalize` finds them.
         what: What the number is, on a card.
-        title: Name of the number in the gallery, with `digits` digits.
+        title: Name of the number in the gallery.
+        digits: Its digits there.
         off: What is not checked where the check is off, in the report; "": it is never off.
         mark: How the gallery marks an image that failed.
         neighbour: Column of the id of the image that it was compared with.
@@ -302,11 +310,6 @@ def columns(checks: Sequence[Check] = CHECKS) -> list[Column]:
 
 
 def thresholds(config: Curate, measured: Mapping[str, Any]) -> Thresholds:
-    """The limit of each check.
-
-    Args:
-        config: The settings.
-        measured: What was measured on real images (thresholds.json).
-    """
+    """The limit of each check. measured: on real images (thresholds.json)."""
     found = {c.limit: c.threshold(config, measured) for c in CHECKS}
     return {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in found.items()}

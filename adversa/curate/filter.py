@@ -145,6 +145,9 @@ def finalize(
         searched: Request ids that were compared with the rest of their arm.
         pairs: (id, id, similarity) of near-duplicates (`NearCopy.pairs`).
         thresholds: The limits of the checks.
+
+    Returns:
+        The verdicts as they stand, none of them pending.
     """
     _assert_finite(thresholds)
     limit, quota = thresholds["twin_limit"], thresholds["quota"]

@@ -64,6 +64,12 @@ def fit_codec(
 
     Args:
         batches: From step resume_step(out) on: "image" uint8 [B, R, R, 3].
+        config: The autoencoder and its schedule.
+        resolution: R.
+        out: The model's folder, which holds checkpoints too.
+        seed: Of all that is drawn.
+        report: Told of the progress, in the main process alone.
+        threads: Of torch; None: as many as it has.
         select: Pictures it is not fitted on; their PSNR is told and chooses nothing.
         committed: Called in every process, with the step, once a checkpoint is on disk.
 

@@ -40,11 +40,16 @@ class DenoiserFit:
     """What a step reads and changes.
 
     Attributes:
+        config: Its settings.
         objective: The denoiser, and what is trained along with it.
         parallel: What a step calls: the objective, or its wrapper that averages the gradients.
         averaged: The moving average of the denoiser's weights: what becomes the model.
         meta: The model's config.json.
         init: Where the weights came from: "scratch", or a folder.
+        seed: Of all that is drawn.
+        device: Where it runs.
+        out: The model's folder.
+        decode: The diffused space to pictures, for samples.
     """
 
     config: cfg.Denoiser
@@ -83,8 +88,17 @@ def fit(
     Args:
         batches: From step resume_step(out) on: "label" int64 [B], and "image" uint8 [B, H, W, 3] or
             "latent" float32 [B, C, h, w].
-        resolution: Of the space that is diffused; so is `channels`.
+        config: The network, its objective and its schedule.
+        num_classes: K.
+        resolution: Of the space that is diffused.
+        classes: Their K names.
+        out: The model's folder, which holds checkpoints too.
+        seed: Of all that is drawn.
+        report: Told of the progress, in the main process alone.
+        threads: Of torch; None: as many as it has.
+        channels: Of the space that is diffused.
         codec: What config.json says of that space where it is not pixels.
+        decode: That space to pictures, for samples.
         select: Held-out batches; the validation loss of VALIDATED images of them is then in
             metrics.jsonl, VALIDATIONS times.
         committed: Called in every process, with the step, once a checkpoint is on disk.

@@ -57,11 +57,7 @@ class ImageGenerator:
         return replace(found, encode=self.codec.to_space, decode=self.codec.decode)
 
     def compiled(self, rows: int, amp: Amp) -> edm.DenoiserFn:
-        """The denoiser, compiled for so many rows.
-
-        Raises:
-            UserError: This machine cannot compile.
-        """
+        """The denoiser, compiled for so many rows. UserError where this machine cannot."""
         if (rows, amp) not in self._compiled:
             self._compiled[rows, amp] = compile_(self.denoiser, self.meta, self.device, rows, amp)
         return self._compiled[rows, amp]
@@ -73,11 +69,7 @@ class ImageGenerator:
         return (x + 1) / 2 if self.codec is None else self.codec.pixels(x)
 
     def check(self, requests: Sequence[GenerationRequest], config: cfg.Generate) -> None:
-        """Check that requests whose guidance needs a null class have one.
-
-        Raises:
-            UserError: The denoiser has no null class.
-        """
+        """UserError where guidance needs a null class, and the denoiser has none."""
         if self.meta.get("null", True) or config.weak:
             return
         if (guided := next((r for r in requests if r.guidance != 1), None)) is not None:
@@ -137,10 +129,8 @@ def load(
 
 
 def read(folder: StoragePath, device: torch.device) -> tuple[edm.DenoiserFn, Json, str]:
-    """(denoiser, its config.json, fingerprint) of a folder of any kind.
-
-    Raises:
-        UserError: The folder holds no denoiser.
+    """(denoiser, its config.json, fingerprint) of a folder of any kind. UserError where it holds
+    none.
     """
     load_ = external.load if _kind(folder) == external.KIND else edm.load
     return load_(folder, device)
@@ -167,10 +157,7 @@ def compile_(
 ) -> edm.DenoiserFn:
     """The denoiser by torch.compile, for one static shape, with CUDA graphs on a GPU.
 
-    It is compiled here, so that nothing later waits for it.
-
-    Raises:
-        UserError: This machine cannot compile.
+    It is compiled here, so that nothing later waits for it. UserError where this machine cannot.
     """
     from torch._dynamo.exc import TorchDynamoException
 

@@ -162,11 +162,8 @@ def _requested(
 
 
 def check_out(out: Path, requested: dict[str, Any] | None = None) -> None:
-    """Check that `out` is new, empty, or an export; where `requested` is given, of the same
+    """UserError unless `out` is new, empty, or an export; where `requested` is given, of the same
     selection.
-
-    Raises:
-        UserError: It is not.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")

@@ -40,6 +40,8 @@ class Selection:
     """What is exported.
 
     Attributes:
+        what: images, models, or all.
+        form: Of the images (dataset_card).
         arm: None: all.
         round: None: all.
         rejected: The images that the filter refused, too.
@@ -101,6 +103,7 @@ class Published:
 
     Attributes:
         images: Images in it; None where none were wanted.
+        by_class: Of them.
         models: Their names.
         written: Files put there by this call.
     """

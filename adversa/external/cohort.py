@@ -105,11 +105,7 @@ def _said(entries: Mapping[str, str | None]) -> str:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Check what --set may change.
-
-    Raises:
-        UserError: It would make it another run's evaluation, or do nothing.
-    """
+    """UserError for a --set that would make it another run's evaluation, or do nothing."""
     for text in overrides:
         key = text.partition("=")[0]
         if not any(key == f or key.startswith(f"{f}.") for f in FREE):

@@ -101,11 +101,7 @@ class Translation:
         return found, lost
 
     def check(self, labels: Iterable[str]) -> None:
-        """Check that every label of the cohort means something to the run.
-
-        Raises:
-            UserError: Some do not; all are named.
-        """
+        """UserError where labels of the cohort mean nothing to the run; all are named."""
         count = Counter(labels)
         unknown = [label for label in count if not self._knows(label)]
         if unknown:

@@ -67,11 +67,7 @@ class GenerationJob:
 
 
 def classes_of(denoiser: StoragePath) -> list[str]:
-    """The names of a denoiser's classes.
-
-    Raises:
-        UserError: The folder holds no denoiser.
-    """
+    """The names of a denoiser's classes. UserError where the folder holds none."""
     meta = files.read_json(denoiser / CONFIG)
     if meta is None or "classes" not in meta:
         raise UserError(
@@ -82,11 +78,7 @@ def classes_of(denoiser: StoragePath) -> list[str]:
 
 
 def check(job: GenerationJob) -> None:
-    """Check that the job can be done; nothing is written.
-
-    Raises:
-        UserError: It cannot.
-    """
+    """UserError where the job cannot be done; nothing is written."""
     if job.strategy not in STRATEGIES:
         raise UserError(
             f"--strategy {job.strategy}: there is no such strategy; give one of "
@@ -120,11 +112,7 @@ def check(job: GenerationJob) -> None:
 
 
 def target_of(job: GenerationJob) -> StoragePath | None:
-    """The classifier that guides; None where none does.
-
-    Raises:
-        UserError: The run has none yet.
-    """
+    """The classifier that guides, None where none does. UserError where the run has none yet."""
     if job.run is None or not pipeline_generate.steering_needs_classifier(job.config):
         return None
     found = attacked_in(cfg.load(job.run.config), job.run, 1)
@@ -137,10 +125,8 @@ def target_of(job: GenerationJob) -> StoragePath | None:
 
 
 def finished(job: GenerationJob) -> bool:
-    """Whether this job is exported.
-
-    Raises:
-        UserError: The folder holds another job, or images are gone from it.
+    """Whether this job is exported. UserError where the folder holds another one, or images are
+    gone from it.
     """
     done = files.read_json(job.work.root / "done.json")
     if done is None:

@@ -26,9 +26,11 @@ class Regenerated:
     """An image generated again.
 
     Attributes:
+        request: What was asked.
         image: What it is now, uint8 [R, R, 3].
         before: What it was then, uint8 [R, R, 3].
         device: Where it was generated now.
+        batch_size: Rows of the batch.
         seconds: How long that took, without loading.
     """
 

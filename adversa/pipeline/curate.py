@@ -199,11 +199,7 @@ def _realism(
 
 
 def manifold(features: StoragePath, column: str) -> Manifold:
-    """The manifold of `train` in one feature space.
-
-    Raises:
-        UserError: There are too few lesions for one.
-    """
+    """The manifold of `train` in one feature space. UserError where there are too few lesions."""
     from adversa.curate.realism import NEIGHBOUR, Manifold
 
     rows = read_features(features, ["train"])

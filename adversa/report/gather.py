@@ -77,10 +77,8 @@ class Score:
 
 
 def read_facts(run_dir: StoragePath) -> Facts:
-    """The facts of a finished run.
-
-    Raises:
-        UserError: There is no run, or it is not finished; the command that finishes it is named.
+    """The facts of a finished run. UserError where there is none, or it is not finished: that names
+    the command that finishes it.
     """
     run = RunDir(run_dir)
     if not run.config.is_file():

@@ -137,11 +137,7 @@ def points(config: Config) -> list[Point]:
 
 
 def check(config: Config) -> None:
-    """Check the grid before anything runs.
-
-    Raises:
-        UserError: It makes no sense.
-    """
+    """UserError where the grid makes no sense, before anything runs."""
     s = config.sweep
     if max(s.ratios) == 0:  # also of a search: images are generated for the largest
         raise UserError(

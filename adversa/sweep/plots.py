@@ -61,9 +61,10 @@ class Panel:
     """One panel: a regime's curves and points.
 
     Attributes:
+        title: Above it.
+        ends: Of the score's axis, alike in all panels of a regime.
         curves: Of sweep.json, of one regime.
         points: Theirs and those of the arm real, with finished trials.
-        ends: Of the score's axis, alike in all panels of a regime.
     """
 
     title: str

@@ -42,15 +42,18 @@ class Training:
 
     Attributes:
         section: Name of `config` in the configuration, for messages.
+        config: Its settings.
         recipe: Digest of all that makes the weights; a checkpoint of another one is refused.
         modules: What a checkpoint holds, by name; nothing in them may stop being finite.
+        optimizer: Of all that is ever trained.
         clipped: Parameters whose gradients' norm is at most config.clip.
         forward: (batch, step) to two losses of each row: to minimise, and to report. Where the one
             is not finite, nor may the other be.
         set_rates: Sets the learning rates of a step, and returns the one to log.
-        update: Called after each step of the optimizer: moving averages, changes of phase.
         log_steps: Steps after which metrics.jsonl has the mean loss since the last such line.
-        evaluation_steps: Steps after which it has what `evaluate` returns, called in every process.
+        evaluation_steps: Steps after which it has what `evaluate` returns.
+        update: Called after each step of the optimizer: moving averages, changes of phase.
+        evaluate: A step to metrics by name; called in every process.
         extra: What else a checkpoint holds under "extra": numbers, texts and tensors.
         stop: Whether to end before config.steps; asked after each step.
         commit_last: Whether the last step's state is kept too: where much is done after it.
@@ -134,13 +137,18 @@ def run(
     report: Callable[[dict[str, Any]], None],
     committed: Callable[[int], None],
 ) -> TrainingRecord:
-    """Train until config.steps, or until `stop`; returns how that ended.
+    """Train until config.steps, or until `stop`.
 
     Args:
+        training: What is trained, and how.
         batches: From the step after the checkpoint's on, one a step; no more than needed are taken.
         saved: What `load` returned: the training goes on from there.
+        out: The folder of its checkpoints and metrics.jsonl.
         report: Told of the progress, in the main process alone.
         committed: Called in every process, with the step, once a checkpoint is on disk.
+
+    Returns:
+        How that ended.
 
     Raises:
         UserError: A loss, a gradient or a weight is not finite (step and ids), in all processes.
