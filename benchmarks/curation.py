@@ -1,4 +1,4 @@
-"""How long the gate takes on a prepared run's real images: `python benchmarks/curation.py RUN
+"""How long the filter takes on a prepared run's real images: `python benchmarks/curation.py RUN
 --images 20000`.
 
 Stand-ins for generated images: the mean of two real ones chosen at random, which is a copy of
@@ -59,13 +59,13 @@ def stand_ins(data: Path, images: int, part: int, out: Path) -> None:
 
 
 def settings(resolution: int) -> Config:
-    """Every image passes the first pass, so that twins are looked for among all."""
-    gate = {"min_agreement": 0.0, "trivial_quantile": None, "realism_quantile": 1.0}
+    """Every image passes the first pass, so that near-duplicates are looked for among all."""
+    lenient = {"min_agreement": 0.0, "trivial_quantile": None, "realism_quantile": 1.0}
     return check(
         {
             "data": {"resolution": resolution},
             "classifier": {"steps": 2, "evaluations": 1},
-            "curate": gate,
+            "curate": lenient,
         },
         "benchmark",
     )

@@ -3,7 +3,7 @@
     python benchmarks/idle.py             three nodes of one sampler, 600 parts of half a second
     python benchmarks/idle.py --quick     60 parts
 
-A part sleeps for its time in place of painting (log-normal, sigma 0.5, around --seconds), so that
+A part sleeps for its time in place of generating (log-normal, sigma 0.5, around --seconds), so that
 three nodes on one machine do not fight for its cores; everything else is as in a run: actors,
 leases, commits and progress, on a Ray of three raylets.
 

@@ -1,4 +1,4 @@
-"""The near-copy gate: planted copies caught, different lesions flagged, and seconds. `python
+"""The near-copy check: planted copies caught, different lesions flagged, and seconds. `python
 benchmarks/near_copy.py --help`.
 
 Real images: a prepared run's folder (its data/<role>), or the phantom. A quarter of the lesions is

@@ -1,4 +1,4 @@
-"""What the pool itself costs: actors that sleep for 10 ms in place of painting.
+"""What the pool itself costs: actors that sleep for 10 ms in place of generating.
 
     python benchmarks/pool.py             64 actors, 100,000 requests, one a part
     python benchmarks/pool.py --rows 16   the same requests in parts of 16: 6,250 parts, over in

@@ -5,12 +5,12 @@
     python benchmarks/scale.py --quick    1,800 to 7,200
 
 The run is real but for two things: nobody generates and nobody looks (simulated.py). The hard
-cases, the plan, the leases, the crew, the parts, the manifests, the verdicts and the mix are made
-by adversa's own code; a sampler reads its part's requests, commits a real part at once, with one
-small picture in all rows, and says that it took 20 ms an image. Its clock is simulated: a call ends
-when it would, and the seconds that the coordinator itself takes pass on that clock too. Every phase
-is a process of its own, as if the coordinator had just been started anew: its memory is the largest
-resident set less what it began with (below 8 MiB: 8), its seconds are of CPU.
+cases, the plan, the task queue, the worker pool, the parts, the manifests, the verdicts and the mix
+are made by adversa's own code; a sampler reads its part's requests, commits a real part at once,
+with one small picture in all rows, and says that it took 20 ms an image. Its clock is simulated: a
+call ends when it would, and the seconds that the coordinator itself takes pass on that clock too.
+Every phase is a process of its own, as if the coordinator had just been started anew: its memory is
+the largest resident set less what it began with (below 8 MiB: 8), its seconds are of CPU.
 
 Exponents: the slope of log(quantity) over log(images), over sizes 16 times apart (on S3 4 times, to
 a quarter of the images). The bar is 1.1: a sort (n log n) has 1.09 there, and a fifth more on one
@@ -95,7 +95,7 @@ def generate(run: RunDir, samplers: int) -> Took:
     return {
         "commit": fleet.working_cpu,
         "coordinating": time.process_time() - began - fleet.working_cpu,
-        "crew": engine.crew_cpu,
+        "pool": engine.pool_cpu,
         "idle": 1 - fleet.busy / (fleet.clock * samplers),
     }
 
@@ -154,7 +154,7 @@ def twins(run: RunDir, samplers: int) -> Took:
 
 
 def gather(run: RunDir, samplers: int) -> Took:
-    """What each worker of the twin search reads before it begins: one arm's pictures."""
+    """What each worker of that search reads before it begins: one arm's pictures."""
     _, blocks = finalize.pictures_of(
         run.round(1, "synthetic"), finalize.waiting(run.round(1, "inspected"))["guided"]
     )
@@ -245,7 +245,7 @@ def local(sizes: list[int], base: Path) -> dict[str, list[float]]:
         parts = took["plan"]["files"]
         for name in ("plan", "resume", "inspect", "twins", "gather", "settle", "mix"):
             found.setdefault(f"{name}: seconds", []).append(took[name]["cpu"])
-        found.setdefault("hand out: seconds", []).append(took["generate"]["crew"])
+        found.setdefault("hand out: seconds", []).append(took["generate"]["pool"])
         found.setdefault("commits: seconds", []).append(took["generate"]["commit"])
         for name in ("plan", "generate", "resume", "inspect", "twins", "gather", "settle", "mix"):
             found.setdefault(f"{name}: memory", []).append(
@@ -270,7 +270,7 @@ def samplers(cases: int, counts: list[int], base: Path) -> list[Result]:
         rmtree(run.round(1, "synthetic"))
         took = phase("generate", run.root, count)
         found.append(
-            Result(f"handed out, {count} samplers", images_of(cases) / took["crew"], "requests/s")
+            Result(f"handed out, {count} samplers", images_of(cases) / took["pool"], "requests/s")
         )
         found.append(Result(f"idle, {count} samplers", 100 * took["idle"], "%"))
     return found
@@ -329,8 +329,8 @@ def listed(counts: tuple[int, ...]) -> tuple[list[Result], float]:
 
 
 def search(counts: tuple[int, ...], queries: int) -> list[Result]:
-    """The twin search's seconds a picture, by one thread, as an arm becomes larger; the pictures
-    are noise, smoothed.
+    """Seconds a picture of the search for near-duplicates, by one thread, as an arm becomes larger;
+    the pictures are noise, smoothed.
     """
     from threadpoolctl import threadpool_limits
 

@@ -1,4 +1,4 @@
-"""A run in which nobody paints and nobody looks, and all else is adversa's own: for scale.py."""
+"""A run in which nobody generates and nobody looks, and all else is adversa's own: for scale.py."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def prepare(run: RunDir, cases: int) -> None:
         finished(folder)
 
 
-def paint(part: Part, path: StoragePath) -> TaskStats:
+def commit(part: Part, path: StoragePath) -> TaskStats:
     """A sampler's part: its requests read, a row for each committed."""
     requests = generate.read_requests(storage_path(part.payload["path"]))
     rows = [
@@ -156,7 +156,7 @@ def judge(part: Part, path: StoragePath) -> int:
 
 
 def pair(inspected: StoragePath) -> Callable[[Part, StoragePath], int]:
-    """Every tenth image has a twin: the one before it."""
+    """Every tenth image has a near-duplicate: the one before it."""
     waiting = finalize.waiting(inspected)
 
     def work(part: Part, path: StoragePath) -> int:
@@ -197,7 +197,7 @@ class Fleet:
 
     def start(self) -> Sampler:
         sampler = Sampler()
-        sampler.out, sampler.work = self.out, paint
+        sampler.out, sampler.work = self.out, commit
         return sampler
 
     def _call(self, answer: Any, end: float) -> int:
@@ -243,8 +243,8 @@ class Fleet:
 
 
 class Simulated:
-    """The Engine of the simulation: its `map_parts` is the crew with a Fleet, its `map_batches` the
-    local one.
+    """The Engine of the simulation: its `map_parts` is the worker pool with a Fleet, its
+    `map_batches` the local one.
     """
 
     name = "simulated"
@@ -253,7 +253,7 @@ class Simulated:
         self, samplers: int, pace: float, works: dict[Any, Callable[[Part, Any], int]] | None = None
     ) -> None:
         """works: in place of what these functions make."""
-        self.count, self.pace, self.works, self.crew_cpu = samplers, pace, works or {}, 0.0
+        self.count, self.pace, self.works, self.pool_cpu = samplers, pace, works or {}, 0.0
         self.fleet: Fleet | None = None
 
     def tasks(self, model: bool = False) -> int:
@@ -267,7 +267,7 @@ class Simulated:
     ) -> list[Share]:
         self.fleet, began = Fleet(out, self.pace), time.process_time()
         shares = work_off(self.fleet, parts, out, report, self.samplers, 3, name)
-        self.crew_cpu = time.process_time() - began - self.fleet.working_cpu
+        self.pool_cpu = time.process_time() - began - self.fleet.working_cpu
         return shares
 
     def map_batches(

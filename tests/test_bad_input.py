@@ -39,7 +39,7 @@ def pixels(seed, mean=(150, 110, 90), side=24):
     return np.clip(np.asarray(mean) + noise, 0, 255).astype(np.uint8)
 
 
-def paint(path, seed=0, **save):
+def save_image(path, seed=0, **save):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels(seed)).save(path, **save)
     return path
@@ -75,12 +75,12 @@ class Source:
         for i in range(16):
             label = "ab"[i // 8]
             if self.kind == "folder":
-                paint(self.root / label / f"{i}.jpg", i)
+                save_image(self.root / label / f"{i}.jpg", i)
             elif self.kind == "csv":
-                paint(self.root / f"pictures/{i}.jpg", i)
+                save_image(self.root / f"pictures/{i}.jpg", i)
                 self.rows.append([f"id{i}", f"pictures/{i}.jpg", label, f"L{i}"])
             else:
-                paint(self.root / f"images/I{i}.jpg", i)
+                save_image(self.root / f"images/I{i}.jpg", i)
                 self.rows.append([f"L{i}", f"I{i}", label])
 
     @property
@@ -173,7 +173,7 @@ def unknown_label(s):
 
 
 def path_up(s):
-    paint(s.root.parent / "secret.png")
+    save_image(s.root.parent / "secret.png")
     s.rows.append(["id99", "../secret.png", "a", "L99"])
 
 
@@ -182,13 +182,13 @@ def path_absolute(s):
 
 
 def path_by_link(s):
-    (s.root / "pictures/link.jpg").symlink_to(paint(s.root.parent / "secret.jpg"))
+    (s.root / "pictures/link.jpg").symlink_to(save_image(s.root.parent / "secret.jpg"))
     s.rows.append(["id99", "pictures/link.jpg", "a", "L99"])
 
 
 def duplicate_id(s):
-    paint(s.root / "pictures/twin.jpg", 77)
-    s.rows.append(["id3", "pictures/twin.jpg", "a", "L99"])
+    save_image(s.root / "pictures/again.jpg", 77)
+    s.rows.append(["id3", "pictures/again.jpg", "a", "L99"])
 
 
 def row_without_image(s):
@@ -200,7 +200,7 @@ def csv_row_without_image(s):
 
 
 def image_without_row(s):
-    paint(s.root / "images/I99.jpg", 99)
+    save_image(s.root / "images/I99.jpg", 99)
 
 
 def blank_group(s):
@@ -212,7 +212,7 @@ def blank_lesion(s):
 
 
 def no_group_found(s):
-    paint(s.root / "a/odd.jpg", 99)
+    save_image(s.root / "a/odd.jpg", 99)
     s.settings["data.group_regex"] = "'([0-9]+)'"
 
 
@@ -237,7 +237,7 @@ BAD = [
     (path_up, "csv", ["../secret.png", "leads out of"], 16),
     (path_absolute, "csv", ["/etc/hostname", "leads out of"], 16),
     (path_by_link, "csv", ["pictures/link.jpg", "leads out of"], 16),
-    (duplicate_id, "csv", ["pictures/twin.jpg", "duplicate id id3", "pictures/3.jpg"], 16),
+    (duplicate_id, "csv", ["pictures/again.jpg", "duplicate id id3", "pictures/3.jpg"], 16),
     (csv_row_without_image, "csv", ["pictures/99.jpg", "no such file"], 16),
     (row_without_image, "ham10000", ["I99", "no such image"], 16),
     (image_without_row, "ham10000", ["I99.jpg", "not in HAM10000_metadata.csv"], 16),
@@ -368,11 +368,11 @@ def test_a_class_whose_pictures_are_all_damaged_is_named(source, tmp_path):
 
 def test_one_picture_under_two_labels(source, tmp_path):
     s = source("folder")
-    (s.root / "b/twin.jpg").write_bytes((s.root / "a/0.jpg").read_bytes())
+    (s.root / "b/again.jpg").write_bytes((s.root / "a/0.jpg").read_bytes())
     refused(
         s.prepare(tmp_path / "fail"),
         "a/0.jpg (a)",
-        "b/twin.jpg (b)",
+        "b/again.jpg (b)",
         "leave both out with --set data.on_error=skip",
     )
     assert s.prepare(tmp_path / "skip", **{"data.on_error": "skip"}).exit_code == 0

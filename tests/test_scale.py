@@ -82,7 +82,7 @@ def test_a_plan_holds_one_part_at_a_time(tmp_path, calls, monkeypatch):
     assert len(asked) == 400 and held == [64, 64, 64, 8] * 2
 
 
-class Paint:
+class EmptyRows:
     """In place of an engine: the images of a part are empty rows."""
 
     handle = NULL_HANDLE
@@ -127,7 +127,7 @@ def test_twice_the_images_are_twice_the_looks_at_parts_and_no_more_listings(tmp_
         )
         before = [len(x) for x in (reads, counts, listings)]
         generate.generate(
-            Paint(),
+            EmptyRows(),
             run.round(1, "requests"),
             None,
             tmp_path / "denoiser",
@@ -154,7 +154,9 @@ class Ids(list):
         return super().__iter__()
 
 
-def test_the_twin_search_goes_through_its_ids_once_and_holds_one_block(tmp_path, calls):
+def test_the_search_for_near_duplicates_goes_through_its_ids_once_and_holds_one_block(
+    tmp_path, calls
+):
     picture = tables.encode_png(np.zeros((8, 8, 3), np.uint8))
     for part in range(12):
         rows = [{"request_id": f"{part:02d}-{i}", "image": picture} for i in range(4)]
@@ -178,15 +180,15 @@ def test_a_row_that_is_given_up_is_named_once(tmp_path):
         return f"{part.index}/{row}"
 
     bad = {(part, row) for part in range(0, 100, 10) for row in (0, 1, 2, 5)}
-    leases = TaskQueue([Part(i, 8) for i in range(100)], 8_000, 2, name)
-    while leases.left:
-        for order in leases.take(0, 1, True):
+    queue = TaskQueue([Part(i, 8) for i in range(100)], 8_000, 2, name)
+    while queue.left:
+        for order in queue.take(0, 1, True):
             rows = {(order.part.index, r) for r in range(8) if r not in order.part.skip}
             if rows & bad:
-                leases.failed(order, 0, "ValueError")
+                queue.failed(order, 0, "ValueError")
             else:
-                leases.succeeded(order)
-    assert sorted(named) == sorted(bad) and len(leases.given_up) == len(bad)
+                queue.succeeded(order)
+    assert sorted(named) == sorted(bad) and len(queue.given_up) == len(bad)
 
 
 def test_masks_are_read_once_and_not_for_every_part(tmp_path, calls):

@@ -215,13 +215,13 @@ def test_of_equals_the_smallest_id_is_named() -> None:
 
 def test_pictures_of_the_same_lesion_do_not_set_the_threshold() -> None:
     real = pictures(60)
-    twins = np.concatenate([real, np.clip(real.astype(int) + 3, 0, 255).astype(np.uint8)])
+    copies = np.concatenate([real, np.clip(real.astype(int) + 3, 0, 255).astype(np.uint8)])
     ids = names(120)
-    found = NearCopy(ids, twins)
+    found = NearCopy(ids, copies)
     assert found.threshold(ids, [f"g{i % 60}" for i in range(120)], 0.99) < 0.6
     assert (
         found.threshold(ids, ids, 0.99) == LARGEST_THRESHOLD
-    )  # every picture has its twin in another group
+    )  # every picture has its copy in another group
     assert (
         found.threshold(ids, ["g"] * 120, 0.99) == LARGEST_THRESHOLD
     )  # no pair of different lesions
@@ -230,8 +230,8 @@ def test_pictures_of_the_same_lesion_do_not_set_the_threshold() -> None:
 def test_pairs_are_the_near_copies_within(halves) -> None:
     index, threshold, _, _ = halves
     real = pictures(12)
-    painted = np.concatenate([real, plant(real[:4], "noisy"), plant(real[:2], "turned")])
-    pairs = NearCopy([f"s{i:02d}" for i in range(18)], painted, like=index.scale).pairs(threshold)
+    generated = np.concatenate([real, plant(real[:4], "noisy"), plant(real[:2], "turned")])
+    pairs = NearCopy([f"s{i:02d}" for i in range(18)], generated, like=index.scale).pairs(threshold)
     alike = [(0, 12), (0, 16), (12, 16), (1, 13), (1, 17), (13, 17), (2, 14), (3, 15)]
     assert [(a, b) for a, b, _ in pairs] == sorted((f"s{i:02d}", f"s{j:02d}") for i, j in alike)
     assert all(s >= threshold for _, _, s in pairs)

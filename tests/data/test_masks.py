@@ -217,10 +217,10 @@ def test_feather_is_exactly_zero_outside_and_rises_to_one_inside():
     depth = ndimage.distance_transform_edt(mask[0])
     np.testing.assert_allclose(weight[0][mask[0]], np.minimum(depth / 4, 1)[mask[0]], rtol=1e-6)
     rng = np.random.default_rng(0)
-    known, painted = rng.random((2, 1, 32, 32), np.float32)
-    blend = painted * weight + known * (1 - weight)
+    known, generated = rng.random((2, 1, 32, 32), np.float32)
+    blend = generated * weight + known * (1 - weight)
     assert (blend[~mask] == known[~mask]).all() and (
-        blend[weight == 1] == painted[weight == 1]
+        blend[weight == 1] == generated[weight == 1]
     ).all()
 
 

@@ -8,7 +8,7 @@ from adversa.data import draw, images, near, phantom, sources
 
 
 def ita_of(rgb):
-    """ITA in degrees of a mean sRGB colour in [0, 255]: the inverse of what the phantom paints
+    """ITA in degrees of a mean sRGB colour in [0, 255]: the inverse of what the phantom draws
     with.
     """
     x = rgb / 255

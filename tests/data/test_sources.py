@@ -11,7 +11,7 @@ from adversa.data import sources
 from adversa.types import UserError
 
 
-def paint(path, value=100):
+def save_image(path, value=100):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((12, 16, 3), value, np.uint8)).save(path)
 
@@ -20,7 +20,7 @@ def paint(path, value=100):
 def table(tmp_path):
     """A good CSV of six pictures of two classes; `write` replaces its rows."""
     for i in range(6):
-        paint(tmp_path / f"pictures/{i}.png", 20 * i)
+        save_image(tmp_path / f"pictures/{i}.png", 20 * i)
 
     def write(rows, header="path,label,group,age"):
         (tmp_path / "data.csv").write_text("\n".join([header, *rows]) + "\n")
@@ -78,15 +78,15 @@ def test_csv_good(table):
     ],
 )
 def test_csv_bad_row(table, row, text):
-    paint(table.root.parent / "outside.png")
-    paint(table.root / "pictures/x.png")
+    save_image(table.root.parent / "outside.png")
+    save_image(table.root / "pictures/x.png")
     (table.root / "link.png").symlink_to(table.root.parent / "outside.png")
     check(Data(source="csv", path=str(table([*table.rows, row]))), text, (1, 6))
 
 
 def test_csv_labels(table):
     path = str(table([*table.rows, "pictures/6.png,c,g9,1"]))
-    paint(table.root / "pictures/6.png")
+    save_image(table.root / "pictures/6.png")
     assert sources.list_records(Data(source="csv", path=path)).classes == ["a", "b", "c"]
     listing = check(Data(source="csv", path=path, labels=["b", "a"]), "unknown label 'c'", (1, 6))
     assert listing.classes == ["b", "a"]
@@ -121,7 +121,7 @@ def test_messages_name_what_gave_the_path(table, tmp_path):
 
 
 def test_csv_ids_patients_masks_and_no_groups(table):
-    paint(table.root / "masks/0.png")
+    save_image(table.root / "masks/0.png")
     columns = Columns(group=None, patient="who", mask="seg", id="key")
     config = Data(source="csv", path=str(table.root / "data.csv"), columns=columns)
     rows = [
@@ -189,7 +189,9 @@ def test_folder(tmp_path):
         "b/notes.txt",
         "b/.hidden.png",
     ):
-        paint(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("x")
+        save_image(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text(
+            "x"
+        )
     config = Data(source="folder", path=str(tmp_path), group_regex=r"(l\d+)_")
     listing = sources.list_records(config)
     assert [(r.source, r.label, r.group) for r in listing.records] == [
@@ -211,7 +213,7 @@ def test_folder(tmp_path):
     (tmp_path / "c").mkdir()
     assert check(config, "c: this class has no picture", (1, 4)).classes == ["a", "b"]
     (tmp_path / "c").rmdir()
-    paint(tmp_path / "b/odd.png")
+    save_image(tmp_path / "b/odd.png")
     check(config, "b/odd.png: .* finds no group", (1, 4))
     (tmp_path / "b/odd.png").rename(tmp_path / "b/odd_l9_.heic")
     check(config, "not a kind of picture", (1, 4))
@@ -233,7 +235,7 @@ def ham(root, rows, folders=("",), images=()):
     root.mkdir(parents=True, exist_ok=True)
     (root / "HAM10000_metadata.csv").write_text("\n".join([META, *rows]) + "\n")
     for i, name in enumerate(images):
-        paint(root / folders[i % len(folders)] / f"{name}.jpg", 40 * i)
+        save_image(root / folders[i % len(folders)] / f"{name}.jpg", 40 * i)
     return root
 
 
@@ -251,7 +253,7 @@ ROWS = [
 @pytest.mark.parametrize("top", ["", "archive"])
 def test_ham_layouts(tmp_path, folders, packed, top):
     root = ham(tmp_path / "d" / top, ROWS, folders, ["I1", "I2", "I3"])
-    paint(root / "masks" / "I1_segmentation.png")
+    save_image(root / "masks" / "I1_segmentation.png")
     (root / "duplicate_lesion_pairs.csv").write_text("lesion_a,lesion_b\nL2,L1\nL1,L77\n")
     path = tmp_path / "d"
     if packed:
@@ -324,7 +326,7 @@ def test_ham_complete(ham_zip):
     assert all(r.mask_uri for r in listing.records)
 
 
-def test_phantom_lists_without_painting():
+def test_phantom_lists_without_drawing():
     listing = sources.list_records(Data())
     assert (
         len(listing.records) == 1600

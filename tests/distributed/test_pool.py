@@ -1,5 +1,5 @@
 """The pool on real actors that fail in stated ways; what needs no process is in
-tests/loop/test_crew.py.
+tests/engine/test_worker_pool.py.
 """
 
 from __future__ import annotations

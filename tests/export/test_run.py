@@ -307,9 +307,9 @@ def test_datasets_reads_it(generated, tmp_path, form, monkeypatch):
             (row["png"], row["cls"]) if form == "webdataset" else (row["image"], row["label"])
         )
         told = row["json"] if form == "webdataset" else row
-        request, painted_image, verdict = expected[told["request_id"]]
+        request, synthetic, verdict = expected[told["request_id"]]
         assert (
-            np.array_equal(np.asarray(image), tables.decode_png(painted_image.image))
+            np.array_equal(np.asarray(image), tables.decode_png(synthetic.image))
             and label == request.label
         )
         assert told["seed"] == request.seed and told["realism"] is None and told["quota"] is None

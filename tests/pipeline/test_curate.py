@@ -18,7 +18,7 @@ from adversa.types import ROLES, UserError
 
 
 def test_limits_are_those_of_the_roles_that_may_choose(finished, tmp_path, relist):
-    """`test` may be thrown away, or be full of twins: no limit moves."""
+    """`test` may be thrown away, or be full of near-duplicates: no limit moves."""
     config, run = finished
     data, features = tmp_path / "data", tmp_path / "features"
     shutil.copytree(run.data, data)
@@ -44,7 +44,7 @@ def test_limits_are_those_of_the_roles_that_may_choose(finished, tmp_path, relis
     )
 
 
-def test_the_curve_s_held_out_images_are_searched_as_painted_ones_are(finished):
+def test_the_curve_s_held_out_images_are_searched_as_generated_ones_are(finished):
     """Among the images of every role, those of other lesions: so that neither of the two samples
     has the nearer neighbours.
     """
@@ -258,7 +258,7 @@ def test_noise_is_unlike_real_images_in_both_spaces_and_real_ones_are_not(finish
     assert off["realism_limit"] is None
 
 
-def test_what_was_not_painted_or_is_not_finite_has_that_reason(finished, tmp_path):
+def test_what_was_not_generated_or_is_not_finite_has_that_reason(finished, tmp_path):
     config, run = finished
     black = tables.encode_png(np.zeros((32, 32, 3), np.uint8))
     rows = [
@@ -309,7 +309,7 @@ def paired(finished, tmp_path):
 
 
 @pytest.mark.parametrize("queries", [1, 2, 512])
-def test_twins_are_found_within_an_arm_in_parts_of_any_size(paired, monkeypatch, queries):
+def test_near_duplicates_are_found_within_an_arm_in_parts_of_any_size(paired, monkeypatch, queries):
     run, root = paired
     monkeypatch.setattr(finalize, "QUERIES", queries)
     finalize.near_duplicates(
@@ -328,7 +328,7 @@ def test_twins_are_found_within_an_arm_in_parts_of_any_size(paired, monkeypatch,
         ({"twins": False}, ["kept"] * 4),
     ],
 )
-def test_twins_and_quotas_decide_what_is_kept(finished, paired, changes, reasons):
+def test_near_duplicates_and_quotas_decide_what_is_kept(finished, paired, changes, reasons):
     run, root = paired
     config = finished[0].curate.model_copy(update=changes)
     finalize.near_duplicates(
@@ -342,7 +342,9 @@ def test_twins_and_quotas_decide_what_is_kept(finished, paired, changes, reasons
     assert {arm: m["synthetic"] for arm, m in told.items()} == {"guided": 3, "unguided": 1}
 
 
-def test_a_picture_whose_twins_were_not_looked_for_does_not_enter(finished, paired, relist):
+def test_a_picture_whose_near_duplicates_were_not_looked_for_does_not_enter(
+    finished, paired, relist
+):
     run, root = paired
     finalize.near_duplicates(
         LocalEngine(1, 1), root / "synthetic", root / "inspected", run.limits, root / "twins"

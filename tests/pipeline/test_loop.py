@@ -487,12 +487,12 @@ def test_no_hard_case_is_a_result_too(tiny, tmp_path, monkeypatch):
 
 
 def test_two_rounds_and_two_seeds(tiny, tmp_path):
-    gate = {
+    lenient = {
         "min_agreement": 0.0,
         "trivial_quantile": None,
         "realism_quantile": None,
     }  # networks of 12 steps: some images must pass
-    config = short(tiny, rounds=2, evaluate={"seeds": 2}, mine={"budget": 4}, curate=gate)
+    config = short(tiny, rounds=2, evaluate={"seeds": 2}, mine={"budget": 4}, curate=lenient)
     run = go(config, tmp_path / "run")
     summary = json.loads(run.summary.read_text())
     assert summary["rounds"] == 2 and summary["seeds"] == 2

@@ -28,7 +28,7 @@ from adversa.run.folder import RunDir
 from adversa.storage import files, tables
 from adversa.types import UserError
 
-# A run of seconds whose gate lets nearly all through: 24 images an arm and round at most.
+# A run of seconds whose filter lets nearly all through: 24 images an arm and round at most.
 SHORT = {
     "data": {"phantom": {"images": 200}},
     "classifier": {

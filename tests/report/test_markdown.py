@@ -156,7 +156,7 @@ def test_a_fence_is_longer_than_any_within() -> None:
     assert lines[0] == "``````yaml" and lines[-1] == "``````"
 
 
-def test_a_run_without_anything_painted(make_run: Callable[..., Path]) -> None:
+def test_a_run_without_anything_generated(make_run: Callable[..., Path]) -> None:
     run = make_run(cases=1, per_case=1)
     shutil.rmtree(run / "round-001")
     page.write(run)

@@ -91,7 +91,7 @@ def test_work_is_begun_again_after_each_pause(run, quick):
 
 def test_polls_read_no_file_more_often_than_said(run, monkeypatch):
     monkeypatch.setattr(control, "POLL_SECONDS", 60.0)
-    readers = []  # the thread that keeps the lease reads, too
+    readers = []  # the thread that keeps the lock reads, too
     with hold(run) as handle:
         handle.poll()
         read = control.read

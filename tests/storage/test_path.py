@@ -506,7 +506,7 @@ def no_secret_in(root):
 def test_a_run_on_s3_that_is_cut_off_again_and_again_ends_as_one_in_a_folder(
     finished, store, proxy, monkeypatch, adversa
 ):
-    """Killed in a training and in the generation; then the store fails in the gate, and the same
+    """Killed in a training and in the generation; then the store fails in the filter, and the same
     command goes on.
     """
     config, undisturbed = finished

@@ -66,11 +66,11 @@ def test_counts_are_the_ratio_of_each_class():
 
 
 def test_few_lesions_have_no_verifiers():
-    gate = Curate()
-    assert grid.filter_of(gate, [grid.VERIFIABLE, 50, 0]) is gate
-    small = grid.filter_of(gate, [grid.VERIFIABLE - 1, 50])
+    whole = Curate()
+    assert grid.filter_of(whole, [grid.VERIFIABLE, 50, 0]) is whole
+    small = grid.filter_of(whole, [grid.VERIFIABLE - 1, 50])
     assert (small.folds, small.trivial_quantile, small.realism_quantile) == (0, None, None)
-    assert small.near_copy_quantile == gate.near_copy_quantile and small.twins
+    assert small.near_copy_quantile == whole.near_copy_quantile and small.twins
 
 
 @pytest.mark.parametrize(
