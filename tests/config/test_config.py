@@ -95,6 +95,10 @@ def test_set_overrides_and_is_parsed_as_yaml(tmp_path):
     )
 
 
+def test_an_option_of_0_overrides_the_file(tmp_path):
+    assert config.load(written(tmp_path, "seed: 3\n"), seed=0).seed == 0
+
+
 @pytest.mark.parametrize(
     ("override", "text"),
     [
@@ -272,6 +276,7 @@ def test_settings_that_do_not_go_together(tree, text):
     "tree",
     [
         {"classifier": {"weights": "x", "head_steps": 3, "layer_decay": 0.9, "freeze_norm": True}},
+        {"classifier": {"first_size": 32}, "data": {"resolution": 32}},
         {"denoiser": {"null_probability": 0}, "generate": {"guidance": 1}},
         {
             "denoiser": {"null_probability": 0, "weights": "x"}
