@@ -135,15 +135,12 @@ def run(tree: Path, tests: Iterable[str], *options: str) -> tuple[int | None, li
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
         text, code = said.communicate(timeout=SECONDS)[0], said.returncode
     except subprocess.TimeoutExpired:
-        text, code = "", None
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # and all that the tests have started
-            os.killpg(said.pid, signal.SIGKILL)
+        said.kill()
+        text, code = said.communicate()[0], None
     lines = [line.split() for line in text.splitlines()]
     return code, [w[1] for w in lines if len(w) > 1 and w[0] in ("FAILED", "ERROR")]
 
@@ -229,10 +226,14 @@ def work(faults: Sequence[Fault], root: Path, record: Record, jobs: int) -> None
             finally:
                 trees.put(tree)
 
-        for fault, outcome in pool.map(one, todo):
-            record.outcomes[fault.id] = outcome
-            record.write()
-            print(row(fault, outcome), flush=True)
+        try:
+            for fault, outcome in pool.map(one, todo):
+                record.outcomes[fault.id] = outcome
+                record.write()
+                print(row(fault, outcome), flush=True)
+        except BaseException:  # Ctrl-C, say: those that wait are not begun
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def row(fault: Fault, outcome: Outcome) -> str:
@@ -276,4 +277,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the copies of the tree are removed
     sys.exit(main())

@@ -100,3 +100,13 @@ def test_holm_counts_the_subgroups_tested() -> None:
     )
     least = min(found, key=lambda c: c.comparison.p)
     assert least.p_holm == pytest.approx(min(1, 3 * least.comparison.p))
+
+
+def test_a_subgroup_that_is_better_among_several_by_chance_is_not_said_to_be() -> None:
+    labels, values = np.arange(120) % 2, ["a"] * 40 + ["b"] * 40 + ["c"] * 40
+    wrong = labels.copy()
+    wrong[:5] = 1 - labels[:5]
+    a, b = np.eye(2)[labels][None], np.eye(2)[wrong][None]
+    first, *_ = compare_by_attribute(a, b, labels, np.arange(120), values, "site", 1000, 0)
+    assert first.comparison.low > 0 and first.comparison.p < 0.05 < first.p_holm
+    assert first.word == "not shown"

@@ -161,3 +161,18 @@ def test_any_beginning_of_the_list_goes_round_the_classes() -> None:
     ids, labels, logits, embeddings = planted(600)
     cases = hard_cases(ids, labels, logits, embeddings, Mine(budget=80))
     assert {c.label for c in cases[:4]} == {0, 1, 2, 3}
+
+
+def test_candidates_are_put_in_order_by_the_scorer() -> None:
+    logits = np.array([[0, 9.0], [0, 0.1]])  # sure and wrong, in doubt and wrong
+    one = Mine(budget=1, candidates=1)
+    taken = {
+        scorer: hard_cases(
+            ["sure", "torn"], np.zeros(2, int), logits, np.eye(2), one, scorer=scorer
+        )
+        for scorer in ("loss", "entropy")
+    }
+    assert {k: [c.example for c in v] for k, v in taken.items()} == {
+        "loss": ["sure"],
+        "entropy": ["torn"],
+    }

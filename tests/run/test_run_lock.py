@@ -118,6 +118,14 @@ def test_one_that_slept_finds_out_before_it_commits_and_stays_out(world, run):
     assert run_lock.holder(run).owner == b.record.owner
 
 
+def test_one_that_slept_leaves_the_lock_of_its_successor_when_it_ends(world, run):
+    a, b = holder(world, run, "a"), holder(world, run, "b")
+    a.take()
+    b.take()
+    a.release()
+    assert run_lock.holder(run).owner == b.record.owner
+
+
 def test_one_that_slept_and_was_not_followed_goes_on_and_is_seen(world, run):
     a, b = holder(world, run, "a"), holder(world, run, "b")
     a.take()
