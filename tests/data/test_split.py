@@ -102,6 +102,15 @@ def test_a_group_of_two_classes_goes_as_one():
     assert len(set(roles[:3])) == 1
 
 
+def test_a_group_of_two_classes_is_of_its_commonest_label_and_of_equals_the_first():
+    labels, groups = ["a"] * 3 + ["b"] * 4, [f"g{i}" for i in range(7)]
+    mixed = [*groups, "x", "x", "x"]
+    with pytest.raises(UserError, match="class 'a' has 3 groups"):
+        split([*labels, "a", "b", "b"], mixed, Split(), ["a", "b"])
+    assert len(split([*labels, "b", "a", "a"], mixed, Split(), ["a", "b"])) == 10
+    assert len(split([*labels, "b", "a"], mixed[:-1], Split(), ["a", "b"])) == 9
+
+
 def test_merging_is_transitive_and_named_after_the_smallest():
     pairs = [("d", "c"), ("b", "d"), ("e", "f")]
     want = {"a": "a", "b": "b", "c": "b", "d": "b", "e": "e", "f": "e"}

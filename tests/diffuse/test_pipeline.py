@@ -227,6 +227,10 @@ def test_rows_start_where_their_strategies_say() -> None:
     assert torch.equal(outer.mask[0], torch.from_numpy(1 - disc()))
     _, mixed, n = made("interpolate")
     share = (mixed.start - 2 * n - places["case"]) / (places["other"] - places["case"])
+    _, both, n = made("inout")
+    then = both.then(places["other"])  # whatever the new lesion is, new skin comes around it
+    assert torch.equal(then.source, places["other"]) and torch.equal(then.mask, outer.mask)
+    assert ((then.start - then.source) / 40 - n).abs().mean() > 0.5  # of noise of its own
     assert 0.3 <= share.nanmedian() <= 0.7 and (share - share.nanmedian()).abs().nanmedian() < 1e-4
 
 
