@@ -11,12 +11,15 @@ import sys
 import time
 
 import pytest
+import typer
 import yaml
 
+from adversa.cli.options import exits
 from adversa.pipeline import prepare
 from adversa.run import create as run_create
 from adversa.run import file_lock, step_folder
 from adversa.run.folder import RunDir
+from adversa.types import UserError
 
 MICRO = {
     "data": {"source": "phantom", "resolution": 32, "part_rows": 64, "phantom": {"images": 120}},
@@ -233,6 +236,19 @@ def test_mistakes_on_the_command_line(adversa, tmp_path, monkeypatch, args, part
 
 def test_an_error_is_printed_word_for_word(adversa, tmp_path):
     mendable(adversa("status", tmp_path / "[red]:bug:[/]"), "[red]:bug:[/] is not a run")
+
+
+def test_an_error_has_all_that_was_added_on_its_way_and_no_password(capsys):
+    @exits
+    def failing():
+        error = UserError("s3://key:secret@host/x cannot be read")
+        error.add_note("status.json could not be written either")
+        raise error
+
+    with pytest.raises(typer.Exit) as ended:
+        failing()
+    told = "error: s3://***@host/x cannot be read; status.json could not be written either\n"
+    assert (ended.value.exit_code, capsys.readouterr().err) == (2, told)
 
 
 def test_config_show_prints_what_config_reads(adversa, micro, tmp_path):

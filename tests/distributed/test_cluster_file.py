@@ -325,6 +325,10 @@ def test_the_ranges_are_those_of_the_configuration():
             asking("{address: 'http://bob:s3cr3t@head:8265'}"),
             "address = 'http://***@head:8265': must not carry credentials",
         ),
+        (
+            asking("{address: 'http://t0ken@head:8265'}"),
+            "address = 'http://***@head:8265': must not carry credentials",
+        ),
         ("metadata: 3\ncluster_name: a\nprovider: {type: aws}\n", "metadata must hold keys"),
         (
             "apiVersion: ray.io/v1\nkind: RayJob\nmetadata: {annotations: {adversa: "

@@ -5,7 +5,8 @@ import pytest
 from adversa.engine.step import cost, run_step
 from adversa.engine.tasks import Done
 from adversa.run import step_folder
-from adversa.run.control import NULL_HANDLE
+from adversa.run.control import NULL_HANDLE, NullHandle
+from adversa.run.run_lock import RunLockLost
 from adversa.storage import files
 from adversa.types import UserError
 
@@ -53,6 +54,19 @@ def test_a_step_that_fails_has_no_manifest_and_is_done_again(tmp_path):
     assert not step_folder.is_finished(tmp_path / "s")
     run_step(tmp_path / "s", recipe(a=1), lambda p: {"rows": 1}, NULL_HANDLE)
     assert step_folder.is_finished(tmp_path / "s")
+
+
+class Overtaken(NullHandle):
+    """Of a run that another has taken over while the step worked."""
+
+    def check(self):
+        raise RunLockLost("another has taken it over")
+
+
+def test_a_step_of_a_run_that_was_lost_is_not_marked_finished(tmp_path):
+    with pytest.raises(RunLockLost):
+        run_step(tmp_path / "s", recipe(a=1), lambda p: {"rows": 1}, Overtaken())
+    assert not step_folder.is_finished(tmp_path / "s")
 
 
 def test_the_fingerprint_follows_the_recipe_unless_the_step_gives_its_own(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from adversa import config as cfg
 from adversa.diffuse import edm
 from adversa.engine.local import LocalEngine
 from adversa.generation import job
@@ -229,3 +230,14 @@ def _quick():
     from adversa.config import Generate
 
     return Generate(steps=2, batch_size=4)
+
+
+@pytest.mark.parametrize("cases", [2, 3, 5])
+def test_every_two_cases_are_interpolated_before_any_two_are_again(tmp_path, cases):
+    names = [f"c{i}" for i in range(cases)]
+    wanted = GenerationJob(tmp_path, {0: 1}, "interpolate", 0, cfg.Generate(), tmp_path, "folder")
+    every = cases * (cases - 1)
+    asked = [job._request(wanted, "job", 0, i, names) for i in range(2 * every)]
+    pairs = [(r.example, r.partner) for r in asked]
+    assert len(set(pairs[:every])) == every and pairs[every:] == pairs[:every]
+    assert all(example != partner for example, partner in pairs)

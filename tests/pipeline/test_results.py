@@ -4,6 +4,8 @@ attribute.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -90,3 +92,23 @@ def test_without_another_arm_or_an_attribute_there_is_nothing_to_compare(study, 
     )
     for asked in ([], ["age"]):
         assert results.subgroup_comparisons(tiny(evaluate={"subgroups": asked}), folder, arms) == {}
+
+
+def test_a_difference_that_chance_gives_one_of_three_is_not_called_one(study, tiny):
+    """Five of 95 lesions turn right against `real`, none against the others."""
+    _, _, arms = study
+    config = tiny(evaluate={"bootstrap": 1000, "seeds": 1})
+    labels = arms["real"].labels
+    right, worse = np.eye(2)[labels], np.eye(2)[labels]
+    worse[:5] = 1 - worse[:5]
+    given = {arm: replace(arms["real"], logits=right[None]) for arm in config.mix.arms}
+    given["real"] = replace(arms["real"], logits=worse[None])
+    hours = dict.fromkeys(config.mix.arms, 3600.0) | {"guided": 7200.0}
+    spent = {arm: {"device_seconds": seconds} for arm, seconds in hours.items()}
+    rows = {row["b"]: row for row in results.comparisons(config, given, spent)}
+    real = rows["real"]
+    assert len(rows) == 3 and real["p"] < 0.05 < real["p_holm"] == pytest.approx(3 * real["p"])
+    assert real["low"] > 0 and real["word"] == "not shown"
+    assert real["gain_per_device_hour"]["gain"] == pytest.approx(real["difference"])  # of an hour
+    cheaper = results.comparisons(config, given, spent | {"guided": {"device_seconds": 1800.0}})
+    assert all(row["gain_per_device_hour"] is None for row in cheaper)

@@ -391,20 +391,21 @@ def test_a_metric_without_a_value_is_named(tmp_path: Path) -> None:
 
 
 def test_worse_and_mixed_are_said(tmp_path: Path) -> None:
-    """Helps 5 a class, harms 20 a class."""
+    """Helps 5 a class, harms 10 and, more, 20 a class."""
+    change = {"0005": 0.2, "0010": -0.1, "0020": -0.2}
 
     def side(cell: str, p: Point, x: float) -> float:
-        return 0.6 + (0.0 if not p.variant.generates else 0.2 if cell == "0005" else -0.2)
+        return 0.6 + (change[cell] if p.variant.generates else 0.0)
 
     c, run = sweeps.build(
-        tmp_path / "run", side, real=[5, 20], ratios=[0, 1], arms=["replay", "unguided"]
+        tmp_path / "run", side, real=[5, 10, 20], ratios=[0, 1], arms=["replay", "unguided"]
     )
     (v,) = results.results(c, run)["verdicts"]
     assert (
         v["word"] == "mixed"
-        and "better than replay at 1 of 2 points (most at 5 a class, ratio 1: +0.200"
+        and "better than replay at 1 of 3 points (most at 5 a class, ratio 1: +0.200"
         in v["sentence"]
     )
     assert (
-        "worse than replay at 1 of 2 points (most at 20 a class, ratio 1: -0.200" in v["sentence"]
+        "worse than replay at 2 of 3 points (most at 20 a class, ratio 1: -0.200" in v["sentence"]
     )
