@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from adversa import config as cfg
+from adversa.data.records import ImageRecord
+from adversa.external import cohort
 from adversa.external.clusters import clusters, counted
 
 CLASSES, GROUPS = ["a", "b", "c", "d"], {"bad": ["a", "b"], "odd": ["b"], "a": ["a", "c"]}
@@ -54,3 +57,13 @@ def test_one_cluster_tells_nothing():
 
 def test_counts_agree_with_their_noun():
     assert [counted(n, "patient") for n in (0, 1, 2)] == ["0 patients", "1 patient", "2 patients"]
+
+
+def test_lesion_1_of_one_patient_is_not_that_of_another():
+    records = [
+        ImageRecord("", f"{i}.png", f"file:{i}.png", "nv", "1", patient)
+        for i, patient in enumerate(("ann", "ann", "bob", ""))
+    ]
+    data = cfg.Data(source="csv", path="x", columns=cfg.Columns(group="lesion"))
+    found, unit = cohort._clustered(records, data)
+    assert ([r.group for r in found], unit) == (["ann/1", "ann/1", "bob/1", "1"], cohort.PATIENT)

@@ -1,0 +1,38 @@
+"""Small files that are torn, strange, or cut off between two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adversa.storage import files, weights
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", '{"a": 1', "\xff"])
+def test_what_holds_no_object_is_none(tmp_path, text):
+    (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
+    assert files.read_json(tmp_path / "x.json") is None
+    assert files.read_json(tmp_path / "none.json") is None
+    files.write_json(tmp_path / "x.json", {"a": [1]})
+    assert files.read_json(tmp_path / "x.json") == {"a": [1]}
+
+
+def test_killed_between_its_two_files_a_training_state_is_not_said_to_be_further(
+    tmp_path, monkeypatch
+):
+    weights.save_checkpoint(tmp_path, {"step": 3, "weight": torch.zeros(2)})
+    put, written = weights.replace_bytes, []
+
+    def killed(path, data):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        put(path, data)
+
+    with monkeypatch.context() as cut:
+        cut.setattr(weights, "replace_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            weights.save_checkpoint(tmp_path, {"step": 6, "weight": torch.ones(2)})
+    saved = weights.load_checkpoint(tmp_path)
+    assert written and saved is not None
+    assert weights.committed_step(tmp_path) <= saved["step"]
