@@ -187,14 +187,14 @@ def test_one_row_may_always_fail_but_not_the_only_one():
 
 
 def test_rows_that_raised_are_given_up_with_their_part_and_count_towards_the_limit():
-    leases = leases_of([10] * 30)  # 3 of 300 may fail
-    for i, task in enumerate(leases.take(0, 30, True)[:4]):
+    queue = queue_of([10] * 30)  # 3 of 300 may fail
+    for i, task in enumerate(queue.take(0, 30, True)[:4]):
         if i < 3:
-            failed = leases.succeeded(task, {4: "ValueError: x"}, "Traceback")
+            failed = queue.succeeded(task, {4: "ValueError: x"}, "Traceback")
             assert failed == (Failed(f"row 4 of part {i}", "ValueError: x"),)
         else:
             with pytest.raises(RuntimeError, match=r"^4 of 300 fail .*; the last time: x") as e:
-                leases.succeeded(task, {4: "x"}, "Traceback")
+                queue.succeeded(task, {4: "x"}, "Traceback")
             assert e.value.__notes__ == ["on the worker:\nTraceback"]
 
 
@@ -206,15 +206,15 @@ def test_rows_that_raised_are_given_up_with_their_part_and_count_towards_the_lim
     ],
 )
 def test_a_part_that_raises_without_a_row_to_leave_out_is_not_searched(raised, said):
-    leases = leases_of([2] * 100)
-    first, second = leases.take(0, 2, True)
-    leases.succeeded(first)
+    queue = queue_of([2] * 100)
+    first, second = queue.take(0, 2, True)
+    queue.succeeded(first)
     for _ in range(2):
-        leases.failed(second, 0, "out of memory", raised=raised)
-        (second,) = leases.take(0, 1, True)
+        queue.failed(second, 0, "out of memory", raised=raised)
+        (second,) = queue.take(0, 1, True)
         assert not second.trial
     with pytest.raises(RuntimeError, match=f"^{said}; the last time: out of memory"):
-        leases.failed(second, 0, "out of memory", raised=raised)
+        queue.failed(second, 0, "out of memory", raised=raised)
 
 
 def test_a_part_that_fails_only_as_a_whole_is_given_up_in_the_end():
