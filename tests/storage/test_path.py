@@ -38,6 +38,7 @@ from adversa.storage.path import (
     names,
     rmtree,
     scratch,
+    scrubbed,
     storage_path,
 )
 from adversa.sweep import report as sweep_page
@@ -434,6 +435,19 @@ def test_a_fault_of_a_client_is_one_line_without_secrets(error, says, proxy):
     with pytest.raises(StoreError, match=re.escape(says)) as e, asking(storage_path(URI)):
         raise error
     one_line(e)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+        *("AZURE_STORAGE_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_CONNECTION_STRING"),
+        *("AZURE_STORAGE_SAS_TOKEN", "AZURE_CLIENT_SECRET"),
+    ],
+)
+def test_a_credential_of_the_environment_is_known_whatever_it_looks_like(monkeypatch, name):
+    monkeypatch.setenv(name, "minio-admin")
+    assert scrubbed("refused:\n'minio-admin'") == "refused: '***'"
 
 
 def test_an_azure_address_names_container_and_account():
