@@ -158,3 +158,10 @@ def test_png_is_lossless(shape):
     assert np.array_equal(
         tables.decode_images([tables.encode_png(image)] * 2), np.stack([image, image])
     )
+
+
+def test_parts_come_in_the_order_of_their_numbers(tmp_path):
+    numbers = [3, 99_999, 100_000, 100_001]
+    for n in reversed(numbers):
+        tables.write_part(tmp_path / tables.part_name(n), ROWS)
+    assert tables.parts(tmp_path) == [tmp_path / tables.part_name(n) for n in numbers]
