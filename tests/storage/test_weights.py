@@ -1,20 +1,11 @@
-"""Small files that are torn, strange, or cut off between two."""
+"""Training states that are cut off."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from adversa.storage import files, weights
-
-
-@pytest.mark.parametrize("text", ["[1]", "3", "null", '{"a": 1', "\xff"])
-def test_what_holds_no_object_is_none(tmp_path, text):
-    (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
-    assert files.read_json(tmp_path / "x.json") is None
-    assert files.read_json(tmp_path / "none.json") is None
-    files.write_json(tmp_path / "x.json", {"a": [1]})
-    assert files.read_json(tmp_path / "x.json") == {"a": [1]}
+from adversa.storage import weights
 
 
 def test_killed_between_its_two_files_a_training_state_is_not_said_to_be_further(
