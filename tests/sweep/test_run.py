@@ -128,12 +128,12 @@ def test_a_sweep_that_is_cut_off_again_and_again_has_the_same_table_and_no_trial
     fit, left = sweep_run.fit_and_score, [3, 5, 9]
     generated = [20, 50]
 
-    def cutting(config, source, arm, ratio, seed, out, engine, told):
+    def cutting(config, source, reported, out, engine):
         begun[out] += 1
         if left and sum(begun.values()) == left[0]:
             left.pop(0)
             raise Cut
-        found = fit(config, source, arm, ratio, seed, out, engine, told)
+        found = fit(config, source, reported, out, engine)
         finished[out] += 1
         return found
 
