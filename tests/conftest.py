@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Before torch is imported: processes of two threads each, on two cores, wait for each other at
 # every layer.
@@ -25,20 +26,52 @@ os.environ["ADVERSA_CACHE"] = tempfile.mkdtemp(prefix="adversa-cache-")
 HAM10000 = Path(__file__).resolve().parents[2] / "shared" / "data" / "ham10000_200x150.zip"
 
 
+# Files that start a Ray, those that take minutes first: `--dist loadfile` gives each to the process
+# that is free, and a long one at the end would keep the others waiting.
+LONGEST = (
+    "test_coordinator",
+    "test_kill",
+    "test_jobs",
+    "test_search",
+    "test_runs",
+    "test_training",
+)
+
+
 def pytest_unconfigure():
     shutil.rmtree(os.environ["ADVERSA_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
-    """Files that start a Ray come first: they take longest and mostly wait. (`--dist loadfile`
-    keeps a file in one process.)
-    """
+    """Files that start a Ray come first: they take longest and mostly wait."""
     ray = {
         item.path
         for item in items
         if item.get_closest_marker("ray") or "distributed" in item.path.parts
     }
-    items.sort(key=lambda item: item.path not in ray)
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (item.path not in ray, place.get(item.path.stem, len(LONGEST))))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): the folder `name`, which make(folder) fills in one of pytest's processes
+    and all read.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def shared(name, make):
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return shared
 
 
 @pytest.fixture(scope="session")
@@ -138,16 +171,19 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def finished(tiny, tmp_path_factory):
+def finished(tiny, once):
     """(config, run) of a tiny run that went through undisturbed on the local engine. Read only."""
     from adversa.engine.local import LocalEngine
     from adversa.pipeline import loop
     from adversa.report import page
+    from adversa.run.folder import RunDir
 
     config = tiny()
-    run = loop.open_run(config, tmp_path_factory.mktemp("finished") / "run")
-    loop.run(config, run, LocalEngine(1, 1), page.write)
-    return config, run
+
+    def make(folder):
+        loop.run(config, loop.open_run(config, folder), LocalEngine(1, 1), page.write)
+
+    return config, RunDir(once("finished", make))
 
 
 SWEEP = {
@@ -178,20 +214,24 @@ def tiny_sweep(tiny):
 
 
 @pytest.fixture(scope="session")
-def swept(tiny_sweep, tmp_path_factory):
+def swept(tiny_sweep, once):
     """(config, run) of a tiny sweep on the local engine, 14 trials, without its report. Read
     only.
     """
     from adversa.engine.local import LocalEngine
+    from adversa.run.folder import RunDir
     from adversa.sweep import run as sweep_run
 
     config = tiny_sweep()
-    run = sweep_run.open_run(config, tmp_path_factory.mktemp("swept") / "run")
-    page = sweep_run.run(
-        config, run, LocalEngine(1, 1), lambda config, run: run.root / "sweep.html"
-    )
-    assert page == run.root / "sweep.html"
-    return config, run
+
+    def make(folder):
+        run = sweep_run.open_run(config, folder)
+        page = sweep_run.run(
+            config, run, LocalEngine(1, 1), lambda config, run: run.root / "sweep.html"
+        )
+        assert page == run.root / "sweep.html"
+
+    return config, RunDir(once("swept", make))
 
 
 @pytest.fixture(scope="session")

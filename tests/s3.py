@@ -13,6 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
+from adversa.storage.path import StoragePath, storage_path
+
 SECRET, KEY = "wJalrXUtnFEMI-not-a-real-secret", "AKIAIOSFODNN7EXAMPLE"
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": KEY,
@@ -44,6 +48,18 @@ def server() -> Iterator[str]:
         yield where
     finally:
         moto.stop()
+
+
+def address(proxy: Proxy, folder: str, bucket: str = BUCKET) -> StoragePath:
+    name = folder.replace("[", "-").rstrip("]")
+    return storage_path(f"s3://{bucket}/{name}?endpoint_override={proxy.at}&scheme=http")
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    """The text of an error, which has one line, a hint and no secret."""
+    text = str(error.value)
+    assert "\n" not in text and SECRET not in text and KEY not in text and "; " in text
+    return text
 
 
 class Proxy:
