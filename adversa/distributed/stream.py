@@ -242,8 +242,8 @@ class Streams(DataConfig):
 
     Ray Train asks `configure` for one dataset at a time, in each start's own process, when the
     first worker asks for its shard; what it was given as datasets are placeholders. Training feeds
-    are split among the workers (streaming_split). A select feed is short and read again and again:
-    each worker has a stream of its own share.
+    are split among several workers (streaming_split). A select feed is short and read again and
+    again: each worker has a stream of its own share.
     """
 
     def __init__(
@@ -270,7 +270,12 @@ class Streams(DataConfig):
             if name in self.train:
                 feed, out = self.train[name]
                 dataset = feed_dataset(feed, committed_step(out), self.row_bytes, world_size)
-                splits = dataset.streaming_split(world_size, equal=True)
+                # A split is read through an actor, which takes a second to start.
+                splits = (
+                    [dataset.iterator()]
+                    if world_size == 1
+                    else dataset.streaming_split(world_size, equal=True)
+                )
             else:
                 feed = self.select[name]
                 splits = [

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 
@@ -163,9 +164,10 @@ def test_killed_with_9_in_the_middle_it_ends_as_undisturbed_with_no_trial_twice(
     while len(list(results.rglob("result/manifest.json"))) < 4:
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(8)  # actors of a dead driver end by themselves
+    psutil.wait_procs(family, timeout=30)  # actors of a dead driver end by themselves
     written = {p: p.stat().st_mtime_ns for p in results.rglob("result/manifest.json")}
     assert 4 <= len(written) < 14
     process = begun()

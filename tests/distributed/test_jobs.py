@@ -64,6 +64,8 @@ class Head:
             "PYTHONPATH": "",
             "OMP_NUM_THREADS": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "RAY_num_workers_soft_limit": "16",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.secret,
             "RAY_health_check_timeout_ms": "120000",
