@@ -36,9 +36,9 @@ EMBEDDED = {
     # Its workers are the command, and have the command's priority; by default they give way (15).
     "RAY_worker_niceness": "0",
 }
-# Beside as many actors as CPUs (the default) every idle worker would be ended after a second, and
-# each stream wait for new ones: two fifths of a short run's CPU time.
-ACTORS = 16
+# By default as many workers as there are CPUs, actors among them, are kept while they are idle: on
+# a small machine each stream would wait for new ones (two fifths of a short run's CPU time).
+KEPT_WORKERS = 16
 
 
 class _Job(JobConfig):
@@ -90,8 +90,8 @@ def start(cluster: Cluster, verbose: bool) -> None:
             init(address=named)
         else:
             store = cluster.object_store_mb << 20
-            workers = {"RAY_num_workers_soft_limit": str((cluster.cpus or cpus()) + ACTORS)}
-            for name, value in (EMBEDDED | workers).items():
+            kept = max(cluster.cpus or cpus(), KEPT_WORKERS)
+            for name, value in (EMBEDDED | {"RAY_num_workers_soft_limit": str(kept)}).items():
                 os.environ.setdefault(name, value)
             with _on_loopback():
                 init(
