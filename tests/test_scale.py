@@ -59,7 +59,7 @@ def hard(folder, cases):
 
 def test_a_plan_holds_one_part_at_a_time(tmp_path, calls, monkeypatch):
     hard(tmp_path / "hard", 40)
-    asked, write, held = calls(generate, "request"), tables.write_part, []
+    asked, write, held = calls(planning, "request"), tables.write_part, []
 
     def written(path, table):
         held.append(len(asked) - sum(map(len, before)))
