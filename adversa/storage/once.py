@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ LIVE = frozenset(("control.json", "lock.json", "clock.json", "status.json", "pro
 # Written by whoever holds the run; all else may come from a worker process.
 HELD = frozenset(("settings.json", "precision.json", "restarts.json"))
 
+_locks: dict[StoragePath, threading.Lock] = {}
 _kept: ContextVar[dict[StoragePath, bytes | None] | None] = ContextVar("kept", default=None)
 
 
@@ -45,14 +47,15 @@ def read_bytes(path: StoragePath) -> bytes:
     kept = _kept.get()
     if kept is None or path.name in LIVE:
         return _read(path)
-    if path not in kept:
-        try:
-            found = _read(path)
-        except FileNotFoundError:
-            if path.name not in HELD:
-                raise
-            found = None
-        kept.setdefault(path, found)  # not over what was written meanwhile
+    with _locks.setdefault(path, threading.Lock()):  # of two threads one reads
+        if path not in kept:
+            try:
+                found = _read(path)
+            except FileNotFoundError:
+                if path.name not in HELD:
+                    raise
+                found = None
+            kept.setdefault(path, found)  # not over what was written meanwhile
     if (known := kept[path]) is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     return known

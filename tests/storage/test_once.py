@@ -106,6 +106,29 @@ def test_that_settings_are_missing_is_read_once(tmp_path, monkeypatch):
         assert files.read_json(tmp_path / "settings.json") == {"1": {}}
 
 
+def test_of_two_threads_one_reads(tmp_path, monkeypatch):
+    path, tried, wait = tmp_path / "x.json", [], threading.Event()
+    path.write_text('{"n": 1}')
+
+    def slow(p):
+        tried.append(p)
+        wait.wait(1)
+        return p.read_bytes()
+
+    monkeypatch.setattr(once, "_read", slow)
+    with once.command():
+        both = [
+            threading.Thread(target=copy_context().run, args=(files.read_json, path))
+            for _ in range(2)
+        ]
+        for thread in both:
+            thread.start()
+        wait.set()
+        for thread in both:
+            thread.join()
+        assert files.read_json(path) == {"n": 1} and tried == [path]
+
+
 def test_nothing_is_kept_beyond_the_command_or_beside_it(tmp_path, reads):
     path = tmp_path / "x.json"
     path.write_text('{"n": 1}')
