@@ -237,6 +237,7 @@ def test_pause_resume_stop_and_errors(go):
     code, text = adversa("resume", "--set", "mine.budget=6")
     assert code == 0 and "from round 1 on: mine.budget 6" in text and "goes on" in text
     following = start()
+    assert any("following it" in line for line in following.stdout)  # else it would begin anew
     wait_for(lambda: files.read_json(run.status)["state"] == "running")
     code, text = adversa("stop")
     assert code == 0 and "is stopped" in text
