@@ -1,8 +1,8 @@
 """The loops that a GPU spends its time in, under a made-up CUDA: `python tests/hot_loops.py`.
 
-Prints JSON: for each loop the waits of the host in one more unit of work (a step of training, a chunk
-of 64 scored images, an evaluation of a full batch in sampling), where they are, and the operations
-that mix devices. Each loop runs with N and with 2 N units, so that what happens once does not count.
+Prints JSON: for each loop the waits of the host in one more unit of work (a step of training, a
+chunk of 64 scored images, two noise levels in sampling), where they are, and the operations that
+mix devices. Each loop runs with N and with 2 N units, so that what happens once does not count.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """A made-up CUDA for torch: tensors that say `cuda:0` and hold their values on the CPU.
 
-Torch's dispatcher and autocast treat them as they treat tensors on a GPU, so that code for GPUs runs
-where there is none. `install` changes torch for the rest of the process, so it is for processes of
-their own. Two things are counted with the line of adversa that caused them:
+Torch's dispatcher and autocast treat them as they treat tensors on a GPU, so that code for GPUs
+runs where there is none. `install` changes torch for the rest of the process, so it is for
+processes of their own. Two things are counted with the line of adversa that caused them:
 
 - operations that mix a GPU's tensor with one of the CPU, which CUDA refuses;
 - waits: what stops the host until the GPU has done all it was given. A value that Python reads
-  (`item`, `tolist`, `bool`, `numpy`), a size that depends on values (`nonzero`, a mask as an index), a
-  copy from the device, one from memory that is not pinned, `synchronize`.
+  (`item`, `tolist`, `bool`, `numpy`), a size that depends on values (`nonzero`, a mask as an
+  index), a copy from the device, one from memory that is not pinned, `synchronize`.
 
 Autograd's engine wants a device, so a backward pass gives every leaf of the graph a small random
 gradient on the leaf's own device: figures that come out mean nothing.

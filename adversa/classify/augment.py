@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from adversa.common.symmetry import matrices, turn
 from adversa.config import Augment
+from adversa.training.device import to_device
 
 ALL = slice(None)
 ERASED = (0.02, 0.4)  # Zhong et al. 2020, section 4: s_l, s_h, the erased share of the image's area
@@ -79,7 +80,7 @@ def warp(pixels: Tensor, theta: Tensor, side: int) -> Tensor:
     There is no filter against aliasing: `side` is meant to be above half of the pictures' own.
     """
     grid = F.affine_grid(
-        theta.to(pixels.device), [*pixels.shape[:2], side, side], align_corners=False
+        to_device(theta, pixels.device), [*pixels.shape[:2], side, side], align_corners=False
     )
     return F.grid_sample(
         pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False
@@ -94,7 +95,7 @@ def colour(pixels: Tensor, config: Augment, u: Tensor) -> Tensor:
     pixel x becomes s y + (1 - s) mean(y), y = c G x + (1 - c) m; that is c S G x + (1 - c) m, S = s
     I + (1 - s) / 3, whose rows add up to 1.
     """
-    u = (2 * u - 1).to(pixels.device)
+    u = to_device(2 * u - 1, pixels.device)
     gain = (1 + config.brightness * u[0])[:, None] * (1 + config.tint * u[1:4].T)
     contrast, saturation = 1 + config.contrast * u[4], 1 + config.saturation * u[5]
     pixels = (
@@ -127,8 +128,8 @@ def erase(pixels: Tensor, probability: float, u: Tensor) -> Tensor:
     width = (side * torch.sqrt(share / aspect)).round().clamp(1, side).long()
     top, left = (u[3] * (side - height + 1)).long(), (u[4] * (side - width + 1)).long()
     bottom = torch.where(u[0] < probability, top + height, top)  # an empty rectangle
-    inside = rectangles(top, bottom, left, left + width, side).to(pixels.device)
-    return torch.where(inside, u[5:8].T[:, :, None, None].to(pixels.device), pixels)
+    inside = to_device(rectangles(top, bottom, left, left + width, side), pixels.device)
+    return torch.where(inside, to_device(u[5:8].T, pixels.device)[:, :, None, None], pixels)
 
 
 def rectangles(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, side: int) -> Tensor:

@@ -28,6 +28,7 @@ from adversa.config import Classifier
 from adversa.storage.path import StoragePath
 from adversa.storage.weights import save_model
 from adversa.training import loop, process_group
+from adversa.training.device import to_device
 from adversa.training.loop import Batch
 from adversa.training.precision import autocast
 from adversa.training.schedule import evenly_spaced
@@ -226,7 +227,7 @@ def _forward(
     rows = process_group.rows(size)
     generator = torch.Generator().manual_seed(seed_of("augment", seed, step))
     pixels = to_pixels(batch["image"], device)
-    labels = torch.as_tensor(batch["label"]).to(device)
+    labels = to_device(torch.as_tensor(batch["label"]), device)
     targets = F.one_hot(labels, state.model.head.out_features).float()
     if config.augment is not None:
         side = training_side(step, config, pixels.shape[-1])

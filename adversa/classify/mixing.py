@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from adversa.classify.augment import ALL, rectangles
+from adversa.training.device import to_device
 
 
 def mix(
@@ -43,9 +44,10 @@ def mix(
     keep = np.where(alone, 1.0, keep)
     if cut:
         inside, keep = _boxes(keep, centre, pixels.shape[-1])
-        pixels = torch.where(inside.to(pixels.device), pixels[partners.to(pixels.device)], pixels)
-    other = torch.from_numpy(1 - keep).float()[:, None].to(pixels.device)
-    partners = partners.to(pixels.device)
+        inside = to_device(inside, pixels.device)
+        pixels = torch.where(inside, pixels[to_device(partners, pixels.device)], pixels)
+    other = to_device(torch.from_numpy(1 - keep).float()[:, None], pixels.device)
+    partners = to_device(partners, pixels.device)
     if not cut:
         pixels = torch.lerp(pixels, pixels[partners], other[:, :, None, None])
     return pixels, torch.lerp(targets, targets[partners], other)

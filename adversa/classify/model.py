@@ -19,6 +19,7 @@ from adversa.config import Classifier
 from adversa.storage import hub
 from adversa.storage.path import StoragePath
 from adversa.storage.weights import read_model
+from adversa.training.device import to_device
 from adversa.types import Json, UserError
 
 
@@ -77,7 +78,8 @@ def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         if images.flags.writeable and images.flags.c_contiguous
         else np.array(images, order="C")
     )
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div_(255)
+    found = to_device(torch.from_numpy(images), torch.device(device))
+    return found.permute(0, 3, 1, 2).float().div_(255)
 
 
 def build(config: Classifier, num_classes: int, resolution: int) -> Network:

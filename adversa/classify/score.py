@@ -69,9 +69,9 @@ def forward(
             chunk = np.concatenate([chunk, np.zeros((missing, *chunk.shape[1:]), np.uint8)])
         with autocast(device, amp):
             z, e = _mean(network, to_pixels(chunk, device), views)
-        logits.append(z.cpu().numpy()[: CHUNK - missing])
-        embeddings.append(e.cpu().numpy()[: CHUNK - missing])
-    return np.concatenate(logits), np.concatenate(embeddings)
+        logits.append(z[: CHUNK - missing])
+        embeddings.append(e[: CHUNK - missing])
+    return torch.cat(logits).cpu().numpy(), torch.cat(embeddings).cpu().numpy()
 
 
 def score_batches(

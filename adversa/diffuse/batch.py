@@ -29,6 +29,7 @@ from adversa.diffuse.guidance import (
     reference_guided,
 )
 from adversa.diffuse.solver import SolverTable, advance
+from adversa.training.device import to_device
 from adversa.training.precision import autocast
 
 
@@ -181,7 +182,7 @@ class Batch:
     def _enter(self, row: BatchRow, slot: int) -> None:
         self._rows[slot] = row
         self._order.append(slot)
-        self.point[slot] = row.start.to(self.device)
+        self.point[slot] = to_device(row.start, self.device)
         self.memory[slot], self.label[slot], self.skipped[slot] = 0, row.label, 0
         if row.source is not None and self.source is None:
             self.source, self.mask = (
@@ -192,12 +193,12 @@ class Batch:
             assert (row.source is None) == (row.mask is None)
             # Zeros where nothing is kept, not the row's before: NaN there would come through a
             # weight of 0.
-            self.source[slot] = 0 if row.source is None else row.source.to(self.device)
-            self.mask[slot] = 1 if row.mask is None else row.mask.to(self.device)
+            self.source[slot] = 0 if row.source is None else to_device(row.source, self.device)
+            self.mask[slot] = 1 if row.mask is None else to_device(row.mask, self.device)
         if row.reference is not None:
             if self.reference is None:
                 self.reference = torch.zeros(self.size, *row.reference.shape, device=self.device)
-            self.reference[slot] = row.reference.to(self.device)
+            self.reference[slot] = to_device(row.reference, self.device)
 
     def _choose(self) -> list[int]:
         """The slots of the rows to move: the oldest first, as long as their evaluations fit."""
@@ -217,14 +218,12 @@ class Batch:
     def _step(self) -> Iterator[Finished]:
         chosen = self._choose()
         rows = [row for slot in chosen if (row := self._rows[slot]) is not None]
-        slots = torch.tensor(chosen, device=self.device)
+        slots = to_device(torch.tensor(chosen), self.device)
         now = [(r.schedule, r.at) for r in rows]
-        sigma = torch.tensor([c.table.sigma[i] for c, i in now], dtype=torch.float32).to(
-            self.device
-        )
-        combine = torch.tensor(
-            np.stack([c.table.combine[i] for c, i in now]), dtype=torch.float32
-        ).to(self.device)
+        levels = torch.tensor([c.table.sigma[i] for c, i in now], dtype=torch.float32)
+        stacked = np.stack([c.table.combine[i] for c, i in now])
+        sigma = to_device(levels, self.device)
+        combine = to_device(torch.tensor(stacked, dtype=torch.float32), self.device)
         point, memory, label = self.point[slots], self.memory[slots], self.label[slots]
         answer = self._guided(slots, now)(point, sigma, label)
         self.point[slots], self.memory[slots] = advance(point, memory, answer.x0, combine)

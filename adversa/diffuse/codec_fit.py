@@ -18,6 +18,7 @@ from adversa.diffuse.edm import to_tensor
 from adversa.storage import files, tables, weights
 from adversa.storage.path import StoragePath
 from adversa.training import loop, process_group
+from adversa.training.device import to_device
 from adversa.training.loop import Batch
 from adversa.training.precision import autocast
 from adversa.training.schedule import log_steps, set_rates
@@ -126,7 +127,7 @@ def turned(x: Tensor, views: int, generator: torch.Generator, rows: slice, size:
     """Each row in one of the first `views` symmetries of the square, drawn for the batch of all
     workers.
     """
-    return turn(x, torch.randint(0, views, (size,), generator=generator)[rows])
+    return turn(x, to_device(torch.randint(0, views, (size,), generator=generator)[rows], x.device))
 
 
 def _describe(
@@ -157,11 +158,11 @@ def _forward(
     generator = torch.Generator("cpu").manual_seed(seed_of("codec", seed, step - 1))
     size = int(batch.get("size", len(batch["id"])))
     rows = process_group.rows(size)
-    x = to_tensor(np.asarray(batch["image"])).to(device)
+    x = to_tensor(np.asarray(batch["image"]), device)
     x = turned(x, config.views, generator, rows, size)
     side = x.shape[-1] >> config.halvings
     noise = torch.randn(size, config.latent_channels, side, side, generator=generator)
-    noise = (NOISE * noise)[rows].to(device)
+    noise = to_device((NOISE * noise)[rows], device)
     with autocast(device, config.amp):
         y = parallel(x.to(memory_format=torch.channels_last), noise)
     each = losses(x, y)

@@ -23,6 +23,7 @@ from adversa import config as cfg
 from adversa.diffuse.network import build_network
 from adversa.storage import weights
 from adversa.storage.path import StoragePath, storage_path
+from adversa.training.device import CPU, to_device
 from adversa.types import Json, UserError
 
 DenoiserFn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -227,10 +228,11 @@ def _load_state(denoiser: EDMDenoiser, state: dict[str, Tensor], folder: Storage
         ) from None
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
+def to_tensor(images: np.ndarray, device: torch.device = CPU) -> Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1], computed on the device."""
     assert images.dtype == np.uint8 and images.ndim == 4, (images.dtype, images.shape)
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = to_device(torch.from_numpy(np.ascontiguousarray(images)), device)
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(x: Tensor) -> np.ndarray:

@@ -25,6 +25,7 @@ from adversa.diffuse.strategy import Sources
 from adversa.storage import files, tables, weights
 from adversa.storage.path import StoragePath
 from adversa.training import loop, process_group
+from adversa.training.device import CPU, to_device
 from adversa.training.loop import Batch
 from adversa.training.precision import autocast
 from adversa.training.schedule import evenly_spaced, log_steps, set_rates
@@ -189,7 +190,7 @@ def _forward(state: DenoiserFit, batch: Batch, step: int) -> tuple[Tensor, Tenso
     """(what config.loss minimises, EDM's weighted error), each [B]."""
     config, device = state.config, state.device
     size = int(batch.get("size", len(batch["id"])))
-    x, label = (t.to(device) for t in _tensors(batch))
+    x, label = _tensors(batch, device)
     seed, rows = seed_of("denoiser", state.seed, step - 1), process_group.rows(size)
     draws = draw((size, *x.shape[1:]), config, seed, device, rows)
     assert x.shape == draws.noise.shape, (x.shape, draws.noise.shape)
@@ -209,15 +210,15 @@ def _update(state: DenoiserFit, trained: list[Tensor], means: list[Tensor], step
         _write_samples(state, f"samples-{step:06d}.png")
 
 
-def _tensors(batch: Batch) -> tuple[Tensor, Tensor]:
+def _tensors(batch: Batch, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """(the batch in the diffused space, float32 [B, C, h, w]; labels int64 [B])."""
     latent = batch.get("latent")
     x = (
-        edm.to_tensor(np.asarray(batch["image"]))
+        edm.to_tensor(np.asarray(batch["image"]), device)
         if latent is None
-        else torch.as_tensor(np.asarray(latent, np.float32))
+        else to_device(torch.as_tensor(np.asarray(latent, np.float32)), device)
     )
-    return x, torch.as_tensor(np.asarray(batch["label"]), dtype=torch.int64)
+    return x, to_device(torch.as_tensor(np.asarray(batch["label"]), dtype=torch.int64), device)
 
 
 def _held_out(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:

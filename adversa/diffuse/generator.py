@@ -34,7 +34,7 @@ class ImageGenerator:
     meta: Json
     fingerprint: str
     device: torch.device
-    _compiled: dict[tuple[int, bool], edm.DenoiserFn] = field(
+    _compiled: dict[tuple[int, Amp], edm.DenoiserFn] = field(
         default_factory=dict, repr=False, compare=False
     )
 

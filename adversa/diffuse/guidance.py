@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adversa.diffuse.edm import DenoiserFn
+from adversa.training.device import to_device
 
 # Rows a pass of a steering model. Always so many (a short pass is filled up), so that no row's
 # gradient hangs on its neighbours.
@@ -56,7 +57,7 @@ def classifier_free(
         unit = torch.zeros(len(x), device=x.device)
         if not bool(second.any()):
             return Answer(denoiser(x, sigma, label), unit)
-        rows = second.nonzero().squeeze(1).to(x.device)
+        rows = to_device(second.nonzero().squeeze(1), x.device)
         if weak is None:
             null = torch.full_like(rows, null_label)
             both = denoiser(
@@ -65,7 +66,7 @@ def classifier_free(
             conditional, other = both[: len(x)], both[len(x) :]
         else:
             conditional, other = denoiser(x, sigma, label), weak(x[rows], sigma[rows], label[rows])
-        apart, w = conditional[rows] - other, scale.to(x.device)[rows].view(-1, 1, 1, 1)
+        apart, w = conditional[rows] - other, to_device(scale, x.device)[rows].view(-1, 1, 1, 1)
         mixed = torch.where(w == 1, conditional[rows], other + w * apart)
         return Answer(conditional.index_copy(0, rows, mixed), unit.index_copy(0, rows, rms(apart)))
 
@@ -92,16 +93,15 @@ def gradient_guided(
         rows = strength.nonzero().squeeze(1)
         if not len(rows):
             return answer
-        rows = rows.to(x.device)
+        rows = to_device(rows, x.device)
         found = torch.cat([_chunk(gradient, answer.x0, label, part) for part in rows.split(CHUNK)])
         largest = found.abs().amax((1, 2, 3))
         finite = largest.isfinite()
         direction = found / largest.clamp(min=torch.finfo(found.dtype).tiny).view(
             -1, 1, 1, 1
         )  # its square neither under- nor overflows
-        size = (answer.unit if length is None else length(answer, sigma))[rows] * strength.to(
-            x.device
-        )[rows]
+        unit = answer.unit if length is None else length(answer, sigma)
+        size = unit[rows] * to_device(strength, x.device)[rows]
         factor = size / rms(direction).clamp(min=1e-12)
         moved = answer.x0[rows] + factor.view(-1, 1, 1, 1) * direction
         skipped.index_add_(0, rows, (~finite).to(skipped.dtype))
@@ -114,7 +114,7 @@ def gradient_guided(
 
 
 def _chunk(gradient: GradientFn, x0: Tensor, label: Tensor, rows: Tensor) -> Tensor:
-    filled = F.pad(rows, (0, CHUNK - len(rows)), value=int(rows[0])) if len(rows) < CHUNK else rows
+    filled = torch.cat([rows, rows[:1].expand(CHUNK - len(rows))])
     with torch.autocast(x0.device.type, enabled=False):
         return gradient(x0[filled].float(), label[filled], filled)[: len(rows)]
 
@@ -131,11 +131,11 @@ def reference_guided(
 
     def run(x: Tensor, sigma: Tensor, label: Tensor) -> Answer:
         answer = guided(x, sigma, label)
-        rows = strength.nonzero().squeeze(1).to(x.device)
+        rows = to_device(strength.nonzero().squeeze(1), x.device)
         if not len(rows):
             return answer
         apart = low_frequencies(reference[rows] - answer.x0[rows], factor)
-        moved = answer.x0[rows] + strength.to(x.device)[rows].view(-1, 1, 1, 1) * apart
+        moved = answer.x0[rows] + to_device(strength, x.device)[rows].view(-1, 1, 1, 1) * apart
         return Answer(answer.x0.index_copy(0, rows, moved), answer.unit)
 
     return run

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from adversa import config as cfg
 from adversa.diffuse import edm
+from adversa.training.device import to_device
+from adversa.training.precision import autocast
 from adversa.types import seed_of
 
 FEATURES = 128  # Fourier features of the noise level that the learned weight is linear in
@@ -52,7 +54,8 @@ def draw(
     symmetry = mirrored + 2 * upset + 4 * transposed
     source = generator if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
     noise = torch.randn(shape, generator=source, device=device)[rows]
-    return Draws(sigma[rows].to(device), noise, dropped[rows].to(device), symmetry[rows].to(device))
+    sigma, dropped, symmetry = (to_device(t[rows], device) for t in (sigma, dropped, symmetry))
+    return Draws(sigma, noise, dropped, symmetry)
 
 
 def min_snr_weight(sigma: Tensor, gamma: float) -> Tensor:
@@ -154,7 +157,7 @@ def validation_losses(
             generator = torch.Generator("cpu").manual_seed(seed_of("validation", seed, i, first))
             noisy = (x + sigma * torch.randn(x.shape, generator=generator)).to(device)
             level = torch.full((len(x),), sigma, device=device)
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            with torch.no_grad(), autocast(device, config.amp):
                 error = (denoiser(noisy, level, label) - x.to(device)).square().flatten(1).mean(1)
             found[i] += float((edm.loss_weight(level, config.sigma_data) * error).double().sum())
     return found / len(images)

@@ -13,9 +13,10 @@ import itertools
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from adversa import config as cfg
 from adversa.storage import files, weights
 from adversa.storage.path import StoragePath, append
 from adversa.training import process_group
+from adversa.training.device import Numbers
 from adversa.types import UserError
 
 # "id": list[str], "image" or "latent", "label", and "size": int where these are a process's rows of
@@ -34,6 +36,7 @@ Section = cfg.Classifier | cfg.Denoiser | cfg.Codec
 METRICS = "metrics.jsonl"
 SHOWN = 8  # ids in a message
 REPORT_SECONDS = 1.0
+AHEAD = 4  # steps that may be on their way to a GPU before the host waits for the oldest
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,15 @@ class Training:
     commit_last: bool = True
 
 
+class PendingStep(NamedTuple):
+    """Of a step that is on its way: its loss and its gradient's norm, the loss of each row."""
+
+    step: int
+    ids: list[str]
+    numbers: Numbers
+    losses: Tensor
+
+
 @dataclass
 class TrainingRecord:
     """How far a training is.
@@ -86,7 +98,7 @@ class TrainingRecord:
         losses: Of the steps since the last mean in metrics.jsonl.
         mean_loss: That mean.
         lr: Of the last step.
-        pending: (step, ids, loss, gradient's norm, loss of each row) of a step not looked at yet.
+        pending: The steps not looked at yet, the oldest first.
     """
 
     step: int = 0
@@ -94,7 +106,7 @@ class TrainingRecord:
     losses: list[float] = field(default_factory=list)
     mean_loss: float | None = None
     lr: float = math.nan
-    pending: tuple[int, list[str], Tensor, Tensor, Tensor] | None = None
+    pending: deque[PendingStep] = field(default_factory=deque)
 
 
 def resume_step(out: StoragePath) -> int:
@@ -223,7 +235,7 @@ def _commit(training: Training, record: TrainingRecord, out: StoragePath) -> Non
 
 
 def _step(training: Training, record: TrainingRecord, batch: Batch) -> None:
-    """One step, not looked at until the next one is on its way: a GPU need not wait for the CPU."""
+    """One step, looked at when later ones are on their way: a GPU need not wait for the CPU."""
     step, size = record.step + 1, int(batch.get("size", len(batch["id"])))
     losses, reported = training.forward(batch, step)
     training.optimizer.zero_grad(set_to_none=True)
@@ -232,22 +244,26 @@ def _step(training: Training, record: TrainingRecord, batch: Batch) -> None:
     record.lr = training.set_rates(step)
     training.optimizer.step()
     training.update(step)
-    _look(training, record)
-    loss = process_group.scale_loss(reported.detach(), size)
-    record.step, record.pending = step, (step, batch["id"], loss, norm, losses.detach())
+    _look(training, record, AHEAD)
+    loss = process_group.all_reduce_mean(process_group.scale_loss(reported.detach(), size))
+    numbers = Numbers(loss, norm)
+    record.pending.append(PendingStep(step, batch["id"], numbers, losses.detach()))
+    record.step = step
 
 
-def _look(training: Training, record: TrainingRecord) -> None:
-    """Note the loss of the pending step; UserError where it or its gradient is not finite."""
-    if record.pending is None:
-        return
-    (step, ids, loss, norm, losses), record.pending = record.pending, None
-    record.loss, gradient = process_group.all_reduce_mean(loss), norm.item()
-    if not (math.isfinite(record.loss) and math.isfinite(gradient)):  # in every process alike
-        each = zip(ids, losses.isfinite().tolist(), strict=True)
-        guilty = _all_ids([i for i, finite in each if not finite]) or _all_ids(ids)
-        raise _diverged(training, step, f"loss {record.loss:g}, gradient norm {gradient:g}", guilty)
-    record.losses.append(record.loss)
+def _look(training: Training, record: TrainingRecord, ahead: int = 0) -> None:
+    """Note the losses of pending steps, of all but the last `ahead` whether they have come or not;
+    UserError where one or its gradient is not finite.
+    """
+    while record.pending and (len(record.pending) > ahead or record.pending[0].numbers.ready()):
+        step, ids, numbers, losses = record.pending.popleft()
+        record.loss, gradient = numbers.read()
+        if not (math.isfinite(record.loss) and math.isfinite(gradient)):  # in every process alike
+            each = zip(ids, losses.isfinite().tolist(), strict=True)
+            guilty = _all_ids([i for i, finite in each if not finite]) or _all_ids(ids)
+            what = f"loss {record.loss:g}, gradient norm {gradient:g}"
+            raise _diverged(training, step, what, guilty)
+        record.losses.append(record.loss)
 
 
 def _mean(record: TrainingRecord) -> dict[str, float]:
@@ -260,7 +276,7 @@ def _check_weights(training: Training, step: int, ids: list[str]) -> None:
     tensors = [v for m in training.modules.values() for v in m.state_dict().values()]
     kept = [v for v in tensors if v.is_floating_point() and v.numel()]
     largest = torch.stack(torch._foreach_norm(kept, math.inf)).sum()
-    if not math.isfinite(process_group.all_reduce_mean(largest)):
+    if not math.isfinite(process_group.all_reduce_mean(largest).item()):
         raise _diverged(training, step, "a weight that is not finite", _all_ids(ids))
 
 

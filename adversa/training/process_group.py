@@ -66,12 +66,12 @@ def scale_loss(losses: Tensor, size: int) -> Tensor:
     return losses.sum() * (world_size() / size)
 
 
-def all_reduce_mean(value: Tensor) -> float:
-    """Mean over the processes of a detached scalar."""
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """Mean over the processes of a scalar, detached, on its device."""
     value = value.detach().clone()
     if world_size() > 1:
         dist.all_reduce(value)
-    return value.item() / world_size()
+    return value / world_size()
 
 
 def all_gather_rows(array: np.ndarray) -> np.ndarray:

@@ -94,7 +94,7 @@ def worker(rank: int, root: Path) -> None:
         .bfloat16()
         .contiguous(memory_format=torch.channels_last)[process_group.rows(ROWS)]
     ).detach()
-    found["mean"] = process_group.all_reduce_mean(torch.tensor(float(rank)))
+    found["mean"] = process_group.all_reduce_mean(torch.tensor(float(rank))).item()
     found["gathered"] = process_group.all_gather_rows(np.arange(ROWS)[process_group.rows(ROWS)])
     found["objects"] = process_group.all_gather_object(f"worker {rank}")
     found["main"] = process_group.is_main_process()
