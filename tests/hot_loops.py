@@ -39,7 +39,7 @@ from adversa.types import GenerationRequest  # noqa: E402
 UNITS, ROWS, SIDE, CLASSES = 4, 8, 16, 3
 COMMON: dict[str, Any] = {"batch_size": ROWS, "checkpoint_steps": 1000}
 UNET = {"architecture": "unet", "channels": [16, 16], "patch": 2, "weights": None}
-TRANSFORMER = {"architecture": "transformer", "width": 32, "depth": 1, "heads": 2, "patch": 4}
+TRANSFORMER = {"architecture": "transformer", "width": 32, "depth": 1, "patch": 4, "weights": None}
 NAMES = [f"class {k}" for k in range(CLASSES)]
 
 
