@@ -88,9 +88,8 @@ def fit(
 ) -> dict[str, float]:
     """Train for at most `config.steps` steps, and write the model folder `out`.
 
-    Killed and called again with the same arguments, it ends with bit-identical weights: the initial
-    weights depend on `seed` alone, augmentation and mixing on (seed, step) alone, dropout and
-    stochastic depth on (seed, step, rank).
+    Killed and called again, it ends with the same weights to the bit: the initial ones depend on
+    `seed` alone, augmentation and mixing on (seed, step), dropout on (seed, step, rank).
 
     Args:
         batches: From step resume_step(out) on, one a step, drawn and balanced by the caller:
@@ -99,16 +98,15 @@ def fit(
         num_classes: K.
         resolution: R, of the images.
         select: Yields the select role's batches, each time anew; scored `config.evaluations` times,
-            evenly spaced, the last step included. The averaged weights with the highest balanced
-            accuracy are kept; of equals, the later. With config.patience, training ends once so
-            many evaluations in a row were no better than the best.
+            evenly spaced, the last step included. The averaged weights of the highest balanced
+            accuracy are kept, of equals the later. config.patience ends the training early.
         out: The model's folder, which holds checkpoints and metrics.jsonl too.
         seed: Of all that is drawn.
         counts: [K] weight of each class in the training set; see losses.make_loss.
         priors: [K] its share of the draws.
         report: Told of the progress, in the main process alone.
         committed: Called in every process, with the step, once a checkpoint is on disk.
-        threads: Of torch; None: as many as it has.
+        threads: Of torch; None: all.
 
     Returns:
         "steps", "best_step", "select_balanced_accuracy" and "parameters".

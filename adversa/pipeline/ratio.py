@@ -1,11 +1,15 @@
 """`mix.synthetic_ratio: auto`: in every round a sweep over ratios, the choice among them on
 `select`, and classes that get no more.
 
-    round-00N/ratio/r-<ratio>/mix                 the training set of the swept arm at that ratio; 0: the real and mined images
-                   /r-<ratio>/seed-K/classifier   trained as the arm's own of that round: of the chosen ratio they are the same
-                   /r-<ratio>/seed-K/select       what it says of select
-                   /search                        the step that did the trials
-                   /choice/choice.json            the ratio, why, and which classes are stopped from the next round on
+    round-00N/ratio/
+        r-<ratio>/mix                 the training set of the swept arm at that ratio
+        r-<ratio>/seed-K/classifier   trained as the arm's own of that round
+        r-<ratio>/seed-K/select       what it says of select
+        search                        the step that did the trials
+        choice/choice.json            the ratio, why, and which classes get no more from then on
+
+At ratio 0 the training set is the real and the mined images; at the chosen ratio the classifiers
+are those of the arm.
 
 What a round must know of earlier ones it reads from their choice.json alone. The rules are
 evaluate/choosing.py's.
