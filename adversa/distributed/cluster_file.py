@@ -8,6 +8,7 @@ annotation `adversa`.
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,10 @@ class Asks(Section):
     address: str | None = Field(
         None,
         description="of the jobs server, say http://127.0.0.1:8265; null: found by Ray's launcher",
+    )
+    plain_http: bool = Field(
+        False,
+        description="whether a token may go to `address` without encryption; on loopback it may",
     )
     run_storage: str | None = Field(
         None, description="folder on the cluster, the same on every node, under which runs lie"
@@ -150,6 +155,15 @@ def jobs_address(text: str) -> str:
     if not valid:
         raise ValueError("must be the jobs server's URL, for example http://127.0.0.1:8265")
     return text.rstrip("/")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a URL's host is this machine: `localhost`, or an address of the loopback."""
+    host = urlsplit(address).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _tree(path: Path) -> dict[str, Any]:

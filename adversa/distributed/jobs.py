@@ -28,6 +28,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from adversa.distributed.cluster_file import is_loopback
 from adversa.pipeline.stages import of_loop
 from adversa.types import UserError, digest
 
@@ -46,6 +47,9 @@ STOP_SECONDS = (
 )
 VERSION = "/api/version"
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+# The address beside loopback that the user's token is for. A variable and no key of the cluster
+# file: who writes the file for another would bind that person's token to a server of their own.
+TOKEN_ADDRESS = "ADVERSA_TOKEN_ADDRESS"
 # Commands that work on a run.
 WORKING = {"loop", *(s.name for s in of_loop() if s.phase < 2)}
 STOPPED = 143  # exit code of a job that was stopped, as of a command that SIGTERM stops
@@ -119,13 +123,21 @@ class Job:
         return {"SUCCEEDED": 0, "STOPPED": STOPPED}.get(self.status, 1)
 
 
-def connect(address: str, hint: str) -> Client:
-    """UserError in one line where no jobs server answers there, where it is no jobs server, or
-    where it runs other versions than we do. hint: what to do about a head that does not answer.
+def connect(address: str, hint: str, plain_http: bool = False) -> Client:
+    """A client of the jobs server at an address.
+
+    Args:
+        address: Its URL.
+        hint: What to do about a head that does not answer.
+        plain_http: Whether the token may go to another machine without encryption.
+
+    Raises:
+        UserError: In one line: none answers there, it is no jobs server, it runs other versions
+            than we do, or asks for a token that is not for it.
     """
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # the second has a level of its own
         logging.getLogger(name).setLevel(logging.ERROR)
-    client = _client(address, hint)
+    client = _client(address, hint, plain_http)
     theirs = str(client._server_ray_version)
     if _minor(theirs) != _minor(ray.__version__):
         raise UserError(
@@ -142,10 +154,11 @@ def connect(address: str, hint: str) -> Client:
     return client
 
 
-def _client(address: str, hint: str) -> Client:
+def _client(address: str, hint: str, plain_http: bool) -> Client:
     try:
         return Client(address, {}, hint)
     except AuthenticationError:  # only who asks for the token is told it
+        check_token_address(address, plain_http)
         known = token()
     try:
         return Client(address, {"Authorization": f"Bearer {known}"}, hint)
@@ -154,6 +167,27 @@ def _client(address: str, hint: str) -> Client:
             f"the cluster at {address} refuses our token; put that cluster's own into "
             f"{TOKENS[0]}, or into ~/.ray/auth_token"
         ) from None
+
+
+def check_token_address(address: str, plain_http: bool) -> None:
+    """UserError where the user's token is not for that address: it is for loopback, and for the
+    one that TOKEN_ADDRESS names, over https unless plain_http.
+    """
+    if is_loopback(address):
+        return
+    fixes = []
+    if os.environ.get(TOKEN_ADDRESS, "").rstrip("/") != address:
+        fixes.append(f"if it is that cluster's own, set {TOKEN_ADDRESS}={address}")
+    if not address.startswith("https://") and not plain_http:
+        fixes.append(
+            "use https or an ssh tunnel, or, to let everybody on the way read it, set "
+            "plain_http: true beside address in the cluster file"
+        )
+    if fixes:
+        raise UserError(
+            f"the cluster at {address} asks for a token; yours was not sent, since it is for this "
+            f"machine's loopback: {'; and '.join(fixes)}"
+        )
 
 
 def token() -> str:

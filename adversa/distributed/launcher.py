@@ -24,7 +24,7 @@ from typing import IO
 import requests
 
 from adversa.distributed import jobs
-from adversa.distributed.cluster_file import ClusterFile
+from adversa.distributed.cluster_file import ClusterFile, is_loopback
 from adversa.types import UserError
 
 # The `ray` of this environment, whatever PATH says, and whatever modules lie in the folder one is
@@ -56,10 +56,11 @@ def _reached(cluster: ClusterFile) -> Iterator[jobs.Client]:
     if cluster.asks.address:
         opened = (
             "is it up, and the tunnel to it open?"
-            if _is_here(cluster.asks.address)
+            if is_loopback(cluster.asks.address)
             else "is it up?"
         )
-        yield jobs.connect(cluster.asks.address, f"{opened} (address in {cluster.path})")
+        hint = f"{opened} (address in {cluster.path})"
+        yield jobs.connect(cluster.asks.address, hint, cluster.asks.plain_http)
         return
     if cluster.kind == "kuberay":
         raise UserError(
@@ -228,10 +229,6 @@ def _reason(text: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it said nothing"
-
-
-def _is_here(address: str) -> bool:
-    return any(host in address for host in ("://127.", "://localhost", "://[::1]"))
 
 
 def _free_port() -> int:

@@ -48,6 +48,15 @@ OPTIONS = frozenset(
 )
 # Stores whose puts are whole, and the extra of this package that each needs.
 SCHEMES = {"s3": "s3", "gs": "gcs", "gcs": "gcs"} | dict.fromkeys(("az", "abfs", "abfss"), "azure")
+# The hosts that a user's token is for, and what of the environment binds it to another.
+TOKEN_HOSTS = {
+    "gcs": (r"googleapis\.com", "STORAGE_EMULATOR_HOST"),
+    "azure": (
+        r"core\.(?:windows\.net|usgovcloudapi\.net|chinacloudapi\.cn)",
+        "AZURE_STORAGE_CONNECTION_STRING",
+    ),
+}
+LOOPBACK = r"localhost|127\.0\.0\.1|\[::1\]"
 # s3fs gives a request 15 seconds, which a long listing does not keep, and tries five times what
 # botocore has tried five times.
 TIMEOUTS = {"connect_timeout": 10, "read_timeout": 60}
@@ -219,6 +228,7 @@ def storage_path(where: str | StoragePath) -> StoragePath:
         raise UserError(
             f"{shown}: an option has an @ in it; give an endpoint as HOST:PORT, credentials never"
         )
+    _check_endpoint(SCHEMES[scheme], shown, dict(options))
     if not authority:
         raise UserError(f"{shown}: it names no bucket; write {scheme}://BUCKET/FOLDER")
     key = "/".join(part for part in key.split("/") if part not in ("", "."))
@@ -227,6 +237,25 @@ def storage_path(where: str | StoragePath) -> StoragePath:
         protocol=scheme,
         query=urlencode(sorted(options), safe=":/"),
     )
+
+
+def _check_endpoint(kind: str, shown: str, options: Mapping[str, str]) -> None:
+    """UserError where the user's Google or Azure token would go to another host than those it is
+    for, or unencrypted. An S3 client signs its requests, and sends no secret.
+    """
+    host, account = options.get("endpoint_override", ""), options.get("account_name", "a")
+    if not re.fullmatch(r"[A-Za-z0-9-]+", account):  # it is a part of a host's name
+        raise UserError(f"{shown}: account_name must be letters and digits")
+    if not host or kind == "s3" or re.fullmatch(rf"({LOOPBACK})(:\d+)?", host):
+        return
+    domains, variable = TOKEN_HOSTS[kind]
+    if options.get("scheme", "https") != "https" or not re.fullmatch(
+        rf"([a-z0-9-]+\.)*({domains})(:\d+)?", host
+    ):
+        raise UserError(
+            f"{shown}: your token is not sent to what endpoint_override and scheme name; take "
+            f"them out, and name an endpoint of your own in {variable}"
+        )
 
 
 def filesystem(path: BucketPath) -> AbstractFileSystem:

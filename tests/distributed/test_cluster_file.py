@@ -307,7 +307,7 @@ def test_the_ranges_are_those_of_the_configuration():
         ("provider: aws\ncluster_name: a\n", "has no provider.type"),
         ("apiVersion: v1\nkind: Pod\n", "neither a file for `ray up` nor a KubeRay manifest"),
         (asking("{sampler: 3}"), "metadata.adversa: unknown key sampler; did you mean samplers?"),
-        (asking("{colour: red}"), "unknown key colour; known: address, run_storage, "),
+        (asking("{colour: red}"), "unknown key colour; known: address, plain_http, run_storage, "),
         (asking("{samplers: 0}"), "samplers = 0: "),
         (asking("{gpus_per_sampler: -1}"), "gpus_per_sampler = -1: "),
         (asking("{samplers: many}"), "samplers = 'many': "),

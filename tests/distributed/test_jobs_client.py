@@ -34,6 +34,7 @@ class Server:
 
     def __init__(self, answers, secret=None):
         self.asked = []  # (path, Authorization header)
+        self.target = None  # whereto it redirects who knows the secret
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -46,6 +47,11 @@ class Server:
                         if self.headers.get("Authorization")
                         else (401, "who are you")
                     )
+                elif outer.target:
+                    self.send_response(307)
+                    self.send_header("Location", outer.target + self.path)
+                    self.send_header("Content-Length", "0")
+                    return self.end_headers()
                 data = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
@@ -209,6 +215,80 @@ def test_the_token_is_told_to_who_asks_for_it_alone(serve, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     said = refusal(closed.address)
     assert "refuses our token" in said and "wrong" not in said
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """elsewhere(server): its address under a name that is not loopback's."""
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *args, **kwargs: resolve(
+            "127.0.0.1" if host == "127.example.org" else host, *args, **kwargs
+        ),
+    )
+    return lambda server: server.address.replace("127.0.0.1", "127.example.org")
+
+
+def listed(tmp_path, said):
+    """What `runs --cluster FILE` says of a cluster file."""
+    from typer.testing import CliRunner
+
+    from adversa.cli.app import app
+
+    path = tmp_path / "theirs.yaml"
+    asked = "".join(f"    {line}\n" for line in said)
+    path.write_text(f"cluster_name: c\nprovider: {{type: local}}\nmetadata:\n  adversa:\n{asked}")
+    return CliRunner().invoke(app, ["runs", "--cluster", str(path)])
+
+
+def test_a_cluster_file_does_not_take_the_token_to_another_address(
+    serve, elsewhere, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "abc")
+    theirs = serve(answers(), secret="abc")
+    address = elsewhere(theirs)
+    asks, told = [f"address: {address}"], listed(tmp_path, [f"address: {address}"])
+    assert told.exit_code == 2 and told.stderr.count("\n") == 1 and "abc" not in told.output
+    assert "yours was not sent, since it is for this machine's loopback" in told.stderr
+    assert f"set ADVERSA_TOKEN_ADDRESS={address}" in told.stderr and "plain_http" in told.stderr
+    plain = [*asks, "plain_http: true"]
+    assert f"ADVERSA_TOKEN_ADDRESS={address}" in listed(tmp_path, plain).stderr
+    for other in ("http://127.example.org", address.replace("http:", "https:"), f"{address}0"):
+        monkeypatch.setenv("ADVERSA_TOKEN_ADDRESS", other)
+        assert listed(tmp_path, plain).exit_code == 2
+    monkeypatch.setenv("ADVERSA_TOKEN_ADDRESS", address)
+    told = listed(tmp_path, asks)
+    assert told.exit_code == 2 and "set plain_http: true beside address" in told.stderr
+    assert "ADVERSA_TOKEN_ADDRESS" not in told.stderr
+    assert theirs.asked and all(header is None for _, header in theirs.asked)
+    assert listed(tmp_path, plain).exit_code == 0
+    assert {header for _, header in theirs.asked} == {None, "Bearer abc"}
+
+
+def test_a_redirect_does_not_take_the_token_along(serve, elsewhere, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "abc")
+    theirs, ours = serve(answers()), serve({}, secret="abc")
+    ours.target = elsewhere(theirs)
+    jobs.connect(ours.address, "")
+    assert theirs.asked and all(header is None for _, header in theirs.asked)
+
+
+@pytest.mark.parametrize(
+    "address, ours",
+    [
+        ("http://127.0.0.1:8265", True),
+        ("http://[::1]:8265", True),
+        ("http://localhost", True),
+        ("http://127.evil.org:8265", False),
+        ("http://localhost.evil.org", False),
+        ("http://10.0.0.1:8265", False),
+        ("https://[fe80::1]", False),
+    ],
+)
+def test_which_addresses_are_this_machine(address, ours):
+    assert cluster_file.is_loopback(address) is ours
 
 
 def test_a_token_that_is_nowhere(serve, tmp_path):

@@ -104,6 +104,13 @@ def test_a_remote_place_is_its_uri_and_travels_by_it():
         (f"s3://bucket/x?access_key={s3.KEY}&secret_key={s3.SECRET}", "unknown option access_key"),
         (f"s3://bucket/x?{s3.KEY}", "unknown option (not a name)"),
         (f"s3://bucket/x?endpoint_override=u:{s3.SECRET}@host", "has an @"),
+        ("gs://bucket/x?endpoint_override=evil.org", "your token is not sent"),
+        ("gs://bucket/x?endpoint_override=evil.org/a.googleapis.com", "your token is not sent"),
+        ("gs://bucket/x?endpoint_override=evilgoogleapis.com", "STORAGE_EMULATOR_HOST"),
+        ("gs://bucket/x?endpoint_override=storage.googleapis.com&scheme=http", "not sent"),
+        ("az://box/x?endpoint_override=evil.org", "AZURE_STORAGE_CONNECTION_STRING"),
+        ("az://box/x?account_name=evil.org/", "account_name must be letters and digits"),
+        ("abfs://box@evil#/x", "account_name must be letters and digits"),
         ("s3:///x", "names no bucket"),
         ("hdfs://host/x", "an object store (s3://, gs://"),
     ],
@@ -115,6 +122,19 @@ def test_an_address_that_cannot_be_used_or_carries_credentials_is_refused_withou
         storage_path(text)
     shown = str(e.value)
     assert says in shown and s3.KEY not in shown and s3.SECRET not in shown and "\n" not in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gs://bucket/x?endpoint_override=storage.googleapis.com",
+        "gs://bucket/x?endpoint_override=127.0.0.1:9000&scheme=http",
+        "az://box/x?endpoint_override=me.blob.core.windows.net",
+        "s3://bucket/x?endpoint_override=minio.example.org:9000&scheme=http",
+    ],
+)
+def test_an_endpoint_that_a_token_is_for_or_that_is_sent_none(text):
+    assert str(storage_path(text)) == text
 
 
 def test_the_command_line_keeps_both_slashes_and_shows_no_credentials(adversa, monkeypatch):
