@@ -15,11 +15,27 @@ MOST_NODES = 100_000  # values of a YAML text, each alias counted as all it stan
 SHOWN = 200  # characters of a value that is wrong, in the line that says so
 
 
+# What stands before the @ of an address: it may be a password. Of abfs:// it is a name unless a
+# colon is in it; a Path has lost a slash; a key that was not quoted has slashes of its own.
+_SIGNED = re.compile(
+    r"\b(?:(?!abfss?:)(\w+:/{1,2})[^/@\s]+@|(\w+:/{1,2})[^/@:\s]*:(?!\d+(?:[/?#]|$))[^@\s]*@)"
+)
+# A query's values that prove who asks, by their names: of signed addresses and of tokens.
+_QUERIED = re.compile(
+    r"([?&;](?:[\w.-]*(?:token|secret|passw|signature|credential|auth|access_?key|api_?key)[\w.-]*"
+    r"|pwd|sig|sas|key)=)[^&;#\s'\"]+",
+    re.IGNORECASE,
+)
+
+
 def unsigned(text: str) -> str:
-    """Without what stands before the @ of an address: it may be a password. (Of abfs:// it is a
-    name; a Path has lost a slash.)
-    """
-    return re.sub(r"\b(?!abfss?:)(\w+:/{1,2})[^/@\s]+@", r"\1***@", text)
+    """Without the credentials of the addresses in it."""
+    return _QUERIED.sub(r"\1***", _SIGNED.sub(r"\1\2***@", text))
+
+
+def is_signed(text: str) -> bool:
+    """Whether an address in the text carries credentials."""
+    return bool(_SIGNED.search(text) or _QUERIED.search(text))
 
 
 def printable(text: str) -> str:
@@ -56,6 +72,10 @@ def load_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+    except yaml.MarkedYAMLError as e:
+        if is_signed(text) and e.problem_mark is not None:  # its words quote the text
+            raise yaml.YAMLError(f"see line {e.problem_mark.line + 1}") from None
+        raise
     except (ValueError, OverflowError) as e:  # a date that is none, a number of thousands of digits
         raise yaml.YAMLError(str(e)) from None
     finally:

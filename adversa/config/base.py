@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    model_validator,
 )
+
+from adversa.common.sanitize import is_signed
 
 WeightPath = Annotated[str | None, AfterValidator(lambda v: os.path.expanduser(v) if v else v)]
 AUTO = "auto"
@@ -19,3 +23,33 @@ AMP = "bfloat16 autocast; auto: where the hardware multiplies bfloat16, float32 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _carries_no_credentials(cls, tree: object) -> object:
+        """Settings are written into the run, its tables and its report, and sent to clusters."""
+        if name := next(_signed(tree), None):
+            raise ValueError(f"{name} {SIGNED}")
+        return tree
+
+
+SIGNED = (
+    "carries credentials; take them out of the address, and put them where the tools that use it "
+    "look for them (a store's: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, a role; the "
+    "hub's: HF_TOKEN; a cluster's: RAY_AUTH_TOKEN or ~/.ray/auth_token)"
+)
+
+
+def _signed(value: object, name: str = "") -> Iterator[str]:
+    """The dotted names of the texts in a tree that carry credentials."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            if is_signed(str(key)):
+                yield f"a key of {name or 'the whole'}"
+            else:
+                yield from _signed(inside, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for inside in value:
+            yield from _signed(inside, name)
+    elif isinstance(value, str | os.PathLike) and is_signed(str(value)):
+        yield name

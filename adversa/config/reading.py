@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import yaml
 from pydantic import ValidationError
 
-from adversa.common.sanitize import load_yaml
+from adversa.common.sanitize import is_signed, load_yaml, unsigned
+from adversa.config.base import SIGNED
 from adversa.config.faults import explain
 from adversa.config.root import Config
 from adversa.types import Json, UserError
@@ -115,6 +116,8 @@ def dump(config: Config) -> str:
 def _override(tree: Json, text: str) -> str:
     """Set one key in the tree; returns its dotted name."""
     name, equals, value = text.partition("=")
+    if is_signed(text):
+        raise UserError(f"--set {name if not is_signed(name) else 'value'} {SIGNED}")
     if not equals or not name:
         raise UserError(f"--set {text}: write key.sub=value, for example data.resolution=64")
     try:
@@ -133,6 +136,7 @@ def override(tree: Json, name: str, value: object) -> None:
         if node is None:
             node = tree[section] = {}
         if not isinstance(node, dict):
-            raise UserError(f"--set {name}={value}: {'.'.join(sections[: i + 1])} is not a section")
+            where = ".".join(sections[: i + 1])
+            raise UserError(unsigned(f"--set {name}={value}: {where} is not a section"))
         tree = node
     tree[last] = value

@@ -67,7 +67,7 @@ class Asks(Section):
                 raise ValueError(
                     "must be the same on every node: an absolute path, s3://... or gs://..."
                 )
-        except UserError as e:  # of an address that cannot be used, or carries credentials
+        except UserError as e:  # of an address that cannot be used
             raise ValueError(str(e)) from None
         return value
 
@@ -144,14 +144,8 @@ def jobs_address(text: str) -> str:
     try:
         parts = urlsplit(text)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        secret = parts.username is not None or parts.password is not None
     except ValueError:  # of the port: not a number, or too large
-        valid = secret = False
-    if secret:
-        raise ValueError(
-            "must not carry credentials; a cluster's token goes into RAY_AUTH_TOKEN or "
-            "~/.ray/auth_token"
-        )
+        valid = False
     if not valid:
         raise ValueError("must be the jobs server's URL, for example http://127.0.0.1:8265")
     return text.rstrip("/")

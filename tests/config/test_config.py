@@ -114,6 +114,72 @@ def test_a_bad_set(tmp_path, override, text):
         config.load(written(tmp_path, "seed: 1\n"), [override])
 
 
+SECRET = "wJalrXUtnFEMI"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"s3://AKIA:{SECRET}@b/w",
+        f"s3://AKIA:K7/{SECRET}@b/w",
+        f"s3:/{SECRET}@b/w",
+        f"abfs://box:{SECRET}@account/w",
+        f"https://user:{SECRET}@h/x",
+        f"https://{SECRET}@h/x",
+        f"s3://b/w?token={SECRET}",
+        f"https://h/x?a=b&X-Amz-Signature={SECRET}",
+        f"https://h/x?secret_key={SECRET}",
+        f"https://h/x?sv=1&sig={SECRET}",
+    ],
+)
+@pytest.mark.parametrize(
+    "key", ["classifier.weights", "denoiser.external", "data.path", "curate.judge.weights", "nokey"]
+)
+def test_credentials_in_a_setting_are_refused_and_not_shown(tmp_path, key, value):
+    tree = value
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    path = written(tmp_path, yaml.safe_dump(tree))
+    for read in (
+        lambda: config.load(path),
+        lambda: config.load(None, [f"{key}={value}"]),
+        lambda: config.check(tree, "here"),
+    ):
+        with pytest.raises(UserError, match=f"{key} carries credentials; take them out") as told:
+            read()
+        assert SECRET not in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        f"s3://AKIA:{SECRET}.x@b/w",
+        f"s3://AKIA:{SECRET}.x@b/w=3",
+        f"classifier.model_args={{a: ['https://u:{SECRET}@h']}}",
+        f"data.path=[s3://AKIA:{SECRET}@b",
+        f"seed.x=https://h?token={SECRET}",
+    ],
+)
+def test_credentials_in_a_bad_setting_are_not_shown(tmp_path, setting):
+    said = []
+    for write in (lambda: None, lambda: (tmp_path / "c.yaml").write_text(f"a: ['{setting}")):
+        write()
+        path = tmp_path / "c.yaml"
+        with pytest.raises(UserError) as told:
+            config.load(path if path.exists() else None, [] if path.exists() else [setting])
+        said.append(str(told.value))
+    assert "carries credentials" in said[0] and "is not valid YAML" in said[1]
+    assert not any(SECRET in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["s3://b/a@1/x", "s3://b:9000/a@1", "abfs://box@account/x", "https://h/x?b=1", "a:b@c", "/a@b"],
+)
+def test_an_at_sign_is_no_credential(path):
+    assert config.check({"classifier": {"weights": path}}, "").classifier.weights == path
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [

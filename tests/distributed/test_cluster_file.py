@@ -323,7 +323,7 @@ def test_the_ranges_are_those_of_the_configuration():
         (asking("{address: 'http://head:notaport'}"), "must be the jobs server's URL"),
         (
             asking("{address: 'http://bob:s3cr3t@head:8265'}"),
-            "address = 'http://***@head:8265': must not carry credentials",
+            "address carries credentials; take them out of the address",
         ),
         (
             asking("{address: 'http://t0ken@head:8265'}"),
