@@ -22,10 +22,11 @@ import yaml
 from PIL import Image
 
 from adversa.common.sanitize import load_yaml, printable
+from adversa.run import control as run_control
 from adversa.run import folder as run_folder
-from adversa.run import step_folder
+from adversa.run import run_lock, step_folder
 from adversa.run.folder import RunDir
-from adversa.storage import tables, weights
+from adversa.storage import files, tables, weights
 from adversa.types import UserError
 
 LOCAL = ("--engine", "local")
@@ -283,7 +284,7 @@ def postscript(run, mark):
 
 
 def odd_json(run, mark):
-    """Every JSON file of the run says something else."""
+    """Every JSON file of the run says something else: what the first hides, the test below sees."""
     odd = [
         "[" * 100_000,
         '{"a": ' + "9" * 5000 + "}",
@@ -316,6 +317,38 @@ def test_no_command_runs_what_lies_in_a_run(adversa, run, home, mark, unharmed, 
         tame(result, 0, 2, *([1] if name == "watch" else []))
         assert not mark.exists(), name
     unharmed(*MADE)
+
+
+DAMAGES = {
+    "zeroed": lambda data: b"\0" * len(data),
+    "empty": lambda data: b"",
+    "cut off": lambda data: data[: len(data) // 2],
+    "no keys": lambda data: b"{}",
+    "a list": lambda data: b"[1]",
+    "a text": lambda data: b'"x"',
+    "other values": lambda data: re.sub(rb'": ("[^"]*"|[\d.]+|true|false)', b'": [1]', data),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_loop_names_the_one_json_file_that_is_damaged(adversa, run, damage):
+    """Each file of a finished run alone, and those that a run has while it is worked on."""
+    run_control.request(run, run_control.GO)
+    files.write_json(run.root / run_control.RESTARTS, {"restarts": 1, "seconds": 2.0})
+    files.write_json(run.root / run_control.SETTINGS, {"1": {"mine.budget": 7}})
+    holder = {"owner": "loop", "host": "h", "machine": "m", "pid": 1, "beat": 3, "held": 2.0}
+    files.write_json(run.root / run_lock.LOCK, holder)
+    files.write_json(run.denoiser / step_folder.PROGRESS, {"elapsed": 1.0})
+    unread = {(run.root / "precision.json", damage)}  # of a finished run
+    unread |= {(run.root / run_control.SETTINGS, d) for d in ("no keys", "other values")}
+    for path in sorted(run.root.rglob("*.json")):
+        before = path.read_bytes()
+        path.write_bytes(DAMAGES[damage](before))
+        told = tame(adversa("loop", run.config, "--run-dir", run.root, *LOCAL), 0, 2)
+        if (path, damage) not in unread and path.read_bytes() != before:
+            assert told.exit_code == 2 and str(path) in told.stderr, (path, told.output)
+            assert re.search("delete|put the file back|put back the file", told.stderr)
+        path.write_bytes(before)
 
 
 def test_what_is_no_picture_of_ours_is_not_decoded(tmp_path):

@@ -90,14 +90,17 @@ def _close(
     command: str, config: Config, run: RunDir, worked: str, screen: Console, brief: bool
 ) -> None:
     from adversa.cli import closing
-    from adversa.run import file_lock
+    from adversa.run import file_lock, records
+    from adversa.storage import once
 
     if command == "quality":
         with file_lock.lock(run):
             judged = _judged(config, run)
         closing.quality(screen, run, judged)
     elif run.summary.exists() and not brief:
-        closing.closing(screen, run)
+        with once.command():
+            records.check_end(run)
+            closing.closing(screen, run)
     else:
         say(
             screen,

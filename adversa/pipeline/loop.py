@@ -12,7 +12,7 @@ from adversa.engine.interface import Engine
 from adversa.pipeline import latents, precision, ratio, sample_quality, test_access, train
 from adversa.pipeline.stage import Page, PlannedStage, StageContext
 from adversa.pipeline.stages import named, plan, reads, stages, step_folders
-from adversa.run import control, differences, run_lock, status, step_folder, tracking
+from adversa.run import control, differences, records, run_lock, status, step_folder, tracking
 from adversa.run import create as run_create
 from adversa.run.folder import RunDir, remove_partial_files, run_id
 from adversa.run.status import Clock
@@ -35,7 +35,7 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
     for name, value in settings.items():
         section, _, key = name.partition(".")
         tree[section][key] = value
-    return check(tree, control.CONTROL) if settings else config
+    return check(tree, control.SETTINGS) if settings else config
 
 
 def open_run(config: Config, root: StoragePath, reopen: bool = False) -> RunDir:
@@ -53,7 +53,9 @@ def open_planned(
 ) -> tuple[RunDir, list[PlannedStage]]:
     """As `open_run`: (the run, its stages)."""
     run = RunDir(root.absolute())
+    records.check_run(run)
     planned = stages(config, run)
+    records.check_steps(run, step_folders(planned))
     finished = [f for f in step_folders(planned) if step_folder.is_finished(f)]
     again = test_access.READING if test_access.was_opened(run) else ()
     opened = run_create.open_run(

@@ -130,7 +130,7 @@ def manifest(folder: StoragePath) -> Json:
     found = read_json(folder / MANIFEST)
     if found is None:
         assert is_finished(folder), f"{folder} is not finished"
-        raise _damaged(folder, MANIFEST, "is no manifest")
+        raise damaged(folder, MANIFEST, "is no manifest")
     return found
 
 
@@ -165,13 +165,13 @@ def checked(folder: StoragePath) -> Json:
     """
     found, there = manifest(folder), sizes(folder)
     if "files" not in found:
-        raise _damaged(folder, MANIFEST, "does not list the step's files")
+        raise damaged(folder, MANIFEST, "does not list the step's files")
     for name, known in found["files"].items():
         if name not in there:
-            raise _damaged(folder, name, "is no file" if (folder / name).exists() else "is gone")
+            raise damaged(folder, name, "is no file" if (folder / name).exists() else "is gone")
         if there[name] != known["bytes"]:
             what = f"has {there[name]} bytes, and {known['bytes']} were written"
-            raise _damaged(folder, name, what)
+            raise damaged(folder, name, what)
     return found
 
 
@@ -182,10 +182,10 @@ def _check_contents(folder: StoragePath, fingerprint: str) -> None:
         return
     for name, known in manifest(folder)["files"].items():
         if sha256(folder / name) != known["digest"]:
-            raise _damaged(folder, name, "holds other bytes than were written")
+            raise damaged(folder, name, "holds other bytes than were written")
 
 
-def _damaged(folder: StoragePath, name: str, what: str) -> UserError:
+def damaged(folder: StoragePath, name: str, what: str) -> UserError:
     return UserError(
         f"{folder / name} {what}; put the file back as it was, or delete {folder}: the same "
         "command makes it again"

@@ -25,7 +25,7 @@ from adversa.engine.step import Facts, inputs, run_step
 from adversa.pipeline import arms, evaluate, latents, precision, prepare, train
 from adversa.pipeline.train import pairs
 from adversa.run import create as run_create
-from adversa.run import run_lock, status, step_folder, tracking
+from adversa.run import records, run_lock, status, step_folder, tracking
 from adversa.run.control import NULL_HANDLE, RunHandle, with_pauses
 from adversa.run.folder import RunDir, classes_of, remove_partial_files, run_id
 from adversa.run.status import Clock
@@ -61,6 +61,7 @@ def open_run(config: Config, root: StoragePath) -> RunDir:
     makes no sense.
     """
     grid.check(config)
+    records.check_run(RunDir(root.absolute()))
     return run_create.open_run(
         root.absolute(), recipe_of(config), dump(config), READS, run_lock.is_worked_on
     )
