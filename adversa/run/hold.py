@@ -85,6 +85,7 @@ def hold(
         except RunLockLost:
             raise
         except Exception as e:
+            handle.lock.check_there()
             _note_failure(run, e, **told)
             raise
         status.set_status(run, ended(), **told)

@@ -171,6 +171,13 @@ def is_worked_on(run: RunDir) -> bool:
     return watch.changes > 0 and watch.still() < timing.expiry
 
 
+def is_there(run: RunDir) -> bool:
+    """Whether the run's folder is there still, and not the empty place where it was mounted. An
+    object store is not unmounted, and is not asked.
+    """
+    return not isinstance(run.root, Path) or run.recipe.exists()
+
+
 class RunLock:
     """One holder's side of it. owner: a name for people, made unique."""
 
@@ -188,6 +195,7 @@ class RunLock:
         self.record = Holder(name, host, machine(run), os.getpid(), 0, 0.0)
         self.since = self.renewed = clock()
         self.held = False
+        self.has_recipe = is_there(run)
         self.lost: RunLockLost | None = None
         self.writing = threading.RLock()  # the thread that renews, and the one that works
 
@@ -299,6 +307,15 @@ class RunLock:
         if self.lost is not None:
             raise self.lost
         assert self.held, "a lock that was not taken"
+        self.check_there()
+
+    def check_there(self) -> None:
+        """RunLockLost where the run's folder is gone: what is written then is lost."""
+        if self.has_recipe and not is_there(self.run):
+            self._lose(
+                f"its {self.run.recipe.name} is gone, with the folder that was deleted, moved or "
+                "unmounted; put it back, then run the same command again"
+            )
 
     def _check_owner(self, found: Holder | None) -> None:
         if found is not None and found.owner != self.record.owner:

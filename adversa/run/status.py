@@ -53,7 +53,7 @@ class Clock:
     """
 
     def __init__(self, run: RunDir, since: float | None = None) -> None:
-        self.path = run.root / "clock.json"
+        self.run, self.path, self.has_recipe = run, run.root / "clock.json", run_lock.is_there(run)
         self.since = time.monotonic() if since is None else since
         self.before = wall_seconds(run)
         self.writing = threading.Lock()  # two threads must not share the temporary name
@@ -62,6 +62,8 @@ class Clock:
 
     def tick(self) -> None:
         with self.writing:
+            if self.has_recipe and not run_lock.is_there(self.run):
+                return  # its folder is gone; whoever holds the run says so
             write_json(self.path, {"wall_seconds": self.before + time.monotonic() - self.since})
 
     def _beat(self) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from adversa.run import control, run_lock, status
 from adversa.run import create as run_create
+from adversa.run import hold as run_hold
 from adversa.run.control import Pause, Stop
 from adversa.run.run_lock import RunLockLost, Timing
 from adversa.storage import files
@@ -239,3 +240,33 @@ def test_what_is_asked_while_one_waits_for_the_lock_is_heard(run, quick):
     threading.Timer(0.4, control.request, (run, control.STOP)).start()
     with hold(run) as handle, pytest.raises(Stop):
         handle.poll(force=True)
+
+
+# ---- a folder that goes away ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["a poll", "a write", "a beat", "the clock"])
+def test_a_run_whose_storage_vanishes_ends_and_leaves_the_empty_mount_point_alone(
+    run, quick, monkeypatch, at
+):
+    """As `umount -l` leaves it: an empty folder where the run was."""
+    monkeypatch.setattr(run_lock, "TIMING", TIMING)
+
+    def work(handle):
+        run.root.rename(run.root.with_name("elsewhere"))
+        run.root.mkdir()
+        if at == "a poll":
+            handle.poll(force=True)
+        elif at == "a write":
+            raise FileNotFoundError(run.root / "denoiser")
+        elif at == "the clock":
+            clock.tick()
+            handle.check()
+        else:
+            time.sleep(30)
+
+    clock = status.Clock(run)
+    with pytest.raises(RunLockLost, match="run.json is gone.*; put it back") as told:
+        run_hold.hold("loop", run, work, lambda: "finished", lambda text: None)
+    assert "\n" not in str(told.value) and str(run.root) in str(told.value)
+    assert list(run.root.iterdir()) == []
