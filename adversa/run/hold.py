@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -23,7 +25,8 @@ T = TypeVar("T")
 def interruptible() -> Iterator[Callable[[], None]]:
     """Gives what another thread calls to raise KeyboardInterrupt in this one.
 
-    In the main thread that is SIGTERM, which then stops work as Ctrl-C does. Not SIGINT: a command
+    In the main thread that is SIGTERM, which then stops work as Ctrl-C does; so does SIGHUP, which
+    a terminal that is closed sends. Not SIGINT: a command
     that a shell has started in the background ignores that. Elsewhere no signal handler may be
     installed, and the exception comes between two steps of Python.
     """
@@ -31,14 +34,24 @@ def interruptible() -> Iterator[Callable[[], None]]:
         here, error = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(KeyboardInterrupt)
         yield lambda: ctypes.pythonapi.PyThreadState_SetAsyncExc(here, error) and None
         return
-    before = signal.signal(signal.SIGTERM, _terminated)
+    ends = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
+        ends.append(signal.SIGHUP)
+    before = [(number, signal.signal(number, _terminated)) for number in ends]
     try:
         yield lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _terminated(number: int, frame: object) -> None:
+    if number == signal.SIGHUP:  # the terminal is gone, and to write to it would be a fault
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in (1, 2):
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                os.dup2(nowhere, output)
+        os.close(nowhere)
     raise KeyboardInterrupt("SIGTERM")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from dataclasses import asdict
@@ -270,3 +271,34 @@ def test_a_run_whose_storage_vanishes_ends_and_leaves_the_empty_mount_point_alon
         run_hold.hold("loop", run, work, lambda: "finished", lambda text: None)
     assert "\n" not in str(told.value) and str(run.root) in str(told.value)
     assert list(run.root.iterdir()) == []
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_a_command_leaves_the_run_stopped(run, number):
+    before = signal.getsignal(number)
+
+    def work(handle):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        run_hold.hold("loop", run, work, lambda: "finished", lambda text: None)
+    assert status.state_of(run)[0] == "stopped" and signal.getsignal(number) == before
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(run):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_hold.hold(
+            "loop",
+            run,
+            lambda handle: os.kill(os.getpid(), signal.SIGHUP),
+            lambda: "finished",
+            lambda text: None,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert status.state_of(run)[0] == "finished"
