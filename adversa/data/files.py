@@ -5,6 +5,7 @@ ever extracted.
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 import zlib
 from pathlib import Path
@@ -28,6 +29,8 @@ OTHERS = (
     ".ini",
     ".log",
 )
+
+IRREGULAR = "no regular file (a pipe, a device or a folder)"
 
 
 def printable(text: str, most: int = 200) -> str:
@@ -75,9 +78,11 @@ class Reader:
         """
         kind, _, rest = uri.partition(":")
         if kind == "file":
-            size = os.path.getsize(rest)
-            if size > self.most_bytes:
-                raise OSError(f"{size} bytes, more than {self.most_bytes}")
+            found = os.stat(rest)
+            if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+                raise OSError(IRREGULAR)
+            if found.st_size > self.most_bytes:
+                raise OSError(f"{found.st_size} bytes, more than {self.most_bytes}")
             return Path(rest).read_bytes()
         assert kind == "zip", uri
         path, _, member = rest.partition(".zip!") if ".zip!" in rest else rest.partition("!")

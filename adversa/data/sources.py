@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from adversa.config import Data
@@ -184,8 +187,26 @@ def _inside(root: Path, name: str) -> tuple[Path | None, str]:
     except (OSError, ValueError, RuntimeError):
         return None, "not a valid path"
     if not target.is_relative_to(root):
-        return None, f"leads out of {root}, the folder of the CSV"
+        return None, f"leads out of {root}, the folder of the data set"
     return (target, "") if exists else (None, "no such file")
+
+
+def _strays(root: Path) -> Callable[[str], str]:
+    """What tells why a file below a folder is none of the data set ("": it is): it is no file, or
+    links lead it out of there.
+    """
+    real = root.resolve()
+    leaves = cache(lambda folder: not (root / folder).resolve().is_relative_to(real))
+
+    def fault(name: str) -> str:
+        mode = os.lstat(root / name).st_mode
+        if stat.S_ISLNK(mode):
+            return _inside(real, name)[1]
+        if not stat.S_ISREG(mode):
+            return files.IRREGULAR
+        return f"leads out of {root}" if leaves(name.rpartition("/")[0]) else ""
+
+    return fault
 
 
 def _folder(
@@ -217,6 +238,7 @@ def _folder(
             "named after it"
         )
     records: list[ImageRecord] = []
+    stray = _strays(path)
     for name in sorted(files.walk(path)):
         label, slash, rest = name.partition("/")
         suffix = Path(name).suffix.lower()
@@ -226,6 +248,8 @@ def _folder(
             problems.add(name, "its name is not valid UTF-8; rename it")
         elif suffix not in files.PICTURES:
             problems.add(name, f"{suffix or 'no suffix'}: not a kind of picture adversa reads")
+        elif fault := stray(name):
+            problems.add(name, fault)
         elif not slash:
             problems.add(name, "lies beside the class folders, so it has no class")
         else:

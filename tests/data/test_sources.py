@@ -1,3 +1,4 @@
+import os
 import shutil
 import zipfile
 from collections import Counter
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from adversa.config import Columns, Data
-from adversa.data import sources
+from adversa.data import files, sources
 from adversa.types import UserError
 
 
@@ -226,6 +227,33 @@ def test_folder(tmp_path):
     check(config, "only one class")
     shutil.rmtree(tmp_path / "a")
     check(config, "no sub-folder")
+
+
+def test_a_folder_gives_no_file_from_elsewhere_and_waits_for_no_pipe(tmp_path):
+    for name in ("here/a/one.png", "here/a/kept.png", "here/b/two.png", "away/secret.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save_image(tmp_path / name)
+    root = tmp_path / "here"
+    (root / "a/away.png").symlink_to(tmp_path / "away/secret.png")
+    (root / "a/within.png").symlink_to(root / "b/two.png")
+    (root / "b/folder").symlink_to(tmp_path / "away")
+    os.mkfifo(root / "b/x.png")
+    config = Data(source="folder", path=str(root), on_error="skip")
+    for name, said in {
+        "a/away.png": "leads out of",
+        "b/folder/secret.png": "leads out of",
+        "b/x.png": "no regular file",
+    }.items():
+        listing = sources.list_records(config)
+        assert any(name in str(p) and said in str(p) for p in listing.problems)
+    assert [r.source for r in listing.records] == [
+        "a/kept.png",
+        "a/one.png",
+        "a/within.png",
+        "b/two.png",
+    ]
+    with pytest.raises(OSError, match="no regular file"):
+        files.Reader()(f"file:{root / 'b/x.png'}")
 
 
 META = "lesion_id,image_id,dx,dx_type,age,sex,localization"
