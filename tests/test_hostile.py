@@ -343,9 +343,11 @@ def test_loop_names_the_one_json_file_that_is_damaged(adversa, run, damage):
     unread |= {(run.root / run_control.SETTINGS, d) for d in ("no keys", "other values")}
     for path in sorted(run.root.rglob("*.json")):
         before = path.read_bytes()
-        path.write_bytes(DAMAGES[damage](before))
+        if (after := DAMAGES[damage](before)) == before:
+            continue
+        path.write_bytes(after)
         told = tame(adversa("loop", run.config, "--run-dir", run.root, *LOCAL), 0, 2)
-        if (path, damage) not in unread and path.read_bytes() != before:
+        if (path, damage) not in unread:
             assert told.exit_code == 2 and str(path) in told.stderr, (path, told.output)
             assert re.search("delete|put the file back|put back the file", told.stderr)
         path.write_bytes(before)

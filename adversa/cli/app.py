@@ -390,8 +390,9 @@ def show(config: ConfigPath = None, set_: Overrides = None) -> None:
 def check(config: ConfigPath = None, set_: Overrides = None) -> None:
     """Check a configuration; exit code 2 and every fault when it is wrong."""
     from adversa.config import load
+    from adversa.pipeline.train import check_architectures
 
-    load(config, set_ or [])
+    check_architectures(load(config, set_ or []))
     typer.echo(f"{config or 'the demo'}: valid")
 
 

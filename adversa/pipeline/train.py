@@ -287,6 +287,24 @@ def weight_file(name: str) -> Path:
     return path
 
 
+def check_architectures(config: cfg.Config) -> None:
+    """UserError where the classifier or the verifier cannot be built, or cannot take images of this
+    size. Their weights are not read.
+    """
+    from adversa.classify.model import build
+
+    def built(section: cfg.Classifier) -> None:
+        build(section.model_copy(update={"weights": None}), 2, config.data.resolution)
+
+    built(config.classifier)
+    if not config.mix.generates:
+        return
+    try:
+        built(cfg.verifier_of(config))
+    except UserError as e:
+        raise UserError(f"the verifier (curate.judge): {e}") from None
+
+
 def check_weights(config: cfg.Config) -> None:
     """Before anything runs: the weight files are there, and the shipped denoiser has not seen this
     run's pictures.

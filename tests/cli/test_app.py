@@ -214,6 +214,16 @@ def test_an_unknown_key_is_named_with_the_nearest(adversa, micro):
         )
 
 
+def test_config_check_tells_of_a_model_that_cannot_take_the_images(adversa):
+    small = ("--set", "data.resolution=16", "--set", "denoiser.weights=null")
+    small += ("--set", "denoiser.patch=2")
+    model = "{model: convnext_atto, model_args: {}}"
+    check = ("config", "check", *small)
+    for key, said in {"classifier": "classifier.model", "curate.judge": "the verifier"}.items():
+        told = adversa(*check, "--set", "classifier.input_size=32", "--set", f"{key}={model}")
+        mendable(told, said, "cannot take images of 16 px")
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
