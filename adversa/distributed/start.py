@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -102,13 +103,21 @@ def start(cluster: Cluster, verbose: bool) -> None:
                 )
     except Exception as e:  # of any class: a node that is late at its start is a plain Exception
         where = f"the Ray cluster RAY_ADDRESS={named}" if named else "Ray on this machine"
+        fix = f"{_short_folder()}; " if "AF_UNIX path" in str(e) else ""
         raise UserError(
-            f"cannot start {where}: {' '.join(str(e).split())[:300]}; or try --engine local"
+            f"cannot start {where}: {' '.join(str(e).split())[:300]}; {fix}or try --engine local"
         ) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(
             signal.SIGTERM, on_terminate
         )  # ray puts a handler of its own in its place, which prints stacks and dies
+
+
+def _short_folder() -> str:
+    """What to do about sockets whose names are too long: they lie in the temporary folder."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    given = os.environ.get(name, tempfile.gettempdir())
+    return f"set {name} (now {given}) to a folder with a shorter name, such as /tmp"
 
 
 def _knock(named: str) -> None:

@@ -204,3 +204,18 @@ def test_a_head_that_is_down_is_told_at_once(monkeypatch):
         match=rf"no Ray cluster answers at RAY_ADDRESS={nobody} \(.*refused.*\); see whether",
     ):
         start.start(Cluster(), False)
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_whose_name_is_too_long_is_named(monkeypatch, name):
+    from adversa.distributed import start
+
+    def init(**asked):
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes: /tmp/x/plasma_store")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(name, "/tmp/long")
+    monkeypatch.setattr(start.ray, "init", init)
+    with pytest.raises(UserError, match=rf"; set {name} \(now /tmp/long\) to a folder"):
+        start.start(Cluster(), False)
