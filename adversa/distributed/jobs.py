@@ -124,12 +124,15 @@ class Job:
 
 
 def connect(address: str, hint: str, plain_http: bool = False) -> Client:
-    """A client of the jobs server at an address.
+    """A client of a jobs server.
 
     Args:
         address: Its URL.
         hint: What to do about a head that does not answer.
         plain_http: Whether the token may go to another machine without encryption.
+
+    Returns:
+        The client, which has the token where the server asks for one.
 
     Raises:
         UserError: In one line: none answers there, it is no jobs server, it runs other versions
