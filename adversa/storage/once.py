@@ -48,15 +48,17 @@ def read_bytes(path: StoragePath) -> bytes:
     if kept is None or path.name in LIVE:
         return _read(path)
     with _locks.setdefault(path, threading.Lock()):  # of two threads one reads
-        if path not in kept:
+        try:
+            known = kept[path]
+        except KeyError:
             try:
-                found = _read(path)
+                known = _read(path)
             except FileNotFoundError:
                 if path.name not in HELD:
                     raise
-                found = None
-            kept.setdefault(path, found)  # not over what was written meanwhile
-    if (known := kept[path]) is None:
+                known = None
+            known = kept.setdefault(path, known)  # not over what was written meanwhile
+    if known is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     return known
 
@@ -84,5 +86,5 @@ def replace(path: StoragePath, data: bytes | memoryview) -> None:
 def forget(root: StoragePath) -> None:
     """Drop what is kept of a file, or of a folder and all below it, once that is gone."""
     kept = _kept.get() or {}
-    for path in [p for p in kept if p == root or root in p.parents]:
-        del kept[path]
+    for path in [p for p in list(kept) if p == root or root in p.parents]:  # others read meanwhile
+        kept.pop(path, None)

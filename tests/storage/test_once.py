@@ -129,6 +129,35 @@ def test_of_two_threads_one_reads(tmp_path, monkeypatch):
         assert files.read_json(path) == {"n": 1} and tried == [path]
 
 
+def test_a_folder_is_forgotten_while_another_thread_reads(tmp_path):
+    for i in range(200):
+        (tmp_path / f"{i}.json").write_text("{}")
+    gone, over = tmp_path / "gone", threading.Event()
+
+    def look():
+        for i in range(200):
+            files.read_json(tmp_path / f"{i}.json")
+        over.set()
+
+    class Slow(type(tmp_path)):
+        """A path that lets the other thread in when it is compared."""
+
+        def __eq__(self, other):
+            over.wait(0.001)
+            return super().__eq__(other)
+
+        __hash__ = type(tmp_path).__hash__
+
+    with once.command():
+        (tmp_path / "first.json").write_text("{}")
+        files.read_json(tmp_path / "first.json")
+        thread = threading.Thread(target=copy_context().run, args=(look,))
+        thread.start()
+        while not over.is_set():
+            once.forget(Slow(gone))
+        thread.join()
+
+
 def test_nothing_is_kept_beyond_the_command_or_beside_it(tmp_path, reads):
     path = tmp_path / "x.json"
     path.write_text('{"n": 1}')
