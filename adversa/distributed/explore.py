@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.schedulers import TrialScheduler, create_scheduler
 from ray.tune.search import create_searcher
 
@@ -63,7 +64,8 @@ SAMPLERS = (
 
 def search_space(config: Config) -> Settings:
     """`sweep.search.space` as Tune's samplers, beside what every trial has. UserError for what no
-    trial can have: the configuration of one is made for every choice, and for the ends of a range.
+    trial can have: the configuration of one is made for every choice, for the ends of a range and
+    for a value drawn from it.
     """
     assert config.sweep.search is not None
     found = held(config)
@@ -72,7 +74,7 @@ def search_space(config: Config) -> Settings:
         if key in FIXED:
             raise UserError(f"{where}: a search does not vary it; give {FIXED[key]}")
         kind, given = next(iter(value.items()), ("", None))
-        if len(value) != 1 or kind not in SAMPLERS or not isinstance(given, list):
+        if len(value) != 1 or kind not in SAMPLERS or not isinstance(given, list) or not given:
             raise UserError(
                 f"{where} {value}: give one of {', '.join(SAMPLERS)} and a list, say "
                 "{loguniform: [0.0001, 0.01]}"
@@ -82,8 +84,10 @@ def search_space(config: Config) -> Settings:
             resolve(config, held(config) | {key: one}, where)
         try:
             found[key] = tune.choice(given) if kind == "choice" else getattr(tune, kind)(*given)
-        except (TypeError, ValueError, AssertionError) as e:
+            drawn = found[key].sample(random_state=0)
+        except (TypeError, ValueError, AssertionError, ArithmeticError) as e:
             raise UserError(f"{where} {value}: {' '.join(str(e).split())}") from None
+        resolve(config, held(config) | {key: drawn}, where)
     return found
 
 
@@ -131,13 +135,17 @@ def searcher(config: Config) -> Any:
 
 
 def _made(what: str, make: Callable[..., Any], usual: Settings, given: Settings) -> Any:
+    kind, name = what.split()
+    if told := [key for key in ("metric", "mode") if key in given]:  # Tune takes them from one side
+        raise UserError(
+            f"sweep.search.{kind}_args: {told[0]}: a search compares by sweep.metric; leave it out"
+        )
     try:
         made = make(**usual | given)
-    except (ValueError, TypeError, AssertionError, ImportError) as e:
+    except (ValueError, TypeError, AssertionError, ImportError, TuneError) as e:
         raise UserError(f"sweep.search.{what}: {' '.join(str(e).split())[:300]}") from None
     known = inspect.signature(type(made).__init__).parameters
     if strange := [key for key in given if key not in known]:  # Tune drops them without a word
-        kind, name = what.split()
         raise UserError(
             f"sweep.search.{kind}_args: {name} knows no {', '.join(strange)}; it takes "
             f"{', '.join(list(known)[1:])}"

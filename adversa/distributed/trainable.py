@@ -23,6 +23,7 @@ from ray import tune
 from adversa import config as cfg
 from adversa.config import Config
 from adversa.engine.local import LocalEngine
+from adversa.pipeline import precision
 from adversa.run import step_folder
 from adversa.run.folder import RunDir
 from adversa.storage import files
@@ -120,8 +121,9 @@ def resolve(
 def trainable(config: Config, run: RunDir, threads: int = 1) -> Callable[[Settings], Settings]:
     """A function for `tune.Tuner`. It makes what its cell lacks, trains one classifier, reports
     {"score", "step"} on `select` at every evaluation, and all metrics with the last. run: of a
-    sweep whose `data` is prepared. UserError for what cannot be.
+    sweep whose `data` is prepared; its precision holds. UserError for what cannot be.
     """
+    config = precision.settled(config, run)
     home, folder = Path.cwd(), folder_of(config, run)
 
     def trial(settings: Settings) -> Settings:

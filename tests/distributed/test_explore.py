@@ -9,7 +9,8 @@ from ray import tune
 
 from adversa.config import Search
 from adversa.distributed import explore, trainable
-from adversa.pipeline import prepare
+from adversa.pipeline import precision, prepare
+from adversa.run.folder import RunDir
 from adversa.storage import files
 from adversa.sweep import grid
 from adversa.sweep import run as sweep_run
@@ -147,6 +148,17 @@ def test_a_search_by_names_ends_and_goes_on(ray_engine, tiny_sweep, prepared, tm
     assert again == found and before == {p: p.stat().st_mtime_ns for p in before}
 
 
+def test_a_trial_has_the_precision_of_its_run(tiny_sweep, tmp_path, monkeypatch):
+    config, run, given = tiny_sweep(real=[2], arms=["guided"]), RunDir(tmp_path), []
+    sections = ("classifier", "generate")
+    automatic = {n: getattr(config, n).model_copy(update={"amp": "auto"}) for n in sections}
+    said = {"amp": True, "hardware": "a CPU", "here": "a CPU", "amp_here": True}
+    files.write_json(tmp_path / precision.FILE, said)
+    monkeypatch.setattr(trainable, "carry_out", lambda own, *_: given.append(own) or {})
+    trainable.trainable(config.model_copy(update=automatic), run)({})
+    assert given[0].classifier.amp is given[0].generate.amp is True
+
+
 def test_what_tune_does_not_know_is_one_line(tiny_sweep):
     def config(_metric="balanced_accuracy", _arm="replay", **search):
         space = {"space": {"classifier.lr": {"uniform": [0.001, 0.01]}}}
@@ -171,6 +183,13 @@ def test_what_tune_does_not_know_is_one_line(tiny_sweep):
             "sweep.search.space.classifier.lr .*: give one of choice, uniform",
         ),
         ({"space": {"classifier.lr": {"uniform": [1]}}}, "sweep.search.space.classifier.lr"),
+        ({"space": {"classifier.lr": {"choice": []}}}, "give one of choice, .* and a list"),
+        ({"space": {"ratio": {"quniform": [0, 1, 0]}}}, "space.ratio .*: division by zero"),
+        ({"space": {"seed": {"randint": [3, 3]}}}, "space.seed .*: low >= high"),
+        ({"space": {"seed": {"qrandint": [0, 9, 0]}}}, "space.seed .*: .*zero"),
+        ({"space": {"classifier.steps": {"uniform": [8, 9]}}}, r"classifier.steps = 8\..*integer"),
+        ({"scheduler": "pbt"}, "sweep.search.scheduler pbt: You must specify"),
+        ({"scheduler": "asha", "scheduler_args": {"metric": "x"}}, "compares by sweep.metric"),
         (
             {"space": {"data.path": {"choice": [1]}}},
             "sweep.search.space.data.path: data.path: no such setting",
