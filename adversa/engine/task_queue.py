@@ -65,10 +65,14 @@ class FailedTask:
         self.groups += [half for half in (rows[middle:], rows[:middle]) if half]
 
 
+class StepBroken(RuntimeError):
+    """Too much of a step fails: see TaskQueue."""
+
+
 class TaskQueue:
     """Hands out parts, and is told what came of each.
 
-    RuntimeError ends a step that is broken: where parts fail and nothing succeeds, where all rows
+    StepBroken ends a step that is broken: where parts fail and nothing succeeds, where all rows
     of a part fail, where more than a SHARE of all rows fail, and where a part fails though each of
     its rows can be done.
     """
@@ -88,6 +92,7 @@ class TaskQueue:
         self.parked: list[FailedTask] = []  # out of tries, and nothing has succeeded yet
         self.begun = False  # something has succeeded
         self.given_up: list[Failed] = []
+        self.short: list[Part] = []  # committed without some of their rows
 
     @property
     def waiting(self) -> int:
@@ -134,6 +139,7 @@ class TaskQueue:
         bad = (case.bad if case is not None else {}) | dict(raised)
         failed = tuple(Failed(self.name(task.part, r), why) for r, why in sorted(bad.items()))
         self.given_up += failed
+        self.short += [task.part] if failed else []
         if raised:
             self._limit(FailedTask(task.part, reason=failed[-1].reason, trace=trace))
         return failed
@@ -220,7 +226,7 @@ class TaskQueue:
         self._stop(case, f"part {case.part.index} fails {how}")
 
     def _stop(self, case: FailedTask, what: str) -> NoReturn:
-        error = RuntimeError(f"{what}; the last time: {case.reason}")
+        error = StepBroken(f"{what}; the last time: {case.reason}")
         if case.trace:
             error.add_note(f"on the worker:\n{case.trace}")
         raise error

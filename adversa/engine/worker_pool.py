@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from adversa.engine.task_queue import Task, TaskQueue
+from adversa.engine.task_queue import StepBroken, Task, TaskQueue
 from adversa.engine.tasks import Name, Part, Report, Share, missing, row_name
 from adversa.engine.worker import Failure, Returned
 from adversa.run import control
@@ -139,6 +139,11 @@ class WorkerPool:
                 self.backend.stop(handle.worker)
         return [share for _, share in sorted(self.shares.items())]
 
+    def unanswered(self) -> list[Part]:
+        """The parts that workers were asked for and have not been heard of since."""
+        leases = (lease for handle in self.handles.values() for lease in handle.leases)
+        return [task.part for lease in leases for task in lease if not task.trial]
+
     def _bring_home(self) -> None:
         """Wait for the leases that are out; no more are handed out."""
         while any(handle.leases for handle in self.handles.values()):
@@ -238,7 +243,7 @@ class WorkerPool:
             self.failed_starts.pop(handle.slot, None)
 
     def _returned(self, handle: WorkerHandle, found: Returned) -> None:
-        tasks, stats = handle.leases.popleft(), self.shares.setdefault(handle.slot, Share())
+        tasks, stats = handle.leases[0], self.shares.setdefault(handle.slot, Share())
         stats.seconds += found.seconds
         stats.evaluations += found.evaluations
         failures = {f.position: f for f in found.failures}
@@ -248,6 +253,7 @@ class WorkerPool:
                 self._credit(stats, task, failure)
             else:
                 self.queue.failed(task, handle.slot, failure.reason, failure.trace, failure.rows)
+        handle.leases.popleft()
         if not failures and not tasks[0].trial:
             pace = max(found.seconds / len(tasks), 1e-6)
             handle.pace = pace if handle.pace is None else (handle.pace + pace) / 2
@@ -347,8 +353,9 @@ def work_off(
 ) -> list[Share]:
     """Do every missing part of a step with the workers of a backend.
 
-    UserError of the work as itself; RuntimeError where the step is broken (TaskQueue) or no worker
-    comes up.
+    UserError of the work as itself; RuntimeError where no worker comes up; StepBroken where too
+    much fails: then the parts that lack rows, or may, are removed, so that whoever mends the cause
+    and begins again gets those rows.
     """
     todo, total = missing(parts, out), sum(p.rows for p in parts)
     before = total - sum(p.rows for p in todo)
@@ -360,4 +367,10 @@ def work_off(
     def tell(state: Json) -> None:
         report({"done": before + state.pop("rows"), "total": total, "unit": "image"} | state)
 
-    return WorkerPool(backend, queue, size, committed).run(tell)
+    pool = WorkerPool(backend, queue, size, committed)
+    try:
+        return pool.run(tell)
+    except StepBroken:
+        for part in [*queue.short, *pool.unanswered()]:
+            (out / tables.part_name(part.index)).unlink(missing_ok=True)
+        raise

@@ -84,6 +84,19 @@ def test_what_does_not_come_again_costs_the_worker_a_second_try(tmp_path):
     assert failure.committed and failure.rows == {} and missing(PARTS[:1], tmp_path) == []
 
 
+def test_the_rows_that_broke_a_step_are_worked_on_once_their_cause_is_mended(tmp_path):
+    parts, bad = [Part(i, 10) for i in range(30)], [(i, 3) for i in range(5, 25)]
+    broken = Inline(lambda: make_work(poison=bad), tmp_path, 1)
+    with pytest.raises(RuntimeError, match="4 of 300 fail"):
+        work_off(broken, parts, tmp_path, lambda s: None, lambda: 1, attempts=3)
+    assert not any(tables.read(tmp_path)["fault"].to_pylist())
+    assert 0 < len(tables.parts(tmp_path)) < 30
+    mended = Inline(make_work, tmp_path, 1)
+    assert work_off(mended, parts, tmp_path, lambda s: None, lambda: 1, attempts=3)
+    assert missing(parts, tmp_path) == [] and len(tables.read(tmp_path)) == 300
+    assert not any(tables.read(tmp_path)["fault"].to_pylist())
+
+
 def test_one_bad_row_of_64_costs_one_call_and_no_resubmission(tmp_path):
     calls = []
 
