@@ -63,7 +63,7 @@ def _limit(disk: int) -> int:
     given = os.environ.get("ADVERSA_CACHE_GB")
     try:
         return int(float(given) * 1e9) if given else disk // 2
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"ADVERSA_CACHE_GB={given}: give a number of gigabytes") from None
 
 
@@ -244,7 +244,8 @@ def _decoded(
     digests: dict[StoragePath, str], column: Column
 ) -> Iterator[tuple[StoragePath, list[bytes], np.ndarray]]:
     """(part, ids, rows) of each group of rows, decoded by all CPUs."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if has_affinity else None) as pool:
         for path, known in digests.items():
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != known:

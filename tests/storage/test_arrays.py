@@ -79,6 +79,11 @@ def test_a_folder_is_decoded_once_whoever_asks_again(role, cache, decoded):
     ]
 
 
+def test_a_machine_without_affinity_decodes_too(role, monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # macOS
+    is_right(RoleArray(role))
+
+
 def test_rows_are_a_mapped_file_of_which_copies_are_given(role):
     array = RoleArray(role)
     assert isinstance(array._entry.rows.base, np.memmap) and not array._entry.rows.flags.writeable
@@ -299,9 +304,10 @@ def test_nothing_is_evicted_for_what_would_not_fit_even_so(role, tmp_path, cache
     assert entries(cache) == [held._place]
 
 
-def test_a_limit_that_is_no_number_is_said(role, monkeypatch):
-    monkeypatch.setenv("ADVERSA_CACHE_GB", "lots")
-    with pytest.raises(UserError, match="ADVERSA_CACHE_GB=lots: give a number of gigabytes"):
+@pytest.mark.parametrize("limit", ["lots", "inf", "nan"])
+def test_a_limit_that_is_no_number_is_said(role, monkeypatch, limit):
+    monkeypatch.setenv("ADVERSA_CACHE_GB", limit)
+    with pytest.raises(UserError, match=f"ADVERSA_CACHE_GB={limit}: give a number of gigabytes"):
         RoleArray(role)
 
 
