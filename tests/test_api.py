@@ -182,6 +182,18 @@ def test_off_the_main_thread_it_is_stopped_without_a_signal(tiny, tmp_path, monk
     assert ends == ["interrupted"] and mine.state == "stopped"
 
 
+def test_the_lock_of_a_dead_coordinator_is_not_taken_for_a_new_one(tiny, tmp_path, monkeypatch):
+    left = {"owner": "loop", "host": "h", "machine": "m", "pid": 1, "beat": 7, "held": 9.0}
+    files.write_json(tmp_path / "lock.json", left)
+    refusing = "import sys; sys.stdin.read(); print('error: no room', file=sys.stderr); sys.exit(2)"
+    popen = subprocess.Popen
+    child = lambda args, **given: popen([sys.executable, "-c", refusing], **given)  # noqa: E731
+    monkeypatch.setattr(start.subprocess, "Popen", child)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(UserError, match="^no room$"):
+        start.in_child(tiny(), tmp_path, "ray")
+
+
 @pytest.mark.slow
 def test_a_child_is_watched_and_stopped(tiny, tmp_path, capsys):
     tree = micro(tiny) | {"seed": 4}

@@ -228,7 +228,8 @@ def in_child(config: Config, root: StoragePath, engine: str) -> None:
     from adversa.run.folder import RunDir
     from adversa.storage import files
 
-    clustered = engine == "ray" and distributed.address() is not None
+    clustered, run = engine == "ray" and distributed.address() is not None, RunDir(root)
+    before = run_lock.holder(run) if clustered else None  # it may have died and left its lock
     args = [sys.executable, "-P", "-m", "adversa.cli", "loop", "/dev/stdin"]
     args += ["--run-dir", str(root), "--engine", engine]
     found = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path)}
@@ -246,7 +247,9 @@ def in_child(config: Config, root: StoragePath, engine: str) -> None:
             child.stdin.write(dump(config).encode())
         threading.Thread(target=child.wait, daemon=True).start()
         while (files.read_json(root / "status.json") or {}).get("pid") != child.pid:
-            if child.poll() is not None or (clustered and run_lock.holder(RunDir(root))):
+            if child.poll() is not None:
+                break
+            if clustered and run_lock.holder(run) not in (None, before):
                 break
             time.sleep(0.1)
         if child.poll():
