@@ -104,6 +104,7 @@ class TenBatches:
     """Stands in for a feed: numbers instead of images. Picklable, for the stream's tasks."""
 
     steps, batch_size = 10, 4
+    folders, latent_std = (), None
 
     def count(self):
         return self.steps
