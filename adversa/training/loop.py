@@ -254,8 +254,14 @@ def _step(training: Training, record: TrainingRecord, batch: Batch) -> None:
 def _look(training: Training, record: TrainingRecord, ahead: int = 0) -> None:
     """Note the losses of pending steps, of all but the last `ahead` whether they have come or not;
     UserError where one or its gradient is not finite.
+
+    Of several processes each looks at the same steps, come or not: those that know of a divergence
+    talk to one another, and none of them may be in another collective meanwhile.
     """
-    while record.pending and (len(record.pending) > ahead or record.pending[0].numbers.ready()):
+    alone = process_group.world_size() == 1
+    while record.pending and (
+        len(record.pending) > ahead or (alone and record.pending[0].numbers.ready())
+    ):
         step, ids, numbers, losses = record.pending.popleft()
         record.loss, gradient = numbers.read()
         if not (math.isfinite(record.loss) and math.isfinite(gradient)):  # in every process alike

@@ -124,6 +124,36 @@ def test_a_divergence_is_one_line_that_names_step_rows_and_rate(tmp_path: Path) 
     assert loop.resume_step(tmp_path) == 3 and rows(tmp_path)[-1]["step"] == 4
 
 
+@pytest.mark.parametrize("nan_at", [2, 7])
+def test_several_processes_learn_of_a_divergence_at_the_same_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nan_at: int
+) -> None:
+    """However fast each GPU is: the numbers of a step come at another time in each process, and the
+    order of their collectives must be one.
+    """
+
+    def collectives(ready: bool) -> list[str]:
+        said: list[str] = []
+
+        def note(name: str, result: Any) -> Any:
+            return lambda value=None: said.append(name) or result(value)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Numbers, "ready", lambda self: ready)
+            patch.setattr(loop.Numbers, "read", lambda self: self._values.tolist())
+            patch.setattr(loop.process_group, "world_size", lambda: 2)
+            patch.setattr(loop.process_group, "rank", lambda: 0)
+            patch.setattr(loop.process_group, "all_reduce_mean", note("mean", lambda v: v.detach()))
+            patch.setattr(loop.process_group, "all_gather_object", note("gather", lambda v: [v]))
+            patch.setattr(loop.process_group, "barrier", note("barrier", lambda v: None))
+            with pytest.raises(UserError, match="training diverged at step"):
+                config = CONFIG.model_copy(update={"checkpoint_steps": 100})
+                train(tmp_path / str(ready), make(config=config, log_steps={8}), nan_at)
+        return said
+
+    assert collectives(ready=True) == collectives(ready=False)
+
+
 def test_threads_and_generator_are_given_back() -> None:
     torch.manual_seed(7)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
