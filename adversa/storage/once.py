@@ -23,8 +23,18 @@ LIVE = frozenset(("control.json", "lock.json", "clock.json", "status.json", "pro
 # Written by whoever holds the run; all else may come from a worker process.
 HELD = frozenset(("settings.json", "precision.json", "restarts.json"))
 
+
+class _Kept(dict["StoragePath", "bytes | None"]):
+    """What a command has read. drops: how often something was dropped; changing: held while
+    something is dropped, or kept.
+    """
+
+    def __init__(self) -> None:
+        self.drops, self.changing = 0, threading.Lock()
+
+
 _locks: dict[StoragePath, threading.Lock] = {}
-_kept: ContextVar[dict[StoragePath, bytes | None] | None] = ContextVar("kept", default=None)
+_kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
 
 
 @contextlib.contextmanager
@@ -35,7 +45,7 @@ def command() -> Iterator[None]:
     if _kept.get() is not None:
         yield
         return
-    token = _kept.set({})
+    token = _kept.set(_Kept())
     try:
         yield
     finally:
@@ -48,6 +58,7 @@ def read_bytes(path: StoragePath) -> bytes:
     if kept is None or path.name in LIVE:
         return _read(path)
     with _locks.setdefault(path, threading.Lock()):  # of two threads one reads
+        drops = kept.drops
         try:
             known = kept[path]
         except KeyError:
@@ -57,7 +68,9 @@ def read_bytes(path: StoragePath) -> bytes:
                 if path.name not in HELD:
                     raise
                 known = None
-            known = kept.setdefault(path, known)  # not over what was written meanwhile
+            with kept.changing:
+                if kept.drops == drops:  # or it may be what was removed meanwhile
+                    known = kept.setdefault(path, known)  # not over what was written meanwhile
     if known is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     return known
@@ -85,6 +98,9 @@ def replace(path: StoragePath, data: bytes | memoryview) -> None:
 
 def forget(root: StoragePath) -> None:
     """Drop what is kept of a file, or of a folder and all below it, once that is gone."""
-    kept = _kept.get() or {}
-    for path in [p for p in list(kept) if p == root or root in p.parents]:  # others read meanwhile
-        kept.pop(path, None)
+    if (kept := _kept.get()) is None:
+        return
+    with kept.changing:  # other threads read meanwhile
+        kept.drops += 1
+        for path in [p for p in list(kept) if p == root or root in p.parents]:
+            kept.pop(path, None)

@@ -129,6 +129,29 @@ def test_of_two_threads_one_reads(tmp_path, monkeypatch):
         assert files.read_json(path) == {"n": 1} and tried == [path]
 
 
+def test_what_is_removed_while_another_thread_reads_it_is_not_kept(tmp_path, monkeypatch):
+    """By the live view, say: a step would count as finished whose folder is gone."""
+    path, reading, removed = tmp_path / "step/manifest.json", threading.Event(), threading.Event()
+    files.write_json(path, {"n": 1})
+
+    def slow(p):
+        found = p.read_bytes()
+        reading.set()
+        removed.wait(10)
+        return found
+
+    with once.command():
+        with monkeypatch.context() as patch:
+            patch.setattr(once, "_read", slow)
+            other = threading.Thread(target=copy_context().run, args=(files.read_json, path))
+            other.start()
+            reading.wait(10)
+            rmtree(path.parent)
+            removed.set()
+            other.join()
+        assert files.read_json(path) is None
+
+
 def test_a_folder_is_forgotten_while_another_thread_reads(tmp_path):
     for i in range(200):
         (tmp_path / f"{i}.json").write_text("{}")
