@@ -105,7 +105,7 @@ def _decode(
         for i in range(0, len(listing.records), config.part_rows)
     ]
     parts = [Part(i, len(c), {"records": c}) for i, c in enumerate(chunks)]
-    _begin(staging, digest(asked, *chunks))
+    _begin(staging, digest(asked, listing.classes, listing.merged, *chunks))
     started = time.perf_counter()
     done = engine.map_batches(
         partial(make_decode, config, listing.classes), parts, staging, progress
@@ -115,8 +115,8 @@ def _decode(
 
 
 def _begin(staging: StoragePath, listing: str) -> None:
-    """Keep a cut-off attempt's decoded parts only where the same was asked of the same records:
-    either may have been fixed.
+    """Keep a cut-off attempt's decoded parts, and those of its roles, only where the same was asked
+    of the same records and groups: either may have been fixed.
     """
     if storage_files.read_json(staging / "listing.json") != {"listing": listing}:
         for folder in (staging, *(staging.parent / role for role in ROLES)):

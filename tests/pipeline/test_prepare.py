@@ -5,6 +5,7 @@ itself behind.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import zipfile
 from collections import defaultdict
@@ -339,3 +340,20 @@ def test_a_dealing_that_is_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
     assert first.stat().st_ino == made
     prepare.prepare(LocalEngine(), config, tmp_path / "fresh")
     assert written(out) == written(tmp_path / "fresh")
+
+
+def test_groups_that_turn_out_to_be_one_are_dealt_anew(tmp_path, monkeypatch):
+    """Known pairs of lesions lie in a file of their own: no record tells of them."""
+    rows = [(f"p{i}", i, "ab"[i % 2], f"g{i}") for i in range(90)]
+    config, out = section(table(tmp_path / "source", rows)), tmp_path / "data"
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        cut_while_dealing(m)
+        prepare.prepare(LocalEngine(), config, out)
+    listed = sources.list_records(config)
+    pairs = [(f"g{i}", f"g{i + 44}", "pairs.csv") for i in range(44)]
+    found = dataclasses.replace(listed, merged=pairs)
+    monkeypatch.setattr(prepare.sources, "list_records", lambda _: found)
+    prepare.prepare(LocalEngine(), config, out)
+    prepare.prepare(LocalEngine(), config, tmp_path / "fresh")
+    assert written(out) == written(tmp_path / "fresh")
+    assert leaking(config, out) == []
