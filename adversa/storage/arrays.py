@@ -22,6 +22,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -38,7 +39,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from adversa.storage import files, tables
-from adversa.storage.path import StoragePath
+from adversa.storage.path import StoragePath, modified
 from adversa.types import UserError, digest
 
 log = logging.getLogger("adversa.arrays")
@@ -53,9 +54,11 @@ DECODED_AT_ONCE = 32  # images a thread takes
 
 
 def cache_folder() -> Path:
-    given = os.environ.get("ADVERSA_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adversa"
-    return (Path(given) if given else base).absolute() / "arrays"
+    given, base = os.environ.get("ADVERSA_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if not (given or base):
+        home = os.path.expanduser("~")  # stays as it is for a user without a name or a home
+        base = os.path.join(home if os.path.isabs(home) else "/", ".cache")
+    return Path(given or os.path.join(base or "/", "adversa")).absolute() / "arrays"
 
 
 def _limit(disk: int) -> int:
@@ -91,20 +94,26 @@ def _room(need: int) -> tuple[str, list[Path]]:
 
 
 def _bytes(entry: Path) -> int:
-    return sum(p.stat().st_size for p in entry.glob("*"))
+    found = 0
+    with contextlib.suppress(FileNotFoundError):  # another process has just evicted it
+        for path in entry.glob("*"):
+            found += path.stat().st_size
+    return found
 
 
 def _last_used(entry: Path) -> float:
-    path = entry / ENTRY
-    return path.stat().st_mtime if path.exists() else 0.0
+    return modified(entry / ENTRY) or 0.0
 
 
 def _in_use(entry: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError), open(entry / ENTRY, "rb+") as file:
-        try:
+    """Or another user's, which is not ours to remove."""
+    try:
+        with open(entry / ENTRY, "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
     return False
 
 
@@ -130,10 +139,14 @@ def check_room(folder: StoragePath, row_bytes: int) -> None:
     """Say in one line where this machine's cache has no room for the images of a folder: of its
     workers' lines a command that is on Ray shows none.
     """
-    if not _place(digests := _digests(folder), "image").exists():
-        why, _ = _room(sum(tables.each(tables.count, list(digests))) * row_bytes)
-        if why:
-            _tell_slower(folder, why)
+    digests = _digests(folder)
+    rows = sum(tables.each(tables.count, list(digests)))
+    try:
+        why = "" if _place(digests, "image").exists() else _room(rows * row_bytes)[0]
+    except PermissionError as e:  # not even looked into
+        why = os.strerror(e.errno or errno.EACCES)
+    if why:
+        _tell_slower(folder, why)
 
 
 # ---- one entry -----------------------------------------------------------------------------------
@@ -182,15 +195,20 @@ def _load(place: Path) -> Entry | None:
         if place.exists():
             raise _Damaged from None
         return None
-    fcntl.flock(held, fcntl.LOCK_SH)
     try:
-        meta = files.read_json(place / ENTRY) or {}
+        fcntl.flock(held, fcntl.LOCK_SH)
+    except OSError:  # a file system without locks
+        os.close(held)
+        raise
+    try:
+        meta = json.loads((place / ENTRY).read_bytes())  # once.py is for files of a run alone
         index = np.load(place / INDEX)
         rows = np.asarray(np.load(place / ROWS, mmap_mode="r"))
         same = meta.get("index") == files.sha256(place / INDEX)
         if not same or {len(rows), sum(meta["counts"])} != {len(index)}:
             raise ValueError
-        os.utime(place / ENTRY)
+        with contextlib.suppress(OSError):  # of a cache that is only read, or another user's
+            os.utime(place / ENTRY)
         ids, checksums = (np.ascontiguousarray(index[k]) for k in ("id", "crc"))
         return Entry(rows, ids, checksums, list(meta["counts"]), held)
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
@@ -203,7 +221,7 @@ def _build(place: Path, digests: dict[StoragePath, str], column: Column) -> str:
     cache's lock. UserError where a part has another digest: it would pass for the one that has it.
     """
     for left in place.parent.glob(".new-*"):  # of a process that died
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     counts = tables.each(tables.count, list(digests))
     made = place.parent / f".new-{place.name}"
     made.mkdir()
@@ -378,11 +396,17 @@ class RoleArray:
     def _repair(self) -> None:
         """After damage in a row: a new entry, unless another process has made one already. Once."""
         assert self._entry is not None
-        with FileLock(self._place.parent / ".lock", fallback_to_soft=False):
-            ours = os.fstat(self._entry.held).st_ino
-            if (path := self._place / ENTRY).exists() and path.stat().st_ino == ours:
-                self._tell_damaged()
-                shutil.rmtree(self._place)
+        try:
+            with FileLock(self._place.parent / ".lock", fallback_to_soft=False):
+                ours = os.fstat(self._entry.held).st_ino
+                if (path := self._place / ENTRY).exists() and path.stat().st_ino == ours:
+                    self._tell_damaged()
+                    shutil.rmtree(self._place)
+        except OSError as e:  # the entry stays as it is: a cache that is only read, say
+            self._close()
+            self._entry = None
+            _tell_slower(self.folder, e.strerror or str(e))
+            return
         self._close()
         self._open(build=not self._repaired)
         self._repaired = True

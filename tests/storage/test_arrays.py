@@ -15,7 +15,7 @@ import pytest
 from adversa.data.loader import ImageTable
 from adversa.run import step_folder
 from adversa.run.step_folder import Recipe
-from adversa.storage import arrays, tables
+from adversa.storage import arrays, once, tables
 from adversa.storage.arrays import RoleArray
 from adversa.types import Example, UserError
 
@@ -209,6 +209,37 @@ def test_damage_is_told_in_one_line_and_mended(role, cache, caplog, name, damage
     assert not caplog.records
 
 
+def test_a_command_that_has_read_what_was_damaged_reads_it_anew(role, cache, caplog):
+    RoleArray(role)
+    (entry,) = entries(cache)
+    cut(entry / arrays.ENTRY)
+    with once.command():
+        array = RoleArray(role)
+        assert array._entry is not None
+        is_right(array)
+    assert len(caplog.records) == 1
+
+
+def test_a_cache_that_is_only_read_is_used(role, cache, caplog, monkeypatch, decoded):
+    RoleArray(role)
+    decoded.clear()
+
+    def refused(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(arrays.os, "utime", refused)
+    monkeypatch.setattr(arrays.shutil, "rmtree", refused)
+    monkeypatch.setattr(arrays, "FileLock", refused)
+    array = RoleArray(role)
+    is_right(array)
+    assert not decoded and not caplog.records
+    array._sound[:] = False
+    monkeypatch.setattr(arrays, "crc32", lambda data: 0)  # damage that cannot be mended there
+    is_right(array)
+    assert array._entry is None and "(Read-only file system)" in caplog.text
+    assert len(caplog.records) == 1
+
+
 def test_a_disk_that_keeps_failing_is_done_without(role, caplog, monkeypatch):
     real = arrays.crc32
     array = RoleArray(role)
@@ -309,6 +340,54 @@ def test_a_limit_that_is_no_number_is_said(role, monkeypatch, limit):
     monkeypatch.setenv("ADVERSA_CACHE_GB", limit)
     with pytest.raises(UserError, match=f"ADVERSA_CACHE_GB={limit}: give a number of gigabytes"):
         RoleArray(role)
+
+
+def test_no_limit_is_no_number_either(role, monkeypatch):
+    monkeypatch.setenv("ADVERSA_CACHE_GB", "inf")
+    with pytest.raises(UserError, match="ADVERSA_CACHE_GB=inf: give a number of gigabytes"):
+        RoleArray(role)
+
+
+def test_a_user_without_a_home_has_the_folder_that_is_named(monkeypatch):
+    """In a container that runs as any number."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nothing known
+    assert str(arrays.cache_folder()) == f"{os.environ['ADVERSA_CACHE']}/arrays"
+    monkeypatch.delenv("ADVERSA_CACHE")
+    assert str(arrays.cache_folder()) == "/.cache/adversa/arrays"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert str(arrays.cache_folder()) == "/x/adversa/arrays"
+
+
+def test_an_entry_that_another_process_evicts_is_not_counted(role, cache, caplog, monkeypatch):
+    """check_room looks without the cache's lock."""
+    other = RoleArray(role)._place
+    monkeypatch.setattr(arrays.Path, "glob", _gone(arrays.Path.glob, other))
+    arrays.check_room(write(role.parent / "mine", IMAGES[::-1]), SIDE * SIDE * 3)
+    assert not caplog.records
+
+
+def _gone(glob, entry):
+    """Path.glob; a folder's files are gone as soon as they were listed."""
+
+    def found(path, pattern):
+        listed = list(glob(path, pattern))
+        if path == entry:
+            for file in listed:
+                file.unlink()
+        return listed
+
+    return found
+
+
+def test_a_cache_that_may_not_be_looked_into_is_told_of(role, caplog, monkeypatch):
+    def refused(self):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(type(arrays.cache_folder()), "exists", refused)
+    arrays.check_room(role, SIDE * SIDE * 3)
+    assert "(Permission denied)" in caplog.text
 
 
 def test_a_command_on_ray_is_told_by_its_own_process(role, caplog, monkeypatch):
