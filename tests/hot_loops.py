@@ -157,6 +157,7 @@ LOOPS: dict[str, Callable[[int], None]] = {
     "denoiser, uncertainty": denoiser(loss="uncertainty"),
     "classifier": classifier(),
     "classifier, logit_adjusted, mixup": classifier(loss="logit_adjusted", mixup=0.2),
+    "classifier, turned alone": classifier(augment={"rotate": 0, "zoom": 0, "shift": 0}),
     "codec": codec,
     "score": score,
     **{

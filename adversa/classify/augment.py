@@ -46,7 +46,7 @@ def augment(
     if config.rotate or config.zoom or config.shift or side != pixels.shape[-1]:
         pixels = warp(pixels, placement(config, u[1:5], which), side)
     elif which is not None:
-        pixels = turn(pixels, which)
+        pixels = turn(pixels, to_device(which, pixels.device))
     if config.brightness or config.contrast or config.saturation or config.tint:
         pixels = colour(pixels, config, u[5:11])
     if config.erase:
