@@ -196,7 +196,8 @@ class RayEngine:
 
     def hardware(self) -> Hardware:
         share = engine_resources.GPU_SHARE if self.gpus else 0
-        remote = ray.remote(num_cpus=0, num_gpus=share)(_hardware)
+        # A task that asks for nothing runs on the head, which may do no work of its own.
+        remote = ray.remote(num_cpus=0 if self.embedded else 1, num_gpus=share)(_hardware)
         found: Hardware = ray.get(remote.remote())
         return found
 
