@@ -20,6 +20,7 @@ from adversa.storage import hub
 from adversa.storage.path import StoragePath
 from adversa.storage.weights import read_model
 from adversa.training.device import to_device
+from adversa.training.precision import enabled
 from adversa.types import Json, UserError
 
 
@@ -98,7 +99,7 @@ def build(config: Classifier, num_classes: int, resolution: int) -> Network:
         _width(
             trunk, config, config.first_size
         )  # the smallest images of the training must fit as well
-    if config.amp:
+    if enabled(config.amp):
         fast_depthwise(trunk)
     network = Network(trunk, width, num_classes, config.input_size)
     return network.to(memory_format=torch.channels_last)

@@ -59,8 +59,14 @@ def hardware(device: str | None = None) -> Hardware:
     return of_cpu(torch.cpu.get_capabilities())
 
 
+def enabled(amp: Amp, device: str | None = None) -> bool:
+    """Whether this comes to bfloat16. auto: as the hardware of this process has it; device: as of
+    `hardware`.
+    """
+    return amp if isinstance(amp, bool) else hardware(device).amp
+
+
 def autocast(device: torch.device | str, amp: Amp) -> torch.autocast:
-    """Autocast to bfloat16, or none. auto: as the hardware of this process has it."""
+    """Autocast to bfloat16, or none."""
     kind = torch.device(device).type
-    enabled = amp if isinstance(amp, bool) else hardware(kind).amp
-    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled(amp, kind))

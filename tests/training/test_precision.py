@@ -52,6 +52,22 @@ def test_the_products_have_the_precision_that_was_chosen(monkeypatch, units):
     assert product("auto") is (torch.bfloat16 if units else torch.float32)
 
 
+@pytest.mark.parametrize("units", ["", "AMX"])
+def test_a_network_is_built_for_the_precision_that_auto_comes_to(monkeypatch, units):
+    """Depthwise convolutions are replaced for bfloat16 alone."""
+    from adversa import config as cfg
+    from adversa.classify import model
+
+    def kinds(amp):
+        section = cfg.Classifier(model="test_efficientnet", amp=amp)
+        return [type(m).__name__ for m in model.build(section, 2, 32).modules()]
+
+    monkeypatch.setattr(
+        precision, "hardware", lambda device: precision.Hardware("cpu", "made up", units)
+    )
+    assert kinds("auto") == kinds(bool(units)) != kinds(not units)
+
+
 def test_this_machine_is_known():
     found = precision.hardware("cpu")
     assert found.device == "cpu" and found.name
