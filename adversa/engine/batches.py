@@ -123,6 +123,11 @@ def _open(feed: Feed) -> _Opened:
     return _Opened(feed)
 
 
+def close() -> None:
+    """Let go of what this process has opened: its folders may be made anew."""
+    _open.cache_clear()
+
+
 def balanced(weights: np.ndarray, labels: np.ndarray, balance: float) -> Floats:
     """Weights [N] scaled within each class so that class c's total is proportional to (its
     total)^(1 - balance).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from adversa.engine import batches
 from adversa.engine.batches import Batch
 from adversa.engine.fit import do_job, unfinished
 from adversa.engine.interface import FitJob, Trial
@@ -102,11 +103,12 @@ class LocalEngine:
             torch.set_num_threads(before)
 
     def fit(self, jobs: Sequence[FitJob]) -> None:
+        batches.close()  # of another run in this process, whose folder had the same name
         for job in unfinished(jobs, self.handle):
             self.handle.poll()
-            batches = job.feed.batches(job.resume(job.out))
+            stream = job.feed.batches(job.resume(job.out))
             select = job.select.batches if job.select is not None else _no_select
-            do_job(job, batches, select, self.training_threads, listen=self.listen)
+            do_job(job, stream, select, self.training_threads, listen=self.listen)
 
     def search(self, trials: Sequence[Trial], report: Report) -> None:
         queue = TrialQueue(trials)

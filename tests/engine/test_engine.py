@@ -7,16 +7,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from adversa.engine.batches import Feed
 from adversa.engine.fit import Waited, do_job, unfinished
 from adversa.engine.interface import FitJob
 from adversa.engine.local import LocalEngine
 from adversa.run import environment, step_folder
 from adversa.run.control import NULL_HANDLE
-from adversa.storage import files
+from adversa.storage import files, tables
 from adversa.storage.weights import CHECKPOINT, load_checkpoint, save_checkpoint, save_model
+from adversa.types import Example
 
 
 class FakeFeed:
@@ -50,6 +54,32 @@ def job_of(out, takes=5, at=3):
         return {"steps": step}
 
     return FitJob(out, step_folder.Recipe("fake", 1, {}, {}), fit, resume, FakeFeed())
+
+
+def test_a_folder_that_was_made_anew_is_read_anew(tmp_path):
+    """Two runs in one process, as in a notebook: the second's folder has the first's name."""
+    feed = Feed((tmp_path / "train",), 4, tmp_path / "mix", steps=2)
+    seen = []
+
+    def fit(stream, *, out, report, threads, committed):
+        seen.append(np.unique(np.concatenate([b["image"] for b in stream])).tolist())
+        save_model(out, {"w": torch.zeros(1)}, {})
+        return {"steps": 2}
+
+    for n in (10, 20):
+        image = tables.encode_png(np.full((4, 4, 3), n, np.uint8))
+        rows = [Example(f"r{i}", "s", 0, "g", "", {}, image) for i in range(8)]
+        drawn = [{"id": r.id, "kind": "real", "label": 0, "weight": 1.0} for r in rows]
+        tables.write_part(
+            tmp_path / "train" / tables.part_name(0), tables.to_table(rows, tables.EXAMPLES)
+        )
+        tables.write_part(
+            tmp_path / "mix" / tables.part_name(0),
+            pa.Table.from_pylist(drawn, schema=tables.MIX),
+        )
+        recipe = step_folder.Recipe("fake", 1, {}, {})
+        LocalEngine(1, 1).fit([FitJob(tmp_path / f"out-{n}", recipe, fit, lambda _: 0, feed)])
+    assert seen == [[10], [20]]
 
 
 class Cut(BaseException):
