@@ -13,6 +13,7 @@ from typing import Any
 from adversa.config import Config
 from adversa.curate.checks import CHECKS
 from adversa.export.dataset_card import Filtered, Group, Origin, plain, with_commit
+from adversa.pipeline import precision
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
 from adversa.run.folder import RunDir, split_hash
@@ -41,9 +42,10 @@ def origin(
     started = config.denoiser.weights
     if started and not source:
         trained_on += f", from the weights {place(started)}"
+    generate = precision.settled(config, run).generate
     made = Origin(
         denoiser=f"given: {place(source)}" if source else f"trained by the run {name(run)}",
-        settings=settings(config.generate.model_dump(mode="json"), ("weak",)),
+        settings=settings(generate.model_dump(mode="json"), ("weak",)),
         seed=config.seed,
         trained_on=trained_on,
         versions=with_commit(made_by["versions"], made_by.get("git")),

@@ -172,13 +172,18 @@ def draw(job: GenerationJob, engine: Engine) -> tuple[StoragePath, StoragePath]:
     """The folders of the job's requests and of its images (tables.REQUESTS, tables.SYNTHETIC)."""
     requests, synthetic = job.work.root / "requests", job.work.root / "synthetic"
     plan(job, requests, engine.handle)
-    data, config = job.run.data if job.run is not None else None, job.config
-    if config.amp == AUTO:
-        config = config.model_copy(update={"amp": precision.record(job.work, engine)})
+    data, config = job.run.data if job.run is not None else None, _settled(job, engine)
     pipeline_generate.generate(
         engine, requests, data, job.denoiser, target_of(job), config, synthetic, "--out"
     )
     return requests, synthetic
+
+
+def _settled(job: GenerationJob, engine: Engine) -> cfg.Generate:
+    """The settings that its images are made with, whatever `amp: auto` would come to later."""
+    if job.config.amp != AUTO:
+        return job.config
+    return job.config.model_copy(update={"amp": precision.record(job.work, engine)})
 
 
 def generate(job: GenerationJob, engine: Engine) -> images.Exported:
@@ -195,7 +200,7 @@ def generate(job: GenerationJob, engine: Engine) -> images.Exported:
         else "not recorded"
     )
     origin = dataset_card.Origin(
-        str(job.denoiser), job.config.model_dump(mode="json"), job.seed, trained_on
+        str(job.denoiser), _settled(job, engine).model_dump(mode="json"), job.seed, trained_on
     )
     found = images.export(synthetic, requests, classes, job.out, job.form, origin)
     if not found.images:

@@ -365,6 +365,17 @@ def test_the_card_says_what_a_person_must_know(generated, tmp_path, form):
     ]
 
 
+def test_the_card_says_what_amp_auto_came_to(generated, tmp_path):
+    config, run = generated[0], run_folder.RunDir(tmp_path / "demo")
+    shutil.copytree(generated[1].root, run.root)
+    generate = config.generate.model_copy(update={"amp": "auto"})
+    config = config.model_copy(update={"generate": generate})
+    told = {"amp": True, "hardware": "a CPU", "here": "a CPU"}
+    storage_files.write_json(run.root / "precision.json", told)
+    export((config, run), tmp_path / "out")
+    assert "| amp | True |" in (tmp_path / "out/README.md").read_text()
+
+
 def test_the_card_of_refused_images_says_so(generated, tmp_path):
     export(generated, tmp_path / "out", rejected=True)
     text = (tmp_path / "out/README.md").read_text()

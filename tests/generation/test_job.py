@@ -224,6 +224,9 @@ def test_the_shipped_denoiser_generates_too(tmp_path):
         job.generate(config, LocalEngine(1, 1)).images == 2
         and len(tables.parts(tmp_path / "out/data")) == 1
     )
+    # Its card says how they were made: not `auto`, which comes to something else elsewhere.
+    amp = LocalEngine(1, 1).hardware().amp
+    assert f"| amp | {amp} |" in (tmp_path / "out/README.md").read_text()
 
 
 def _quick():
