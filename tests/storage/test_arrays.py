@@ -342,12 +342,6 @@ def test_a_limit_that_is_no_number_is_said(role, monkeypatch, limit):
         RoleArray(role)
 
 
-def test_no_limit_is_no_number_either(role, monkeypatch):
-    monkeypatch.setenv("ADVERSA_CACHE_GB", "inf")
-    with pytest.raises(UserError, match="ADVERSA_CACHE_GB=inf: give a number of gigabytes"):
-        RoleArray(role)
-
-
 def test_a_user_without_a_home_has_the_folder_that_is_named(monkeypatch):
     """In a container that runs as any number."""
     monkeypatch.delenv("HOME")
