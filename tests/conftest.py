@@ -181,9 +181,9 @@ def finished(tiny, once):
     config = tiny()
 
     def make(folder):
-        loop.run(config, loop.open_run(config, folder), LocalEngine(1, 1), page.write)
+        loop.run(config, loop.open_run(config, folder / "run"), LocalEngine(1, 1), page.write)
 
-    return config, RunDir(once("finished", make))
+    return config, RunDir(once("finished", make) / "run")
 
 
 SWEEP = {

@@ -33,8 +33,10 @@ def record(run: RunDir, engine: Engine) -> bool:
     on.
     """
     here = engine.hardware()
-    begun = _begun(run) or {"amp": here.amp, "hardware": str(here)}
-    files.write_json(run.root / FILE, begun | {"here": str(here), "amp_here": here.amp})
+    known = _begun(run)
+    begun = known or {"amp": here.amp, "hardware": str(here)}
+    if (now := begun | {"here": str(here), "amp_here": here.amp}) != known:
+        files.write_json(run.root / FILE, now)
     return bool(begun["amp"])
 
 

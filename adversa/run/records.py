@@ -126,7 +126,7 @@ def _fault_now(path: StoragePath, shape: Shape) -> str:
     try:
         data = once.read_bytes(path)
         return _misfit(json.loads(data.decode()), shape, "it") if data else "it is empty"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     except IsADirectoryError:
         return "it is a folder"

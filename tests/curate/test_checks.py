@@ -7,6 +7,7 @@ import sys
 
 ADD_A_CHECK = """
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -61,7 +62,10 @@ assert ("mean of green, at most", "99") in run_card._limits(rows, ["c"])
 number = next(n for n in gallery.numbers(rows[1]) if n.name == "green")
 assert (number.value, number.limit, number.failed) == ("120.0", "\\u2264 99.0", True)
 assert gallery.MARKS["too green"] == "broken"
-unshown.columns = lambda *_: pa.Table.from_pylist(rows, schema=tables.VERDICTS)
+unshown.tables = SimpleNamespace(
+    VERDICTS=tables.VERDICTS,
+    read=lambda *_: pa.Table.from_pylist(rows, schema=tables.VERDICTS),
+)
 facts = type("Facts", (), {"run": type("Run", (), {"round": lambda *_: None})()})()
 assert "green images" not in unshown.checks_off(facts, 1)
 rows = [r | {"green_limit": None} for r in rows]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from adversa.pipeline.stages import stages
 from adversa.report import page
 from adversa.run import folder as run_folder
 from adversa.run import step_folder
-from adversa.storage import files, tables
+from adversa.storage import arrays, files, tables
 from adversa.types import ROLES, UserError
 
 
@@ -210,18 +211,26 @@ def short(tiny, **changes):
 
 
 def roles_read(monkeypatch, run):
-    """(command, role) of every Parquet file of data/<role> that is opened in this process from now
-    on.
+    """(command, role) of every Parquet file of data/<role>, and of every array of one, that is
+    opened in this process from now on.
     """
     import pyarrow.parquet as pq
 
     seen, command = set(), []
+    array = arrays.RoleArray.__init__
+
+    def array_opened(self, folder, *a, **k):
+        if folder.parent == run.data and folder.name in ROLES:
+            seen.add((command[-1], folder.name))
+        array(self, folder, *a, **k)
+
+    monkeypatch.setattr(arrays.RoleArray, "__init__", array_opened)
 
     def watch(name):
         real = getattr(pq, name)
 
         def opened(source, *a, **k):
-            path = Path(source)
+            path = Path(source) if isinstance(source, str | os.PathLike) else Path()
             if path.is_relative_to(run.data) and path.parent.name in ROLES:
                 seen.add((command[-1], path.parent.name))
             return real(source, *a, **k)
@@ -491,8 +500,13 @@ def test_two_rounds_and_two_seeds(tiny, tmp_path):
         "min_agreement": 0.0,
         "trivial_quantile": None,
         "realism_quantile": None,
+        "min_contrast": None,
+        "max_clipped": None,
+        "near_copy_quantile": 1.0,
+        "twins": False,
     }  # networks of 12 steps: some images must pass
-    config = short(tiny, rounds=2, evaluate={"seeds": 2}, mine={"budget": 4}, curate=lenient)
+    settings = {"mine": {"budget": 4}, "generate": {"strategy": "sample"}, "curate": lenient}
+    config = short(tiny, rounds=2, evaluate={"seeds": 2}, **settings)
     run = go(config, tmp_path / "run")
     summary = json.loads(run.summary.read_text())
     assert summary["rounds"] == 2 and summary["seeds"] == 2

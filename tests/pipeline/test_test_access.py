@@ -284,7 +284,7 @@ def test_cut_off_between_the_new_settings_and_the_new_reading_it_stays_refused(a
 def test_a_ledger_that_cannot_be_read_is_no_empty_one(again):
     for text in ('[{"opened": ', "{}"):
         again.run.openings.write_text(text)
-        with pytest.raises(UserError, match="openings.json is no list of openings"):
+        with pytest.raises(UserError, match="openings.json is damaged"):
             go(again.config, again.root)
 
 
