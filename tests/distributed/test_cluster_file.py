@@ -327,7 +327,7 @@ def test_the_ranges_are_those_of_the_configuration():
         ),
         (
             asking("{address: 'http://t0ken@head:8265'}"),
-            "address = 'http://***@head:8265': must not carry credentials",
+            "address carries credentials; take them out of the address",
         ),
         ("metadata: 3\ncluster_name: a\nprovider: {type: aws}\n", "metadata must hold keys"),
         (

@@ -126,7 +126,9 @@ def test_stages_come_in_the_order_of_the_table_round_by_round(tiny, tmp_path):
 
 def begin(run, *names):
     for name in names:
-        files.write_json(run.root / name / step_folder.MANIFEST, {"files": {}})
+        times = dict.fromkeys(("seconds", "compute_seconds", "device_seconds"), 1.0)
+        manifest = {"step": name, "fingerprint": "f", "files": {}, **times}
+        files.write_json(run.root / name / step_folder.MANIFEST, manifest)
 
 
 FIRST = ("data", "round-000/real/mix", "round-000/real/seed-0/classifier")
