@@ -26,9 +26,9 @@ def interruptible() -> Iterator[Callable[[], None]]:
     """Gives what another thread calls to raise KeyboardInterrupt in this one.
 
     In the main thread that is SIGTERM, which then stops work as Ctrl-C does; so does SIGHUP, which
-    a terminal that is closed sends. Not SIGINT: a command
-    that a shell has started in the background ignores that. Elsewhere no signal handler may be
-    installed, and the exception comes between two steps of Python.
+    a terminal that is closed sends. Not SIGINT: a command that a shell has started in the
+    background ignores that. Elsewhere no signal handler may be installed, and the exception comes
+    between two steps of Python.
     """
     if threading.current_thread() is not threading.main_thread():
         here, error = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(KeyboardInterrupt)
