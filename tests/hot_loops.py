@@ -57,11 +57,9 @@ def denoiser(**settings: Any) -> Callable[[int], None]:
     def train(steps: int) -> None:
         config = cfg.Denoiser(**{**UNET, **settings}, steps=steps, **COMMON)
         with tempfile.TemporaryDirectory() as folder:
-            given = {"out": Path(folder), "seed": 0, "threads": 1, "report": lambda _: None}
-            fit_denoiser(
-                batches(steps), config=config, num_classes=CLASSES, classes=NAMES, resolution=SIDE,
-                **given,
-            )  # fmt: skip
+            given = {"num_classes": CLASSES, "classes": NAMES, "resolution": SIDE, "seed": 0}
+            told = {"out": Path(folder), "threads": 1, "report": lambda _: None}
+            fit_denoiser(batches(steps), config=config, **given, **told)
 
     return train
 
@@ -136,15 +134,21 @@ def sample(
             steering["steering"] = pipeline.Steering(gradient)
         requests = [
             GenerationRequest(
-                str(k), 1, "guided", strategy, k % CLASSES,
-                None if strategy == "sample" else str(k),
-                config.sigma_max, 2.0, k,
+                request_id=str(k),
+                round=1,
+                arm="guided",
+                strategy=strategy,
+                label=k % CLASSES,
+                example=None if strategy == "sample" else str(k),
+                sigma_start=config.sigma_max,
+                guidance=2.0,
+                seed=k,
                 partner=str((k + 1) % ROWS) if strategy == "interpolate" else None,
                 classifier_guidance=config.classifier_guidance,
                 reference_guidance=config.reference_guidance,
             )
             for k in range(ROWS)
-        ]  # fmt: skip
+        ]
         pipeline.generate(network, requests, sources, config, meta, "cuda", **steering)
 
     return generate

@@ -208,12 +208,13 @@ class Event:
 
 def leaves(node: Any) -> Iterator[torch.Tensor]:
     """Of the graph behind a tensor."""
-    seen, todo = [], [node]  # a list: a node that is let go may give its id to the next
+    seen: dict[int, Any] = {}  # held, for a node that is let go may give its id to the next
+    todo = [node]
     while todo:
         node = todo.pop()
-        if node is None or any(node is s for s in seen[-50000:]):
+        if node is None or id(node) in seen:
             continue
-        seen.append(node)
+        seen[id(node)] = node
         if hasattr(node, "variable"):
             yield node.variable
         todo += [n for n, _ in node.next_functions]

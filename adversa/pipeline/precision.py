@@ -49,8 +49,11 @@ def settled(config: Config, run: RunDir) -> Config:
 
 
 def line(run: RunDir) -> str | None:
-    """What FILE says, for people; None where nothing was settled."""
-    begun = _begun(run)
+    """What FILE says, or that it is damaged, for people; None where nothing was settled."""
+    try:
+        begun = _begun(run)
+    except UserError as e:  # whoever only looks at the run goes on
+        return str(e)
     if begun is None:
         return None
     kind = "bfloat16" if begun["amp"] else "float32"

@@ -248,7 +248,9 @@ def roles_read(monkeypatch, run):
     return seen
 
 
-def test_nothing_but_the_near_copy_gate_reads_test_before_it_is_opened(tiny, tmp_path, monkeypatch):
+def test_nothing_but_the_near_copy_filter_reads_test_before_it_is_opened(
+    tiny, tmp_path, monkeypatch
+):
     config = short(tiny)
     run = loop.open_run(config, tmp_path / "run")
     seen = roles_read(monkeypatch, run)

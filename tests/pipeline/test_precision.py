@@ -70,3 +70,4 @@ def test_a_damaged_record_is_told_and_not_settled_anew(made, text):
     for use in (precision.settled, lambda c, r: precision.settle(c, r, On(FAST))):
         with pytest.raises(UserError, match=precision.FILE):
             use(config, run)
+    assert "is damaged" in precision.line(run)
