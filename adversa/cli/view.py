@@ -314,7 +314,7 @@ class LiveView:
             return seen, spoken
         if not self.precision and (said := precision.line(self.run)):
             self.precision = said
-            say(self.console, said)
+            self._say(said)
         active = tasks(self.run, stage)
         name = active[-1].name if active else stage.title
         name += " paused" if status.get("state") == "paused" else ""
@@ -324,8 +324,11 @@ class LiveView:
             news = active[-1].line()
         else:
             return seen, spoken
-        say(self.console, f"{time.strftime('%H:%M:%S')} {news}")
+        self._say(news)
         return name, time.monotonic()
+
+    def _say(self, news: str) -> None:
+        say(self.console, f"{time.strftime('%H:%M:%S')} {news}")
 
 
 def clock(seconds: float | None) -> str:
