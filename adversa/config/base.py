@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     model_validator,
 )
@@ -17,7 +18,26 @@ from adversa.common.sanitize import is_signed
 
 WeightPath = Annotated[str | None, AfterValidator(lambda v: os.path.expanduser(v) if v else v)]
 AUTO = "auto"
-Amp = bool | Literal["auto"]
+
+
+def one_fault(fits: Callable[[object], bool], words: str) -> BeforeValidator:
+    """Of a union: one fault in words, where pydantic would tell what each side has against a
+    value.
+    """
+
+    def checked(value: object) -> object:
+        if fits(value):
+            return value
+        raise ValueError(words)
+
+    return BeforeValidator(checked)
+
+
+def _is_amp(value: object) -> bool:
+    return isinstance(value, bool) or value == AUTO
+
+
+Amp = Annotated[bool | Literal["auto"], one_fault(_is_amp, "give auto, true or false")]
 AMP = "bfloat16 autocast; auto: where the hardware multiplies bfloat16, float32 elsewhere"
 
 

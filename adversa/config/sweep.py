@@ -10,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from adversa.config.base import Section
+from adversa.config.base import Section, one_fault
 
 
 class Search(Section):
@@ -44,7 +44,15 @@ def _one_or_many(value: Any) -> Any:
     )
 
 
-Count = Annotated[int, Field(ge=1, strict=True)] | Literal["all"]
+def _is_count(value: object) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value >= 1
+    return value == "all"
+
+
+Count = Annotated[
+    int | Literal["all"], one_fault(_is_count, "give a whole number of at least 1, or all")
+]
 Ratio = Annotated[float, Field(ge=0)]
 
 

@@ -365,3 +365,19 @@ def test_one_tracker_needs_no_list(tmp_path):
     assert config.check({"tracking": "tensorboard"}, "x").tracking == ["tensorboard"]
     assert config.load(written(tmp_path, "tracking: []"), ["tracking=wandb"]).tracking == ["wandb"]
     assert "tracking" in fault({"tracking": "tensorbord"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("classifier.amp=maybe", "classifier.amp = 'maybe': give auto, true or false"),
+        ("denoiser.amp=1", "denoiser.amp = 1: give auto, true or false"),
+        ("curate.judge={amp: x}", "curate.judge.amp = 'x': give auto, true or false"),
+        ("sweep.real=[x]", "sweep.real.0 = 'x': give a whole number of at least 1, or all"),
+        ("sweep.real=[0]", "sweep.real.0 = 0: give a whole number of at least 1, or all"),
+    ],
+)
+def test_a_value_or_a_word_has_one_fault(setting, said):
+    with pytest.raises(UserError) as told:
+        config.load(None, [setting])
+    assert str(told.value).endswith(said)
